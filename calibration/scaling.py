@@ -1,0 +1,109 @@
+"""Equivalent scaling: the in_scale and in_shift of a site, by rule or by measured output error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .collect import SiteStatistics
+from .qtypes import INT8
+from .ranges import weight_scale
+from .recipe import Recipe
+
+Float32 = npt.NDArray[np.float32]
+AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
+AUTO_RHO = (1.0, 2.0, 4.0)
+MIN_SCALE, MAX_SCALE = 1e-4, 1e4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scaling:
+    """A candidate: x becomes (x - in_shift) / in_scale. `error` is its measured relative output error, NaN if unmeasured."""
+
+    method: str
+    in_scale: Float32
+    in_shift: Float32
+    error: float = float("nan")
+
+
+def dilate(weight: Float32, rho: float) -> Float32:
+    """float32[K]: s_k = min_j rho * amax_j / |W[j, k]| over the rows j with W[j, k] != 0; 1 for a column of zeros.
+
+    Weight dilation, symmetric form: the largest scaling of each input channel that leaves the range of every output
+    channel (rho = 1) or lets it grow by rho. s_k >= 1. Exactness: with rho = 1 every row's amax is unchanged.
+    Source: DilateQuant (arXiv 2409.14307), section "Weight Dilation"; the masks replace its division by clamped
+    weights, and rho > 1 is our relaxation.
+
+    Args:
+        weight: float32[out, K], the stacked weights of all readers of the tensor.
+    """
+    amax = np.abs(weight).max(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        room = np.where(weight != 0, rho * amax / np.abs(weight), np.inf)
+    in_scale = room.min(axis=0)
+    return np.where(np.isfinite(in_scale), np.minimum(in_scale, MAX_SCALE), 1.0).astype(np.float32)
+
+
+def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Float32:
+    """float32[K]: s_k = a_k^alpha / w_k^(1 - alpha), clamped to 1e-4 … 1e4; 1 where a channel or a column is zero.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 4. The clamp is ours: it keeps the folded rows far from the limits
+    of float32.
+    """
+    usable = (activation_amax > 0) & (weight_amax > 0)
+    a, w = np.where(usable, activation_amax, 1.0), np.where(usable, weight_amax, 1.0)
+    return np.where(usable, np.clip(a**alpha / w ** (1 - alpha), MIN_SCALE, MAX_SCALE), 1.0).astype(np.float32)
+
+
+def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_]) -> Scaling:
+    """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
+
+    All readers of the tensor are judged together. Ties go to the earlier candidate, `none` first, so that nothing is
+    scaled for nothing.
+
+    Args:
+        weight: float32[out, K], stacked weights of all readers.
+        quantized: bool[out], the rows that will be quantized.
+    """
+    candidates = list(_candidates(statistics, weight[quantized], recipe))
+    measured = [_measure(candidate, statistics, weight[quantized]) for candidate in candidates]
+    return min(measured, key=lambda item: item.error)
+
+
+def _candidates(statistics: SiteStatistics, weight: Float32, recipe: Recipe) -> Iterator[Scaling]:
+    width = weight.shape[1]
+    zero = np.zeros(width, dtype=np.float32)
+    middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
+    shifts = {None: ("", "+shift") if recipe.scaling == "auto" else ("",), True: ("+shift",), False: ("",)}[recipe.shift]
+    weight_amax = np.abs(weight).max(axis=0)
+    for suffix in shifts:
+        in_shift = middle if suffix else zero
+        channel_amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
+        if recipe.scaling in ("none", "auto"):
+            yield Scaling(method="none" + suffix, in_scale=np.ones(width, dtype=np.float32), in_shift=in_shift)
+        for rho in {"dilate": (recipe.rho,), "auto": AUTO_RHO}.get(recipe.scaling, ()):
+            yield Scaling(method=f"dilate({rho:g}){suffix}", in_scale=dilate(weight, rho), in_shift=in_shift)
+        for alpha in {"smooth": (recipe.alpha,), "auto": AUTO_ALPHA}.get(recipe.scaling, ()):
+            in_scale = smooth(channel_amax, weight_amax, alpha)
+            yield Scaling(method=f"smooth({alpha:g}){suffix}", in_scale=in_scale, in_shift=in_shift)
+
+
+def _measure(candidate: Scaling, statistics: SiteStatistics, weight: Float32) -> Scaling:
+    """The candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep."""
+    in_scale, in_shift = candidate.in_scale, candidate.in_shift
+    scale = statistics.amax(in_scale, in_shift) / INT8.qmax
+    scale = np.where(scale > 0, scale, 1.0)[statistics.row_step][:, None]
+    scaled = (statistics.rows - in_shift) / in_scale
+    activation = np.clip(np.rint(scaled / scale), INT8.qmin, INT8.qmax) * scale
+    folded = weight * in_scale
+    step = weight_scale(folded)[:, None]
+    rounded = np.clip(np.rint(folded / step), INT8.qmin, INT8.qmax) * step
+    # The shift's own output, W m, is added exactly (it is folded into the bias).
+    exact = scaled @ folded.T
+    error = exact - activation @ rounded.T
+    signal = statistics.rows @ weight.T
+    relative = float(np.square(error, dtype=np.float64).sum() / max(np.square(signal, dtype=np.float64).sum(), 1e-30))
+    return Scaling(method=candidate.method, in_scale=in_scale, in_shift=in_shift, error=relative)

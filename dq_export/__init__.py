@@ -1,0 +1,3 @@
+"""dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels."""
+
+from __future__ import annotations

@@ -1,0 +1,348 @@
+"""Family `dit`: class-conditional diffusers `DiTTransformer2DModel` of any size, learned sigma or not."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.calibration.denoiser import InputSite, Linear, Observer
+from dq_export.calibration.recipe import Rule
+
+from .reference import Feed, Float32, ModelError, Network, Reference, transformer_folder
+
+if TYPE_CHECKING:
+    import torch
+
+ROW_REASON = "works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory"
+EDGE_REASON = "embedders and final projection stay float"
+RULES = (
+    Rule(match=r"^transformer_blocks\.\d+\.(attn1|ff)\.", action="w8a8"),
+    Rule(match=r"\.norm1\.linear$", action="weight-only", reason=ROW_REASON),
+    Rule(match=r"\.emb\.|^proj_out_[12]$|^pos_embed", action="float", reason=EDGE_REASON),
+)
+DEFAULT_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "clip_sample": False,
+}
+"""DiT's own (section 4 of arXiv 2212.09748, the ADM schedule), for a folder without a scheduler."""
+
+
+@dataclass(frozen=True)
+class DiT:
+    """The family: how a folder becomes a reference."""
+
+    name: str = "dit"
+    architecture: str = "DiTTransformer2DModel"
+    default_guidance: float = 4.0
+
+    def load(self, folder: Path, guidance: float) -> Reference:
+        """See `Family.load`. The default guidance is that of diffusers' DiTPipeline."""
+        transformer = transformer_folder(folder)
+        _refuse_pickles(transformer)
+        model = _load_transformer(transformer)
+        _refuse_unfit(model, transformer)
+        return DiTReference(model, _load_scheduler(folder), guidance)
+
+
+DIT = DiT()
+
+
+class DiTReference:
+    """A loaded DiT. See `Reference` for every member."""
+
+    def __init__(self, model: Any, scheduler: Any, guidance: float) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.guidance = guidance
+        self.classes = int(model.config.num_embeds_ada_norm)
+        self.sampler = type(scheduler).__name__
+        self.rules: tuple[Rule, ...] = RULES
+        self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+        self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
+        self.digest = _digest(model)
+        self.linears: Mapping[str, Linear] = _linears(model)
+
+    def weight(self, linear: str) -> Float32:
+        weight: Float32 = self.model.get_submodule(linear).weight.detach().numpy()
+        return weight
+
+    def bias(self, linear: str) -> Float32:
+        module = self.model.get_submodule(linear)
+        if module.bias is None:
+            return np.zeros(module.out_features, dtype=np.float32)
+        bias: Float32 = module.bias.detach().numpy()
+        return bias
+
+    def forward(self, feed: Feed) -> Float32:
+        import torch
+
+        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feed.items()}
+        timestep = tensors["timestep"].expand(len(tensors["hidden_states"]))
+        with torch.inference_mode():
+            output = self.model(
+                tensors["hidden_states"], timestep=timestep, class_labels=tensors["class_labels"], return_dict=False
+            )[0]
+        sample: Float32 = output.numpy()
+        return sample
+
+    def noise(self, samples: int, seed: int) -> Float32:
+        import torch
+
+        # One generator a sample: picture i does not depend on how many are drawn with it.
+        each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(samples)]
+        noise: Float32 = torch.stack(each).numpy()
+        return noise
+
+    def trajectory(self, labels: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float) -> Iterator[float]:
+        sampling = self._sample(self.noise(len(labels), seed), labels, steps=steps, guidance=guidance)
+        feed = next(sampling)
+        while True:
+            yield float(feed["timestep"][0])  # type: ignore[arg-type]
+            try:
+                feed = sampling.send(self.forward(feed))
+            except StopIteration:
+                return
+
+    def calls(
+        self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Iterator[tuple[Feed, Float32]]:
+        sampling = self._sample(noise, labels, steps=steps, guidance=guidance)
+        feed = next(sampling)
+        while True:
+            output = network(feed)
+            yield feed, output
+            try:
+                feed = sampling.send(output)
+            except StopIteration:
+                return
+
+    def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
+        sampling = self._sample(noise, labels, steps=steps, guidance=guidance)
+        feed = next(sampling)
+        while True:
+            try:
+                feed = sampling.send(network(feed))
+            except StopIteration as end:
+                latents: Float32 = end.value
+                return latents
+
+    def _sample(
+        self, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Generator[Feed, Float32, Float32]:
+        """diffusers' DiTPipeline loop as a coroutine: yields a feed, is sent the network's output, returns the latents.
+
+        With guidance > 1 a feed holds every sample twice, first with its label, then with the null label.
+        """
+        import torch
+
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps)
+        latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
+        guided = guidance > 1
+        null = np.full_like(labels, self.classes)
+        class_labels = np.concatenate([labels, null]) if guided else labels
+        extra = (
+            {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        )
+        for timestep in scheduler.timesteps:
+            if float(timestep) != int(timestep):
+                raise ModelError(f"scheduler {self.sampler} sends the fractional timestep {float(timestep)}; DiT takes integers")
+            scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+            output = yield {
+                "hidden_states": scaled.numpy(),
+                "timestep": np.asarray([int(timestep)], dtype=np.int64),
+                "class_labels": class_labels,
+            }
+            # A learned sigma doubles the channels; the samplers use the first half, the noise.
+            predicted = torch.from_numpy(output)[:, : latents.shape[1]]
+            if guided:
+                conditional, unconditional = predicted.chunk(2)
+                predicted = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+        final: Float32 = latents.numpy()
+        return final
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        def watch(name: str) -> Any:
+            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                observer(name, inputs[0].detach().flatten(0, -2))
+
+            return hook
+
+        handles = [self.model.get_submodule(s.linears[0]).register_forward_pre_hook(watch(s.name)) for s in self.sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def export_onnx(self, path: Path, *, shared: bool) -> None:
+        import torch
+
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        timestep = torch.zeros(1 if shared else 2, dtype=torch.int64)
+        dynamic = {"hidden_states": {0: batch}, "timestep": None if shared else {0: batch}, "class_labels": {0: batch}}
+        example = (torch.zeros(2, *self.feed_shape), timestep, torch.zeros(2, dtype=torch.int64))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            program = torch.onnx.export(
+                _named_wrapper(self.model),
+                example,
+                dynamo=True,
+                opset_version=21,
+                input_names=["hidden_states", "timestep", "class_labels"],
+                output_names=["sample"],
+                dynamic_shapes=dynamic,
+                verbose=False,
+            )
+        assert program is not None
+        program.save(path, external_data=True)
+
+
+def _named_wrapper(model: Any) -> Any:
+    """The network with diffusers' tensor names as positional arguments; its module is called `transformer`."""
+    import torch
+
+    class Wrapper(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = model
+
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.transformer(
+                hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False
+            )[0]
+            return output
+
+    return Wrapper().eval()
+
+
+def _sites(block: int, width: int) -> tuple[InputSite, ...]:
+    """The four quantized inputs of one block. adaLN's rows are shift, scale, gate of attention, then of the MLP."""
+    prefix = f"transformer_blocks.{block}"
+    query, key, value = (f"{prefix}.attn1.to_{letter}" for letter in "qkv")
+    proj, fc1, fc2 = f"{prefix}.attn1.to_out.0", f"{prefix}.ff.net.0.proj", f"{prefix}.ff.net.2"
+    modulation = f"{prefix}.norm1.linear"
+
+    def rows(chunk: int) -> tuple[int, int]:
+        return (chunk * width, (chunk + 1) * width)
+
+    return (
+        InputSite(
+            name=query,
+            linears=(query, key, value),
+            fold="modulation",
+            producer=modulation,
+            shift_rows=rows(0),
+            scale_rows=rows(1),
+        ),
+        InputSite(name=proj, linears=(proj,), fold="value", producer=value),
+        InputSite(name=fc1, linears=(fc1,), fold="modulation", producer=modulation, shift_rows=rows(3), scale_rows=rows(4)),
+        InputSite(name=fc2, linears=(fc2,), fold="explicit"),
+    )
+
+
+def _linears(model: Any) -> dict[str, Linear]:
+    import torch
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            edge = ".emb." in name or not name.startswith("transformer_blocks.")
+            kind = "edge" if edge else "modulation" if name.endswith(".norm1.linear") else "gemm"
+            found[name] = Linear(name=name, shape=(module.out_features, module.in_features), kind=kind)  # type: ignore[arg-type]
+    return found
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        new = folder / "diffusion_pytorch_model.safetensors"
+        raise ModelError(
+            f"{pickles[0]}: a pickle can run code when it is loaded, so only safetensors are read. Where you trust it, "
+            f'convert it: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{new}')\""
+        )
+    raise ModelError(f"{folder}: no .safetensors file; expected diffusion_pytorch_model.safetensors")
+
+
+def _load_transformer(folder: Path) -> Any:
+    import torch
+    from diffusers import DiTTransformer2DModel
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    previous = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = DiTTransformer2DModel.from_pretrained(
+            folder,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{folder}: the checkpoint cannot be loaded ({first}); is the file whole? Copy or download it again"
+        ) from error
+    finally:
+        logging.set_verbosity(previous)
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[problem]:
+            names = ", ".join(str(key) for key in sorted(info[problem], key=str)[:3])
+            what = f"{len(info[problem])} {problem.replace('_', ' ')}"
+            raise ModelError(f"{folder}: {what} in the checkpoint ({names} …); config.json and weights differ")
+    return model.eval()
+
+
+def _refuse_unfit(model: Any, folder: Path) -> None:
+    import torch
+
+    broken = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ModelError(f"{folder}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint is damaged")
+    if model.config.norm_type != "ada_norm_zero":
+        raise ModelError(f"{folder}: norm_type '{model.config.norm_type}'; family dit supports 'ada_norm_zero'")
+
+
+def _load_scheduler(folder: Path) -> Any:
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return diffusers.DDIMScheduler(**DEFAULT_SCHEDULER)
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{path}: not a scheduler configuration ({error!r})") from error
+    scheduler: Any = getattr(diffusers, name, None)
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise ModelError(f"{path}: '{name}' is not a scheduler of diffusers {diffusers.__version__}")
+    return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
+
+
+def _digest(model: Any) -> str:
+    digest = hashlib.sha256(json.dumps(dict(model.config), sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(memoryview(value.contiguous().numpy()).cast("B"))
+    return digest.hexdigest()

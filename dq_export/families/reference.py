@@ -1,0 +1,94 @@
+"""What an export needs from a model family, beyond what calibration needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.calibration.denoiser import Denoiser
+from dq_export.calibration.recipe import Rule
+
+Float32 = npt.NDArray[np.float32]
+Feed = Mapping[str, npt.NDArray[np.generic]]
+Network = Callable[[Feed], Float32]
+
+
+class ModelError(Exception):
+    """A model cannot be found, read or used; the message says which file and what to do."""
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The folder that holds the transformer's config.json: the pipeline's sub-folder, or the folder itself."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+class Reference(Denoiser, Protocol):
+    """The float PyTorch network of a checkpoint with its sampler: what every later stage is compared with."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of configuration and weights, hexadecimal."""
+
+    @property
+    def classes(self) -> int:
+        """Number of class labels, the null label of guidance not counted."""
+
+    @property
+    def guidance(self) -> float:
+        """The model's default classifier-free guidance scale."""
+
+    @property
+    def sampler(self) -> str:
+        """The scheduler's class, for the report."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The family's default recipe rules; together they match every linear."""
+
+    @property
+    def feed_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's `hidden_states`, without the batch."""
+
+    def forward(self, feed: Feed) -> Float32:
+        """One float network call: `hidden_states` float32[B, ...], `timestep` int64[1] or [B], `class_labels` int64[B]."""
+
+    def noise(self, samples: int, seed: int) -> Float32:
+        """float32[samples, ...]: the same for the same arguments on every machine."""
+
+    def calls(
+        self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Iterator[tuple[Feed, Float32]]:
+        """Sample with `network` in place of the reference; yields each call's feed and output."""
+
+    def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
+        """The sampled latents, shape of `noise`."""
+
+    def export_onnx(self, path: Path, *, shared: bool) -> None:
+        """Write the float network as ONNX (opset 21, external data), batch dynamic, `timestep` int64[1] if shared."""
+
+
+class Family(Protocol):
+    """One network architecture."""
+
+    @property
+    def name(self) -> str:
+        """As in the report."""
+
+    @property
+    def architecture(self) -> str:
+        """`_class_name` in the transformer's config.json."""
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale for a checkpoint that has no better one."""
+
+    def load(self, folder: Path, guidance: float) -> Reference:
+        """Load a pipeline folder, or a folder of only its transformer, in float32.
+
+        Raises:
+            ModelError: unreadable, not safetensors, another architecture, or weights that are not finite.
+        """

@@ -1,0 +1,154 @@
+"""The contract of a pass, and the runner that holds every pass to it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+STAMP = "dq_export.pass"
+
+
+class GraphError(Exception):
+    """A graph breaks a pass's or the runner's contract; the message names the pass and the node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What one pass did.
+
+    Args:
+        name: the pass.
+        changed: one line for each place it rewrote.
+        skipped: one line for each place it left alone although it looked alike, with the reason.
+    """
+
+    name: str
+    changed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+class GraphPass(ir.passes.InPlacePass):
+    """One rewrite. Sub-classes are frozen dataclasses whose fields are the options and artifacts.
+
+    A pass applies what calibration decided; it never chooses a number. `rewrite` must do nothing on a graph that it
+    has already rewritten.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def rewrite(self, model: ir.Model) -> PassReport:
+        """Change `model` in place and say what changed."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """onnx_ir's entry point."""
+        return ir.passes.PassResult(model, modified=bool(self.rewrite(model).changed))
+
+
+def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "") -> list[PassReport]:
+    """Apply passes in order; each is checked for what it may not do.
+
+    After each pass: the graph's inputs and outputs are unchanged, every value is produced, node names are unique, and
+    a second application changes nothing. New nodes are stamped with the pass's name. Unused nodes and initializers are
+    removed and the nodes sorted.
+
+    Args:
+        stop_after: stop behind the pass of this name, to find by bisection the pass that broke parity.
+
+    Raises:
+        GraphError: a pass broke the contract, or `stop_after` names no pass of the list.
+    """
+    reports = []
+    interface = _interface(model)
+    for item in passes:
+        before = set(model.graph)
+        report = item.rewrite(model)
+        RemoveUnusedNodesPass()(model)
+        TopologicalSortPass()(model)
+        for node in model.graph:
+            if node not in before:
+                node.metadata_props[STAMP] = item.name
+        _name_new_nodes(model, item.name)
+        if _interface(model) != interface:
+            raise GraphError(f"pass {item.name} changed the graph's inputs or outputs: {interface} -> {_interface(model)}")
+        _check(model, item.name)
+        again = item.rewrite(model)
+        if again.changed:
+            raise GraphError(f"pass {item.name} is not idempotent: a second run changed {again.changed[0]}")
+        reports.append(report)
+        if item.name == stop_after:
+            return reports
+    if stop_after:
+        raise GraphError(f"no pass is called '{stop_after}'; the passes are {[r.name for r in reports]}")
+    return reports
+
+
+def initializer(graph: ir.Graph, name: str, value: npt.NDArray[np.generic]) -> ir.Value:
+    """Register a new initializer; a taken name gets a number.
+
+    Args:
+        value: its content; dtype and shape are kept.
+    """
+    unique, number = name, 1
+    while unique in graph.initializers:
+        unique, number = f"{name}_{number}", number + 1
+    tensor = ir.tensor(np.ascontiguousarray(value).reshape(value.shape), name=unique)
+    made = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(made)
+    return made
+
+
+def like(value: ir.Value, source: ir.Value) -> None:
+    """Give a new value the shape and element type of another."""
+    value.shape = source.shape
+    if source.dtype is not None:
+        value.dtype = source.dtype
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The content of an initializer, or None for anything else."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    content: npt.NDArray[np.generic] = value.const_value.numpy()
+    return content
+
+
+def _interface(model: ir.Model) -> list[tuple[str | None, str, str]]:
+    return [(v.name, str(v.dtype), str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
+
+
+def _name_new_nodes(model: ir.Model, pass_name: str) -> None:
+    taken = {node.name for node in model.graph if node.name}
+    for node in model.graph:
+        if not node.name:
+            stem, number = f"{pass_name}.{node.outputs[0].name or node.op_type}", 0
+            node.name = stem
+            while node.name in taken:
+                number += 1
+                node.name = f"{stem}_{number}"
+            taken.add(node.name)
+
+
+def _check(model: ir.Model, pass_name: str) -> None:
+    known: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
+    names: set[str] = set()
+    wrong = []
+    for node in model.graph:
+        wrong += [
+            f"node '{node.name}' reads '{v.name}', which nothing produces"
+            for v in node.inputs
+            if v is not None and v not in known
+        ]
+        known.update(node.outputs)
+        if node.name in names:
+            wrong.append(f"two nodes are called '{node.name}'")
+        names.add(node.name or "")
+    if wrong:
+        raise GraphError(f"pass {pass_name} left a broken graph: " + "; ".join(wrong))

@@ -1,0 +1,77 @@
+"""Give weight-only modulation linears a rank-3 input, so that runtimes do not turn them into a float Gemm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dq_export.calibration.recipe import Rule
+
+from .base import GraphPass, PassReport, initializer, like
+from .match import LinearNode, linears, only_user
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LiftModulation(GraphPass):
+    """c[B, K] -> Gemm -> Split -> Unsqueeze  ->  c -> Unsqueeze -> MatMul[B, 1, N] -> Add -> Split (chunks [B, 1, D]).
+
+    ONNX Runtime fuses a 2-D MatMul and Add into Gemm before it looks at Q/DQ, and a Gemm with a dequantized weight runs
+    DequantizeLinear at every call. At rank 3 it stays a MatMul, which becomes MatMulNBits.
+
+    It does not act where
+        1. the linear is not weight-only in the recipe,
+        2. its Gemm's result is not split into chunks that are each unsqueezed at axis 1.
+
+    Exactness: bit-exact in real arithmetic; the runtime may choose another float kernel.
+
+    Args:
+        assigned: the deciding rule of every linear.
+    """
+
+    name: ClassVar[str] = "lift_modulation"
+    assigned: Mapping[str, Rule]
+
+    def rewrite(self, model: ir.Model) -> PassReport:
+        changed, skipped = [], []
+        for name, linear in linears(model).items():
+            if linear.gemm.op_type != "Gemm" or self.assigned[name].action != "weight-only":
+                continue
+            split = only_user(linear.output)
+            if split is None or split.op_type != "Split" or not all(_unsqueezed(chunk) for chunk in split.outputs):
+                skipped.append(f"'{name}': its chunks are not all unsqueezed at axis 1 (case 2)")
+                continue
+            _lift(model.graph, linear, split)
+            changed.append(f"'{name}'")
+        return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
+
+
+def _unsqueezed(chunk: ir.Value) -> bool:
+    return all(user.op_type == "Unsqueeze" for user, _ in chunk.uses())
+
+
+def _lift(graph: ir.Graph, linear: LinearNode, split: ir.Node) -> None:
+    name, gemm = linear.name, linear.gemm
+    axis = initializer(graph, f"{name}.token_axis", np.asarray([1], dtype=np.int64))
+    weight = initializer(graph, f"{name}.weight", linear.weight().T)
+    bias = initializer(graph, f"{name}.bias", linear.bias())
+    lifted = ir.node("Unsqueeze", [linear.input, axis])
+    matmul = ir.node("MatMul", [lifted.outputs[0], weight], metadata_props=dict(gemm.metadata_props))
+    add = ir.node("Add", [matmul.outputs[0], bias], metadata_props=dict(gemm.metadata_props))
+    sizes = split.inputs[1:]
+    number = {} if sizes else {"num_outputs": len(split.outputs)}
+    chunks = ir.node("Split", [add.outputs[0], *sizes], attributes={"axis": 2, **number}, num_outputs=len(split.outputs))
+    graph.insert_before(gemm, [lifted, matmul, add, chunks])
+    for old, new in zip(split.outputs, chunks.outputs, strict=True):
+        for unsqueeze, _ in list(old.uses()):
+            result = unsqueeze.outputs[0]
+            like(new, result)
+            for user, index in list(result.uses()):
+                user.replace_input_with(index, new)
+    for unsqueeze in [user for old in split.outputs for user, _ in list(old.uses())]:
+        graph.remove(unsqueeze, safe=True)
+    graph.remove([split, gemm], safe=True)
+    matmul.name = name

@@ -1,0 +1,76 @@
+"""Store weights as integer codes and a DequantizeLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.qtypes import INT8
+from dq_export.calibration.recipe import Rule
+
+from .base import GraphError, GraphPass, PassReport, constant, initializer
+from .match import LinearNode, linears
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizeWeights(GraphPass):
+    """MatMul(x, W)  ->  MatMul(x, DequantizeLinear(codes, scale, 0)).
+
+    `w8a8`: int8[K, N], scale float32[N] at axis 1. `weight-only`: int8[K, N], scale float32[K / block, N], blocks along
+    axis 0. Codes are round-half-even(W / scale) in -127 … 127. Zero points are explicit: without them ONNX Runtime runs
+    the GEMM in float.
+
+    It does not act where
+        1. the recipe leaves the linear float,
+        2. the weight is stored as codes already.
+
+    Exactness: lossy by design; each weight moves by at most scale / 2.
+
+    Args:
+        result: holds the scale of every quantized weight.
+        assigned: the deciding rule of every linear.
+    """
+
+    name: ClassVar[str] = "quantize_weights"
+    result: CalibrationResult
+    assigned: Mapping[str, Rule]
+
+    def rewrite(self, model: ir.Model) -> PassReport:
+        changed, skipped = [], []
+        for name, linear in linears(model).items():
+            if self.assigned[name].action == "float":
+                skipped.append(f"'{name}': {self.assigned[name].reason or 'float in the recipe'} (case 1)")
+            elif constant(linear.gemm.inputs[1]) is not None:
+                _quantize(model.graph, linear, self.result.weight_scale[name])
+                changed.append(f"'{name}' {self.assigned[name].action}")
+        return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
+
+
+def codes_of(weight: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int8]:
+    """int8, shape of `weight`: round-half-even(weight / scale), clipped to -127 … 127; scale broadcasts."""
+    rounded: npt.NDArray[np.int8] = np.clip(np.rint(weight / scale), INT8.qmin, INT8.qmax).astype(np.int8)
+    return rounded
+
+
+def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32]) -> None:
+    name, gemm = linear.name, linear.gemm
+    if gemm.op_type == "Gemm":
+        raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
+    weight = linear.weight().T
+    blocked = scale.ndim == 2
+    block_size = weight.shape[0] // scale.shape[0] if blocked else 0
+    full = np.repeat(scale, block_size, axis=0) if blocked else scale
+    codes = initializer(graph, f"{name}.weight_codes", codes_of(weight, full))
+    stored = initializer(graph, f"{name}.weight_scale", scale)
+    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(scale.shape, dtype=np.int8))
+    attributes = {"axis": 0, "block_size": block_size} if blocked else {"axis": 1}
+    node = ir.node("DequantizeLinear", [codes, stored, zero], attributes=attributes, name=f"{name}.weight_dq")
+    node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(weight.shape), ir.DataType.FLOAT
+    graph.insert_before(gemm, node)
+    gemm.replace_input_with(1, node.outputs[0])

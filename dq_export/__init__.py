@@ -1,3 +1,60 @@
-"""dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels."""
+"""dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels.
+
+`export` does everything; `calibrate`, `quantize` and `build` stop after that stage. Importing this package loads neither
+torch nor a runtime.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .report import Report
+
+__all__ = ["build", "calibrate", "export", "quantize"]
+
+
+def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:
+    """Export a model and prove what was exported.
+
+    Args:
+        model: `dit`, `dit-digits`, a hub id or a local diffusers folder.
+        output_dir: a new folder, or one that holds an earlier run of the same options, which is then continued.
+        options: every key of the recipe (`format`, `bits`, `method`, `scaling`, `steps` …), and `exclude` (a tuple of
+            regular expressions), `overwrite`, `progress` as in `dq_export.pipeline.run`.
+
+    Returns:
+        The report, also written to `output_dir/report.json`.
+
+    Raises:
+        ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError.
+    """
+    return _run("bench", model, output_dir, options)
+
+
+def calibrate(*, model: str, output_dir: str | Path, **options: Any) -> Report:
+    """Like `export`, up to `calibration.safetensors`."""
+    return _run("calibrate", model, output_dir, options)
+
+
+def quantize(*, model: str, output_dir: str | Path, **options: Any) -> Report:
+    """Like `export`, up to the Q/DQ graph `model.onnx`."""
+    return _run("quantize", model, output_dir, options)
+
+
+def build(*, model: str, output_dir: str | Path, **options: Any) -> Report:
+    """Like `export`, up to the engine, not audited and not compared."""
+    return _run("build", model, output_dir, options)
+
+
+def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]) -> Report:
+    from pathlib import Path
+
+    from .calibration.recipe import Recipe
+    from .pipeline import run
+
+    how = {key: options.pop(key) for key in ("exclude", "overwrite", "progress") if key in options}
+    recipe = Recipe.parse({"model": model, **options}, "dq_export")
+    return run(recipe, Path(output_dir), until=until, **how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -197,6 +198,9 @@ class DiTReference:
         timestep = torch.zeros(1 if shared else 2, dtype=torch.int64)
         dynamic = {"hidden_states": {0: batch}, "timestep": None if shared else {0: batch}, "class_labels": {0: batch}}
         example = (torch.zeros(2, *self.feed_shape), timestep, torch.zeros(2, dtype=torch.int64))
+        chatter = logging.getLogger("torch.onnx")
+        level = chatter.level
+        chatter.setLevel(logging.ERROR)  # it warns of every optional package that is not installed
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
@@ -209,6 +213,7 @@ class DiTReference:
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
+        chatter.setLevel(level)
         assert program is not None
         program.save(path, external_data=True)
 
@@ -285,11 +290,11 @@ def _refuse_pickles(folder: Path) -> None:
 def _load_transformer(folder: Path) -> Any:
     import torch
     from diffusers import DiTTransformer2DModel
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
 
-    previous = logging.get_verbosity()
-    logging.set_verbosity_error()
+    previous = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     try:
         model, info = DiTTransformer2DModel.from_pretrained(
             folder,
@@ -305,7 +310,7 @@ def _load_transformer(folder: Path) -> Any:
             f"{folder}: the checkpoint cannot be loaded ({first}); is the file whole? Copy or download it again"
         ) from error
     finally:
-        logging.set_verbosity(previous)
+        diffusers_logging.set_verbosity(previous)
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[problem]:
             names = ", ".join(str(key) for key in sorted(info[problem], key=str)[:3])

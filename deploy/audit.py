@@ -1,0 +1,153 @@
+"""Which GEMMs of a built engine really run on integer kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from dq_export.calibration.recipe import Rule
+from dq_export.passes.base import constant
+from dq_export.passes.match import linears
+
+INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul"})
+BLOCKED = frozenset({"MatMulNBits"})
+
+
+class AuditError(Exception):
+    """Too few of the GEMMs that the recipe quantizes run on integer kernels; names each, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemm:
+    """One GEMM of the graph.
+
+    Args:
+        name: module name, or the node's name where no weight is involved (attention).
+        flops: multiply-adds times 2, for one sample.
+        wanted: the recipe's action; `none` for GEMMs without a weight.
+        kernel: the operator that runs it after optimisation.
+        integer: whether that operator multiplies integers.
+        reason: why not, if the recipe wanted it to.
+    """
+
+    name: str
+    flops: int
+    wanted: str
+    kernel: str
+    integer: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """All GEMMs of an engine."""
+
+    gemms: tuple[Gemm, ...]
+
+    @property
+    def coverage(self) -> float:
+        """FLOPs in integer kernels / FLOPs that the recipe quantizes to w8a8."""
+        wanted = [gemm for gemm in self.gemms if gemm.wanted == "w8a8"]
+        return sum(g.flops for g in wanted if g.integer) / max(sum(g.flops for g in wanted), 1)
+
+    @property
+    def integer_share(self) -> float:
+        """FLOPs in integer kernels / FLOPs of all GEMMs of the network, attention included."""
+        return sum(g.flops for g in self.gemms if g.integer) / max(sum(g.flops for g in self.gemms), 1)
+
+    def require(self, threshold: float) -> None:
+        """Fail below a share.
+
+        Raises:
+            AuditError: `coverage` is below `threshold`.
+        """
+        if self.coverage < threshold:
+            lost = [f"  {g.name}: {g.kernel}; {g.reason}" for g in self.gemms if g.wanted == "w8a8" and not g.integer]
+            raise AuditError(
+                f"{self.coverage:.1%} of the quantized GEMMs' FLOPs run on integer kernels, the recipe requires {threshold:.1%}. "
+                f"In float:\n" + "\n".join(lost)
+            )
+
+
+def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Audit:
+    """Audit an ONNX Runtime session by the graph it optimised `model` to.
+
+    Args:
+        model: the graph that was handed to ONNX Runtime.
+        optimized: what the session wrote as its optimised graph.
+        assigned: the recipe's decisions.
+    """
+    graph = ir.load(model)
+    kernels = {str(node.name).split("/")[0]: node.op_type for node in ir.load(optimized).graph}
+    sizes = _shapes(model)
+    found = linears(graph)
+    by_node = {linear.gemm: name for name, linear in found.items()}
+    gemms = []
+    for node in graph.graph:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        module = by_node.get(node)
+        name = module or str(node.name)
+        wanted = assigned[module].action if module else "none"
+        kernel = kernels.get(str(node.name), "not found")
+        integer = kernel in INTEGER
+        reason = "" if integer or wanted != "w8a8" else _why_float(node, kernel)
+        gemms.append(Gemm(name=name, flops=_flops(node, sizes), wanted=wanted, kernel=kernel, integer=integer, reason=reason))
+    missing = [name for name, rule in assigned.items() if rule.action == "w8a8" and name not in found]
+    gemms += [
+        Gemm(name=name, flops=1, wanted="w8a8", kernel="none", integer=False, reason="the graph has no such GEMM")
+        for name in missing
+    ]
+    return Audit(gemms=tuple(gemms))
+
+
+def _why_float(node: ir.Node, kernel: str) -> str:
+    """The first rule of ONNX Runtime's Q/DQ fusion that a GEMM breaks."""
+    if node.op_type == "Gemm" or kernel in ("Gemm", "FusedGemm"):
+        return "it became a Gemm before Q/DQ fusion; give it an input of rank 3"
+    for label, value in zip(("activation", "weight"), node.inputs[:2], strict=True):
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != "DequantizeLinear":
+            return f"its {label} has no DequantizeLinear"
+        if len(producer.inputs) < 3 or producer.inputs[2] is None:
+            return f"the DequantizeLinear of its {label} has no zero point; give it an explicit one"
+    activation = node.inputs[0].producer() if node.inputs[0] is not None else None
+    assert activation is not None
+    zero = constant(activation.inputs[2])
+    if zero is None or zero.size != 1 or "axis" in activation.attributes:
+        return "its activation is quantized along an axis, not by one scale; use the factored form"
+    if zero.dtype == np.int8 and len(list(activation.outputs[0].uses())) > 1:
+        return "its int8 activation feeds several GEMMs; use uint8 with zero point 128"
+    return f"ONNX Runtime chose {kernel}; no known rule says why"
+
+
+def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
+    left, result = (sizes.get(str(value.name), ()) for value in (node.inputs[0], node.outputs[0]) if value is not None)
+    if not left or not result:
+        return 0
+    return 2 * int(np.prod(result)) * left[-1]
+
+
+def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all values for a batch of one, without reading any weight."""
+    import onnx
+
+    proto = onnx.load(model, load_external_data=False)
+    for value in proto.graph.input:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_value = 1
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    known = {}
+    for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        if all(shape):
+            known[value.name] = tuple(shape)
+    return known

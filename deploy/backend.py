@@ -1,0 +1,54 @@
+"""What the export needs from a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.passes.base import GraphPass
+
+Float32 = npt.NDArray[np.float32]
+Feed = Mapping[str, npt.NDArray[np.generic]]
+
+
+class BackendError(Exception):
+    """A backend is missing, or cannot build or run the graph; the message says what to install or change."""
+
+
+class Engine(Protocol):
+    """A loaded graph, ready to run."""
+
+    @property
+    def session(self) -> Any:
+        """The runtime's own object, for polygraphy."""
+
+    def __call__(self, feed: Feed) -> Float32:
+        """One network call: `sample` float32."""
+
+
+class Backend(Protocol):
+    """Legalises, builds and runs."""
+
+    @property
+    def name(self) -> str:
+        """As given to --format."""
+
+    def shared_timesteps(self, wanted: str) -> bool:
+        """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
+
+    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+        """Passes from the canonical graph to the one that the backend runs on its integer kernels."""
+
+    def build(self, model: Path, folder: Path) -> None:
+        """Build `model` into `folder`.
+
+        Raises:
+            BackendError: the runtime is missing or refuses the graph.
+        """
+
+    def load(self, model: Path, *, optimize: bool = True) -> Engine:
+        """Load a graph; `optimize=False` runs it node by node as written."""

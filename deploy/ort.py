@@ -1,0 +1,98 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dq_export.passes.base import GraphPass
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.unsign_codes import UnsignCodes
+
+from .backend import BackendError, Engine, Feed, Float32
+
+PROVIDERS = ["CPUExecutionProvider"]
+OPTIMIZED = "optimized.onnx"
+IR_VERSION = 10
+"""What opset 21 needs; ONNX Runtime 1.31 loads up to 13."""
+
+
+@dataclass(frozen=True, eq=False)
+class OrtEngine:
+    """An onnxruntime.InferenceSession with one output."""
+
+    session: Any
+
+    def __call__(self, feed: Feed) -> Float32:
+        result: Float32 = self.session.run(None, dict(feed))[0]
+        return result
+
+
+@dataclass(frozen=True)
+class Ort:
+    """See `Backend`. Builds leave the optimised graph as `engine/optimized.onnx`, from which the audit reads."""
+
+    name: str = "ort"
+
+    def shared_timesteps(self, wanted: str) -> bool:
+        """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
+        return wanted != "per-sample"
+
+    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both."""
+        return (UnsignCodes(),) if shared else (FactorScale(), UnsignCodes())
+
+    def build(self, model: Path, folder: Path) -> None:
+        """Create the session once with the graph that it will run written to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        options = _options(optimize=True)
+        options.optimized_model_filepath = str(folder / OPTIMIZED)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{OPTIMIZED}.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        session = _session(model, options)
+        ort = _onnxruntime()
+        described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
+        (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    def load(self, model: Path, *, optimize: bool = True) -> Engine:
+        """See `Backend.load`."""
+        return OrtEngine(session=_session(model, _options(optimize=optimize)))
+
+
+ORT = Ort()
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "onnxruntime is not installed; `pip install onnxruntime` (extra 'cpu'), needed to build and verify"
+        ) from error
+    return onnxruntime
+
+
+def _options(*, optimize: bool) -> Any:
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    return options
+
+
+def _session(model: Path, options: Any) -> Any:
+    ort = _onnxruntime()
+    try:
+        return ort.InferenceSession(str(model), options, providers=PROVIDERS)
+    except _errors(ort) as error:
+        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {model}: {error}") from error
+
+
+def _errors(ort: Any) -> tuple[type[Exception], ...]:
+    """onnxruntime's own exceptions, which share no base class."""
+    state = ort.capi.onnxruntime_pybind11_state
+    names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
+    return tuple(getattr(state, name) for name in names)

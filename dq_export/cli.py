@@ -1,0 +1,302 @@
+"""The command line: the only place that prints or reads the environment."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+FAILED, USAGE, AUDIT, PARITY, INTERRUPTED = 1, 2, 3, 4, 130
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GROUPS = ("What to export", "How to quantize", "Calibration", "Output")
+
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    name="dq-export",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def option(panel: int, text: str, *names: str, **more: Any) -> Any:
+    """A typer option in one of the help's groups."""
+    return typer.Option(*names, help=text, rich_help_panel=GROUPS[panel], show_default=False, **more)
+
+
+def export_options(
+    model: Annotated[str, option(0, "dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
+    format_: Annotated[str, option(0, "ort (engine) or onnx (canonical Q/DQ graph) (default ort)", "--format")] = "",
+    bits: Annotated[str, option(0, "w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
+    timesteps: Annotated[str, option(0, "auto, shared ([1]) or per-sample ([B]) (default auto)", "--timesteps")] = "",
+    recipe: Annotated[Path | None, option(0, "YAML with these options and rules; flags win", "--recipe")] = None,
+    method: Annotated[str, option(1, "scales by minmax, percentile or mse (default mse)", "--method")] = "",
+    percentile: Annotated[float | None, option(1, "for --method percentile (default 99.99)", "--percentile")] = None,
+    bins: Annotated[str, option(1, "timestep bins: auto, per-step, or a number (1: static) (default auto)", "--bins")] = "",
+    scaling: Annotated[str, option(1, "auto, none, dilate or smooth (default auto)", "--scaling")] = "",
+    alpha: Annotated[float | None, option(1, "for --scaling smooth (default 0.5)", "--alpha")] = None,
+    rho: Annotated[float | None, option(1, "for --scaling dilate (default 1.0)", "--rho")] = None,
+    shift: Annotated[bool | None, option(1, "per-channel shift (default where auto gains)", "--shift/--no-shift")] = None,
+    exclude: Annotated[list[str] | None, option(1, "REGEX of linears to leave float; repeatable", "--exclude")] = None,
+    calib_size: Annotated[int | None, option(2, "pictures to sample (default 16)", "--calib-size")] = None,
+    steps: Annotated[int | None, option(2, "sampler steps a picture (default 50)", "--steps")] = None,
+    guidance_scale: Annotated[float | None, option(2, "guidance (default the model's)", "--guidance-scale")] = None,
+    seed: Annotated[int | None, option(2, "of noise and labels (default 0)", "--seed")] = None,
+    min_coverage: Annotated[float | None, option(3, "integer share required (default 0.95)", "--min-coverage")] = None,
+    min_sqnr: Annotated[float | None, option(3, "dB required of each network call (default 20)", "--min-sqnr")] = None,
+    output_dir: Annotated[
+        Path, option(3, "new folder, or an earlier run to continue (default out)", "--output-dir", "-o")
+    ] = Path("out"),
+    overwrite: Annotated[bool, option(3, "redo in a folder of another run what differs", "--overwrite")] = False,
+    as_json: Annotated[bool, option(3, "print report.json instead of the summary", "--json")] = False,
+    verbose: Annotated[bool, option(3, "also what each pass and stage did", "--verbose", "-v")] = False,
+    quiet: Annotated[bool, option(3, "only errors and the summary", "--quiet", "-q")] = False,
+) -> None:
+    """The options of every command that exports."""
+
+
+def exporting(until: str, text: str) -> Callable[..., None]:
+    """A command with the export's options that stops after a stage."""
+
+    def command(context: typer.Context, **options: Any) -> None:
+        if context.invoked_subcommand is None:
+            _export(until, options)
+
+    signature = inspect.signature(export_options, eval_str=True)
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = signature.replace(parameters=[context, *signature.parameters.values()])  # type: ignore[attr-defined]
+    command.__annotations__ = {"context": typer.Context, **{p.name: p.annotation for p in signature.parameters.values()}}
+    command.__doc__ = text
+    return command
+
+
+def _export(until: str, options: dict[str, Any]) -> None:
+    from dq_export.calibration.recipe import Recipe, RecipeError
+
+    from .pipeline import run
+
+    folder, path = options.pop("output_dir"), options.pop("recipe")
+    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose")}
+    exclude = tuple(options.pop("exclude") or ())
+    options["format"] = options.pop("format_")
+    given: dict[str, Any] = {key: value for key, value in options.items() if value not in ("", None)}
+    for key in ("bits", "format"):
+        if key in given:
+            given[key] = given[key].lower()
+    if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):
+        given["bins"] = int(given["bins"])
+    base = Recipe.load(path).model_dump(exclude_unset=True) if path else {}
+    if "model" not in {**base, **given}:
+        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+    recipe = Recipe.parse({**base, **given}, "option" if not path else f"recipe {path} with flags")
+    watch = Lines(quiet=how["quiet"] or how["as_json"])
+    try:
+        report = run(recipe, folder, exclude=exclude, until=until, overwrite=how["overwrite"], progress=watch)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if how["as_json"]:
+        print(report.model_dump_json(indent=1))
+    else:
+        summarize(report, folder, verbose=how["verbose"])
+
+
+EVERYTHING = """Diffusion transformers to quantized engines that provably run on low-precision kernels.
+
+Without a command: calibrate, quantize, build, audit, verify against PyTorch and bench, into one folder.
+Exit status: 0 done, 1 failed, 2 bad input, 3 engine runs in float, 4 too far from PyTorch, 130 interrupted.
+"""
+app.callback(invoke_without_command=True)(exporting("bench", EVERYTHING))
+for _stage, _text in (
+    ("calibrate", "Measure the model and decide all scales."),
+    ("quantize", "Up to the Q/DQ graph model.onnx."),
+    ("build", "Up to the engine, not audited or verified."),
+):
+    app.command(_stage, rich_help_panel="Stages")(exporting(_stage, _text))
+
+Folder = Annotated[Path, typer.Argument(help="an export's output folder", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="print JSON", show_default=False)]
+
+
+@app.command(rich_help_panel="On a finished export")
+def verify(out: Folder) -> None:
+    """Replay parity/ on model.onnx with polygraphy; fails like CI would."""
+    import shlex
+    import subprocess
+
+    command = _read(out / "parity" / "command.txt").strip()
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, "-m", "polygraphy", *words[1:]], cwd=out, check=False)
+    raise typer.Exit(PARITY if done.returncode else 0)
+
+
+@app.command(rich_help_panel="On a finished export")
+def audit(out: Folder, as_json: Json = False) -> None:
+    """Build the engine anew on this machine and list the kernel of every GEMM."""
+    from .finished import audit_again
+
+    report, required = audit_again(out)
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    else:
+        table = Table("GEMM", "wanted", "kernel", "why not integer")
+        for gemm in report.gemms:
+            table.add_row(gemm.name, gemm.wanted, gemm.kernel, gemm.reason)
+        Console().print(table)
+        print(f"{report.coverage:.1%} of the quantized GEMMs' FLOPs run on integer kernels; required {required:.1%}")
+    if report.coverage < required:
+        raise typer.Exit(AUDIT)
+
+
+@app.command(rich_help_panel="On a finished export")
+def bench(out: Folder, as_json: Json = False) -> None:
+    """Time the engine against the float ONNX graph, interleaved."""
+    from .finished import bench_again
+
+    latency = bench_again(out)
+    if as_json:
+        print(latency.model_dump_json(indent=1))
+        return
+    print(f"batch {latency.batch}: float {latency.float_ms:.2f} ms, engine {latency.engine_ms:.2f} ms, {latency.ratio:.2f}x")
+    if latency.ratio < 1:
+        print("warning: the quantized engine is slower than the float one here", file=sys.stderr)
+
+
+@app.command(rich_help_panel="On a finished export")
+def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name of a linear", show_default=False)]) -> None:
+    """Why a linear is quantized as it is: the deciding rule, scaling, bins and kernel."""
+    from .finished import explain_linear
+
+    for label, value in explain_linear(out, name).items():
+        print(f"{label:10} {value}")
+
+
+class Lines:
+    """Progress as rich's bar on a terminal, as plain lines otherwise."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.stage, self.start, self.said = "", 0.0, 0.0
+
+    def begin(self, stage: str, what: str) -> None:
+        """Say which stage starts."""
+        self.stage, self.start, self.said = stage, time.monotonic(), time.monotonic()
+        self._say(f"{stage:9} {what}")
+
+    def advance(self, done: int, total: int) -> None:
+        """Say how far the stage is and how long it will take: always on a terminal, every 5 s elsewhere."""
+        now = time.monotonic()
+        if self.quiet or not done or now - self.said < (0.2 if self.console.is_terminal else 5.0):
+            return
+        self.said = now
+        left = (now - self.start) / done * (total - done)
+        text = f"{self.stage:9} {done}/{total}, {left:.0f} s left"
+        if self.console.is_terminal:
+            self.console.print(text + " " * 20, end="\r")
+        else:
+            self._say(text)
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """Say what came out."""
+        taken = "kept from an earlier run" if kept else f"{seconds:.1f} s"
+        self._say(f"{self.stage:9} done: {result + ', ' if result else ''}{taken}" + " " * 12)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text.rstrip() if not self.console.is_terminal else text, soft_wrap=True)
+
+
+def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
+    """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
+    table = Table(title=f"{report.model} -> {folder}", show_header=False)
+    if report.audit:
+        table.add_row("integer kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
+        table.add_row("", f"{report.audit.integer_share:.1%} of all GEMM FLOPs (attention and skipped linears included)")
+    for row in report.parity.trajectories if report.parity else ():
+        low = report.worst_call(row.stage)
+        calls = f"calls {report.mean_sqnr(row.stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
+        table.add_row(f"SQNR {row.stage}", f"{calls}; trajectory {row.sqnr:.1f} dB")
+    if report.size:
+        size = report.size
+        ratio = size.float_bytes / size.engine_bytes
+        table.add_row("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)")
+    if report.latency:
+        speed = report.latency
+        table.add_row(
+            f"latency, batch {speed.batch}", f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
+        )
+    for reason, count in report.skipped():
+        table.add_row("not W8A8", f"{count} linears, {reason}")
+    for line in report.passes if verbose else ():
+        table.add_row("pass", line)
+    for stage, seconds in report.seconds.items() if verbose else ():
+        table.add_row("seconds", f"{stage}: {seconds}")
+    Console().print(table)
+    print(f"report: {folder / 'report.html'}")
+    if report.latency and report.latency.ratio < 1:
+        print("warning: the quantized engine is slower than the float one on this machine", file=sys.stderr)
+
+
+def _read(path: Path) -> str:
+    from .ledger import OutputError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}; is its folder a finished export?") from error
+
+
+def _statuses() -> dict[type[Exception], int]:
+    """Every error that is the user's to mend, with its exit status."""
+    from dq_export.calibration.artifacts import CalibrationError
+    from dq_export.calibration.recipe import RecipeError
+    from dq_export.deploy.audit import AuditError
+    from dq_export.deploy.backend import BackendError
+    from dq_export.deploy.parity import ParityError
+    from dq_export.passes.base import GraphError
+
+    from .families.reference import ModelError
+    from .ledger import OutputError
+
+    return {
+        ModelError: USAGE,
+        RecipeError: USAGE,
+        OutputError: USAGE,
+        CalibrationError: FAILED,
+        GraphError: FAILED,
+        BackendError: FAILED,
+        AuditError: AUDIT,
+        ParityError: PARITY,
+    }
+
+
+def main() -> None:
+    """Run the command line; user errors become one message and a status, never a traceback."""
+    try:
+        app()
+    except ImportError as error:
+        print(f"error: the package '{error.name}' is missing; pip install 'dq-export[cpu]'", file=sys.stderr)
+        sys.exit(FAILED)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        print(f"error: no space left for {error.filename or 'the output folder'}; free some and run the same command again: "
+              "finished stages are kept", file=sys.stderr)  # fmt: skip
+        sys.exit(FAILED)
+    except Exception as error:
+        status = next((code for kind, code in _statuses().items() if isinstance(error, kind)), None)
+        if status is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(status)

@@ -1,0 +1,330 @@
+"""The whole export: one stage after the other, each finished whole, recorded, and never done twice."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Sampling
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.deploy.backend import Backend
+
+from .families.reference import Reference
+from .ledger import Ledger, claim, write_text
+from .report import LinearReport, Report, render_html
+
+STAGES = ("float", "calibrate", "quantize", "build", "audit", "verify", "bench")
+VERSIONED = ("dq-export", "torch", "diffusers", "numpy", "onnx-ir", "onnxruntime")
+
+
+class Progress(Protocol):
+    """Where a run says what it does."""
+
+    def begin(self, stage: str, what: str) -> None:
+        """A stage starts."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Work done and in all of the running stage."""
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """The running stage is finished; `kept`: its results were there already."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, stage: str, what: str) -> None:
+        """Nothing."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """Nothing."""
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    exclude: tuple[str, ...] = (),
+    until: str = STAGES[-1],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
+
+    Args:
+        exclude: regular expressions of module names that stay float, before all of the recipe's rules.
+        until: the last stage to run, one of STAGES.
+        overwrite: accept a folder that holds a run of another recipe.
+
+    Raises:
+        ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError: see each.
+            The report is written before AuditError and ParityError are raised.
+    """
+    from .families.source import load_reference
+
+    watch = progress or Silent()
+    watch.begin("load", recipe.model)
+    start = time.monotonic()
+    reference = load_reference(recipe.model)
+    backend = pick_backend(recipe.format)
+    resolved = resolve(recipe, exclude, reference, backend)
+    assigned = resolved.assign(reference.linears)
+    watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
+    with claim(folder, resolved.dump(), overwrite=overwrite) as ledger:
+        export = Export(
+            recipe=resolved, reference=reference, backend=backend, assigned=assigned, folder=folder, ledger=ledger, progress=watch
+        )
+        export.run_stages(until)
+        report = export.report()
+        write_report(report, folder)
+        export.judge(report)
+    return report
+
+
+def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, backend: Backend | None) -> Recipe:
+    """The recipe with every value filled in that depends on the model or the backend.
+
+    Raises:
+        RecipeError: a pattern of `exclude` is no regular expression.
+    """
+    try:
+        front = tuple(Rule(match=pattern, action="float", reason="excluded by --exclude") for pattern in exclude)
+    except ValueError as error:
+        raise RecipeError(f"--exclude: not a regular expression: {', '.join(exclude)}") from error
+    shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
+    return recipe.model_copy(
+        update={
+            "rules": (*front, *(reference.rules if recipe.rules is None else recipe.rules)),
+            "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
+            "timesteps": "shared" if shared else "per-sample",
+        }
+    )
+
+
+def pick_backend(name: str) -> Backend | None:
+    """The backend of a format; None for `onnx`, which builds nothing."""
+    from dq_export.deploy.backends import BACKENDS
+
+    return next((backend for backend in BACKENDS if backend.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Export:
+    """One export: what it works on, and its stages."""
+
+    recipe: Recipe
+    reference: Reference
+    backend: Backend | None
+    assigned: Mapping[str, Rule]
+    folder: Path
+    ledger: Ledger
+    progress: Progress
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run_stages(self, until: str) -> None:
+        """Every stage in order, up to and including `until`."""
+        r, digest = self.recipe, self.ledger.digest
+        self._stage("float", "PyTorch to ONNX", ("float",), self._export_float, lambda: [self.reference.digest, r.timesteps])
+        self._stage(
+            "calibrate", self._calls_text(), ("calibration.safetensors",), self._calibrate, self._calibration_inputs, until
+        )
+        self._stage(
+            "quantize", "passes on the graph", ("model.onnx", "model.onnx.data"), self._quantize,
+            lambda: [digest("float"), digest("calibrate"), r.format, self._actions()], until,
+        )  # fmt: skip
+        if self.backend:
+            self._stage("build", f"engine for {self.backend.name}", ("engine",), self._build, lambda: [digest("quantize")], until)
+            self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
+        self._stage(
+            "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", ("parity",), self._verify,
+            lambda: [digest("quantize"), r.steps, r.seed, r.guidance_scale], until,
+        )  # fmt: skip
+        if self.backend:
+            self._stage("bench", "engine against float ONNX", (), self._bench, lambda: [digest("build")], until)
+
+    def report(self) -> Report:
+        """What is known so far."""
+        calibration = self._load_calibration() if "calibrate" in self.results else None
+        done = self.results
+        return Report(
+            version=1,
+            model=self.recipe.model,
+            digest=self.reference.digest,
+            sampler=self.reference.sampler,
+            guidance_scale=self.recipe.guidance_scale or 1.0,
+            timesteps=self.recipe.timesteps,
+            machine=f"{platform.machine()}, {platform.system()}, {cpu_name()}",
+            versions=versions(),
+            seconds={name: result["seconds"] for name, result in done.items()},
+            linears=[self._linear_report(name, calibration) for name in self.reference.linears],
+            passes=done.get("quantize", {}).get("passes", []),
+            size=done.get("quantize", {}).get("size"),
+            audit=done.get("audit", {}).get("audit"),
+            parity=done.get("verify", {}).get("parity"),
+            latency=done.get("bench", {}).get("latency"),
+        )
+
+    def judge(self, report: Report) -> None:
+        """Fail an export whose engine runs in float, or is too far from PyTorch.
+
+        Raises:
+            AuditError, ParityError: with what is wrong and what to try.
+        """
+        from .verdict import require_audit, require_parity
+
+        if report.audit:
+            require_audit(report.audit, self.recipe.min_coverage)
+        if report.parity:
+            require_parity(report.parity, self.recipe.min_sqnr)
+
+    def _stage(
+        self,
+        name: str,
+        what: str,
+        outputs: tuple[str, ...],
+        work: Callable[[Path], dict[str, Any]],
+        inputs: Callable[[], list[Any]],
+        until: str = STAGES[-1],
+    ) -> None:
+        if STAGES.index(name) > STAGES.index(until):
+            return
+        self.progress.begin(name, what)
+        start = time.monotonic()
+
+        def timed(partial: Path) -> dict[str, Any]:
+            result = work(partial)
+            return {**result, "seconds": round(time.monotonic() - start, 2)}
+
+        result, now = self.ledger.stage(name, {"inputs": inputs(), "versions": versions()}, outputs, timed)
+        self.results[name] = result
+        self.progress.end(time.monotonic() - start, result.get("summary", ""), kept=not now)
+
+    def _export_float(self, partial: Path) -> dict[str, Any]:
+        (partial / "float").mkdir()
+        path = partial / "float" / "model.onnx"
+        self.reference.export_onnx(path, shared=self.recipe.timesteps == "shared")
+        return {"summary": f"{_bytes(path) / 1e6:.1f} MB"}
+
+    def _sampling(self) -> Sampling:
+        r = self.recipe
+        return Sampling(
+            calib_size=r.calib_size, steps=r.steps, seed=r.seed, guidance=r.guidance_scale or 1.0, classes=self.reference.classes
+        )
+
+    def _calls_text(self) -> str:
+        r = self.recipe
+        return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
+
+    def _calibration_inputs(self) -> list[Any]:
+        ignored = {"format", "model", "min_coverage", "min_sqnr", "timesteps", "rules"}
+        return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
+
+    def _actions(self) -> dict[str, str]:
+        return {name: rule.action for name, rule in self.assigned.items()}
+
+    def _calibrate(self, partial: Path) -> dict[str, Any]:
+        from dq_export.calibration.plan import calibrate
+
+        r = self.recipe
+        provenance = {"model": self.reference.digest, "sampler": self.reference.sampler, **versions()}
+        provenance |= {key: str(getattr(r, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
+        result = calibrate(self.reference, r, self.assigned, self._sampling(), provenance, self.progress.advance)
+        result.save(partial / "calibration.safetensors")
+        scaled = sum(plan.scaled for plan in result.sites.values())
+        return {"summary": f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins"}
+
+    def _load_calibration(self) -> CalibrationResult:
+        return CalibrationResult.load(self.folder / "calibration.safetensors")
+
+    def _quantize(self, partial: Path) -> dict[str, Any]:
+        from .quantized_graph import quantize_graph
+
+        source, target = self.folder / "float" / "model.onnx", partial / "model.onnx"
+        legalise = self.backend.legalise(shared=self.recipe.timesteps == "shared") if self.backend else ()
+        reports = quantize_graph(source, target, self._load_calibration(), self.assigned, legalise)
+        size = {"float_bytes": _bytes(source), "engine_bytes": _bytes(target)}
+        return {
+            "summary": f"{size['float_bytes'] / 1e6:.1f} -> {size['engine_bytes'] / 1e6:.1f} MB",
+            "passes": [f"{item.name}: {len(item.changed)}" for item in reports],
+            "size": size,
+        }
+
+    def _build(self, partial: Path) -> dict[str, Any]:
+        assert self.backend is not None
+        self.backend.build(self.folder / "model.onnx", partial / "engine")
+        return {}
+
+    def _audit(self, partial: Path) -> dict[str, Any]:
+        from .verdict import audit_folder
+
+        audit = audit_folder(self.folder, self.assigned)
+        return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in integers", "audit": audit.model_dump()}
+
+    def _verify(self, partial: Path) -> dict[str, Any]:
+        from .comparison import verify
+
+        return verify(
+            self.reference, self.recipe, self._load_calibration(), self.folder, partial / "parity", self.progress.advance
+        )
+
+    def _bench(self, partial: Path) -> dict[str, Any]:
+        from .comparison import bench
+
+        latency = bench(self.folder)
+        return {"summary": f"{latency.ratio:.2f}x the float engine's speed", "latency": latency.model_dump()}
+
+    def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
+        rule = self.assigned[name]
+        plans = calibration.sites.values() if calibration and rule.action == "w8a8" else ()
+        plan = next((plan for plan in plans if name in plan.site.linears), None)
+        return LinearReport(
+            name=name,
+            action=rule.action,
+            rule=rule.match,
+            reason=rule.reason,
+            site=plan.site.name if plan else "",
+            scaling=plan.method if plan else "",
+            bins=len(plan.activation.bins) if plan else 0,
+            error=plan.error if plan and np.isfinite(plan.error) else None,
+        )
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.html."""
+    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(folder / "report.html", render_html(report, folder / "parity" / "pictures.png"))
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides an export's bytes."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _bytes(model: Path) -> int:
+    return sum(path.stat().st_size for path in (model, model.with_name(f"{model.name}.data")) if path.exists())

@@ -1,0 +1,164 @@
+"""The report of an export: one validated object, as JSON (schema: report.schema.json) and as a page."""
+
+from __future__ import annotations
+
+import base64
+import math
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LinearReport(_Part):
+    """One linear of the network."""
+
+    name: str = Field(description="module name")
+    action: str = Field(description="w8a8, weight-only or float, as the deciding rule says")
+    rule: str = Field(description="the deciding rule's regular expression")
+    reason: str = Field(description="why it is not w8a8; empty if it is")
+    site: str = Field(description="name of the input that it shares with other linears; empty if not w8a8")
+    scaling: str = Field(description="equivalent scaling of its input")
+    bins: int = Field(description="timestep bins of its input's scale table; 0 if not w8a8")
+    error: float | None = Field(description="measured noise power / signal power of the site's output; null if not w8a8")
+
+
+class GemmReport(_Part):
+    """One GEMM of the engine, as the audit saw it."""
+
+    name: str
+    flops: int = Field(description="for one sample")
+    wanted: str = Field(description="the recipe's action; none for attention")
+    kernel: str = Field(description="the runtime's operator")
+    integer: bool = Field(description="whether the operator multiplies integers")
+    reason: str = Field(description="why not, where w8a8 was wanted")
+
+
+class AuditReport(_Part):
+    """What the engine really runs."""
+
+    coverage: float = Field(description="integer FLOPs / FLOPs of the GEMMs that the recipe quantizes to w8a8")
+    integer_share: float = Field(description="integer FLOPs / FLOPs of all GEMMs")
+    gemms: list[GemmReport]
+
+
+class CallReport(_Part):
+    """One network call compared with PyTorch."""
+
+    stage: str = Field(description="float-onnx, qdq-onnx or engine")
+    timestep: float
+    bin: int = Field(description="index into the union of all tables' bins")
+    sqnr: float = Field(description="dB")
+    cosine: float
+    max_error: float
+
+
+class TrajectoryReport(_Part):
+    """Pictures sampled from the same noise as PyTorch's."""
+
+    stage: str
+    samples: int
+    sqnr: float = Field(description="dB over all samples together")
+    worst_sqnr: float = Field(description="dB of the worst sample")
+    cosine: float
+    max_error: float
+
+
+class ParityReport(_Part):
+    """How near each stage is to PyTorch."""
+
+    calls: list[CallReport]
+    trajectories: list[TrajectoryReport]
+    replay: str = Field(description="the polygraphy command, to be run in the output folder")
+
+
+class LatencyReport(_Part):
+    """One network call, engines interleaved in one process."""
+
+    batch: int
+    float_ms: float = Field(description="float ONNX, median")
+    engine_ms: float = Field(description="engine, median")
+    ratio: float = Field(description="float / engine: above 1 the engine is faster")
+
+
+class SizeReport(_Part):
+    """Bytes on disk, weights included."""
+
+    float_bytes: int
+    engine_bytes: int
+
+
+class Report(_Part):
+    """Everything that an export did and proved. Parts are null until their stage has run."""
+
+    version: int = Field(1, description="of this schema")
+    model: str
+    digest: str = Field(description="sha256 of the checkpoint")
+    sampler: str
+    guidance_scale: float
+    timesteps: str = Field(description="shared: timestep is [1]; per-sample: [B]")
+    machine: str
+    versions: dict[str, str]
+    seconds: dict[str, float] = Field(description="by stage, of the run that did it")
+    linears: list[LinearReport]
+    passes: list[str] = Field(description="pass: how many places it changed")
+    size: SizeReport | None = None
+    audit: AuditReport | None = None
+    parity: ParityReport | None = None
+    latency: LatencyReport | None = None
+
+    def worst_call(self, stage: str) -> CallReport | None:
+        """The stage's network call of the least SQNR."""
+        calls = [call for call in self.parity.calls if call.stage == stage] if self.parity else []
+        return min(calls, key=lambda call: call.sqnr) if calls else None
+
+    def mean_sqnr(self, stage: str) -> float:
+        """Mean over the stage's calls, dB; NaN without any."""
+        calls = [call.sqnr for call in self.parity.calls if call.stage == stage] if self.parity else []
+        return sum(calls) / len(calls) if calls else math.nan
+
+    def skipped(self) -> list[tuple[str, int]]:
+        """Reasons for linears that are not w8a8, and how many have each."""
+        counted: dict[str, int] = {}
+        for linear in self.linears:
+            if linear.action != "w8a8":
+                label = f"{linear.action}: {linear.reason or 'rule ' + linear.rule}"
+                counted[label] = counted.get(label, 0) + 1
+        return list(counted.items())
+
+
+def render_html(report: Report, pictures: Path | None) -> str:
+    """One self-contained page: no script, no outside resource."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    image = base64.b64encode(pictures.read_bytes()).decode() if pictures and pictures.exists() else ""
+    stages = list(dict.fromkeys(call.stage for call in report.parity.calls)) if report.parity else []
+    return environment.get_template("report.html").render(report=report, image=image, stages=stages, plot=_plot(report, stages))
+
+
+def _plot(report: Report, stages: list[str]) -> dict[str, object]:
+    """Coordinates of the SQNR-over-timestep plot, 640 x 220."""
+    if report.parity is None:
+        return {}
+    calls = [call for call in report.parity.calls if call.stage != "float-onnx"]
+    if not calls:
+        return {}
+    left, right = min(c.timestep for c in calls), max(c.timestep for c in calls)
+    top = max(10 * math.ceil(max(c.sqnr for c in calls) / 10), 10)
+    low = min(10 * math.floor(min(c.sqnr for c in calls) / 10), top - 10)
+
+    def place(timestep: float, sqnr: float) -> tuple[float, float]:
+        return (50 + 570 * (timestep - left) / max(right - left, 1e-9), 10 + 180 * (top - sqnr) / (top - low))
+
+    lines = {}
+    for stage in stages:
+        points = sorted((c.timestep, c.sqnr) for c in calls if c.stage == stage)
+        if points:
+            lines[stage] = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+    ticks = [(place(left, value)[1], value) for value in range(low, top + 1, 10 if top - low <= 60 else 20)]
+    return {"lines": lines, "ticks": ticks, "left": f"{left:g}", "right": f"{right:g}"}

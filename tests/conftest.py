@@ -1,0 +1,135 @@
+"""Small real models that the tests build themselves, and their calibration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Sampling
+from dq_export.calibration.plan import calibrate
+from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 2,
+    "out_channels": 2,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 5,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+
+
+def save_tiny(folder: Path, **changes: Any) -> Path:
+    """A DiT of 2 blocks and width 32 with seeded random weights, as a diffusers pipeline folder."""
+    import torch
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(**{**TINY, **changes})
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            # diffusers' own initialisation leaves modulation and biases too small to show a wrong fold.
+            value.copy_(torch.randn_like(value) * (0.5 / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.2))
+            if ".emb." in name:
+                value.copy_(model.get_parameter(name.replace("transformer_blocks.1.", "transformer_blocks.0.")))
+    model.save_pretrained(folder / "transformer", safe_serialization=True)
+    DDIMScheduler(beta_schedule="linear", clip_sample=False).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Reference:
+    return load_reference(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float ONNX graph with one timestep a batch. Load it anew for each test."""
+    path = tmp_path_factory.mktemp("tiny-onnx") / "float.onnx"
+    tiny.export_onnx(path, shared=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_per_sample(tiny: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float ONNX graph with a timestep for each sample."""
+    path = tmp_path_factory.mktemp("tiny-onnx") / "float.onnx"
+    tiny.export_onnx(path, shared=False)
+    return path
+
+
+def recipe_of(reference: Reference, **options: Any) -> Recipe:
+    """A resolved recipe for a reference."""
+    rules = options.pop("rules", reference.rules)
+    return Recipe.parse({"model": "tiny", "steps": 5, "calib_size": 4, **options}, "test").model_copy(update={"rules": rules})
+
+
+def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationResult, dict[str, Rule]]:
+    """The calibration of a tiny model, and its assigned rules."""
+    assigned = recipe.assign(reference.linears)
+    sampling = Sampling(
+        calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, classes=reference.classes
+    )
+    return calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None), assigned
+
+
+@pytest.fixture(scope="session")
+def tiny_calibrated(tiny: Reference) -> tuple[CalibrationResult, dict[str, Rule]]:
+    """Smooth with shift, so that every fold of the graph has work to do."""
+    return calibrate_tiny(tiny, recipe_of(tiny, scaling="smooth", shift=True, bins="per-step", method="minmax"))
+
+
+def feed_of(reference: Reference, timestep: int | list[int] = 500, samples: int = 3, seed: int = 1) -> dict[str, Any]:
+    """A network call's inputs."""
+    return {
+        "hidden_states": reference.noise(samples, seed),
+        "timestep": np.atleast_1d(np.asarray(timestep, dtype=np.int64)),
+        "class_labels": np.arange(samples, dtype=np.int64) % reference.classes,
+    }
+
+
+def run_onnx(model: ir.Model | Path, feed: dict[str, Any], *, optimize: bool = False) -> np.ndarray[Any, Any]:
+    """A model's only output on ONNX Runtime CPU, graph optimisation off unless asked for."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    source = str(model) if isinstance(model, Path) else ir.serde.serialize_model(model).SerializeToString()
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    result: np.ndarray[Any, Any] = session.run(None, feed)[0]
+    return result
+
+
+def load_graph(path: Path) -> ir.Model:
+    """A fresh copy of an exported graph, in an IR version that ONNX Runtime loads."""
+    model = ir.load(path)
+    model.ir_version = 10
+    ir.external_data.load_to_model(model)
+    return model
+
+
+def sqnr(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Signal to noise in dB."""
+    noise = np.square(reference.astype(np.float64) - other).sum()
+    return float(10 * np.log10(np.square(reference.astype(np.float64)).sum() / max(noise, 1e-300)))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 HISTOGRAM_BINS = 2048
+HISTOGRAM_ROWS = 128
+"""About how many rows of a site each network call adds to the histogram, evenly spaced; the range is from all rows."""
 BATCH = 8
 
 
@@ -82,7 +84,8 @@ class _RangeSum:
     def add(self, timestep: float, value: torch.Tensor, chosen: torch.Tensor) -> None:
         import torch
 
-        low, high, total = value.amin(0), value.amax(0), value.sum(0, dtype=torch.float64)
+        low, high = torch.aminmax(value, dim=0)
+        total = value.sum(0).double()
         if timestep in self.low:
             low = torch.minimum(low, self.low[timestep])
             high = torch.maximum(high, self.high[timestep])
@@ -166,7 +169,8 @@ def collect_histograms(
             step = step_of.setdefault(timestep, len(step_of))
             inverse, in_shift = tensors[name]
             limit = float(amax[name][step])
-            scaled = ((value - in_shift) * inverse).abs_().clamp_(max=limit)
+            rows = value[:: max(1, len(value) // HISTOGRAM_ROWS)]
+            scaled = ((rows - in_shift) * inverse).abs_().clamp_(max=limit)
             counts[name][step] += torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).numpy().astype(np.int64)
 
     _run(denoiser, sampling, collect, progress)

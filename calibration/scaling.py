@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,34 +60,49 @@ def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Floa
 def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_]) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
-    All readers of the tensor are judged together. Ties go to the earlier candidate, `none` first, so that nothing is
-    scaled for nothing.
+    All readers of the tensor are judged together. `auto` first picks the rule and its strength, then whether to shift by
+    the middle of each channel's range or by its mean. Ties go to the earlier candidate, so that nothing is scaled for
+    nothing.
 
     Args:
         weight: float32[out, K], stacked weights of all readers.
         quantized: bool[out], the rows that will be quantized.
     """
-    candidates = list(_candidates(statistics, weight[quantized], recipe))
-    measured = [_measure(candidate, statistics, weight[quantized]) for candidate in candidates]
-    return min(measured, key=lambda item: item.error)
-
-
-def _candidates(statistics: SiteStatistics, weight: Float32, recipe: Recipe) -> Iterator[Scaling]:
-    width = weight.shape[1]
-    zero = np.zeros(width, dtype=np.float32)
+    read = weight[quantized]
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
-    shifts = {None: ("", "+shift") if recipe.scaling == "auto" else ("",), True: ("+shift",), False: ("",)}[recipe.shift]
-    weight_amax = np.abs(weight).max(axis=0)
-    for suffix in shifts:
-        in_shift = middle if suffix else zero
-        channel_amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
-        if recipe.scaling in ("none", "auto"):
-            yield Scaling(method="none" + suffix, in_scale=np.ones(width, dtype=np.float32), in_shift=in_shift)
-        for rho in {"dilate": (recipe.rho,), "auto": AUTO_RHO}.get(recipe.scaling, ()):
-            yield Scaling(method=f"dilate({rho:g}){suffix}", in_scale=dilate(weight, rho), in_shift=in_shift)
-        for alpha in {"smooth": (recipe.alpha,), "auto": AUTO_ALPHA}.get(recipe.scaling, ()):
-            in_scale = smooth(channel_amax, weight_amax, alpha)
-            yield Scaling(method=f"smooth({alpha:g}){suffix}", in_scale=in_scale, in_shift=in_shift)
+    unshifted = ("", np.zeros_like(middle))
+    shifts = [("+shift", middle)]
+    if recipe.scaling == "auto":
+        shifts.append(("+mean", statistics.mean.mean(axis=0)))
+    rules = {
+        "none": [("none", 0.0)],
+        "dilate": [("dilate", recipe.rho)],
+        "smooth": [("smooth", recipe.alpha)],
+        "auto": [("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA)],
+    }[recipe.scaling]
+    first = shifts[0] if recipe.shift else unshifted
+
+    def measured(rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
+        return _measure(_candidate(rule, shift, statistics, read), statistics, read)
+
+    best_rule, best = min(((rule, measured(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
+    if recipe.scaling == "auto" and recipe.shift is not False:
+        others = [measured(best_rule, shift) for shift in shifts if shift is not first]
+        best = min([best, *others], key=lambda item: item.error)
+    return best
+
+
+def _candidate(rule: tuple[str, float], shift: tuple[str, Float32], statistics: SiteStatistics, weight: Float32) -> Scaling:
+    (name, strength), (suffix, in_shift) = rule, shift
+    if name == "dilate":
+        in_scale = dilate(weight, strength)
+    elif name == "smooth":
+        amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
+        in_scale = smooth(amax, np.abs(weight).max(axis=0), strength)
+    else:
+        in_scale = np.ones(weight.shape[1], dtype=np.float32)
+    label = name if name == "none" else f"{name}({strength:g})"
+    return Scaling(method=label + suffix, in_scale=in_scale, in_shift=in_shift.astype(np.float32))
 
 
 def _measure(candidate: Scaling, statistics: SiteStatistics, weight: Float32) -> Scaling:

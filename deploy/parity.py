@@ -136,10 +136,14 @@ def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float3
     return command
 
 
-def pick_calls(bins: npt.NDArray[np.int64]) -> list[int]:
-    """The index of one call for each bin that the trajectory passes: the middle one of its calls."""
-    chosen = []
-    for index in sorted(set(bins.tolist())):
-        inside = [i for i, value in enumerate(bins.tolist()) if value == index]
-        chosen.append(inside[len(inside) // 2])
+def pick_calls(bins: npt.NDArray[np.int64], least: int = 25) -> list[int]:
+    """Which calls of a trajectory to compare: the middle one of each bin's, and `least` evenly spaced ones.
+
+    Args:
+        bins: int64[T], the bin of each call.
+    """
+    chosen = set(np.linspace(0, len(bins) - 1, min(least, len(bins))).round().astype(int).tolist())
+    for index in set(bins.tolist()):
+        inside = np.flatnonzero(bins == index)
+        chosen.add(int(inside[len(inside) // 2]))
     return sorted(chosen)

@@ -40,7 +40,7 @@ def export_options(
     bits: Annotated[str, option(0, "w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
     timesteps: Annotated[str, option(0, "auto, shared ([1]) or per-sample ([B]) (default auto)", "--timesteps")] = "",
     recipe: Annotated[Path | None, option(0, "YAML with these options and rules; flags win", "--recipe")] = None,
-    method: Annotated[str, option(1, "scales by minmax, percentile or mse (default mse)", "--method")] = "",
+    method: Annotated[str, option(1, "scales by minmax, percentile or mse (default minmax)", "--method")] = "",
     percentile: Annotated[float | None, option(1, "for --method percentile (default 99.99)", "--percentile")] = None,
     bins: Annotated[str, option(1, "timestep bins: auto, per-step, or a number (1: static) (default auto)", "--bins")] = "",
     scaling: Annotated[str, option(1, "auto, none, dilate or smooth (default auto)", "--scaling")] = "",

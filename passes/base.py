@@ -75,7 +75,6 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "
         for node in model.graph:
             if node not in before:
                 node.metadata_props[STAMP] = item.name
-        _name_new_nodes(model, item.name)
         if _interface(model) != interface:
             raise GraphError(f"pass {item.name} changed the graph's inputs or outputs: {interface} -> {_interface(model)}")
         _check(model, item.name)
@@ -105,6 +104,18 @@ def initializer(graph: ir.Graph, name: str, value: npt.NDArray[np.generic]) -> i
     return made
 
 
+def redirect(old: ir.Value, new: ir.Value) -> None:
+    """Make every reader of `old` read `new`, except the node that makes `new`; a graph output keeps its name."""
+    for user, index in list(old.uses()):
+        if user is not new.producer():
+            user.replace_input_with(index, new)
+    producer = old.producer()
+    graph = producer.graph if producer is not None else None
+    if old.is_graph_output() and isinstance(graph, ir.Graph):
+        graph.outputs[graph.outputs.index(old)] = new
+        old.name, new.name = f"{old.name}_raw", old.name
+
+
 def like(value: ir.Value, source: ir.Value) -> None:
     """Give a new value the shape and element type of another."""
     value.shape = source.shape
@@ -122,18 +133,6 @@ def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
 
 def _interface(model: ir.Model) -> list[tuple[str | None, str, str]]:
     return [(v.name, str(v.dtype), str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
-
-
-def _name_new_nodes(model: ir.Model, pass_name: str) -> None:
-    taken = {node.name for node in model.graph if node.name}
-    for node in model.graph:
-        if not node.name:
-            stem, number = f"{pass_name}.{node.outputs[0].name or node.op_type}", 0
-            node.name = stem
-            while node.name in taken:
-                number += 1
-                node.name = f"{stem}_{number}"
-            taken.add(node.name)
 
 
 def _check(model: ir.Model, pass_name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, constant, initializer, like
+from .base import GraphPass, PassReport, constant, initializer, like, redirect
 from .match import STAMP_FACTOR
 
 
@@ -70,12 +70,10 @@ def _factor(graph: ir.Graph, quantize: ir.Node, dequantize: ir.Node, gather: ir.
         node.attributes.pop("axis", None)
     for matmul in [user for user, _ in dequantize.outputs[0].uses()]:
         result = matmul.outputs[0]
-        users = list(result.uses())
         restored = ir.node("Mul", [result, after], metadata_props={STAMP_FACTOR: str(matmul.name)})
         like(restored.outputs[0], result)
         graph.insert_after(matmul, restored)
-        for user, index in users:
-            user.replace_input_with(index, restored.outputs[0])
+        redirect(result, restored.outputs[0])
 
 
 def _factor_of(graph: ir.Graph, gather: ir.Node, name: str, table: npt.NDArray[np.float32]) -> ir.Value:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphError, constant, initializer, like
+from .base import GraphError, constant, initializer, like, redirect
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "transformer."
@@ -90,10 +90,8 @@ class LinearNode:
             result = self.gemm.outputs[0]
             add = ir.node("Add", [result, made], metadata_props=dict(self.gemm.metadata_props))
             like(add.outputs[0], result)
-            for user, index in list(result.uses()):
-                user.replace_input_with(index, add.outputs[0])
             graph.insert_after(self.gemm, add)
-            add.replace_input_with(0, result)
+            redirect(result, add.outputs[0])
 
     def _bias_value(self) -> ir.Value | None:
         if self.gemm.op_type == "Gemm":

@@ -1,0 +1,130 @@
+"""Statistics of a real, small DiT while it samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import calibrate_tiny, recipe_of, save_tiny
+
+from dq_export.calibration.artifacts import CalibrationError, CalibrationResult
+from dq_export.calibration.collect import Sampling, collect_histograms, collect_ranges
+from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
+
+SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, classes=5)
+
+
+def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, np.ndarray]]:
+    """Every input of every site, all at once."""
+    kept: dict[str, dict[float, list[np.ndarray]]] = {}
+    now = 0.0
+    with reference.observe(lambda name, value: kept.setdefault(name, {}).setdefault(now, []).append(value.numpy().copy())):
+        for labels, seed in sampling.batches():
+            for timestep in reference.trajectory(labels, steps=sampling.steps, seed=seed, guidance=sampling.guidance):
+                now = timestep
+    return {name: {t: np.concatenate(parts) for t, parts in by.items()} for name, by in kept.items()}
+
+
+def test_streamed_statistics_equal_those_of_everything_at_once(tiny: Reference) -> None:
+    names = tuple(site.name for site in tiny.sites)
+    calls = []
+    found = collect_ranges(tiny, names, SAMPLING, lambda done, total: calls.append((done, total)))
+    everything = recorded(tiny, SAMPLING)
+    assert calls[-1] == (6, 6)  # 2 batches of 3 steps
+    for name in names:
+        assert found[name].timesteps.tolist() == list(everything[name])
+        for i, (timestep, rows) in enumerate(everything[name].items()):
+            np.testing.assert_array_equal(found[name].low[i], rows.min(axis=0))
+            np.testing.assert_array_equal(found[name].high[i], rows.max(axis=0))
+            np.testing.assert_allclose(found[name].mean[i], rows.mean(axis=0), atol=1e-5)  # float32 sums of some hundred rows
+            kept = found[name].rows[found[name].row_step == i]
+            assert len(kept)
+            assert all((rows == row).all(axis=1).any() for row in kept), f"a kept row is not of timestep {timestep}"
+
+
+def test_amax_is_that_of_the_scaled_input(tiny: Reference) -> None:
+    name = tiny.sites[0].name
+    found = collect_ranges(tiny, (name,), SAMPLING, lambda done, total: None)[name]
+    width = found.low.shape[1]
+    in_scale, in_shift = np.linspace(0.5, 2, width, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
+    rows = recorded(tiny, SAMPLING)[name]
+    exact = [np.abs((r - in_shift) / in_scale).max() for r in rows.values()]
+    np.testing.assert_allclose(found.amax(in_scale, in_shift), exact, rtol=1e-6)  # one division's rounding
+    amax = found.amax(in_scale, in_shift)
+    counts = collect_histograms(tiny, {name: (in_scale, in_shift)}, {name: amax}, SAMPLING, lambda done, total: None)[name]
+    share = (counts * (np.arange(2048) >= 1024)).sum() / counts.sum()
+    scaled = np.concatenate([(np.abs((r - in_shift) / in_scale) / a).ravel() for r, a in zip(rows.values(), amax, strict=True)])
+    assert share == pytest.approx((scaled >= 0.5).mean(), abs=0.02)  # about 128 of each call's rows are counted
+
+
+def test_a_seed_gives_the_same_bytes(tiny: Reference, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        calibrate_tiny(tiny, recipe_of(tiny, seed=seed, method="mse"))[0].save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_every_option_changes_the_tables(tiny: Reference) -> None:
+    def tables(**options: Any) -> bytes:
+        result, _ = calibrate_tiny(tiny, recipe_of(tiny, **options))
+        return b"".join(plan.activation.scale.tobytes() + plan.in_scale.tobytes() for plan in result.sites.values())
+
+    options = ({}, {"method": "mse"}, {"method": "percentile"}, {"bins": 1}, {"scaling": "none"}, {"guidance_scale": 3.0})
+    seen = [tables(scaling="smooth", **o) if "scaling" not in o else tables(**o) for o in options[:5]]
+    assert len(set(seen)) == 5
+
+
+def broken(folder: Path, edit: Any) -> Reference:
+    reference = load_reference(str(save_tiny(folder)))
+    edit(reference)
+    return reference
+
+
+def test_an_input_that_is_zero_throughout_is_an_error(tmp_path: Path) -> None:
+    def zero_value(reference: Any) -> None:
+        reference.model.transformer_blocks[1].attn1.to_v.weight.data.zero_()
+        reference.model.transformer_blocks[1].attn1.to_v.bias.data.zero_()
+
+    reference = broken(tmp_path, zero_value)
+    with pytest.raises(CalibrationError, match=r"'transformer_blocks.1.attn1.to_out.0' is zero.*--exclude"):
+        calibrate_tiny(reference, recipe_of(reference))
+
+
+def test_nan_in_an_input_is_an_error(tmp_path: Path) -> None:
+    def overflow(reference: Any) -> None:
+        reference.model.transformer_blocks[0].ff.net[0].proj.bias.data.fill_(float("nan"))
+
+    reference = broken(tmp_path, overflow)
+    with pytest.raises(CalibrationError, match=r"'transformer_blocks.0.ff.net.2' has NaN or Inf at timestep"):
+        calibrate_tiny(reference, recipe_of(reference))
+
+
+def test_results_read_back(tiny_calibrated: Any, tmp_path: Path) -> None:
+    result, _ = tiny_calibrated
+    result.save(tmp_path / "c.safetensors")
+    loaded = CalibrationResult.load(tmp_path / "c.safetensors")
+    assert list(loaded.sites) == list(result.sites)
+    for name, plan in result.sites.items():
+        other = loaded.sites[name]
+        assert other.site == plan.site
+        assert other.activation == plan.activation
+        np.testing.assert_array_equal(other.in_scale, plan.in_scale)
+        np.testing.assert_array_equal(other.in_shift, plan.in_shift)
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+
+
+def test_a_file_cut_short_or_of_something_else_is_an_error(tiny_calibrated: Any, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "c.safetensors"
+    tiny_calibrated[0].save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CalibrationError, match="not a readable calibration file"):
+        CalibrationResult.load(path)
+    save_file({"x": np.ones(2)}, path)
+    with pytest.raises(CalibrationError, match="expected 'dq-export calibration 1'"):
+        CalibrationResult.load(path)

@@ -62,7 +62,7 @@ class Recipe(BaseModel):
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
     scaling: Literal["auto", "none", "dilate", "smooth"] = Field("auto", description="equivalent scaling")
     alpha: float = Field(0.5, ge=0, le=1, description="for scaling smooth")
-    rho: float = Field(1.0, ge=1, le=64, description="for scaling dilate: allowed growth of a weight row's range")
+    rho: float = Field(1.0, ge=1, le=64, description="for scaling dilate: how much a weight row's range may grow")
     shift: bool | None = Field(None, description="per-channel shift; null: where scaling auto measures a gain, else none")
     calib_size: int = Field(16, ge=1, description="pictures sampled for calibration")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")

@@ -28,22 +28,32 @@ class Scaling:
     error: float = float("nan")
 
 
-def dilate(weight: Float32, rho: float) -> Float32:
-    """float32[K]: s_k = min_j rho * amax_j / |W[j, k]| over the rows j with W[j, k] != 0; 1 for a column of zeros.
+def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
+    """float32[K]: s_k = d_k * clip(a_k / (d_k T), 1, rho), d_k = min_j amax_j / |W[j, k]|, T = max_k(a_k / d_k) / rho.
 
-    Weight dilation, symmetric form: the largest scaling of each input channel that leaves the range of every output
-    channel (rho = 1) or lets it grow by rho. s_k >= 1. Exactness: with rho = 1 every row's amax is unchanged.
+    d is weight dilation in symmetric form: the largest scaling of each input channel that leaves the range of every
+    output channel as it is; d_k >= 1, and 1 for a column of zeros. With rho > 1 the channels that still set the
+    activation's range are scaled down further, by rho at the most, so that the range shrinks by rho while no row grows
+    by more than rho. (The same rho for all channels would do nothing: x / rho and rho W cancel.)
+
+    Exactness: with rho = 1 every row's amax is unchanged.
     Source: DilateQuant (arXiv 2409.14307), section "Weight Dilation"; the masks replace its division by clamped
-    weights, and rho > 1 is our relaxation.
+    weights, and rho is our relaxation.
 
     Args:
         weight: float32[out, K], the stacked weights of all readers of the tensor.
+        activation_amax: float32[K], max |x| of each channel over all timesteps.
     """
     amax = np.abs(weight).max(axis=1, keepdims=True)
     with np.errstate(divide="ignore"):
-        room = np.where(weight != 0, rho * amax / np.abs(weight), np.inf)
-    in_scale = room.min(axis=0)
-    return np.where(np.isfinite(in_scale), np.minimum(in_scale, MAX_SCALE), 1.0).astype(np.float32)
+        room = np.where(weight != 0, amax / np.abs(weight), np.inf)
+    least = room.min(axis=0)
+    dilation = np.where(np.isfinite(least), np.minimum(least, MAX_SCALE), 1.0)
+    reached = activation_amax / dilation
+    target = reached.max() / rho
+    further = np.clip(reached / target, 1.0, rho) if target > 0 else np.ones_like(reached)
+    in_scale: Float32 = (dilation * further).astype(np.float32)
+    return in_scale
 
 
 def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Float32:
@@ -94,10 +104,10 @@ def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, 
 
 def _candidate(rule: tuple[str, float], shift: tuple[str, Float32], statistics: SiteStatistics, weight: Float32) -> Scaling:
     (name, strength), (suffix, in_shift) = rule, shift
+    amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
     if name == "dilate":
-        in_scale = dilate(weight, strength)
+        in_scale = dilate(weight, amax, strength)
     elif name == "smooth":
-        amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
         in_scale = smooth(amax, np.abs(weight).max(axis=0), strength)
     else:
         in_scale = np.ones(weight.shape[1], dtype=np.float32)

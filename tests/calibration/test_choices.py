@@ -113,13 +113,22 @@ def test_weight_scales_clip_nothing() -> None:
 def test_dilation_grows_no_row_and_only_grows() -> None:
     weight = np.random.default_rng(1).normal(size=(5, 40)).astype(np.float32) * np.logspace(-2, 0, 40, dtype=np.float32)
     weight[:, 7] = 0
-    in_scale = dilate(weight, 1.0)
+    activation = np.ones(40, dtype=np.float32)
+    in_scale = dilate(weight, activation, 1.0)
     assert (in_scale >= 1).all()
     assert in_scale[7] == 1
     assert in_scale.max() > 5, "small columns must be dilated"
-    grown = np.abs(weight * in_scale).max(axis=1)
-    np.testing.assert_allclose(grown, np.abs(weight).max(axis=1), rtol=1e-6)  # one float32 product
-    np.testing.assert_allclose(np.abs(weight * dilate(weight, 2.0)).max(axis=1), 2 * np.abs(weight).max(axis=1), rtol=1e-6)
+    amax = np.abs(weight).max(axis=1)
+    np.testing.assert_allclose(np.abs(weight * in_scale).max(axis=1), amax, rtol=1e-6)  # one float32 product
+
+
+def test_relaxed_dilation_shrinks_the_range_by_rho_and_grows_no_row_by_more() -> None:
+    weight = np.random.default_rng(1).normal(size=(5, 40)).astype(np.float32)
+    activation = np.linspace(1, 30, 40, dtype=np.float32)
+    one, three = dilate(weight, activation, 1.0), dilate(weight, activation, 3.0)
+    assert (activation / three).max() == pytest.approx((activation / one).max() / 3, rel=1e-6)  # float32 divisions
+    assert (np.abs(weight * three).max(axis=1) <= 3.00001 * np.abs(weight).max(axis=1)).all()  # likewise
+    assert (three == one).any(), "channels that do not set the range stay"
 
 
 def test_smooth_is_the_papers_formula() -> None:

@@ -28,7 +28,7 @@ def load_reference(model: str) -> Reference:
     source, guidance = NAMED.get(model, (model, 0.0))
     folder = Path(source)
     if not folder.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not folder.exists():
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not folder.exists():
             folder = _download(source)
         else:
             expected = f"expected {', '.join(NAMED)}, a hub id (owner/name) or a local folder"
@@ -56,11 +56,13 @@ def _transformer_config(folder: Path) -> dict[str, object]:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["model_index.json", "transformer/*", "scheduler/*", "config.json", "*.safetensors"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"model '{hub_id}': no such folder, and no hub id ({error})") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"model '{hub_id}': the hub has no such model, or it is private; log in with `hf auth login`") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

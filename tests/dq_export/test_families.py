@@ -1,0 +1,168 @@
+"""Every model family, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import feed_of, run_onnx, save_tiny, sqnr
+
+from dq_export.calibration.recipe import Recipe
+from dq_export.families import FAMILIES
+from dq_export.families.reference import ModelError, Reference
+from dq_export.families.source import NAMED, load_reference
+
+FAMILY_NAMES = [family.name for family in FAMILIES]
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_the_familys_rules_match_every_linear(name: str, tiny: Reference) -> None:
+    recipe = Recipe(model="m").model_copy(update={"rules": tiny.rules})
+    assigned = recipe.assign(tiny.linears)
+    assert set(assigned) == set(tiny.linears)
+    quantized = {n for n, rule in assigned.items() if rule.action == "w8a8"}
+    assert quantized == {linear for site in tiny.sites for linear in site.linears}
+    assert all(rule.reason for rule in assigned.values() if rule.action != "w8a8"), "skips have reasons"
+
+
+def test_weights_and_biases_are_the_modules(tiny: Any) -> None:
+    name = "transformer_blocks.1.ff.net.0.proj"
+    np.testing.assert_array_equal(tiny.weight(name), tiny.model.transformer_blocks[1].ff.net[0].proj.weight.detach().numpy())
+    assert tiny.linears[name].shape == tiny.weight(name).shape
+    assert tiny.bias(name).shape == (128,)
+
+
+@pytest.mark.parametrize("out_channels", [2, 4], ids=["fixed-sigma", "learned-sigma"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sampling_is_that_of_diffusers_pipeline(out_channels: int, guidance: float, tmp_path: Path) -> None:
+    import torch
+    from diffusers import DDIMScheduler
+
+    reference: Any = load_reference(str(save_tiny(tmp_path, out_channels=out_channels)))
+    labels = np.asarray([3, 1], dtype=np.int64)
+    noise = reference.noise(2, 7)
+    found = reference.draw(reference.forward, noise, labels, steps=4, guidance=guidance)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(4)
+    classes = torch.tensor([3, 1, 5, 5]) if guidance > 1 else torch.tensor([3, 1])
+    latents = torch.from_numpy(noise)
+    if guidance > 1:
+        latents = torch.cat([latents] * 2)
+    with torch.no_grad():  # DiTPipeline.__call__, without its VAE
+        for t in scheduler.timesteps:
+            model_input = latents
+            if guidance > 1:
+                half = latents[: len(latents) // 2]
+                model_input = torch.cat([half, half])
+            predicted = reference.model(model_input, timestep=t.expand(len(model_input)), class_labels=classes).sample
+            if guidance > 1:
+                eps, rest = predicted[:, :2], predicted[:, 2:]
+                cond, uncond = torch.split(eps, len(eps) // 2)
+                half_eps = uncond + guidance * (cond - uncond)
+                predicted = torch.cat([torch.cat([half_eps, half_eps]), rest], dim=1)
+            latents = scheduler.step(predicted[:, :2], t, model_input).prev_sample
+    exact = latents[:2].numpy()
+    assert np.abs(exact - found).max() <= 1e-5 * np.abs(exact).max()  # the same operations, batched alike
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sample"])
+def test_the_float_graph_is_the_network(tiny: Reference, tiny_onnx: Path, tiny_onnx_per_sample: Path, shared: bool) -> None:
+    for samples in (1, 3):
+        feed = feed_of(tiny, 500 if shared else [500] * samples, samples=samples)
+        assert sqnr(tiny.forward(feed), run_onnx(tiny_onnx if shared else tiny_onnx_per_sample, feed)) > 100  # float32: 120-130
+
+
+def test_noise_of_a_picture_does_not_depend_on_the_batch(tiny: Reference) -> None:
+    np.testing.assert_array_equal(tiny.noise(5, 3)[:2], tiny.noise(2, 3))
+    assert not np.array_equal(tiny.noise(1, 3), tiny.noise(1, 4))
+
+
+def test_a_folder_of_only_the_transformer_has_dits_scheduler(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    reference = load_reference(str(tmp_path / "transformer"))
+    assert reference.sampler == "DDIMScheduler"
+    assert reference.guidance == 4.0
+
+
+def test_the_shipped_model_draws_digits_with_guidance_2() -> None:
+    reference = load_reference("dit-digits")
+    assert (reference.guidance, reference.classes, reference.feed_shape) == (2.0, 10, (1, 16, 16))
+    folder = Path(NAMED["dit-digits"][0])
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 10e6
+
+
+def test_without_a_network_the_error_names_both_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"hf download facebook/DiT-XL-2-256.*or pass a local folder"):
+        load_reference("dit")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def truncate(folder: Path) -> None:
+    path = next((folder / "transformer").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def to_pickle(folder: Path) -> None:
+    path = next((folder / "transformer").glob("*.safetensors"))
+    path.rename(path.with_suffix(".bin"))
+
+
+def with_nan(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["proj_out_2.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_a_key(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    del tensors["proj_out_2.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "cannot be loaded.*is the file whole"),
+        (to_pickle, r"a pickle can run code.*save_file\(torch.load"),
+        (with_nan, r"NaN or Inf in 1 weights \(proj_out_2.bias\)"),
+        (without_a_key, "1 missing keys in the checkpoint .proj_out_2.bias"),
+        (
+            lambda f: edit_config(f, _class_name="PixArtTransformer2DModel"),
+            "'PixArtTransformer2DModel' is not supported; supported: DiT",
+        ),
+        (lambda f: edit_config(f, num_layers=3), "missing keys in the checkpoint"),
+        (lambda f: (f / "transformer" / "config.json").write_text("{"), "not readable as JSON"),
+        (lambda f: (f / "transformer" / "config.json").unlink(), "no transformer/config.json"),
+        (lambda f: next((f / "transformer").glob("*.safetensors")).unlink(), "no .safetensors file"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "os"}'), "'os' is not a scheduler"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_says_why(tmp_path: Path, spoil: Any, message: str) -> None:
+    spoil(save_tiny(tmp_path))
+    with pytest.raises(ModelError, match=message):
+        load_reference(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("dit-digit", "Did you mean 'dit-digits'"), ("./missing", "no such model or folder")]
+)
+def test_an_unknown_model_is_an_error(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_reference(name)

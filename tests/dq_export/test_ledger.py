@@ -1,0 +1,116 @@
+"""Stages are finished whole or not at all, and never done twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dq_export.ledger import Ledger, OutputError, claim
+
+
+class Work:
+    """Writes `text` to file `a` and folder `b`; counts its calls."""
+
+    def __init__(self, text: str, *, fail: bool = False) -> None:
+        self.text, self.fail, self.calls = text, fail, 0
+
+    def __call__(self, partial: Path) -> dict[str, Any]:
+        self.calls += 1
+        (partial / "a").write_text(self.text)
+        (partial / "b").mkdir()
+        (partial / "b" / "c").write_text(self.text)
+        if self.fail:
+            raise RuntimeError("half way")
+        return {"text": self.text}
+
+
+def stage(folder: Path, work: Work, inputs: str = "x") -> tuple[dict[str, Any], bool]:
+    return Ledger(folder).stage("s", {"in": inputs}, ("a", "b"), work)
+
+
+def test_a_stage_is_done_once(tmp_path: Path) -> None:
+    work = Work("one")
+    assert stage(tmp_path, work) == ({"text": "one"}, True)
+    assert stage(tmp_path, work) == ({"text": "one"}, False)
+    assert work.calls == 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda f: (f / "a").write_text("on"), lambda f: (f / "a").unlink(), lambda f: (f / "b" / "c").unlink(), lambda f: None],
+)
+def test_a_stage_is_done_again_when_inputs_or_outputs_changed(tmp_path: Path, spoil: Any) -> None:
+    stage(tmp_path, Work("one"))
+    spoil(tmp_path)
+    same_outputs = (tmp_path / "a").exists() and (tmp_path / "a").read_text() == "one" and (tmp_path / "b" / "c").exists()
+    _, now = stage(tmp_path, Work("one"), "y" if same_outputs else "x")
+    assert now
+    assert (tmp_path / "b" / "c").read_text() == "one"
+
+
+def test_a_failure_leaves_the_old_outputs_whole(tmp_path: Path) -> None:
+    stage(tmp_path, Work("one"))
+    with pytest.raises(RuntimeError):
+        stage(tmp_path, Work("two", fail=True), "y")
+    assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "one"
+    assert not (tmp_path / ".partial").exists()
+    assert stage(tmp_path, Work("one"))[1] is False
+
+
+def test_a_damaged_ledger_means_nothing_is_done(tmp_path: Path) -> None:
+    stage(tmp_path, Work("one"))
+    (tmp_path / "stages.json").write_text("{")
+    assert stage(tmp_path, Work("one"))[1] is True
+
+
+def take(folder: Path, recipe: str = "a: 1\nb: 2\n", *, overwrite: bool = False) -> None:
+    with claim(folder, recipe, overwrite=overwrite):
+        pass
+
+
+def test_a_folder_of_the_same_recipe_is_continued(tmp_path: Path) -> None:
+    take(tmp_path / "new" / "out")
+    take(tmp_path / "new" / "out")
+
+
+def test_a_folder_of_another_recipe_is_refused_and_unchanged(tmp_path: Path) -> None:
+    take(tmp_path)
+    with pytest.raises(OutputError, match=r"another run \(b: 2 -> b: 3\).*--overwrite"):
+        take(tmp_path, "a: 1\nb: 3\n")
+    assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nb: 2\n"
+    take(tmp_path, "a: 1\nb: 3\n", overwrite=True)
+    assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nb: 3\n"
+
+
+def test_foreign_files_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"files of something else \(thesis.txt"):
+            take(tmp_path, overwrite=overwrite)
+    with pytest.raises(OutputError, match="is a file"):
+        take(tmp_path / "thesis.txt")
+    with pytest.raises(OutputError, match="cannot be made"):
+        take(tmp_path / "thesis.txt" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from dq_export.ledger import claim\n"
+        f"with claim(Path({str(tmp_path)!r}), 'a', overwrite=False): print('in', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(OutputError, match="being written by another dq-export"):
+        take(tmp_path, "a")
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    take(tmp_path, "a")

@@ -136,7 +136,9 @@ def verify(out: Folder) -> None:
 
     command = _read(out / "parity" / "command.txt").strip()
     words = shlex.split(command)
-    done = subprocess.run([sys.executable, "-m", "polygraphy", *words[1:]], cwd=out, check=False)
+    # Polygraphy has no __main__, and its script may not be on the PATH.
+    start = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", start, *words[1:]], cwd=out, check=False)
     raise typer.Exit(PARITY if done.returncode else 0)
 
 

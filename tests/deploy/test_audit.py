@@ -1,0 +1,165 @@
+"""The audit tells integer GEMMs from float ones, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import load_graph
+
+from dq_export.deploy.audit import Audit, AuditError, audit_ort
+from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.passes.base import run_passes
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.unsign_codes import UnsignCodes
+
+TOKENS, WIDTH, HEADS = 16, 32, 2
+
+
+def audited(path: Path, calibrated: Any, folder: Path, *legalise: Any, spoil: Callable[[ir.Model], None] | None = None) -> Audit:
+    graph = load_graph(path)
+    run_passes(graph, (*canonical_passes(*calibrated), *legalise))
+    if spoil:
+        spoil(graph)
+    model = folder / "model.onnx"
+    ir.save(graph, model)
+    ORT.build(model, folder / "engine")
+    return audit_ort(model, folder / "engine" / OPTIMIZED, calibrated[1])
+
+
+def test_all_quantized_gemms_run_in_integers(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True))
+    assert audit.coverage == 1
+    audit.require(1.0)
+    wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
+    assert {gemm.name for gemm in audit.gemms if gemm.integer} == wanted
+    assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == "weight-only"} == {"MatMulNBits"}
+
+
+def test_the_factored_per_sample_form_too(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    audit = audited(tiny_onnx_per_sample, tiny_calibrated, tmp_path, *ORT.legalise(shared=False))
+    assert audit.coverage == 1
+
+
+def test_flops_are_those_of_the_formulas(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True))
+    flops = {gemm.name: gemm.flops for gemm in audit.gemms}
+    assert flops["transformer_blocks.0.attn1.to_q"] == 2 * TOKENS * WIDTH * WIDTH
+    assert flops["transformer_blocks.1.ff.net.0.proj"] == 2 * TOKENS * WIDTH * 4 * WIDTH
+    assert flops["transformer_blocks.1.norm1.linear"] == 2 * WIDTH * 6 * WIDTH
+    attention = [gemm.flops for gemm in audit.gemms if gemm.wanted == "none"]
+    assert attention == [2 * TOKENS * TOKENS * WIDTH] * 4  # scores and values, two blocks
+    assert audit.integer_share == sum(g.flops for g in audit.gemms if g.integer) / sum(
+        flops.values() if len(flops) == len(audit.gemms) else []
+    )
+
+
+def nodes(graph: ir.Model, op: str, part: str) -> list[ir.Node]:
+    return [node for node in graph.graph if node.op_type == op and part in str(node.name)]
+
+
+def drop_activation_zero_points(graph: ir.Model) -> None:
+    for node in [*nodes(graph, "QuantizeLinear", ""), *nodes(graph, "DequantizeLinear", "activation_dq")]:
+        node.resize_inputs(2)
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].dtype = ir.DataType.UINT8  # the default without a zero point
+
+
+def drop_weight_zero_points(graph: ir.Model) -> None:
+    for node in nodes(graph, "DequantizeLinear", "weight_dq"):
+        node.resize_inputs(2)
+
+
+def drop_activation_qdq(graph: ir.Model) -> None:
+    for node in nodes(graph, "QuantizeLinear", ""):
+        dequantize = next(iter(node.outputs[0].uses()))[0]
+        for user, index in list(dequantize.outputs[0].uses()):
+            user.replace_input_with(index, node.inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("legalise", "spoil", "lost", "reason"),
+    [
+        ((), None, "to_q", "its int8 activation feeds several GEMMs; use uint8"),
+        ((), drop_activation_zero_points, "to_q", "the DequantizeLinear of its activation has no zero point"),
+        ((UnsignCodes(),), drop_activation_qdq, "to_out.0", "its activation has no DequantizeLinear"),
+    ],
+    ids=["int8-for-three", "no-activation-zero-point", "no-activation-qdq"],
+)
+def test_what_falls_back_to_float_is_named_with_the_reason(
+    legalise: Any, spoil: Any, lost: str, reason: str, tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *legalise, spoil=spoil)
+    assert audit.coverage < 1
+    found = next(gemm for gemm in audit.gemms if gemm.name == f"transformer_blocks.0.attn1.{lost}")
+    assert not found.integer
+    assert reason in found.reason
+    with pytest.raises(AuditError, match=rf"(?s)required? .*{lost}.*{reason}|{lost}.*{reason}"):
+        audit.require(1.0)
+
+
+def test_this_runtime_does_without_the_weights_zero_points(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, UnsignCodes(), spoil=drop_weight_zero_points)
+    assert audit.coverage == 1, "if this fails, the audit's reason for it must be tested instead"
+
+
+def test_a_per_sample_table_in_direct_form_runs_in_float(
+    tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    audit = audited(tiny_onnx_per_sample, tiny_calibrated, tmp_path)
+    assert audit.coverage == 0
+    assert "along an axis" in next(gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
+
+
+def test_a_missing_gemm_counts_against_the_coverage(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    def remove(graph: ir.Model) -> None:
+        node = next(node for node in graph.graph if node.name == "transformer_blocks.0.attn1.to_q")
+        node.op_type = "Mul"
+        node.replace_input_with(1, node.inputs[0])
+
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True), spoil=remove)
+    assert audit.coverage < 1
+    assert "no such GEMM" in next(g.reason for g in audit.gemms if g.name == "transformer_blocks.0.attn1.to_q")
+
+
+def test_a_two_dimensional_gemm_is_explained(tmp_path: Path) -> None:
+    from dq_export.calibration.recipe import Rule
+    from dq_export.passes.match import SCOPES
+
+    x = ir.Value(name="x", shape=ir.Shape([4, 16]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 21})
+    from dq_export.passes.base import initializer
+
+    scopes = {SCOPES: repr(["", "transformer", "transformer.fc", "l"])}
+    scale, zero = initializer(graph, "s", np.asarray(0.1, np.float32)), initializer(graph, "z", np.asarray(128, np.uint8))
+    codes = initializer(graph, "w", np.ones((16, 16), np.int8))
+    scales, zeros = initializer(graph, "ws", np.full(16, 0.1, np.float32)), initializer(graph, "wz", np.zeros(16, np.int8))
+    quantize = ir.node("QuantizeLinear", [x, scale, zero], name="q")
+    activation = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name="dq")
+    weight = ir.node("DequantizeLinear", [codes, scales, zeros], attributes={"axis": 1}, name="wdq")
+    matmul = ir.node("MatMul", [activation.outputs[0], weight.outputs[0]], name="fc", metadata_props=scopes)
+    add = ir.node("Add", [matmul.outputs[0], initializer(graph, "b", np.ones(16, np.float32))], name="add", metadata_props=scopes)
+    add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([4, 16])
+    graph.extend([quantize, activation, weight, matmul, add])
+    graph.outputs.append(add.outputs[0])
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    ORT.build(tmp_path / "model.onnx", tmp_path / "engine")
+    audit = audit_ort(tmp_path / "model.onnx", tmp_path / "engine" / OPTIMIZED, {"fc": Rule(match="", action="w8a8")})
+    assert [(gemm.integer, gemm.reason) for gemm in audit.gemms] == [
+        (False, "it became a Gemm before Q/DQ fusion; give it an input of rank 3")
+    ]
+
+
+def test_static_tables_need_no_factoring(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
+    from conftest import calibrate_tiny, recipe_of
+
+    calibrated = calibrate_tiny(tiny, recipe_of(tiny, bins=1))
+    graph = load_graph(tiny_onnx)
+    reports = run_passes(graph, (*canonical_passes(*calibrated), FactorScale(), UnsignCodes()))
+    assert reports[-2].changed == ()
+    assert audited(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True)).coverage == 1

@@ -1,0 +1,81 @@
+"""Parity's numbers, verdicts and latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import feed_of, load_graph
+
+from dq_export.deploy.backend import BackendError
+from dq_export.deploy.latency import measure
+from dq_export.deploy.ort import ORT
+from dq_export.deploy.parity import CallParity, Difference, ParityError, difference, pick_calls, require
+
+
+def test_difference_is_the_plain_formulas() -> None:
+    exact, found = np.asarray([3.0, 4.0], dtype=np.float32), np.asarray([3.0, 4.5], dtype=np.float32)
+    result = difference(exact, found)
+    assert result.sqnr == pytest.approx(20)  # 10 log10(25 / 0.25)
+    assert result.max_error == 0.5
+    assert result.cosine == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
+    assert difference(exact, exact).sqnr == 200
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_is_the_worst(bad: float) -> None:
+    result = difference(np.ones(2, dtype=np.float32), np.asarray([1, bad], dtype=np.float32))
+    assert result.sqnr == -200
+    assert result.max_error == np.inf
+
+
+def test_each_bin_is_compared() -> None:
+    bins = np.asarray([3] * 40 + [2] + [1] * 5 + [0] * 54)
+    chosen = pick_calls(bins, least=5)
+    assert {int(bins[i]) for i in chosen} == {0, 1, 2, 3}
+    assert chosen[0] == 0
+    assert chosen[-1] == 99
+    assert len(pick_calls(np.zeros(3, dtype=np.int64))) == 3
+
+
+def row(stage: str, sqnr: float, timestep: float = 1) -> CallParity:
+    return CallParity(stage=stage, timestep=timestep, bin=0, difference=Difference(sqnr=sqnr, cosine=1, max_error=0))
+
+
+def test_the_earliest_bad_stage_is_blamed() -> None:
+    rows = [row("float-onnx", 30), row("engine", 50, 2), row("engine", 10, 7)]
+    with pytest.raises(
+        ParityError, match=r"float-onnx: 30.0 dB at timestep 1.*engine: 10.0 dB at timestep 7.*exporter is to blame"
+    ):
+        require(rows, {"float-onnx": 80, "engine": 20})
+    with pytest.raises(ParityError, match="Try --scaling auto"):
+        require(rows, {"float-onnx": 20, "engine": 20})
+    require(rows, {"float-onnx": 20, "engine": 10})
+
+
+def test_the_batch_is_dynamic(tiny: object, tiny_onnx: Path, tmp_path: Path) -> None:
+    engine = ORT.load(tiny_onnx)
+    for samples in (1, 3, 8):
+        assert engine(feed_of(tiny, samples=samples)).shape[0] == samples  # type: ignore[arg-type]
+
+
+def test_a_graph_that_the_runtime_refuses_is_an_error(tiny_onnx: Path, tmp_path: Path) -> None:
+    graph = load_graph(tiny_onnx)
+    next(iter(graph.graph)).op_type = "NoSuchOperator"
+    ir.save(graph, tmp_path / "bad.onnx")
+    with pytest.raises(BackendError, match=r"refuses .*bad.onnx.*NoSuchOperator"):
+        ORT.load(tmp_path / "bad.onnx")
+
+
+def test_engines_are_timed_in_turn() -> None:
+    order: list[str] = []
+    output = np.zeros(1, dtype=np.float32)
+
+    def engine(name: str) -> object:
+        return lambda feed: (order.append(name), output)[1]
+
+    taken = measure({"a": engine("a"), "b": engine("b")}, {}, rounds=3)  # type: ignore[dict-item]
+    assert order == ["a", "b"] * 5  # two rounds of warm-up
+    assert taken["a"].least <= taken["a"].median

@@ -1,0 +1,220 @@
+"""Whole exports of a small model, through the Python API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import save_tiny
+from hard_copy import harden_folder
+
+import dq_export
+from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.deploy.audit import AuditError
+from dq_export.deploy.parity import ParityError
+from dq_export.finished import audit_again, explain_linear
+from dq_export.pipeline import STAGES, run
+from dq_export.report import Report
+
+QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
+BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json", "recipe.yaml")
+
+
+class Watch:
+    """Which stages were done and which were kept."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.kept: list[str] = []
+        self.stage = ""
+
+    def begin(self, stage: str, what: str) -> None:
+        self.stage = stage
+
+    def advance(self, done: int, total: int) -> None:
+        assert 0 <= done <= total
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        (self.kept if kept else self.done).append(self.stage)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    dq_export.export(model=str(tiny_folder), output_dir=out, **QUICK)
+    return out
+
+
+def test_the_folder_holds_everything(exported: Path) -> None:
+    for name in (*BYTES, "float/model.onnx", "engine/optimized.onnx", "parity/command.txt", "report.json", "report.html"):
+        assert (exported / name).is_file(), name
+    report = Report.model_validate_json((exported / "report.json").read_text())
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert report.parity is not None
+    assert {call.stage for call in report.parity.calls} == {"float-onnx", "qdq-onnx", "engine"}
+    assert report.mean_sqnr("float-onnx") > 100 > report.mean_sqnr("engine") > 30
+    assert list(report.seconds) == list(STAGES)
+    assert all(linear.reason for linear in report.linears if linear.action != "w8a8")
+    page = (exported / "report.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "100.0 %" in page
+
+
+def test_the_shipped_schema_is_the_reports() -> None:
+    shipped = json.loads((Path(dq_export.__file__).parent / "report.schema.json").read_text())
+    assert shipped == Report.model_json_schema()
+
+
+def test_the_graph_is_standard_onnx_with_explicit_zero_points(exported: Path) -> None:
+    graph = ir.load(exported / "model.onnx").graph
+    assert {node.domain for node in graph} == {""}
+    assert all(len(node.inputs) == 3 for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+    assert [value.name for value in graph.inputs] == ["hidden_states", "timestep", "class_labels"]
+    assert [value.name for value in graph.outputs] == ["sample"]
+    names = {node.name for node in graph}
+    assert "transformer_blocks.1.attn1.to_k" in names
+
+
+def test_a_second_run_keeps_every_stage_and_other_options_redo_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
+    options = {**QUICK, "model": str(tiny_folder), "output_dir": tmp_path / "out"}
+    dq_export.quantize(**options)
+    assert not (tmp_path / "out" / "engine").exists()
+    watch = Watch()
+    dq_export.export(**options, progress=watch)
+    assert watch.kept == ["float", "calibrate", "quantize"]
+    watch = Watch()
+    dq_export.export(**options, progress=watch)
+    assert watch.kept == list(STAGES)
+    watch = Watch()
+    dq_export.export(**{**options, "scaling": "none"}, overwrite=True, progress=watch)
+    assert watch.kept == ["float"]
+
+
+def test_the_saved_recipe_repeats_the_run_byte_for_byte(exported: Path, tmp_path: Path) -> None:
+    run(Recipe.load(exported / "recipe.yaml"), tmp_path / "again")
+    for name in BYTES:
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def test_the_canonical_format_has_int8_codes_and_no_engine(tiny_folder: Path, tmp_path: Path) -> None:
+    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path, format="onnx", **QUICK)
+    zeros = {
+        str(node.inputs[2].dtype)
+        for node in ir.load(tmp_path / "model.onnx").graph
+        if node.op_type == "QuantizeLinear" and node.inputs[2] is not None
+    }
+    assert zeros == {"INT8"}
+    assert report.audit is None
+    assert not (tmp_path / "engine").exists()
+    assert report.mean_sqnr("qdq-onnx") > 30
+
+
+def test_per_sample_timesteps(tiny_folder: Path, tmp_path: Path) -> None:
+    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path, timesteps="per-sample", **QUICK)
+    shape = ir.load(tmp_path / "model.onnx").graph.inputs[1].shape
+    assert shape is not None
+    assert not isinstance(shape[0], int)
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert report.mean_sqnr("engine") > 30
+
+
+def test_excluded_linears_stay_float_and_say_why(tiny_folder: Path, tmp_path: Path) -> None:
+    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path, exclude=(r"to_q$", r"blocks\.0\.ff"), **QUICK)
+    excluded = {linear.name: linear for linear in report.linears if "excluded" in linear.reason}
+    assert set(excluded) == {f"transformer_blocks.{n}" for n in ("0.attn1.to_q", "1.attn1.to_q", "0.ff.net.0.proj", "0.ff.net.2")}
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert {gemm.kernel for gemm in report.audit.gemms if gemm.name in excluded} <= {"MatMul", "FusedMatMul"}
+    assert explain_linear(tmp_path, "transformer_blocks.0.attn1.to_q")["action"] == "float"
+    with pytest.raises(RecipeError, match="matches none"):
+        dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "x", exclude=("nothing",), **QUICK)
+    assert not (tmp_path / "x").exists()
+
+
+def replay(out: Path) -> int:
+    import shlex
+
+    words = shlex.split((out / "parity" / "command.txt").read_text())
+    polygraphy = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", polygraphy, *words[1:]], cwd=out, capture_output=True, check=False).returncode
+
+
+def spoil_scales(out: Path, target: Path) -> None:
+    """A copy of an export whose activation scales are three times too small, so that most values saturate."""
+    import shutil
+
+    shutil.copytree(out, target)
+    model = ir.load(out / "model.onnx")
+    ir.external_data.load_to_model(model)
+    for name, value in model.graph.initializers.items():
+        if "activation_scale" in name and value.const_value is not None:
+            value.const_value = ir.tensor(np.asarray(value.const_value.numpy() / 3, dtype=np.float32), name=name)
+    ir.save(model, target / "model.onnx", external_data="model.onnx.data")
+
+
+def test_polygraphy_replays_the_parity_files_and_fails_on_spoilt_scales(exported: Path, tmp_path: Path) -> None:
+    assert replay(exported) == 0
+    spoil_scales(exported, tmp_path / "spoilt")
+    assert replay(tmp_path / "spoilt") != 0
+
+
+def test_an_engine_that_is_too_far_from_pytorch_fails_after_the_report(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r"engine: .* required 150.0 dB"):
+        dq_export.export(model=str(tiny_folder), output_dir=tmp_path, **{**QUICK, "min_sqnr": 150})
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_graph_that_runs_in_float_fails_the_audit(exported: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(exported, tmp_path / "out")
+    model = ir.load(tmp_path / "out" / "model.onnx")
+    for node in model.graph:  # signed codes again: what a naive export would write
+        if node.op_type == "QuantizeLinear":
+            zero = ir.Value(name=f"{node.name}.z", const_value=ir.tensor(np.asarray(0, dtype=np.int8), name=f"{node.name}.z"))
+            model.graph.register_initializer(zero)
+            node.outputs[0].dtype = ir.DataType.INT8
+            for user in (node, *(user for user, _ in node.outputs[0].uses())):
+                user.replace_input_with(2, zero)
+    ir.save(model, tmp_path / "out" / "model.onnx")
+    report, required = audit_again(tmp_path / "out")
+    assert report.coverage < required
+    from dq_export.verdict import require_audit
+
+    with pytest.raises(AuditError, match=r"attn1.to_q: MatMul; its int8 activation feeds several"):
+        require_audit(report, required)
+
+
+def mean_sqnr(model: Path, out: Path, **options: Any) -> float:
+    report = dq_export.export(model=str(model), output_dir=out, **{**QUICK, "min_sqnr": -200, **options})
+    return report.mean_sqnr("engine")
+
+
+def test_the_hard_copy_collapses_without_scaling_and_recovers_with_auto(tmp_path: Path) -> None:
+    from dq_export.families.source import PACKAGED
+
+    easy, hard = PACKAGED / "dit-digits", tmp_path / "hard"
+    harden_folder(easy, hard)
+    options: dict[str, Any] = {"steps": 10, "calib_size": 4, "guidance_scale": 2.0}
+    plain = mean_sqnr(easy, tmp_path / "easy-auto", **options)
+    collapsed = mean_sqnr(hard, tmp_path / "hard-none", scaling="none", **options)
+    recovered = mean_sqnr(hard, tmp_path / "hard-auto", **options)
+    assert collapsed < plain - 15, "the hard copy is not hard"
+    assert recovered > plain - 3
+
+
+def test_a_model_without_biases_and_with_learned_sigma_exports(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", attention_bias=False, out_channels=4)
+    report = dq_export.export(model=str(folder), output_dir=tmp_path / "out", shift=True, scaling="smooth", **QUICK)
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert report.mean_sqnr("engine") > 30

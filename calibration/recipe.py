@@ -93,11 +93,11 @@ class Recipe(BaseModel):
             raise RecipeError("\n".join(_explain(item, source) for item in error.errors())) from error
 
     @staticmethod
-    def load(path: Path) -> Recipe:
-        """Read a YAML recipe.
+    def read(path: Path) -> dict[str, Any]:
+        """The mapping in a YAML file, not validated.
 
         Raises:
-            RecipeError: no such file, not YAML, or not a recipe.
+            RecipeError: no such file, not YAML, or no mapping.
         """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -107,7 +107,16 @@ class Recipe(BaseModel):
             raise RecipeError(f"recipe {path}: not readable as YAML ({error})") from error
         if not isinstance(values, dict):
             raise RecipeError(f"recipe {path}: expected a mapping of options, found {type(values).__name__}")
-        return Recipe.parse(values, f"recipe {path}")
+        return values
+
+    @staticmethod
+    def load(path: Path) -> Recipe:
+        """Read a YAML recipe.
+
+        Raises:
+            RecipeError: see `read` and `parse`.
+        """
+        return Recipe.parse(Recipe.read(path), f"recipe {path}")
 
     def dump(self) -> str:
         """YAML that `load` reads back to an equal recipe."""

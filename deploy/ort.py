@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +48,23 @@ class Ort:
         return (UnsignCodes(),) if shared else (FactorScale(), UnsignCodes())
 
     def build(self, model: Path, folder: Path) -> None:
-        """Create the session once with the graph that it will run written to `folder`."""
+        """Create the session once with the graph that it will run written to `folder`.
+
+        Raises:
+            BackendError: ONNX Runtime is missing or refuses the graph.
+            OSError: no space left; ONNX Runtime itself does not tell that from a bad graph.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         options = _options(optimize=True)
         options.optimized_model_filepath = str(folder / OPTIMIZED)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{OPTIMIZED}.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        session = _session(model, options)
+        try:
+            session = _session(model, options)
+        except BackendError as error:
+            if shutil.disk_usage(folder).free < sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            raise
         ort = _onnxruntime()
         described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -95,7 +95,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
             given[key] = given[key].lower()
     if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):
         given["bins"] = int(given["bins"])
-    base = Recipe.load(path).model_dump(exclude_unset=True) if path else {}
+    base = Recipe.read(path) if path else {}
     if "model" not in {**base, **given}:
         raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
     recipe = Recipe.parse({**base, **given}, "option" if not path else f"recipe {path} with flags")

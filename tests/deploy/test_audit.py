@@ -67,7 +67,7 @@ def drop_activation_zero_points(graph: ir.Model) -> None:
     for node in [*nodes(graph, "QuantizeLinear", ""), *nodes(graph, "DequantizeLinear", "activation_dq")]:
         node.resize_inputs(2)
         if node.op_type == "QuantizeLinear":
-            node.outputs[0].dtype = ir.DataType.UINT8  # the default without a zero point
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", ir.DataType.INT8.value)
 
 
 def drop_weight_zero_points(graph: ir.Model) -> None:
@@ -86,7 +86,7 @@ def drop_activation_qdq(graph: ir.Model) -> None:
     ("legalise", "spoil", "lost", "reason"),
     [
         ((), None, "to_q", "its int8 activation feeds several GEMMs; use uint8"),
-        ((), drop_activation_zero_points, "to_q", "the DequantizeLinear of its activation has no zero point"),
+        ((), drop_activation_zero_points, "to_out.0", "the DequantizeLinear of its activation has no zero point"),
         ((UnsignCodes(),), drop_activation_qdq, "to_out.0", "its activation has no DequantizeLinear"),
     ],
     ids=["int8-for-three", "no-activation-zero-point", "no-activation-qdq"],

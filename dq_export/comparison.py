@@ -111,12 +111,17 @@ def save_pictures(path: Path, rows: list[Float32]) -> bool:
 
     if rows[0].shape[1] not in (1, 3):
         return False
-    bands = [np.concatenate(list(np.clip(np.rint(row * 127.5 + 127.5), 0, 255).astype(np.uint8)), axis=2) for row in rows]
-    grid = np.concatenate(bands, axis=1).transpose(1, 2, 0)
+    framed = [np.pad(_bytes_of(row), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=96) for row in rows]
+    grid = np.concatenate([np.concatenate(list(row), axis=2) for row in framed], axis=1).transpose(1, 2, 0)
     factor = max(1, 64 // rows[0].shape[-1])
     large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")
     return True
+
+
+def _bytes_of(row: Float32) -> npt.NDArray[np.uint8]:
+    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(row * 127.5 + 127.5), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _expanded(feed: Feed, recipe: Recipe) -> Feed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
+from .checkpoint import digest, load_scheduler, refuse_pickles
 from .reference import Feed, Float32, ModelError, Network, Reference, transformer_folder
 
 if TYPE_CHECKING:
@@ -52,10 +51,10 @@ class DiT:
     def load(self, folder: Path, guidance: float) -> Reference:
         """See `Family.load`. The default guidance is that of diffusers' DiTPipeline."""
         transformer = transformer_folder(folder)
-        _refuse_pickles(transformer)
+        refuse_pickles(transformer)
         model = _load_transformer(transformer)
         _refuse_unfit(model, transformer)
-        return DiTReference(model, _load_scheduler(folder), guidance)
+        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance)
 
 
 DIT = DiT()
@@ -73,7 +72,7 @@ class DiTReference:
         self.rules: tuple[Rule, ...] = RULES
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
-        self.digest = _digest(model)
+        self.digest = digest(model)
         self.linears: Mapping[str, Linear] = _linears(model)
 
     def weight(self, linear: str) -> Float32:
@@ -273,20 +272,6 @@ def _linears(model: Any) -> dict[str, Linear]:
     return found
 
 
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        return
-    pickles = sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        new = folder / "diffusion_pytorch_model.safetensors"
-        raise ModelError(
-            f"{pickles[0]}: a pickle can run code when it is loaded, so only safetensors are read. Where you trust it, "
-            f'convert it: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{new}')\""
-        )
-    raise ModelError(f"{folder}: no .safetensors file; expected diffusion_pytorch_model.safetensors")
-
-
 def _load_transformer(folder: Path) -> Any:
     import torch
     from diffusers import DiTTransformer2DModel
@@ -327,27 +312,3 @@ def _refuse_unfit(model: Any, folder: Path) -> None:
         raise ModelError(f"{folder}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint is damaged")
     if model.config.norm_type != "ada_norm_zero":
         raise ModelError(f"{folder}: norm_type '{model.config.norm_type}'; family dit supports 'ada_norm_zero'")
-
-
-def _load_scheduler(folder: Path) -> Any:
-    import diffusers
-
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.exists():
-        return diffusers.DDIMScheduler(**DEFAULT_SCHEDULER)
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{path}: not a scheduler configuration ({error!r})") from error
-    scheduler: Any = getattr(diffusers, name, None)
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise ModelError(f"{path}: '{name}' is not a scheduler of diffusers {diffusers.__version__}")
-    return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
-
-
-def _digest(model: Any) -> str:
-    digest = hashlib.sha256(json.dumps(dict(model.config), sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(memoryview(value.contiguous().numpy()).cast("B"))
-    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Reading a diffusers folder: what every family does alike."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .reference import ModelError
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Let a folder with safetensors pass.
+
+    Raises:
+        ModelError: only pickles, with the conversion command, or no weights at all.
+    """
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        new = folder / "diffusion_pytorch_model.safetensors"
+        raise ModelError(
+            f"{pickles[0]}: a pickle can run code when it is loaded, so only safetensors are read. Where you trust it, "
+            f'convert it: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{new}')\""
+        )
+    raise ModelError(f"{folder}: no .safetensors file; expected diffusion_pytorch_model.safetensors")
+
+
+def load_scheduler(folder: Path, default: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler of a pipeline folder; DDIM with `default` where it has none.
+
+    Raises:
+        ModelError: the folder names something that is no scheduler.
+    """
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return diffusers.DDIMScheduler(**default)
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{path}: not a scheduler configuration ({error!r})") from error
+    scheduler: Any = getattr(diffusers, name, None)
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise ModelError(f"{path}: '{name}' is not a scheduler of diffusers {diffusers.__version__}")
+    return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
+
+
+def digest(model: Any) -> str:
+    """sha256 of a diffusers model's configuration and weights, hexadecimal."""
+    found = hashlib.sha256(json.dumps(dict(model.config), sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(memoryview(value.contiguous().numpy()).cast("B"))
+    return found.hexdigest()

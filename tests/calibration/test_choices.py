@@ -49,9 +49,9 @@ def test_auto_takes_the_fewest_bins_within_the_tolerance(scale: np.ndarray) -> N
 
 
 def test_tables_keep_the_largest_scale_of_a_bin_and_cut_half_way() -> None:
-    table = build_table(np.asarray([900.0, 500.0, 100.0]), np.asarray([1, 1, 4], dtype=np.float32), 2)
+    table = build_table(np.asarray([900.0, 500.0, 100.0]), np.asarray([2, 1, 4], dtype=np.float32), 2)
     assert table.bins.edges == (300.0,)
-    assert table.scale.tolist() == [4.0, 1.0]
+    assert table.scale.tolist() == [4.0, 2.0]
     steps = build_table(np.asarray([900.0, 500.0, 100.0]), np.asarray([1, 2, 4], dtype=np.float32), "per-step")
     assert steps.scale.tolist() == [4.0, 2.0, 1.0]
 

@@ -386,3 +386,8 @@ def test_unsign_codes_must_not_act() -> None:
     per_sample = linear_model(["B"])
     run_passes(per_sample, [InsertQdq(result=result_of(site_of(), 8), assigned={"fc0": W8A8})])
     assert "cases 1, 2" in unchanged(per_sample, UnsignCodes())
+    b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8]))
+    scale, zero = b.const("s", np.ones(8, dtype=np.float32)), b.const("z", np.zeros(8, dtype=np.int8))
+    codes = b.node("QuantizeLinear", b.value["x"], scale, zero, axis=2)
+    model = b.model(b.node("DequantizeLinear", codes, scale, zero, axis=2, shape=["B", 3, 8]))
+    assert "cases 1, 2" in unchanged(model, UnsignCodes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -100,9 +101,13 @@ def _export(until: str, options: dict[str, Any]) -> None:
         raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
     recipe = Recipe.parse({**base, **given}, "option" if not path else f"recipe {path} with flags")
     watch = Lines(quiet=how["quiet"] or how["as_json"])
+    signal.signal(signal.SIGINT, watch.interrupt)
+    ends: tuple[type[BaseException], ...] = (KeyboardInterrupt, ImportError, *_statuses())
     try:
         report = run(recipe, folder, exclude=exclude, until=until, overwrite=how["overwrite"], progress=watch)
-    except KeyboardInterrupt:
+    except ends:
+        if not watch.interrupted:
+            raise
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if how["as_json"]:
@@ -190,9 +195,17 @@ class Lines:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
         self.stage, self.start, self.said = "", 0.0, 0.0
+        self.interrupted = False
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Stop the run. Some libraries swallow the exception, or report a failed import: the flag remembers."""
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def begin(self, stage: str, what: str) -> None:
         """Say which stage starts."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.stage, self.start, self.said = stage, time.monotonic(), time.monotonic()
         self._say(f"{stage:9} {what}")
 
@@ -296,9 +309,6 @@ def main() -> None:
         print(f"error: no space left for {error.filename or 'the output folder'}; free some and run the same command again: "
               "finished stages are kept", file=sys.stderr)  # fmt: skip
         sys.exit(FAILED)
-    except Exception as error:
-        status = next((code for kind, code in _statuses().items() if isinstance(error, kind)), None)
-        if status is None:
-            raise
+    except tuple(_statuses()) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(status)
+        sys.exit(_statuses()[type(error)])

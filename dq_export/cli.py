@@ -18,50 +18,47 @@ from rich.table import Table
 
 FAILED, USAGE, AUDIT, PARITY, INTERRUPTED = 1, 2, 3, 4, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-GROUPS = ("What to export", "How to quantize", "Calibration", "Output")
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
     name="dq-export",
     add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def option(panel: int, text: str, *names: str, **more: Any) -> Any:
-    """A typer option in one of the help's groups."""
-    return typer.Option(*names, help=text, rich_help_panel=GROUPS[panel], show_default=False, **more)
+def option(text: str, *names: str) -> Any:
+    """A typer option whose default, where it has one, is in its text: recipe files may set another."""
+    return typer.Option(*names, help=text, show_default=False)
 
 
 def export_options(
-    model: Annotated[str, option(0, "dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
-    format_: Annotated[str, option(0, "ort (engine) or onnx (canonical Q/DQ graph) (default ort)", "--format")] = "",
-    bits: Annotated[str, option(0, "w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
-    timesteps: Annotated[str, option(0, "auto, shared ([1]) or per-sample ([B]) (default auto)", "--timesteps")] = "",
-    recipe: Annotated[Path | None, option(0, "YAML with these options and rules; flags win", "--recipe")] = None,
-    method: Annotated[str, option(1, "scales by minmax, percentile or mse (default minmax)", "--method")] = "",
-    percentile: Annotated[float | None, option(1, "for --method percentile (default 99.99)", "--percentile")] = None,
-    bins: Annotated[str, option(1, "timestep bins: auto, per-step, or a number (1: static) (default auto)", "--bins")] = "",
-    scaling: Annotated[str, option(1, "auto, none, dilate or smooth (default auto)", "--scaling")] = "",
-    alpha: Annotated[float | None, option(1, "for --scaling smooth (default 0.5)", "--alpha")] = None,
-    rho: Annotated[float | None, option(1, "for --scaling dilate (default 1.0)", "--rho")] = None,
-    shift: Annotated[bool | None, option(1, "per-channel shift (default where auto gains)", "--shift/--no-shift")] = None,
-    exclude: Annotated[list[str] | None, option(1, "REGEX of linears to leave float; repeatable", "--exclude")] = None,
-    calib_size: Annotated[int | None, option(2, "pictures to sample (default 16)", "--calib-size")] = None,
-    steps: Annotated[int | None, option(2, "sampler steps a picture (default 50)", "--steps")] = None,
-    guidance_scale: Annotated[float | None, option(2, "guidance (default the model's)", "--guidance-scale")] = None,
-    seed: Annotated[int | None, option(2, "of noise and labels (default 0)", "--seed")] = None,
-    min_coverage: Annotated[float | None, option(3, "integer share required (default 0.95)", "--min-coverage")] = None,
-    min_sqnr: Annotated[float | None, option(3, "dB required of each network call (default 20)", "--min-sqnr")] = None,
-    output_dir: Annotated[
-        Path, option(3, "new folder, or an earlier run to continue (default out)", "--output-dir", "-o")
-    ] = Path("out"),
-    overwrite: Annotated[bool, option(3, "redo in a folder of another run what differs", "--overwrite")] = False,
-    as_json: Annotated[bool, option(3, "print report.json instead of the summary", "--json")] = False,
-    verbose: Annotated[bool, option(3, "also what each pass and stage did", "--verbose", "-v")] = False,
-    quiet: Annotated[bool, option(3, "only errors and the summary", "--quiet", "-q")] = False,
+    model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
+    format_: Annotated[str, option("ort: engine; onnx: canonical graph (default ort)", "--format")] = "",
+    bits: Annotated[str, option("w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
+    timesteps: Annotated[str, option("auto, shared or per-sample (default auto)", "--timesteps")] = "",
+    recipe: Annotated[Path | None, option("YAML with these options and rules; flags win", "--recipe")] = None,
+    method: Annotated[str, option("minmax, percentile or mse (default minmax)", "--method")] = "",
+    percentile: Annotated[float | None, option("for --method percentile (default 99.99)", "--percentile")] = None,
+    bins: Annotated[str, option("auto, per-step, or a number; 1 is static", "--bins")] = "",
+    scaling: Annotated[str, option("auto, none, dilate or smooth (default auto)", "--scaling")] = "",
+    alpha: Annotated[float | None, option("for --scaling smooth (default 0.5)", "--alpha")] = None,
+    rho: Annotated[float | None, option("for --scaling dilate (default 1.0)", "--rho")] = None,
+    shift: Annotated[bool | None, option("per-channel shift (default where auto gains)", "--shift/--no-shift")] = None,
+    exclude: Annotated[list[str] | None, option("REGEX of linears to leave float; repeatable", "--exclude")] = None,
+    calib_size: Annotated[int | None, option("pictures to sample (default 16)", "--calib-size")] = None,
+    steps: Annotated[int | None, option("sampler steps a picture (default 50)", "--steps")] = None,
+    guidance_scale: Annotated[float | None, option("guidance (default the model's)", "--guidance-scale")] = None,
+    seed: Annotated[int | None, option("of noise and labels (default 0)", "--seed")] = None,
+    min_coverage: Annotated[float | None, option("integer share required (default 0.95)", "--min-coverage")] = None,
+    min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
+    output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
+    overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite")] = False,
+    as_json: Annotated[bool, option("print report.json instead of the summary", "--json")] = False,
+    verbose: Annotated[bool, option("also what each pass and stage did", "--verbose", "-v")] = False,
+    quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q")] = False,
 ) -> None:
     """The options of every command that exports."""
 
@@ -127,15 +124,15 @@ for _stage, _text in (
     ("quantize", "Up to the Q/DQ graph model.onnx."),
     ("build", "Up to the engine, not audited or verified."),
 ):
-    app.command(_stage, rich_help_panel="Stages")(exporting(_stage, _text))
+    app.command(_stage)(exporting(_stage, _text))
 
 Folder = Annotated[Path, typer.Argument(help="an export's output folder", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON", show_default=False)]
 
 
-@app.command(rich_help_panel="On a finished export")
+@app.command()
 def verify(out: Folder) -> None:
-    """Replay parity/ on model.onnx with polygraphy; fails like CI would."""
+    """Replay parity/ with polygraphy, as a CI would."""
     import shlex
     import subprocess
 
@@ -147,9 +144,9 @@ def verify(out: Folder) -> None:
     raise typer.Exit(PARITY if done.returncode else 0)
 
 
-@app.command(rich_help_panel="On a finished export")
+@app.command()
 def audit(out: Folder, as_json: Json = False) -> None:
-    """Build the engine anew on this machine and list the kernel of every GEMM."""
+    """List the kernel of every GEMM on this machine."""
     from .finished import audit_again
 
     report, required = audit_again(out)
@@ -165,9 +162,9 @@ def audit(out: Folder, as_json: Json = False) -> None:
         raise typer.Exit(AUDIT)
 
 
-@app.command(rich_help_panel="On a finished export")
+@app.command()
 def bench(out: Folder, as_json: Json = False) -> None:
-    """Time the engine against the float ONNX graph, interleaved."""
+    """Time the engine against the float graph."""
     from .finished import bench_again
 
     latency = bench_again(out)
@@ -179,9 +176,9 @@ def bench(out: Folder, as_json: Json = False) -> None:
         print("warning: the quantized engine is slower than the float one here", file=sys.stderr)
 
 
-@app.command(rich_help_panel="On a finished export")
+@app.command()
 def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name of a linear", show_default=False)]) -> None:
-    """Why a linear is quantized as it is: the deciding rule, scaling, bins and kernel."""
+    """Why a linear is quantized as it is."""
     from .finished import explain_linear
 
     for label, value in explain_linear(out, name).items():
@@ -300,6 +297,8 @@ def main() -> None:
     """Run the command line; user errors become one message and a status, never a traceback."""
     try:
         app()
+    except SystemExit:  # first: looking up the errors below would load libraries that --help does without
+        raise
     except ImportError as error:
         print(f"error: the package '{error.name}' is missing; pip install 'dq-export[cpu]'", file=sys.stderr)
         sys.exit(FAILED)

@@ -45,12 +45,10 @@ class Linear:
 
     Args:
         name: its module name; the quantized GEMM's node bears it.
-        shape: (out, in).
         kind: `gemm`: works on all tokens; `modulation`: works on one vector per sample; `edge`: embedders and final layers.
     """
 
     name: str
-    shape: tuple[int, int]
     kind: Literal["gemm", "modulation", "edge"]
 
 
@@ -67,9 +65,6 @@ class Denoiser(Protocol):
 
     def weight(self, linear: str) -> Float32:
         """float32[out, in]; a view where possible."""
-
-    def bias(self, linear: str) -> Float32:
-        """float32[out]; zeros where the linear has none."""
 
     def trajectory(self, labels: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float) -> Iterator[float]:
         """Sample one picture a label with guidance on the reference; yields each timestep before its network call."""

@@ -27,15 +27,6 @@ QUANT_TYPES = (INT8, UINT8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tensor shape -> `()`."""
-        return ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class PerAxis:
     """One scale for each index of `axis`."""
 
@@ -64,6 +55,3 @@ class Blocked:
         divided = list(shape)
         divided[self.axis] //= self.block_size
         return tuple(divided)
-
-
-Granularity = PerTensor | PerAxis | Blocked

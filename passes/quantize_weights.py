@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.qtypes import INT8
+from dq_export.calibration.qtypes import INT8, Blocked, PerAxis
 from dq_export.calibration.recipe import Rule
 
 from .base import GraphError, GraphPass, PassReport, constant, initializer
@@ -65,6 +65,12 @@ def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32
     weight = linear.weight().T
     blocked = scale.ndim == 2
     block_size = weight.shape[0] // scale.shape[0] if blocked else 0
+    granularity = Blocked(axis=0, block_size=block_size) if blocked else PerAxis(axis=1)
+    expected = granularity.scale_shape(weight.shape)
+    if scale.shape != expected:
+        raise GraphError(
+            f"'{name}': expected scales {expected} for a weight {weight.shape}, found {scale.shape}; calibrate again"
+        )
     full = np.repeat(scale, block_size, axis=0) if blocked else scale
     codes = initializer(graph, f"{name}.weight_codes", codes_of(weight, full))
     stored = initializer(graph, f"{name}.weight_scale", scale)

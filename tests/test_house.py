@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"calibration": 1, "passes": 2, "deploy": 3, "dq_export": 4}
-EVERYWHERE = {"numpy", "onnx_ir"}
 THIRD_PARTY = {
     "calibration": {"numpy", "pydantic", "yaml"},
     "passes": {"numpy", "onnx_ir"},

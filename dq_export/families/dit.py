@@ -79,13 +79,6 @@ class DiTReference:
         weight: Float32 = self.model.get_submodule(linear).weight.detach().numpy()
         return weight
 
-    def bias(self, linear: str) -> Float32:
-        module = self.model.get_submodule(linear)
-        if module.bias is None:
-            return np.zeros(module.out_features, dtype=np.float32)
-        bias: Float32 = module.bias.detach().numpy()
-        return bias
-
     def forward(self, feed: Feed) -> Float32:
         import torch
 
@@ -268,7 +261,7 @@ def _linears(model: Any) -> dict[str, Linear]:
         if isinstance(module, torch.nn.Linear):
             edge = ".emb." in name or not name.startswith("transformer_blocks.")
             kind = "edge" if edge else "modulation" if name.endswith(".norm1.linear") else "gemm"
-            found[name] = Linear(name=name, shape=(module.out_features, module.in_features), kind=kind)  # type: ignore[arg-type]
+            found[name] = Linear(name=name, kind=kind)  # type: ignore[arg-type]
     return found
 
 

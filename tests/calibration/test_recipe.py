@@ -12,7 +12,7 @@ from dq_export.calibration.denoiser import Linear
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 
 LINEARS = {
-    name: Linear(name=name, shape=(8, 8), kind=kind)  # type: ignore[arg-type]
+    name: Linear(name=name, kind=kind)  # type: ignore[arg-type]
     for name, kind in (("blocks.0.q", "gemm"), ("blocks.0.mod", "modulation"), ("embed", "edge"))
 }
 GOOD = (

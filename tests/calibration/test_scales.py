@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_export.calibration.qtypes import QUANT_TYPES, Blocked, PerAxis, PerTensor
+from dq_export.calibration.qtypes import QUANT_TYPES, Blocked, PerAxis
 from dq_export.calibration.scales import ScaleTable, TimestepBins
 
 EDGES = st.lists(st.integers(0, 1000), unique=True, max_size=8).map(
@@ -63,7 +63,6 @@ def test_tables_are_equal_by_content_and_cannot_be_written() -> None:
 
 
 def test_granularities_know_their_scale_shape() -> None:
-    assert PerTensor().scale_shape((6, 4)) == ()
     assert PerAxis(axis=1).scale_shape((6, 4)) == (4,)
     assert Blocked(axis=0, block_size=3).scale_shape((6, 4)) == (2, 4)
     with pytest.raises(ValueError, match="block_size 4 must divide axis 0"):

@@ -28,11 +28,9 @@ def test_the_familys_rules_match_every_linear(name: str, tiny: Reference) -> Non
     assert all(rule.reason for rule in assigned.values() if rule.action != "w8a8"), "skips have reasons"
 
 
-def test_weights_and_biases_are_the_modules(tiny: Any) -> None:
+def test_weights_are_the_modules(tiny: Any) -> None:
     name = "transformer_blocks.1.ff.net.0.proj"
     np.testing.assert_array_equal(tiny.weight(name), tiny.model.transformer_blocks[1].ff.net[0].proj.weight.detach().numpy())
-    assert tiny.linears[name].shape == tiny.weight(name).shape
-    assert tiny.bias(name).shape == (128,)
 
 
 @pytest.mark.parametrize("out_channels", [2, 4], ids=["fixed-sigma", "learned-sigma"])

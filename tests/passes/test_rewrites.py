@@ -293,6 +293,11 @@ def test_quantize_weights_refuses_a_gemm() -> None:
         QuantizeWeights(result=result, assigned={"norm1.linear": BLOCKS}).rewrite(modulated())
 
 
+def test_quantize_weights_refuses_scales_of_another_model() -> None:
+    with pytest.raises(GraphError, match=r"'fc0': expected scales \(8,\) for a weight \(8, 8\), found \(6,\)"):
+        QuantizeWeights(result=result_of(site_of(), 8, out=6), assigned={"fc0": W8A8}).rewrite(linear_model([1]))
+
+
 def test_insert_qdq_with_a_table() -> None:
     model = linear_model([1], readers=2)
     assigned = {"fc0": W8A8, "fc1": W8A8}

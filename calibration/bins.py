@@ -68,10 +68,10 @@ def build_table(timesteps: Float64, scale: npt.NDArray[np.float32], bins: int | 
 def _merge_costs(scale: Float64) -> Float64:
     """float64[T, T]: the cost of one bin over steps i..j (inf for j < i)."""
     steps = len(scale)
-    inverse = np.concatenate(([0.0], np.cumsum(scale**-2)))
     cost = np.full((steps, steps), np.inf)
     for i in range(steps):
         largest = np.maximum.accumulate(scale[i:])
         count = np.arange(1, steps - i + 1)
-        cost[i, i:] = np.maximum(largest**2 * (inverse[i + 1 :] - inverse[i]) - count, 0.0)
+        # Summed from i on: the difference of two sums from 0 on would drown in the terms of tiny scales before i.
+        cost[i, i:] = np.maximum(largest**2 * np.cumsum(scale[i:] ** -2) - count, 0.0)
     return cost

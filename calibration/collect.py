@@ -197,8 +197,9 @@ def _run(
 def _check(statistics: dict[str, SiteStatistics]) -> None:
     wrong = []
     for name, item in statistics.items():
-        if not (np.isfinite(item.low).all() and np.isfinite(item.high).all()):
-            step = int(np.flatnonzero(~np.isfinite(item.high - item.low).all(axis=1))[0])
+        finite = np.isfinite(item.low).all(axis=1) & np.isfinite(item.high).all(axis=1)
+        if not finite.all():
+            step = int(finite.argmin())
             wrong.append(f"the input of '{name}' has NaN or Inf at timestep {item.timesteps[step]:g}; check the checkpoint")
         elif not (item.low.any() or item.high.any()):
             wrong.append(f"the input of '{name}' is zero at every timestep, so it has no scale; exclude it: --exclude '{name}'")

@@ -42,6 +42,7 @@ def calibrate(
     first = collect_ranges(denoiser, names, sampling, lambda done, total: progress(done, total * passes))
     scalings = {site.name: _choose(site, first[site.name], denoiser, recipe, assigned) for site in sites}
     amax = {name: first[name].amax(s.in_scale, s.in_shift) for name, s in scalings.items()}
+    _refuse_constant(amax)
     counts: dict[str, npt.NDArray[np.int64]] = {}
     if passes == 2:
         transforms = {name: (s.in_scale, s.in_shift) for name, s in scalings.items()}
@@ -107,6 +108,18 @@ def folded_weight(denoiser: Denoiser, linear: str, plans: Mapping[str, SitePlan]
             for start, stop in (site.shift_rows, site.scale_rows):
                 weight[start:stop] /= plan.in_scale[:, None]
     return weight
+
+
+def _refuse_constant(amax: Mapping[str, Float32]) -> None:
+    constant = [name for name, limit in amax.items() if not limit.any()]
+    if constant:
+        raise CalibrationError(
+            "\n".join(
+                f"the input of '{name}' never changes, so a shift leaves no scale; pass --no-shift, or exclude it: "
+                f"--exclude '{name}'"
+                for name in constant
+            )
+        )
 
 
 def _choose(

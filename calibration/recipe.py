@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0)
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     min_coverage: float = Field(0.95, ge=0, le=1, description="share of the quantized GEMMs' FLOPs that must be integer")
-    min_sqnr: float = Field(20.0, description="dB that every network call's output must keep")
+    min_sqnr: float = Field(20.0, allow_inf_nan=False, description="dB that every network call's output must keep")
     rules: tuple[Rule, ...] | None = Field(None, description="first match wins; null: the family's")
 
     @field_validator("bins")
@@ -137,8 +137,8 @@ class Recipe(BaseModel):
         """The deciding rule of every linear.
 
         Raises:
-            RecipeError: a rule that matches no linear at all, an action that a linear cannot have, or nothing left to
-                quantize; all of them in one message.
+            RecipeError: a rule that matches no linear at all, a linear that no rule matches, an action that a linear cannot
+                have, or nothing left to quantize; all of them in one message.
         """
         wrong = []
         for rule in self.rules or ():
@@ -146,7 +146,11 @@ class Recipe(BaseModel):
                 example = next(iter(linears))
                 hint = nearest(rule.match, list(linears)) or f" Names look like '{example}'."
                 wrong.append(f"rule '{rule.match}' ({rule.action}) matches none of {len(linears)} linears.{hint}")
-        decided = {name: self.decide(name) for name in linears}
+        left = [name for name in linears if not any(re.search(rule.match, name) for rule in self.rules or ())]
+        if left:
+            names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
+        decided = {name: self.decide(name) for name in linears if name not in left}
         for name, rule in decided.items():
             kind = linears[name].kind
             if rule.action == "w8a8" and kind == "modulation":

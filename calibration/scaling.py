@@ -45,7 +45,7 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
         activation_amax: float32[K], max |x| of each channel over all timesteps.
     """
     amax = np.abs(weight).max(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # zeros, rows of zeros and subnormal weights
         room = np.where(weight != 0, amax / np.abs(weight), np.inf)
     least = room.min(axis=0)
     dilation = np.where(np.isfinite(least), np.minimum(least, MAX_SCALE), 1.0)
@@ -116,9 +116,12 @@ def _candidate(rule: tuple[str, float], shift: tuple[str, Float32], statistics: 
 
 
 def _measure(candidate: Scaling, statistics: SiteStatistics, weight: Float32) -> Scaling:
-    """The candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep."""
+    """The candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep.
+    Infinite where the shift takes away a constant input entirely, so that nothing is left to have a scale."""
     in_scale, in_shift = candidate.in_scale, candidate.in_shift
     scale = statistics.amax(in_scale, in_shift) / INT8.qmax
+    if not scale.any():
+        return Scaling(method=candidate.method, in_scale=in_scale, in_shift=in_shift, error=float("inf"))
     scale = np.where(scale > 0, scale, 1.0)[statistics.row_step][:, None]
     scaled = (statistics.rows - in_shift) / in_scale
     activation = np.clip(np.rint(scaled / scale), INT8.qmin, INT8.qmax) * scale

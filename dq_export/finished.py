@@ -23,12 +23,13 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
 
     Raises:
         OutputError: `out` is no finished export.
+        BackendError: the graph is damaged.
     """
     _require(out, RECIPE, "model.onnx")
     recipe = Recipe.load(out / RECIPE)
-    assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
     with tempfile.TemporaryDirectory() as folder:
-        ORT.build(out / "model.onnx", Path(folder))
+        ORT.build(out / "model.onnx", Path(folder))  # first: it says what is wrong with a damaged file
+        assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
         return audit_model(out / "model.onnx", Path(folder) / OPTIMIZED, assigned), recipe.min_coverage
 
 
@@ -36,10 +37,13 @@ def bench_again(out: Path) -> LatencyReport:
     """Time the engine against the float graph.
 
     Raises:
-        OutputError: `out` is no finished export.
+        OutputError: `out` is no finished export, or its inputs are damaged.
     """
     _require(out, "model.onnx", "float/model.onnx", "parity/inputs.json")
-    return bench(out, rounds=30)
+    try:
+        return bench(out, rounds=30)
+    except ValueError as error:
+        raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 
 
 def explain_linear(out: Path, name: str) -> dict[str, str]:

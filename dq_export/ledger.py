@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,11 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 RECIPE = "recipe.yaml"
 LEDGER = "stages.json"
 PARTIAL = ".partial"
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class OutputError(Exception):
@@ -133,13 +135,22 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
         raise OutputError(
             f"{folder} holds another run ({changed}). Pass another folder with -o, or --overwrite to do again what differs"
         )
-    with (folder / ".lock").open("w") as lock:
+    with _open_lock(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(f"{folder} is being written by another dq-export; wait for it, or pass another folder") from error
         write_text(kept, recipe)
         yield Ledger(folder)
+
+
+def _open_lock(folder: Path) -> TextIO:
+    try:
+        return (folder / ".lock").open("w")
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); pass another folder with -o") from error
 
 
 def _differences(old: str, new: str) -> str:

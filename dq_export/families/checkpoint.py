@@ -52,9 +52,10 @@ def load_scheduler(folder: Path, default: Mapping[str, Any]) -> Any:
     return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
 
 
-def digest(model: Any) -> str:
-    """sha256 of a diffusers model's configuration and weights, hexadecimal."""
-    found = hashlib.sha256(json.dumps(dict(model.config), sort_keys=True, default=str).encode())
+def digest(model: Any, scheduler: Any) -> str:
+    """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal."""
+    settings = [dict(model.config), type(scheduler).__name__, dict(scheduler.config)]
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         found.update(name.encode())
         found.update(memoryview(value.contiguous().numpy()).cast("B"))

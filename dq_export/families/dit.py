@@ -72,7 +72,7 @@ class DiTReference:
         self.rules: tuple[Rule, ...] = RULES
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
-        self.digest = digest(model)
+        self.digest = digest(model, scheduler)
         self.linears: Mapping[str, Linear] = _linears(model)
 
     def weight(self, linear: str) -> Float32:
@@ -142,7 +142,10 @@ class DiTReference:
         import torch
 
         scheduler = self.scheduler
-        scheduler.set_timesteps(steps)
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise ModelError(f"scheduler {self.sampler} cannot sample in {steps} steps ({error}); change --steps") from error
         latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
         guided = guidance > 1
         null = np.full_like(labels, self.classes)

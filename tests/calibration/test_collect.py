@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,52 @@ def test_streamed_statistics_equal_those_of_everything_at_once(tiny: Reference) 
             kept = found[name].rows[found[name].row_step == i]
             assert len(kept)
             assert all((rows == row).all(axis=1).any() for row in kept), f"a kept row is not of timestep {timestep}"
+
+
+def ranges(reference: Reference, **changes: int) -> Any:
+    name = reference.sites[2].name
+    return collect_ranges(reference, (name,), replace(SAMPLING, **changes), lambda done, total: None)[name]
+
+
+def test_more_pictures_only_add_to_what_was_seen(tiny: Reference) -> None:
+    eight, ten = ranges(tiny, calib_size=8), ranges(tiny, calib_size=10)  # the first batch is the same: equal to the bit
+    assert (ten.low <= eight.low).all()
+    assert (ten.high >= eight.high).all()
+    assert (ten.low < eight.low).any()
+
+
+def test_a_picture_is_the_same_in_a_batch_of_another_size(tiny: Reference) -> None:
+    three, one = ranges(tiny, calib_size=3), ranges(tiny, calib_size=1)
+    slack = 1e-4 * np.abs(three.high).max()  # matrix products sum in an order that depends on the batch; 3 steps amplify it
+    assert (three.low <= one.low + slack).all()
+    assert (three.high >= one.high - slack).all()
+
+
+def test_memory_does_not_grow_with_the_pictures(tiny: Reference) -> None:
+    def kept(calib_size: int) -> int:
+        found = collect_ranges(
+            tiny, (tiny.sites[0].name,), replace(SAMPLING, calib_size=calib_size), lambda d, t: None, rows_kept=24
+        )
+        return len(found[tiny.sites[0].name].rows)
+
+    assert kept(8) == kept(16) == kept(32) == 24  # 3, 6 and 12 network calls
+
+
+def test_only_the_named_sites_are_watched_and_none_is_afterwards(tiny: Any) -> None:
+    names = (tiny.sites[1].name, tiny.sites[3].name)
+    assert set(collect_ranges(tiny, names, SAMPLING, lambda done, total: None)) == set(names)
+    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_every_row_in_the_histogram_is_counted_once_for_each_channel(tiny: Reference) -> None:
+    name = tiny.sites[3].name
+    found = collect_ranges(tiny, (name,), SAMPLING, lambda done, total: None)[name]
+    width = found.low.shape[1]
+    ones, zeros = np.ones(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
+    amax = {name: found.amax(ones, zeros)}
+    counts = collect_histograms(tiny, {name: (ones, zeros)}, amax, SAMPLING, lambda done, total: None)[name]
+    # 16 tokens a picture, twice with guidance: batches of 8 and 2 bring 256 and 64 rows, of which every 2nd and all count.
+    assert counts.sum(axis=1).tolist() == [(128 + 64) * width] * 3
 
 
 def test_amax_is_that_of_the_scaled_input(tiny: Reference) -> None:
@@ -91,6 +138,23 @@ def test_an_input_that_is_zero_throughout_is_an_error(tmp_path: Path) -> None:
     reference = broken(tmp_path, zero_value)
     with pytest.raises(CalibrationError, match=r"'transformer_blocks.1.attn1.to_out.0' is zero.*--exclude"):
         calibrate_tiny(reference, recipe_of(reference))
+
+
+def test_all_inputs_that_cannot_be_measured_are_named_at_once(tmp_path: Path) -> None:
+    def spoil(reference: Any) -> None:
+        for block in reference.model.transformer_blocks:
+            block.attn1.to_v.weight.data.zero_()
+            block.attn1.to_v.bias.data.zero_()
+        reference.model.transformer_blocks[1].ff.net[0].proj.bias.data.fill_(float("inf"))
+
+    reference = broken(tmp_path, spoil)
+    with pytest.raises(CalibrationError) as caught:
+        collect_ranges(reference, tuple(site.name for site in reference.sites), replace(SAMPLING, steps=1), lambda d, t: None)
+    assert [line.split("'")[1] for line in str(caught.value).splitlines()] == [
+        "transformer_blocks.0.attn1.to_out.0",
+        "transformer_blocks.1.attn1.to_out.0",
+        "transformer_blocks.1.ff.net.2",
+    ]
 
 
 def test_nan_in_an_input_is_an_error(tmp_path: Path) -> None:

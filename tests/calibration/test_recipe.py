@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +45,46 @@ def test_yaml_reads_back_to_an_equal_recipe(tmp_path_factory: pytest.TempPathFac
     assert Recipe.load(path) == value
 
 
+@given(
+    st.builds(
+        Recipe,
+        model=st.sampled_from(["no", "1e3", "null", "a: b", "ünï/x", " ", "#"]),  # words that YAML takes for something else
+        method=st.sampled_from(["minmax", "percentile", "mse"]),
+        percentile=st.floats(50, 100, exclude_min=True),
+        bins=st.sampled_from(["per-step", 1, 1000]),
+        rho=st.floats(1, 64),
+        calib_size=st.integers(1, 10**9),
+        steps=st.integers(1, 1000),
+        guidance_scale=st.none() | st.floats(1, 1e300),
+        seed=st.integers(0, 2**63),
+        timesteps=st.sampled_from(["auto", "shared", "per-sample"]),
+        min_coverage=st.floats(0, 1),
+        min_sqnr=st.floats(allow_nan=False, allow_infinity=False),
+        rules=st.lists(
+            st.builds(
+                Rule,
+                match=st.text(max_size=5).map(re.escape),
+                action=st.sampled_from(["w8a8", "weight-only", "float"]),
+                reason=st.text(max_size=5),
+            ),
+            max_size=3,
+        ).map(tuple),
+    )
+)
+def test_yaml_keeps_every_value_to_the_last_bit(value: Recipe) -> None:
+    assert Recipe.parse(yaml.safe_load(value.dump()), "test") == value
+
+
+NAMES = st.text("abq.0", min_size=1, max_size=4)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=4), NAMES)
+def test_rules_decide_in_order(matches: list[str], linear: str) -> None:
+    rules = [Rule(match=re.escape(match), action="float", reason=str(i)) for i, match in enumerate(matches)]
+    decided = recipe(*rules, Rule(match="", action="float", reason="last")).decide(linear)
+    assert decided.reason == next((str(i) for i, match in enumerate(matches) if match in linear), "last")
+
+
 def test_the_first_matching_rule_decides() -> None:
     value = recipe(Rule(match="q", action="float", reason="mine"), *GOOD, Rule(match="q", action="w8a8"))
     assert value.decide("blocks.0.q").reason == "mine"
@@ -60,6 +102,7 @@ def test_the_first_matching_rule_decides() -> None:
         ({"rules": [{"match": "x", "action": "w8a8", "reson": ""}]}, "Did you mean 'reason'"),
         ({"rules": [{"match": "(", "action": "w8a8"}]}, r"'\(' is not a regular expression"),
         ({"steps": 0}, "steps = 0"),
+        ({"min_sqnr": float("nan")}, "min_sqnr = nan: Input should be a finite number"),  # no SQNR is below NaN
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_the_nearest_valid_one(values: dict[str, object], message: str) -> None:
@@ -81,11 +124,30 @@ def test_all_violations_come_at_once() -> None:
         ((Rule(match="mod|q", action="w8a8"), Rule(match="", action="float")), "'blocks.0.mod' works on one row"),
         ((*GOOD[:2], Rule(match="embed", action="w8a8")), "'embed' is an embedder"),
         (GOOD[:2], "no rule matches 'embed'"),
+        (GOOD[:1], "no rule matches 'blocks.0.mod', 'embed'; add a last rule"),
+        ((Rule(match="blocks.0.qq", action="float"), *GOOD), "Did you mean 'blocks.0.q'"),
+        ((), "no rule matches 'blocks.0.q', 'blocks.0.mod', 'embed'; add"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_errors(rules: tuple[Rule, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(*rules).assign(LINEARS)
+
+
+def test_all_rules_that_cannot_be_followed_come_at_once() -> None:
+    several = (
+        Rule(match="nothing", action="float"),
+        Rule(match="neither", action="weight-only"),
+        Rule(match="mod", action="w8a8"),
+    )
+    many = {f"other.{i}": Linear(name=f"other.{i}", kind="edge") for i in range(5)}
+    with pytest.raises(RecipeError) as caught:
+        recipe(*several).assign({**LINEARS, **many})
+    unmatched, wrong_rule, uncovered, modulation = str(caught.value).splitlines()
+    assert "'nothing' (float) matches none of 8" in unmatched
+    assert "'neither' (weight-only) matches none" in wrong_rule
+    assert "no rule matches 'blocks.0.q', 'embed', 'other.0' and 4 more" in uncovered
+    assert "'blocks.0.mod' works on one row" in modulation
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,23 @@ def test_resampling_to_a_union_changes_no_scale(one: TimestepBins, two: Timestep
     assert set(one.edges) | set(two.edges) == set(finer.bins.edges)
 
 
+@given(EDGES)
+def test_a_bins_representative_lies_in_it(bins: TimestepBins) -> None:
+    assert bins.index(np.asarray(bins.representatives())).tolist() == list(range(len(bins)))
+
+
+@given(EDGES, EDGES, EDGES)
+def test_union_is_that_of_sets(one: TimestepBins, two: TimestepBins, three: TimestepBins) -> None:
+    assert one.union(two) == two.union(one)
+    assert one.union(two).union(three) == one.union(two.union(three))
+    assert one.union(one) == one == one.union(TimestepBins())
+    for coarse in (one, two):  # refines: timesteps of one fine bin share their coarse bin
+        fine = one.union(two)
+        timesteps = np.arange(-1, 1002) + 0.5
+        pairs = set(zip(fine.index(timesteps).tolist(), coarse.index(timesteps).tolist(), strict=True))
+        assert len(pairs) == len({f for f, _ in pairs})
+
+
 def test_resampling_to_coarser_bins_is_refused() -> None:
     table = ScaleTable(scale=np.ones(2, dtype=np.float32), bins=TimestepBins(edges=(5.0,)))
     with pytest.raises(ValueError, match=r"missing edges \[5.0\]"):

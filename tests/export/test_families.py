@@ -164,3 +164,17 @@ def test_a_checkpoint_that_cannot_be_used_says_why(tmp_path: Path, spoil: Any, m
 def test_an_unknown_model_is_an_error(name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_reference(name)
+
+
+def test_another_scheduler_is_another_model(tmp_path: Path) -> None:
+    """Calibration and parity sample with the scheduler: results of another one must not be kept."""
+    before = load_reference(str(save_tiny(tmp_path))).digest
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.05}))
+    assert load_reference(str(tmp_path)).digest != before
+
+
+def test_more_steps_than_the_scheduler_knows_is_an_error(tmp_path: Path) -> None:
+    reference = load_reference(str(save_tiny(tmp_path)))
+    with pytest.raises(ModelError, match=r"DDIMScheduler cannot sample in 1001 steps .*change --steps"):
+        reference.draw(reference.forward, reference.noise(1, 0), np.zeros(1, dtype=np.int64), steps=1001, guidance=1.0)

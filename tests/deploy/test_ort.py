@@ -1,0 +1,157 @@
+"""The engine on ONNX Runtime: what it really executes, any batch, and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import feed_of, load_graph, sqnr
+
+from dq_export.deploy.audit import Audit, AuditError, audit_ort
+from dq_export.deploy.backend import Engine
+from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.passes.base import run_passes
+from dq_export.passes.pipeline import canonical_passes
+
+TOKENS, WIDTH, BLOCKS = 16, 32, 2
+INT8 = 35.0
+"""dB. Rounding x of range 8 sigma (amax = 4 sigma) to 254 steps costs 20 log10(sqrt(12) 254 / 8) = 41 dB per operand, 38 for
+both; averaging over 12 GEMMs and the float residual path gain, so 35 leaves 3 dB for heavier tails. A wrong scale is near 0."""
+SAME = 60.0
+"""dB. Another batch size rounds float32 otherwise (120 dB); of some 10^4 codes one may then flip, which costs about 1/255 of a
+value in 10^4: 20 log10(255) + 10 log10(10^4) = 88 dB before the network amplifies it. A sample that read its neighbour's
+data or scale is below 30 dB."""
+
+
+def quantized(path: Path, calibrated: Any, folder: Path, *legalise: Any) -> Path:
+    graph = load_graph(path)
+    run_passes(graph, (*canonical_passes(*calibrated), *legalise))
+    ir.save(graph, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def audited(model: Path, calibrated: Any) -> Audit:
+    ORT.build(model, model.parent / "engine")
+    return audit_ort(model, model.parent / "engine" / OPTIMIZED, calibrated[1])
+
+
+def executed(model: Path, feed: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Node name -> operator of every kernel that one call ran, as ONNX Runtime's profiler saw it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return {
+        event["name"].removesuffix("_kernel_time").split("/")[0]: event["args"]["op_name"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    }
+
+
+@pytest.mark.parametrize("form", ["shared", "per-sample", "int8", "per-sample-direct"])
+def test_the_audit_says_what_the_profiler_sees(
+    form: str, tiny: Any, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    """The audit reads the optimised graph; the profiler is a witness that shares nothing with it."""
+    shared = not form.startswith("per-sample")
+    legalise = ORT.legalise(shared=shared) if form in ("shared", "per-sample") else ()
+    model = quantized(tiny_onnx if shared else tiny_onnx_per_sample, tiny_calibrated, tmp_path, *legalise)
+    audit = audited(model, tiny_calibrated)
+    kernels = executed(model, feed_of(tiny, 500 if shared else [500, 20, 900]), tmp_path)
+    for gemm in audit.gemms:
+        assert kernels[gemm.name] == gemm.kernel
+    seen = {name for name, kernel in kernels.items() if kernel == "MatMulIntegerToFloat"}
+    assert {gemm.name for gemm in audit.gemms if gemm.integer} == seen
+    # int8 codes lose q, k and v, 3 of the 6 GEMMs of a block; a scale along an axis loses all.
+    assert len(seen) == {"shared": 12, "per-sample": 12, "int8": 6, "per-sample-direct": 0}[form]
+
+
+@pytest.mark.parametrize("form", ["int8", "per-sample-direct"])
+def test_the_audits_error_names_every_gemm_that_fell_back_and_no_other(
+    form: str, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    model = quantized(tiny_onnx if form == "int8" else tiny_onnx_per_sample, tiny_calibrated, tmp_path)
+    audit = audited(model, tiny_calibrated)
+    wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
+    lost = {name for name in wanted if name[-4:] in ("to_q", "to_k", "to_v")} if form == "int8" else wanted
+    with pytest.raises(AuditError) as caught:
+        audit.require(0.95)
+    assert {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]} == lost
+    assert all(line.split("; ", 1)[1] for line in str(caught.value).splitlines()[1:])
+    # q, k and v are 3 of 12 units of 2 x tokens x width^2: 3 + 1 + 4 + 4.
+    assert audit.coverage == pytest.approx(9 / 12 if form == "int8" else 0)
+    audit.require(audit.coverage)
+
+
+def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    audit = audited(quantized(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True)), tiny_calibrated)
+    square = 2 * TOKENS * WIDTH * WIDTH
+    expected = {}
+    for block in (f"transformer_blocks.{n}" for n in range(BLOCKS)):
+        expected |= {f"{block}.attn1.{name}": square for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        expected |= {f"{block}.ff.net.{name}": 4 * square for name in ("0.proj", "2")}
+        expected[f"{block}.norm1.linear"] = 2 * WIDTH * 6 * WIDTH  # one row a sample
+    expected["proj_out_1"] = 2 * WIDTH * 2 * WIDTH
+    expected["proj_out_2"] = 2 * TOKENS * WIDTH * (2 * 2 * 2)  # patch x patch x channels
+    found = {gemm.name: gemm.flops for gemm in audit.gemms if gemm.wanted != "none"}
+    embedder = "transformer_blocks.0.norm1.emb.timestep_embedder"  # the second block's is the same, merged
+    expected |= {f"{embedder}.linear_1": 2 * 256 * WIDTH, f"{embedder}.linear_2": 2 * WIDTH * WIDTH}  # 256 frequencies
+    assert found == expected
+    attention = [gemm.flops for gemm in audit.gemms if gemm.wanted == "none"]
+    assert attention == [2 * TOKENS * TOKENS * WIDTH] * (2 * BLOCKS)
+    total = sum(gemm.flops for gemm in audit.gemms)
+    assert audit.integer_share == BLOCKS * 12 * square / total
+
+
+@pytest.fixture(scope="module")
+def shared_engine(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return ORT.load(quantized(tiny_onnx, tiny_calibrated, tmp_path_factory.mktemp("shared"), *ORT.legalise(shared=True)))
+
+
+@pytest.fixture(scope="module")
+def per_sample_engine(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("per-sample")
+    return ORT.load(quantized(tiny_onnx_per_sample, tiny_calibrated, folder, *ORT.legalise(shared=False)))
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8])
+def test_a_sample_does_not_depend_on_its_batch(samples: int, tiny: Any, shared_engine: Engine) -> None:
+    feed = feed_of(tiny, 500, samples=samples)
+    whole = shared_engine(feed)
+    assert sqnr(tiny.forward(feed), whole) > INT8
+    for i in range(samples):
+        one = {"hidden_states": feed["hidden_states"][i : i + 1], "timestep": feed["timestep"]}
+        assert sqnr(shared_engine({**one, "class_labels": feed["class_labels"][i : i + 1]})[0], whole[i]) > SAME
+
+
+def test_a_batch_may_mix_timesteps_of_all_bins(tiny: Any, per_sample_engine: Engine, shared_engine: Engine) -> None:
+    timesteps = [800, 600, 400, 200, 0]  # the five calibrated steps, a bin each
+    feed = feed_of(tiny, timesteps, samples=5)
+    mixed = per_sample_engine(feed)
+    assert sqnr(tiny.forward(feed), mixed) > INT8
+    for i, timestep in enumerate(timesteps):
+        one = {name: value[i : i + 1] for name, value in feed.items()}
+        assert sqnr(per_sample_engine(one)[0], mixed[i]) > SAME
+        # The factored form rounds x (c / s[t]) / c, the direct form x / s[t]: only codes at a tie may differ, by one.
+        assert sqnr(shared_engine({**one, "timestep": np.asarray([timestep])})[0], mixed[i]) > SAME
+
+
+def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from pathlib import Path\nfrom dq_export.deploy.backend import BackendError\nfrom dq_export.deploy.ort import ORT\n"
+        "try: ORT.load(Path('model.onnx'))\nexcept BackendError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "onnxruntime is not installed; `pip install onnxruntime`" in done.stdout, done.stderr

@@ -1,0 +1,364 @@
+"""An export in hostile surroundings: full and read-only disks, damaged files, inputs that changed behind its back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import save_tiny
+
+import dq_export
+from dq_export import cli
+from dq_export.deploy.ort import Ort
+from dq_export.ledger import Ledger
+from dq_export.pipeline import STAGES
+
+QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
+FLAGS = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
+BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """The command line in this process, which has torch loaded already: status, stdout, stderr.
+
+    An exception that `main` does not turn into a status fails the test: it would be a traceback.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dq-export", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, error = capfd.readouterr()
+        assert "Traceback" not in error
+        return int(ended.value.code or 0), out, error
+
+    yield run
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    dq_export.export(model=str(tiny_folder), output_dir=out, **QUICK)
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.fixture
+def disk() -> Iterator[Callable[[str], Path]]:
+    """A file system of its own: call it with mount options, again to change them.
+
+    Outside pytest's temporary folder: a mount that a killed test leaves there would fail pytest's clean-up from then on.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dq-export-disk-"))
+
+    def mount(options: str) -> Path:
+        again = "remount," if os.path.ismount(folder) else ""
+        words = ["mount", "-t", "tmpfs", "-o", again + options, "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):  # lazy: a session of a failed build may still map a file
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    folder.rmdir()
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in BYTES}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+class Watch:
+    """The stages that were kept."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self.stage = ""
+
+    def begin(self, stage: str, what: str) -> None:
+        self.stage = stage
+
+    def advance(self, done: int, total: int) -> None:
+        pass
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        self.kept += [self.stage] if kept else []
+
+
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
+    disk: Callable[[str], Path], call: Call, tiny_folder: Path, finished: Path
+) -> None:
+    """Sizes from a finished run, so that each of float, quantize, build and verify is the first not to fit."""
+
+    def size(*names: str) -> int:
+        # tmpfs gives whole pages, and a folder or a small file (lock, ledger, recipe) takes one as well.
+        files = [f for name in names for f in ([finished / name] if (finished / name).is_file() else (finished / name).iterdir())]
+        return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+
+    small = 10 * 4096
+    upto = {
+        "float": size("float") // 2,
+        "quantize": size("float", "calibration.safetensors", "model.onnx") + small,
+        "build": size("float", "calibration.safetensors", "model.onnx", "model.onnx.data") + small + size("engine") // 2,
+        "verify": size("float", "calibration.safetensors", "model.onnx", "model.onnx.data", "engine") + small + 4096,
+    }
+    for stage, limit in upto.items():
+        out = disk(f"size={limit}") / "out"
+        status, _, said = call("--model", tiny_folder, *FLAGS, "-o", out)
+        assert status == 1, said
+        last = [line for line in said.splitlines() if line.split()[0] in STAGES][-1]
+        assert last.split()[0] == stage, f"expected no space in {stage}: {said}"
+        assert "error: no space left for" in said
+        assert "run the same command again" in said
+        assert not (out / ".partial").exists()
+        assert not list(out.rglob(".*.new"))
+    status, _, said = call("--model", tiny_folder, *FLAGS, "-o", disk("size=64m") / "out")
+    assert status == 0
+    for stage in ("float", "calibrate", "quantize", "build"):
+        assert any(line.startswith(f"{stage} ") and "kept from an earlier run" in line for line in said.splitlines())
+    assert digests(out) == digests(finished)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path], call: Call, tiny_folder: Path) -> None:
+    (disk("size=1m") / "out").mkdir()
+    root = disk("size=1m,ro")
+    for out in (root / "out", root / "new"):
+        status, _, said = call("--model", tiny_folder, *FLAGS, "-o", out)
+        assert status == 2
+        assert f"error: {out}: cannot be" in said
+        assert "Read-only file system" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--exclude", "("], ["--exclude: not a regular expression: ("]),
+        (["--bins", "0"], ["bins = 0: a number of bins must be at least 1"]),
+        (["--bins", "per-stp"], ["bins = 'per-stp'", "Did you mean 'per-step'?"]),
+        (["--method", "mean-max"], ["method = 'mean-max'", "Did you mean 'minmax'?"]),
+        (["--scaling", "smoth"], ["Did you mean 'smooth'?"]),
+        (["--timesteps", "per_sample"], ["Did you mean 'per-sample'?"]),
+        (["--alpha", "2", "--rho", "0", "--calib-size", "0"], ["alpha = 2.0", "rho = 0.0", "calib_size = 0"]),
+    ],
+    ids=lambda value: value[0].strip("-") if value[0].startswith("--") else "",
+)
+def test_a_bad_value_is_refused_before_anything_is_written(
+    words: list[str], messages: list[str], call: Call, tiny_folder: Path, tmp_path: Path
+) -> None:
+    status, _, said = call("--model", tiny_folder, *FLAGS, *words, "-o", tmp_path / "out")
+    assert status == 2
+    for message in messages:
+        assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "expected a mapping of options, found list"),
+        ("method: [", "not readable as YAML"),
+        ("rules: [{match: '', acton: float}]", "unknown key 'rules.0.acton'. Did you mean 'action'?"),
+        ("rules: [{match: '', action: w8a9}]", "Did you mean 'w8a8'?"),
+        ("rules: [{match: '(', action: float}]", "'(' is not a regular expression"),
+        ("rules: [{match: 'to_q', action: w8a8}]", "no rule matches"),
+        ("rules: [{match: 'norm1.linear$', action: w8a8}, {match: '', action: float}]", "works on one row per sample"),
+    ],
+)
+def test_a_bad_recipe_file_is_refused(text: str, message: str, call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    words = ("--model", tiny_folder, *FLAGS, "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    status, _, said = call(*words)
+    assert status == 2
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "status"),
+    [
+        (["audit"], "model.onnx", 1),
+        (["audit"], "model.onnx.data", 1),
+        (["audit"], "recipe.yaml", 2),
+        (["bench"], "model.onnx", 1),
+        (["bench"], "float/model.onnx", 1),
+        (["bench"], "parity/inputs.json", 2),
+        (["explain", "proj_out_1"], "report.json", 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_damaged_file_of_a_finished_export_is_named(words: list[str], name: str, status: int, call: Call, copied: Path) -> None:
+    truncate(copied / name)
+    found, _, said = call(words[0], copied, *words[1:])
+    assert found == status
+    assert str(copied / name).removesuffix(".data") in said
+
+
+@pytest.mark.parametrize("name", ["float/model.onnx.data", "calibration.safetensors", "model.onnx", "engine/optimized.onnx"])
+def test_a_damaged_output_is_made_again_and_what_stays_the_same_is_kept(name: str, tiny_folder: Path, copied: Path) -> None:
+    before = digests(copied)
+    truncate(copied / name)
+    watch = Watch()
+    dq_export.export(model=str(tiny_folder), output_dir=copied, **QUICK, progress=watch)
+    stage = {"float": "float", "calibration.safetensors": "calibrate", "model.onnx": "quantize", "engine": "build"}
+    assert watch.kept == [s for s in STAGES if s != stage[name.split("/")[0]]]
+    assert digests(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"min_sqnr": 11, "min_coverage": 0.5}, list(STAGES)),
+        ({"method": "mse"}, ["float"]),
+        ({"seed": 1}, ["float"]),
+        ({"exclude": ("to_q$",)}, ["float"]),
+        ({"timesteps": "per-sample"}, ["calibrate"]),
+        ({"format": "onnx"}, ["float", "calibrate"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_option_does_again_only_what_depends_on_it(
+    changes: dict[str, Any], kept: list[str], tiny_folder: Path, copied: Path
+) -> None:
+    watch = Watch()
+    options = {**QUICK, **changes}
+    dq_export.export(model=str(tiny_folder), output_dir=copied, overwrite=True, progress=watch, **options)
+    assert watch.kept == kept
+
+
+def test_other_weights_do_everything_again(finished: Path, copied: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path / "model")
+    dq_export.calibrate(model=str(folder), output_dir=tmp_path / "own", **QUICK)
+    path = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["transformer_blocks.0.ff.net.2.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    watch = Watch()
+    dq_export.calibrate(model=str(folder), output_dir=tmp_path / "own", **QUICK, progress=watch)
+    assert watch.kept == []
+
+
+def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
+    call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that forgets to legalise: ONNX Runtime then multiplies q, k and v in float."""
+    monkeypatch.setattr(Ort, "legalise", lambda self, *, shared: ())
+    status, _, said = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
+    assert status == 3
+    assert "75.0% of the quantized GEMMs' FLOPs run on integer kernels, the recipe requires 95.0%" in said  # 9 of 12 units
+    for block in (0, 1):
+        for letter in "qkv":
+            assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; its int8 activation feeds several" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["audit"]["coverage"] == pytest.approx(0.75)
+    assert "75.0 %" in (tmp_path / "out" / "report.html").read_text()
+    assert call("--model", tiny_folder, *FLAGS, "--min-coverage", "0.7", "--overwrite", "-o", tmp_path / "out")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def well_calibrated(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 128 pictures: two leave so much of the range unseen that wider scales would be better ones."""
+    out = tmp_path_factory.mktemp("well-calibrated") / "out"
+    dq_export.export(model=str(tiny_folder), output_dir=out, **{**QUICK, "calib_size": 128})
+    return out
+
+
+@pytest.mark.parametrize("factor", [3.0, 1 / 3], ids=["too-wide", "too-narrow"])
+def test_verify_is_status_4_when_the_activation_scales_are_wrong(
+    factor: float, call: Call, well_calibrated: Path, tmp_path: Path
+) -> None:
+    """Three times as wide is 20 log10(3) = 9.5 dB of rounding noise more, against a margin of 1; narrower saturates."""
+    out = Path(shutil.copytree(well_calibrated, tmp_path / "out"))
+    assert call("verify", out)[0] == 0
+    model = ir.load(out / "model.onnx")
+    ir.external_data.load_to_model(model)
+    tables = [value for name, value in model.graph.initializers.items() if "activation_scale" in name]
+    assert len(tables) == 8  # four inputs in each of two blocks
+    for value in tables:
+        assert value.const_value is not None
+        value.const_value = ir.tensor(np.asarray(value.const_value.numpy() * factor, dtype=np.float32), name=value.name)
+    ir.save(model, out / "model.onnx", external_data="model.onnx.data")
+    status, said, _ = call("verify", out)
+    assert status == 4
+    assert "FAILED" in said
+
+
+def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_folder: Path, copied: Path) -> None:
+    before = contents(copied)
+    for words in (("--seed", "7"), ("--format", "onnx"), ("--exclude", "to_q$")):
+        status, _, said = call("--model", tiny_folder, *FLAGS, *words, "-o", copied)
+        assert status == 2
+        assert "holds another run" in said
+        assert contents(copied) == before
+
+
+def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
+    _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
+    assert "integer kernels" in out
+    assert [line for line in said.splitlines() if not line.startswith("warning:")] == []
+    _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "-v")
+    assert "calibrate" in said
+    for word in ("insert_qdq", "fold_scaling", "bench: "):
+        assert word in out
+
+
+def test_a_kill_in_the_middle_of_a_stage_leaves_the_old_outputs_whole(tmp_path: Path) -> None:
+    def work(folder: Path) -> dict[str, Any]:
+        (folder / "a").write_text("one")
+        return {}
+
+    assert Ledger(tmp_path).stage("s", {"in": 1}, ("a",), work)[1]
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom dq_export.ledger import Ledger\n"
+        "def work(folder):\n    (folder / 'a').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Ledger(Path({str(tmp_path)!r})).stage('s', {{'in': 2}}, ('a',), work)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "a").read_text() == "one"
+    assert Ledger(tmp_path).stage("s", {"in": 1}, ("a",), work)[1] is False
+    assert Ledger(tmp_path).stage("s", {"in": 2}, ("a",), work)[1] is True
+    assert not (tmp_path / ".partial").exists(), "the next stage clears what the kill left"
+
+
+def test_an_output_that_a_stage_forgets_to_write_is_not_recorded(tmp_path: Path) -> None:
+    def work(folder: Path, names: str) -> dict[str, Any]:
+        for name in names:
+            (folder / name).write_text("text")
+        return {}
+
+    with pytest.raises(FileNotFoundError):
+        Ledger(tmp_path).stage("s", {}, ("a", "b"), lambda folder: work(folder, "a"))
+    assert Ledger(tmp_path).stages == {}
+    assert Ledger(tmp_path).stage("s", {}, ("a", "b"), lambda folder: work(folder, "ab"))[1]

@@ -1,0 +1,273 @@
+"""What calibration, passes and parity rely on in every model family, on tiny models, against diffusers itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, feed_of, run_onnx, save_tiny, sqnr
+
+from dq_export.families import FAMILIES
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference
+
+MAKE: dict[str, Callable[..., Path]] = {"dit": save_tiny}
+"""How to save a tiny model of each family."""
+
+
+@pytest.fixture(scope="module", params=[family.name for family in FAMILIES])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKE[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return load_reference(str(folder))
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(MAKE) == {family.name for family in FAMILIES}
+
+
+def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) -> None:
+    read = [linear for site in reference.sites for linear in site.linears]
+    assert sorted(read) == sorted(name for name, linear in reference.linears.items() if linear.kind == "gemm")
+    for site in reference.sites:
+        assert site.name == site.linears[0]
+        width = {reference.weight(linear).shape[1] for linear in site.linears}
+        assert len(width) == 1, "readers of one tensor have one width"
+        if site.fold == "explicit":
+            assert site.producer == ""
+            continue
+        rows = reference.weight(site.producer).shape[0]
+        if site.fold == "value":
+            assert {rows} == width
+        else:
+            spans = (site.shift_rows, site.scale_rows)
+            assert all({stop - start} == width and start >= 0 and stop <= rows for start, stop in spans)
+    seen = []
+    with reference.observe(lambda name, value: seen.append(name)):
+        reference.forward(feed_of(reference))
+    assert seen == [site.name for site in reference.sites]
+
+
+def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
+    import torch
+
+    observed: dict[str, Any] = {}
+    read: dict[str, Any] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs: read.__setitem__(name, inputs[0].detach().clone())
+
+    handles = [reference.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in reference.linears]
+    with reference.observe(lambda name, value: observed.__setitem__(name, value.clone())):
+        reference.forward(feed_of(reference))
+    for handle in handles:
+        handle.remove()
+    for site in reference.sites:
+        assert observed[site.name].ndim == 2
+        assert observed[site.name].dtype == torch.float32
+        for linear in site.linears:
+            assert torch.equal(observed[site.name], read[linear].flatten(0, -2))
+
+
+def test_observing_ends_also_when_the_network_fails(reference: Any) -> None:
+    def fail(name: str, value: Any) -> None:
+        raise KeyError(name)
+
+    with pytest.raises(KeyError), reference.observe(fail):
+        reference.forward(feed_of(reference))
+    assert not any(module._forward_pre_hooks for module in reference.model.modules())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sample"])
+def test_the_float_graph_has_diffusers_names_and_is_the_network_at_every_timestep(
+    shared: bool, reference: Any, tiny_onnx: Path, tiny_onnx_per_sample: Path
+) -> None:
+    import onnx_ir as ir
+
+    path = tiny_onnx if shared else tiny_onnx_per_sample
+    graph = ir.load(path).graph
+    assert [value.name for value in graph.inputs] == ["hidden_states", "timestep", "class_labels"]
+    assert [value.name for value in graph.outputs] == ["sample"]
+    assert [str(value.dtype) for value in (*graph.inputs, *graph.outputs)] == ["FLOAT", "INT64", "INT64", "FLOAT"]
+    timestep = graph.inputs[1].shape
+    assert timestep is not None
+    assert (timestep[0] == 1) is shared
+    assert graph.opset_imports == {"": 21}
+    for timesteps in ([0], [999], [1]) if shared else ([0, 500, 999], [7, 7, 1]):
+        feed = feed_of(reference, timesteps)
+        assert sqnr(reference.forward(feed), run_onnx(path, feed)) > 100  # float32 rounding: 120 to 130 dB
+
+
+def test_a_sample_does_not_depend_on_the_timesteps_beside_it(reference: Any) -> None:
+    mixed = reference.forward(feed_of(reference, [3, 500, 999]))
+    for i, timestep in enumerate([3, 500, 999]):
+        alone = reference.forward(feed_of(reference, timestep))
+        assert sqnr(alone[i], mixed[i]) > 100  # matrix products sum in an order that depends on the batch
+
+
+def test_the_digest_is_of_configuration_and_weights(reference: Any, folder: Path, tmp_path: Path) -> None:
+    assert load_reference(str(folder)).digest == reference.digest
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "norm_eps": 1e-4}))
+    assert load_reference(str(tmp_path / "other")).digest != reference.digest
+    changed = load_reference(str(folder))
+    changed.model.proj_out_2.bias.data[0] += 1e-6  # type: ignore[attr-defined]
+    from dq_export.families.checkpoint import digest
+
+    assert digest(changed.model, changed.scheduler) != reference.digest  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("out_channels", [2, 4], ids=["fixed-sigma", "learned-sigma"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_dit_draws_what_diffusers_own_pipeline_draws(out_channels: int, guidance: float, tmp_path: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    # DiTPipeline has ImageNet's null label, 1000, written into it.
+    folder = save_tiny(tmp_path, out_channels=out_channels, num_embeds_ada_norm=1000)
+    reference = load_reference(str(folder))
+    labels, seed = np.asarray([3, 917], dtype=np.int64), 7
+    noise = reference.noise(2, seed)
+    latents = reference.draw(reference.forward, noise, labels, steps=4, guidance=guidance)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(latent_channels=2, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1).eval()
+    pipeline = DiTPipeline(
+        transformer=DiTTransformer2DModel.from_pretrained(folder / "transformer"),
+        vae=vae,
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    # A generator whose first draw is our noise: DiTPipeline takes one for each picture.
+    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(2)]
+    images = pipeline(labels.tolist(), guidance, generators, num_inference_steps=4, output_type="np").images
+    with torch.no_grad():
+        ours = (vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    difference = np.abs(images - ours.permute(0, 2, 3, 1).numpy()).max()
+    # The same operations; DiTPipeline steps both halves of the batch, we one, and of values about 1 float32 keeps 6e-8.
+    assert difference <= 1e-5
+    assert images.std() > 0.05, "a picture that is one colour would prove nothing"
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
+def test_drawing_twice_gives_the_same_whatever_the_sampler(scheduler: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    write_scheduler(tmp_path, scheduler)
+    reference = load_reference(str(tmp_path))
+    assert reference.sampler == scheduler
+    labels, noise = np.asarray([1, 2], dtype=np.int64), reference.noise(2, 5)
+    one, two = (reference.draw(reference.forward, noise, labels, steps=4, guidance=2.0) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert np.isfinite(one).all()
+    calls = list(reference.calls(reference.forward, noise, labels, steps=4, guidance=2.0))
+    walked = list(reference.trajectory(labels, steps=4, seed=5, guidance=2.0))
+    assert [float(feed["timestep"][0]) for feed, _ in calls] == walked
+    for feed, output in calls:
+        assert feed["hidden_states"].shape == (4, *reference.feed_shape)
+        assert feed["class_labels"].tolist() == [1, 2, 5, 5]
+        np.testing.assert_array_equal(output, reference.forward(feed))
+
+
+def write_scheduler(folder: Path, name: str, **options: Any) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **options}))
+
+
+def test_a_sampler_of_fractional_timesteps_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    write_scheduler(tmp_path, "EulerDiscreteScheduler", timestep_spacing="linspace")  # 999, 749.25 …
+    reference = load_reference(str(tmp_path))
+    with pytest.raises(ModelError, match=r"EulerDiscreteScheduler sends the fractional timestep 749\.25; DiT takes integers"):
+        reference.draw(reference.forward, reference.noise(1, 0), np.asarray([1]), steps=5, guidance=1.0)
+
+
+def test_half_precision_checkpoints_are_read_in_float32(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "half")
+    path = next((tmp_path / "half" / "transformer").glob("*.safetensors"))
+    save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    half = load_reference(str(tmp_path / "half"))
+    name = half.sites[0].name
+    assert half.weight(name).dtype == np.float32
+    np.testing.assert_array_equal(half.weight(name), load_reference(str(folder)).weight(name).astype(np.float16))
+
+
+def cut(share: float) -> Callable[[Path], None]:
+    def spoil(transformer: Path) -> None:
+        path = next(transformer.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return spoil
+
+
+def edit(transformer: Path, **changes: Any) -> None:
+    path = transformer / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def as_pickle(transformer: Path) -> None:
+    """The same weights as diffusers saved them before safetensors."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = next(transformer.glob("*.safetensors"))
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut(0), "is the file whole"),
+        (cut(0.5), "is the file whole"),
+        (cut(0.999), "is the file whole"),
+        (lambda t: edit(t, norm_type="layer_norm"), "ada_norm_zero|layer_norm"),
+        (lambda t: edit(t, in_channels=3), r"mismatched keys|cannot be loaded"),
+        (lambda t: edit(t, num_layers=1), "unexpected keys in the checkpoint .*config.json and weights differ"),
+        (lambda t: (t / "config.json").write_text("[]"), "expected a JSON object, found list"),
+        (lambda t: edit(t, _class_name=None), "architecture None is not supported; supported: DiTTransformer2DModel"),
+    ],
+    ids=["empty", "half", "nearly whole", "norm", "channels", "blocks", "list", "no class"],
+)
+def test_a_damaged_or_foreign_checkpoint_says_what_is_wrong(folder: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    spoil(tmp_path / "model" / "transformer")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_reference(str(tmp_path / "model"))
+    assert str(tmp_path / "model") in str(caught.value), "the message names the place"
+
+
+def test_the_command_that_converts_a_pickle_works(folder: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    shutil.copytree(folder, tmp_path / "old")
+    as_pickle(tmp_path / "old" / "transformer")
+    with pytest.raises(ModelError, match="a pickle can run code") as caught:
+        load_reference(str(tmp_path / "old"))
+    command = str(caught.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", command], check=True)
+    assert load_reference(str(tmp_path / "old")).digest == load_reference(str(folder)).digest
+
+
+def test_a_pickle_beside_safetensors_is_not_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "both")
+    (tmp_path / "both" / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert load_reference(str(tmp_path / "both")).digest == load_reference(str(folder)).digest
+
+
+def test_the_tiny_model_is_what_its_configuration_says(reference: Any) -> None:
+    """The tests above would prove less on a model without several blocks, biases or a null label."""
+    assert len(reference.sites) == 4 * TINY["num_layers"] == 8
+    assert reference.classes == TINY["num_embeds_ada_norm"]
+    assert all(module.bias is not None for name, module in reference.model.named_modules() if name in reference.linears)

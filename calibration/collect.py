@@ -1,9 +1,12 @@
-"""Statistics of every site's input, streamed while the float reference samples pictures."""
+"""Statistics of every site's input, gathered on disk while the float reference samples pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +14,8 @@ import numpy.typing as npt
 
 from .artifacts import CalibrationError
 from .denoiser import Denoiser
+from .group import ALONE, ProcessGroup
+from .records import RecordFile
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +25,7 @@ Progress = Callable[[int, int], None]
 HISTOGRAM_BINS = 2048
 HISTOGRAM_ROWS = 128
 """About how many rows of a site each network call adds to the histogram, evenly spaced; the range is from all rows."""
-BATCH = 8
+ROWS_KEPT = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +33,8 @@ class SiteStatistics:
     """What one site's input looked like.
 
     Args:
-        timesteps: float64[T], strictly decreasing as sampled.
+        timesteps: float64[T], in the order in which they were sampled.
         low, high: float32[T, K], the least and greatest value of each channel at each timestep.
-        mean: float32[T, K].
         rows: float32[R, K], rows kept to measure the output error of a choice, and row_step: int64[R], each row's index
             into `timesteps`.
     """
@@ -38,7 +42,6 @@ class SiteStatistics:
     timesteps: npt.NDArray[np.float64]
     low: Float32
     high: Float32
-    mean: Float32
     rows: Float32
     row_step: npt.NDArray[np.int64]
 
@@ -50,106 +53,148 @@ class SiteStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which pictures calibration samples: `calib_size` of them, labels in turn, from one seed."""
+    """Which pictures calibration samples: `calib_size` of them, labels in turn, from one seed, `batch` to a call."""
 
     calib_size: int
     steps: int
     seed: int
     guidance: float
     classes: int
+    batch: int = 8
+
+    @property
+    def batches(self) -> int:
+        """Runs of the sampler."""
+        return -(-self.calib_size // self.batch)
 
     @property
     def calls(self) -> int:
         """Network calls in all."""
-        return self.steps * -(-self.calib_size // BATCH)
+        return self.steps * self.batches
 
-    def batches(self) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
-        """(labels, seed) of each batch. The pictures do not depend on how many are asked for after them."""
-        labels = np.arange(self.calib_size, dtype=np.int64) % self.classes
-        for start in range(0, self.calib_size, BATCH):
-            yield labels[start : start + BATCH], self.seed + start
+    def pictures(self, batch: int) -> tuple[npt.NDArray[np.int64], int]:
+        """(labels, seed) of a batch. They do not depend on how many are asked for after it."""
+        start = batch * self.batch
+        labels = np.arange(start, min(start + self.batch, self.calib_size), dtype=np.int64) % self.classes
+        return labels, self.seed + start
 
 
-class _RangeSum:
-    """Running extremes and sums of one site; its size grows with the timesteps' number but not with the samples'."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics(Mapping[str, SiteStatistics]):
+    """What was gathered, by site; read from disk each time it is asked for."""
 
-    def __init__(self) -> None:
-        self.low: dict[float, torch.Tensor] = {}
-        self.high: dict[float, torch.Tensor] = {}
-        self.total: dict[float, torch.Tensor] = {}
-        self.count: dict[float, int] = {}
-        self.rows: list[torch.Tensor] = []
-        self.row_timestep: list[float] = []
+    timesteps: npt.NDArray[np.float64]
+    row_step: npt.NDArray[np.int64]
+    records: int
+    ranges: RecordFile
+    rows: RecordFile
 
-    def add(self, timestep: float, value: torch.Tensor, chosen: torch.Tensor) -> None:
-        import torch
+    def __getitem__(self, name: str) -> SiteStatistics:
+        if name not in self.ranges.sizes:
+            raise KeyError(name)
+        steps = len(self.timesteps)
+        both = np.stack([self.ranges.read(step, name) for step in range(steps)]).reshape(steps, 2, -1)
+        rows = [self.rows.read(i, name) for i in range(self.records)]
+        kept = np.concatenate(rows).reshape(-1, both.shape[2])
+        return SiteStatistics(timesteps=self.timesteps, low=-both[:, 0], high=both[:, 1], rows=kept, row_step=self.row_step)
 
-        low, high = torch.aminmax(value, dim=0)
-        total = value.sum(0).double()
-        if timestep in self.low:
-            low = torch.minimum(low, self.low[timestep])
-            high = torch.maximum(high, self.high[timestep])
-            total = total + self.total[timestep]
-        self.low[timestep], self.high[timestep], self.total[timestep] = low, high, total
-        self.count[timestep] = self.count.get(timestep, 0) + len(value)
-        self.rows.append(value[chosen].clone())
-        self.row_timestep += [timestep] * len(chosen)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ranges.sizes)
 
-    def statistics(self) -> SiteStatistics:
-        import torch
+    def __len__(self) -> int:
+        return len(self.ranges.sizes)
 
-        steps = list(self.low)
-        index = {timestep: i for i, timestep in enumerate(steps)}
-        mean = torch.stack([self.total[t] / self.count[t] for t in steps])
-        return SiteStatistics(
-            timesteps=np.asarray(steps, dtype=np.float64),
-            low=torch.stack([self.low[t] for t in steps]).numpy(),
-            high=torch.stack([self.high[t] for t in steps]).numpy(),
-            mean=mean.float().numpy(),
-            rows=torch.cat(self.rows).numpy(),
-            row_step=np.asarray([index[t] for t in self.row_timestep], dtype=np.int64),
-        )
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Histograms(Mapping[str, npt.NDArray[np.int64]]):
+    """int64[T, 2048] by site; read from disk each time it is asked for."""
+
+    steps: int
+    counts: RecordFile
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.int64]:
+        if name not in self.counts.sizes:
+            raise KeyError(name)
+        return np.stack([self.counts.read(step, name) for step in range(self.steps)]).astype(np.int64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts.sizes)
+
+    def __len__(self) -> int:
+        return len(self.counts.sizes)
 
 
 def collect_ranges(
-    denoiser: Denoiser, sites: tuple[str, ...], sampling: Sampling, progress: Progress, rows_kept: int = 512
-) -> dict[str, SiteStatistics]:
-    """Statistics by site. Memory: 3 float32[T, K] and `rows_kept` rows a site, whatever the number of samples.
+    denoiser: Denoiser,
+    sites: tuple[str, ...],
+    sampling: Sampling,
+    progress: Progress,
+    folder: Path,
+    group: ProcessGroup = ALONE,
+    rows_kept: int = ROWS_KEPT,
+) -> Statistics:
+    """Statistics by site. They lie in `folder`: memory grows neither with the pictures nor with the timesteps.
+
+    A run that ends early leaves its finished batches there, and a later call with the same arguments goes on behind
+    them. Each batch is sampled by one process; extremes and kept rows do not depend on the order, so the result is the
+    same, bit for bit, for any number of processes and interruptions.
 
     Args:
         sites: names of the sites to watch.
         progress: called with (network calls done, network calls in all).
-        rows_kept: about how many rows of each site are kept, spread evenly over batches and timesteps.
+        folder: of this calibration only, made if it is not there.
+        rows_kept: how many rows of each site are kept at most, spread evenly over batches and timesteps.
 
     Raises:
-        CalibrationError: an input with NaN or Inf, or one that is zero throughout.
+        CalibrationError: an input with NaN or Inf, one that is zero throughout, or another process has ended.
     """
     import torch
 
-    sums = {name: _RangeSum() for name in sites}
-    each = max(1, rows_kept // sampling.calls)
-    random = torch.Generator().manual_seed(sampling.seed)
+    each, stride = max(1, rows_kept // sampling.calls), -(-sampling.calls // rows_kept)
+    widths = {site.name: denoiser.weight(site.linears[0]).shape[1] for site in denoiser.sites if site.name in sites}
+    journal = _Journal(folder, group.rank, {"sites": widths, "sampling": asdict(sampling), "rows": rows_kept, "size": group.size})
+    # (-low, high), so that both merge by the maximum. A record of `rows` holds the rows of one call.
+    ranges = RecordFile(folder / f"ranges.{group.rank}", {name: 2 * width for name, width in widths.items()}, np.float32)
+    rows = RecordFile(folder / f"rows.{group.rank}", {name: each * width for name, width in widths.items()}, np.float32)
+    random = torch.Generator()
 
-    def collect(name: str, timestep: float, value: torch.Tensor) -> None:
-        if name in sums:
-            sums[name].add(timestep, value, torch.randint(len(value), (each,), generator=random))
+    def collect(call: _Call, name: str, value: torch.Tensor) -> None:
+        if name not in widths:
+            return
+        low, high = torch.aminmax(value, dim=0)
+        found = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        ranges.write(call.record, name, np.maximum(found, ranges.read(call.record, name)) if call.seen else found)
+        if call.kept(stride):
+            random.manual_seed(sampling.seed * 1_000_003 + call.number)
+            chosen = torch.randint(len(value), (each,), generator=random)
+            rows.write(call.number // stride, name, value[chosen.to(value.device)].cpu().numpy())
 
-    _run(denoiser, sampling, collect, progress)
-    result = {name: item.statistics() for name, item in sums.items()}
+    timesteps = _run(denoiser, sampling, collect, progress, journal, group)
+    order = list(dict.fromkeys(timesteps))
+    calls = [call for call in range(0, sampling.calls, stride) if call % sampling.steps < len(timesteps)]
+    if group.size > 1:
+        mine = [call // sampling.steps % group.size == group.rank for call in calls]
+        _merge(ranges, [journal.done > 0] * len(order), group.largest, -np.inf)
+        _merge(rows, mine, group.total, 0.0)
+    row_step = np.repeat([order.index(timesteps[call % sampling.steps]) for call in calls], each)
+    result = Statistics(timesteps=np.asarray(order), row_step=row_step, records=len(calls), ranges=ranges, rows=rows)
     _check(result)
     return result
 
 
 def collect_histograms(
     denoiser: Denoiser,
-    transforms: dict[str, tuple[Float32, Float32]],
-    amax: dict[str, Float32],
+    transforms: Mapping[str, tuple[Float32, Float32]],
+    amax: Mapping[str, Float32],
     sampling: Sampling,
     progress: Progress,
-) -> dict[str, npt.NDArray[np.int64]]:
+    folder: Path,
+    group: ProcessGroup = ALONE,
+) -> Histograms:
     """int64[T, 2048] by site: counts of |(x - in_shift) / in_scale| in equal cells of [0, amax[t]], for each timestep.
 
     A second run over the same pictures: clipping acts on the scaled input, and the scaling was chosen from the first.
+    The counts lie in `folder`; they are whole numbers, so their sum is the same for any number of processes.
 
     Args:
         transforms: (in_scale, in_shift) by site.
@@ -157,44 +202,124 @@ def collect_histograms(
     """
     import torch
 
-    counts = {name: np.zeros((len(limit), HISTOGRAM_BINS), dtype=np.int64) for name, limit in amax.items()}
+    steps = len(next(iter(amax.values())))
+    counts = RecordFile(folder / f"histograms.{group.rank}", dict.fromkeys(amax, HISTOGRAM_BINS), np.int64)
+    for step in range(steps):
+        counts.write_record(step, np.zeros(HISTOGRAM_BINS * len(amax), dtype=np.int64))
     tensors = {
         name: (torch.from_numpy(1.0 / in_scale), torch.from_numpy(in_shift.copy()))
         for name, (in_scale, in_shift) in transforms.items()
     }
-    step_of: dict[float, int] = {}
 
-    def collect(name: str, timestep: float, value: torch.Tensor) -> None:
+    def collect(call: _Call, name: str, value: torch.Tensor) -> None:
         if name in tensors:
-            step = step_of.setdefault(timestep, len(step_of))
-            inverse, in_shift = tensors[name]
-            limit = float(amax[name][step])
+            inverse, in_shift = (tensor.to(value.device) for tensor in tensors[name])
+            limit = float(amax[name][call.record])
             rows = value[:: max(1, len(value) // HISTOGRAM_ROWS)]
             scaled = ((rows - in_shift) * inverse).abs_().clamp_(max=limit)
-            counts[name][step] += torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).numpy().astype(np.int64)
+            found = torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).cpu().numpy().astype(np.int64)
+            counts.write(call.record, name, counts.read(call.record, name) + found)
 
-    _run(denoiser, sampling, collect, progress)
-    return counts
+    _run(denoiser, sampling, collect, progress, _Journal(None, group.rank, {}), group)
+    if group.size > 1:
+        _merge(counts, [True] * steps, group.total, 0)
+    return Histograms(steps=steps, counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One network call.
+
+    Args:
+        number: over all batches, `steps` to a batch; `place` in its batch.
+        record: index of its timestep among the distinct ones.
+        seen: whether this process has finished a call at that timestep.
+    """
+
+    number: int
+    place: int
+    steps: int
+    record: int
+    seen: bool
+
+    def kept(self, stride: int) -> bool:
+        """Whether rows of it are kept. Samplers may call the network more often than they have steps."""
+        return self.place < self.steps and self.number % stride == 0
+
+
+class _Journal:
+    """How many of its batches a process has finished, in a file; in memory only without a folder."""
+
+    def __init__(self, folder: Path | None, rank: int, key: Mapping[str, object]) -> None:
+        self._path = folder / f"journal.{rank}.json" if folder else None
+        self._key = json.loads(json.dumps(key))
+        self.done = 0
+        self.timesteps: list[float] = []
+        if folder and self._path:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = json.loads(self._path.read_text()) if self._path.exists() else {}
+            if kept.get("key") == self._key:
+                self.done, self.timesteps = kept["done"], kept["timesteps"]
+
+    def finish(self, timesteps: list[float]) -> None:
+        """Another batch is finished; `timesteps` of its calls."""
+        self.done, self.timesteps = self.done + 1, timesteps
+        if self._path:
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps({"key": self._key, "done": self.done, "timesteps": timesteps}))
+            os.replace(new, self._path)
 
 
 def _run(
     denoiser: Denoiser,
     sampling: Sampling,
-    collect: Callable[[str, float, torch.Tensor], None],
+    collect: Callable[[_Call, str, torch.Tensor], None],
     progress: Progress,
-) -> None:
-    """Sample every batch; hand each site's input to `collect` with its name and timestep, as it passes."""
-    current = float("nan")
-    with denoiser.observe(lambda name, value: collect(name, current, value)):
-        done = 0
-        for labels, seed in sampling.batches():
+    journal: _Journal,
+    group: ProcessGroup,
+) -> list[float]:
+    """Sample this process's unfinished batches; hand each site's input to `collect` as it passes. The calls' timesteps."""
+    call = _Call(number=0, place=0, steps=sampling.steps, record=0, seen=False)
+    mine = range(group.rank, sampling.batches, group.size)
+    done, total = journal.done * sampling.steps, len(mine) * sampling.steps
+    with denoiser.observe(lambda name, value: collect(call, name, value)):
+        for batch in mine[journal.done :]:
+            labels, seed = sampling.pictures(batch)
+            timesteps: list[float] = []
+            progress(done, total)
             for timestep in denoiser.trajectory(labels, steps=sampling.steps, seed=seed, guidance=sampling.guidance):
-                progress(done, sampling.calls)
-                current, done = timestep, done + 1
-        progress(done, sampling.calls)
+                if timesteps:
+                    progress(done + min(len(timesteps), sampling.steps), total)
+                place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
+                call = _Call(
+                    number=batch * sampling.steps + place,
+                    place=place,
+                    steps=sampling.steps,
+                    record=known.index(timestep),
+                    seen=journal.done > 0 or timestep in timesteps,
+                )
+                timesteps.append(timestep)
+            journal.finish(timesteps)
+            done += sampling.steps
+    progress(total, total)
+    # A process without a batch learns the timesteps from the others.
+    length = int(group.largest(np.asarray([len(journal.timesteps)]))[0])
+    told = np.full(length, -np.inf)
+    told[: len(journal.timesteps)] = journal.timesteps
+    shared: list[float] = group.largest(told).tolist()
+    return shared
 
 
-def _check(statistics: dict[str, SiteStatistics]) -> None:
+def _merge(
+    file: RecordFile, written: list[bool], reduce: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], absent: float
+) -> None:
+    """Reduce every record over the processes; `written` says which this process has, `absent` stands for the others."""
+    for record, here in enumerate(written):
+        values = file.read_record(record) if here else np.full(file.length, absent, dtype=file.dtype)
+        file.write_record(record, reduce(values))
+
+
+def _check(statistics: Statistics) -> None:
     wrong = []
     for name, item in statistics.items():
         finite = np.isfinite(item.low).all(axis=1) & np.isfinite(item.high).all(axis=1)

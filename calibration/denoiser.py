@@ -63,6 +63,10 @@ class Denoiser(Protocol):
     def linears(self) -> Mapping[str, Linear]:
         """Every linear of the network by module name, in execution order."""
 
+    @property
+    def batch(self) -> int:
+        """Pictures that are sampled together: as many as keep the activations small beside the weights, 8 at most."""
+
     def weight(self, linear: str) -> Float32:
         """float32[out, in]; a view where possible."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +15,16 @@ from .artifacts import CalibrationError, CalibrationResult, SitePlan
 from .bins import build_table
 from .collect import Progress, Sampling, SiteStatistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
+from .group import ALONE, ProcessGroup
 from .ranges import METHODS, block_scale, weight_scale
 from .recipe import Recipe, Rule
 from .scaling import Scaling, choose_scaling
 
 Float32 = npt.NDArray[np.float32]
 BLOCK_SIZES = (128, 64, 32, 16)
+NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def calibrate(
@@ -26,78 +34,98 @@ def calibrate(
     sampling: Sampling,
     provenance: Mapping[str, str],
     progress: Progress,
+    folder: Path,
+    group: ProcessGroup = ALONE,
 ) -> CalibrationResult:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
     Args:
         assigned: the deciding rule of every linear, from `Recipe.assign`.
-        progress: called with (network calls done, in all); methods that clip sample the same pictures twice.
+        progress: called with (done, in all) of each phase in turn: network calls, inputs, weights. Methods that clip
+            sample the same pictures twice.
+        folder: where statistics lie meanwhile; the caller's to delete.
+        group: the processes that share the sampling. Each gets the same result, bit for bit that of one process.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
     sites = tuple(site for site in denoiser.sites if any(assigned[name].action == "w8a8" for name in site.linears))
     names = tuple(site.name for site in sites)
-    passes = 1 if recipe.method == "minmax" else 2
-    first = collect_ranges(denoiser, names, sampling, lambda done, total: progress(done, total * passes))
-    scalings = {site.name: _choose(site, first[site.name], denoiser, recipe, assigned) for site in sites}
-    amax = {name: first[name].amax(s.in_scale, s.in_shift) for name, s in scalings.items()}
+    statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
+
+    def decide(site: InputSite) -> tuple[Scaling, Float32]:
+        item = statistics[site.name]
+        scaling = _choose(site, item, denoiser, recipe, assigned)
+        return scaling, item.amax(scaling.in_scale, scaling.in_shift)
+
+    decided = dict(zip(names, parallel(decide, sites, progress), strict=True))
+    amax = {name: limit for name, (_, limit) in decided.items()}
     _refuse_constant(amax)
-    counts: dict[str, npt.NDArray[np.int64]] = {}
-    if passes == 2:
-        transforms = {name: (s.in_scale, s.in_shift) for name, s in scalings.items()}
-        counts = collect_histograms(
-            denoiser, transforms, amax, sampling, lambda done, total: progress(total + done, total * passes)
-        )
+    counts: Mapping[str, npt.NDArray[np.int64]] = {}
+    if recipe.method != "minmax":
+        transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
+        counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
     plans = {}
     for site in sites:
-        name, scaling = site.name, scalings[site.name]
-        scale = METHODS[recipe.method](amax[name], counts.get(name, np.zeros((0, 1), dtype=np.int64)), recipe)
+        name, scaling = site.name, decided[site.name][0]
+        scale = METHODS[recipe.method](amax[name], counts[name] if counts else NO_COUNTS, recipe)
         plans[name] = SitePlan(
             site=site,
             method=scaling.method,
             error=scaling.error,
             in_scale=scaling.in_scale,
             in_shift=scaling.in_shift,
-            activation=build_table(first[name].timesteps, scale, recipe.bins),
+            activation=build_table(statistics.timesteps, scale, recipe.bins),
         )
-    scales = weight_scales(denoiser, plans, assigned)
+    scales = weight_scales(denoiser, plans, assigned, progress)
     return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance)
 
 
-def weight_scales(denoiser: Denoiser, plans: Mapping[str, SitePlan], assigned: Mapping[str, Rule]) -> dict[str, Float32]:
+def parallel(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> list[Result]:
+    """`work` of every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock."""
+    results = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(work, items):
+            results.append(result)
+            progress(len(results), len(items))
+    return results
+
+
+def weight_scales(
+    denoiser: Denoiser, plans: Mapping[str, SitePlan], assigned: Mapping[str, Rule], progress: Progress
+) -> dict[str, Float32]:
     """The scale of every quantized weight as it will be once all scalings are folded in.
 
     Raises:
         CalibrationError: a weight-only linear whose width no block size divides; all of them in one message.
     """
-    scales: dict[str, Float32] = {}
-    wrong = []
-    for name, rule in assigned.items():
-        if rule.action == "float":
-            continue
-        weight = folded_weight(denoiser, name, plans)
-        if rule.action == "w8a8":
-            scales[name] = weight_scale(weight)
-            continue
-        block = next((size for size in BLOCK_SIZES if weight.shape[1] % size == 0), 0)
+    names = [name for name, rule in assigned.items() if rule.action != "float"]
+    touching = _touching(plans)
+
+    def measure(name: str) -> Float32 | str:
+        weight = folded_weight(denoiser.weight(name), name, touching.get(name, ()))
+        if assigned[name].action == "w8a8":
+            return weight_scale(weight)
+        width = weight.shape[1]
+        block = next((size for size in BLOCK_SIZES if width % size == 0), 0)
         if block:
-            scales[name] = block_scale(weight, block)
-        else:
-            wrong.append(f"'{name}' has {weight.shape[1]} inputs, which no block size of {BLOCK_SIZES} divides; make it float")
+            return block_scale(weight, block)
+        return f"'{name}' has {width} inputs, which no block size of {BLOCK_SIZES} divides; make it float"
+
+    found = dict(zip(names, parallel(measure, names, progress), strict=True))
+    wrong = [item for item in found.values() if isinstance(item, str)]
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    return scales
+    return {name: item for name, item in found.items() if not isinstance(item, str)}
 
 
-def folded_weight(denoiser: Denoiser, linear: str, plans: Mapping[str, SitePlan]) -> Float32:
+def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
     """float32[out, in]: a linear's weight after every scaling that touches it: columns times the in_scale of its own
     input, rows divided by the in_scale of the input that it produces."""
-    weight = denoiser.weight(linear)
-    for plan in plans.values():
+    for plan in plans:
         if linear in plan.site.linears:
             weight = weight * plan.in_scale
-    for plan in plans.values():
+    for plan in plans:
         site = plan.site
         if site.producer != linear:
             continue
@@ -108,6 +136,15 @@ def folded_weight(denoiser: Denoiser, linear: str, plans: Mapping[str, SitePlan]
             for start, stop in (site.shift_rows, site.scale_rows):
                 weight[start:stop] /= plan.in_scale[:, None]
     return weight
+
+
+def _touching(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
+    """By linear: the plans whose scaling is folded into its weight."""
+    found: dict[str, list[SitePlan]] = {}
+    for plan in plans.values():
+        for name in {*plan.site.linears, plan.site.producer} - {""}:
+            found.setdefault(name, []).append(plan)
+    return found
 
 
 def _refuse_constant(amax: Mapping[str, Float32]) -> None:

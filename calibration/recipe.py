@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     shift: bool | None = Field(None, description="per-channel shift; null: where scaling auto measures a gain, else none")
     calib_size: int = Field(16, ge=1, description="pictures sampled for calibration")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
+    parity_size: int = Field(10, ge=1, description="pictures drawn with PyTorch and the engine to compare them")
     guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance; null: the model's default")
     seed: int = Field(0, ge=0)
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")

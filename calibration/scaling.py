@@ -16,6 +16,8 @@ Float32 = npt.NDArray[np.float32]
 AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
 AUTO_RHO = (1.0, 2.0, 4.0)
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
+OUTPUTS = 256
+"""Outputs of a site that a candidate is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +38,7 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
     activation's range are scaled down further, by rho at the most, so that the range shrinks by rho while no row grows
     by more than rho. (The same rho for all channels would do nothing: x / rho and rho W cancel.)
 
-    Exactness: with rho = 1 every row's amax is unchanged.
+    Exactness: with rho = 1 every row's amax is unchanged, to rounding.
     Source: DilateQuant (arXiv 2409.14307), section "Weight Dilation"; the masks replace its division by clamped
     weights, and rho is our relaxation.
 
@@ -44,16 +46,23 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
         weight: float32[out, K], the stacked weights of all readers of the tensor.
         activation_amax: float32[K], max |x| of each channel over all timesteps.
     """
-    amax = np.abs(weight).max(axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # zeros, rows of zeros and subnormal weights
-        room = np.where(weight != 0, amax / np.abs(weight), np.inf)
-    least = room.min(axis=0)
-    dilation = np.where(np.isfinite(least), np.minimum(least, MAX_SCALE), 1.0)
-    reached = activation_amax / dilation
+    return _dilated(_room(np.abs(weight)), activation_amax, rho)
+
+
+def _room(magnitude: Float32) -> Float32:
+    """float32[K]: min over rows of amax_row / |W|, from |W|[out, K]; at most MAX_SCALE, and 1 for a column of zeros."""
+    row_amax = magnitude.max(axis=1, keepdims=True)
+    # The greatest share of its row's range that an element takes; rows of zeros take none.
+    share = (magnitude / np.where(row_amax > 0, row_amax, 1.0)).max(axis=0)
+    room: Float32 = np.where(share > 0, 1.0 / np.maximum(share, 1.0 / MAX_SCALE), 1.0).astype(np.float32)
+    return room
+
+
+def _dilated(room: Float32, activation_amax: Float32, rho: float) -> Float32:
+    reached = activation_amax / room
     target = reached.max() / rho
     further = np.clip(reached / target, 1.0, rho) if target > 0 else np.ones_like(reached)
-    in_scale: Float32 = (dilation * further).astype(np.float32)
-    return in_scale
+    return (room * further).astype(np.float32)
 
 
 def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Float32:
@@ -70,20 +79,21 @@ def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Floa
 def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_]) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
-    All readers of the tensor are judged together. `auto` first picks the rule and its strength, then whether to shift by
-    the middle of each channel's range or by its mean. Ties go to the earlier candidate, so that nothing is scaled for
+    All readers of the tensor are judged together, by up to 256 of their outputs, evenly spaced: each output's error is
+    exact, and so many are enough to rank candidates. `auto` first picks the rule and its strength, then whether to shift
+    by the middle of each channel's range or by its mean. Ties go to the earlier candidate, so that nothing is scaled for
     nothing.
 
     Args:
         weight: float32[out, K], stacked weights of all readers.
         quantized: bool[out], the rows that will be quantized.
     """
-    read = weight[quantized]
+    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized])
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
     if recipe.scaling == "auto":
-        shifts.append(("+mean", statistics.mean.mean(axis=0)))
+        shifts.append(("+mean", statistics.rows.mean(axis=0)))
     rules = {
         "none": [("none", 0.0)],
         "dilate": [("dilate", recipe.rho)],
@@ -91,46 +101,72 @@ def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, 
         "auto": [("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA)],
     }[recipe.scaling]
     first = shifts[0] if recipe.shift else unshifted
-
-    def measured(rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
-        return _measure(_candidate(rule, shift, statistics, read), statistics, read)
-
-    best_rule, best = min(((rule, measured(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
+    best_rule, best = min(((rule, trial.measure(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
     if recipe.scaling == "auto" and recipe.shift is not False:
-        others = [measured(best_rule, shift) for shift in shifts if shift is not first]
+        others = [trial.measure(best_rule, shift) for shift in shifts if shift is not first]
         best = min([best, *others], key=lambda item: item.error)
     return best
 
 
-def _candidate(rule: tuple[str, float], shift: tuple[str, Float32], statistics: SiteStatistics, weight: Float32) -> Scaling:
-    (name, strength), (suffix, in_shift) = rule, shift
-    amax = np.maximum(np.abs(statistics.high - in_shift), np.abs(statistics.low - in_shift)).max(axis=0)
-    if name == "dilate":
-        in_scale = dilate(weight, amax, strength)
-    elif name == "smooth":
-        in_scale = smooth(amax, np.abs(weight).max(axis=0), strength)
-    else:
-        in_scale = np.ones(weight.shape[1], dtype=np.float32)
-    label = name if name == "none" else f"{name}({strength:g})"
-    return Scaling(method=label + suffix, in_scale=in_scale, in_shift=in_shift.astype(np.float32))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Trial:
+    """What the candidates of one site are measured on.
 
+    Args:
+        room: float32[K], how far each column can grow within its rows' ranges (weight dilation's d).
+        column_amax: float32[K], max |W| of each column.
+        weight: float32[at most 256, K], the outputs that are computed.
+        signal: sum of (W x)^2 over kept rows and outputs.
+    """
 
-def _measure(candidate: Scaling, statistics: SiteStatistics, weight: Float32) -> Scaling:
-    """The candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep.
-    Infinite where the shift takes away a constant input entirely, so that nothing is left to have a scale."""
-    in_scale, in_shift = candidate.in_scale, candidate.in_shift
-    scale = statistics.amax(in_scale, in_shift) / INT8.qmax
-    if not scale.any():
-        return Scaling(method=candidate.method, in_scale=in_scale, in_shift=in_shift, error=float("inf"))
-    scale = np.where(scale > 0, scale, 1.0)[statistics.row_step][:, None]
-    scaled = (statistics.rows - in_shift) / in_scale
-    activation = np.clip(np.rint(scaled / scale), INT8.qmin, INT8.qmax) * scale
-    folded = weight * in_scale
-    step = weight_scale(folded)[:, None]
-    rounded = np.clip(np.rint(folded / step), INT8.qmin, INT8.qmax) * step
-    # The shift's own output, W m, is added exactly (it is folded into the bias).
-    exact = scaled @ folded.T
-    error = exact - activation @ rounded.T
-    signal = statistics.rows @ weight.T
-    relative = float(np.square(error, dtype=np.float64).sum() / max(np.square(signal, dtype=np.float64).sum(), 1e-30))
-    return Scaling(method=candidate.method, in_scale=in_scale, in_shift=in_shift, error=relative)
+    statistics: SiteStatistics
+    room: Float32
+    column_amax: Float32
+    weight: Float32
+    signal: float
+
+    @staticmethod
+    def of(statistics: SiteStatistics, weight: Float32) -> _Trial:
+        """For the stacked weights float32[out, K] of all quantized readers."""
+        magnitude = np.abs(weight)
+        chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
+        few = weight[chosen]
+        return _Trial(
+            statistics=statistics,
+            room=_room(magnitude),
+            column_amax=magnitude.max(axis=0),
+            weight=few,
+            signal=float(np.square(statistics.rows @ few.T, dtype=np.float64).sum()),
+        )
+
+    def measure(self, rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
+        """A candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep.
+
+        The shift's own output, W m, is added exactly: it is folded into the bias. Infinite where the shift takes away a
+        constant input entirely, so that nothing is left to have a scale.
+        """
+        (name, strength), (suffix, shifted_by) = rule, shift
+        label = (name if name == "none" else f"{name}({strength:g})") + suffix
+        in_shift, in_scale = shifted_by.astype(np.float32), self._in_scale(name, strength, shifted_by)
+        limit = self.statistics.amax(in_scale, in_shift) / INT8.qmax
+        if not limit.any():
+            return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float("inf"))
+        scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)
+        moved = self.statistics.rows - in_shift
+        codes = moved / (in_scale * scale)
+        np.clip(np.rint(codes, out=codes), INT8.qmin, INT8.qmax, out=codes)
+        folded = self.weight * in_scale
+        step = weight_scale(folded)[:, None]
+        rounded = np.rint(folded / step)
+        error = moved @ self.weight.T - (codes @ rounded.T) * (scale * step.T)
+        relative = float(np.square(error, dtype=np.float64).sum() / max(self.signal, 1e-30))
+        return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=relative)
+
+    def _in_scale(self, name: str, strength: float, in_shift: Float32) -> Float32:
+        high, low = self.statistics.high, self.statistics.low
+        amax = np.maximum(np.abs(high.max(axis=0) - in_shift), np.abs(low.min(axis=0) - in_shift))
+        if name == "dilate":
+            return _dilated(self.room, amax, strength)
+        if name == "smooth":
+            return smooth(amax, self.column_amax, strength)
+        return np.ones(len(amax), dtype=np.float32)

@@ -69,9 +69,12 @@ class Ort:
         described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
 
-    def load(self, model: Path, *, optimize: bool = True) -> Engine:
-        """See `Backend.load`."""
-        return OrtEngine(session=_session(model, _options(optimize=optimize)))
+    def load(self, model: Path, *, optimize: bool = True, prepack: bool = True) -> Engine:
+        """See `Backend.load`. `prepack=False` loads a large graph faster and runs it slower."""
+        options = _options(optimize=optimize)
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return OrtEngine(session=_session(model, options))
 
 
 ORT = Ort()

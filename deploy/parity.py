@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,25 +61,30 @@ def difference(reference: Float32, other: Float32) -> Difference:
 
 
 def compare_calls(
-    stages: Mapping[str, Engine], feeds: Sequence[Feed], references: Sequence[Float32], bins: Sequence[int]
+    stage: str,
+    engine: Engine,
+    feeds: Sequence[Feed],
+    references: Sequence[Float32],
+    bins: Sequence[int],
+    count: Callable[[], None] = lambda: None,
 ) -> list[CallParity]:
-    """Run every stage on every feed with polygraphy's ONNX Runtime runner.
+    """Run a stage on every feed with polygraphy's ONNX Runtime runner.
 
     Args:
-        stages: by name, in report order.
         feeds: one network call each.
         references: the PyTorch outputs.
         bins: the timestep bin of each feed.
+        count: called after each call.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     rows = []
-    for stage, engine in stages.items():
-        with OnnxrtRunner(engine.session, name=stage) as runner:
-            for feed, reference, index in zip(feeds, references, bins, strict=True):
-                output = runner.infer(dict(feed), check_inputs=False)[OUTPUT]
-                timestep = float(np.asarray(feed["timestep"]).ravel()[0])
-                rows.append(CallParity(stage=stage, timestep=timestep, bin=index, difference=difference(reference, output)))
+    with OnnxrtRunner(engine.session, name=stage) as runner:
+        for feed, reference, index in zip(feeds, references, bins, strict=True):
+            output = runner.infer(dict(feed), check_inputs=False)[OUTPUT]
+            timestep = float(np.asarray(feed["timestep"]).ravel()[0])
+            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, difference=difference(reference, output)))
+            count()
     return rows
 
 
@@ -107,30 +112,43 @@ def require(rows: Sequence[CallParity], floors: Mapping[str, float]) -> None:
         raise ParityError("; ".join(lines) + f". {advice[0].upper()}{advice[1:]}.")
 
 
-def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float32], floor: float) -> str:
-    """Write inputs and reference outputs for `polygraphy run`, and the command itself; returns the command.
-
-    Args:
-        folder: `out/parity`; the command runs from `out`.
-        floor: the least SQNR in dB of the engine on these feeds.
-    """
+def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float32]) -> None:
+    """Write `inputs.json` and `outputs.json` as `polygraphy run` loads them."""
     from polygraphy.comparator import IterationResult, RunResults
     from polygraphy.json import save_json
     from polygraphy.logger import G_LOGGER
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([dict(feed) for feed in feeds], str(folder / "inputs.json"), description="parity inputs")
     results = RunResults()
     results.append(
         ("pytorch", [IterationResult(outputs={OUTPUT: output}, runtime=0.0, runner_name="pytorch") for output in references])
     )
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([dict(feed) for feed in feeds], str(folder / "inputs.json"), description="parity inputs")
         results.save(str(folder / "outputs.json"))
-    threshold = floor - REPLAY_MARGIN
+
+
+def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
+    """Read what `save_replay` wrote: inputs and reference outputs of each call."""
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import load_json
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        feeds = load_json(str(folder / "inputs.json"))
+        results = RunResults.load(str(folder / "outputs.json"))["pytorch"]
+    return list(feeds), [result[OUTPUT] for result in results]
+
+
+def save_command(folder: Path, floor: float) -> str:
+    """Write the polygraphy command that replays `out/parity` from `out`; returns it.
+
+    Args:
+        folder: where `command.txt` goes.
+        floor: the least SQNR in dB of the engine on these feeds.
+    """
     command = (
         "polygraphy run model.onnx --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
-        f"--compare snr --snr-threshold {OUTPUT}:{threshold:.2f}"
+        f"--compare snr --snr-threshold {OUTPUT}:{floor - REPLAY_MARGIN:.2f}"
     )
     (folder / "command.txt").write_text(command + "\n")
     return command

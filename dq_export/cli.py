@@ -50,6 +50,7 @@ def export_options(
     exclude: Annotated[list[str] | None, option("REGEX of linears to leave float; repeatable", "--exclude")] = None,
     calib_size: Annotated[int | None, option("pictures to sample (default 16)", "--calib-size")] = None,
     steps: Annotated[int | None, option("sampler steps a picture (default 50)", "--steps")] = None,
+    parity_size: Annotated[int | None, option("pictures to compare with PyTorch's (default 10)", "--parity-size")] = None,
     guidance_scale: Annotated[float | None, option("guidance (default the model's)", "--guidance-scale")] = None,
     seed: Annotated[int | None, option("of noise and labels (default 0)", "--seed")] = None,
     min_coverage: Annotated[float | None, option("integer share required (default 0.95)", "--min-coverage")] = None,
@@ -191,7 +192,7 @@ class Lines:
     def __init__(self, *, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
-        self.stage, self.start, self.said = "", 0.0, 0.0
+        self.stage, self.start, self.said, self.total = "", 0.0, 0.0, 0
         self.interrupted = False
 
     def interrupt(self, number: int, frame: object) -> None:
@@ -203,12 +204,14 @@ class Lines:
         """Say which stage starts."""
         if self.interrupted:
             raise KeyboardInterrupt
-        self.stage, self.start, self.said = stage, time.monotonic(), time.monotonic()
+        self.stage, self.start, self.said, self.total = stage, time.monotonic(), time.monotonic(), 0
         self._say(f"{stage:9} {what}")
 
     def advance(self, done: int, total: int) -> None:
         """Say how far the stage is and how long it will take: always on a terminal, every 5 s elsewhere."""
         now = time.monotonic()
+        if total != self.total:  # another phase of the stage
+            self.total, self.start = total, now
         if self.quiet or not done or now - self.said < (0.2 if self.console.is_terminal else 5.0):
             return
         self.said = now
@@ -235,10 +238,11 @@ def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
     if report.audit:
         table.add_row("integer kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
         table.add_row("", f"{report.audit.integer_share:.1%} of all GEMM FLOPs (attention and skipped linears included)")
-    for row in report.parity.trajectories if report.parity else ():
-        low = report.worst_call(row.stage)
-        calls = f"calls {report.mean_sqnr(row.stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
-        table.add_row(f"SQNR {row.stage}", f"{calls}; trajectory {row.sqnr:.1f} dB")
+    drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
+    for stage in report.stages():
+        low = report.worst_call(stage)
+        calls = f"calls {report.mean_sqnr(stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
+        table.add_row(f"SQNR {stage}", calls + drawn.get(stage, ""))
     if report.size:
         size = report.size
         ratio = size.float_bytes / size.engine_bytes

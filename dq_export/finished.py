@@ -12,9 +12,9 @@ from dq_export.calibration.recipe import Recipe, nearest
 from dq_export.deploy.ort import OPTIMIZED, ORT
 from dq_export.passes.match import linears
 
-from .comparison import bench
 from .ledger import RECIPE, OutputError
 from .report import AuditReport, LatencyReport, Report
+from .speed import bench
 from .verdict import audit_model
 
 

@@ -59,6 +59,7 @@ class Ledger:
             self._forget(name)
             for output in outputs:
                 target = self.folder / output
+                target.parent.mkdir(exist_ok=True)
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(partial / output, target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +16,18 @@ import numpy as np
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Sampling
+from dq_export.calibration.group import ALONE, ProcessGroup
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.calibration.scales import TimestepBins
 from dq_export.deploy.backend import Backend
 
 from .families.reference import Reference
 from .ledger import Ledger, claim, write_text
+from .recording import PICTURES
 from .report import LinearReport, Report, render_html
 
-STAGES = ("float", "calibrate", "quantize", "build", "audit", "verify", "bench")
+STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
+GATHERED = ".calibration"
 VERSIONED = ("dq-export", "torch", "diffusers", "numpy", "onnx-ir", "onnxruntime")
 
 
@@ -130,15 +136,23 @@ class Export:
     folder: Path
     ledger: Ledger
     progress: Progress
+    group: ProcessGroup = ALONE
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run_stages(self, until: str) -> None:
-        """Every stage in order, up to and including `until`."""
+        """Every stage in order, up to and including `until`. The weights are freed as soon as no stage needs them."""
         r, digest = self.recipe, self.ledger.digest
         self._stage("float", "PyTorch to ONNX", ("float",), self._export_float, lambda: [self.reference.digest, r.timesteps])
         self._stage(
             "calibrate", self._calls_text(), ("calibration.safetensors",), self._calibrate, self._calibration_inputs, until
         )
+        if until not in ("quantize", "build"):  # which compare nothing
+            self._stage(
+                "reference", f"PyTorch draws {r.parity_size} pictures to compare with",
+                tuple(f"parity/{name}" for name in ("inputs.json", "outputs.json", PICTURES)), self._record,
+                lambda: [self.reference.digest, list(self._bins().edges), *self._drawn()], until,
+            )  # fmt: skip
+        self.reference.release()
         self._stage(
             "quantize", "passes on the graph", ("model.onnx", "model.onnx.data"), self._quantize,
             lambda: [digest("float"), digest("calibrate"), r.format, self._actions()], until,
@@ -147,8 +161,8 @@ class Export:
             self._stage("build", f"engine for {self.backend.name}", ("engine",), self._build, lambda: [digest("quantize")], until)
             self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
         self._stage(
-            "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", ("parity",), self._verify,
-            lambda: [digest("quantize"), r.steps, r.seed, r.guidance_scale], until,
+            "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", self._compared(), self._verify,
+            lambda: [digest("quantize"), digest("reference")], until,
         )  # fmt: skip
         if self.backend:
             self._stage("bench", "engine against float ONNX", (), self._bench, lambda: [digest("build")], until)
@@ -214,12 +228,17 @@ class Export:
         (partial / "float").mkdir()
         path = partial / "float" / "model.onnx"
         self.reference.export_onnx(path, shared=self.recipe.timesteps == "shared")
-        return {"summary": f"{_bytes(path) / 1e6:.1f} MB"}
+        return {"summary": f"{_bytes(path.parent) / 1e6:.1f} MB"}
 
     def _sampling(self) -> Sampling:
         r = self.recipe
         return Sampling(
-            calib_size=r.calib_size, steps=r.steps, seed=r.seed, guidance=r.guidance_scale or 1.0, classes=self.reference.classes
+            calib_size=r.calib_size,
+            steps=r.steps,
+            seed=r.seed,
+            guidance=r.guidance_scale or 1.0,
+            classes=self.reference.classes,
+            batch=self.reference.batch,
         )
 
     def _calls_text(self) -> str:
@@ -227,7 +246,7 @@ class Export:
         return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
 
     def _calibration_inputs(self) -> list[Any]:
-        ignored = {"format", "model", "min_coverage", "min_sqnr", "timesteps", "rules"}
+        ignored = {"format", "model", "min_coverage", "min_sqnr", "parity_size", "timesteps", "rules"}
         return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
 
     def _actions(self) -> dict[str, str]:
@@ -239,8 +258,12 @@ class Export:
         r = self.recipe
         provenance = {"model": self.reference.digest, "sampler": self.reference.sampler, **versions()}
         provenance |= {key: str(getattr(r, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
-        result = calibrate(self.reference, r, self.assigned, self._sampling(), provenance, self.progress.advance)
+        gathered = self.folder / GATHERED
+        result = calibrate(
+            self.reference, r, self.assigned, self._sampling(), provenance, self.progress.advance, gathered, self.group
+        )
         result.save(partial / "calibration.safetensors")
+        shutil.rmtree(gathered)
         scaled = sum(plan.scaled for plan in result.sites.values())
         return {"summary": f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins"}
 
@@ -252,8 +275,9 @@ class Export:
 
         source, target = self.folder / "float" / "model.onnx", partial / "model.onnx"
         legalise = self.backend.legalise(shared=self.recipe.timesteps == "shared") if self.backend else ()
-        reports = quantize_graph(source, target, self._load_calibration(), self.assigned, legalise)
-        size = {"float_bytes": _bytes(source), "engine_bytes": _bytes(target)}
+        reports = quantize_graph(source, target, self._load_calibration(), self.assigned, legalise, self.progress.advance)
+        gc.collect()  # the graph ties its mapped weights into cycles
+        size = {"float_bytes": _bytes(source.parent), "engine_bytes": _bytes(partial)}
         return {
             "summary": f"{size['float_bytes'] / 1e6:.1f} -> {size['engine_bytes'] / 1e6:.1f} MB",
             "passes": [f"{item.name}: {len(item.changed)}" for item in reports],
@@ -271,15 +295,30 @@ class Export:
         audit = audit_folder(self.folder, self.assigned)
         return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in integers", "audit": audit.model_dump()}
 
+    def _bins(self) -> TimestepBins:
+        return self._load_calibration().bins()
+
+    def _drawn(self) -> list[Any]:
+        r = self.recipe
+        return [r.parity_size, r.steps, r.seed, r.guidance_scale, r.timesteps]
+
+    def _record(self, partial: Path) -> dict[str, Any]:
+        from .recording import record
+
+        record(self.reference, self.recipe, self._bins(), partial / "parity", self.progress.advance)
+        return {}
+
+    def _compared(self) -> tuple[str, ...]:
+        pictures = ("parity/pictures.png",) if self.reference.feed_shape[0] in (1, 3) else ()
+        return ("parity/command.txt", *pictures)
+
     def _verify(self, partial: Path) -> dict[str, Any]:
         from .comparison import verify
 
-        return verify(
-            self.reference, self.recipe, self._load_calibration(), self.folder, partial / "parity", self.progress.advance
-        )
+        return verify(self.reference, self.recipe, self._bins(), self.folder, partial / "parity", self.progress.advance)
 
     def _bench(self, partial: Path) -> dict[str, Any]:
-        from .comparison import bench
+        from .speed import bench
 
         latency = bench(self.folder)
         return {"summary": f"{latency.ratio:.2f}x the float engine's speed", "latency": latency.model_dump()}
@@ -326,5 +365,5 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _bytes(model: Path) -> int:
-    return sum(path.stat().st_size for path in (model, model.with_name(f"{model.name}.data")) if path.exists())
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -110,6 +110,10 @@ class Report(_Part):
     parity: ParityReport | None = None
     latency: LatencyReport | None = None
 
+    def stages(self) -> list[str]:
+        """What was compared, from the float graph to the engine."""
+        return list(dict.fromkeys(call.stage for call in self.parity.calls)) if self.parity else []
+
     def worst_call(self, stage: str) -> CallReport | None:
         """The stage's network call of the least SQNR."""
         calls = [call for call in self.parity.calls if call.stage == stage] if self.parity else []
@@ -137,7 +141,7 @@ def render_html(report: Report, pictures: Path | None) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     image = base64.b64encode(pictures.read_bytes()).decode() if pictures and pictures.exists() else ""
-    stages = list(dict.fromkeys(call.stage for call in report.parity.calls)) if report.parity else []
+    stages = report.stages()
     return environment.get_template("report.html").render(report=report, image=image, stages=stages, plot=_plot(report, stages))
 
 

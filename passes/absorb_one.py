@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, constant
+from .base import GraphPass, PassReport, stored
 from .match import LinearNode, linears, only_user
 
 
@@ -54,8 +55,8 @@ class AbsorbOne(GraphPass):
 
 def _plus_one(add: ir.Node) -> ir.Value | None:
     for value, other in (add.inputs, reversed(add.inputs)):
-        stored = constant(other)
-        if stored is not None and stored.size == 1 and float(stored.reshape(())) == 1.0:
+        tensor = stored(other)
+        if tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(())) == 1.0:
             return value
     return None
 
@@ -77,8 +78,11 @@ def _chunk_of(value: ir.Value, split: ir.Node) -> ir.Value:
 
 
 def _add_one(linear: LinearNode, split: ir.Node, chunk: ir.Value) -> None:
-    bias = linear.bias().astype(np.float64)
-    width = len(bias) // len(split.outputs)
+    width = linear.shape[0] // len(split.outputs)
     start = split.outputs.index(chunk) * width
-    bias[start : start + width] += 1.0
-    linear.set_bias(bias)
+
+    def add(bias: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        bias[start : start + width] += 1.0
+        return bias
+
+    linear.change_bias(add)

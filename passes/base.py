@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,11 +95,32 @@ def initializer(graph: ir.Graph, name: str, value: npt.NDArray[np.generic]) -> i
     Args:
         value: its content; dtype and shape are kept.
     """
+    return _register(graph, name, ir.tensor(np.ascontiguousarray(value).reshape(value.shape)))
+
+
+def computed_initializer(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], npt.NDArray[np.generic]]
+) -> ir.Value:
+    """Register a new initializer whose content is computed each time it is read, at last when the graph is saved.
+
+    A graph of any size is so rewritten without a weight in memory, and saved with a few at a time.
+
+    Args:
+        compute: gives an array of `dtype` and `shape`; must not depend on anything that changes.
+    """
+
+    def tensor() -> ir.TensorProtocol:
+        return ir.tensor(compute(), dtype=dtype)
+
+    return _register(graph, name, ir.LazyTensor(tensor, dtype, ir.Shape(shape)))
+
+
+def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     unique, number = name, 1
     while unique in graph.initializers:
         unique, number = f"{name}_{number}", number + 1
-    tensor = ir.tensor(np.ascontiguousarray(value).reshape(value.shape), name=unique)
-    made = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype))
+    tensor.name = unique
+    made = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(made)
     return made
 
@@ -123,11 +144,15 @@ def like(value: ir.Value, source: ir.Value) -> None:
         value.dtype = source.dtype
 
 
+def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer, its content not computed yet; None for anything else."""
+    return None if value is None or value.producer() is not None else value.const_value
+
+
 def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The content of an initializer, or None for anything else."""
-    if value is None or value.const_value is None or value.producer() is not None:
-        return None
-    content: npt.NDArray[np.generic] = value.const_value.numpy()
+    """The content of an initializer, or None for anything else. For a large one that is computed lazily, ask `stored`."""
+    tensor = stored(value)
+    content: npt.NDArray[np.generic] | None = None if tensor is None else tensor.numpy()
     return content
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 
-from .base import GraphError, GraphPass, PassReport, constant, initializer, like
+from .base import GraphError, GraphPass, PassReport, initializer, like, stored
 from .match import LinearNode, find_linear, linears
 
 FOLDED = "dq_export.folded"
@@ -41,9 +42,9 @@ class FoldScaling(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
+        found = linears(model)
         for plan in self.result.sites.values():
             site = plan.site
-            found = linears(model)
             readers = [find_linear(found, name) for name in site.linears]
             if not plan.scaled:
                 skipped.append(f"'{site.name}': nothing to scale (case 1)")
@@ -59,11 +60,10 @@ class FoldScaling(GraphPass):
 
 
 def _fold_reader(reader: LinearNode, plan: SitePlan) -> None:
-    weight = reader.weight()
-    if plan.in_shift.any():
-        reader.set_bias(reader.bias().astype(np.float64) + weight.astype(np.float64) @ plan.in_shift)
-        reader = LinearNode(name=reader.name, gemm=reader.gemm, bias_add=reader.bias_add)
-    reader.set_weight(weight * plan.in_scale)
+    in_scale, in_shift, weight = plan.in_scale, plan.in_shift, reader.weight_reader()
+    if in_shift.any():
+        reader.change_bias(lambda bias: bias + weight().astype(np.float64) @ in_shift)
+    reader.change_weight(lambda weight: weight * in_scale)
 
 
 def _fold_producer(model: ir.Model, plan: SitePlan, found: dict[str, LinearNode], readers: list[LinearNode]) -> None:
@@ -72,19 +72,27 @@ def _fold_producer(model: ir.Model, plan: SitePlan, found: dict[str, LinearNode]
         _scale_explicitly(model, plan, readers)
         return
     producer = find_linear(found, site.producer)
-    weight, bias = producer.weight().copy(), producer.bias().astype(np.float64)
+    in_scale, in_shift = plan.in_scale, plan.in_shift
     if site.fold == "value":
-        weight /= plan.in_scale[:, None]
-        bias = (bias - plan.in_shift) / plan.in_scale
-    else:
-        _require_absorbed(producer, site.scale_rows)
-        shift, scale = slice(*site.shift_rows), slice(*site.scale_rows)
-        weight[shift] /= plan.in_scale[:, None]
-        weight[scale] /= plan.in_scale[:, None]
-        bias[shift] = (bias[shift] - plan.in_shift) / plan.in_scale
-        bias[scale] /= plan.in_scale
-    producer.set_weight(weight)
-    producer.set_bias(bias)
+        producer.change_weight(lambda weight: weight / in_scale[:, None])
+        producer.change_bias(lambda bias: (bias - in_shift) / in_scale)
+        return
+    _require_absorbed(producer, site.scale_rows)
+    shift, scale = slice(*site.shift_rows), slice(*site.scale_rows)
+
+    def divided(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        weight = weight.copy()
+        weight[shift] /= in_scale[:, None]
+        weight[scale] /= in_scale[:, None]
+        return weight
+
+    def moved(bias: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        bias[shift] = (bias[shift] - in_shift) / in_scale
+        bias[scale] /= in_scale
+        return bias
+
+    producer.change_weight(divided)
+    producer.change_bias(moved)
 
 
 def _scale_explicitly(model: ir.Model, plan: SitePlan, readers: list[LinearNode]) -> None:
@@ -112,5 +120,5 @@ def _require_absorbed(producer: LinearNode, rows: tuple[int, int]) -> None:
     value = split.outputs[rows[0] // width]
     for user, _ in value.uses():
         ends = [user] if user.op_type != "Unsqueeze" else [end for end, _ in user.outputs[0].uses()]
-        if any(end.op_type == "Add" and any(constant(v) is not None for v in end.inputs) for end in ends):
+        if any(end.op_type == "Add" and any(stored(v) is not None for v in end.inputs) for end in ends):
             raise GraphError(f"'{producer.name}': the '1 +' of adaLN is not absorbed; run pass absorb_one before fold_scaling")

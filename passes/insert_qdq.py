@@ -15,7 +15,7 @@ from dq_export.calibration.recipe import Rule
 from dq_export.calibration.scales import TimestepBins
 
 from .base import GraphError, GraphPass, PassReport, initializer, like
-from .match import find_linear, linears
+from .match import LinearNode, find_linear, linears
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,8 @@ class InsertQdq(GraphPass):
     timestep: str = "timestep"
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        todo = [plan for plan in self.result.sites.values() if self._readers(model, plan)]
+        found = linears(model)
+        todo = [(plan, gemms) for plan in self.result.sites.values() if (gemms := self._readers(found, plan))]
         if not todo:
             return PassReport(name=self.name)
         graph = model.graph
@@ -54,7 +55,7 @@ class InsertQdq(GraphPass):
         zero = initializer(graph, "activation_zero_point", np.asarray(0, dtype=np.int8))
         zeros = zero if shared else _gather(graph, "activation_zero_points", np.zeros(len(bins), dtype=np.int8), index)
         changed = []
-        for plan in todo:
+        for plan, gemms in todo:
             table = plan.activation
             static = len(table.bins) == 1
             label = f"{plan.site.name}.activation_scale"
@@ -63,12 +64,11 @@ class InsertQdq(GraphPass):
             else:
                 scale = _gather(graph, label, table.resample(bins).scale, index)
             point = zero if static else zeros
-            _insert(model, plan, self._readers(model, plan), scale, point, axis=None if static or shared else 0)
+            _insert(model, plan, gemms, scale, point, axis=None if static or shared else 0)
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
         return PassReport(name=self.name, changed=tuple(changed))
 
-    def _readers(self, model: ir.Model, plan: SitePlan) -> list[ir.Node]:
-        found = linears(model)
+    def _readers(self, found: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
         gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].action == "w8a8"]
         return [gemm for gemm in gemms if not _dequantized(gemm.inputs[0])]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dq_export.calibration.recipe import Rule
 
-from .base import GraphPass, PassReport, initializer, like
+from .base import GraphPass, PassReport, computed_initializer, initializer, like
 from .match import LinearNode, linears, only_user
 
 
@@ -56,8 +56,9 @@ def _unsqueezed(chunk: ir.Value) -> bool:
 def _lift(graph: ir.Graph, linear: LinearNode, split: ir.Node) -> None:
     name, gemm = linear.name, linear.gemm
     axis = initializer(graph, f"{name}.token_axis", np.asarray([1], dtype=np.int64))
-    weight = initializer(graph, f"{name}.weight", linear.weight().T)
-    bias = initializer(graph, f"{name}.bias", linear.bias())
+    read, (width, depth) = linear.weight_reader(), linear.shape
+    weight = computed_initializer(graph, f"{name}.weight", ir.DataType.FLOAT, (depth, width), lambda: read().T)
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else initializer(graph, f"{name}.bias", np.zeros(width, dtype=np.float32))
     lifted = ir.node("Unsqueeze", [linear.input, axis])
     matmul = ir.node("MatMul", [lifted.outputs[0], weight], metadata_props=dict(gemm.metadata_props))
     add = ir.node("Add", [matmul.outputs[0], bias], metadata_props=dict(gemm.metadata_props))

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphError, constant, initializer, like, redirect
+from .base import GraphError, computed_initializer, constant, like, redirect, stored
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "transformer."
+STAMP_FACTOR = "dq_export.factor"
+Float32 = npt.NDArray[np.float32]
 
 
 def module_of(node: ir.Node) -> str:
     """The torch module that a node was exported from, relative to the network; empty if unknown."""
-    scopes = node.metadata_props.get(SCOPES)
-    if not scopes:
-        return ""
+    return _last_module(node.metadata_props.get(SCOPES, "[]"))
+
+
+@cache
+def _last_module(scopes: str) -> str:
     parsed = ast.literal_eval(scopes)
     return str(parsed[-2]).removeprefix(ROOT) if len(parsed) > 1 else ""
 
@@ -31,12 +37,22 @@ class LinearNode:
     Args:
         name: module name.
         gemm: the MatMul or Gemm.
-        bias_add: the Add behind a MatMul, or None.
     """
 
     name: str
     gemm: ir.Node
-    bias_add: ir.Node | None
+
+    @property
+    def bias_add(self) -> ir.Node | None:
+        """The Add behind a MatMul, or None."""
+        if self.gemm.op_type == "Gemm":
+            return None
+        user = only_user(self.gemm.outputs[0])
+        if user is not None and user.op_type == "Mul" and STAMP_FACTOR in user.metadata_props:
+            user = only_user(user.outputs[0])
+        if user is None or user.op_type != "Add" or module_of(user) != module_of(self.gemm):
+            return None
+        return user if any(stored(value) is not None for value in user.inputs) else None
 
     @property
     def input(self) -> ir.Value:
@@ -50,55 +66,76 @@ class LinearNode:
         """Its result, bias included."""
         return (self.bias_add or self.gemm).outputs[0]
 
-    def weight(self) -> npt.NDArray[np.float32]:
-        """float32[out, in].
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        first, second = self._weight_tensor().shape.numpy()
+        return (first, second) if self.gemm.op_type == "Gemm" else (second, first)
+
+    def weight_reader(self) -> Callable[[], Float32]:
+        """Gives float32[out, in] as it is now, whatever is rewritten later.
 
         Raises:
             GraphError: the weight is no float initializer (any more).
         """
-        stored = constant(self.gemm.inputs[1])
-        if stored is None or stored.dtype != np.float32:
-            raise GraphError(f"'{self.name}': expected a float32 weight initializer, found {self.gemm.inputs[1]}")
-        return (stored if self.gemm.op_type == "Gemm" else stored.T).astype(np.float32, copy=False)
+        tensor, transposed = self._weight_tensor(), self.gemm.op_type != "Gemm"
+        return lambda: tensor.numpy().T if transposed else tensor.numpy()
 
-    def bias(self) -> npt.NDArray[np.float32]:
-        """float32[out]; zeros without a bias."""
-        value = self._bias_value()
-        stored = constant(value)
-        if stored is None:
-            return np.zeros(len(self.weight()), dtype=np.float32)
-        return stored.astype(np.float32, copy=False)
+    def weight(self) -> Float32:
+        """float32[out, in], computed now."""
+        return self.weight_reader()()
 
-    def set_weight(self, weight: npt.NDArray[np.floating]) -> None:
-        """Store weight[out, in] as a new initializer; others may share the old one."""
-        layout = weight if self.gemm.op_type == "Gemm" else weight.T
-        made = initializer(_graph(self.gemm), f"{self.name}.weight", layout.astype(np.float32))
+    def bias(self) -> Float32:
+        """float32[out], computed now; zeros without a bias."""
+        content = constant(self._bias_value())
+        return np.zeros(self.shape[0], dtype=np.float32) if content is None else content.astype(np.float32, copy=False)
+
+    def change_weight(self, change: Callable[[Float32], npt.NDArray[np.floating]]) -> None:
+        """Replace the weight[out, in] by `change` of it, computed when it is read; others may share the old one."""
+        read, transposed = self.weight_reader(), self.gemm.op_type != "Gemm"
+
+        def compute() -> Float32:
+            changed = change(read()).astype(np.float32, copy=False)
+            return changed.T if transposed else changed
+
+        shape = tuple(self._weight_tensor().shape.numpy())
+        made = computed_initializer(_graph(self.gemm), f"{self.name}.weight", ir.DataType.FLOAT, shape, compute)
         self.gemm.replace_input_with(1, made)
 
-    def set_bias(self, bias: npt.NDArray[np.floating]) -> None:
-        """Store bias[out] as a new initializer, adding an Add where there was none."""
-        graph = _graph(self.gemm)
-        made = initializer(graph, f"{self.name}.bias", bias.astype(np.float32))
+    def change_bias(self, change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.floating]]) -> None:
+        """Replace the bias[out] by `change` of it, computed when it is read; adds an Add where there was no bias."""
+        graph, out, before = _graph(self.gemm), self.shape[0], stored(self._bias_value())
+
+        def compute() -> Float32:
+            bias = np.zeros(out) if before is None else before.numpy().astype(np.float64)
+            return change(bias).astype(np.float32)
+
+        made = computed_initializer(graph, f"{self.name}.bias", ir.DataType.FLOAT, (out,), compute)
+        bias_add = self.bias_add
         if self.gemm.op_type == "Gemm":
-            inputs = [*self.gemm.inputs[:2], made]
-            self.gemm.resize_inputs(len(inputs))
+            self.gemm.resize_inputs(3)
             self.gemm.replace_input_with(2, made)
-        elif self.bias_add is not None:
-            index = next(i for i, value in enumerate(self.bias_add.inputs) if constant(value) is not None)
-            self.bias_add.replace_input_with(index, made)
-        elif bias.any():
+        elif bias_add is not None:
+            index = next(i for i, value in enumerate(bias_add.inputs) if stored(value) is not None)
+            bias_add.replace_input_with(index, made)
+        else:
             result = self.gemm.outputs[0]
             add = ir.node("Add", [result, made], metadata_props=dict(self.gemm.metadata_props))
             like(add.outputs[0], result)
             graph.insert_after(self.gemm, add)
             redirect(result, add.outputs[0])
 
+    def _weight_tensor(self) -> ir.TensorProtocol:
+        tensor = stored(self.gemm.inputs[1])
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            raise GraphError(f"'{self.name}': expected a float32 weight initializer, found {self.gemm.inputs[1]}")
+        return tensor
+
     def _bias_value(self) -> ir.Value | None:
         if self.gemm.op_type == "Gemm":
             return self.gemm.inputs[2] if len(self.gemm.inputs) > 2 else None
-        if self.bias_add is None:
-            return None
-        return next(value for value in self.bias_add.inputs if constant(value) is not None)
+        bias_add = self.bias_add
+        return None if bias_add is None else next(value for value in bias_add.inputs if stored(value) is not None)
 
 
 def linears(model: ir.Model) -> dict[str, LinearNode]:
@@ -118,11 +155,11 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
             raise GraphError(f"two GEMMs come from module '{name}': '{found[name].gemm.name}' and '{node.name}'")
         if node.op_type == "Gemm" and not _plain_gemm(node):
             raise GraphError(f"Gemm '{node.name}' of '{name}': expected transA=0, transB=1, alpha=beta=1")
-        found[name] = LinearNode(name=name, gemm=node, bias_add=_bias_add(node))
+        found[name] = LinearNode(name=name, gemm=node)
     return found
 
 
-def find_linear(found: dict[str, LinearNode], name: str) -> LinearNode:
+def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:
     """`found[name]`.
 
     Raises:
@@ -148,25 +185,11 @@ def _has_weight(node: ir.Node) -> bool:
     weight = node.inputs[1]
     producer = weight.producer() if weight is not None else None
     if producer is not None:
-        return producer.op_type == "DequantizeLinear" and constant(producer.inputs[0]) is not None
-    return constant(weight) is not None
+        return producer.op_type == "DequantizeLinear" and stored(producer.inputs[0]) is not None
+    return stored(weight) is not None
 
 
 def _plain_gemm(node: ir.Node) -> bool:
     get = node.attributes.get_int
     floats = node.attributes.get_float
     return get("transA", 0) == 0 and get("transB", 0) == 1 and floats("alpha", 1.0) == 1.0 and floats("beta", 1.0) == 1.0
-
-
-def _bias_add(node: ir.Node) -> ir.Node | None:
-    if node.op_type == "Gemm":
-        return None
-    user = only_user(node.outputs[0])
-    if user is not None and user.op_type == "Mul" and STAMP_FACTOR in user.metadata_props:
-        user = only_user(user.outputs[0])
-    if user is None or user.op_type != "Add" or module_of(user) != module_of(node):
-        return None
-    return user if any(constant(value) is not None for value in user.inputs) else None
-
-
-STAMP_FACTOR = "dq_export.factor"

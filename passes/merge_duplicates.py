@@ -6,19 +6,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateHashedInitializersPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from .base import GraphPass, PassReport
 from .match import linears
+
+FIRST = 64
+"""Elements that must agree before two tensors are compared whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeDuplicates(GraphPass):
     """embedder(t) in every block  ->  one embedder(t) that all blocks read.
 
-    diffusers' DiT stores one copy of the timestep and label embedder per block. Merging is onnx_ir's own; what is ours
-    is that each linear's GEMM then bears its module's name, by which the report, the audit and TensorRT's layer dump
-    know it. Exactness: bit-exact.
+    diffusers' DiT stores one copy of the timestep and label embedder per block. Each linear's GEMM then bears its
+    module's name, by which the report, the audit and TensorRT's layer dump know it. Only tensors of one shape whose
+    first elements agree are read whole.
+
+    Exactness: bit-exact.
 
     It does not act on
         1. tensors that differ in a single bit,
@@ -29,7 +34,7 @@ class MergeDuplicates(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         before = len(model.graph) + len(model.graph.initializers)
-        DeduplicateHashedInitializersPass()(model)
+        _merge_initializers(model.graph)
         CommonSubexpressionEliminationPass()(model)
         removed = before - len(model.graph) - len(model.graph.initializers)
         changed = [f"removed {removed} duplicate nodes and initializers"] if removed else []
@@ -41,3 +46,24 @@ class MergeDuplicates(GraphPass):
                 linear.gemm.name = name
                 changed.append(f"named '{name}'")
         return PassReport(name=self.name, changed=tuple(changed))
+
+
+def _merge_initializers(graph: ir.Graph) -> None:
+    kept: dict[tuple[object, ...], list[ir.Value]] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or value.is_graph_input() or value.is_graph_output():
+            continue
+        key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().ravel("K")[:FIRST].tobytes())
+        same = next((other for other in kept.get(key, ()) if _equal_bits(other, value)), None)
+        if same is None:
+            kept.setdefault(key, []).append(value)
+        else:
+            value.replace_all_uses_with(same)
+            del graph.initializers[str(value.name)]
+
+
+def _equal_bits(first: ir.Value, second: ir.Value) -> bool:
+    assert first.const_value is not None
+    assert second.const_value is not None
+    return first.const_value.tobytes() == second.const_value.tobytes()

@@ -10,6 +10,7 @@ from dq_export.calibration.recipe import Rule
 from .absorb_one import AbsorbOne
 from .base import GraphPass
 from .fold_scaling import FoldScaling
+from .fold_transpose import FoldTranspose
 from .insert_qdq import InsertQdq
 from .lift_modulation import LiftModulation
 from .merge_duplicates import MergeDuplicates
@@ -19,7 +20,8 @@ from .quantize_weights import QuantizeWeights
 def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
     """From the exported float graph to the canonical Q/DQ graph in direct form."""
     return (
-        MergeDuplicates(),  # first: names every GEMM, and later passes see each linear once
+        FoldTranspose(),  # first: a linear's weight is then an initializer
+        MergeDuplicates(),  # early: names every GEMM, and later passes see each linear once
         AbsorbOne(),  # before fold_scaling, which divides the rows that hold the 1
         FoldScaling(result=result),  # on float weights, so before they become codes
         LiftModulation(assigned=assigned),  # after fold_scaling, which looks for the Split of the Gemm

@@ -14,7 +14,7 @@ from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.qtypes import INT8, Blocked, PerAxis
 from dq_export.calibration.recipe import Rule
 
-from .base import GraphError, GraphPass, PassReport, constant, initializer
+from .base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
 from .match import LinearNode, linears
 
 
@@ -46,7 +46,7 @@ class QuantizeWeights(GraphPass):
         for name, linear in linears(model).items():
             if self.assigned[name].action == "float":
                 skipped.append(f"'{name}': {self.assigned[name].reason or 'float in the recipe'} (case 1)")
-            elif constant(linear.gemm.inputs[1]) is not None:
+            elif stored(linear.gemm.inputs[1]) is not None:
                 _quantize(model.graph, linear, self.result.weight_scale[name])
                 changed.append(f"'{name}' {self.assigned[name].action}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
@@ -62,21 +62,26 @@ def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32
     name, gemm = linear.name, linear.gemm
     if gemm.op_type == "Gemm":
         raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
-    weight = linear.weight().T
+    read, (width, depth) = linear.weight_reader(), linear.shape
     blocked = scale.ndim == 2
-    block_size = weight.shape[0] // scale.shape[0] if blocked else 0
+    block_size = depth // scale.shape[0] if blocked else 0
     granularity = Blocked(axis=0, block_size=block_size) if blocked else PerAxis(axis=1)
-    expected = granularity.scale_shape(weight.shape)
+    expected = granularity.scale_shape((depth, width))
     if scale.shape != expected:
         raise GraphError(
-            f"'{name}': expected scales {expected} for a weight {weight.shape}, found {scale.shape}; calibrate again"
+            f"'{name}': expected scales {expected} for a weight {(depth, width)}, found {scale.shape}; calibrate again"
         )
-    full = np.repeat(scale, block_size, axis=0) if blocked else scale
-    codes = initializer(graph, f"{name}.weight_codes", codes_of(weight, full))
-    stored = initializer(graph, f"{name}.weight_scale", scale)
+
+    def compute() -> npt.NDArray[np.int8]:
+        full = np.repeat(scale.T, block_size, axis=1) if blocked else scale[:, None]
+        codes: npt.NDArray[np.int8] = codes_of(read(), full).T
+        return codes
+
+    codes = computed_initializer(graph, f"{name}.weight_codes", ir.DataType.INT8, (depth, width), compute)
+    steps = initializer(graph, f"{name}.weight_scale", scale)
     zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(scale.shape, dtype=np.int8))
     attributes = {"axis": 0, "block_size": block_size} if blocked else {"axis": 1}
-    node = ir.node("DequantizeLinear", [codes, stored, zero], attributes=attributes, name=f"{name}.weight_dq")
-    node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(weight.shape), ir.DataType.FLOAT
+    node = ir.node("DequantizeLinear", [codes, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
+    node.outputs[0].shape, node.outputs[0].dtype = ir.Shape((depth, width)), ir.DataType.FLOAT
     graph.insert_before(gemm, node)
     gemm.replace_input_with(1, node.outputs[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.plan import calibrate
 from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
@@ -89,7 +91,8 @@ def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationRes
     sampling = Sampling(
         calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, classes=reference.classes
     )
-    return calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None), assigned
+    with tempfile.TemporaryDirectory() as folder:
+        return calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None, Path(folder)), assigned
 
 
 @pytest.fixture(scope="session")
@@ -123,9 +126,11 @@ def run_onnx(model: ir.Model | Path, feed: dict[str, Any], *, optimize: bool = F
 
 def load_graph(path: Path) -> ir.Model:
     """A fresh copy of an exported graph, in an IR version that ONNX Runtime loads."""
-    model = ir.load(path)
+    model = load(path)
     model.ir_version = 10
-    ir.external_data.load_to_model(model)
+    for initializer in model.graph.initializers.values():  # the file may be gone when the test reads it
+        assert initializer.const_value is not None
+        initializer.const_value = ir.tensor(np.array(initializer.const_value.numpy()), name=initializer.name)
     return model
 
 

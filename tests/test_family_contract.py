@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, feed_of, run_onnx, save_tiny, sqnr
 
 from dq_export.families import FAMILIES
-from dq_export.families.reference import ModelError
+from dq_export.families.reference import Feed, Float32, ModelError
 from dq_export.families.source import load_reference
 
 MAKE: dict[str, Callable[..., Path]] = {"dit": save_tiny}
@@ -169,13 +169,18 @@ def test_drawing_twice_gives_the_same_whatever_the_sampler(scheduler: str, tmp_p
     one, two = (reference.draw(reference.forward, noise, labels, steps=4, guidance=2.0) for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert np.isfinite(one).all()
-    calls = list(reference.calls(reference.forward, noise, labels, steps=4, guidance=2.0))
-    walked = list(reference.trajectory(labels, steps=4, seed=5, guidance=2.0))
-    assert [float(feed["timestep"][0]) for feed, _ in calls] == walked
-    for feed, output in calls:
+    feeds: list[Feed] = []
+
+    def recorded(feed: Feed) -> Float32:
+        feeds.append(feed)
+        return reference.forward(feed)
+
+    reference.draw(recorded, noise, labels, steps=4, guidance=2.0)
+    sent = [float(feed["timestep"][0]) for feed in feeds]  # type: ignore[arg-type]
+    assert sent == reference.timesteps(4) == list(reference.trajectory(labels, steps=4, seed=5, guidance=2.0))
+    for feed in feeds:
         assert feed["hidden_states"].shape == (4, *reference.feed_shape)
         assert feed["class_labels"].tolist() == [1, 2, 5, 5]
-        np.testing.assert_array_equal(output, reference.forward(feed))
 
 
 def write_scheduler(folder: Path, name: str, **options: Any) -> None:

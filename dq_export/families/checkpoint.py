@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,32 @@ def load_scheduler(folder: Path, default: Mapping[str, Any]) -> Any:
 
 
 def digest(model: Any, scheduler: Any) -> str:
-    """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal."""
-    settings = [dict(model.config), type(scheduler).__name__, dict(scheduler.config)]
+    """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
+
+    Where the folder lies does not matter. Tensors are hashed side by side, which releases the interpreter's lock.
+    """
+    settings = [_public(model.config), type(scheduler).__name__, _public(scheduler.config)]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        found.update(name.encode())
-        found.update(memoryview(value.contiguous().numpy()).cast("B"))
+    state = model.state_dict()
+    with ThreadPoolExecutor() as pool:
+        for name, content in zip(state, pool.map(_content_hash, state.values()), strict=True):
+            found.update(name.encode())
+            found.update(content)
     return found.hexdigest()
+
+
+def broken_weights(model: Any) -> list[str]:
+    """Names of the weights with NaN or Inf."""
+    import torch
+
+    # A sum is one quick pass; only where it is not finite (it may also have overflowed) is every element looked at.
+    suspect = {name: value for name, value in model.state_dict().items() if not torch.isfinite(value.sum())}
+    return [name for name, value in suspect.items() if not torch.isfinite(value).all()]
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _content_hash(value: Any) -> bytes:
+    return hashlib.sha256(memoryview(value.contiguous().numpy()).cast("B")).digest()

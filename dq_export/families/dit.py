@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-import logging
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ import numpy.typing as npt
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
-from .checkpoint import digest, load_scheduler, refuse_pickles
+from .checkpoint import broken_weights, digest, load_scheduler, refuse_pickles
+from .float_graph import save, trace
 from .reference import Feed, Float32, ModelError, Network, Reference, transformer_folder
+from .repeat_block import repeat_block
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 ROW_REASON = "works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory"
@@ -30,6 +32,8 @@ RULES = (
     Rule(match=r"\.norm1\.linear$", action="weight-only", reason=ROW_REASON),
     Rule(match=r"\.emb\.|^proj_out_[12]$|^pos_embed", action="float", reason=EDGE_REASON),
 )
+ACTIVATION_BYTES = 16 << 20
+"""Of the largest activation; a network call holds about four such."""
 DEFAULT_SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -54,7 +58,7 @@ class DiT:
         refuse_pickles(transformer)
         model = _load_transformer(transformer)
         _refuse_unfit(model, transformer)
-        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance)
+        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance, transformer)
 
 
 DIT = DiT()
@@ -63,15 +67,19 @@ DIT = DiT()
 class DiTReference:
     """A loaded DiT. See `Reference` for every member."""
 
-    def __init__(self, model: Any, scheduler: Any, guidance: float) -> None:
+    def __init__(self, model: Any, scheduler: Any, guidance: float, folder: Path) -> None:
         self.model = model
         self.scheduler = scheduler
         self.guidance = guidance
+        self.folder = folder
         self.classes = int(model.config.num_embeds_ada_norm)
         self.sampler = type(scheduler).__name__
         self.rules: tuple[Rule, ...] = RULES
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
+        tokens = (model.config.sample_size // model.config.patch_size) ** 2
+        widest = 2 * 4 * tokens * 4 * model.inner_dim  # bytes of one picture's largest activation, guided
+        self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
         self.digest = digest(model, scheduler)
         self.linears: Mapping[str, Linear] = _linears(model)
 
@@ -91,6 +99,21 @@ class DiTReference:
         sample: Float32 = output.numpy()
         return sample
 
+    def timesteps(self, steps: int) -> list[float]:
+        try:
+            self.scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise ModelError(f"scheduler {self.sampler} cannot sample in {steps} steps ({error}); change --steps") from error
+        timesteps = [float(timestep) for timestep in self.scheduler.timesteps]
+        fraction = next((timestep for timestep in timesteps if timestep != int(timestep)), None)
+        if fraction is not None:
+            raise ModelError(f"scheduler {self.sampler} sends the fractional timestep {fraction}; DiT takes integers")
+        return timesteps
+
+    def release(self) -> None:
+        del self.model
+        gc.collect()  # hooks and the exporter tie it into cycles
+
     def noise(self, samples: int, seed: int) -> Float32:
         import torch
 
@@ -106,19 +129,6 @@ class DiTReference:
             yield float(feed["timestep"][0])  # type: ignore[arg-type]
             try:
                 feed = sampling.send(self.forward(feed))
-            except StopIteration:
-                return
-
-    def calls(
-        self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
-    ) -> Iterator[tuple[Feed, Float32]]:
-        sampling = self._sample(noise, labels, steps=steps, guidance=guidance)
-        feed = next(sampling)
-        while True:
-            output = network(feed)
-            yield feed, output
-            try:
-                feed = sampling.send(output)
             except StopIteration:
                 return
 
@@ -142,10 +152,7 @@ class DiTReference:
         import torch
 
         scheduler = self.scheduler
-        try:
-            scheduler.set_timesteps(steps)
-        except ValueError as error:
-            raise ModelError(f"scheduler {self.sampler} cannot sample in {steps} steps ({error}); change --steps") from error
+        self.timesteps(steps)  # sets them
         latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
         guided = guidance > 1
         null = np.full_like(labels, self.classes)
@@ -154,8 +161,6 @@ class DiTReference:
             {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
         )
         for timestep in scheduler.timesteps:
-            if float(timestep) != int(timestep):
-                raise ModelError(f"scheduler {self.sampler} sends the fractional timestep {float(timestep)}; DiT takes integers")
             scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
             output = yield {
                 "hidden_states": scaled.numpy(),
@@ -193,24 +198,21 @@ class DiTReference:
         timestep = torch.zeros(1 if shared else 2, dtype=torch.int64)
         dynamic = {"hidden_states": {0: batch}, "timestep": None if shared else {0: batch}, "class_labels": {0: batch}}
         example = (torch.zeros(2, *self.feed_shape), timestep, torch.zeros(2, dtype=torch.int64))
-        chatter = logging.getLogger("torch.onnx")
-        level = chatter.level
-        chatter.setLevel(logging.ERROR)  # it warns of every optional package that is not installed
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
-            program = torch.onnx.export(
-                _named_wrapper(self.model),
-                example,
-                dynamo=True,
-                opset_version=21,
-                input_names=["hidden_states", "timestep", "class_labels"],
-                output_names=["sample"],
-                dynamic_shapes=dynamic,
-                verbose=False,
-            )
-        chatter.setLevel(level)
-        assert program is not None
-        program.save(path, external_data=True)
+        model = self._trace(example, dynamic)
+        save(model, path, self.folder, "transformer.")
+
+    def _trace(self, example: tuple[torch.Tensor, ...], dynamic: Mapping[str, Any]) -> ir.Model:
+        """Trace three blocks and repeat the third; all of them where the blocks are not alike."""
+        blocks = self.model.transformer_blocks
+        state = {f"transformer.{name}": value for name, value in self.model.state_dict().items()}
+        try:
+            self.model.transformer_blocks = blocks[:3]
+            model = trace(_named_wrapper(self.model), example, list(dynamic), "sample", dynamic)
+        finally:
+            self.model.transformer_blocks = blocks
+        if repeat_block(model, "transformer.transformer_blocks", len(blocks), state):
+            return model
+        return trace(_named_wrapper(self.model), example, list(dynamic), "sample", dynamic)
 
 
 def _named_wrapper(model: Any) -> Any:
@@ -281,7 +283,7 @@ def _load_transformer(folder: Path) -> Any:
             folder,
             use_safetensors=True,
             torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
+            low_cpu_mem_usage=True,  # float32 weights stay mapped from the file
             local_files_only=True,
             output_loading_info=True,
         )
@@ -301,9 +303,7 @@ def _load_transformer(folder: Path) -> Any:
 
 
 def _refuse_unfit(model: Any, folder: Path) -> None:
-    import torch
-
-    broken = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    broken = broken_weights(model)
     if broken:
         raise ModelError(f"{folder}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint is damaged")
     if model.config.norm_type != "ada_norm_zero":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -56,13 +56,18 @@ class Reference(Denoiser, Protocol):
     def forward(self, feed: Feed) -> Float32:
         """One float network call: `hidden_states` float32[B, ...], `timestep` int64[1] or [B], `class_labels` int64[B]."""
 
+    def timesteps(self, steps: int) -> list[float]:
+        """The timesteps that a trajectory sends, in order.
+
+        Raises:
+            ModelError: the scheduler cannot make so many steps.
+        """
+
+    def release(self) -> None:
+        """Free the weights, for good: `forward`, `weight`, `observe` and `export_onnx` must not be called any more."""
+
     def noise(self, samples: int, seed: int) -> Float32:
         """float32[samples, ...]: the same for the same arguments on every machine."""
-
-    def calls(
-        self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
-    ) -> Iterator[tuple[Feed, Float32]]:
-        """Sample with `network` in place of the reference; yields each call's feed and output."""
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
         """The sampled latents, shape of `noise`."""

@@ -142,7 +142,6 @@ def statistics(rows: np.ndarray) -> SiteStatistics:
         timesteps=np.asarray([1.0]),
         low=rows.min(axis=0, keepdims=True),
         high=rows.max(axis=0, keepdims=True),
-        mean=rows.mean(axis=0, keepdims=True),
         rows=rows,
         row_step=np.zeros(len(rows), dtype=np.int64),
     )

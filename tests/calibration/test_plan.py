@@ -66,7 +66,9 @@ def test_folded_weights_are_those_of_a_network_that_computes_the_same(tiny_folde
     assert all(plan.scaled for plan in result.sites.values())
     folded = copy.deepcopy(reference)
     for name in assigned:
-        folded.model.get_submodule(name).weight.data = torch.from_numpy(folded_weight(reference, name, result.sites).copy())
+        folded.model.get_submodule(name).weight.data = torch.from_numpy(
+            folded_weight(reference.weight(name), name, list(result.sites.values())).copy()
+        )
     for plan in result.sites.values():  # biases by hand: weights are what calibration has to know
         site, s = plan.site, torch.from_numpy(plan.in_scale.copy())
         if site.fold == "modulation":  # (x (1 + g) + b) / s = x (1 + g') + b' with b' = b / s and g' = (1 + g) / s - 1
@@ -98,7 +100,9 @@ def test_a_linear_that_stays_float_has_no_site_and_scales_nothing(tiny: Referenc
     assert not {out, value} & set(result.weight_scale)
     query = result.sites["transformer_blocks.0.attn1.to_q"]
     assert query.site.linears[2] == value, "a float reader still reads the scaled tensor"
-    np.testing.assert_array_equal(folded_weight(tiny, value, result.sites), tiny.weight(value) * query.in_scale)
+    np.testing.assert_array_equal(
+        folded_weight(tiny.weight(value), value, list(result.sites.values())), tiny.weight(value) * query.in_scale
+    )
 
 
 @pytest.mark.parametrize(("heads", "block"), [(2, 32), (3, 16), (8, 128)])
@@ -120,15 +124,19 @@ def test_widths_that_no_block_divides_are_all_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "passes"), [("minmax", 1), ("percentile", 2), ("mse", 2)])
-def test_progress_counts_every_network_call_once(tiny: Reference, method: str, passes: int) -> None:
+def test_progress_counts_every_network_call_input_and_weight_once(
+    tiny: Reference, method: str, passes: int, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
     sampling = Sampling(calib_size=9, steps=3, seed=0, guidance=2.0, classes=tiny.classes)
     seen: list[tuple[int, int]] = []
-    calibrate(tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda done, total: seen.append((done, total)))
-    total = 3 * 2 * passes  # 9 pictures are two batches
-    assert {given for _, given in seen} == {total}
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert seen[-1][0] == total
+    assigned = recipe.assign(tiny.linears)
+    calibrate(tiny, recipe, assigned, sampling, {}, lambda done, total: seen.append((done, total)), tmp_path)
+    calls = [(done, 6) for done in range(7)]  # 9 pictures are two batches of 3 steps
+    weights = sum(rule.action != "float" for rule in assigned.values())
+    inputs = [(done, len(tiny.sites)) for done in range(1, len(tiny.sites) + 1)]
+    expected = [*calls, *inputs, *(calls if passes == 2 else []), *((done, weights) for done in range(1, weights + 1))]
+    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(expected))
 
 
 def constant_input(folder: Path) -> Reference:

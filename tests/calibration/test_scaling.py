@@ -73,7 +73,6 @@ def statistics(*steps: np.ndarray) -> SiteStatistics:
         timesteps=np.arange(len(steps), 0, -1, dtype=np.float64),
         low=np.stack([rows.min(axis=0) for rows in steps]),
         high=np.stack([rows.max(axis=0) for rows in steps]),
-        mean=np.stack([rows.mean(axis=0) for rows in steps]),
         rows=np.concatenate(steps),
         row_step=np.repeat(np.arange(len(steps)), [len(rows) for rows in steps]),
     )
@@ -143,7 +142,7 @@ def test_auto_takes_the_rule_of_least_error_and_then_the_shift_of_least_error(se
     rules = [("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA)]
     by_rule = {rule: error(rule, none) for rule in rules}
     best = min(by_rule, key=lambda rule: by_rule[rule])
-    least = min(by_rule[best], error(best, middle), error(best, found.mean.mean(axis=0)))
+    least = min(by_rule[best], error(best, middle), error(best, found.rows.mean(axis=0)))
     # Two rules whose errors differ by less than TIES may change places; the shifts that follow then differ as well.
     near = [rule for rule in rules if by_rule[rule] <= by_rule[best] * (1 + 2 * TIES)]
     unshifted = choose(found, weight, scaling="auto", shift=False)

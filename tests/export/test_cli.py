@@ -49,7 +49,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("finished") / "out"
     done = call(*export(tiny_folder, out))
     assert done.returncode == 0, done.stderr
-    for stage in ("load", "float", "calibrate", "quantize", "build", "audit", "verify", "bench"):
+    for stage in ("load", "float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench"):
         assert f"{stage:9} done" in done.stderr
     for word in ("integer kernels", "100.0%", "SQNR engine", "size", "latency", "not W8A8", "embedders"):
         assert word in done.stdout
@@ -214,7 +214,7 @@ def test_interrupted_or_killed_in_every_stage_the_same_command_gives_the_same_by
         assert status == 130, said
         assert "interrupted; the same command continues" in said
         assert "Traceback" not in said
-    for stage in ("float", "calibrate", "quantize", "build", "verify"):
+    for stage in ("float", "calibrate", "reference", "quantize", "build", "verify"):
         status, said = interrupt(words, stage, signal.SIGKILL)
         assert status == -signal.SIGKILL, f"not killed in {stage}: {said}"
     done = call(*words)

@@ -234,7 +234,7 @@ def test_lift_modulation() -> None:
     assert listing(model) == [
         "Unsqueeze(c, norm1.linear.token_axis)",
         "MatMul(Unsqueeze, norm1.linear.weight)",
-        "Add(MatMul, norm1.linear.bias_1)",
+        "Add(MatMul, norm1.linear.bias)",
         "Split(Add)",
         "Mul(x, Split)",
         "Add(Mul, Split)",

@@ -1,0 +1,65 @@
+"""Records on disk: what calibration gathers, without a price in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RecordFile:
+    """A file of equal records, each an array of numbers for every name; read and written one array at a time.
+
+    Nothing is mapped or cached in the process, so its memory does not grow with the records.
+
+    Args:
+        path: made if it is not there; what is in it is kept.
+        sizes: numbers that a record holds for each name.
+        dtype: of all numbers.
+    """
+
+    def __init__(self, path: Path, sizes: Mapping[str, int], dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.sizes = dict(sizes)
+        ends = np.cumsum([0, *self.sizes.values()]) * self.dtype.itemsize
+        self._starts = dict(zip(self.sizes, ends[:-1].tolist(), strict=True))
+        self._record = int(ends[-1])
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def write(self, record: int, name: str, values: npt.NDArray[np.generic]) -> None:
+        """Put one name's array into a record.
+
+        Raises:
+            OSError: no space left.
+        """
+        self._write(record * self._record + self._starts[name], values)
+
+    def read(self, record: int, name: str) -> npt.NDArray[np.generic]:
+        """One name's array of a record that was written."""
+        length = self.sizes[name] * self.dtype.itemsize
+        return np.frombuffer(os.pread(self._file, length, record * self._record + self._starts[name]), dtype=self.dtype)
+
+    @property
+    def length(self) -> int:
+        """Numbers in a record."""
+        return self._record // self.dtype.itemsize
+
+    def read_record(self, record: int) -> npt.NDArray[np.generic]:
+        """All numbers of a record that was written, in the order of the names."""
+        return np.frombuffer(os.pread(self._file, self._record, record * self._record), dtype=self.dtype)
+
+    def write_record(self, record: int, values: npt.NDArray[np.generic]) -> None:
+        """Put all numbers of a record."""
+        self._write(record * self._record, values)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def _write(self, place: int, values: npt.NDArray[np.generic]) -> None:
+        content = memoryview(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        while content:
+            written = os.pwrite(self._file, content, place)
+            content, place = content[written:], place + written

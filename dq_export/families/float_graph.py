@@ -1,0 +1,163 @@
+"""The float network as an ONNX file whose weights are the checkpoint's own bytes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+INLINE = 1024
+"""Bytes up to which a tensor stays in the graph file."""
+
+
+def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Mapping[str, Any]) -> ir.Model:
+    """Export a torch module with torch's own exporter (dynamo, opset 21), weights untouched.
+
+    Weights that the exporter's optimiser transposed become their parameter and a Transpose again: nothing is copied.
+
+    Args:
+        network: its parameters' names, after `network.state_dict()`, become the initializers' names.
+        example: positional arguments.
+        dynamic: torch.export's dynamic shapes.
+    """
+    import torch
+
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            example,
+            dynamo=True,
+            opset_version=21,
+            input_names=inputs,
+            output_names=[output],
+            dynamic_shapes=dict(dynamic),
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    _name_transposed(model, network.state_dict())
+    return model
+
+
+def save(model: ir.Model, path: Path, checkpoint: Path, prefix: str) -> None:
+    """Write the graph; weights that a safetensors file of `checkpoint` holds as float32 are read from a link to it.
+
+    The link is a hard link, or a copy where the file system has none. All other weights go to `<path>.data`.
+
+    Args:
+        checkpoint: folder of the checkpoint's safetensors.
+        prefix: what precedes a checkpoint's names in the graph's.
+    """
+    stored = {prefix + name: place for name, place in _stored(checkpoint).items()}
+    written = []
+    for initializer in model.graph.initializers.values():
+        tensor = initializer.const_value
+        if tensor is None or tensor.nbytes <= INLINE:
+            continue
+        file, shape, offset = stored.get(str(initializer.name), (Path(), (), 0))
+        if tensor.dtype == ir.DataType.FLOAT and tuple(tensor.shape) == shape:
+            if not (path.parent / file.name).exists():
+                _link(file, path.parent / file.name)
+            place = {"shape": ir.Shape(shape), "name": str(initializer.name), "base_dir": path.parent}
+            initializer.const_value = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, **place)  # type: ignore[arg-type]
+        else:
+            written.append(initializer)
+    tensors = [value.const_value for value in written if value.const_value is not None]
+    external = ir.external_data.convert_tensors_to_external(tensors, path.parent, f"{path.name}.data")
+    for initializer, tensor in zip(written, external, strict=True):
+        initializer.const_value = tensor
+    ir.save(model, path)
+
+
+def load(path: Path) -> ir.Model:
+    """Read what `save` wrote, weights memory-mapped.
+
+    onnx and onnx_ir refuse external data with several hard links, for fear of a file smuggled into a model; here the
+    links are our own.
+    """
+    model = ir.load(path)
+    files: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+    for initializer in model.graph.initializers.values():
+        tensor = initializer.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        name = Path(tensor.location).name
+        if name not in files:
+            files[name] = np.memmap(path.parent / name, dtype=np.uint8, mode="r")
+        start = tensor.offset or 0
+        content = files[name][start : start + tensor.nbytes].view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+        initializer.const_value = ir.tensor(content, name=tensor.name)
+    return model
+
+
+def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:
+    """MatMul(x, constant) whose constant is a parameter's memory seen transposed -> MatMul(x, Transpose(parameter))."""
+    graph = model.graph
+    at = {value.data_ptr(): name for name, value in state.items() if value.ndim == 2}
+    for initializer in list(graph.initializers.values()):
+        tensor = initializer.const_value
+        if tensor is None or tensor.nbytes <= INLINE or len(tensor.shape) != 2 or initializer.name in state:
+            continue
+        name = at.get(tensor.numpy().ctypes.data)
+        if name is None or tuple(tensor.shape) != tuple(reversed(state[name].shape)):
+            continue
+        parameter = graph.initializers.get(name)
+        if parameter is None:
+            content = ir.tensor(state[name].numpy(), name=name)
+            shape = ir.Shape(state[name].shape)
+            parameter = ir.Value(name=name, const_value=content, shape=shape, type=ir.TensorType(content.dtype))
+            graph.register_initializer(parameter)
+        users = list(initializer.uses())
+        node = ir.node("Transpose", [parameter], attributes={"perm": [1, 0]}, name=f"{name}.transposed")
+        node.outputs[0].shape, node.outputs[0].dtype = initializer.shape, tensor.dtype
+        graph.insert_before(users[0][0], node)
+        for user, index in users:
+            user.replace_input_with(index, node.outputs[0])
+        del graph.initializers[str(initializer.name)]
+
+
+def _stored(checkpoint: Path) -> dict[str, tuple[Path, tuple[int, ...], int]]:
+    """File, shape and offset of every float32 tensor in the folder's safetensors (format: huggingface.co/docs/safetensors)."""
+    found = {}
+    for file in sorted(checkpoint.glob("diffusion_pytorch_model*.safetensors")):
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] == "F32":
+                found[name] = (file, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return found
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's chatter, and without the garbage collector, which walks its graphs for a third of the time."""
+    chatter = logging.getLogger("torch.onnx")
+    level, collected = chatter.level, gc.isenabled()
+    chatter.setLevel(logging.ERROR)  # it warns of every optional package that is not installed
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            yield
+    finally:
+        chatter.setLevel(level)
+        if collected:
+            gc.enable()

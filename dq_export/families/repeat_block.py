@@ -1,0 +1,130 @@
+"""The graph of a network of many equal blocks, from the graph of the same network with three."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from dq_export.passes.base import stored
+from dq_export.passes.match import SCOPES
+
+SHARED = 65536
+"""Bytes up to which two constants are compared, and the first stands for both."""
+
+
+def repeat_block(model: ir.Model, prefix: str, count: int, state: Mapping[str, Any]) -> bool:
+    """x -> block 0 -> block 1 -> block 2 -> y  becomes  x -> ... -> block 2 -> ... -> block `count - 1` -> y, in place.
+
+    Tracing costs time for every block, copying nodes costs next to none. Block 2 is the pattern: what it reads from
+    block 1, block n reads from block n - 1; parameters `<prefix>.2.*` become `<prefix>.n.*`; all else is shared. (Block 0
+    is no pattern: it also holds what the optimiser found to be common to all.)
+
+    It does not act where blocks 1 and 2 are not alike node for node; then it returns False and leaves the graph as it is.
+
+    Exactness: the graph that tracing all blocks gives, up to the names of nodes and values.
+
+    Args:
+        prefix: name of the list of blocks, as in `state` and in the nodes' scopes.
+        state: torch parameters of all `count` blocks by name.
+    """
+    first, pattern = (_nodes_of(model.graph, f"{prefix}.{index}") for index in (1, 2))
+    successor = dict(zip(_outputs(first), _outputs(pattern), strict=False))
+    if len(first) != len(pattern) or not all(_alike(a, b, successor, prefix) for a, b in zip(first, pattern, strict=True)):
+        return False
+    inside = set(pattern)
+    behind = [(value, use) for value in _outputs(pattern) for use in value.uses() if use[0] not in inside]
+    copier = _Copier(graph=model.graph, prefix=prefix, state=state)
+    current = {value: value for value in _outputs(pattern)}
+    end = pattern[-1]
+    for index in range(3, count):
+        known = {earlier: current[value] for earlier, value in successor.items()}
+        nodes = [copier.copy(node, known, index) for node in pattern]
+        model.graph.insert_after(end, nodes)
+        end = nodes[-1]
+        current = {value: known[value] for value in current}
+    for value, (user, position) in behind:
+        user.replace_input_with(position, current[value])
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Copier:
+    """Copies the nodes of block 2 for another block."""
+
+    graph: ir.Graph
+    prefix: str
+    state: Mapping[str, Any]
+
+    def copy(self, node: ir.Node, known: dict[ir.Value, ir.Value], index: int) -> ir.Node:
+        """One node; `known` maps the pattern's values to this block's, and learns the new ones."""
+        inputs = [known.get(value, self._parameter(value, index)) if value is not None else None for value in node.inputs]
+        copied = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            attributes=list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=f"{node.name}.{index}",
+            metadata_props={key: self._renamed(text, index) for key, text in node.metadata_props.items()},
+        )
+        for old, new in zip(node.outputs, copied.outputs, strict=True):
+            new.name, new.shape, new.type = f"{old.name}.{index}", old.shape, old.type
+            known[old] = new
+        return copied
+
+    def _parameter(self, value: ir.Value, index: int) -> ir.Value:
+        name = str(value.name)
+        if stored(value) is None or not name.startswith(f"{self.prefix}.2."):
+            return value
+        renamed = self._renamed(name, index)
+        if renamed not in self.graph.initializers:
+            tensor = ir.tensor(self.state[renamed].numpy(), name=renamed)
+            made = ir.Value(name=renamed, const_value=tensor, shape=value.shape, type=value.type)
+            self.graph.register_initializer(made)
+        return self.graph.initializers[renamed]
+
+    def _renamed(self, text: str, index: int) -> str:
+        return re.sub(rf"({re.escape(self.prefix)}|{re.escape(self.prefix.split('.', 1)[-1])})\.2\b", rf"\1.{index}", text)
+
+
+def _nodes_of(graph: ir.Graph, module: str) -> list[ir.Node]:
+    """The nodes from the module's first to its last, with those between them that bear no scope."""
+    nodes = list(graph)
+    inside = [i for i, node in enumerate(nodes) if re.search(rf"'{re.escape(module)}\b", node.metadata_props.get(SCOPES, ""))]
+    return nodes[inside[0] : inside[-1] + 1] if inside else []
+
+
+def _outputs(nodes: list[ir.Node]) -> list[ir.Value]:
+    return [value for node in nodes for value in node.outputs]
+
+
+def _alike(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Value], prefix: str) -> bool:
+    """Whether block 2's node is block 1's with block 2's parameters, reading what it reads one block later."""
+    same = (first.domain, first.op_type, len(first.inputs), len(first.outputs)) == (
+        second.domain,
+        second.op_type,
+        len(second.inputs),
+        len(second.outputs),
+    ) and {key: str(a) for key, a in first.attributes.items()} == {key: str(a) for key, a in second.attributes.items()}
+    inside = set(successor.values())
+    return same and all(_same_input(a, b, successor, inside, prefix) for a, b in zip(first.inputs, second.inputs, strict=True))
+
+
+def _same_input(
+    a: ir.Value | None, b: ir.Value | None, successor: Mapping[ir.Value, ir.Value], inside: set[ir.Value], prefix: str
+) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    x, y = stored(a), stored(b)
+    if x is not None and y is not None:
+        if str(a.name).startswith(f"{prefix}.1."):
+            return str(b.name) == str(a.name).replace(f"{prefix}.1.", f"{prefix}.2.", 1)
+        return x.dtype == y.dtype and x.nbytes == y.nbytes <= SHARED and x.tobytes() == y.tobytes()
+    if a in successor or b in inside:
+        return successor.get(a) is b
+    # Block 1 reads this from block 0, block 2 from block 1: the stream through the blocks.
+    return b in successor

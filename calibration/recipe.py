@@ -56,6 +56,8 @@ class Recipe(BaseModel):
 
     model: str = Field(description="family name, hub id or local folder")
     format: Literal["onnx", "ort"] = Field("ort", description="what to build")
+    provider: Literal["cpu", "openvino"] = Field("cpu", description="for format ort: what runs the engine")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of what is not quantized; bf16: provider openvino")
     bits: Literal["w8a8"] = Field("w8a8", description="bits of weights and activations")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     percentile: float = Field(99.99, gt=50, le=100, description="for method percentile: of |x|, per timestep")

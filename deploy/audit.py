@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,50 @@ class Audit:
             )
 
 
+def audit_graph(
+    model: Path,
+    assigned: Mapping[str, Rule],
+    kernel_of: Callable[[str], tuple[str, bool]],
+    why_float: Callable[[ir.Node, str], str],
+) -> Audit:
+    """Audit every GEMM of a graph.
+
+    Args:
+        model: the graph that was handed to the runtime.
+        assigned: the recipe's decisions.
+        kernel_of: the runtime's operator for a node's name, and whether it multiplies integers.
+        why_float: the reason for a node that should, but does not, given that operator.
+    """
+    graph = ir.load(model)
+    sizes = _shapes(model)
+    found = linears(graph)
+    by_node = {linear.gemm: name for name, linear in found.items()}
+    gemms = []
+    for node in graph.graph:
+        if node.op_type not in ("MatMul", "Gemm", "Attention"):
+            continue
+        module = by_node.get(node)
+        wanted = assigned[module].action if module else "none"
+        kernel, integer = kernel_of(str(node.name))
+        reason = "" if integer or wanted != "w8a8" else why_float(node, kernel)
+        gemms.append(
+            Gemm(
+                name=module or str(node.name),
+                flops=_flops(node, sizes),
+                wanted=wanted,
+                kernel=kernel,
+                integer=integer,
+                reason=reason,
+            )
+        )
+    missing = [name for name, rule in assigned.items() if rule.action == "w8a8" and name not in found]
+    gemms += [
+        Gemm(name=name, flops=1, wanted="w8a8", kernel="none", integer=False, reason="the graph has no such GEMM")
+        for name in missing
+    ]
+    return Audit(gemms=tuple(gemms))
+
+
 def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Audit:
     """Audit an ONNX Runtime session by the graph it optimised `model` to.
 
@@ -81,28 +125,13 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         optimized: what the session wrote as its optimised graph.
         assigned: the recipe's decisions.
     """
-    graph = ir.load(model)
     kernels = {str(node.name).split("/")[0]: node.op_type for node in ir.load(optimized).graph}
-    sizes = _shapes(model)
-    found = linears(graph)
-    by_node = {linear.gemm: name for name, linear in found.items()}
-    gemms = []
-    for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm"):
-            continue
-        module = by_node.get(node)
-        name = module or str(node.name)
-        wanted = assigned[module].action if module else "none"
-        kernel = kernels.get(str(node.name), "not found")
-        integer = kernel in INTEGER
-        reason = "" if integer or wanted != "w8a8" else _why_float(node, kernel)
-        gemms.append(Gemm(name=name, flops=_flops(node, sizes), wanted=wanted, kernel=kernel, integer=integer, reason=reason))
-    missing = [name for name, rule in assigned.items() if rule.action == "w8a8" and name not in found]
-    gemms += [
-        Gemm(name=name, flops=1, wanted="w8a8", kernel="none", integer=False, reason="the graph has no such GEMM")
-        for name in missing
-    ]
-    return Audit(gemms=tuple(gemms))
+
+    def kernel_of(name: str) -> tuple[str, bool]:
+        kernel = kernels.get(name, "not found")
+        return kernel, kernel in INTEGER
+
+    return audit_graph(model, assigned, kernel_of, _why_float)
 
 
 def _why_float(node: ir.Node, kernel: str) -> str:
@@ -129,6 +158,8 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
     left, result = (sizes.get(str(value.name), ()) for value in (node.inputs[0], node.outputs[0]) if value is not None)
     if not left or not result:
         return 0
+    if node.op_type == "Attention":  # scores and their product with the values, [B, tokens, width] each
+        return 4 * int(np.prod(left)) * left[-2]
     return 2 * int(np.prod(result)) * left[-1]
 
 

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.calibration.recipe import Rule
 from dq_export.passes.base import GraphPass
+
+from .audit import Audit
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -37,6 +40,14 @@ class Backend(Protocol):
     def name(self) -> str:
         """As given to --format."""
 
+    @property
+    def provider(self) -> str:
+        """As given to --provider."""
+
+    @property
+    def dtype(self) -> str:
+        """As given to --dtype: the float type of what is not quantized."""
+
     def shared_timesteps(self, wanted: str) -> bool:
         """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
 
@@ -50,5 +61,8 @@ class Backend(Protocol):
             BackendError: the runtime is missing or refuses the graph.
         """
 
-    def load(self, model: Path, *, optimize: bool = True) -> Engine:
-        """Load a graph; `optimize=False` runs it node by node as written."""
+    def load(self, model: Path, *, batch: int | None = None) -> Engine:
+        """Load a graph as it will run, for any batch or for one of fixed size, which some runtimes run faster."""
+
+    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
+        """Which GEMMs of the engine built into `folder` run on integer kernels."""

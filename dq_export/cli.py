@@ -37,6 +37,8 @@ def option(text: str, *names: str) -> Any:
 def export_options(
     model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
     format_: Annotated[str, option("ort: engine; onnx: canonical graph (default ort)", "--format")] = "",
+    provider: Annotated[str, option("for --format ort: cpu or openvino (default cpu)", "--provider")] = "",
+    dtype: Annotated[str, option("fp32, or bf16 with openvino: of the rest (default fp32)", "--dtype")] = "",
     bits: Annotated[str, option("w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
     timesteps: Annotated[str, option("auto, shared or per-sample (default auto)", "--timesteps")] = "",
     recipe: Annotated[Path | None, option("YAML with these options and rules; flags win", "--recipe")] = None,
@@ -89,7 +91,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     exclude = tuple(options.pop("exclude") or ())
     options["format"] = options.pop("format_")
     given: dict[str, Any] = {key: value for key, value in options.items() if value not in ("", None)}
-    for key in ("bits", "format"):
+    for key in ("bits", "format", "provider", "dtype"):
         if key in given:
             given[key] = given[key].lower()
     if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):

@@ -9,13 +9,14 @@ import onnx_ir as ir
 from pydantic import ValidationError
 
 from dq_export.calibration.recipe import Recipe, nearest
-from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.deploy.backends import backend_of
+from dq_export.deploy.ort import ORT
 from dq_export.passes.match import linears
 
 from .ledger import RECIPE, OutputError
 from .report import AuditReport, LatencyReport, Report
 from .speed import bench
-from .verdict import audit_model
+from .verdict import audit_engine
 
 
 def audit_again(out: Path) -> tuple[AuditReport, float]:
@@ -27,10 +28,11 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
     """
     _require(out, RECIPE, "model.onnx")
     recipe = Recipe.load(out / RECIPE)
+    backend = backend_of(recipe) or ORT
     with tempfile.TemporaryDirectory() as folder:
-        ORT.build(out / "model.onnx", Path(folder))  # first: it says what is wrong with a damaged file
+        backend.build(out / "model.onnx", Path(folder))  # first: it says what is wrong with a damaged file
         assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
-        return audit_model(out / "model.onnx", Path(folder) / OPTIMIZED, assigned), recipe.min_coverage
+        return audit_engine(backend, out / "model.onnx", Path(folder), assigned), recipe.min_coverage
 
 
 def bench_again(out: Path) -> LatencyReport:
@@ -39,9 +41,9 @@ def bench_again(out: Path) -> LatencyReport:
     Raises:
         OutputError: `out` is no finished export, or its inputs are damaged.
     """
-    _require(out, "model.onnx", "float/model.onnx", "parity/inputs.json")
+    _require(out, RECIPE, "model.onnx", "float/model.onnx", "parity/inputs.json")
     try:
-        return bench(out, rounds=30)
+        return bench(out, backend_of(Recipe.load(out / RECIPE)) or ORT, rounds=30)
     except ValueError as error:
         raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 

@@ -77,13 +77,15 @@ def run(
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError: see each.
             The report is written before AuditError and ParityError are raised.
     """
+    from dq_export.deploy.backends import backend_of
+
     from .families.source import load_reference
 
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
     reference = load_reference(recipe.model)
-    backend = pick_backend(recipe.format)
+    backend = backend_of(recipe)
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
@@ -118,13 +120,6 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     )
 
 
-def pick_backend(name: str) -> Backend | None:
-    """The backend of a format; None for `onnx`, which builds nothing."""
-    from dq_export.deploy.backends import BACKENDS
-
-    return next((backend for backend in BACKENDS if backend.name == name), None)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Export:
     """One export: what it works on, and its stages."""
@@ -155,10 +150,12 @@ class Export:
         self.reference.release()
         self._stage(
             "quantize", "passes on the graph", ("model.onnx", "model.onnx.data"), self._quantize,
-            lambda: [digest("float"), digest("calibrate"), r.format, self._actions()], until,
+            lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._actions()], until,
         )  # fmt: skip
         if self.backend:
-            self._stage("build", f"engine for {self.backend.name}", ("engine",), self._build, lambda: [digest("quantize")], until)
+            self._stage(
+                "build", f"engine for {self.backend.name}", ("engine",), self._build, lambda: [digest("quantize"), r.dtype], until
+            )
             self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
         self._stage(
             "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", self._compared(), self._verify,
@@ -246,7 +243,7 @@ class Export:
         return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
 
     def _calibration_inputs(self) -> list[Any]:
-        ignored = {"format", "model", "min_coverage", "min_sqnr", "parity_size", "timesteps", "rules"}
+        ignored = {"format", "provider", "dtype", "model", "min_coverage", "min_sqnr", "parity_size", "timesteps", "rules"}
         return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
 
     def _actions(self) -> dict[str, str]:
@@ -290,9 +287,10 @@ class Export:
         return {}
 
     def _audit(self, partial: Path) -> dict[str, Any]:
-        from .verdict import audit_folder
+        from .verdict import audit_engine
 
-        audit = audit_folder(self.folder, self.assigned)
+        assert self.backend is not None
+        audit = audit_engine(self.backend, self.folder / "model.onnx", self.folder / "engine", self.assigned)
         return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in integers", "audit": audit.model_dump()}
 
     def _bins(self) -> TimestepBins:
@@ -315,12 +313,15 @@ class Export:
     def _verify(self, partial: Path) -> dict[str, Any]:
         from .comparison import verify
 
-        return verify(self.reference, self.recipe, self._bins(), self.folder, partial / "parity", self.progress.advance)
+        return verify(
+            self.reference, self.recipe, self._bins(), self.folder, partial / "parity", self.progress.advance, self.backend
+        )
 
     def _bench(self, partial: Path) -> dict[str, Any]:
         from .speed import bench
 
-        latency = bench(self.folder)
+        assert self.backend is not None
+        latency = bench(self.folder, self.backend)
         return {"summary": f"{latency.ratio:.2f}x the float engine's speed", "latency": latency.model_dump()}
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:

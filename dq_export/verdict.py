@@ -7,21 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dq_export.calibration.recipe import Rule
-from dq_export.deploy.audit import Audit, Gemm, audit_ort
-from dq_export.deploy.ort import OPTIMIZED
+from dq_export.deploy.audit import Audit, Gemm
+from dq_export.deploy.backend import Backend
 from dq_export.deploy.parity import FLOAT_SQNR, CallParity, Difference, require
 
 from .report import AuditReport, GemmReport, ParityReport
 
 
-def audit_folder(folder: Path, assigned: Mapping[str, Rule]) -> AuditReport:
-    """Audit `engine/` of an output folder."""
-    return audit_model(folder / "model.onnx", folder / "engine" / OPTIMIZED, assigned)
-
-
-def audit_model(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> AuditReport:
-    """See `audit.audit_ort`."""
-    audit = audit_ort(model, optimized, assigned)
+def audit_engine(backend: Backend, model: Path, engine: Path, assigned: Mapping[str, Rule]) -> AuditReport:
+    """See `Backend.audit`."""
+    audit = backend.audit(model, engine, assigned)
     gemms = [GemmReport(**asdict(gemm)) for gemm in audit.gemms]
     return AuditReport(coverage=audit.coverage, integer_share=audit.integer_share, gemms=gemms)
 

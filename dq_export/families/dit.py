@@ -111,8 +111,12 @@ class DiTReference:
         return timesteps
 
     def release(self) -> None:
+        import torch
+
+        for parameter in self.model.parameters():  # the exporter's caches may still know the modules
+            parameter.data = torch.empty(0)
         del self.model
-        gc.collect()  # hooks and the exporter tie it into cycles
+        gc.collect()
 
     def noise(self, samples: int, seed: int) -> Float32:
         import torch

@@ -1,0 +1,132 @@
+"""OpenVINO on the CPU, as an execution provider of ONNX Runtime (plugin onnxruntime-ep-openvino)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dq_export.calibration.recipe import Rule
+from dq_export.passes.base import GraphPass
+from dq_export.passes.factor_scale import FactorScale
+
+from .audit import Audit, audit_graph
+from .backend import BackendError, Engine
+from .ort import OrtEngine, onnxruntime, session_errors
+
+PROVIDER = "OpenVINOExecutionProvider"
+KERNELS = "kernels.json"
+INTEGER = ("i8", "u8")
+INSTALL = "pip install 'dq-export[cpu,openvino]', needed for --provider openvino"
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """See `Backend`. Builds leave `engine/kernels.json`: OpenVINO's own list of what it compiled the graph to.
+
+    Args:
+        dtype: fp32 or bf16, of what is not quantized.
+    """
+
+    dtype: str = "fp32"
+    name: str = "ort"
+    provider: str = "openvino"
+
+    @property
+    def _config(self) -> dict[str, str]:
+        return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
+
+    def shared_timesteps(self, wanted: str) -> bool:
+        """Shared unless asked for otherwise."""
+        return wanted != "per-sample"
+
+    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+        """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""
+        return (FactorScale(),)
+
+    def build(self, model: Path, folder: Path) -> None:
+        """Create the session once, and write what OpenVINO compiles the graph to.
+
+        Raises:
+            BackendError: a library is missing, or OpenVINO refuses the graph.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        session = self.load(model).session
+        kernels = _compiled(model, self._config)
+        described = {
+            "onnxruntime": onnxruntime().__version__,
+            "openvino": kernels.pop("version"),
+            "dtype": self.dtype,
+            "providers": session.get_providers(),
+            "model": model.name,
+        }
+        (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / KERNELS).write_text(json.dumps(kernels, indent=0, sort_keys=True) + "\n")
+
+    def load(self, model: Path, *, batch: int | None = None) -> Engine:
+        """See `Backend.load`.
+
+        Raises:
+            BackendError: the plugin is missing, or OpenVINO does not take the graph.
+        """
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if batch is not None:
+            options.add_free_dimension_override_by_name("batch", batch)
+        options.add_provider_for_devices(_devices(ort), {"load_config": json.dumps({"CPU": self._config})})
+        try:
+            session = ort.InferenceSession(str(model), options)
+        except session_errors() as error:
+            raise BackendError(f"OpenVINO refuses {model}: {error}") from error
+        if PROVIDER not in session.get_providers():
+            raise BackendError(f"OpenVINO does not take {model}; ONNX Runtime would run it on {session.get_providers()}")
+        return OrtEngine(session=session)
+
+    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
+        """See `Backend.audit`. By the names of the nodes that each compiled kernel stands for."""
+        kernels: dict[str, list[str]] = json.loads((folder / KERNELS).read_text())
+
+        def kernel_of(name: str) -> tuple[str, bool]:
+            kind, precision = kernels.get(name, ("not found", ""))
+            return f"{kind} {precision}".strip(), precision in INTEGER
+
+        return audit_graph(model, assigned, kernel_of, _why_float)
+
+
+def _devices(ort: Any) -> list[Any]:
+    try:
+        import onnxruntime_ep_openvino as plugin
+    except ImportError as error:
+        raise BackendError(f"onnxruntime-ep-openvino is not installed; {INSTALL}") from error
+    found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    if not found:
+        ort.register_execution_provider_library("openvino", plugin.get_library_path())
+        found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
+
+
+def _compiled(model: Path, config: Mapping[str, str]) -> dict[str, Any]:
+    """Node name -> [layer type, precision] of the kernel that runs it, and `version`."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(f"openvino is not installed; {INSTALL}") from error
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", dict(config))
+    found: dict[str, Any] = {"version": openvino.__version__}
+    for operation in compiled.get_runtime_model().get_ops():
+        info = operation.get_rt_info()
+        kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
+        for name in names.split(","):
+            # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
+            found.setdefault(name.split("/")[0], [kind, precision])
+    return found
+
+
+def _why_float(node: ir.Node, kernel: str) -> str:
+    return f"OpenVINO runs it as {kernel}; it wants constant scales and zero points of 0 on both inputs"

@@ -1,0 +1,119 @@
+"""Scaled dot-product attention as ONNX's own operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from .base import GraphPass, PassReport, like, stored
+from .match import only_user
+
+OPSET, IR_VERSION = 23, 11
+HEADS = (0, 2, 1, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseAttention(GraphPass):
+    """Reshape, Transpose, Mul, MatMul, Softmax, MatMul, Transpose, Reshape  ->  Attention(q, k, v), all [B, tokens, width].
+
+    ONNX Runtime's kernel keeps the scores of a few rows at a time and makes no transposed copies. Raises the graph's
+    opset to 23, the first with the operator.
+
+    It does not act where
+        1. anything stands between scores and Softmax, such as a mask,
+        2. query, key and value are not heads split from [B, tokens, width] as in torch's decomposition,
+        3. the result is not merged back to [B, tokens, width].
+
+    Exactness: reorders float operations: scores are scaled once, not query and key by its root.
+    Source: ONNX Attention-23.
+    """
+
+    name: ClassVar[str] = "fuse_attention"
+
+    def rewrite(self, model: ir.Model) -> PassReport:
+        changed, skipped = [], []
+        for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+            found = _attention(softmax)
+            if isinstance(found, str):
+                skipped.append(f"'{softmax.name}': {found}")
+                continue
+            _fuse(model.graph, found)
+            changed.append(f"'{softmax.name}'")
+        if changed:
+            model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
+            model.ir_version = max(model.ir_version or 0, IR_VERSION)
+        return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    heads: int
+    scale: float
+    last: ir.Node
+
+
+def _attention(softmax: ir.Node) -> _Found | str:
+    scores = _producer(softmax.inputs[0], "MatMul")
+    if scores is None:
+        return "its input is no product of query and key (case 1)"
+    product = only_user(softmax.outputs[0])
+    merged = only_user(product.outputs[0]) if product is not None and product.op_type == "MatMul" else None
+    last = only_user(merged.outputs[0]) if merged is not None and _permutes(merged, HEADS) else None
+    if product is None or last is None or last.op_type != "Reshape":
+        return "its result is not merged back from heads (case 3)"
+    query, scale = _unscaled(scores.inputs[0])
+    key, other = _unscaled(scores.inputs[1])
+    sources = (_split_source(query), _split_source(_untransposed(key)), _split_source(product.inputs[1]))
+    heads = query.shape[1] if query is not None and query.shape is not None and len(query.shape) == 4 else None
+    if any(source is None for source in sources) or not isinstance(heads, int):
+        return "query, key or value is no split into heads (case 2)"
+    first, second, third = (source for source in sources if source is not None)
+    return _Found(query=first, key=second, value=third, heads=heads, scale=scale * other, last=last)
+
+
+def _fuse(graph: ir.Graph, found: _Found) -> None:
+    attributes = {"q_num_heads": found.heads, "kv_num_heads": found.heads, "scale": found.scale}
+    result = found.last.outputs[0]
+    node = ir.node("Attention", [found.query, found.key, found.value], attributes=attributes)
+    like(node.outputs[0], result)
+    graph.insert_before(found.last, node)
+    result.replace_all_uses_with(node.outputs[0])
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """What a scalar Mul scales, and by how much; the value itself and 1 where there is none."""
+    node = _producer(value, "Mul")
+    factor = stored(node.inputs[1]) if node is not None else None
+    if node is None or factor is None or factor.size != 1:
+        return value, 1.0
+    return node.inputs[0], float(factor.numpy().reshape(()))
+
+
+def _untransposed(key: ir.Value | None) -> ir.Value | None:
+    """[B, heads, head, tokens] -> what it is the transpose of, which torch makes by way of rank 3."""
+    outer = _producer(key, "Reshape")
+    middle = _producer(outer.inputs[0], "Transpose") if outer is not None else None
+    inner = _producer(middle.inputs[0], "Reshape") if middle is not None and _permutes(middle, (0, 2, 1)) else None
+    return inner.inputs[0] if inner is not None else None
+
+
+def _split_source(value: ir.Value | None) -> ir.Value | None:
+    """The [B, tokens, width] that Reshape and Transpose made [B, heads, tokens, head] of."""
+    transpose = _producer(value, "Transpose")
+    reshape = _producer(transpose.inputs[0], "Reshape") if transpose is not None and _permutes(transpose, HEADS) else None
+    source = reshape.inputs[0] if reshape is not None else None
+    return source if source is not None and source.shape is not None and len(source.shape) == 3 else None
+
+
+def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def _permutes(node: ir.Node, order: tuple[int, ...]) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ())) == order

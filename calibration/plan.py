@@ -36,7 +36,7 @@ def calibrate(
     progress: Progress,
     folder: Path,
     group: ProcessGroup = ALONE,
-) -> CalibrationResult:
+) -> CalibrationResult | None:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
     Args:
@@ -44,7 +44,8 @@ def calibrate(
         progress: called with (done, in all) of each phase in turn: network calls, inputs, weights. Methods that clip
             sample the same pictures twice.
         folder: where statistics lie meanwhile; the caller's to delete.
-        group: the processes that share the sampling. Each gets the same result, bit for bit that of one process.
+        group: the processes that share the sampling. The first gets the result, bit for bit that of one process alone;
+            the others get None.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
@@ -52,6 +53,8 @@ def calibrate(
     sites = tuple(site for site in denoiser.sites if any(assigned[name].action == "w8a8" for name in site.linears))
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
+    if group.rank > 0 and recipe.method == "minmax":
+        return None
 
     def decide(site: InputSite) -> tuple[Scaling, Float32]:
         item = statistics[site.name]
@@ -65,6 +68,8 @@ def calibrate(
     if recipe.method != "minmax":
         transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
         counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
+        if group.rank > 0:
+            return None
     plans = {}
     for site in sites:
         name, scaling = site.name, decided[site.name][0]

@@ -57,4 +57,6 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
 
     how = {key: options.pop(key) for key in ("exclude", "overwrite", "progress") if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
-    return run(recipe, Path(output_dir), until=until, **how)
+    report = run(recipe, Path(output_dir), until=until, **how)
+    assert report is not None  # one process does everything
+    return report

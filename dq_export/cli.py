@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import re
 import signal
 import sys
@@ -100,20 +101,44 @@ def _export(until: str, options: dict[str, Any]) -> None:
     if "model" not in {**base, **given}:
         raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
     recipe = Recipe.parse({**base, **given}, "option" if not path else f"recipe {path} with flags")
-    watch = Lines(quiet=how["quiet"] or how["as_json"])
+    group = _group(until)
+    watch = Lines(quiet=how["quiet"] or how["as_json"] or group.rank > 0)
     signal.signal(signal.SIGINT, watch.interrupt)
     ends: tuple[type[BaseException], ...] = (KeyboardInterrupt, ImportError, *_statuses())
     try:
-        report = run(recipe, folder, exclude=exclude, until=until, overwrite=how["overwrite"], progress=watch)
+        report = run(recipe, folder, exclude=exclude, until=until, overwrite=how["overwrite"], progress=watch, group=group)
     except ends:
         if not watch.interrupted:
             raise
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    if report is None:
+        return
     if how["as_json"]:
         print(report.model_dump_json(indent=1))
     else:
         summarize(report, folder, verbose=how["verbose"])
+
+
+def _group(until: str) -> Any:
+    """The processes that torchrun started; one alone without it."""
+    from dq_export.calibration.group import ALONE, join_group
+    from dq_export.calibration.recipe import RecipeError
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return ALONE
+    if until != "calibrate":
+        raise RecipeError(
+            f"{processes} processes share only a calibration: run `torchrun … -m dq_export calibrate …`, then dq-export alone"
+        )
+
+    def end(number: int, frame: object) -> None:
+        print("error: ended because another process of the run did; the same command continues", file=sys.stderr)
+        os._exit(FAILED)
+
+    signal.signal(signal.SIGTERM, end)
+    return join_group()
 
 
 EVERYTHING = """Diffusion transformers to quantized engines that provably run on low-precision kernels.

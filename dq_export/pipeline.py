@@ -28,6 +28,8 @@ from .report import LinearReport, Report, render_html
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
 GATHERED = ".calibration"
+NOTHING, WORK = np.zeros(1), np.ones(1)
+"""What the first process tells the others: whether there is a calibration to share."""
 VERSIONED = ("dq-export", "torch", "diffusers", "numpy", "onnx-ir", "onnxruntime")
 
 
@@ -65,13 +67,15 @@ def run(
     until: str = STAGES[-1],
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Report:
+    group: ProcessGroup = ALONE,
+) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
     Args:
         exclude: regular expressions of module names that stay float, before all of the recipe's rules.
         until: the last stage to run, one of STAGES.
         overwrite: accept a folder that holds a run of another recipe.
+        group: the processes that share the calibration. The first does all else and gets the report, the others None.
 
     Raises:
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError: see each.
@@ -89,9 +93,19 @@ def run(
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
+    if group.rank > 0:
+        assist(reference, resolved, assigned, folder, group)
+        return None
     with claim(folder, resolved.dump(), overwrite=overwrite) as ledger:
         export = Export(
-            recipe=resolved, reference=reference, backend=backend, assigned=assigned, folder=folder, ledger=ledger, progress=watch
+            recipe=resolved,
+            reference=reference,
+            backend=backend,
+            assigned=assigned,
+            folder=folder,
+            ledger=ledger,
+            progress=watch,
+            group=group,
         )
         export.run_stages(until)
         report = export.report()
@@ -117,6 +131,27 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
             "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
             "timesteps": "shared" if shared else "per-sample",
         }
+    )
+
+
+def assist(reference: Reference, recipe: Recipe, assigned: Mapping[str, Rule], folder: Path, group: ProcessGroup) -> None:
+    """Sample this process's share of the calibration, if the first process finds that it is to be done."""
+    from dq_export.calibration.plan import calibrate
+
+    if group.largest(NOTHING).any():
+        progress = Silent().advance
+        calibrate(reference, recipe, assigned, sampling_of(recipe, reference), {}, progress, folder / GATHERED, group)
+
+
+def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:
+    """Which pictures a recipe's calibration samples."""
+    return Sampling(
+        calib_size=recipe.calib_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        guidance=recipe.guidance_scale or 1.0,
+        classes=reference.classes,
+        batch=reference.batch,
     )
 
 
@@ -153,9 +188,8 @@ class Export:
             lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._actions()], until,
         )  # fmt: skip
         if self.backend:
-            self._stage(
-                "build", f"engine for {self.backend.name}", ("engine",), self._build, lambda: [digest("quantize"), r.dtype], until
-            )
+            built = f"engine for {self.backend.name}, {self.backend.provider} {self.backend.dtype}"
+            self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), r.dtype], until)
             self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
         self._stage(
             "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", self._compared(), self._verify,
@@ -218,6 +252,8 @@ class Export:
             return {**result, "seconds": round(time.monotonic() - start, 2)}
 
         result, now = self.ledger.stage(name, {"inputs": inputs(), "versions": versions()}, outputs, timed)
+        if name == "calibrate" and not now:
+            self.group.largest(NOTHING)
         self.results[name] = result
         self.progress.end(time.monotonic() - start, result.get("summary", ""), kept=not now)
 
@@ -226,17 +262,6 @@ class Export:
         path = partial / "float" / "model.onnx"
         self.reference.export_onnx(path, shared=self.recipe.timesteps == "shared")
         return {"summary": f"{_bytes(path.parent) / 1e6:.1f} MB"}
-
-    def _sampling(self) -> Sampling:
-        r = self.recipe
-        return Sampling(
-            calib_size=r.calib_size,
-            steps=r.steps,
-            seed=r.seed,
-            guidance=r.guidance_scale or 1.0,
-            classes=self.reference.classes,
-            batch=self.reference.batch,
-        )
 
     def _calls_text(self) -> str:
         r = self.recipe
@@ -255,10 +280,10 @@ class Export:
         r = self.recipe
         provenance = {"model": self.reference.digest, "sampler": self.reference.sampler, **versions()}
         provenance |= {key: str(getattr(r, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
-        gathered = self.folder / GATHERED
-        result = calibrate(
-            self.reference, r, self.assigned, self._sampling(), provenance, self.progress.advance, gathered, self.group
-        )
+        gathered, sampling = self.folder / GATHERED, sampling_of(r, self.reference)
+        self.group.largest(WORK)
+        result = calibrate(self.reference, r, self.assigned, sampling, provenance, self.progress.advance, gathered, self.group)
+        assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
         shutil.rmtree(gathered)
         scaled = sum(plan.scaled for plan in result.sites.values())

@@ -92,7 +92,9 @@ def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationRes
         calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, classes=reference.classes
     )
     with tempfile.TemporaryDirectory() as folder:
-        return calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None, Path(folder)), assigned
+        result = calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None, Path(folder))
+    assert result is not None
+    return result, assigned
 
 
 @pytest.fixture(scope="session")

@@ -64,5 +64,8 @@ class Backend(Protocol):
     def load(self, model: Path, *, batch: int | None = None) -> Engine:
         """Load a graph as it will run, for any batch or for one of fixed size, which some runtimes run faster."""
 
+    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
+        """Milliseconds of one call by operator, median of a few."""
+
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
         """Which GEMMs of the engine built into `folder` run on integer kernels."""

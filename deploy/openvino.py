@@ -15,7 +15,7 @@ from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine
+from .backend import BackendError, Engine, Feed
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
@@ -87,6 +87,21 @@ class OpenVino:
             raise BackendError(f"OpenVINO does not take {model}; ONNX Runtime would run it on {session.get_providers()}")
         return OrtEngine(session=session)
 
+    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
+        """See `Backend.profile`. From OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
+        openvino = _openvino()
+        core = openvino.Core()
+        network = core.read_model(model)
+        network.reshape({name: list(value.shape) for name, value in feed.items()})
+        request = core.compile_model(network, "CPU", {**self._config, "PERF_COUNT": True}).create_infer_request()
+        for _ in range(3):
+            request.infer(dict(feed))
+        spent: dict[str, float] = {}
+        for item in request.get_profiling_info():
+            label = f"{item.node_type} {item.exec_type}"
+            spent[label] = spent.get(label, 0.0) + item.real_time.total_seconds() * 1e3
+        return {label: time for label, time in spent.items() if time > 0}
+
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
         """See `Backend.audit`. By the names of the nodes that each compiled kernel stands for."""
         kernels: dict[str, list[str]] = json.loads((folder / KERNELS).read_text())
@@ -110,12 +125,17 @@ def _devices(ort: Any) -> list[Any]:
     return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
 
 
-def _compiled(model: Path, config: Mapping[str, str]) -> dict[str, Any]:
-    """Node name -> [layer type, precision] of the kernel that runs it, and `version`."""
+def _openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
         raise BackendError(f"openvino is not installed; {INSTALL}") from error
+    return openvino
+
+
+def _compiled(model: Path, config: Mapping[str, str]) -> dict[str, Any]:
+    """Node name -> [layer type, precision] of the kernel that runs it, and `version`."""
+    openvino = _openvino()
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", dict(config))
     found: dict[str, Any] = {"version": openvino.__version__}

@@ -59,6 +59,7 @@ def export_options(
     min_coverage: Annotated[float | None, option("integer share required (default 0.95)", "--min-coverage")] = None,
     min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
     output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
+    max_memory: Annotated[float | None, option("GiB; what cannot fit is said before it starts", "--max-memory")] = None,
     overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite")] = False,
     as_json: Annotated[bool, option("print report.json instead of the summary", "--json")] = False,
     verbose: Annotated[bool, option("also what each pass and stage did", "--verbose", "-v")] = False,
@@ -88,7 +89,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     from .pipeline import run
 
     folder, path = options.pop("output_dir"), options.pop("recipe")
-    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose")}
+    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory")}
     exclude = tuple(options.pop("exclude") or ())
     options["format"] = options.pop("format_")
     given: dict[str, Any] = {key: value for key, value in options.items() if value not in ("", None)}
@@ -106,7 +107,8 @@ def _export(until: str, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, watch.interrupt)
     ends: tuple[type[BaseException], ...] = (KeyboardInterrupt, ImportError, *_statuses())
     try:
-        report = run(recipe, folder, exclude=exclude, until=until, overwrite=how["overwrite"], progress=watch, group=group)
+        more = {"exclude": exclude, "overwrite": how["overwrite"], "max_memory": how["max_memory"]}
+        report = run(recipe, folder, until=until, progress=watch, group=group, **more)
     except ends:
         if not watch.interrupted:
             raise
@@ -192,16 +194,27 @@ def audit(out: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def bench(out: Folder, as_json: Json = False) -> None:
-    """Time the engine against the float graph."""
+    """Time the engine, the float graph and PyTorch in turn; list memory and operators."""
     from .finished import bench_again
 
     latency = bench_again(out)
     if as_json:
         print(latency.model_dump_json(indent=1))
-        return
-    print(f"batch {latency.batch}: float {latency.float_ms:.2f} ms, engine {latency.engine_ms:.2f} ms, {latency.ratio:.2f}x")
-    if latency.ratio < 1:
-        print("warning: the quantized engine is slower than the float one here", file=sys.stderr)
+    else:
+        table = Table("", "median ms", "least", "engine is faster by", "memory MB", title=f"one call, batch {latency.batch}")
+        for name, item in latency.engines.items():
+            ratio = f"{item.median_ms / latency.engine_ms:.2f}x"
+            table.add_row(name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}")
+        Console().print(table)
+        operators = Table("operator", "float ms", "engine ms")
+        before, after = latency.profile["float"], latency.profile["engine"]
+        longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
+        for name in [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]:
+            operators.add_row(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}")
+        Console().print(operators)
+        for name, reason in latency.skipped.items():
+            print(f"without {name}: {reason}")
+    _warn_if_slower(latency)
 
 
 @app.command()
@@ -287,8 +300,17 @@ def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
         table.add_row("seconds", f"{stage}: {seconds}")
     Console().print(table)
     print(f"report: {folder / 'report.html'}")
-    if report.latency and report.latency.ratio < 1:
-        print("warning: the quantized engine is slower than the float one on this machine", file=sys.stderr)
+    if report.latency:
+        _warn_if_slower(report.latency)
+
+
+def _warn_if_slower(latency: Any) -> None:
+    from .speed import losing
+
+    if latency.ratio < 1:
+        print(f"warning: the quantized engine is {1 / latency.ratio:.2f}x slower than the float one here", file=sys.stderr)
+        lost = losing(latency)[:5]
+        print(f"operators that lose: {', '.join(lost) if lost else '`dq-export bench OUT` lists them'}", file=sys.stderr)
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ from dq_export.passes.match import linears
 
 from .ledger import RECIPE, OutputError
 from .report import AuditReport, LatencyReport, Report
-from .speed import bench
+from .speed import bench_all
 from .verdict import audit_engine
 
 
@@ -36,14 +36,15 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
 
 
 def bench_again(out: Path) -> LatencyReport:
-    """Time the engine against the float graph.
+    """Time the engine against the float graph and PyTorch.
 
     Raises:
         OutputError: `out` is no finished export, or its inputs are damaged.
     """
     _require(out, RECIPE, "model.onnx", "float/model.onnx", "parity/inputs.json")
     try:
-        return bench(out, backend_of(Recipe.load(out / RECIPE)) or ORT, rounds=30)
+        recipe = Recipe.load(out / RECIPE)
+        return bench_all(out, backend_of(recipe) or ORT, recipe.model)
     except ValueError as error:
         raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 

@@ -23,6 +23,7 @@ from dq_export.deploy.backend import Backend
 
 from .families.reference import Reference
 from .ledger import Ledger, claim, write_text
+from .memory import fitting
 from .recording import PICTURES
 from .report import LinearReport, Report, render_html
 
@@ -68,6 +69,7 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup = ALONE,
+    max_memory: float | None = None,
 ) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
@@ -76,6 +78,7 @@ def run(
         until: the last stage to run, one of STAGES.
         overwrite: accept a folder that holds a run of another recipe.
         group: the processes that share the calibration. The first does all else and gets the report, the others None.
+        max_memory: GiB that each process may take; bench is left out where it alone does not fit.
 
     Raises:
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError: see each.
@@ -83,11 +86,12 @@ def run(
     """
     from dq_export.deploy.backends import backend_of
 
-    from .families.source import load_reference
+    from .families.source import load_reference, locate
 
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
+    stages = fitting(locate(recipe.model), max_memory, STAGES[: STAGES.index(until) + 1])
     reference = load_reference(recipe.model)
     backend = backend_of(recipe)
     resolved = resolve(recipe, exclude, reference, backend)
@@ -107,7 +111,9 @@ def run(
             progress=watch,
             group=group,
         )
-        export.run_stages(until)
+        export.run_stages(stages[-1])
+        if stages[-1] != until:
+            watch.begin(until, f"left out: it does not fit in {max_memory:g} GiB")
         report = export.report()
         write_report(report, folder)
         export.judge(report)

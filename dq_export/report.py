@@ -75,6 +75,14 @@ class ParityReport(_Part):
     replay: str = Field(description="the polygraphy command, to be run in the output folder")
 
 
+class EngineReport(_Part):
+    """One engine's latency."""
+
+    median_ms: float
+    least_ms: float
+    memory_mb: float | None = Field(None, description="memory that loading and one call added; null where not measured")
+
+
 class LatencyReport(_Part):
     """One network call, engines interleaved in one process."""
 
@@ -82,6 +90,9 @@ class LatencyReport(_Part):
     float_ms: float = Field(description="float ONNX, median")
     engine_ms: float = Field(description="engine, median")
     ratio: float = Field(description="float / engine: above 1 the engine is faster")
+    engines: dict[str, EngineReport] = Field(description="float: ONNX Runtime's CPU provider; engine; torch where asked for")
+    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine; empty in exports")
+    skipped: dict[str, str] = Field(description="what could not be timed, and why")
 
 
 class SizeReport(_Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 from collections.abc import Generator, Iterator, Mapping
@@ -88,16 +89,13 @@ class DiTReference:
         return weight
 
     def forward(self, feed: Feed) -> Float32:
+        return _call(self.model, feed)
+
+    def in_dtype(self, dtype: str) -> Network:
         import torch
 
-        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feed.items()}
-        timestep = tensors["timestep"].expand(len(tensors["hidden_states"]))
-        with torch.inference_mode():
-            output = self.model(
-                tensors["hidden_states"], timestep=timestep, class_labels=tensors["class_labels"], return_dict=False
-            )[0]
-        sample: Float32 = output.numpy()
-        return sample
+        model = copy.deepcopy(self.model).to({"bf16": torch.bfloat16}[dtype])
+        return lambda feed: _call(model, feed)
 
     def timesteps(self, steps: int) -> list[float]:
         try:
@@ -217,6 +215,18 @@ class DiTReference:
         if repeat_block(model, "transformer.transformer_blocks", len(blocks), state):
             return model
         return trace(_named_wrapper(self.model), example, list(dynamic), "sample", dynamic)
+
+
+def _call(model: Any, feed: Feed) -> Float32:
+    import torch
+
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feed.items()}
+    states = tensors["hidden_states"].to(model.dtype)
+    timestep = tensors["timestep"].expand(len(states))
+    with torch.inference_mode():
+        output = model(states, timestep=timestep, class_labels=tensors["class_labels"], return_dict=False)[0]
+    sample: Float32 = output.float().numpy()
+    return sample
 
 
 def _named_wrapper(model: Any) -> Any:

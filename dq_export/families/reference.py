@@ -56,6 +56,9 @@ class Reference(Denoiser, Protocol):
     def forward(self, feed: Feed) -> Float32:
         """One float network call: `hidden_states` float32[B, ...], `timestep` int64[1] or [B], `class_labels` int64[B]."""
 
+    def in_dtype(self, dtype: str) -> Network:
+        """A copy of the network that computes in `bf16`; takes and gives float32 as `forward` does."""
+
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps that a trajectory sends, in order.
 

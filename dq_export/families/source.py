@@ -25,7 +25,22 @@ def load_reference(model: str) -> Reference:
     Raises:
         ModelError: nothing by that name, no network, or a checkpoint that cannot be used.
     """
-    source, guidance = NAMED.get(model, (model, 0.0))
+    folder, guidance = locate(model), NAMED.get(model, ("", 0.0))[1]
+    config = _transformer_config(folder)
+    for family in FAMILIES:
+        if config.get("_class_name") == family.architecture:
+            return family.load(folder, guidance or family.default_guidance)
+    known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
+    raise ModelError(f"{folder}: architecture {config.get('_class_name')!r} is not supported; supported: {known}")
+
+
+def locate(model: str) -> Path:
+    """The local folder of a short name, a folder or a hub id, downloaded if need be.
+
+    Raises:
+        ModelError: nothing by that name, or no network.
+    """
+    source = NAMED.get(model, (model, 0.0))[0]
     folder = Path(source)
     if not folder.is_dir():
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not folder.exists():
@@ -33,12 +48,7 @@ def load_reference(model: str) -> Reference:
         else:
             expected = f"expected {', '.join(NAMED)}, a hub id (owner/name) or a local folder"
             raise ModelError(f"model '{model}': no such model or folder; {expected}.{nearest(model, list(NAMED))}")
-    config = _transformer_config(folder)
-    for family in FAMILIES:
-        if config.get("_class_name") == family.architecture:
-            return family.load(folder, guidance or family.default_guidance)
-    known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
-    raise ModelError(f"{folder}: architecture {config.get('_class_name')!r} is not supported; supported: {known}")
+    return folder
 
 
 def _transformer_config(folder: Path) -> dict[str, object]:

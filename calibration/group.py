@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,4 +94,6 @@ def join_group() -> TorchGroup:
     import torch
 
     torch.distributed.init_process_group("gloo")
-    return TorchGroup(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    size = torch.distributed.get_world_size()
+    torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))  # they may share one machine
+    return TorchGroup(torch.distributed.get_rank(), size)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from .backend import Feed, Float32
 
+BUDGET, LEAST_ROUNDS = 60.0, 5
+"""Seconds, and rounds that are taken however long they take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
@@ -19,15 +22,18 @@ class Latency:
 
 
 def measure(engines: Mapping[str, Callable[[Feed], Float32]], feed: Feed, *, rounds: int = 15) -> dict[str, Latency]:
-    """Time one network call of each engine in turn, `rounds` times, after two warm-up rounds.
+    """Time one network call of each engine in turn, `rounds` times after a warm-up, fewer where that takes over a minute.
 
-    Read the ratios: the engines see the same noise of the machine, single figures do not.
+    Before each timed call the engine runs once untimed: the threads of the engine before it still spin for a while, and
+    its weights fill the caches. Read the ratios: the engines see the same noise of the machine, single figures do not.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 2):
+    turns, begin = 0, time.perf_counter()
+    while turns <= rounds and not (turns > LEAST_ROUNDS and time.perf_counter() - begin > BUDGET):
         for name, engine in engines.items():
+            engine(feed)
             start = time.perf_counter()
             engine(feed)
-            if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: Latency(median=statistics.median(taken), least=min(taken)) for name, taken in times.items()}
+            times[name].append((time.perf_counter() - start) * 1e3)
+        turns += 1
+    return {name: Latency(median=statistics.median(taken[1:]), least=min(taken[1:])) for name, taken in times.items()}

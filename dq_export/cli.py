@@ -122,6 +122,12 @@ def _export(until: str, options: dict[str, Any]) -> None:
         summarize(report, folder, verbose=how["verbose"])
 
 
+def _free_threads() -> None:
+    """Undo torchrun's one thread a process, before numpy starts its own: sums in another order would differ in last bits."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.pop("OMP_NUM_THREADS", None)
+
+
 def _group(until: str) -> Any:
     """The processes that torchrun started; one alone without it."""
     from dq_export.calibration.group import ALONE, join_group
@@ -308,9 +314,9 @@ def _warn_if_slower(latency: Any) -> None:
     from .speed import losing
 
     if latency.ratio < 1:
-        print(f"warning: the quantized engine is {1 / latency.ratio:.2f}x slower than the float one here", file=sys.stderr)
-        lost = losing(latency)[:5]
-        print(f"operators that lose: {', '.join(lost) if lost else '`dq-export bench OUT` lists them'}", file=sys.stderr)
+        lost = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"
+        said = f"the quantized engine is {1 / latency.ratio:.2f}x slower than the float one here; operators that lose: {lost}"
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _read(path: Path) -> str:
@@ -348,6 +354,7 @@ def _statuses() -> dict[type[Exception], int]:
 
 def main() -> None:
     """Run the command line; user errors become one message and a status, never a traceback."""
+    _free_threads()
     try:
         app()
     except SystemExit:  # first: looking up the errors below would load libraries that --help does without

@@ -22,7 +22,7 @@ THIRD_PARTY = {
 LAZY = {
     "calibration": {"torch", "safetensors"},
     "passes": set(),
-    "deploy": {"onnx", "onnxruntime", "polygraphy"},
+    "deploy": {"onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy"},
     "dq_export": {"PIL", "jinja2", "safetensors"},
     "dq_export/families": {"torch", "diffusers", "safetensors", "huggingface_hub"},
 }

@@ -94,7 +94,8 @@ class DiTReference:
     def in_dtype(self, dtype: str) -> Network:
         import torch
 
-        model = copy.deepcopy(self.model).to({"bf16": torch.bfloat16}[dtype])
+        # torch's own `to`: diffusers' warns of modules that this architecture has not.
+        model = torch.nn.Module.to(copy.deepcopy(self.model), {"bf16": torch.bfloat16}[dtype])
         return lambda feed: _call(model, feed)
 
     def timesteps(self, steps: int) -> list[float]:

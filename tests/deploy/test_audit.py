@@ -53,7 +53,7 @@ def test_flops_are_those_of_the_formulas(tiny_onnx: Path, tiny_calibrated: Any, 
     assert flops["transformer_blocks.1.ff.net.0.proj"] == 2 * TOKENS * WIDTH * 4 * WIDTH
     assert flops["transformer_blocks.1.norm1.linear"] == 2 * WIDTH * 6 * WIDTH
     attention = [gemm.flops for gemm in audit.gemms if gemm.wanted == "none"]
-    assert attention == [2 * TOKENS * TOKENS * WIDTH] * 4  # scores and values, two blocks
+    assert attention == [2 * 2 * TOKENS * TOKENS * WIDTH] * 2  # scores and values together, two blocks
     assert audit.integer_share == sum(g.flops for g in audit.gemms if g.integer) / sum(
         flops.values() if len(flops) == len(audit.gemms) else []
     )

@@ -109,7 +109,7 @@ def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Pa
     expected |= {f"{embedder}.linear_1": 2 * 256 * WIDTH, f"{embedder}.linear_2": 2 * WIDTH * WIDTH}  # 256 frequencies
     assert found == expected
     attention = [gemm.flops for gemm in audit.gemms if gemm.wanted == "none"]
-    assert attention == [2 * TOKENS * TOKENS * WIDTH] * (2 * BLOCKS)
+    assert attention == [2 * 2 * TOKENS * TOKENS * WIDTH] * BLOCKS  # scores and values together
     total = sum(gemm.flops for gemm in audit.gemms)
     assert audit.integer_share == BLOCKS * 12 * square / total
 

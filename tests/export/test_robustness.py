@@ -114,7 +114,7 @@ class Watch:
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     disk: Callable[[str], Path], call: Call, tiny_folder: Path, finished: Path
 ) -> None:
-    """Sizes from a finished run, so that each of float, calibrate and build is the first not to fit."""
+    """Sizes from a finished run, so that each of float and calibrate is the first not to fit."""
 
     def size(*names: str) -> int:
         # tmpfs gives whole pages, and a folder or a small file (lock, ledger, recipe) takes one as well.
@@ -122,11 +122,9 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
         return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
     small = 10 * 4096
-    drawn = size("float", "calibration.safetensors") + 4096 * 16 + size("parity")
     upto = {
         "float": size("float") // 2,
         "calibrate": size("float") + small,  # not what it gathers
-        "build": drawn + size("model.onnx", "model.onnx.data") + size("engine") // 2,
     }
     for stage, limit in upto.items():
         out = disk(f"size={limit}") / "out"
@@ -140,8 +138,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
         assert not list(out.rglob(".*.new"))
     status, _, said = call("--model", tiny_folder, *FLAGS, "-o", disk("size=64m") / "out")
     assert status == 0
-    for stage in ("float", "calibrate", "reference", "quantize"):
-        assert any(line.startswith(f"{stage} ") and "kept from an earlier run" in line for line in said.splitlines())
+    assert any(line.startswith("float ") and "kept from an earlier run" in line for line in said.splitlines())
     assert digests(out) == digests(finished)
 
 

@@ -1,0 +1,217 @@
+"""Cost and speed at DiT-XL/2's full size: each comparison is one command that prints one table, the machine named.
+
+    pip install -c constraints.txt ".[cpu,openvino]"
+    python benchmarks/full_size.py cost       # time by stage and peak memory of one export
+    python benchmarks/full_size.py flat       # memory and time of calibration at 2 and 16 pictures, 2 and 16 steps
+    python benchmarks/full_size.py speed      # engines beside each other, interleaved in one process group
+    python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
+
+The model is made once, in FOLDER (`--model`, default ./dit-xl): see `dit_xl.py`. Exports go to a temporary folder
+beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
+"""Four forward passes of batch 2: one picture with guidance."""
+OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
+
+
+def model_folder(path: Path, layers: int) -> Path:
+    """The full-size checkpoint, made where it is not there."""
+    if not path.exists():
+        subprocess.run([sys.executable, Path(__file__).with_name("dit_xl.py"), path, "--layers", str(layers)], check=True)
+    return path
+
+
+def export(model: Path, out: Path, *words: str) -> tuple[float, float]:
+    """Run the command line; (seconds, GB at the peak)."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "dq_export", *words[:1], "--model", str(model), "-o", str(out), *words[1:]]
+    process = subprocess.Popen([word for word in command if word], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
+    return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def cost(model: Path, temporary: Path) -> None:
+    """One export without bench, by stage, and the bare forward passes beside it."""
+    seconds, peak = export(model, temporary / "out", "", *FLAGS, "--max-memory", "4.5")
+    report = json.loads((temporary / "out" / "report.json").read_text())
+    weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors")) / 1e9
+    stages = report["seconds"]
+    forward = passes(model)
+    print("| | seconds |\n|---|---|")
+    print(f"| load and start | {seconds - sum(stages.values()):.1f} |")
+    for name, spent in stages.items():
+        print(f"| {name} | {spent:.1f} |")
+    print(f"| whole command, peak {peak:.2f} GB ({peak / weights:.2f}x the float32 weights) | {seconds:.1f} |")
+    print(f"| of it four bare forward passes of PyTorch, batch 2 | {forward:.1f} |")
+    print(f"| **above the bare forward passes** | **{seconds - forward:.1f}** |")
+
+
+def passes(model: Path) -> float:
+    """Seconds of four forward passes of batch 2."""
+    from dq_export.families.source import load_reference
+
+    reference = load_reference(str(model))
+    feed = feed_of(reference.feed_shape)
+    reference.forward(feed)
+    start = time.monotonic()
+    for _ in range(4):
+        reference.forward(feed)
+    return time.monotonic() - start
+
+
+def feed_of(shape: tuple[int, ...]) -> dict[str, Any]:
+    """One network call of batch 2."""
+    import numpy as np
+
+    states = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    return {"hidden_states": states, "timestep": np.asarray([500]), "class_labels": np.asarray([1, 1000])}
+
+
+def flat(model: Path, temporary: Path) -> None:
+    """Calibration alone: memory must not grow, time must grow linearly."""
+    print("| pictures | steps | network calls | peak GB | seconds | seconds a call |\n|---|---|---|---|---|---|")
+    for pictures, steps in ((2, 4), (16, 4), (1, 2), (1, 16)):
+        out = temporary / f"{pictures}-{steps}"
+        seconds, peak = export(model, out, "calibrate", "--calib-size", str(pictures), "--steps", str(steps))
+        calls = pictures * steps
+        spent = json.loads((out / "report.json").read_text())["seconds"]["calibrate"]
+        print(f"| {pictures} | {steps} | {calls} | {peak:.2f} | {seconds:.1f} | {spent / calls:.2f} |", flush=True)
+        shutil.rmtree(out)
+
+
+def speed(model: Path, temporary: Path, *, peers: bool) -> None:
+    """Latency of one call of batch 2, engines in turn, each warm."""
+    from dq_export.deploy.latency import measure
+    from dq_export.deploy.openvino import OpenVino
+    from dq_export.deploy.ort import ORT
+    from dq_export.families.source import load_reference
+
+    cpu, other = temporary / "cpu", temporary / "openvino"
+    export(model, cpu, "build", *FLAGS)
+    shutil.copytree(cpu, other)
+    export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
+    reference = load_reference(str(model))
+    engines: dict[str, Any] = {
+        "PyTorch fp32": reference.forward,
+        "PyTorch bf16": reference.in_dtype("bf16"),
+        "ONNX Runtime fp32": ORT.load(cpu / "float" / "model.onnx"),
+        "dq-export W8A8, ONNX Runtime CPU": ORT.load(cpu / "model.onnx"),
+        "OpenVINO fp32": OpenVino("fp32").load(cpu / "float" / "model.onnx", batch=2),
+        "OpenVINO bf16": OpenVino("bf16").load(cpu / "float" / "model.onnx", batch=2),
+        "dq-export W8A8, OpenVINO, rest fp32": OpenVino("fp32").load(other / "model.onnx", batch=2),
+        "dq-export W8A8, OpenVINO, rest bf16": OpenVino("bf16").load(other / "model.onnx", batch=2),
+    }
+    if peers:
+        engines["onnxruntime quantize_static"] = ORT.load(quantize_static(cpu / "float" / "model.onnx", temporary))
+    taken = measure(engines, feed_of(reference.feed_shape), rounds=15)
+    base = taken["ONNX Runtime fp32"].median
+    print("| one call, batch 2, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
+    for name, latency in taken.items():
+        print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
+
+
+def quantize_static(model: Path, temporary: Path) -> Path:
+    """onnxruntime's own static quantization of the float graph: MatMul and Gemm, per channel, U8S8, MinMax, 4 samples."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = 4
+
+        def get_next(self) -> dict[str, Any] | None:
+            self.left -= 1
+            return feed_of((4, 32, 32)) if self.left >= 0 else None
+
+    folder = temporary / "peer"
+    folder.mkdir()
+    shutil.copytree(model.parent, folder / "float")  # a copy: onnx refuses weights that are a hard link
+    start = time.monotonic()
+    target = folder / "model.onnx"
+    quantize(
+        folder / "float" / model.name,
+        target,
+        Reader(),
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak:.1f} GB at the peak of this process")
+    assert onnx.load(target, load_external_data=False).graph.node
+    return target
+
+
+def resume(model: Path, temporary: Path, *, kills: int) -> None:
+    """kill -9 at random moments, then run to the end: every output must equal an undisturbed run's."""
+    from dq_export.ledger import file_digest
+
+    out = temporary / "whole"
+    seconds, _ = export(model, out, "", *FLAGS, "--max-memory", "4.5")
+    whole = {name: file_digest(out / name) for name in OUTPUTS}
+    shutil.rmtree(out)
+    out, moment = temporary / "killed", random.Random(0)
+    command = [sys.executable, "-m", "dq_export", "--model", str(model), "-o", str(out), *FLAGS, "--max-memory", "4.5"]
+    hit: list[str] = []
+    # Of a run that goes on from what it finds, later moments lie in later stages.
+    for turn in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(moment.uniform(4, max(seconds * (turn + 1) / kills, 20)))
+        process.send_signal(signal.SIGKILL)
+        _, said = process.communicate()
+        lines = [line.split()[0] for line in said.splitlines() if line.split()]
+        hit.append(lines[-1] if lines and process.returncode < 0 else "finished")
+        print(f"kill {turn + 1} in {hit[-1]}", flush=True)
+    last = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    kept = [line.split()[0] for line in last.stderr.splitlines() if "kept from an earlier run" in line]
+    equal = {name: file_digest(out / name) == whole[name] for name in OUTPUTS}
+    print(f"killed {kills} times, in {', '.join(sorted(set(hit)))}; the last run kept {', '.join(kept) or 'nothing'}")
+    different = [name for name, same in equal.items() if not same]
+    print(f"outputs equal to an undisturbed run's: {len(equal) - len(different)} of {len(equal)}; different: {different}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", choices=("cost", "flat", "speed", "resume"))
+    parser.add_argument("--model", type=Path, default=Path("dit-xl"))
+    parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--kills", type=int, default=20)
+    options = parser.parse_args()
+    model = model_folder(options.model, options.layers)
+    name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    print(f"{name}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory(dir=model.parent) as temporary:
+        folder = Path(temporary)
+        if options.table == "speed":
+            speed(model, folder, peers=options.peers)
+        elif options.table == "resume":
+            resume(model, folder, kills=options.kills)
+        else:
+            {"cost": cost, "flat": flat}[options.table](model, folder)
+
+
+if __name__ == "__main__":
+    main()

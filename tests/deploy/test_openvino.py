@@ -1,0 +1,108 @@
+"""OpenVINO as the provider: real builds, audited by its own list of kernels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import feed_of, load_graph, run_onnx, sqnr
+
+from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.deploy.backend import BackendError
+from dq_export.deploy.backends import backend_of
+from dq_export.deploy.openvino import OpenVino
+from dq_export.passes.base import run_passes
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.pipeline import canonical_passes
+
+BACKEND = OpenVino("fp32")
+
+
+def saved(path: Path, calibrated: Any, target: Path, *legalise: Any) -> Path:
+    graph = load_graph(path)
+    run_passes(graph, (*canonical_passes(*calibrated), *legalise))
+    ir.save(graph, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino")
+    model = saved(tiny_onnx, tiny_calibrated, folder / "model.onnx", *BACKEND.legalise(shared=True))
+    BACKEND.build(model, folder / "engine")
+    return folder
+
+
+def test_every_quantized_gemm_runs_in_integers(built: Path, tiny_calibrated: Any) -> None:
+    audit = BACKEND.audit(built / "model.onnx", built / "engine", tiny_calibrated[1])
+    assert audit.coverage == 1
+    assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == "w8a8"} <= {"FullyConnected i8", "FullyConnected u8"}
+    assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted != "w8a8")
+
+
+def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_so(
+    tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    model = saved(tiny_onnx, tiny_calibrated, tmp_path / "model.onnx")  # direct form
+    BACKEND.build(model, tmp_path / "engine")
+    audit = BACKEND.audit(model, tmp_path / "engine", tiny_calibrated[1])
+    assert audit.coverage == 0
+    assert all("it wants constant scales" in gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
+
+
+def test_it_computes_what_the_graph_says(tiny: Any, built: Path) -> None:
+    for timestep in (1, 400, 999):
+        feed = feed_of(tiny, timestep)
+        exact = run_onnx(built / "model.onnx", feed)
+        # Other float kernels move few activations over a rounding boundary, each by one code of 127.
+        assert sqnr(exact, BACKEND.load(built / "model.onnx")(feed)) > 35
+        np.testing.assert_allclose(
+            BACKEND.load(built / "model.onnx", batch=3)(feed), BACKEND.load(built / "model.onnx")(feed), atol=1e-2
+        )
+
+
+def test_the_session_is_described(built: Path) -> None:
+    described = json.loads((built / "engine" / "session.json").read_text())
+    assert described["providers"][0] == "OpenVINOExecutionProvider"
+    assert described["dtype"] == "fp32"
+    assert described["openvino"].startswith("20")
+
+
+def test_its_profile_names_integer_kernels(tiny: Any, built: Path) -> None:
+    spent = BACKEND.profile(built / "model.onnx", feed_of(tiny, samples=2))
+    assert any("FullyConnected" in name and "i8" in name for name in spent)
+    assert all(time > 0 for time in spent.values())
+
+
+@pytest.mark.parametrize("library", ["onnxruntime_ep_openvino", "openvino"])
+def test_a_missing_library_is_an_error(library: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        BackendError, match=rf"{library.replace('_', '-')} is not installed; pip install 'dq-export\[cpu,openvino\]'"
+    ):
+        BACKEND.build(built / "model.onnx", tmp_path / "engine")
+
+
+def test_what_no_backend_runs_together_is_an_error() -> None:
+    recipe = Recipe.parse({"model": "m", "dtype": "bf16"}, "test")
+    with pytest.raises(
+        RecipeError, match=r"--provider cpu --dtype bf16; it runs --provider cpu --dtype fp32; --provider openvino"
+    ):
+        backend_of(recipe)
+    found = backend_of(Recipe.parse({"model": "m", "dtype": "bf16", "provider": "openvino"}, "test"))
+    assert found == OpenVino("bf16")
+    assert backend_of(Recipe.parse({"model": "m", "format": "onnx"}, "test")) is None
+
+
+def test_bfloat16_costs_accuracy_but_not_the_integers(tiny: Any, built: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+    other = OpenVino("bf16")
+    other.build(built / "model.onnx", tmp_path / "engine")
+    assert other.audit(built / "model.onnx", tmp_path / "engine", tiny_calibrated[1]).coverage == 1
+    assert FactorScale() in other.legalise(shared=True)
+    feed = feed_of(tiny)
+    assert sqnr(run_onnx(built / "model.onnx", feed), other.load(built / "model.onnx")(feed)) > 20

@@ -1,0 +1,102 @@
+"""The float graph: traced from three blocks, with the checkpoint's own weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import feed_of, run_onnx, save_tiny
+
+from dq_export.families import dit
+from dq_export.families.float_graph import load
+from dq_export.families.source import load_reference
+from dq_export.passes.match import linears
+
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("deep"), num_layers=BLOCKS)
+
+
+def exported(folder: Path, target: Path) -> ir.Model:
+    target.mkdir(parents=True)
+    load_reference(str(folder)).export_onnx(target / "model.onnx", shared=True)
+    return load(target / "model.onnx")
+
+
+def test_repeated_blocks_are_those_of_tracing_them_all(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = feed_of(load_reference(str(deep)))
+    repeated = exported(deep, tmp_path / "repeated")
+    with monkeypatch.context() as patch:
+        patch.setattr(dit, "repeat_block", lambda *arguments: False)  # as for a network whose blocks are not alike
+        traced = exported(deep, tmp_path / "traced")
+    assert [node.op_type for node in repeated.graph] == [node.op_type for node in traced.graph]
+    names = {name for name in traced.graph.initializers if name.startswith("transformer.")}
+    assert {name for name in repeated.graph.initializers if name.startswith("transformer.")} == names
+    np.testing.assert_array_equal(
+        run_onnx(tmp_path / "repeated" / "model.onnx", feed), run_onnx(tmp_path / "traced" / "model.onnx", feed)
+    )
+
+
+def test_blocks_that_differ_are_all_traced(deep: Path, tmp_path: Path) -> None:
+    import torch
+
+    reference: Any = load_reference(str(deep))
+    reference.model.transformer_blocks[2].norm3 = torch.nn.Identity()
+    feed = feed_of(reference)
+    reference.export_onnx(tmp_path / "model.onnx", shared=True)
+    exact, found = reference.forward(feed), run_onnx(tmp_path / "model.onnx", feed)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_float32_weights_are_a_link_to_the_checkpoint(deep: Path, tmp_path: Path) -> None:
+    exported(deep, tmp_path / "out")
+    link = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    assert os.path.samefile(link, deep / "transformer" / link.name)
+    written = (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert written < link.stat().st_size / 10, "only what the checkpoint does not hold"
+
+
+def test_where_there_are_no_links_the_weights_are_copied(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    exported(deep, tmp_path / "out")
+    copy = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    assert copy.stat().st_nlink == 1
+    assert copy.read_bytes() == (deep / "transformer" / copy.name).read_bytes()
+
+
+def test_half_precision_weights_are_written_as_float32(deep: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(deep, tmp_path / "half")
+    path = tmp_path / "half" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    exported(tmp_path / "half", tmp_path / "out")
+    assert not (tmp_path / "out" / path.name).exists()
+    reference = load_reference(str(tmp_path / "half"))
+    feed = feed_of(reference)
+    exact = reference.forward(feed)
+    np.testing.assert_allclose(run_onnx(tmp_path / "out" / "model.onnx", feed), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_every_linear_of_every_block_is_named_as_in_pytorch(deep: Path, tmp_path: Path) -> None:
+    from dq_export.passes.base import run_passes
+    from dq_export.passes.fold_transpose import FoldTranspose
+
+    reference = load_reference(str(deep))
+    model = exported(deep, tmp_path / "out")
+    run_passes(model, [FoldTranspose()])
+    found = linears(model)
+    assert set(found) == set(reference.linears)
+    for name, linear in found.items():
+        np.testing.assert_array_equal(linear.weight(), reference.weight(name))

@@ -1,0 +1,117 @@
+"""Calibration on several processes, in little memory, and ended in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FEW = ("--calib-size", "20", "--steps", "6")
+
+
+def calibrate(out: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
+    start = [sys.executable, *(torchrun if processes > 1 else []), "-m", "dq_export", "calibrate"]
+    command = [*start, "--model", "dit-digits", "-o", str(out), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_two_processes_give_the_file_of_one_bit_for_bit(method: str, tmp_path: Path) -> None:
+    words = (*FEW, "--method", method)  # three batches: one process samples two of them
+    finish(calibrate(tmp_path / "one", *words))
+    finish(calibrate(tmp_path / "two", *words, processes=2))
+    name = "calibration.safetensors"
+    assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    said = finish(calibrate(tmp_path / "two", *words, processes=2))
+    assert "calibrate done: 24 inputs" in said
+    assert "kept from an earlier run" in said
+
+
+def workers(torchrun: int) -> dict[int, int]:
+    """Process id by rank of the processes that torchrun started."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        ranks = [int(item.split(b"=")[1]) for item in environment if item.startswith(b"RANK=")]
+        if parent == torchrun and ranks:
+            found[ranks[0]] = int(entry.name)
+    return found
+
+
+def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path: Path) -> None:
+    words = ("--calib-size", "64", "--steps", "25")
+    process = calibrate(tmp_path / "out", *words, processes=2)
+    journal = tmp_path / "out" / ".calibration" / "journal.0.json"
+    deadline = time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process of the run" in said
+    assert journal.exists()
+    before = journal.stat().st_mtime_ns
+    said = finish(calibrate(tmp_path / "out", *words, processes=2))
+    assert before > 0
+    assert not journal.exists(), "what was gathered is deleted with the calibration finished"
+    finish(calibrate(tmp_path / "alone", *words))
+    name = "calibration.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_calibration_that_was_killed_goes_on_behind_its_finished_batches(tmp_path: Path) -> None:
+    words = ("--calib-size", "64", "--steps", "25")
+    process = calibrate(tmp_path / "out", *words)
+    journal = tmp_path / "out" / ".calibration" / "journal.0.json"
+    deadline = time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert journal.exists()
+    finish(calibrate(tmp_path / "out", *words))
+    finish(calibrate(tmp_path / "alone", *words))
+    name = "calibration.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_only_a_calibration_is_shared(tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "dq_export", "--model", "dit-digits", "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "2 processes share only a calibration: run `torchrun" in done.stderr
+
+
+def peak(out: Path, pictures: int, steps: int) -> float:
+    """MB that a calibration of dit-digits takes at most."""
+    process = calibrate(out, "--calib-size", str(pictures), "--steps", str(steps), "--guidance-scale", "1", "--quiet")
+    assert process.stdout
+    with process.stdout:
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024 / 1e6
+
+
+def test_memory_grows_neither_with_the_pictures_nor_with_the_steps(tmp_path: Path) -> None:
+    """Kept for each step in memory, as (low, high) of 8,064 channels, 500 steps would take 32 MB more; rows far more."""
+    least = peak(tmp_path / "least", 8, 4)
+    assert peak(tmp_path / "pictures", 64, 4) < least + 12
+    assert peak(tmp_path / "steps", 8, 500) < least + 12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +73,12 @@ class TorchGroup:
         """
         return self._reduce(values, "SUM")
 
+    def leave(self) -> None:
+        """End the connection; every process calls it when all is done."""
+        import torch
+
+        torch.distributed.destroy_process_group()
+
     def _reduce(self, values: Array, how: str) -> Array:
         import torch
 
@@ -94,6 +99,4 @@ def join_group() -> TorchGroup:
     import torch
 
     torch.distributed.init_process_group("gloo")
-    size = torch.distributed.get_world_size()
-    torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))  # they may share one machine
-    return TorchGroup(torch.distributed.get_rank(), size)
+    return TorchGroup(torch.distributed.get_rank(), torch.distributed.get_world_size())

@@ -49,6 +49,12 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
     return _dilated(_room(np.abs(weight)), activation_amax, rho)
 
 
+def _product(rows: Float32, weight: Float32) -> npt.NDArray[np.float64]:
+    """rows @ weight.T, summed in float64: exact for codes, and in any order equal to more digits than are kept."""
+    product: npt.NDArray[np.float64] = rows.astype(np.float64) @ weight.T.astype(np.float64)
+    return product
+
+
 def _room(magnitude: Float32) -> Float32:
     """float32[K]: min over rows of amax_row / |W|, from |W|[out, K]; at most MAX_SCALE, and 1 for a column of zeros."""
     row_amax = magnitude.max(axis=1, keepdims=True)
@@ -136,7 +142,7 @@ class _Trial:
             room=_room(magnitude),
             column_amax=magnitude.max(axis=0),
             weight=few,
-            signal=float(np.square(statistics.rows @ few.T, dtype=np.float64).sum()),
+            signal=float(np.square(_product(statistics.rows, few)).sum()),
         )
 
     def measure(self, rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
@@ -158,9 +164,10 @@ class _Trial:
         folded = self.weight * in_scale
         step = weight_scale(folded)[:, None]
         rounded = np.rint(folded / step)
-        error = moved @ self.weight.T - (codes @ rounded.T) * (scale * step.T)
-        relative = float(np.square(error, dtype=np.float64).sum() / max(self.signal, 1e-30))
-        return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=relative)
+        error = _product(moved, self.weight) - _product(codes, rounded) * (scale * step.T)
+        relative = float(np.square(error).sum() / max(self.signal, 1e-30))
+        # Six digits: the order of the sums above, which threads change, is far below them.
+        return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float(f"{relative:.6g}"))
 
     def _in_scale(self, name: str, strength: float, in_shift: Float32) -> Float32:
         high, low = self.statistics.high, self.statistics.low

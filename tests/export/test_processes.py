@@ -55,7 +55,7 @@ def workers(torchrun: int) -> dict[int, int]:
 
 
 def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path: Path) -> None:
-    words = ("--calib-size", "64", "--steps", "25")
+    words = ("--calib-size", "40", "--steps", "12")
     process = calibrate(tmp_path / "out", *words, processes=2)
     journal = tmp_path / "out" / ".calibration" / "journal.0.json"
     deadline = time.monotonic() + 120
@@ -76,7 +76,7 @@ def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path
 
 
 def test_a_calibration_that_was_killed_goes_on_behind_its_finished_batches(tmp_path: Path) -> None:
-    words = ("--calib-size", "64", "--steps", "25")
+    words = ("--calib-size", "40", "--steps", "12")
     process = calibrate(tmp_path / "out", *words)
     journal = tmp_path / "out" / ".calibration" / "journal.0.json"
     deadline = time.monotonic() + 120

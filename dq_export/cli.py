@@ -114,14 +114,15 @@ def _export(until: str, options: dict[str, Any]) -> None:
             raise
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    if report is not None and how["as_json"]:
+        print(report.model_dump_json(indent=1))
+    elif report is not None:
+        summarize(report, folder, verbose=how["verbose"])
     if group.size > 1:
         group.leave()
-    if report is None:
-        return
-    if how["as_json"]:
-        print(report.model_dump_json(indent=1))
-    else:
-        summarize(report, folder, verbose=how["verbose"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # all is on disk; gloo's threads sometimes abort a process that ends by itself
 
 
 def _order_sums() -> None:

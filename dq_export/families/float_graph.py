@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dq_export.passes.match import SCOPES
+
 INLINE = 1024
 """Bytes up to which a tensor stays in the graph file."""
 
@@ -45,6 +47,7 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
         )
     assert program is not None
     model: ir.Model = program.model
+    _forget_sources(model)
     _name_transposed(model, network.state_dict())
     return model
 
@@ -98,6 +101,15 @@ def load(path: Path) -> ir.Model:
         content = files[name][start : start + tensor.nbytes].view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
         initializer.const_value = ir.tensor(content, name=tensor.name)
     return model
+
+
+def _forget_sources(model: ir.Model) -> None:
+    """Keep of the exporter's notes the module names alone: stack traces hold this machine's paths, so bytes would differ."""
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[SCOPES] = scopes
 
 
 def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:

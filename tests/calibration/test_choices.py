@@ -174,8 +174,8 @@ def test_auto_prefers_none_on_a_tie() -> None:
     rows[::2] *= -1
     weight = np.eye(4, dtype=np.float32)
     result = choose_scaling(statistics(rows), weight, RECIPE, quantized=np.ones(4, dtype=bool))
-    assert result.method == "none"  # every candidate is exact here
-    assert result.error == 0
+    assert result.method == "none"  # every candidate is exact here, but for the rounding of float32 scales
+    assert result.error < 1e-15
 
 
 def test_a_shift_centres_one_sided_channels() -> None:

@@ -56,6 +56,14 @@ def test_blocks_that_differ_are_all_traced(deep: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
+def test_the_graph_does_not_name_the_machine_that_it_was_made_on(deep: Path, tmp_path: Path) -> None:
+    import torch
+
+    exported(deep, tmp_path / "out")
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content
+
+
 def test_float32_weights_are_a_link_to_the_checkpoint(deep: Path, tmp_path: Path) -> None:
     exported(deep, tmp_path / "out")
     link = tmp_path / "out" / "diffusion_pytorch_model.safetensors"

@@ -100,26 +100,33 @@ def flat(model: Path, temporary: Path) -> None:
 
 def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     """Latency of one call of batch 2, engines in turn, each warm."""
+    from dq_export.deploy.backend import BackendError
     from dq_export.deploy.latency import measure
     from dq_export.deploy.openvino import OpenVino
     from dq_export.deploy.ort import ORT
     from dq_export.families.source import load_reference
 
-    cpu, other = temporary / "cpu", temporary / "openvino"
+    cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
-    shutil.copytree(cpu, other)
-    export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
     reference = load_reference(str(model))
     engines: dict[str, Any] = {
         "PyTorch fp32": reference.forward,
         "PyTorch bf16": reference.in_dtype("bf16"),
         "ONNX Runtime fp32": ORT.load(cpu / "float" / "model.onnx"),
         "dq-export W8A8, ONNX Runtime CPU": ORT.load(cpu / "model.onnx"),
-        "OpenVINO fp32": OpenVino("fp32").load(cpu / "float" / "model.onnx", batch=2),
-        "OpenVINO bf16": OpenVino("bf16").load(cpu / "float" / "model.onnx", batch=2),
-        "dq-export W8A8, OpenVINO, rest fp32": OpenVino("fp32").load(other / "model.onnx", batch=2),
-        "dq-export W8A8, OpenVINO, rest bf16": OpenVino("bf16").load(other / "model.onnx", batch=2),
     }
+    try:
+        OpenVino().require()
+    except BackendError as error:
+        print(f"without OpenVINO: {error}")
+    else:
+        other = temporary / "openvino"
+        shutil.copytree(cpu, other)
+        export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
+        for dtype in ("fp32", "bf16"):
+            openvino = OpenVino(dtype)
+            engines[f"OpenVINO {dtype}"] = openvino.load(cpu / "float" / "model.onnx", batch=2)
+            engines[f"dq-export W8A8, OpenVINO, rest {dtype}"] = openvino.load(other / "model.onnx", batch=2)
     if peers:
         engines["onnxruntime quantize_static"] = ORT.load(quantize_static(cpu / "float" / "model.onnx", temporary))
     taken = measure(engines, feed_of(reference.feed_shape), rounds=15)

@@ -48,6 +48,13 @@ class Backend(Protocol):
     def dtype(self) -> str:
         """As given to --dtype: the float type of what is not quantized."""
 
+    def require(self) -> None:
+        """Ask for all that a build and a run need, before anything costly is done.
+
+        Raises:
+            BackendError: a library is missing, or does not serve this machine.
+        """
+
     def shared_timesteps(self, wanted: str) -> bool:
         """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class OpenVino:
     @property
     def _config(self) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
+
+    def require(self) -> None:
+        """See `Backend.require`."""
+        _openvino()
+        _devices(onnxruntime())
 
     def shared_timesteps(self, wanted: str) -> bool:
         """Shared unless asked for otherwise."""
@@ -116,19 +122,25 @@ class OpenVino:
 def _devices(ort: Any) -> list[Any]:
     try:
         import onnxruntime_ep_openvino as plugin
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(f"onnxruntime-ep-openvino is not installed; {INSTALL}") from error
+    _register(ort, plugin.get_library_path())
     found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
-    if not found:
-        ort.register_execution_provider_library("openvino", plugin.get_library_path())
-        found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
-    return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
+    devices = [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
+    if not devices:
+        raise BackendError("OpenVINO's plugin takes Intel processors only, and this is none; pass --provider cpu")
+    return devices
+
+
+@cache
+def _register(ort: Any, library: str) -> None:
+    ort.register_execution_provider_library("openvino", library)
 
 
 def _openvino() -> Any:
     try:
         import openvino
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(f"openvino is not installed; {INSTALL}") from error
     return openvino
 

@@ -47,6 +47,10 @@ class Ort:
     provider: str = "cpu"
     dtype: str = "fp32"
 
+    def require(self) -> None:
+        """See `Backend.require`."""
+        onnxruntime()
+
     def shared_timesteps(self, wanted: str) -> bool:
         """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
         return wanted != "per-sample"
@@ -129,7 +133,7 @@ def onnxruntime() -> Any:
     """
     try:
         import onnxruntime as library
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(
             "onnxruntime is not installed; `pip install onnxruntime` (extra 'cpu'), needed to build and verify"
         ) from error

@@ -92,8 +92,10 @@ def run(
     watch.begin("load", recipe.model)
     start = time.monotonic()
     stages = fitting(locate(recipe.model), max_memory, STAGES[: STAGES.index(until) + 1])
-    reference = load_reference(recipe.model)
     backend = backend_of(recipe)
+    if backend and "build" in stages:
+        backend.require()
+    reference = load_reference(recipe.model)
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)

@@ -21,6 +21,7 @@ from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes
 
 BACKEND = OpenVino("fp32")
+INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 def saved(path: Path, calibrated: Any, target: Path, *legalise: Any) -> Path:
@@ -32,6 +33,8 @@ def saved(path: Path, calibrated: Any, target: Path, *legalise: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not INTEL:
+        pytest.skip("OpenVINO's plugin takes Intel processors only")
     folder = tmp_path_factory.mktemp("openvino")
     model = saved(tiny_onnx, tiny_calibrated, folder / "model.onnx", *BACKEND.legalise(shared=True))
     BACKEND.build(model, folder / "engine")
@@ -45,6 +48,7 @@ def test_every_quantized_gemm_runs_in_integers(built: Path, tiny_calibrated: Any
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted != "w8a8")
 
 
+@pytest.mark.skipif(not INTEL, reason="OpenVINO's plugin takes Intel processors only")
 def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_so(
     tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
 ) -> None:
@@ -80,12 +84,19 @@ def test_its_profile_names_integer_kernels(tiny: Any, built: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ["onnxruntime_ep_openvino", "openvino"])
-def test_a_missing_library_is_an_error(library: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_an_error(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
         BackendError, match=rf"{library.replace('_', '-')} is not installed; pip install 'dq-export\[cpu,openvino\]'"
     ):
-        BACKEND.build(built / "model.onnx", tmp_path / "engine")
+        BACKEND.require()
+
+
+@pytest.mark.skipif(INTEL, reason="OpenVINO's plugin takes this processor")
+def test_a_processor_that_the_plugin_refuses_is_an_error() -> None:
+    for _ in range(2):
+        with pytest.raises(BackendError, match="takes Intel processors only, and this is none; pass --provider cpu"):
+            BACKEND.require()
 
 
 def test_what_no_backend_runs_together_is_an_error() -> None:

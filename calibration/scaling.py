@@ -13,11 +13,14 @@ from .ranges import weight_scale
 from .recipe import Recipe
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
 AUTO_RHO = (1.0, 2.0, 4.0)
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 OUTPUTS = 256
 """Outputs of a site that a candidate is measured on."""
+EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
+"""Products of two codes whose sum float32 holds exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,9 +52,19 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
     return _dilated(_room(np.abs(weight)), activation_amax, rho)
 
 
-def _product(rows: Float32, weight: Float32) -> npt.NDArray[np.float64]:
-    """rows @ weight.T, summed in float64: exact for codes, and in any order equal to more digits than are kept."""
-    product: npt.NDArray[np.float64] = rows.astype(np.float64) @ weight.T.astype(np.float64)
+def _product(rows: Float32, weight: Float32) -> Float64:
+    """rows @ weight.T, summed in float64: in any order equal to more digits than are kept."""
+    product: Float64 = rows.astype(np.float64) @ weight.T.astype(np.float64)
+    return product
+
+
+def _code_product(left: Float32, right: Float32) -> Float64:
+    """left @ right.T of int8 codes held as float32. Exact: sums of 1024 products stay below 2^24, and those are summed in
+    float64."""
+    product = np.zeros((len(left), len(right)))
+    for start in range(0, left.shape[1], EXACT_TERMS):
+        part = slice(start, start + EXACT_TERMS)
+        product += left[:, part] @ right[:, part].T
     return product
 
 
@@ -122,14 +135,14 @@ class _Trial:
         room: float32[K], how far each column can grow within its rows' ranges (weight dilation's d).
         column_amax: float32[K], max |W| of each column.
         weight: float32[at most 256, K], the outputs that are computed.
-        signal: sum of (W x)^2 over kept rows and outputs.
+        exact: float64[rows, outputs], W x of the kept rows.
     """
 
     statistics: SiteStatistics
     room: Float32
     column_amax: Float32
     weight: Float32
-    signal: float
+    exact: Float64
 
     @staticmethod
     def of(statistics: SiteStatistics, weight: Float32) -> _Trial:
@@ -142,7 +155,7 @@ class _Trial:
             room=_room(magnitude),
             column_amax=magnitude.max(axis=0),
             weight=few,
-            signal=float(np.square(_product(statistics.rows, few)).sum()),
+            exact=_product(statistics.rows, few),
         )
 
     def measure(self, rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
@@ -164,8 +177,8 @@ class _Trial:
         folded = self.weight * in_scale
         step = weight_scale(folded)[:, None]
         rounded = np.rint(folded / step)
-        error = _product(moved, self.weight) - _product(codes, rounded) * (scale * step.T)
-        relative = float(np.square(error).sum() / max(self.signal, 1e-30))
+        error = self.exact - _product(in_shift[None], self.weight) - _code_product(codes, rounded) * (scale * step.T)
+        relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
         # Six digits: the order of the sums above, which threads change, is far below them.
         return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float(f"{relative:.6g}"))
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {"calibration": 1, "passes": 2, "deploy": 3, "dq_export": 4}
 THIRD_PARTY = {
-    "calibration": {"numpy", "pydantic", "yaml"},
+    "calibration": {"numpy", "pydantic", "threadpoolctl", "yaml"},
     "passes": {"numpy", "onnx_ir"},
     "deploy": {"numpy", "onnx_ir"},
     "dq_export": {"numpy", "onnx_ir", "pydantic"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .denoiser import InputSite
+from .qtypes import QUANT_TYPES
 from .scales import ScaleTable, TimestepBins
 
 Float32 = npt.NDArray[np.float32]
-FORMAT = "dq-export calibration 1"
+FORMAT = "dq-export calibration 2"
 
 
 class CalibrationError(Exception):
@@ -65,13 +66,17 @@ class CalibrationResult:
     Args:
         sites: plan by site name, in execution order.
         weight_scale: by linear, float32[out] (per output channel, amax / 127 of the folded row) for W8A8 linears, or
-            float32[in / block, out] for weight-only linears.
+            float32[in / block, out] for weight-only and w4a16 linears.
+        reach: by linear with quantized activations, a bound of |sum of products of codes|: the greatest length of a row of
+            activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
+            out in float16 must keep it in range.
         provenance: model hash, seed, sampler, samples, versions.
     """
 
     sites: Mapping[str, SitePlan]
     weight_scale: Mapping[str, Float32]
     provenance: Mapping[str, str]
+    reach: Mapping[str, float] = field(default_factory=dict)
 
     def bins(self) -> TimestepBins:
         """The coarsest bins that refine those of every table."""
@@ -91,10 +96,12 @@ class CalibrationResult:
             tensors[f"{name}.in_shift"] = plan.in_shift
             tensors[f"{name}.activation.scale"] = plan.activation.scale
             edges = plan.activation.bins.edges
-            described.append({"site": asdict(plan.site), "method": plan.method, "error": plan.error, "edges": edges})
+            entry = {"site": asdict(plan.site), "method": plan.method, "error": plan.error, "edges": edges}
+            described.append({**entry, "type": plan.activation.qtype.name})
         tensors |= {f"{name}.weight.scale": scale for name, scale in self.weight_scale.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
-        plan_text = json.dumps({"format": FORMAT, "sites": described, "provenance": dict(self.provenance)}, sort_keys=True)
+        header = {"format": FORMAT, "sites": described, "provenance": dict(self.provenance), "reach": dict(self.reach)}
+        plan_text = json.dumps(header, sort_keys=True)
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"dq_export": plan_text})
 
     @staticmethod
@@ -114,19 +121,19 @@ class CalibrationResult:
             raise CalibrationError(f"{path}: not a readable calibration file ({error}); delete it and calibrate again") from error
         if header.get("format") != FORMAT:
             raise CalibrationError(f"{path}: expected '{FORMAT}', found {header.get('format')!r}; calibrate again")
-        sites = {}
+        sites, types = {}, {qtype.name: qtype for qtype in QUANT_TYPES}
         for entry in header["sites"]:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["site"].items()}
             site = InputSite(**fields)
-            bins = TimestepBins(edges=tuple(entry["edges"]))
+            bins, qtype = TimestepBins(edges=tuple(entry["edges"])), types[entry["type"]]
             sites[site.name] = SitePlan(
                 site=site,
                 method=entry["method"],
                 error=entry["error"],
                 in_scale=tensors[f"{site.name}.in_scale"],
                 in_shift=tensors[f"{site.name}.in_shift"],
-                activation=ScaleTable(scale=tensors[f"{site.name}.activation.scale"], bins=bins),
+                activation=ScaleTable(scale=tensors[f"{site.name}.activation.scale"], bins=bins, qtype=qtype),
             )
         suffix = ".weight.scale"
         weights = {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
-        return CalibrationResult(sites=sites, weight_scale=weights, provenance=header["provenance"])
+        return CalibrationResult(sites=sites, weight_scale=weights, provenance=header["provenance"], reach=header["reach"])

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .qtypes import INT8, QuantType
 from .scales import ScaleTable, TimestepBins
 
 Float64 = npt.NDArray[np.float64]
@@ -47,7 +48,9 @@ def partition(scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-s
     return sorted(result)
 
 
-def build_table(timesteps: Float64, scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-step"]) -> ScaleTable:
+def build_table(
+    timesteps: Float64, scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-step"], qtype: QuantType = INT8
+) -> ScaleTable:
     """The scale table of one site. Edges lie half way between the calibrated timesteps on either side,
     rounded to float32, in which the graph compares.
 
@@ -62,7 +65,7 @@ def build_table(timesteps: Float64, scale: npt.NDArray[np.float32], bins: int | 
     starts = partition(value, bins)
     edges = tuple(float(np.float32((ordered[i - 1] + ordered[i]) / 2)) for i in starts[1:])
     merged = [value[a:b].max() for a, b in zip(starts, [*starts[1:], len(value)], strict=True)]
-    return ScaleTable(scale=np.asarray(merged, dtype=np.float32), bins=TimestepBins(edges=edges))
+    return ScaleTable(scale=np.asarray(merged, dtype=np.float32), bins=TimestepBins(edges=edges), qtype=qtype)
 
 
 def _merge_costs(scale: Float64) -> Float64:

@@ -17,6 +17,7 @@ from .bins import build_table
 from .collect import Progress, Sampling, SiteStatistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
 from .group import ALONE, ProcessGroup
+from .qtypes import QuantType
 from .ranges import METHODS, block_scale, weight_scale
 from .recipe import Recipe, Rule
 from .scaling import Scaling, choose_scaling
@@ -51,7 +52,11 @@ def calibrate(
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
-    sites = tuple(site for site in denoiser.sites if any(assigned[name].action == "w8a8" for name in site.linears))
+    types = activation_types(denoiser.sites, assigned)
+    sites = tuple(site for site in denoiser.sites if site.name in types)
+    if not sites:  # only weights are quantized
+        scales = weight_scales(denoiser, {}, assigned, progress)
+        return None if group.rank > 0 else CalibrationResult(sites={}, weight_scale=scales, provenance=provenance)
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
     if group.rank > 0 and recipe.method == "minmax":
@@ -59,7 +64,7 @@ def calibrate(
 
     def decide(site: InputSite) -> tuple[Scaling, Float32]:
         item = statistics[site.name]
-        scaling = _choose(site, item, denoiser, recipe, assigned)
+        scaling = _choose(site, item, denoiser, recipe, assigned, types[site.name])
         return scaling, item.amax(scaling.in_scale, scaling.in_shift)
 
     decided = dict(zip(names, parallel(decide, sites, progress), strict=True))
@@ -74,17 +79,47 @@ def calibrate(
     plans = {}
     for site in sites:
         name, scaling = site.name, decided[site.name][0]
-        scale = METHODS[recipe.method](amax[name], counts[name] if counts else NO_COUNTS, recipe)
+        scale = METHODS[recipe.method](amax[name], counts[name] if counts else NO_COUNTS, recipe, types[name])
         plans[name] = SitePlan(
             site=site,
             method=scaling.method,
             error=scaling.error,
             in_scale=scaling.in_scale,
             in_shift=scaling.in_shift,
-            activation=build_table(statistics.timesteps, scale, recipe.bins),
+            activation=build_table(statistics.timesteps, scale, recipe.bins, types[name]),
         )
     scales = weight_scales(denoiser, plans, assigned, progress)
-    return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance)
+    touching = _touching(plans)
+
+    def measure(site: InputSite) -> dict[str, float]:
+        longest = _longest(plans[site.name], statistics[site.name])
+        norms = {name: _longest_row(denoiser, name, touching[name], scales[name]) for name in site.linears if name in scales}
+        return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
+
+    reach = {name: item for found in parallel(measure, sites, progress) for name, item in found.items()}
+    return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance, reach=reach)
+
+
+def activation_types(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, QuantType]:
+    """By site: what its input is quantized to; sites that stay float are left out.
+
+    Raises:
+        CalibrationError: readers of one input want different types; all of them in one message.
+    """
+    found: dict[str, QuantType] = {}
+    wrong = []
+    for site in sites:
+        rules = [assigned[name] for name in site.linears]
+        actions = {rule.action: qtype for rule in rules if (qtype := rule.activation)}
+        if len(actions) > 1:
+            wrong.append(
+                f"{', '.join(site.linears)} read one input, which cannot be {' and '.join(actions)}; give them one action"
+            )
+        for qtype in actions.values():
+            found[site.name] = qtype
+    if wrong:
+        raise CalibrationError("\n".join(wrong))
+    return found
 
 
 def parallel(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> list[Result]:
@@ -112,13 +147,15 @@ def weight_scales(
     touching = _touching(plans)
 
     def measure(name: str) -> Float32 | str:
-        weight = folded_weight(denoiser.weight(name), name, touching.get(name, ()))
-        if assigned[name].action == "w8a8":
-            return weight_scale(weight)
+        weight, qtype = folded_weight(denoiser.weight(name), name, touching.get(name, ())), assigned[name].weight
+        assert qtype is not None
+        if assigned[name].activation:
+            return weight_scale(weight, qtype)
         width = weight.shape[1]
-        block = next((size for size in BLOCK_SIZES if width % size == 0), 0)
+        least = 2 if qtype.bits == 4 else 1  # TensorRT unpacks a single block of int4 outside the GEMM
+        block = next((size for size in BLOCK_SIZES if width % size == 0 and width // size >= least), 0)
         if block:
-            return block_scale(weight, block)
+            return block_scale(weight, block, qtype)
         return f"'{name}' has {width} inputs, which no block size of {BLOCK_SIZES} divides; make it float"
 
     found = dict(zip(names, parallel(measure, names, progress), strict=True))
@@ -147,6 +184,20 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
     return weight
 
 
+def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
+    """The greatest Euclidean length of a kept row's codes."""
+    steps = plan.activation.scale[plan.activation.bins.index(statistics.timesteps[statistics.row_step])]
+    rows = (statistics.rows - plan.in_shift) / (plan.in_scale * steps[:, None])
+    return float(np.linalg.norm(rows, axis=1).max())
+
+
+def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale: Float32) -> float:
+    """The greatest Euclidean length of an output channel's codes."""
+    if scale.ndim > 1:
+        return 0.0
+    return float((np.linalg.norm(folded_weight(denoiser.weight(name), name, plans), axis=1) / scale).max())
+
+
 def _touching(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
     """By linear: the plans whose scaling is folded into its weight."""
     found: dict[str, list[SitePlan]] = {}
@@ -169,10 +220,15 @@ def _refuse_constant(amax: Mapping[str, Float32]) -> None:
 
 
 def _choose(
-    site: InputSite, statistics: SiteStatistics, denoiser: Denoiser, recipe: Recipe, assigned: Mapping[str, Rule]
+    site: InputSite,
+    statistics: SiteStatistics,
+    denoiser: Denoiser,
+    recipe: Recipe,
+    assigned: Mapping[str, Rule],
+    qtype: QuantType,
 ) -> Scaling:
     weights = [denoiser.weight(name) for name in site.linears]
     quantized = np.concatenate(
-        [np.full(len(w), assigned[name].action == "w8a8") for name, w in zip(site.linears, weights, strict=True)]
+        [np.full(len(w), assigned[name].activation is not None) for name, w in zip(site.linears, weights, strict=True)]
     )
-    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized)
+    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, qtype=qtype)

@@ -4,26 +4,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantType:
-    """An integer element type. A real value is `scale * (code - zero_point)` with `qmin <= code <= qmax`.
+    """An element type of codes. A real value is `scale * (code - zero_point)` with `qmin <= code <= qmax`.
 
-    Exactness: lossy by design; the rounding error of a value inside the range is at most scale / 2.
-    Source: ONNX QuantizeLinear. `qmin` is -127 for int8, so that codes are symmetric and `scale = amax / 127`
-    (ONNX itself would allow -128).
+    Exactness: lossy by design; the rounding error of an integer type inside the range is at most scale / 2, that of a
+    float type with m mantissa bits 2^-(m+1) of the value.
+    Source: ONNX QuantizeLinear; OCP OFP8 for E4M3. `qmin` is -127 for int8 and -7 for int4, so that codes are symmetric
+    and `scale = amax / qmax` (ONNX itself would allow -128 and -8).
+
+    Args:
+        name: as ONNX and numpy's extension types call it.
+        mantissa: bits of a float type's mantissa; 0 for integers.
+        least: exponent of a float type's least normal number.
     """
 
     name: str
     bits: int
     qmin: int
     qmax: int
-    zero_point: int
+    zero_point: int = 0
+    mantissa: int = 0
+    least: int = 0
+
+    def round(self, values: Float32) -> Float32:
+        """float32: each value (already divided by its scale) as the nearest code, ties to even, clipped."""
+        if self.mantissa:
+            exponent = np.maximum(np.frexp(values)[1] - 1, self.least) - self.mantissa
+            rounded = np.ldexp(np.rint(np.ldexp(values, -exponent)), exponent)
+        else:
+            rounded = np.rint(values)
+        clipped: Float32 = np.clip(rounded, self.qmin, self.qmax, out=rounded)
+        return clipped
 
 
-INT8 = QuantType(name="int8", bits=8, qmin=-127, qmax=127, zero_point=0)
+INT8 = QuantType(name="int8", bits=8, qmin=-127, qmax=127)
 UINT8 = QuantType(name="uint8", bits=8, qmin=1, qmax=255, zero_point=128)
-QUANT_TYPES = (INT8, UINT8)
+INT4 = QuantType(name="int4", bits=4, qmin=-7, qmax=7)
+FP8 = QuantType(name="float8_e4m3fn", bits=8, qmin=-448, qmax=448, mantissa=3, least=-6)
+QUANT_TYPES = (INT8, UINT8, INT4, FP8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .qtypes import INT8
+from .qtypes import INT8, QuantType
 from .recipe import Recipe
 
 Float32 = npt.NDArray[np.float32]
@@ -15,57 +15,61 @@ Int64 = npt.NDArray[np.int64]
 CLIP_RATIOS = np.linspace(0.3, 1.0, 71)
 
 
-def minmax(amax: Float32, counts: Int64, recipe: Recipe) -> Float32:
-    """scale[t] = amax[t] / 127: nothing is clipped."""
-    scale: Float32 = (amax / INT8.qmax).astype(np.float32)
+def minmax(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -> Float32:
+    """scale[t] = amax[t] / qmax: nothing is clipped."""
+    scale: Float32 = (amax / qtype.qmax).astype(np.float32)
     return scale
 
 
-def percentile(amax: Float32, counts: Int64, recipe: Recipe) -> Float32:
-    """scale[t] = p / 127, p the upper edge of the histogram cell that holds the percentile of |x| at timestep t.
+def percentile(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -> Float32:
+    """scale[t] = p / qmax, p the upper edge of the histogram cell that holds the percentile of |x| at timestep t.
 
     Exactness: within one cell, amax[t] / 2048.
     """
     cumulated = np.cumsum(counts, axis=1)
     reached = cumulated >= np.ceil(cumulated[:, -1:] * (recipe.percentile / 100.0))
     cell = reached.argmax(axis=1) + 1
-    scale: Float32 = (amax * (cell / counts.shape[1]) / INT8.qmax).astype(np.float32)
+    scale: Float32 = (amax * (cell / counts.shape[1]) / qtype.qmax).astype(np.float32)
     return scale
 
 
-def mse(amax: Float32, counts: Int64, recipe: Recipe) -> Float32:
-    """scale[t] = r * amax[t] / 127 with the ratio r in 0.30 … 1.00 of the least mean squared error at timestep t.
+def mse(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -> Float32:
+    """scale[t] = r * amax[t] / qmax with the ratio r in 0.30 … 1.00 of the least mean squared error at timestep t.
 
     The error of a cell is that of its centre: clipping error above r * amax, else the rounding error of the centre.
-    Cells are 2048 and codes 127, so a code covers 16 cells at r = 1 and 5 at r = 0.3.
+    Cells are 2048 and int8 codes 127, so a code covers 16 cells at r = 1 and 5 at r = 0.3.
     """
     cells = counts.shape[1]
     centre = (np.arange(cells) + 0.5) / cells
     errors = []
     for ratio in CLIP_RATIOS:
-        step = ratio / INT8.qmax
-        rounded = np.minimum(np.rint(centre / step), INT8.qmax) * step
+        step = ratio / qtype.qmax
+        rounded = qtype.round((centre / step).astype(np.float32)) * step
         errors.append(counts @ (centre - rounded) ** 2)
     best = CLIP_RATIOS[np.argmin(np.asarray(errors), axis=0)]
-    scale: Float32 = (amax * best / INT8.qmax).astype(np.float32)
+    scale: Float32 = (amax * best / qtype.qmax).astype(np.float32)
     return scale
 
 
-METHODS: dict[str, Callable[[Float32, Int64, Recipe], Float32]] = {"minmax": minmax, "percentile": percentile, "mse": mse}
-"""By name: (amax float32[T], counts int64[T, cells] of |x| over [0, amax], recipe) -> scale float32[T]."""
+METHODS: dict[str, Callable[[Float32, Int64, Recipe, QuantType], Float32]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+}
+"""By name: (amax float32[T], counts int64[T, cells] of |x| over [0, amax], recipe, element type) -> scale float32[T]."""
 
 
-def weight_scale(weight: Float32) -> Float32:
-    """float32[out]: amax / 127 of each output channel (row) of weight[out, in]; an all-zero row gets 1.
+def weight_scale(weight: Float32, qtype: QuantType = INT8) -> Float32:
+    """float32[out]: amax / qmax of each output channel (row) of weight[out, in]; an all-zero row gets 1.
 
     Exactness: with this scale no weight is clipped.
     """
     amax = np.abs(weight).max(axis=1)
-    return np.where(amax > 0, amax / INT8.qmax, 1.0).astype(np.float32)
+    return np.where(amax > 0, amax / qtype.qmax, 1.0).astype(np.float32)
 
 
-def block_scale(weight: Float32, block_size: int) -> Float32:
-    """float32[in / block_size, out]: amax / 127 of each run of `block_size` inputs of each row of weight[out, in]."""
+def block_scale(weight: Float32, block_size: int, qtype: QuantType = INT8) -> Float32:
+    """float32[in / block_size, out]: amax / qmax of each run of `block_size` inputs of each row of weight[out, in]."""
     out, width = weight.shape
     amax = np.abs(weight).reshape(out, width // block_size, block_size).max(axis=2).T
-    return np.where(amax > 0, amax / INT8.qmax, 1.0).astype(np.float32)
+    return np.where(amax > 0, amax / qtype.qmax, 1.0).astype(np.float32)

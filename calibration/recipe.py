@@ -6,14 +6,19 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .denoiser import Linear
+from .qtypes import FP8, INT4, INT8, QuantType
 
-Action = Literal["w8a8", "weight-only", "float"]
+Bits = Literal["w8a8", "fp8", "w4a16"]
+Action = Literal["w8a8", "fp8", "w4a16", "weight-only", "float"]
+ACTIVATION_TYPES: dict[str, QuantType] = {"w8a8": INT8, "fp8": FP8}
+"""By action: what the input is quantized to; the others leave it float."""
+WEIGHT_TYPES: dict[str, QuantType] = {"w8a8": INT8, "fp8": FP8, "w4a16": INT4, "weight-only": INT8}
 
 
 class RecipeError(Exception):
@@ -29,8 +34,9 @@ def nearest(word: str, valid: list[str]) -> str:
 class Rule(BaseModel):
     """What happens to the linears whose module name `match` finds (`re.search`). The first rule that matches decides.
 
-    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `weight-only`: int8
-    weights in blocks along the input, float activations; `float`: left alone.
+    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `fp8`: the same in
+    float8 E4M3; `w4a16`: int4 weights in blocks along the input, unpacked inside a float GEMM; `weight-only`: int8 weights
+    in blocks; `float`: left alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +44,16 @@ class Rule(BaseModel):
     match: str
     action: Action
     reason: str = ""
+
+    @property
+    def activation(self) -> QuantType | None:
+        """What the input is quantized to, if at all."""
+        return ACTIVATION_TYPES.get(self.action)
+
+    @property
+    def weight(self) -> QuantType | None:
+        """What the weight is quantized to, if at all."""
+        return WEIGHT_TYPES.get(self.action)
 
     @field_validator("match")
     @classmethod
@@ -55,10 +71,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="family name, hub id or local folder")
-    format: Literal["onnx", "ort"] = Field("ort", description="what to build")
-    provider: Literal["cpu", "openvino"] = Field("cpu", description="for format ort: what runs the engine")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of what is not quantized; bf16: provider openvino")
-    bits: Literal["w8a8"] = Field("w8a8", description="bits of weights and activations")
+    format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
+    provider: Literal["cpu", "openvino"] | None = Field(None, description="for format ort: what runs the engine; null: cpu")
+    dtype: Literal["fp32", "fp16", "bf16"] | None = Field(None, description="of what is not quantized; null: the format's")
+    target: str = Field("sm89,sm120", description="for format trt-rtx: the GPUs that the plan is for")
+    min_shapes: str = Field("", description="for trt and trt-rtx, as trtexec takes them: the least batch is 1")
+    opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
+    max_shapes: str = Field("", description="the greatest: a batch of 16")
+    bits: Bits = Field("w8a8", description="bits of weights and activations")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     percentile: float = Field(99.99, gt=50, le=100, description="for method percentile: of |x|, per timestep")
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
@@ -156,12 +176,14 @@ class Recipe(BaseModel):
         decided = {name: self.decide(name) for name in linears if name not in left}
         for name, rule in decided.items():
             kind = linears[name].kind
-            if rule.action == "w8a8" and kind == "modulation":
-                wrong.append(f"'{name}' works on one row per sample, where W8A8 runs in float; use weight-only or float")
+            if rule.activation and kind == "modulation":
+                wrong.append(
+                    f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
+                )
             if rule.action != "float" and kind == "edge":
                 wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
-        if not wrong and not any(rule.action == "w8a8" for rule in decided.values()):
-            wrong.append("the rules leave no linear to quantize to w8a8; exclude less")
+        if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
+            wrong.append(f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less")
         if wrong:
             raise RecipeError("\n".join(wrong))
         return decided

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .collect import SiteStatistics
-from .qtypes import INT8
+from .qtypes import INT8, QuantType
 from .ranges import weight_scale
 from .recipe import Recipe
 
@@ -59,7 +59,7 @@ def _product(rows: Float32, weight: Float32) -> Float64:
 
 
 def _code_product(left: Float32, right: Float32) -> Float64:
-    """left @ right.T of int8 codes held as float32. Exact: sums of 1024 products stay below 2^24, and those are summed in
+    """left @ right.T of codes of 8 bits held as float32. Exact: sums of 1024 products stay below 2^24, and those are summed in
     float64."""
     product = np.zeros((len(left), len(right)))
     for start in range(0, left.shape[1], EXACT_TERMS):
@@ -95,7 +95,9 @@ def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Floa
     return np.where(usable, np.clip(a**alpha / w ** (1 - alpha), MIN_SCALE, MAX_SCALE), 1.0).astype(np.float32)
 
 
-def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_]) -> Scaling:
+def choose_scaling(
+    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], qtype: QuantType = INT8
+) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
     All readers of the tensor are judged together, by up to 256 of their outputs, evenly spaced: each output's error is
@@ -106,8 +108,9 @@ def choose_scaling(statistics: SiteStatistics, weight: Float32, recipe: Recipe, 
     Args:
         weight: float32[out, K], stacked weights of all readers.
         quantized: bool[out], the rows that will be quantized.
+        qtype: element type of their weights and of the activation.
     """
-    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized])
+    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], qtype)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -143,9 +146,10 @@ class _Trial:
     column_amax: Float32
     weight: Float32
     exact: Float64
+    qtype: QuantType
 
     @staticmethod
-    def of(statistics: SiteStatistics, weight: Float32) -> _Trial:
+    def of(statistics: SiteStatistics, weight: Float32, qtype: QuantType) -> _Trial:
         """For the stacked weights float32[out, K] of all quantized readers."""
         magnitude = np.abs(weight)
         chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
@@ -156,6 +160,7 @@ class _Trial:
             column_amax=magnitude.max(axis=0),
             weight=few,
             exact=_product(statistics.rows, few),
+            qtype=qtype,
         )
 
     def measure(self, rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
@@ -167,17 +172,17 @@ class _Trial:
         (name, strength), (suffix, shifted_by) = rule, shift
         label = (name if name == "none" else f"{name}({strength:g})") + suffix
         in_shift, in_scale = shifted_by.astype(np.float32), self._in_scale(name, strength, shifted_by)
-        limit = self.statistics.amax(in_scale, in_shift) / INT8.qmax
+        limit = self.statistics.amax(in_scale, in_shift) / self.qtype.qmax
         if not limit.any():
             return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float("inf"))
         scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)
         moved = self.statistics.rows - in_shift
-        codes = moved / (in_scale * scale)
-        np.clip(np.rint(codes, out=codes), INT8.qmin, INT8.qmax, out=codes)
+        codes = self.qtype.round(moved / (in_scale * scale))
         folded = self.weight * in_scale
-        step = weight_scale(folded)[:, None]
-        rounded = np.rint(folded / step)
-        error = self.exact - _product(in_shift[None], self.weight) - _code_product(codes, rounded) * (scale * step.T)
+        step = weight_scale(folded, self.qtype)[:, None]
+        rounded = self.qtype.round(folded / step)
+        product = _product(codes, rounded) if self.qtype.mantissa else _code_product(codes, rounded)
+        error = self.exact - _product(in_shift[None], self.weight) - product * (scale * step.T)
         relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
         # Six digits: the order of the sums above, which threads change, is far below them.
         return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float(f"{relative:.6g}"))

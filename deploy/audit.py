@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.recipe import Rule
+from dq_export.calibration.recipe import Bits, Rule
 from dq_export.passes.base import constant
 from dq_export.passes.match import linears
 
 INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul"})
 BLOCKED = frozenset({"MatMulNBits"})
+COUNTED = get_args(Bits)
+"""Actions that ask for a low-precision kernel; `weight-only` asks for small weights alone."""
 
 
 class AuditError(Exception):
@@ -30,7 +33,7 @@ class Gemm:
         flops: multiply-adds times 2, for one sample.
         wanted: the recipe's action; `none` for GEMMs without a weight.
         kernel: the operator that runs it after optimisation.
-        integer: whether that operator multiplies integers.
+        integer: whether that operator has the recipe's precision: multiplies integers, 8-bit floats, or unpacks int4.
         reason: why not, if the recipe wanted it to.
     """
 
@@ -50,8 +53,8 @@ class Audit:
 
     @property
     def coverage(self) -> float:
-        """FLOPs in integer kernels / FLOPs that the recipe quantizes to w8a8."""
-        wanted = [gemm for gemm in self.gemms if gemm.wanted == "w8a8"]
+        """FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels."""
+        wanted = [gemm for gemm in self.gemms if gemm.wanted in COUNTED]
         return sum(g.flops for g in wanted if g.integer) / max(sum(g.flops for g in wanted), 1)
 
     @property
@@ -66,7 +69,7 @@ class Audit:
             AuditError: `coverage` is below `threshold`.
         """
         if self.coverage < threshold:
-            lost = [f"  {g.name}: {g.kernel}; {g.reason}" for g in self.gemms if g.wanted == "w8a8" and not g.integer]
+            lost = [f"  {g.name}: {g.kernel}; {g.reason}" for g in self.gemms if g.wanted in COUNTED and not g.integer]
             raise AuditError(
                 f"{self.coverage:.1%} of the quantized GEMMs' FLOPs run on integer kernels, the recipe requires {threshold:.1%}. "
                 f"In float:\n" + "\n".join(lost)
@@ -98,7 +101,7 @@ def audit_graph(
         module = by_node.get(node)
         wanted = assigned[module].action if module else "none"
         kernel, integer = kernel_of(str(node.name))
-        reason = "" if integer or wanted != "w8a8" else why_float(node, kernel)
+        reason = "" if integer or wanted not in COUNTED else why_float(node, kernel)
         gemms.append(
             Gemm(
                 name=module or str(node.name),
@@ -109,10 +112,10 @@ def audit_graph(
                 reason=reason,
             )
         )
-    missing = [name for name, rule in assigned.items() if rule.action == "w8a8" and name not in found]
+    missing = [(name, rule.action) for name, rule in assigned.items() if rule.action in COUNTED and name not in found]
     gemms += [
-        Gemm(name=name, flops=1, wanted="w8a8", kernel="none", integer=False, reason="the graph has no such GEMM")
-        for name in missing
+        Gemm(name=name, flops=1, wanted=action, kernel="none", integer=False, reason="the graph has no such GEMM")
+        for name, action in missing
     ]
     return Audit(gemms=tuple(gemms))
 

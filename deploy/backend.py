@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.calibration.recipe import Rule
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 
 from .audit import Audit
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 class BackendError(Exception):
     """A backend is missing, or cannot build or run the graph; the message says what to install or change."""
+
+
+class NotHereError(BackendError):
+    """The engine cannot be built on this machine; all before it is done, and the message says how to go on elsewhere."""
 
 
 class Engine(Protocol):
@@ -41,12 +52,27 @@ class Backend(Protocol):
         """As given to --format."""
 
     @property
-    def provider(self) -> str:
-        """As given to --provider."""
+    def provider(self) -> str | None:
+        """As given to --provider, for formats that have several."""
 
     @property
     def dtype(self) -> str:
         """As given to --dtype: the float type of what is not quantized."""
+
+    @property
+    def bits(self) -> tuple[str, ...]:
+        """What it takes of --bits."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether an engine can be run on this machine."""
+
+    def configured(self, recipe: Recipe) -> Backend:
+        """With what else a recipe says to it.
+
+        Raises:
+            RecipeError: something that it does not know.
+        """
 
     def require(self) -> None:
         """Ask for all that a build and a run need, before anything costly is done.
@@ -58,10 +84,13 @@ class Backend(Protocol):
     def shared_timesteps(self, wanted: str) -> bool:
         """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
 
-    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Passes from the canonical graph to the one that the backend runs on its integer kernels."""
 
-    def build(self, model: Path, folder: Path) -> None:
+    def portable(self, model: Path, folder: Path) -> Path:
+        """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
+
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
         """Build `model` into `folder`.
 
         Raises:

@@ -7,8 +7,15 @@ from dq_export.calibration.recipe import Recipe, RecipeError
 from .backend import Backend
 from .openvino import OpenVino
 from .ort import ORT
+from .trt import TensorRt
 
-BACKENDS: tuple[Backend, ...] = (ORT, OpenVino("fp32"), OpenVino("bf16"))
+BACKENDS: tuple[Backend, ...] = (
+    ORT,
+    OpenVino("fp32"),
+    OpenVino("bf16"),
+    *(TensorRt(name=name, dtype=dtype) for name in ("trt", "trt-rtx") for dtype in ("fp16", "bf16", "fp32")),
+)
+"""The first of a format is its default."""
 
 
 def backend_of(recipe: Recipe) -> Backend | None:
@@ -19,11 +26,17 @@ def backend_of(recipe: Recipe) -> Backend | None:
     """
     if recipe.format == "onnx":
         return None
-    wanted = (recipe.format, recipe.provider, recipe.dtype)
-    found = next((backend for backend in BACKENDS if (backend.name, backend.provider, backend.dtype) == wanted), None)
-    if found is None:
-        known = "; ".join(f"--provider {b.provider} --dtype {b.dtype}" for b in BACKENDS if b.name == recipe.format)
-        raise RecipeError(
-            f"--format {recipe.format} does not run --provider {recipe.provider} --dtype {recipe.dtype}; it runs {known}"
-        )
-    return found
+    named = [backend for backend in BACKENDS if backend.name == recipe.format]
+    provider = recipe.provider or named[0].provider
+    fitting = [backend for backend in named if backend.provider == provider and recipe.dtype in (None, backend.dtype)]
+    if not fitting:
+        known = "; ".join(_flags(b.provider, b.dtype) for b in named)
+        asked = _flags(provider, recipe.dtype)
+        raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
+    if recipe.bits not in fitting[0].bits:
+        raise RecipeError(f"--format {recipe.format} does not run --bits {recipe.bits}; it runs {', '.join(fitting[0].bits)}")
+    return fitting[0].configured(recipe)
+
+
+def _flags(provider: str | None, dtype: str | None) -> str:
+    return " ".join(f"--{name} {value}" for name, value in (("provider", provider), ("dtype", dtype)) if value)

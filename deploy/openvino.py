@@ -11,12 +11,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dq_export.calibration.recipe import Rule
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine, Feed
+from .backend import BackendError, Engine, Feed, Progress, unwatched
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
@@ -36,10 +37,16 @@ class OpenVino:
     dtype: str = "fp32"
     name: str = "ort"
     provider: str = "openvino"
+    bits: tuple[str, ...] = ("w8a8",)
+    runs: bool = True
 
     @property
     def _config(self) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
+
+    def configured(self, recipe: Recipe) -> OpenVino:
+        """See `Backend.configured`."""
+        return self
 
     def require(self) -> None:
         """See `Backend.require`."""
@@ -50,11 +57,15 @@ class OpenVino:
         """Shared unless asked for otherwise."""
         return wanted != "per-sample"
 
-    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""
         return (FactorScale(),)
 
-    def build(self, model: Path, folder: Path) -> None:
+    def portable(self, model: Path, folder: Path) -> Path:
+        """See `Backend.portable`."""
+        return model
+
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
         """Create the session once, and write what OpenVINO compiles the graph to.
 
         Raises:

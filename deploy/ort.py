@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.recipe import Rule
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.fuse_attention import FuseAttention
 from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
-from .backend import BackendError, Engine, Feed, Float32
+from .backend import BackendError, Engine, Feed, Float32, Progress, unwatched
 
 PROFILED = 5
 """Calls of a profile."""
@@ -46,6 +47,12 @@ class Ort:
     name: str = "ort"
     provider: str = "cpu"
     dtype: str = "fp32"
+    bits: tuple[str, ...] = ("w8a8",)
+    runs: bool = True
+
+    def configured(self, recipe: Recipe) -> Ort:
+        """See `Backend.configured`."""
+        return self
 
     def require(self) -> None:
         """See `Backend.require`."""
@@ -55,11 +62,15 @@ class Ort:
         """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
         return wanted != "per-sample"
 
-    def legalise(self, *, shared: bool) -> tuple[GraphPass, ...]:
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both."""
         return (*(() if shared else (FactorScale(),)), UnsignCodes(), FuseAttention())
 
-    def build(self, model: Path, folder: Path) -> None:
+    def portable(self, model: Path, folder: Path) -> Path:
+        """See `Backend.portable`."""
+        return model
+
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
         """Create the session once with the graph that it will run written to `folder`.
 
         Raises:

@@ -139,15 +139,16 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
     return list(feeds), [result[OUTPUT] for result in results]
 
 
-def save_command(folder: Path, floor: float) -> str:
+def save_command(folder: Path, floor: float, model: str = "model.onnx") -> str:
     """Write the polygraphy command that replays `out/parity` from `out`; returns it.
 
     Args:
         folder: where `command.txt` goes.
         floor: the least SQNR in dB of the engine on these feeds.
+        model: the graph, from `out`.
     """
     command = (
-        "polygraphy run model.onnx --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
+        f"polygraphy run {model} --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
         f"--compare snr --snr-threshold {OUTPUT}:{floor - REPLAY_MARGIN:.2f}"
     )
     (folder / "command.txt").write_text(command + "\n")

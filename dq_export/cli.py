@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-FAILED, USAGE, AUDIT, PARITY, INTERRUPTED = 1, 2, 3, 4, 130
+FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
@@ -37,10 +40,14 @@ def option(text: str, *names: str) -> Any:
 
 def export_options(
     model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
-    format_: Annotated[str, option("ort: engine; onnx: canonical graph (default ort)", "--format")] = "",
+    format_: Annotated[str, option("ort, trt, trt-rtx; onnx: graph alone (default ort)", "--format")] = "",
     provider: Annotated[str, option("for --format ort: cpu or openvino (default cpu)", "--provider")] = "",
-    dtype: Annotated[str, option("fp32, or bf16 with openvino: of the rest (default fp32)", "--dtype")] = "",
-    bits: Annotated[str, option("w8a8: 8-bit weights and activations (default w8a8)", "--bits")] = "",
+    dtype: Annotated[str, option("fp32, fp16 or bf16 of the rest (default the format's)", "--dtype")] = "",
+    target: Annotated[str, option("for trt-rtx: GPUs (default sm89,sm120)", "--target")] = "",
+    min_shapes: Annotated[str, option("for trt: name:AxB,… as trtexec's (default batch 1)", "--min-shapes")] = "",
+    opt_shapes: Annotated[str, option("the shapes to be fastest at (default batch 2)", "--opt-shapes")] = "",
+    max_shapes: Annotated[str, option("the greatest shapes (default batch 16)", "--max-shapes")] = "",
+    bits: Annotated[str, option("w8a8; trt also fp8 and w4a16 (default w8a8)", "--bits")] = "",
     timesteps: Annotated[str, option("auto, shared or per-sample (default auto)", "--timesteps")] = "",
     recipe: Annotated[Path | None, option("YAML with these options and rules; flags win", "--recipe")] = None,
     method: Annotated[str, option("minmax, percentile or mse (default minmax)", "--method")] = "",
@@ -158,7 +165,8 @@ def _group(until: str) -> Any:
 EVERYTHING = """Diffusion transformers to quantized engines that provably run on low-precision kernels.
 
 Without a command: calibrate, quantize, build, audit, verify against PyTorch and bench, into one folder.
-Exit status: 0 done, 1 failed, 2 bad input, 3 engine runs in float, 4 too far from PyTorch, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 bad input, 3 engine runs in float, 4 too far from PyTorch,
+5 all but the engine, which a machine with a GPU must build, 130 interrupted.
 """
 app.callback(invoke_without_command=True)(exporting("bench", EVERYTHING))
 for _stage, _text in (
@@ -199,7 +207,21 @@ def audit(out: Folder, as_json: Json = False) -> None:
         for gemm in report.gemms:
             table.add_row(gemm.name, gemm.wanted, gemm.kernel, gemm.reason)
         Console().print(table)
-        print(f"{report.coverage:.1%} of the quantized GEMMs' FLOPs run on integer kernels; required {required:.1%}")
+        print(f"{report.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels; required {required:.1%}")
+    if report.coverage < required:
+        raise typer.Exit(AUDIT)
+
+
+@app.command()
+def finish(out: Folder) -> None:
+    """Build and audit the engine of a folder that another machine exported."""
+    from .finished import finish as build
+
+    watch = Lines(quiet=False)
+    watch.begin("build", str(out))
+    start = time.monotonic()
+    report, required = build(out, watch.advance)
+    watch.end(time.monotonic() - start, f"{report.coverage:.1%} of the quantized FLOPs in low precision", kept=False)
     if report.coverage < required:
         raise typer.Exit(AUDIT)
 
@@ -227,6 +249,30 @@ def bench(out: Folder, as_json: Json = False) -> None:
         for name, reason in latency.skipped.items():
             print(f"without {name}: {reason}")
     _warn_if_slower(latency)
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Argument(help="an ONNX file, of ours or not", show_default=False)],
+    target: Annotated[str, typer.Option(help="trt, trt-rtx, or ort: its CPU provider", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """What a target will run in low precision, in float or not at all."""
+    from .finished import check_file
+
+    findings = check_file(model, target)
+    if as_json:
+        print(json.dumps([asdict(item) for item in findings], indent=1))
+    else:
+        table = Table(Column("node", overflow="fold"), "verdict", "why", "what to do")
+        for item in [item for item in findings if item.verdict != "low precision"]:
+            table.add_row(item.node, item.verdict, item.rule, item.fix)
+        if table.row_count:
+            Console().print(table)
+        counted = Counter(item.verdict for item in findings)
+        print(", ".join(f"{counted[verdict]} {verdict}" for verdict in ("low precision", "float", "rejected")))
+    if any(item.failed for item in findings):
+        raise typer.Exit(AUDIT)
 
 
 @app.command()
@@ -305,7 +351,7 @@ def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
             f"latency, batch {speed.batch}", f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
         )
     for reason, count in report.skipped():
-        table.add_row("not W8A8", f"{count} linears, {reason}")
+        table.add_row("not quantized", f"{count} linears, {reason}")
     for line in report.passes if verbose else ():
         table.add_row("pass", line)
     for stage, seconds in report.seconds.items() if verbose else ():
@@ -339,7 +385,7 @@ def _statuses() -> dict[type[Exception], int]:
     from dq_export.calibration.artifacts import CalibrationError
     from dq_export.calibration.recipe import RecipeError
     from dq_export.deploy.audit import AuditError
-    from dq_export.deploy.backend import BackendError
+    from dq_export.deploy.backend import BackendError, NotHereError
     from dq_export.deploy.parity import ParityError
     from dq_export.passes.base import GraphError
 
@@ -353,6 +399,7 @@ def _statuses() -> dict[type[Exception], int]:
         CalibrationError: FAILED,
         GraphError: FAILED,
         BackendError: FAILED,
+        NotHereError: ELSEWHERE,
         AuditError: AUDIT,
         ParityError: PARITY,
     }

@@ -20,14 +20,14 @@ from .recording import Recording, draw, feed_of
 from .report import CallReport, ParityReport, TrajectoryReport
 
 
-def stages(folder: Path, backend: Backend | None) -> dict[str, Callable[[], Engine]]:
-    """How to load the float graph, the Q/DQ graph run node by node, and, where there is a backend, the engine."""
+def stages(folder: Path, portable: Path, backend: Backend | None) -> dict[str, Callable[[], Engine]]:
+    """How to load the float graph, the Q/DQ graph run node by node, and, where it runs on this machine, the engine."""
     found: dict[str, Callable[[], Engine]] = {
         # Run a few times only: packing three gigabytes of weights costs more than it saves.
         "float-onnx": lambda: ORT.load(folder / "float" / "model.onnx", prepack=False),
-        "qdq-onnx": lambda: ORT.load(folder / "model.onnx", optimize=False),
+        "qdq-onnx": lambda: ORT.load(portable, optimize=False),
     }
-    if backend:
+    if backend and backend.runs:
         found["engine"] = lambda: backend.load(folder / "model.onnx")
     return found
 
@@ -50,7 +50,10 @@ def verify(
         reference: samples; its network is not called.
     """
     recording = Recording.load(folder / "parity")
-    loaders = stages(folder, backend)
+    target.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.onnx"
+    portable = backend.portable(model, target) if backend else model
+    loaders = stages(folder, portable, backend)
     last = list(loaders)[-1]
     calls = len(recording.feeds)
     total = calls * len(loaders) + len(reference.timesteps(recipe.steps)) * -(-recipe.parity_size // reference.batch)
@@ -70,10 +73,10 @@ def verify(
         if name == last:
             pictures = draw(reference, _counted(engine, recipe, count), recipe)
         del engine
-    target.mkdir(parents=True, exist_ok=True)
     low = worst(rows, last)
     # The replay runs on ONNX Runtime's CPU provider, whatever the engine runs on.
-    replay = save_command(target, min(worst(rows, stage).difference.sqnr for stage in loaders if stage != "float-onnx"))
+    least = min(worst(rows, stage).difference.sqnr for stage in loaders if stage != "float-onnx")
+    replay = save_command(target, least, "model.onnx" if portable == model else "parity/model.onnx")
     save_pictures(target / "pictures.png", [recording.pictures, pictures])
     trajectory = _trajectory(last, recording.pictures, pictures)
     parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory], replay=replay)

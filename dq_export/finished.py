@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from dq_export.calibration.recipe import Recipe, nearest
+from dq_export.calibration.recipe import Recipe, RecipeError, nearest
+from dq_export.deploy.backend import Progress
 from dq_export.deploy.backends import backend_of
+from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT
 from dq_export.passes.match import linears
 
 from .ledger import RECIPE, OutputError
-from .report import AuditReport, LatencyReport, Report
+from .report import AuditReport, LatencyReport, Report, write_report
 from .speed import bench_all
 from .verdict import audit_engine
 
@@ -30,9 +34,52 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
     recipe = Recipe.load(out / RECIPE)
     backend = backend_of(recipe) or ORT
     with tempfile.TemporaryDirectory() as folder:
-        backend.build(out / "model.onnx", Path(folder))  # first: it says what is wrong with a damaged file
+        backend.build(
+            out / "model.onnx", Path(folder), lambda done, total: None
+        )  # first: it says what is wrong with a damaged file
         assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
         return audit_engine(backend, out / "model.onnx", Path(folder), assigned), recipe.min_coverage
+
+
+def finish(out: Path, progress: Progress) -> tuple[AuditReport, float]:
+    """Build `out/engine` from `out/model.onnx` and audit it: where a machine without the GPU had to stop.
+
+    Raises:
+        OutputError: `out` is no export, or of a format that builds nothing.
+        BackendError: the library is missing, or refuses the graph.
+    """
+    _require(out, RECIPE, "model.onnx", "report.json")
+    recipe = Recipe.load(out / RECIPE)
+    backend = backend_of(recipe)
+    if backend is None:
+        raise OutputError(f"{out} was exported with --format {recipe.format}, which builds no engine")
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        backend.build(out / "model.onnx", Path(folder) / "engine", progress)
+        shutil.rmtree(out / "engine", ignore_errors=True)
+        (Path(folder) / "engine").rename(out / "engine")
+    assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
+    audit = audit_engine(backend, out / "model.onnx", out / "engine", assigned)
+    write_report(_report(out).model_copy(update={"audit": audit}), out)
+    return audit, recipe.min_coverage
+
+
+def check_file(path: Path, target: str) -> list[Finding]:
+    """A verdict for every quantized GEMM of any ONNX file.
+
+    Raises:
+        RecipeError: an unknown target.
+        OutputError: no ONNX file.
+    """
+    from google.protobuf.message import DecodeError
+
+    valid = list(get_args(Target))
+    if target not in valid:
+        raise RecipeError(f"--target '{target}': expected {', '.join(valid)}.{nearest(target, valid)}")
+    try:
+        model = ir.load(path)
+    except (OSError, ValueError, DecodeError) as error:
+        raise OutputError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from error
+    return check(model, target)  # type: ignore[arg-type]
 
 
 def bench_again(out: Path) -> LatencyReport:
@@ -44,7 +91,10 @@ def bench_again(out: Path) -> LatencyReport:
     _require(out, RECIPE, "model.onnx", "float/model.onnx", "parity/inputs.json")
     try:
         recipe = Recipe.load(out / RECIPE)
-        return bench_all(out, backend_of(recipe) or ORT, recipe.model)
+        backend = backend_of(recipe) or ORT
+        if not backend.runs:
+            raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
+        return bench_all(out, backend, recipe.model)
     except ValueError as error:
         raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 
@@ -56,10 +106,7 @@ def explain_linear(out: Path, name: str) -> dict[str, str]:
         OutputError: `out` is no finished export, or has no such linear.
     """
     _require(out, "report.json")
-    try:
-        report = Report.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise OutputError(f"{out / 'report.json'}: written by another version of dq-export; export again") from error
+    report = _report(out)
     found = {linear.name: linear for linear in report.linears}
     if name not in found:
         raise OutputError(f"no linear '{name}' in {out}.{nearest(name, list(found))}")
@@ -74,6 +121,13 @@ def explain_linear(out: Path, name: str) -> dict[str, str]:
         "error": "not measured" if linear.error is None else f"{linear.error:.2e} of the output's power",
         "kernel": ", ".join(kernels) or "merged with an identical linear, or not built",
     }
+
+
+def _report(out: Path) -> Report:
+    try:
+        return Report.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise OutputError(f"{out / 'report.json'}: written by another version of dq-export; export again") from error
 
 
 def _require(out: Path, *names: str) -> None:

@@ -19,13 +19,13 @@ from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.calibration.scales import TimestepBins
-from dq_export.deploy.backend import Backend
+from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
-from .ledger import Ledger, claim, write_text
+from .ledger import Ledger, claim
 from .memory import fitting
 from .recording import PICTURES
-from .report import LinearReport, Report, render_html
+from .report import LinearReport, Report, write_report
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
 GATHERED = ".calibration"
@@ -133,9 +133,12 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     except ValueError as error:
         raise RecipeError(f"--exclude: not a regular expression: {', '.join(exclude)}") from error
     shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
+    own = (rule.model_copy(update={"action": recipe.bits}) if rule.activation else rule for rule in reference.rules)
     return recipe.model_copy(
         update={
-            "rules": (*front, *(reference.rules if recipe.rules is None else recipe.rules)),
+            "rules": (*front, *(own if recipe.rules is None else recipe.rules)),
+            "provider": backend.provider if backend else None,
+            "dtype": backend.dtype if backend else "fp32",
             "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
             "timesteps": "shared" if shared else "per-sample",
         }
@@ -176,6 +179,7 @@ class Export:
     progress: Progress
     group: ProcessGroup = ALONE
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unbuilt: list[NotHereError] = field(default_factory=list)
 
     def run_stages(self, until: str) -> None:
         """Every stage in order, up to and including `until`. The weights are freed as soon as no stage needs them."""
@@ -193,17 +197,22 @@ class Export:
         self.reference.release()
         self._stage(
             "quantize", "passes on the graph", ("model.onnx", "model.onnx.data"), self._quantize,
-            lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._actions()], until,
+            lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._small_dtype(), self._actions()],
+            until,
         )  # fmt: skip
         if self.backend:
-            built = f"engine for {self.backend.name}, {self.backend.provider} {self.backend.dtype}"
-            self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), r.dtype], until)
-            self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
+            built = f"engine for {' '.join(filter(None, (r.format, r.provider, r.dtype)))}"
+            options = [r.dtype, r.target, r.min_shapes, r.opt_shapes, r.max_shapes]
+            try:
+                self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), *options], until)
+                self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
+            except NotHereError as error:
+                self.unbuilt.append(error)
         self._stage(
             "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", self._compared(), self._verify,
             lambda: [digest("quantize"), digest("reference")], until,
         )  # fmt: skip
-        if self.backend:
+        if self.backend and self.backend.runs:
             self._stage("bench", "engine against float ONNX", (), self._bench, lambda: [digest("build")], until)
 
     def report(self) -> Report:
@@ -233,9 +242,12 @@ class Export:
 
         Raises:
             AuditError, ParityError: with what is wrong and what to try.
+            NotHereError: all is done but the engine, which another machine must build.
         """
         from .verdict import require_audit, require_parity
 
+        if self.unbuilt:
+            raise self.unbuilt[0]
         if report.audit:
             require_audit(report.audit, self.recipe.min_coverage)
         if report.parity:
@@ -276,7 +288,8 @@ class Export:
         return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
 
     def _calibration_inputs(self) -> list[Any]:
-        ignored = {"format", "provider", "dtype", "model", "min_coverage", "min_sqnr", "parity_size", "timesteps", "rules"}
+        ignored = {"format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "model", "rules"}
+        ignored |= {"bits", "min_coverage", "min_sqnr", "parity_size", "timesteps"}
         return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
 
     def _actions(self) -> dict[str, str]:
@@ -293,9 +306,13 @@ class Export:
         result = calibrate(self.reference, r, self.assigned, sampling, provenance, self.progress.advance, gathered, self.group)
         assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
-        shutil.rmtree(gathered)
+        shutil.rmtree(gathered, ignore_errors=True)  # there is none where only weights are quantized
         scaled = sum(plan.scaled for plan in result.sites.values())
         return {"summary": f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins"}
+
+    def _small_dtype(self) -> str | None:
+        """The dtype, for formats whose graph holds it; OpenVINO is told it when it compiles."""
+        return self.recipe.dtype if self.recipe.format in ("trt", "trt-rtx") else None
 
     def _load_calibration(self) -> CalibrationResult:
         return CalibrationResult.load(self.folder / "calibration.safetensors")
@@ -304,8 +321,9 @@ class Export:
         from .quantized_graph import quantize_graph
 
         source, target = self.folder / "float" / "model.onnx", partial / "model.onnx"
-        legalise = self.backend.legalise(shared=self.recipe.timesteps == "shared") if self.backend else ()
-        reports = quantize_graph(source, target, self._load_calibration(), self.assigned, legalise, self.progress.advance)
+        result, shared = self._load_calibration(), self.recipe.timesteps == "shared"
+        legalise = self.backend.legalise(shared=shared, result=result) if self.backend else ()
+        reports = quantize_graph(source, target, result, self.assigned, legalise, self.progress.advance)
         gc.collect()  # the graph ties its mapped weights into cycles
         size = {"float_bytes": _bytes(source.parent), "engine_bytes": _bytes(partial)}
         return {
@@ -316,7 +334,7 @@ class Export:
 
     def _build(self, partial: Path) -> dict[str, Any]:
         assert self.backend is not None
-        self.backend.build(self.folder / "model.onnx", partial / "engine")
+        self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance)
         return {}
 
     def _audit(self, partial: Path) -> dict[str, Any]:
@@ -324,7 +342,7 @@ class Export:
 
         assert self.backend is not None
         audit = audit_engine(self.backend, self.folder / "model.onnx", self.folder / "engine", self.assigned)
-        return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in integers", "audit": audit.model_dump()}
+        return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in low precision", "audit": audit.model_dump()}
 
     def _bins(self) -> TimestepBins:
         return self._load_calibration().bins()
@@ -341,7 +359,9 @@ class Export:
 
     def _compared(self) -> tuple[str, ...]:
         pictures = ("parity/pictures.png",) if self.reference.feed_shape[0] in (1, 3) else ()
-        return ("parity/command.txt", *pictures)
+        bf16 = self.recipe.format in ("trt", "trt-rtx") and self.recipe.dtype == "bf16"
+        portable = ("parity/model.onnx", "parity/model.onnx.data") if bf16 else ()
+        return ("parity/command.txt", *pictures, *portable)
 
     def _verify(self, partial: Path) -> dict[str, Any]:
         from .comparison import verify
@@ -359,7 +379,7 @@ class Export:
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
         rule = self.assigned[name]
-        plans = calibration.sites.values() if calibration and rule.action == "w8a8" else ()
+        plans = calibration.sites.values() if calibration and rule.activation else ()
         plan = next((plan for plan in plans if name in plan.site.linears), None)
         return LinearReport(
             name=name,
@@ -371,12 +391,6 @@ class Export:
             bins=len(plan.activation.bins) if plan else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
         )
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.json and report.html."""
-    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(folder / "report.html", render_html(report, folder / "parity" / "pictures.png"))
 
 
 def versions() -> dict[str, str]:

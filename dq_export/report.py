@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import math
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from dq_export.calibration.recipe import Bits
+
+from .ledger import write_text
 
 
 class _Part(BaseModel):
@@ -17,13 +22,13 @@ class LinearReport(_Part):
     """One linear of the network."""
 
     name: str = Field(description="module name")
-    action: str = Field(description="w8a8, weight-only or float, as the deciding rule says")
+    action: str = Field(description="what the deciding rule says: w8a8, fp8, w4a16, weight-only or float")
     rule: str = Field(description="the deciding rule's regular expression")
-    reason: str = Field(description="why it is not w8a8; empty if it is")
-    site: str = Field(description="name of the input that it shares with other linears; empty if not w8a8")
+    reason: str = Field(description="why it is weight-only or float; empty where it is not")
+    site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
     scaling: str = Field(description="equivalent scaling of its input")
-    bins: int = Field(description="timestep bins of its input's scale table; 0 if not w8a8")
-    error: float | None = Field(description="measured noise power / signal power of the site's output; null if not w8a8")
+    bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
+    error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
 
 
 class GemmReport(_Part):
@@ -33,8 +38,8 @@ class GemmReport(_Part):
     flops: int = Field(description="for one sample")
     wanted: str = Field(description="the recipe's action; none for attention")
     kernel: str = Field(description="the runtime's operator")
-    integer: bool = Field(description="whether the operator multiplies integers")
-    reason: str = Field(description="why not, where w8a8 was wanted")
+    integer: bool = Field(description="whether the operator has the precision that the recipe asks for")
+    reason: str = Field(description="why not, where it should")
 
 
 class AuditReport(_Part):
@@ -136,13 +141,19 @@ class Report(_Part):
         return sum(calls) / len(calls) if calls else math.nan
 
     def skipped(self) -> list[tuple[str, int]]:
-        """Reasons for linears that are not w8a8, and how many have each."""
+        """Reasons for linears that stay float or weight-only, and how many have each."""
         counted: dict[str, int] = {}
         for linear in self.linears:
-            if linear.action != "w8a8":
+            if linear.action not in get_args(Bits):
                 label = f"{linear.action}: {linear.reason or 'rule ' + linear.rule}"
                 counted[label] = counted.get(label, 0) + 1
         return list(counted.items())
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.html."""
+    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(folder / "report.html", render_html(report, folder / "parity" / "pictures.png"))
 
 
 def render_html(report: Report, pictures: Path | None) -> str:

@@ -15,7 +15,7 @@ from dq_export.calibration.recipe import Rule
 from dq_export.calibration.scales import TimestepBins
 
 from .base import GraphError, GraphPass, PassReport, initializer, like
-from .match import LinearNode, find_linear, linears
+from .match import LinearNode, element_type, find_linear, linears
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class InsertQdq(GraphPass):
     which is legal ONNX; backends with integer kernels need it factored. A table with one bin is a constant scale.
 
     It does not act where
-        1. no reader of the site is w8a8,
+        1. no reader of the site takes quantized activations,
         2. a reader reads a DequantizeLinear already.
 
     Exactness: lossy by design; each element moves by at most s / 2 unless it is clipped.
@@ -52,8 +52,12 @@ class InsertQdq(GraphPass):
         graph = model.graph
         bins = self.result.bins()
         index, shared = _bin_index(graph, self.timestep, bins)
-        zero = initializer(graph, "activation_zero_point", np.asarray(0, dtype=np.int8))
-        zeros = zero if shared else _gather(graph, "activation_zero_points", np.zeros(len(bins), dtype=np.int8), index)
+        points = {}
+        for qtype in dict.fromkeys(plan.activation.qtype for plan, _ in todo):
+            dtype = element_type(qtype).numpy()
+            zero = initializer(graph, "activation_zero_point", np.asarray(0, dtype=dtype))
+            zeros = zero if shared else _gather(graph, "activation_zero_points", np.zeros(len(bins), dtype=dtype), index)
+            points[qtype] = (zero, zeros)
         changed = []
         for plan, gemms in todo:
             table = plan.activation
@@ -63,13 +67,13 @@ class InsertQdq(GraphPass):
                 scale = initializer(graph, label, table.scale.reshape(()))
             else:
                 scale = _gather(graph, label, table.resample(bins).scale, index)
-            point = zero if static else zeros
+            point = points[table.qtype][0 if static else 1]
             _insert(model, plan, gemms, scale, point, axis=None if static or shared else 0)
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
         return PassReport(name=self.name, changed=tuple(changed))
 
     def _readers(self, found: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
-        gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].action == "w8a8"]
+        gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].activation]
         return [gemm for gemm in gemms if not _dequantized(gemm.inputs[0])]
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dq_export.calibration.qtypes import QuantType
+
 from .base import GraphError, computed_initializer, constant, like, redirect, stored
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -168,6 +170,13 @@ def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:
     if name not in found:
         raise GraphError(f"the graph has no linear '{name}'; was it exported from another model?")
     return found[name]
+
+
+def element_type(qtype: QuantType) -> ir.DataType:
+    """ONNX's element type for codes."""
+    return {"int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4}.get(
+        qtype.name, ir.DataType.FLOAT8E4M3FN
+    )
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

@@ -11,20 +11,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.qtypes import INT8, Blocked, PerAxis
+from dq_export.calibration.qtypes import Blocked, PerAxis, QuantType
 from dq_export.calibration.recipe import Rule
 
 from .base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
-from .match import LinearNode, linears
+from .match import LinearNode, element_type, linears
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizeWeights(GraphPass):
     """MatMul(x, W)  ->  MatMul(x, DequantizeLinear(codes, scale, 0)).
 
-    `w8a8`: int8[K, N], scale float32[N] at axis 1. `weight-only`: int8[K, N], scale float32[K / block, N], blocks along
-    axis 0. Codes are round-half-even(W / scale) in -127 … 127. Zero points are explicit: without them ONNX Runtime runs
-    the GEMM in float.
+    `w8a8` and `fp8`: int8 or float8e4m3fn[K, N], scale float32[N] at axis 1. `weight-only` and `w4a16`: int8 or
+    int4[K, N], scale float32[K / block, N], blocks along axis 0. Codes are W / scale rounded to the nearest, ties to even,
+    and clipped. Zero points are explicit: without them ONNX Runtime runs the GEMM in float.
 
     It does not act where
         1. the recipe leaves the linear float,
@@ -44,22 +44,17 @@ class QuantizeWeights(GraphPass):
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         for name, linear in linears(model).items():
-            if self.assigned[name].action == "float":
+            qtype = self.assigned[name].weight
+            if qtype is None:
                 skipped.append(f"'{name}': {self.assigned[name].reason or 'float in the recipe'} (case 1)")
             elif stored(linear.gemm.inputs[1]) is not None:
-                _quantize(model.graph, linear, self.result.weight_scale[name])
+                _quantize(model.graph, linear, self.result.weight_scale[name], qtype)
                 changed.append(f"'{name}' {self.assigned[name].action}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
 
-def codes_of(weight: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int8]:
-    """int8, shape of `weight`: round-half-even(weight / scale), clipped to -127 … 127; scale broadcasts."""
-    rounded: npt.NDArray[np.int8] = np.clip(np.rint(weight / scale), INT8.qmin, INT8.qmax).astype(np.int8)
-    return rounded
-
-
-def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32]) -> None:
-    name, gemm = linear.name, linear.gemm
+def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32], qtype: QuantType) -> None:
+    name, gemm, dtype = linear.name, linear.gemm, element_type(qtype)
     if gemm.op_type == "Gemm":
         raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
     read, (width, depth) = linear.weight_reader(), linear.shape
@@ -72,14 +67,14 @@ def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32
             f"'{name}': expected scales {expected} for a weight {(depth, width)}, found {scale.shape}; calibrate again"
         )
 
-    def compute() -> npt.NDArray[np.int8]:
+    def compute() -> npt.NDArray[np.generic]:
         full = np.repeat(scale.T, block_size, axis=1) if blocked else scale[:, None]
-        codes: npt.NDArray[np.int8] = codes_of(read(), full).T
+        codes: npt.NDArray[np.generic] = qtype.round((read() / full).astype(np.float32, copy=False)).T.astype(dtype.numpy())
         return codes
 
-    codes = computed_initializer(graph, f"{name}.weight_codes", ir.DataType.INT8, (depth, width), compute)
+    codes = computed_initializer(graph, f"{name}.weight_codes", dtype, (depth, width), compute)
     steps = initializer(graph, f"{name}.weight_scale", scale)
-    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(scale.shape, dtype=np.int8))
+    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(scale.shape, dtype=dtype.numpy()))
     attributes = {"axis": 0, "block_size": block_size} if blocked else {"axis": 1}
     node = ir.node("DequantizeLinear", [codes, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
     node.outputs[0].shape, node.outputs[0].dtype = ir.Shape((depth, width)), ir.DataType.FLOAT

@@ -23,7 +23,7 @@ LAZY = {
     "calibration": {"torch", "safetensors"},
     "passes": set(),
     "deploy": {"onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy"},
-    "dq_export": {"PIL", "jinja2", "safetensors"},
+    "dq_export": {"PIL", "google", "jinja2", "safetensors"},
     "dq_export/families": {"torch", "diffusers", "safetensors", "huggingface_hub"},
 }
 """What functions may import beyond `THIRD_PARTY`."""

@@ -88,4 +88,5 @@ def test_granularities_know_their_scale_shape() -> None:
 
 def test_codes_are_symmetric_about_the_zero_point() -> None:
     for qtype in QUANT_TYPES:
-        assert qtype.qmax - qtype.zero_point == qtype.zero_point - qtype.qmin == 2 ** (qtype.bits - 1) - 1
+        largest = 448 if qtype.mantissa else 2 ** (qtype.bits - 1) - 1
+        assert qtype.qmax - qtype.zero_point == qtype.zero_point - qtype.qmin == largest

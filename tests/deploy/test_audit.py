@@ -33,7 +33,7 @@ def audited(path: Path, calibrated: Any, folder: Path, *legalise: Any, spoil: Ca
 
 
 def test_all_quantized_gemms_run_in_integers(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
-    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True))
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True, result=tiny_calibrated[0]))
     assert audit.coverage == 1
     audit.require(1.0)
     wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
@@ -42,12 +42,12 @@ def test_all_quantized_gemms_run_in_integers(tiny_onnx: Path, tiny_calibrated: A
 
 
 def test_the_factored_per_sample_form_too(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
-    audit = audited(tiny_onnx_per_sample, tiny_calibrated, tmp_path, *ORT.legalise(shared=False))
+    audit = audited(tiny_onnx_per_sample, tiny_calibrated, tmp_path, *ORT.legalise(shared=False, result=tiny_calibrated[0]))
     assert audit.coverage == 1
 
 
 def test_flops_are_those_of_the_formulas(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
-    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True))
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True, result=tiny_calibrated[0]))
     flops = {gemm.name: gemm.flops for gemm in audit.gemms}
     assert flops["transformer_blocks.0.attn1.to_q"] == 2 * TOKENS * WIDTH * WIDTH
     assert flops["transformer_blocks.1.ff.net.0.proj"] == 2 * TOKENS * WIDTH * 4 * WIDTH
@@ -122,7 +122,7 @@ def test_a_missing_gemm_counts_against_the_coverage(tiny_onnx: Path, tiny_calibr
         node.op_type = "Mul"
         node.replace_input_with(1, node.inputs[0])
 
-    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True), spoil=remove)
+    audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True, result=tiny_calibrated[0]), spoil=remove)
     assert audit.coverage < 1
     assert "no such GEMM" in next(g.reason for g in audit.gemms if g.name == "transformer_blocks.0.attn1.to_q")
 
@@ -162,4 +162,4 @@ def test_static_tables_need_no_factoring(tiny: Any, tiny_onnx: Path, tmp_path: P
     graph = load_graph(tiny_onnx)
     reports = run_passes(graph, (*canonical_passes(*calibrated), FactorScale(), UnsignCodes()))
     assert reports[-2].changed == ()
-    assert audited(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True)).coverage == 1
+    assert audited(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True, result=calibrated[0])).coverage == 1

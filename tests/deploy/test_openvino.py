@@ -36,7 +36,7 @@ def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPa
     if not INTEL:
         pytest.skip("OpenVINO's plugin takes Intel processors only")
     folder = tmp_path_factory.mktemp("openvino")
-    model = saved(tiny_onnx, tiny_calibrated, folder / "model.onnx", *BACKEND.legalise(shared=True))
+    model = saved(tiny_onnx, tiny_calibrated, folder / "model.onnx", *BACKEND.legalise(shared=True, result=tiny_calibrated[0]))
     BACKEND.build(model, folder / "engine")
     return folder
 
@@ -114,6 +114,6 @@ def test_bfloat16_costs_accuracy_but_not_the_integers(tiny: Any, built: Path, ti
     other = OpenVino("bf16")
     other.build(built / "model.onnx", tmp_path / "engine")
     assert other.audit(built / "model.onnx", tmp_path / "engine", tiny_calibrated[1]).coverage == 1
-    assert FactorScale() in other.legalise(shared=True)
+    assert FactorScale() in other.legalise(shared=True, result=tiny_calibrated[0])
     feed = feed_of(tiny)
     assert sqnr(run_onnx(built / "model.onnx", feed), other.load(built / "model.onnx")(feed)) > 20

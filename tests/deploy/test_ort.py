@@ -65,7 +65,7 @@ def test_the_audit_says_what_the_profiler_sees(
 ) -> None:
     """The audit reads the optimised graph; the profiler is a witness that shares nothing with it."""
     shared = not form.startswith("per-sample")
-    legalise = ORT.legalise(shared=shared) if form in ("shared", "per-sample") else ()
+    legalise = ORT.legalise(shared=shared, result=tiny_calibrated[0]) if form in ("shared", "per-sample") else ()
     model = quantized(tiny_onnx if shared else tiny_onnx_per_sample, tiny_calibrated, tmp_path, *legalise)
     audit = audited(model, tiny_calibrated)
     kernels = executed(model, feed_of(tiny, 500 if shared else [500, 20, 900]), tmp_path)
@@ -95,7 +95,9 @@ def test_the_audits_error_names_every_gemm_that_fell_back_and_no_other(
 
 
 def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
-    audit = audited(quantized(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True)), tiny_calibrated)
+    audit = audited(
+        quantized(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True, result=tiny_calibrated[0])), tiny_calibrated
+    )
     square = 2 * TOKENS * WIDTH * WIDTH
     expected = {}
     for block in (f"transformer_blocks.{n}" for n in range(BLOCKS)):
@@ -116,13 +118,19 @@ def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def shared_engine(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return ORT.load(quantized(tiny_onnx, tiny_calibrated, tmp_path_factory.mktemp("shared"), *ORT.legalise(shared=True)))
+    return ORT.load(
+        quantized(
+            tiny_onnx, tiny_calibrated, tmp_path_factory.mktemp("shared"), *ORT.legalise(shared=True, result=tiny_calibrated[0])
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def per_sample_engine(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("per-sample")
-    return ORT.load(quantized(tiny_onnx_per_sample, tiny_calibrated, folder, *ORT.legalise(shared=False)))
+    return ORT.load(
+        quantized(tiny_onnx_per_sample, tiny_calibrated, folder, *ORT.legalise(shared=False, result=tiny_calibrated[0]))
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 3, 8])

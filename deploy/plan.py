@@ -1,0 +1,196 @@
+"""Building one TensorRT or TensorRT-RTX plan, in a process of its own: aborts and memory stay there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from .backend import BackendError, Progress
+
+Shape = tuple[int, ...]
+Tell = Callable[[dict[str, Any]], None]
+PHASES = 1000
+"""Parts in which a build's progress is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to build.
+
+    Args:
+        module: `tensorrt` or `tensorrt_rtx`; their builders differ in the targets only.
+        model: the ONNX file.
+        plan: where the plan goes.
+        targets: compute capabilities such as `SM89`, for tensorrt_rtx; tensorrt builds for the GPU at hand.
+        profiles: input name -> (least, best, greatest) shape.
+    """
+
+    module: str
+    model: str
+    plan: str
+    targets: tuple[str, ...]
+    profiles: Mapping[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """What was built.
+
+    Args:
+        version: of the library.
+        seconds: parsing and building.
+        peak_bytes: of the build process's memory.
+        layers: the builder's own list of layers, as it printed it.
+    """
+
+    version: str
+    seconds: float
+    peak_bytes: int
+    layers: str
+
+
+def build_plan(request: PlanRequest, progress: Progress) -> PlanReport:
+    """Build in a child process.
+
+    Raises:
+        BackendError: the library is missing, refuses the graph or a target, or the process was killed.
+    """
+    last: dict[str, Any] = {}
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile("w+") as chatter, open(reading) as told:  # the library prints what it likes
+        command = [sys.executable, "-m", "dq_export.deploy.plan", str(writing)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=chatter, stderr=subprocess.STDOUT, text=True, pass_fds=(writing,)
+        ) as child:
+            os.close(writing)
+            assert child.stdin is not None
+            try:
+                child.stdin.write(json.dumps(asdict(request)))
+                child.stdin.close()
+                for line in told:
+                    last = json.loads(line)
+                    if "done" in last:
+                        progress(last["done"], PHASES)
+            except BaseException:
+                child.kill()
+                raise
+        chatter.seek(0)
+        said = chatter.read().strip().splitlines()
+    if "layers" in last:
+        return PlanReport(**last)
+    if "error" in last:
+        raise BackendError(f"{request.module} cannot build {request.model}: {last['error']}")
+    if child.returncode == -9:
+        raise BackendError(
+            f"the process that builds {request.model} was killed, most likely for want of memory: a build takes 3 to 4 times "
+            "the bytes of model.onnx.data; finished stages are kept"
+        )
+    reason = said[-1] if said else "nothing said"
+    raise BackendError(f"the process that builds {request.model} ended with status {child.returncode}: {reason}")
+
+
+def serve(channel: TextIO, asked: str) -> None:
+    """The child: answers a request with progress and then the report or the error, a JSON line each."""
+
+    def tell(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    raw = json.loads(asked)
+    profiles: Any = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw.pop("profiles").items()}
+    request = PlanRequest(profiles=profiles, **raw)
+    try:
+        library = importlib.import_module(request.module)
+        start = time.monotonic()
+        content, layers = _build(library, request, tell)
+    except (ImportError, PlanError) as error:
+        tell({"error": str(error)})
+        return
+    Path(request.plan).write_bytes(content)
+    report = PlanReport(
+        version=library.__version__,
+        seconds=round(time.monotonic() - start, 2),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        layers=layers,
+    )
+    tell(asdict(report))
+
+
+class PlanError(Exception):
+    """The library refuses; its own words."""
+
+
+def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
+    """The plan, and the builder's list of layers (empty where the library prints none)."""
+    messages: list[tuple[str, str]] = []
+
+    class Log(library.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            messages.append((severity.name, message))
+
+    log = Log()
+    builder = library.Builder(log)
+    network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = library.OnnxParser(network, log)
+    if not parser.parse_from_file(request.model):
+        raise PlanError("; ".join(_told(parser.get_error(index)) for index in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # the list of layers is printed at no other
+    config.progress_monitor = _monitor(library, tell)
+    if request.targets and hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = len(request.targets)
+        for index, target in enumerate(request.targets):
+            config.set_compute_capability(getattr(library.ComputeCapability, target), index)
+    profile = builder.create_optimization_profile()
+    for name, shapes in request.profiles.items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise PlanError("; ".join(text for severity, text in messages if severity == "ERROR") or "no plan, and no reason given")
+    return bytes(built), next((text for _, text in messages if text.startswith("Layers:")), "")
+
+
+def _told(error: Any) -> str:
+    return f"{error.code().name} at node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
+
+
+def _monitor(library: Any, tell: Tell) -> Any:
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Tells the outermost phase's progress."""
+
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self.outer, self.steps = "", 1
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if not self.outer:
+                self.outer, self.steps = name, max(steps, 1)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outer:
+                tell({"done": min(PHASES, (step + 1) * PHASES // self.steps)})
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    with open(int(sys.argv[1]), "w") as answers:
+        serve(answers, sys.stdin.read())

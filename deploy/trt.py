@@ -1,0 +1,176 @@
+"""TensorRT and TensorRT-RTX: one builder, two libraries (they differ in targets and in where a plan can be read)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.passes.base import GraphPass, run_passes
+from dq_export.passes.cast_floats import CastFloats
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.widen_floats import WidenFloats
+
+from .audit import Audit, audit_graph
+from .backend import BackendError, Engine, Feed, NotHereError, Progress, unwatched
+from .check import Finding, check
+from .layers import kernel_of, read_layers
+from .plan import PlanRequest, build_plan
+from .shapes import profiles
+
+PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX 1.7 builds for; it has no sm90 and no sm100."""
+SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+HALF = 65504.0
+"""The greatest float16."""
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+INSTALL = {"trt": "pip install 'dq-export[trt]'", "trt-rtx": "pip install 'dq-export[rtx]'"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRt:
+    """See `Backend`. Builds leave `engine/model.plan`, the builder's list of layers, and `plan.json` beside it.
+
+    Args:
+        name: `trt` or `trt-rtx`.
+        targets: of trt-rtx: sm75 … sm121; one plan serves them all.
+        shapes: least, best and greatest, in trtexec's syntax.
+    """
+
+    name: str
+    dtype: str
+    targets: tuple[str, ...] = ()
+    shapes: tuple[str, str, str] = ("", "", "")
+    provider: str | None = None
+    bits: tuple[str, ...] = ("w8a8", "fp8", "w4a16")
+    runs: bool = False
+
+    def configured(self, recipe: Recipe) -> TensorRt:
+        """With the recipe's targets and shapes.
+
+        Raises:
+            RecipeError: an unknown target, or one that has not the element types.
+        """
+        targets = tuple(part.strip().lower() for part in recipe.target.split(",")) if self.name == "trt-rtx" else ()
+        for target in targets:
+            if target not in TARGETS:
+                raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
+        lowest = min(targets, key=TARGETS.index, default="sm121")
+        for needs, since in self._needs(recipe):
+            if TARGETS.index(lowest) < TARGETS.index(since):
+                raise RecipeError(f"--target {lowest}: {needs} needs {since} or later")
+        return replace(self, targets=targets, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
+
+    def _needs(self, recipe: Recipe) -> list[tuple[str, str]]:
+        needs = [("--bits fp8", "sm89")] if recipe.bits == "fp8" else []
+        needs += [("--bits w4a16", "sm80")] if recipe.bits == "w4a16" else []
+        return needs + ([("--dtype bf16", "sm80")] if self.dtype == "bf16" else [])
+
+    def require(self) -> None:
+        """See `Backend.require`. TensorRT may be missing: all but its build is done without it."""
+        if self.name == "trt-rtx" and importlib.util.find_spec("tensorrt_rtx") is None:
+            raise BackendError(f"tensorrt_rtx is not installed; {INSTALL[self.name]}, needed for --format trt-rtx")
+
+    def shared_timesteps(self, wanted: str) -> bool:
+        """A timestep for each sample unless asked otherwise: it costs nothing here, and lets a batch mix steps."""
+        return wanted == "shared"
+
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
+        """Factored form: a scale that is computed at run time builds, and runs in half precision."""
+        casts = (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
+        limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
+        return (FactorScale(reach=result.reach, limit=limit), *casts)
+
+    def portable(self, model: Path, folder: Path) -> Path:
+        """See `Backend.portable`. ONNX Runtime's CPU provider has no bfloat16."""
+        if self.dtype != "bf16":
+            return model
+        graph = ir.load(model)
+        run_passes(graph, [WidenFloats()])
+        folder.mkdir(parents=True, exist_ok=True)
+        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+        return folder / "model.onnx"
+
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
+        """See `Backend.build`.
+
+        Raises:
+            NotHereError: TensorRT is missing here.
+            BackendError: the graph, a shape or a target is refused.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        graph = ir.load(model)
+        refused = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
+        if refused:
+            raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
+        inputs = {str(value.name): _dims(value) for value in graph.graph.inputs}
+        wanted = profiles(inputs, self.shapes)
+        if importlib.util.find_spec(MODULES[self.name]) is None:
+            raise NotHereError(
+                f"{MODULES[self.name]} is not installed here; {model.parent} is finished up to the graph. Copy the folder to the "
+                f"GPU machine and run there:\n  {INSTALL[self.name]} && dq-export finish {model.parent}"
+            )
+        request = PlanRequest(
+            module=MODULES[self.name],
+            model=str(model),
+            plan=str(folder / PLAN),
+            targets=tuple(target.upper() for target in self.targets),
+            profiles=wanted,
+        )
+        report = build_plan(request, progress)
+        (folder / LAYERS).write_text(report.layers)
+        described = {
+            "library": f"{request.module} {report.version}",
+            "targets": self.targets,
+            "dtype": self.dtype,
+            "profiles": wanted,
+            "seconds": report.seconds,
+            "peak_bytes": report.peak_bytes,
+            "sha256": hashlib.sha256((folder / PLAN).read_bytes()).hexdigest(),
+        }
+        (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
+
+    def load(self, model: Path, *, batch: int | None = None) -> Engine:
+        """Plans are read on a GPU only.
+
+        Raises:
+            BackendError: always, here.
+        """
+        raise BackendError(f"a plan for {self.name} runs on an NVIDIA GPU only")
+
+    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
+        """See `load`."""
+        raise BackendError(f"a plan for {self.name} is timed on an NVIDIA GPU only")
+
+    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
+        """See `Backend.audit`. By the list of layers that the builder printed."""
+        text = (folder / LAYERS).read_text()
+        layers = read_layers(text)
+
+        def kernel(name: str) -> tuple[str, bool]:
+            label, precision = kernel_of(layers, name)
+            return label, bool(precision)
+
+        rules = {item.node: item.rule for item in self._check(ir.load(model))}
+
+        def why(node: ir.Node, kernel: str) -> str:
+            return rules.get(str(node.name)) or f"the builder chose {kernel}; no known rule says why"
+
+        return audit_graph(model, assigned, kernel, why)
+
+    def _check(self, graph: ir.Model) -> list[Finding]:
+        return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
+
+
+def _dims(value: ir.Value) -> tuple[int | None, ...]:
+    assert value.shape is not None
+    return tuple(dim if isinstance(dim, int) else None for dim in value.shape)

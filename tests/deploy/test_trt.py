@@ -1,0 +1,239 @@
+"""TensorRT-RTX: real plans, built without a GPU and audited by the builder's own list of layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
+
+from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.deploy.backend import BackendError, NotHereError, unwatched
+from dq_export.deploy.backends import backend_of
+from dq_export.deploy.layers import Layer, kernel_of, read_layers
+from dq_export.deploy.plan import PlanRequest, build_plan
+from dq_export.deploy.shapes import profiles
+from dq_export.deploy.trt import TensorRt
+from dq_export.families.reference import Reference
+from dq_export.passes.base import run_passes
+from dq_export.passes.pipeline import canonical_passes
+
+RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+TARGETS = ("sm89", "sm120")
+
+
+def rtx(dtype: str = "fp16", **options: Any) -> TensorRt:
+    return TensorRt(name="trt-rtx", dtype=dtype, targets=TARGETS, **options)
+
+
+def rules_of(reference: Reference, bits: str) -> Any:
+    return tuple(rule.model_copy(update={"action": bits}) if rule.activation else rule for rule in reference.rules)
+
+
+def legalised(path: Path, calibrated: Any, backend: TensorRt, target: Path) -> Path:
+    graph = load_graph(path)
+    graph.ir_version = 10
+    run_passes(graph, (*canonical_passes(*calibrated), *backend.legalise(shared=False, result=calibrated[0])))
+    ir.save(graph, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def calibrations(tiny: Reference) -> dict[str, Any]:
+    found = {}
+    for bits in ("w8a8", "fp8", "w4a16"):
+        found[bits] = calibrate_tiny(tiny, recipe_of(tiny, rules=rules_of(tiny, bits), scaling="smooth", bins="per-step"))
+    return found
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("bits", "dtype", "kernels"),
+    [
+        ("w8a8", "fp16", {"gemm Int8xInt8"}),
+        ("w8a8", "bf16", {"gemm Int8xInt8"}),
+        ("w8a8", "fp32", {"gemm Int8xInt8"}),
+        ("fp8", "fp16", {"gemm FP8xFP8"}),
+        ("fp8", "fp32", {"gemm FP8xFP8"}),
+        ("w4a16", "fp16", set()),
+        ("w4a16", "bf16", set()),
+    ],
+)
+def test_every_gemm_of_the_recipe_is_low_precision_in_the_plan(
+    bits: str, dtype: str, kernels: set[str], tiny: Reference, tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path
+) -> None:
+    backend = rtx(dtype)
+    model = legalised(tiny_onnx_per_sample, calibrations[bits], backend, tmp_path / "model.onnx")
+    backend.build(model, tmp_path / "engine")
+    audit = backend.audit(model, tmp_path / "engine", calibrations[bits][1])
+    assert audit.coverage == 1
+    found = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
+    assert found == kernels or (not kernels and all("Int4" in kernel for kernel in found)), found
+    assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted in ("none", "float"))
+    described = json.loads((tmp_path / "engine" / "plan.json").read_text())
+    assert described["targets"] == list(TARGETS)
+    assert described["profiles"]["hidden_states"] == [[1, 2, 8, 8], [2, 2, 8, 8], [16, 2, 8, 8]]
+    assert (tmp_path / "engine" / "model.plan").read_bytes()[:4] == b"vtrt"
+
+
+@RTX
+def test_run_time_scales_build_and_the_audit_finds_them_in_half(tiny_onnx: Path, calibrations: Any, tmp_path: Path) -> None:
+    graph = load_graph(tiny_onnx)
+    graph.ir_version = 10
+    run_passes(graph, canonical_passes(*calibrations["w8a8"]))  # direct form
+    ir.save(graph, tmp_path / "model.onnx")
+    rtx("fp32").build(tmp_path / "model.onnx", tmp_path / "engine")
+    audit = rtx("fp32").audit(tmp_path / "model.onnx", tmp_path / "engine", calibrations["w8a8"][1])
+    assert audit.coverage == 0
+    assert all(gemm.reason == "a scale that is computed at run time" for gemm in audit.gemms if gemm.wanted == "w8a8")
+
+
+@RTX
+def test_two_builds_give_the_same_bytes(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
+    model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx(), tmp_path / "model.onnx")
+    for name in ("one", "two"):
+        rtx().build(model, tmp_path / name)
+    assert (tmp_path / "one" / "model.plan").read_bytes() == (tmp_path / "two" / "model.plan").read_bytes()
+
+
+@RTX
+def test_what_the_builder_says_reaches_the_user(tiny_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(load_and_spoil(tiny_onnx))
+    with pytest.raises(
+        BackendError, match=r"will not build for --format trt-rtx:\n  'odd': MatMulInteger is not imported; write"
+    ):
+        rtx().build(tmp_path / "model.onnx", tmp_path / "engine")
+    request = PlanRequest(
+        module="tensorrt_rtx", model=str(tmp_path / "model.onnx"), plan=str(tmp_path / "p"), targets=("SM89",), profiles={}
+    )
+    with pytest.raises(BackendError, match=r"tensorrt_rtx cannot build .*model.onnx: .*at node 'odd' \(MatMulInteger\)"):
+        build_plan(request, unwatched)
+
+
+def load_and_spoil(path: Path) -> bytes:
+    graph = load_graph(path)
+    first = next(iter(graph.graph))
+    source = graph.graph.initializers[next(iter(graph.graph.initializers))]
+    cast = ir.node("Cast", [source], attributes={"to": ir.DataType.INT8.value}, name="narrow")
+    odd = ir.node("MatMulInteger", [cast.outputs[0], cast.outputs[0]], name="odd")
+    graph.graph.insert_before(first, [cast, odd])
+    graph.ir_version = 10
+    return ir.serde.serialize_model(graph).SerializeToString()
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("fp16", 45), ("bf16", 30)])
+def test_the_legalised_graph_computes_what_the_float32_one_does(
+    dtype: str, least: float, tiny: Any, tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path
+) -> None:
+    exact = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx("fp32"), tmp_path / "wide.onnx")
+    model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx(dtype), tmp_path / "model.onnx")
+    portable = rtx(dtype).portable(model, tmp_path / "portable")
+    assert (portable == model) == (dtype == "fp16")
+    feed = feed_of(tiny, [20, 500, 900])
+    # Some 40 roundings of 2^-11 or 2^-8 of a value each, and codes next to a boundary that fall on its other side.
+    assert sqnr(run_onnx(exact, feed), run_onnx(portable, feed)) > least
+
+
+def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
+    """TensorRT puts c times the sum of products out in float16: c must be small enough for any row as long as those seen."""
+    result = calibrations["w8a8"][0]
+    assert min(result.reach.values()) > 1000  # so that a c of some 0.05 needs looking at
+    large = result.__class__(
+        sites=result.sites, weight_scale=result.weight_scale, provenance={}, reach=dict.fromkeys(result.reach, 100000000.0)
+    )
+    graph = load_graph(tiny_onnx_per_sample)
+    run_passes(graph, (*canonical_passes(large, calibrations["w8a8"][1]), *rtx().legalise(shared=False, result=large)))
+    scales = [node.inputs[1].const_value.numpy() for node in graph.graph if node.op_type == "QuantizeLinear"]  # type: ignore[union-attr]
+    assert len(scales) == 8
+    assert all(float(scale) * 1e8 <= 65504 / 2 * (1 + 2**-10) for scale in scales)
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "sm90"}, "--target 'sm90': TensorRT-RTX builds for sm75, sm80, sm86, sm89, sm120, sm121"),
+        ({"target": "sm86", "bits": "fp8"}, "--target sm86: --bits fp8 needs sm89 or later"),
+        ({"target": "sm75", "dtype": "bf16"}, "--target sm75: --dtype bf16 needs sm80 or later"),
+        ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
+    ],
+)
+def test_what_no_plan_can_be_is_an_error_before_anything_is_done(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        backend_of(Recipe.parse({"model": "m", "format": "trt-rtx", **options}, "test"))
+    assert message in str(caught.value)
+
+
+def test_bits_that_a_format_does_not_run_are_an_error() -> None:
+    with pytest.raises(RecipeError, match="--format ort does not run --bits fp8; it runs w8a8"):
+        backend_of(Recipe.parse({"model": "m", "bits": "fp8"}, "test"))
+
+
+def test_without_tensorrt_it_says_how_to_go_on(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed here")
+    backend = TensorRt(name="trt", dtype="fp16")
+    backend.require()
+    model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], backend, tmp_path / "model.onnx")
+    with pytest.raises(NotHereError, match=r"tensorrt is not installed here; [\s\S]* && dq-export finish "):
+        backend.build(model, tmp_path / "engine")
+
+
+INPUTS = {"hidden_states": (None, 4, 32, 32), "timestep": (1,), "class_labels": (None,)}
+
+
+def test_shapes_default_to_batches_of_1_2_and_16() -> None:
+    found = profiles(INPUTS, ("", "", ""))
+    assert found == {
+        "hidden_states": ((1, 4, 32, 32), (2, 4, 32, 32), (16, 4, 32, 32)),
+        "class_labels": ((1,), (2,), (16,)),
+    }
+
+
+def test_shapes_in_trtexecs_syntax() -> None:
+    given = ("", "hidden_states:8x4x32x32,class_labels:8", "hidden_states:32x4x32x32,class_labels:32")
+    assert profiles(INPUTS, given)["hidden_states"] == ((1, 4, 32, 32), (8, 4, 32, 32), (32, 4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("hidden_states=2", "--opt-shapes 'hidden_states=2': expected name:AxBxC"),
+        ("latents:2x4x32x32", "the graph has no input 'latents'; it has hidden_states, timestep, class_labels"),
+        ("hidden_states:2x4x64x64", "'hidden_states' is Bx4x32x32, found 2x4x64x64"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(shape: str, message: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        profiles(INPUTS, ("", shape, ""))
+    assert message in str(caught.value)
+
+
+def test_shapes_must_grow() -> None:
+    with pytest.raises(BackendError, match="'class_labels': the shapes must grow"):
+        profiles(INPUTS, ("class_labels:4", "class_labels:2", ""))
+
+
+def test_a_list_of_layers_of_another_form_is_an_error() -> None:
+    with pytest.raises(ValueError, match="found 'Layer 1 is a gemm'"):
+        read_layers("Layers:\nLayer 1 is a gemm")
+
+
+def test_a_gemm_in_parts_is_as_good_as_its_worst() -> None:
+    parts = (
+        Layer(name="a", kind="gemm", operands=("Int8", "Int8"), nodes=("n",)),
+        Layer(name="b", kind="gemm", operands=("Half", "Half"), nodes=("n",)),
+        Layer(name="c", kind="kgen", operands=("Half",), nodes=("n",)),
+    )
+    assert kernel_of(parts, "n") == ("gemm HalfxHalf", "")
+    assert kernel_of(parts[:1], "n") == ("gemm Int8xInt8", "Int8")
+    assert kernel_of(parts, "other") == ("not found", "")
+
+
+def test_numpy_is_enough_for_the_graph() -> None:
+    assert np.dtype(ir.DataType.FLOAT8E4M3FN.numpy()).itemsize == 1

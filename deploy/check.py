@@ -263,7 +263,7 @@ def _split(node: ir.Node, left: Chain | None, right: Chain | None, compute: Sequ
     if user.op_type == "Reshape" and readers == ["Transpose"]:
         turned = only_user(user.outputs[0])
         readers = [reader.op_type for reader, _ in turned.outputs[0].uses()] if turned else []
-        cut = len(readers) > 1 or readers == ["Split"]
+        cut = readers.count("Gather") > 1 or readers == ["Split"]
     else:
         cut = user.op_type == "Split" and "Reshape" in readers
     if cut:

@@ -1,0 +1,111 @@
+"""The command line to TensorRT and TensorRT-RTX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
+
+
+def call(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dq_export", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rtx") / "out"
+    done = call("--model", tiny_folder, "--format", "trt-rtx", "-o", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@RTX
+def test_a_plan_its_audit_and_the_parity_of_its_graph(exported: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    assert report["audit"]["coverage"] == 1
+    assert {call["stage"] for call in report["parity"]["calls"]} == {"float-onnx", "qdq-onnx"}
+    assert report["latency"] is None  # a plan runs on a GPU only
+    assert (exported / "engine" / "model.plan").stat().st_size > 10_000
+    assert json.loads((exported / "engine" / "plan.json").read_text())["library"].startswith("tensorrt_rtx 1.")
+    replay = call("verify", exported)
+    assert replay.returncode == 0, replay.stdout
+
+
+@RTX
+def test_a_second_run_keeps_the_plan_and_another_target_builds_it_anew(exported: Path, tiny_folder: Path) -> None:
+    same = call("--model", tiny_folder, "--format", "trt-rtx", "-o", exported, *QUICK)
+    assert "build     done: kept from an earlier run" in same.stderr
+    words = ("--model", tiny_folder, "--format", "trt-rtx", "-o", exported, *QUICK, "--overwrite")
+    other = call(*words, "--target", "sm120", "--max-shapes", "hidden_states:4x2x8x8,class_labels:4,timestep:4")
+    assert other.returncode == 0, other.stderr
+    assert "quantize  done" in other.stderr
+    described = json.loads((exported / "engine" / "plan.json").read_text())
+    assert described["targets"] == ["sm120"]
+    assert described["profiles"]["class_labels"] == [[1], [2], [4]]
+    assert call(*words).returncode == 0  # as the other tests found it
+
+
+@RTX
+def test_finish_builds_what_is_not_built(exported: Path) -> None:
+    plan = (exported / "engine" / "model.plan").read_bytes()
+    for path in (exported / "engine").iterdir():
+        path.unlink()
+    done = call("finish", exported)
+    assert done.returncode == 0, done.stderr
+    assert "100.0% of the quantized FLOPs in low precision" in done.stderr
+    assert (exported / "engine" / "model.plan").read_bytes() == plan
+
+
+@RTX
+def test_bench_of_a_plan_says_that_it_needs_a_gpu(exported: Path) -> None:
+    done = call("bench", exported)
+    assert done.returncode == 2
+    assert "an engine of --format trt-rtx runs on an NVIDIA GPU only" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+def test_trt_without_tensorrt_does_all_but_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("--model", tiny_folder, "--format", "trt", "-o", out, *QUICK)
+    assert done.returncode == 5, done.stderr
+    assert f"pip install 'dq-export[trt]' && dq-export finish {out}" in done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["parity"]["calls"]
+    assert report["audit"] is None
+    checked = call("check", out / "model.onnx", "--target", "trt")
+    assert checked.returncode == 0, checked.stdout
+    assert "12 low precision, 2 float, 0 rejected" in checked.stdout
+    again = call("finish", out)
+    assert again.returncode == 5
+    assert "tensorrt is not installed here" in again.stderr
+
+
+def test_check_fails_where_a_quantized_gemm_runs_in_float(tiny_folder: Path, tmp_path: Path) -> None:
+    done = call("quantize", "--model", tiny_folder, "--format", "onnx", "--bins", "per-step", "-o", tmp_path / "out", *QUICK)
+    assert done.returncode == 0, done.stderr
+    found = call("check", tmp_path / "out" / "model.onnx", "--target", "trt-rtx", "--json")
+    assert found.returncode == 3
+    verdicts = [item["verdict"] for item in json.loads(found.stdout)]
+    assert sorted(set(verdicts)) == ["float"]
+    assert len(verdicts) == 14
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing.onnx", "--target", "trt"), "nothing.onnx: not a readable ONNX file"),
+        (("x.onnx", "--target", "tensorrt"), "--target 'tensorrt': expected trt, trt-rtx, ort. Did you mean 'trt'?"),
+    ],
+)
+def test_check_of_nothing_is_an_error(words: tuple[str, ...], message: str) -> None:
+    done = call("check", *words)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,0 +1,99 @@
+"""Half precision around the quantized GEMMs, and its twin that a CPU can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import feed_of, load_graph, run_onnx, sqnr
+
+from dq_export.passes.base import run_passes
+from dq_export.passes.cast_floats import CastFloats
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.widen_floats import WidenFloats
+
+HALF, BRAIN = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+
+
+def small(path: Path, calibrated: Any, dtype: ir.DataType) -> ir.Model:
+    model = load_graph(path)
+    model.ir_version = 10
+    run_passes(model, (*canonical_passes(*calibrated), FactorScale(), CastFloats(dtype=dtype)))
+    return model
+
+
+def types_of(node: ir.Node) -> set[str]:
+    values = [*node.inputs, *node.outputs]
+    return {value.dtype.name for value in values if value is not None and value.dtype in (ir.DataType.FLOAT, HALF, BRAIN)}
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_a_chain_has_one_float_type(dtype: ir.DataType, tiny_onnx_per_sample: Path, tiny_calibrated: Any) -> None:
+    model = small(tiny_onnx_per_sample, tiny_calibrated, dtype)
+    chains = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMul", "Softmax", "Conv")]
+    assert len(chains) > 40
+    assert all(types_of(node) == {dtype.name} for node in chains)
+    assert {value.dtype for value in (*model.graph.inputs[:1], *model.graph.outputs)} == {ir.DataType.FLOAT}
+    assert [value.name for value in model.graph.outputs] == ["sample"]
+
+
+def test_case_1_the_conditioning_and_the_bins_stay_float32(tiny_onnx_per_sample: Path, tiny_calibrated: Any) -> None:
+    model = small(tiny_onnx_per_sample, tiny_calibrated, HALF)
+    for kind in ("Sin", "Cos", "GreaterOrEqual", "Gemm"):
+        nodes = [node for node in model.graph if node.op_type == kind]
+        assert nodes
+        assert all(types_of(node) == {"FLOAT"} for node in nodes), kind
+    # The modulation, behind the first quantized weight, does not.
+    dequantized = [node for node in model.graph if node.op_type == "DequantizeLinear" and "norm1" in str(node.name)]
+    assert dequantized
+    assert all(types_of(node) == {"FLOAT16"} for node in dequantized)
+
+
+def test_case_2_layer_normalization_stays_float32(tiny_onnx_per_sample: Path, tiny_calibrated: Any) -> None:
+    model = small(tiny_onnx_per_sample, tiny_calibrated, HALF)
+    nodes = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    assert len(nodes) == 5
+    assert all(types_of(node) == {"FLOAT"} for node in nodes)
+
+
+def test_a_residual_that_float16_cannot_hold_is_seen_on_the_cpu(tiny: Any, tiny_onnx: Path) -> None:
+    """ONNX Runtime rounds after every operator, so what overflows on a GPU overflows in the parity check, too."""
+    model = load_graph(tiny_onnx)
+    model.ir_version = 10
+    run_passes(model, [CastFloats(dtype=HALF)])
+    feed = feed_of(tiny)
+    assert np.isfinite(run_onnx(model, feed)).all()
+    loud = {**feed, "hidden_states": feed["hidden_states"] * np.float32(1e5)}
+    assert np.isfinite(run_onnx(load_graph(tiny_onnx), loud)).all()
+    assert not np.isfinite(run_onnx(model, loud)).all()
+
+
+def test_the_twin_has_the_numbers_of_bfloat16(tiny: Any, tiny_onnx: Path) -> None:
+    """Without quantization: against PyTorch's own bfloat16 both are some 40 dB from float32, and near each other."""
+    model = load_graph(tiny_onnx)
+    run_passes(model, [CastFloats(dtype=BRAIN), WidenFloats()])
+    types = {value.dtype for node in model.graph if node.op_type != "Cast" for value in node.outputs}
+    assert BRAIN not in types
+    feed = feed_of(tiny)
+    exact, twin = tiny.forward(feed), run_onnx(model, feed)
+    torch_noise, noise = sqnr(exact, tiny.in_dtype("bf16")(feed)), sqnr(exact, twin)
+    # Not the same roundings: the embedders stay float32 here, and kernels fuse. The same number of bits.
+    assert abs(noise - torch_noise) < 8
+    assert 25 < noise < 60
+
+
+def test_the_twin_of_a_float32_graph_is_itself(tiny_onnx: Path) -> None:
+    model = load_graph(tiny_onnx)
+    (report,) = run_passes(model, [WidenFloats()])
+    assert report.changed == ()
+
+
+def test_twice_is_once(tiny_onnx: Path) -> None:
+    model = load_graph(tiny_onnx)
+    first, second = run_passes(model, [CastFloats(dtype=HALF), CastFloats(dtype=HALF)])
+    assert first.changed
+    assert second.changed == ()

@@ -1,4 +1,4 @@
-"""Which GEMMs of a built engine really run on integer kernels."""
+"""Which GEMMs of a built engine really run on low-precision kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTED = get_args(Bits)
 
 
 class AuditError(Exception):
-    """Too few of the GEMMs that the recipe quantizes run on integer kernels; names each, and why."""
+    """Too few of the GEMMs that the recipe quantizes run on low-precision kernels; names each, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Audit:
 
     @property
     def integer_share(self) -> float:
-        """FLOPs in integer kernels / FLOPs of all GEMMs of the network, attention included."""
+        """FLOPs in low-precision kernels / FLOPs of all GEMMs of the network, attention included."""
         return sum(g.flops for g in self.gemms if g.integer) / max(sum(g.flops for g in self.gemms), 1)
 
     def require(self, threshold: float) -> None:
@@ -71,8 +71,8 @@ class Audit:
         if self.coverage < threshold:
             lost = [f"  {g.name}: {g.kernel}; {g.reason}" for g in self.gemms if g.wanted in COUNTED and not g.integer]
             raise AuditError(
-                f"{self.coverage:.1%} of the quantized GEMMs' FLOPs run on integer kernels, the recipe requires {threshold:.1%}. "
-                f"In float:\n" + "\n".join(lost)
+                f"{self.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires "
+                f"{threshold:.1%}. In float:\n" + "\n".join(lost)
             )
 
 

@@ -85,7 +85,7 @@ class Backend(Protocol):
         """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Passes from the canonical graph to the one that the backend runs on its integer kernels."""
+        """Passes from the canonical graph to the one that the backend runs on its low-precision kernels."""
 
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
@@ -104,4 +104,4 @@ class Backend(Protocol):
         """Milliseconds of one call by operator, median of a few."""
 
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """Which GEMMs of the engine built into `folder` run on integer kernels."""
+        """Which GEMMs of the engine built into `folder` run on low-precision kernels."""

@@ -161,7 +161,18 @@ def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
     built = builder.build_serialized_network(network, config)
     if built is None:
         raise PlanError("; ".join(text for severity, text in messages if severity == "ERROR") or "no plan, and no reason given")
-    return bytes(built), next((text for _, text in messages if text.startswith("Layers:")), "")
+    content = bytes(built)
+    listed = next((text for _, text in messages if text.startswith("Layers:")), "")
+    return content, listed or _inspected(library, log, content)
+
+
+def _inspected(library: Any, log: Any, plan: bytes) -> str:
+    """The list of layers as the engine inspector tells it, for a builder that does not print it; needs the GPU."""
+    engine = library.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise PlanError("the plan was built, but cannot be read on this machine to see what it runs")
+    text: str = engine.create_engine_inspector().get_engine_information(library.LayerInformationFormat.ONELINE)
+    return text
 
 
 def _told(error: Any) -> str:

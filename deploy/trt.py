@@ -135,7 +135,7 @@ class TensorRt:
             "profiles": wanted,
             "seconds": report.seconds,
             "peak_bytes": report.peak_bytes,
-            "sha256": hashlib.sha256((folder / PLAN).read_bytes()).hexdigest(),
+            "sha256": _digest(folder / PLAN),
         }
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
 
@@ -169,6 +169,14 @@ class TensorRt:
 
     def _check(self, graph: ir.Model) -> list[Finding]:
         return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _dims(value: ir.Value) -> tuple[int | None, ...]:

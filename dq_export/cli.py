@@ -334,7 +334,7 @@ def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
     """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
     table = Table(title=f"{report.model} -> {folder}", show_header=False)
     if report.audit:
-        table.add_row("integer kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
+        table.add_row("low-precision kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
         table.add_row("", f"{report.audit.integer_share:.1%} of all GEMM FLOPs (attention and skipped linears included)")
     drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
     for stage in report.stages():

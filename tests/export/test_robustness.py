@@ -271,10 +271,10 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
     call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that forgets to legalise: ONNX Runtime then multiplies q, k and v in float."""
-    monkeypatch.setattr(Ort, "legalise", lambda self, *, shared: ())
+    monkeypatch.setattr(Ort, "legalise", lambda self, *, shared, result: ())
     status, _, said = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
     assert status == 3
-    assert "75.0% of the quantized GEMMs' FLOPs run on integer kernels, the recipe requires 95.0%" in said  # 9 of 12 units
+    assert "75.0% of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires 95.0%" in said  # 9 of 12 units
     for block in (0, 1):
         for letter in "qkv":
             assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; its int8 activation feeds several" in said
@@ -323,7 +323,7 @@ def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_f
 
 def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
     _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
-    assert "integer kernels" in out
+    assert "low-precision kernels" in out
     assert [line for line in said.splitlines() if not line.startswith("warning:")] == []
     _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "-v")
     assert "calibrate" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -50,12 +51,14 @@ class PlanReport:
         version: of the library.
         seconds: parsing and building.
         peak_bytes: of the build process's memory.
+        sha256: of the plan.
         layers: the builder's own list of layers, as it printed it.
     """
 
     version: str
     seconds: float
     peak_bytes: int
+    sha256: str
     layers: str
 
 
@@ -121,6 +124,7 @@ def serve(channel: TextIO, asked: str) -> None:
         version=library.__version__,
         seconds=round(time.monotonic() - start, 2),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        sha256=hashlib.sha256(content).hexdigest(),
         layers=layers,
     )
     tell(asdict(report))

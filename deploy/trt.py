@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -135,7 +134,7 @@ class TensorRt:
             "profiles": wanted,
             "seconds": report.seconds,
             "peak_bytes": report.peak_bytes,
-            "sha256": _digest(folder / PLAN),
+            "sha256": report.sha256,
         }
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
 
@@ -169,14 +168,6 @@ class TensorRt:
 
     def _check(self, graph: ir.Model) -> list[Finding]:
         return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def _dims(value: ir.Value) -> tuple[int | None, ...]:

@@ -99,6 +99,7 @@ def _folded(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def shape_of(value: ir.Value) -> tuple[int | None, ...]:
+    """Its dimensions, None for one that may change; empty where the shape is not known."""
     if value.shape is None:
         return ()
     return tuple(dim if isinstance(dim, int) else None for dim in value.shape)

@@ -70,6 +70,7 @@ class CalibrationResult:
         reach: by linear with quantized activations, a bound of |sum of products of codes|: the greatest length of a row of
             activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
             out in float16 must keep it in range.
+        attention: by query, key or value projection the scale of its result, where attention is quantized.
         provenance: model hash, seed, sampler, samples, versions.
     """
 
@@ -77,6 +78,7 @@ class CalibrationResult:
     weight_scale: Mapping[str, Float32]
     provenance: Mapping[str, str]
     reach: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, float] = field(default_factory=dict)
 
     def bins(self) -> TimestepBins:
         """The coarsest bins that refine those of every table."""
@@ -101,6 +103,7 @@ class CalibrationResult:
         tensors |= {f"{name}.weight.scale": scale for name, scale in self.weight_scale.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
         header = {"format": FORMAT, "sites": described, "provenance": dict(self.provenance), "reach": dict(self.reach)}
+        header |= {"attention": dict(self.attention)}
         plan_text = json.dumps(header, sort_keys=True)
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"dq_export": plan_text})
 
@@ -136,4 +139,10 @@ class CalibrationResult:
             )
         suffix = ".weight.scale"
         weights = {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
-        return CalibrationResult(sites=sites, weight_scale=weights, provenance=header["provenance"], reach=header["reach"])
+        return CalibrationResult(
+            sites=sites,
+            weight_scale=weights,
+            provenance=header["provenance"],
+            reach=header["reach"],
+            attention=header["attention"],
+        )

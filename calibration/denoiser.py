@@ -64,11 +64,18 @@ class Denoiser(Protocol):
         """Every linear of the network by module name, in execution order."""
 
     @property
+    def attention(self) -> tuple[tuple[str, str, str], ...]:
+        """Module names of the query, key and value projection of every attention."""
+
+    @property
     def batch(self) -> int:
         """Pictures that are sampled together: as many as keep the activations small beside the weights, 8 at most."""
 
     def weight(self, linear: str) -> Float32:
         """float32[out, in]; a view where possible."""
+
+    def bias(self, linear: str) -> Float32:
+        """float32[out]; zeros where it has none."""
 
     def trajectory(self, labels: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float) -> Iterator[float]:
         """Sample one picture a label with guidance on the reference; yields each timestep before its network call."""

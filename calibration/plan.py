@@ -17,12 +17,14 @@ from .bins import build_table
 from .collect import Progress, Sampling, SiteStatistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
 from .group import ALONE, ProcessGroup
-from .qtypes import QuantType
+from .qtypes import FP8, QuantType
 from .ranges import METHODS, block_scale, weight_scale
 from .recipe import Recipe, Rule
 from .scaling import Scaling, choose_scaling
 
 Float32 = npt.NDArray[np.float32]
+MARGIN = 2.0
+"""Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
 BLOCK_SIZES = (128, 64, 32, 16)
 NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
 Item = TypeVar("Item")
@@ -97,7 +99,8 @@ def calibrate(
         return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
 
     reach = {name: item for found in parallel(measure, sites, progress) for name, item in found.items()}
-    return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance, reach=reach)
+    attention = _attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
+    return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance, reach=reach, attention=attention)
 
 
 def activation_types(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, QuantType]:
@@ -196,6 +199,30 @@ def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale
     if scale.ndim > 1:
         return 0.0
     return float((np.linalg.norm(folded_weight(denoiser.weight(name), name, plans), axis=1) / scale).max())
+
+
+def _attention_scales(
+    denoiser: Denoiser, plans: Mapping[str, SitePlan], statistics: Mapping[str, SiteStatistics], progress: Progress
+) -> dict[str, float]:
+    """By projection: MARGIN times its greatest |result| over the kept rows / 448, value projections as they are folded.
+
+    Sites that stay float keep no rows; their attention stays float, too.
+    """
+    value = {plan.site.producer: plan for plan in plans.values() if plan.site.fold == "value"}
+    names = [(site, name) for group in denoiser.attention for name in group for site in _site_of(plans, name)]
+
+    def measure(pair: tuple[str, str]) -> float:
+        site, name = pair
+        result = statistics[site].rows @ denoiser.weight(name).T + denoiser.bias(name)
+        if name in value:
+            result = (result - value[name].in_shift) / value[name].in_scale
+        return float(f"{MARGIN * float(np.abs(result).max()) / FP8.qmax:.6g}")
+
+    return dict(zip([name for _, name in names], parallel(measure, names, progress), strict=True))
+
+
+def _site_of(plans: Mapping[str, SitePlan], linear: str) -> list[str]:
+    return [name for name, plan in plans.items() if linear in plan.site.linears]
 
 
 def _touching(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:

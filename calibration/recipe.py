@@ -79,6 +79,7 @@ class Recipe(BaseModel):
     opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
     max_shapes: str = Field("", description="the greatest: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
+    attention: Literal["float", "fp8"] = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     percentile: float = Field(99.99, gt=50, le=100, description="for method percentile: of |x|, per timestep")
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")

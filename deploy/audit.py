@@ -99,7 +99,7 @@ def audit_graph(
         if node.op_type not in ("MatMul", "Gemm", "Attention"):
             continue
         module = by_node.get(node)
-        wanted = assigned[module].action if module else "none"
+        wanted = assigned[module].action if module else _attention_action(node)
         kernel, integer = kernel_of(str(node.name))
         reason = "" if integer or wanted not in COUNTED else why_float(node, kernel)
         gemms.append(
@@ -135,6 +135,13 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         return kernel, kernel in INTEGER
 
     return audit_graph(model, assigned, kernel_of, _why_float)
+
+
+def _attention_action(node: ir.Node) -> str:
+    """`fp8` for a matmul of attention with both operands quantized, else `none`."""
+    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+    both = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
+    return "fp8" if both else "none"
 
 
 def _why_float(node: ir.Node, kernel: str) -> str:

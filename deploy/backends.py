@@ -35,6 +35,8 @@ def backend_of(recipe: Recipe) -> Backend | None:
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
     if recipe.bits not in fitting[0].bits:
         raise RecipeError(f"--format {recipe.format} does not run --bits {recipe.bits}; it runs {', '.join(fitting[0].bits)}")
+    if recipe.attention != "float" and not isinstance(fitting[0], TensorRt):
+        raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; trt and trt-rtx do")
     return fitting[0].configured(recipe)
 
 

@@ -16,6 +16,7 @@ from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.cast_floats import CastFloats
 from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.quantize_attention import QuantizeAttention
 from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
@@ -71,6 +72,7 @@ class TensorRt:
 
     def _needs(self, recipe: Recipe) -> list[tuple[str, str]]:
         needs = [("--bits fp8", "sm89")] if recipe.bits == "fp8" else []
+        needs += [("--attention fp8", "sm89")] if recipe.attention == "fp8" else []
         needs += [("--bits w4a16", "sm80")] if recipe.bits == "w4a16" else []
         return needs + ([("--dtype bf16", "sm80")] if self.dtype == "bf16" else [])
 
@@ -87,7 +89,7 @@ class TensorRt:
         """Factored form: a scale that is computed at run time builds, and runs in half precision."""
         casts = (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
         limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
-        return (FactorScale(reach=result.reach, limit=limit), *casts)
+        return (QuantizeAttention(scales=result.attention), FactorScale(reach=result.reach, limit=limit), *casts)
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`. ONNX Runtime's CPU provider has no bfloat16."""

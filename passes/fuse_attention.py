@@ -66,9 +66,9 @@ def _attention(softmax: ir.Node) -> _Found | str:
     last = only_user(merged.outputs[0]) if merged is not None and _permutes(merged, HEADS) else None
     if product is None or last is None or last.op_type != "Reshape":
         return "its result is not merged back from heads (case 3)"
-    query, scale = _unscaled(scores.inputs[0])
-    key, other = _unscaled(scores.inputs[1])
-    sources = (_split_source(query), _split_source(_untransposed(key)), _split_source(product.inputs[1]))
+    query, scale = unscaled(scores.inputs[0])
+    key, other = unscaled(scores.inputs[1])
+    sources = (split_source(query), split_source(untransposed(key)), split_source(product.inputs[1]))
     heads = query.shape[1] if query is not None and query.shape is not None and len(query.shape) == 4 else None
     if any(source is None for source in sources) or not isinstance(heads, int):
         return "query, key or value is no split into heads (case 2)"
@@ -85,7 +85,7 @@ def _fuse(graph: ir.Graph, found: _Found) -> None:
     result.replace_all_uses_with(node.outputs[0])
 
 
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """What a scalar Mul scales, and by how much; the value itself and 1 where there is none."""
     node = _producer(value, "Mul")
     factor = stored(node.inputs[1]) if node is not None else None
@@ -94,7 +94,7 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return node.inputs[0], float(factor.numpy().reshape(()))
 
 
-def _untransposed(key: ir.Value | None) -> ir.Value | None:
+def untransposed(key: ir.Value | None) -> ir.Value | None:
     """[B, heads, head, tokens] -> what it is the transpose of, which torch makes by way of rank 3."""
     outer = _producer(key, "Reshape")
     middle = _producer(outer.inputs[0], "Transpose") if outer is not None else None
@@ -102,7 +102,7 @@ def _untransposed(key: ir.Value | None) -> ir.Value | None:
     return inner.inputs[0] if inner is not None else None
 
 
-def _split_source(value: ir.Value | None) -> ir.Value | None:
+def split_source(value: ir.Value | None) -> ir.Value | None:
     """The [B, tokens, width] that Reshape and Transpose made [B, heads, tokens, head] of."""
     transpose = _producer(value, "Transpose")
     reshape = _producer(transpose.inputs[0], "Reshape") if transpose is not None and _permutes(transpose, HEADS) else None

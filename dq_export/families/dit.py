@@ -79,6 +79,7 @@ class DiTReference:
         self.rules: tuple[Rule, ...] = RULES
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
+        self.attention = tuple(site.linears for site in self.sites if len(site.linears) == 3)
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
         widest = 2 * 4 * tokens * 4 * model.inner_dim  # bytes of one picture's largest activation, guided
         self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
@@ -88,6 +89,13 @@ class DiTReference:
     def weight(self, linear: str) -> Float32:
         weight: Float32 = self.model.get_submodule(linear).weight.detach().numpy()
         return weight
+
+    def bias(self, linear: str) -> Float32:
+        module = self.model.get_submodule(linear)
+        if module.bias is None:
+            return np.zeros(module.out_features, dtype=np.float32)
+        bias: Float32 = module.bias.detach().numpy()
+        return bias
 
     def forward(self, feed: Feed) -> Float32:
         return _call(self.model, feed)

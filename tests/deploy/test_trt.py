@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
+from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
 from dq_export.calibration.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError, NotHereError, unwatched
@@ -20,6 +20,7 @@ from dq_export.deploy.plan import PlanRequest, build_plan
 from dq_export.deploy.shapes import profiles
 from dq_export.deploy.trt import TensorRt
 from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
@@ -79,6 +80,25 @@ def test_every_gemm_of_the_recipe_is_low_precision_in_the_plan(
     assert described["targets"] == list(TARGETS)
     assert described["profiles"]["hidden_states"] == [[1, 2, 8, 8], [2, 2, 8, 8], [16, 2, 8, 8]]
     assert (tmp_path / "engine" / "model.plan").read_bytes()[:4] == b"vtrt"
+
+
+@RTX
+@pytest.mark.parametrize("bits", ["w8a8", "fp8"])
+def test_attention_in_float8_is_one_fused_kernel(bits: str, tmp_path: Path) -> None:
+    reference = load_reference(str(save_tiny(tmp_path, sample_size=16)))  # 64 tokens: of 16 the builder fuses none
+    reference.export_onnx(tmp_path / "float.onnx", shared=False)
+    recipe = recipe_of(reference, rules=rules_of(reference, bits), attention="fp8", bins="per-step")
+    calibrated = calibrate_tiny(reference, recipe)
+    model = legalised(tmp_path / "float.onnx", calibrated, rtx(), tmp_path / "model.onnx")
+    rtx().build(model, tmp_path / "engine")
+    audit = rtx().audit(model, tmp_path / "engine", calibrated[1])
+    attention = [gemm for gemm in audit.gemms if "." not in gemm.name and gemm.wanted == "fp8"]
+    assert len(attention) == 4
+    assert audit.coverage == 1
+    layers = read_layers((tmp_path / "engine" / "layers.txt").read_text())
+    fused = [layer for layer in layers if layer.attention]
+    assert len(fused) == 2
+    assert all(layer.precision == "FP8" for layer in fused)
 
 
 @RTX
@@ -160,6 +180,8 @@ def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: A
         ({"target": "sm90"}, "--target 'sm90': TensorRT-RTX builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         ({"target": "sm86", "bits": "fp8"}, "--target sm86: --bits fp8 needs sm89 or later"),
         ({"target": "sm75", "dtype": "bf16"}, "--target sm75: --dtype bf16 needs sm80 or later"),
+        ({"target": "sm80", "attention": "fp8"}, "--target sm80: --attention fp8 needs sm89 or later"),
+        ({"format": "ort", "attention": "fp8"}, "--format ort does not run --attention fp8; trt and trt-rtx do"),
         ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -24,6 +26,7 @@ from .backend import BackendError, Engine, Feed, NotHereError, Progress, unwatch
 from .check import Finding, check
 from .layers import kernel_of, read_layers
 from .plan import PlanRequest, build_plan
+from .runner import load_plan
 from .shapes import profiles
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
@@ -141,12 +144,29 @@ class TensorRt:
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
 
     def load(self, model: Path, *, batch: int | None = None) -> Engine:
-        """Plans are read on a GPU only.
+        """See `Backend.load`. The plan in `engine/` beside the graph, on an NVIDIA GPU.
+
+        Args:
+            batch: not fixed; a plan has its profile.
 
         Raises:
-            BackendError: always, here.
+            BackendError: no plan, one of another library or version, one cut short, or for other GPUs than this one.
         """
-        raise BackendError(f"a plan for {self.name} runs on an NVIDIA GPU only")
+        folder = model.parent / "engine"
+        if not (folder / PLAN).exists() or not (folder / METADATA).exists():
+            raise BackendError(f"{folder}: no {PLAN}; run `dq-export finish {model.parent}`")
+        described = json.loads((folder / METADATA).read_text())
+        if importlib.util.find_spec(MODULES[self.name]) is None:
+            raise BackendError(f"{MODULES[self.name]} is not installed; {INSTALL[self.name]}, needed to run {folder / PLAN}")
+        library = f"{MODULES[self.name]} {importlib.import_module(MODULES[self.name]).__version__}"
+        if described["library"] != library:
+            raise BackendError(
+                f"{folder / PLAN} was built by {described['library']}, here is {library}; run `dq-export finish {model.parent}`"
+            )
+        content = (folder / PLAN).read_bytes()
+        if hashlib.sha256(content).hexdigest() != described["sha256"]:
+            raise BackendError(f"{folder / PLAN} is not the plan that was built; run `dq-export finish {model.parent}`")
+        return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
 
     def profile(self, model: Path, feed: Feed) -> dict[str, float]:
         """See `load`."""

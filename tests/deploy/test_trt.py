@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from dq_export.deploy.backend import BackendError, NotHereError, unwatched
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.layers import Layer, kernel_of, read_layers
 from dq_export.deploy.plan import PlanRequest, build_plan
+from dq_export.deploy.runner import compute_capability
 from dq_export.deploy.shapes import profiles
 from dq_export.deploy.trt import TensorRt
 from dq_export.families.reference import Reference
@@ -119,6 +124,69 @@ def test_two_builds_give_the_same_bytes(tiny_onnx_per_sample: Path, calibrations
     for name in ("one", "two"):
         rtx().build(model, tmp_path / name)
     assert (tmp_path / "one" / "model.plan").read_bytes() == (tmp_path / "two" / "model.plan").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx(), folder / "model.onnx")
+    rtx().build(model, folder / "engine")
+    return folder
+
+
+@RTX
+def test_a_plan_says_what_it_wants(exported: Path) -> None:
+    if compute_capability():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BackendError, match="a plan runs on an NVIDIA GPU, and this machine shows none"):
+        rtx().load(exported / "model.onnx")
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("version", "was built by tensorrt_rtx 0.9, here is tensorrt_rtx 1."),
+        ("bytes", "is not the plan that was built; run `dq-export finish"),
+        ("missing", "no model.plan; run `dq-export finish"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(spoil: str, message: str, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    engine = tmp_path / "out" / "engine"
+    if spoil == "version":
+        described = json.loads((engine / "plan.json").read_text())
+        (engine / "plan.json").write_text(json.dumps({**described, "library": "tensorrt_rtx 0.9"}))
+    elif spoil == "bytes":
+        (engine / "model.plan").write_bytes((engine / "model.plan").read_bytes()[:-1])
+    else:
+        (engine / "model.plan").unlink()
+    with pytest.raises(BackendError) as caught:
+        rtx().load(tmp_path / "out" / "model.onnx")
+    assert message in str(caught.value)
+
+
+@RTX
+def test_a_build_that_is_killed_says_so(exported: Path, tmp_path: Path) -> None:
+    """As the kernel does where memory runs out."""
+
+    def kill() -> None:
+        while True:
+            for entry in Path("/proc").glob("[0-9]*"):
+                try:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                except (OSError, IndexError):
+                    continue
+                if b"dq_export.deploy.plan" in words and parent == os.getpid():
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(BackendError, match="was killed, most likely for want of memory"):
+        rtx().build(exported / "model.onnx", tmp_path / "engine")
+    killer.join()
 
 
 @RTX

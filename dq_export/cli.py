@@ -113,11 +113,10 @@ def _export(until: str, options: dict[str, Any]) -> None:
     group = _group(until)
     watch = Lines(quiet=how["quiet"] or how["as_json"] or group.rank > 0)
     signal.signal(signal.SIGINT, watch.interrupt)
-    ends: tuple[type[BaseException], ...] = (KeyboardInterrupt, ImportError, *_statuses())
     try:
         more = {"exclude": exclude, "overwrite": how["overwrite"], "max_memory": how["max_memory"]}
         report = run(recipe, folder, until=until, progress=watch, group=group, **more)
-    except ends:
+    except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
         if not watch.interrupted:
             raise
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)

@@ -36,9 +36,8 @@ class NotHereError(BackendError):
 class Engine(Protocol):
     """A loaded graph, ready to run."""
 
-    @property
-    def session(self) -> Any:
-        """The runtime's own object, for polygraphy."""
+    def runner(self, name: str) -> Any:
+        """Polygraphy's runner of the loaded graph, not activated."""
 
     def __call__(self, feed: Feed) -> Float32:
         """One network call: `sample` float32."""

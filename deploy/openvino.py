@@ -17,7 +17,7 @@ from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine, Feed, Progress, unwatched
+from .backend import BackendError, Feed, Progress, unwatched
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
@@ -84,7 +84,7 @@ class OpenVino:
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / KERNELS).write_text(json.dumps(kernels, indent=0, sort_keys=True) + "\n")
 
-    def load(self, model: Path, *, batch: int | None = None) -> Engine:
+    def load(self, model: Path, *, batch: int | None = None) -> OrtEngine:
         """See `Backend.load`.
 
         Raises:

@@ -35,6 +35,12 @@ class OrtEngine:
 
     session: Any
 
+    def runner(self, name: str) -> Any:
+        """See `Engine.runner`."""
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+
+        return OnnxrtRunner(self.session, name=name)
+
     def __call__(self, feed: Feed) -> Float32:
         result: Float32 = self.session.run(None, dict(feed))[0]
         return result

@@ -68,7 +68,7 @@ def compare_calls(
     bins: Sequence[int],
     count: Callable[[], None] = lambda: None,
 ) -> list[CallParity]:
-    """Run a stage on every feed with polygraphy's ONNX Runtime runner.
+    """Run a stage on every feed with polygraphy's runner of its runtime.
 
     Args:
         feeds: one network call each.
@@ -76,10 +76,8 @@ def compare_calls(
         bins: the timestep bin of each feed.
         count: called after each call.
     """
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
     rows = []
-    with OnnxrtRunner(engine.session, name=stage) as runner:
+    with engine.runner(stage) as runner:
         for feed, reference, index in zip(feeds, references, bins, strict=True):
             output = runner.infer(dict(feed), check_inputs=False)[OUTPUT]
             timestep = float(np.asarray(feed["timestep"]).ravel()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .backend import BackendError, Feed, Float32
@@ -11,12 +12,28 @@ from .backend import BackendError, Feed, Float32
 
 @dataclass(frozen=True, eq=False)
 class PlanEngine:
-    """A plan on the GPU, as polygraphy's runner."""
+    """A plan on the GPU.
 
-    session: Any
+    Args:
+        engine: the library's ICudaEngine.
+    """
+
+    engine: Any
+
+    def runner(self, name: str) -> Any:
+        """See `Engine.runner`."""
+        from polygraphy.backend.trt import TrtRunner
+
+        return TrtRunner(self.engine, name=name)
+
+    @cached_property
+    def _active(self) -> Any:
+        runner = self.runner("plan")
+        runner.activate()
+        return runner
 
     def __call__(self, feed: Feed) -> Float32:
-        result: Float32 = self.session.infer(dict(feed), check_inputs=False)["sample"]
+        result: Float32 = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)["sample"]
         return result
 
 
@@ -36,12 +53,11 @@ def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine
     if targets and not any(_runs_on(target, found) for target in targets):
         raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {found}; build it with --target {found}")
     from polygraphy import config
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    config.USE_TENSORRT_RTX = rtx
-    runner = TrtRunner(EngineFromBytes(plan))
-    runner.activate()
-    return PlanEngine(session=runner)
+    config.USE_TENSORRT_RTX = rtx  # read when its backend is first imported
+    from polygraphy.backend.trt import EngineFromBytes
+
+    return PlanEngine(engine=EngineFromBytes(plan)())
 
 
 def compute_capability() -> str:

@@ -26,7 +26,7 @@ from .backend import BackendError, Engine, Feed, NotHereError, Progress, unwatch
 from .check import Finding, check
 from .layers import kernel_of, read_layers
 from .plan import PlanRequest, build_plan
-from .runner import load_plan
+from .runner import compute_capability, load_plan
 from .shapes import profiles
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
@@ -55,7 +55,11 @@ class TensorRt:
     shapes: tuple[str, str, str] = ("", "", "")
     provider: str | None = None
     bits: tuple[str, ...] = ("w8a8", "fp8", "w4a16")
-    runs: bool = False
+
+    @property
+    def runs(self) -> bool:
+        """Where there are a GPU and the library."""
+        return bool(compute_capability()) and importlib.util.find_spec(MODULES[self.name]) is not None
 
     def configured(self, recipe: Recipe) -> TensorRt:
         """With the recipe's targets and shapes.
@@ -169,8 +173,8 @@ class TensorRt:
         return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
 
     def profile(self, model: Path, feed: Feed) -> dict[str, float]:
-        """See `load`."""
-        raise BackendError(f"a plan for {self.name} is timed on an NVIDIA GPU only")
+        """See `Backend.profile`: not measured for plans."""
+        return {}
 
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
         """See `Backend.audit`. By the list of layers that the builder printed."""

@@ -53,7 +53,7 @@ class Ort:
     name: str = "ort"
     provider: str = "cpu"
     dtype: str = "fp32"
-    bits: tuple[str, ...] = ("w8a8",)
+    bits: tuple[str, ...] = ("w8a8", "w4a16")
     runs: bool = True
 
     def configured(self, recipe: Recipe) -> Ort:

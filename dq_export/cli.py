@@ -47,7 +47,7 @@ def export_options(
     min_shapes: Annotated[str, option("for trt: name:AxB,… as trtexec's (default batch 1)", "--min-shapes")] = "",
     opt_shapes: Annotated[str, option("the shapes to be fastest at (default batch 2)", "--opt-shapes")] = "",
     max_shapes: Annotated[str, option("the greatest shapes (default batch 16)", "--max-shapes")] = "",
-    bits: Annotated[str, option("w8a8; trt also fp8 and w4a16 (default w8a8)", "--bits")] = "",
+    bits: Annotated[str, option("w8a8 or w4a16; trt also fp8 (default w8a8)", "--bits")] = "",
     attention: Annotated[str, option("float, or fp8 with trt (default float)", "--attention")] = "",
     timesteps: Annotated[str, option("auto, shared or per-sample (default auto)", "--timesteps")] = "",
     recipe: Annotated[Path | None, option("YAML with these options and rules; flags win", "--recipe")] = None,

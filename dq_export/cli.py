@@ -67,6 +67,7 @@ def export_options(
     min_coverage: Annotated[float | None, option("integer share required (default 0.95)", "--min-coverage")] = None,
     min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
     output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
+    device: Annotated[str, option("where PyTorch samples: cpu or cuda (default cpu)", "--device")] = "cpu",
     max_memory: Annotated[float | None, option("GiB; what cannot fit is said before it starts", "--max-memory")] = None,
     overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite")] = False,
     as_json: Annotated[bool, option("print report.json instead of the summary", "--json")] = False,
@@ -97,7 +98,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     from .pipeline import run
 
     folder, path = options.pop("output_dir"), options.pop("recipe")
-    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory")}
+    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
     exclude = tuple(options.pop("exclude") or ())
     options["format"] = options.pop("format_")
     given: dict[str, Any] = {key: value for key, value in options.items() if value not in ("", None)}
@@ -114,7 +115,8 @@ def _export(until: str, options: dict[str, Any]) -> None:
     watch = Lines(quiet=how["quiet"] or how["as_json"] or group.rank > 0)
     signal.signal(signal.SIGINT, watch.interrupt)
     try:
-        more = {"exclude": exclude, "overwrite": how["overwrite"], "max_memory": how["max_memory"]}
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
+        more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
         report = run(recipe, folder, until=until, progress=watch, group=group, **more)
     except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
         if not watch.interrupted:

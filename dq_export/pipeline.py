@@ -70,6 +70,7 @@ def run(
     progress: Progress | None = None,
     group: ProcessGroup = ALONE,
     max_memory: float | None = None,
+    device: str = "cpu",
 ) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
@@ -78,6 +79,7 @@ def run(
         until: the last stage to run, one of STAGES.
         overwrite: accept a folder that holds a run of another recipe.
         group: the processes that share the calibration. The first does all else and gets the report, the others None.
+        device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
         max_memory: GiB that each process may take; bench is left out where it alone does not fit.
 
     Raises:
@@ -86,12 +88,13 @@ def run(
     """
     from dq_export.deploy.backends import backend_of
 
-    from .families.source import load_reference, locate
+    from .families.source import load_reference, locate, require_device
 
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
     stages = fitting(locate(recipe.model), max_memory, STAGES[: STAGES.index(until) + 1])
+    require_device(device)
     backend = backend_of(recipe)
     if backend and "build" in stages:
         backend.require()
@@ -100,7 +103,8 @@ def run(
     assigned = resolved.assign(reference.linears)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
-        assist(reference, resolved, assigned, folder, group)
+        with reference.on(device):
+            assist(reference, resolved, assigned, folder, group)
         return None
     with claim(folder, resolved.dump(), overwrite=overwrite) as ledger:
         export = Export(
@@ -112,6 +116,7 @@ def run(
             ledger=ledger,
             progress=watch,
             group=group,
+            device=device,
         )
         export.run_stages(stages[-1])
         if stages[-1] != until:
@@ -178,6 +183,7 @@ class Export:
     ledger: Ledger
     progress: Progress
     group: ProcessGroup = ALONE
+    device: str = "cpu"
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     unbuilt: list[NotHereError] = field(default_factory=list)
 
@@ -303,7 +309,9 @@ class Export:
         provenance |= {key: str(getattr(r, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
         gathered, sampling = self.folder / GATHERED, sampling_of(r, self.reference)
         self.group.largest(WORK)
-        result = calibrate(self.reference, r, self.assigned, sampling, provenance, self.progress.advance, gathered, self.group)
+        progress = self.progress.advance
+        with self.reference.on(self.device):
+            result = calibrate(self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group)
         assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
         shutil.rmtree(gathered, ignore_errors=True)  # there is none where only weights are quantized
@@ -354,7 +362,8 @@ class Export:
     def _record(self, partial: Path) -> dict[str, Any]:
         from .recording import record
 
-        record(self.reference, self.recipe, self._bins(), partial / "parity", self.progress.advance)
+        with self.reference.on(self.device):
+            record(self.reference, self.recipe, self._bins(), partial / "parity", self.progress.advance)
         return {}
 
     def _compared(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from conftest import TINY, feed_of, run_onnx, save_tiny, sqnr
 
 from dq_export.families import FAMILIES
 from dq_export.families.reference import Feed, Float32, ModelError
-from dq_export.families.source import load_reference
+from dq_export.families.source import load_reference, require_device
 
 MAKE: dict[str, Callable[..., Path]] = {"dit": save_tiny}
 """How to save a tiny model of each family."""
@@ -294,3 +294,43 @@ def test_the_position_embedding_does_not_depend_on_where_it_was_computed(folder:
     reference.model.pos_embed.pos_embed = trained  # type: ignore[attr-defined]
     dit._settle_positions(reference.model)  # type: ignore[attr-defined]
     assert torch.equal(reference.model.pos_embed.pos_embed, trained), "another embedding is the model's own"  # type: ignore[attr-defined]
+
+
+def test_weights_are_the_checkpoints_while_the_network_is_on_another_device(tiny_folder: Path) -> None:
+    """`cpu:0` takes the way of a GPU: tensors are put aside, and put back as they were."""
+    reference: Any = load_reference(str(tiny_folder))
+    feed = feed_of(reference)
+    names = list(reference.linears)
+    before = {name: (reference.weight(name).copy(), reference.bias(name).copy()) for name in names}
+    exact = reference.forward(feed)
+    places = {name: value.data_ptr() for name, value in reference.model.state_dict().items()}
+    with reference.on("cpu:0"):
+        for parameter in reference.model.parameters():
+            parameter.data = parameter.data * 2  # stands for other memory: what is asked for is the checkpoint's
+        for name in names:
+            np.testing.assert_array_equal(reference.weight(name), before[name][0])
+            np.testing.assert_array_equal(reference.bias(name), before[name][1])
+    assert {name: value.data_ptr() for name, value in reference.model.state_dict().items()} == places
+    np.testing.assert_array_equal(reference.forward(feed), exact)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "--device 'gpu': expected cpu, cuda or cuda:N"), ("cuda:99", "sees . CUDA devices; pass --device cpu")],
+)
+def test_a_device_that_is_not_there_is_an_error(device: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        require_device(device)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_the_processor_does(tiny_folder: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU that PyTorch sees")
+    reference: Any = load_reference(str(tiny_folder))
+    exact = reference.forward(feed_of(reference))
+    with reference.on("cuda"):
+        found = reference.forward(feed_of(reference))
+    assert sqnr(exact, found) > 90  # float32 on both, sums in other orders

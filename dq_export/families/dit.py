@@ -84,18 +84,36 @@ class DiTReference:
         widest = 2 * 4 * tokens * 4 * model.inner_dim  # bytes of one picture's largest activation, guided
         self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
         self.digest = digest(model, scheduler)
+        self.host: dict[str, torch.Tensor] = {}
         self.linears: Mapping[str, Linear] = _linears(model)
 
     def weight(self, linear: str) -> Float32:
-        weight: Float32 = self.model.get_submodule(linear).weight.detach().numpy()
+        name = f"{linear}.weight"
+        weight: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
         return weight
 
     def bias(self, linear: str) -> Float32:
-        module = self.model.get_submodule(linear)
-        if module.bias is None:
-            return np.zeros(module.out_features, dtype=np.float32)
-        bias: Float32 = module.bias.detach().numpy()
+        if self.model.get_submodule(linear).bias is None:
+            return np.zeros(len(self.weight(linear)), dtype=np.float32)
+        name = f"{linear}.bias"
+        bias: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
         return bias
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[None]:
+        if device == "cpu":
+            yield
+            return
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.host = {name: tensor.data for name, tensor in tensors.items()}  # stays mapped from the checkpoint
+        try:
+            for tensor in tensors.values():
+                tensor.data = tensor.data.to(device)
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                tensor.data = self.host[name]
+            self.host = {}
 
     def forward(self, feed: Feed) -> Float32:
         return _call(self.model, feed)
@@ -230,12 +248,12 @@ class DiTReference:
 def _call(model: Any, feed: Feed) -> Float32:
     import torch
 
-    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feed.items()}
+    tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
     states = tensors["hidden_states"].to(model.dtype)
     timestep = tensors["timestep"].expand(len(states))
     with torch.inference_mode():
         output = model(states, timestep=timestep, class_labels=tensors["class_labels"], return_dict=False)[0]
-    sample: Float32 = output.float().numpy()
+    sample: Float32 = output.float().cpu().numpy()
     return sample
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +53,9 @@ class Reference(Denoiser, Protocol):
     @property
     def feed_shape(self) -> tuple[int, ...]:
         """Shape of one sample's `hidden_states`, without the batch."""
+
+    def on(self, device: str) -> AbstractContextManager[None]:
+        """While active the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` are as before."""
 
     def forward(self, feed: Feed) -> Float32:
         """One float network call: `hidden_states` float32[B, ...], `timestep` int64[1] or [B], `class_labels` int64[B]."""

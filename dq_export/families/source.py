@@ -34,6 +34,24 @@ def load_reference(model: str) -> Reference:
     raise ModelError(f"{folder}: architecture {config.get('_class_name')!r} is not supported; supported: {known}")
 
 
+def require_device(device: str) -> None:
+    """Ask for a device before anything is loaded.
+
+    Raises:
+        ModelError: PyTorch has it not.
+    """
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ModelError(f"--device '{device}': expected cpu, cuda or cuda:N")
+    index = int(device.partition(":")[2] or 0)
+    if device != "cpu" and torch.cuda.device_count() <= index:
+        raise ModelError(
+            f"--device {device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; pass --device cpu, "
+            "or install a CUDA build of PyTorch"
+        )
+
+
 def locate(model: str) -> Path:
     """The local folder of a short name, a folder or a hub id, downloaded if need be.
 

@@ -64,7 +64,7 @@ def export_options(
     parity_size: Annotated[int | None, option("pictures to compare with PyTorch's (default 10)", "--parity-size")] = None,
     guidance_scale: Annotated[float | None, option("guidance (default the model's)", "--guidance-scale")] = None,
     seed: Annotated[int | None, option("of noise and labels (default 0)", "--seed")] = None,
-    min_coverage: Annotated[float | None, option("integer share required (default 0.95)", "--min-coverage")] = None,
+    min_coverage: Annotated[float | None, option("share required in low precision (default 0.95)", "--min-coverage")] = None,
     min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
     output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
     device: Annotated[str, option("where PyTorch samples: cpu or cuda (default cpu)", "--device")] = "cpu",
@@ -205,7 +205,7 @@ def audit(out: Folder, as_json: Json = False) -> None:
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
-        table = Table("GEMM", "wanted", "kernel", "why not integer")
+        table = Table("GEMM", "wanted", "kernel", "why not")
         for gemm in report.gemms:
             table.add_row(gemm.name, gemm.wanted, gemm.kernel, gemm.reason)
         Console().print(table)

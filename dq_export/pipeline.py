@@ -291,6 +291,8 @@ class Export:
 
     def _calls_text(self) -> str:
         r = self.recipe
+        if not any(rule.activation for rule in self.assigned.values()):
+            return "of weights alone: nothing is sampled"
         return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
 
     def _calibration_inputs(self) -> list[Any]:

@@ -45,8 +45,8 @@ class GemmReport(_Part):
 class AuditReport(_Part):
     """What the engine really runs."""
 
-    coverage: float = Field(description="integer FLOPs / FLOPs of the GEMMs that the recipe quantizes to w8a8")
-    integer_share: float = Field(description="integer FLOPs / FLOPs of all GEMMs")
+    coverage: float = Field(description="low-precision FLOPs / FLOPs of the GEMMs that the recipe gives low precision")
+    integer_share: float = Field(description="low-precision FLOPs / FLOPs of all GEMMs")
     gemms: list[GemmReport]
 
 

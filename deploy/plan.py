@@ -20,6 +20,7 @@ from .backend import BackendError, Progress
 
 Shape = tuple[int, ...]
 Tell = Callable[[dict[str, Any]], None]
+TIMINGS = "timing.cache"
 PHASES = 1000
 """Parts in which a build's progress is told."""
 
@@ -162,12 +163,22 @@ def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
     for name, shapes in request.profiles.items():
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
+    cached = None if hasattr(config, "set_compute_capability") else _timing_cache(config, Path(request.model).with_name(TIMINGS))
     built = builder.build_serialized_network(network, config)
+    if cached is not None and built is not None:
+        Path(request.model).with_name(TIMINGS).write_bytes(bytes(cached.serialize()))
     if built is None:
         raise PlanError("; ".join(text for severity, text in messages if severity == "ERROR") or "no plan, and no reason given")
     content = bytes(built)
     listed = next((text for _, text in messages if text.startswith("Layers:")), "")
     return content, listed or _inspected(library, log, content)
+
+
+def _timing_cache(config: Any, path: Path) -> Any:
+    """What TensorRT measured in earlier builds, read from beside the graph; TensorRT-RTX measures nothing."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
 
 
 def _inspected(library: Any, log: Any, plan: bytes) -> str:

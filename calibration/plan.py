@@ -56,9 +56,11 @@ def calibrate(
     """
     types = activation_types(denoiser.sites, assigned)
     sites = tuple(site for site in denoiser.sites if site.name in types)
-    if not sites:  # only weights are quantized
+    if not sites:  # only weights are quantized, which the first process does alone
+        if group.rank > 0:
+            return None
         scales = weight_scales(denoiser, {}, assigned, progress)
-        return None if group.rank > 0 else CalibrationResult(sites={}, weight_scale=scales, provenance=provenance)
+        return CalibrationResult(sites={}, weight_scale=scales, provenance=provenance)
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
     if group.rank > 0 and recipe.method == "minmax":

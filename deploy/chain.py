@@ -39,11 +39,6 @@ class Chain:
         return tensor.dtype if tensor is not None else (zero.dtype if zero is not None else value.dtype if value else None)
 
     @property
-    def weight(self) -> bool:
-        """Whether all of it is known before the graph runs."""
-        return stored(self.source) is not None
-
-    @property
     def scale(self) -> npt.NDArray[Any] | None:
         """The scale, if it is a constant."""
         return _folded(self.dequantize.inputs[1])

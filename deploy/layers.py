@@ -10,8 +10,6 @@ GEMMS = ("gemm", "correlation")
 """Layer types that multiply matrices with a kernel of the library."""
 LOW = frozenset({"Int8", "FP8", "FP8E4M3", "Float8E4M3", "FP8 E4M3", "FP4E2M1"})
 WEIGHT_ONLY = frozenset({"Int4"})
-DEQUANTIZING = re.compile(r"Cast\w*Mul\w*Fc|Mul\w*Cast\w*Fc")
-"""Fusions that turn codes into floats and multiply those."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from .chain import Chain, shape_of
 Verdict = Literal["rejected", "float", "low precision"]
 INT8, INT4, FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 KNOWN = (INT8, INT4, FP8, ir.DataType.UINT8)
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX 1.7 builds for, the oldest first; it has no sm90 and no sm100."""
 Told = tuple[Verdict, str, str]
 Rule = Callable[[ir.Node, Chain | None, Chain | None, Sequence[str]], Told | None]
 
@@ -28,10 +30,9 @@ def _types(node: ir.Node, left: Chain | None, right: Chain | None, compute: Sequ
         if chain.dtype == ir.DataType.UINT8:
             return "rejected", "uint8 is taken for int8: other numbers", "use int8 with zero point 0"
     since = {INT4: "sm80", FP8: "sm89"}
-    order = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
     for chain in filter(None, (left, right)):
         needed = since.get(chain.dtype) if chain.dtype else None
-        old = [target for target in compute if needed and order.index(target) < order.index(needed)]
+        old = [target for target in compute if needed and TARGETS.index(target) < TARGETS.index(needed)]
         if old:
             assert chain.dtype is not None
             return "rejected", f"{chain.dtype.name} on {old[0]}", f"build for {needed} or later"

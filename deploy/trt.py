@@ -23,15 +23,15 @@ from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
 from .backend import BackendError, Engine, Feed, NotHereError, Progress, unwatched
+from .chain import shape_of
 from .check import Finding, check
 from .layers import kernel_of, read_layers
 from .plan import PlanRequest, build_plan
+from .rules import TARGETS
 from .runner import compute_capability, load_plan
 from .shapes import profiles
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX 1.7 builds for; it has no sm90 and no sm100."""
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest float16."""
@@ -120,7 +120,7 @@ class TensorRt:
         refused = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
         if refused:
             raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
-        inputs = {str(value.name): _dims(value) for value in graph.graph.inputs}
+        inputs = {str(value.name): shape_of(value) for value in graph.graph.inputs}
         wanted = profiles(inputs, self.shapes)
         if importlib.util.find_spec(MODULES[self.name]) is None:
             raise NotHereError(
@@ -194,8 +194,3 @@ class TensorRt:
 
     def _check(self, graph: ir.Model) -> list[Finding]:
         return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
-
-
-def _dims(value: ir.Value) -> tuple[int | None, ...]:
-    assert value.shape is not None
-    return tuple(dim if isinstance(dim, int) else None for dim in value.shape)

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 HISTOGRAM_BINS = 2048
 HISTOGRAM_ROWS = 128
 """About how many rows of a site each network call adds to the histogram, evenly spaced; the range is from all rows."""
 ROWS_KEPT = 256
+
+
+def unwatched(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

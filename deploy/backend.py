@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 
@@ -17,12 +18,6 @@ from .audit import Audit
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all."""
-
-
-def unwatched(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 class BackendError(Exception):

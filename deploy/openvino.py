@@ -12,12 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Feed, Progress, unwatched
+from .backend import BackendError, Feed
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
@@ -21,7 +22,7 @@ from dq_export.passes.fuse_attention import FuseAttention
 from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
-from .backend import BackendError, Engine, Feed, Float32, Progress, unwatched
+from .backend import BackendError, Engine, Feed, Float32
 
 PROFILED = 5
 """Calls of a profile."""

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from .backend import BackendError, Progress
+from dq_export.calibration.collect import Progress
+
+from .backend import BackendError
 
 Shape = tuple[int, ...]
 Tell = Callable[[dict[str, Any]], None]

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.cast_floats import CastFloats
@@ -22,7 +23,7 @@ from dq_export.passes.quantize_attention import QuantizeAttention
 from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine, Feed, NotHereError, Progress, unwatched
+from .backend import BackendError, Engine, Feed, NotHereError
 from .chain import shape_of
 from .check import Finding, check
 from .layers import kernel_of, read_layers

@@ -10,8 +10,8 @@ from typing import get_args
 import onnx_ir as ir
 from pydantic import ValidationError
 
+from dq_export.calibration.collect import Progress
 from dq_export.calibration.recipe import Recipe, RecipeError, nearest
-from dq_export.deploy.backend import Progress
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT

@@ -31,6 +31,8 @@ STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "veri
 GATHERED = ".calibration"
 NOTHING, WORK = np.zeros(1), np.ones(1)
 """What the first process tells the others: whether there is a calibration to share."""
+SPEED = 6.5e8
+"""Bytes of float32 weights a second, of the export to ONNX and of the build of an engine; measured on two cores."""
 VERSIONED = ("dq-export", "torch", "diffusers", "numpy", "onnx-ir", "onnxruntime")
 
 
@@ -98,7 +100,7 @@ def run(
     backend = backend_of(recipe)
     if backend and "build" in stages:
         backend.require()
-    reference = load_reference(recipe.model)
+    reference = load_reference(recipe.model, watch.advance)
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
@@ -190,7 +192,10 @@ class Export:
     def run_stages(self, until: str) -> None:
         """Every stage in order, up to and including `until`. The weights are freed as soon as no stage needs them."""
         r, digest = self.recipe, self.ledger.digest
-        self._stage("float", "PyTorch to ONNX", ("float",), self._export_float, lambda: [self.reference.digest, r.timesteps])
+        duration = about(sum(self.reference.weight(name).nbytes for name in self.reference.linears))
+        self._stage(
+            "float", f"PyTorch to ONNX{duration}", ("float",), self._export_float, lambda: [self.reference.digest, r.timesteps]
+        )
         self._stage(
             "calibrate", self._calls_text(), ("calibration.safetensors",), self._calibrate, self._calibration_inputs, until
         )
@@ -207,7 +212,7 @@ class Export:
             until,
         )  # fmt: skip
         if self.backend:
-            built = f"engine for {' '.join(filter(None, (r.format, r.provider, r.dtype)))}"
+            built = f"engine for {' '.join(filter(None, (r.format, r.provider, r.dtype)))}{duration}"
             options = [r.dtype, r.target, r.min_shapes, r.opt_shapes, r.max_shapes]
             try:
                 self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), *options], until)
@@ -402,6 +407,11 @@ class Export:
             bins=len(plan.activation.bins) if plan else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
         )
+
+
+def about(size: int) -> str:
+    """How long a call into a library will take that tells nothing meanwhile, from the bytes of the weights; from 2 s on."""
+    return f", about {size / SPEED:.0f} s" if size > 2 * SPEED else ""
 
 
 def versions() -> dict[str, str]:

@@ -113,6 +113,13 @@ def test_a_sample_does_not_depend_on_the_timesteps_beside_it(reference: Any) -> 
         assert sqnr(alone[i], mixed[i]) > 100  # matrix products sum in an order that depends on the batch
 
 
+def test_loading_tells_how_far_it_is(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load_reference(str(folder), lambda done, total: told.append((done, total)))
+    assert len(told) > 10
+    assert told == [(i + 1, len(told)) for i in range(len(told))]
+
+
 def test_the_digest_is_of_configuration_and_weights(reference: Any, folder: Path, tmp_path: Path) -> None:
     assert load_reference(str(folder)).digest == reference.digest
     shutil.copytree(folder, tmp_path / "other")

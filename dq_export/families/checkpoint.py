@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dq_export.calibration.collect import Progress, unwatched
+
 from .reference import ModelError
 
 
@@ -53,18 +55,22 @@ def load_scheduler(folder: Path, default: Mapping[str, Any]) -> Any:
     return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
 
 
-def digest(model: Any, scheduler: Any) -> str:
+def digest(model: Any, scheduler: Any, progress: Progress = unwatched) -> str:
     """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
 
     Where the folder lies does not matter. Tensors are hashed side by side, which releases the interpreter's lock.
+
+    Args:
+        progress: called with (tensors hashed, tensors in all).
     """
     settings = [_public(model.config), type(scheduler).__name__, _public(scheduler.config)]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     state = model.state_dict()
     with ThreadPoolExecutor() as pool:
-        for name, content in zip(state, pool.map(_content_hash, state.values()), strict=True):
+        for done, (name, content) in enumerate(zip(state, pool.map(_content_hash, state.values()), strict=True), start=1):
             found.update(name.encode())
             found.update(content)
+            progress(done, len(state))
     return found.hexdigest()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
@@ -53,14 +54,14 @@ class DiT:
     architecture: str = "DiTTransformer2DModel"
     default_guidance: float = 4.0
 
-    def load(self, folder: Path, guidance: float) -> Reference:
+    def load(self, folder: Path, guidance: float, progress: Progress = unwatched) -> Reference:
         """See `Family.load`. The default guidance is that of diffusers' DiTPipeline."""
         transformer = transformer_folder(folder)
         refuse_pickles(transformer)
         model = _load_transformer(transformer)
         _refuse_unfit(model, transformer)
         _settle_positions(model)
-        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance, transformer)
+        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance, transformer, progress)
 
 
 DIT = DiT()
@@ -69,7 +70,7 @@ DIT = DiT()
 class DiTReference:
     """A loaded DiT. See `Reference` for every member."""
 
-    def __init__(self, model: Any, scheduler: Any, guidance: float, folder: Path) -> None:
+    def __init__(self, model: Any, scheduler: Any, guidance: float, folder: Path, progress: Progress) -> None:
         self.model = model
         self.scheduler = scheduler
         self.guidance = guidance
@@ -83,7 +84,7 @@ class DiTReference:
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
         widest = 2 * 4 * tokens * 4 * model.inner_dim  # bytes of one picture's largest activation, guided
         self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
-        self.digest = digest(model, scheduler)
+        self.digest = digest(model, scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
         self.linears: Mapping[str, Linear] = _linears(model)
 

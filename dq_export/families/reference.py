@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import Denoiser
 from dq_export.calibration.recipe import Rule
 
@@ -98,7 +99,7 @@ class Family(Protocol):
     def default_guidance(self) -> float:
         """Guidance scale for a checkpoint that has no better one."""
 
-    def load(self, folder: Path, guidance: float) -> Reference:
+    def load(self, folder: Path, guidance: float, progress: Progress = unwatched) -> Reference:
         """Load a pipeline folder, or a folder of only its transformer, in float32.
 
         Raises:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import nearest
 
 from . import FAMILIES
@@ -19,8 +20,11 @@ NAMED: dict[str, tuple[str, float]] = {
 """Short names: a folder or hub id, and the guidance scale that suits it."""
 
 
-def load_reference(model: str) -> Reference:
+def load_reference(model: str, progress: Progress = unwatched) -> Reference:
     """Load a short name, a local folder or a hub id.
+
+    Args:
+        progress: called with (tensors read, tensors in all).
 
     Raises:
         ModelError: nothing by that name, no network, or a checkpoint that cannot be used.
@@ -29,7 +33,7 @@ def load_reference(model: str) -> Reference:
     config = _transformer_config(folder)
     for family in FAMILIES:
         if config.get("_class_name") == family.architecture:
-            return family.load(folder, guidance or family.default_guidance)
+            return family.load(folder, guidance or family.default_guidance, progress)
     known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
     raise ModelError(f"{folder}: architecture {config.get('_class_name')!r} is not supported; supported: {known}")
 

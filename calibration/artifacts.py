@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .denoiser import InputSite
-from .qtypes import QUANT_TYPES
-from .scales import ScaleTable, TimestepBins
+from .grid import Int8, WeightGrid
+from .qtypes import QUANT_TYPES, QuantType
+from .scales import ScaleTable, TimestepBins, TokenScale
 
 Float32 = npt.NDArray[np.float32]
-FORMAT = "dq-export calibration 2"
+FORMAT = "dq-export calibration 3"
 
 
 class CalibrationError(Exception):
@@ -35,7 +36,7 @@ class SitePlan:
         method: how the equivalent scaling was chosen, for the report: `none`, `smooth(0.50)`, `dilate(1.0)+shift` …
         in_scale: float32[K], finite, > 0; all ones where nothing is scaled.
         in_shift: float32[K], finite; all zeros where nothing is shifted.
-        activation: the scale table.
+        activation: the scale table, or the rule that finds a scale for each token; None where the input stays float.
         error: the measured relative output error of the choice (noise power / signal power), or NaN if not measured.
     """
 
@@ -43,7 +44,7 @@ class SitePlan:
     method: str
     in_scale: Float32
     in_shift: Float32
-    activation: ScaleTable
+    activation: ScaleTable | TokenScale | None
     error: float = float("nan")
 
     def __post_init__(self) -> None:
@@ -52,6 +53,11 @@ class SitePlan:
                 raise ValueError(f"{self.site.name}: {label} must be finite float32[K]")
         if not (self.in_scale > 0).all() or self.in_scale.shape != self.in_shift.shape:
             raise ValueError(f"{self.site.name}: in_scale must be > 0 and as long as in_shift")
+
+    def quantized(self, rows: Float32, timestep: npt.ArrayLike) -> Float32:
+        """float32[R, K]: (rows - in_shift) / in_scale as the GEMM reads them; `timestep`: of all rows, or float[R]."""
+        moved = ((rows - self.in_shift) / self.in_scale).astype(np.float32, copy=False)
+        return moved if self.activation is None else self.activation.nearest(moved, timestep)
 
     @property
     def scaled(self) -> bool:
@@ -65,8 +71,10 @@ class CalibrationResult:
 
     Args:
         sites: plan by site name, in execution order.
-        weight_scale: by linear, float32[out] (per output channel, amax / 127 of the folded row) for W8A8 linears, or
-            float32[in / block, out] for weight-only and w4a16 linears.
+        weight_scale: by linear, the scale of its `WeightGrid`: float32[out], or float32[in / block, out].
+        multiplier: by linear with a grid of two levels, int8[in / block, out].
+        codes: by linear whose codes are not just the nearest to its folded weight, int8[out, in].
+        correction: by linear, float32[out] to be added to its bias.
         reach: by linear with quantized activations, a bound of |sum of products of codes|: the greatest length of a row of
             activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
             out in float16 must keep it in range.
@@ -77,6 +85,9 @@ class CalibrationResult:
     sites: Mapping[str, SitePlan]
     weight_scale: Mapping[str, Float32]
     provenance: Mapping[str, str]
+    multiplier: Mapping[str, Int8] = field(default_factory=dict)
+    codes: Mapping[str, Int8] = field(default_factory=dict)
+    correction: Mapping[str, Float32] = field(default_factory=dict)
     reach: Mapping[str, float] = field(default_factory=dict)
     attention: Mapping[str, float] = field(default_factory=dict)
 
@@ -84,23 +95,32 @@ class CalibrationResult:
         """The coarsest bins that refine those of every table."""
         bins = TimestepBins()
         for plan in self.sites.values():
-            bins = bins.union(plan.activation.bins)
+            if plan.activation:
+                bins = bins.union(plan.activation.bins)
         return bins
+
+    def grid(self, linear: str, qtype: QuantType) -> WeightGrid:
+        """The grid of a quantized weight, whose element type its rule gives."""
+        return WeightGrid(scale=self.weight_scale[linear], multiplier=self.multiplier.get(linear), qtype=qtype)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal results give equal bytes."""
         from safetensors.numpy import save_file
 
-        tensors: dict[str, npt.NDArray[np.float32]] = {}
+        tensors: dict[str, npt.NDArray[np.generic]] = {}
         described = []
         for name, plan in self.sites.items():
             tensors[f"{name}.in_scale"] = plan.in_scale
             tensors[f"{name}.in_shift"] = plan.in_shift
-            tensors[f"{name}.activation.scale"] = plan.activation.scale
-            edges = plan.activation.bins.edges
-            entry = {"site": asdict(plan.site), "method": plan.method, "error": plan.error, "edges": edges}
-            described.append({**entry, "type": plan.activation.qtype.name})
-        tensors |= {f"{name}.weight.scale": scale for name, scale in self.weight_scale.items()}
+            entry: dict[str, Any] = {"site": asdict(plan.site), "method": plan.method, "error": plan.error}
+            if isinstance(plan.activation, ScaleTable):
+                tensors[f"{name}.activation.scale"] = plan.activation.scale
+                entry |= {"edges": plan.activation.bins.edges, "type": plan.activation.qtype.name}
+            elif plan.activation is not None:
+                entry |= {"token": {**asdict(plan.activation), "qtype": plan.activation.qtype.name}}
+            described.append(entry)
+        for kind, found in self._by_linear().items():
+            tensors |= {f"{name}.weight.{kind}": value for name, value in found.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
         header = {"format": FORMAT, "sites": described, "provenance": dict(self.provenance), "reach": dict(self.reach)}
         header |= {"attention": dict(self.attention)}
@@ -128,21 +148,40 @@ class CalibrationResult:
         for entry in header["sites"]:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["site"].items()}
             site = InputSite(**fields)
-            bins, qtype = TimestepBins(edges=tuple(entry["edges"])), types[entry["type"]]
+            activation: ScaleTable | TokenScale | None = None
+            if "edges" in entry:
+                bins, scale = TimestepBins(edges=tuple(entry["edges"])), tensors[f"{site.name}.activation.scale"]
+                activation = ScaleTable(scale=scale, bins=bins, qtype=types[entry["type"]])
+            elif "token" in entry:
+                activation = TokenScale(**{**entry["token"], "qtype": types[entry["token"]["qtype"]]})
             sites[site.name] = SitePlan(
                 site=site,
                 method=entry["method"],
                 error=entry["error"],
                 in_scale=tensors[f"{site.name}.in_scale"],
                 in_shift=tensors[f"{site.name}.in_shift"],
-                activation=ScaleTable(scale=tensors[f"{site.name}.activation.scale"], bins=bins, qtype=qtype),
+                activation=activation,
             )
-        suffix = ".weight.scale"
-        weights = {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
+
+        def by_linear(kind: str) -> dict[str, Any]:
+            suffix = f".weight.{kind}"
+            return {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
+
         return CalibrationResult(
             sites=sites,
-            weight_scale=weights,
+            weight_scale=by_linear("scale"),
+            multiplier=by_linear("multiplier"),
+            codes=by_linear("codes"),
+            correction=by_linear("correction"),
             provenance=header["provenance"],
             reach=header["reach"],
             attention=header["attention"],
         )
+
+    def _by_linear(self) -> dict[str, Mapping[str, npt.NDArray[np.generic]]]:
+        return {
+            "scale": self.weight_scale,
+            "multiplier": self.multiplier,
+            "codes": self.codes,
+            "correction": self.correction,
+        }

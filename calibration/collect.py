@@ -231,6 +231,21 @@ def collect_histograms(
     return Histograms(steps=steps, counts=counts)
 
 
+def watch_calls(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    collect: Callable[[int, str, Float32], None],
+    progress: Progress,
+    group: ProcessGroup = ALONE,
+) -> None:
+    """Sample this process's pictures once more; `collect` gets each input: (index of its timestep, site, float32[rows, K])."""
+
+    def pass_on(call: _Call, name: str, value: torch.Tensor) -> None:
+        collect(call.record, name, value.cpu().numpy())
+
+    _run(denoiser, sampling, pass_on, progress, _Journal(None, group.rank, {}), group)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     """One network call.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +15,21 @@ from threadpoolctl import threadpool_limits
 
 from .artifacts import CalibrationError, CalibrationResult, SitePlan
 from .bins import build_table
-from .collect import Progress, Sampling, SiteStatistics, collect_histograms, collect_ranges
+from .collect import Progress, Sampling, SiteStatistics, Statistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
+from .grid import WeightGrid
 from .group import ALONE, ProcessGroup
-from .qtypes import FP8, QuantType
-from .ranges import METHODS, block_scale, weight_scale
-from .recipe import Recipe, Rule
+from .hessians import stream_hessians
+from .qtypes import FP8
+from .ranges import METHODS
+from .recipe import Bits, Recipe, Rule
+from .rounding import ROUNDINGS
+from .scales import ScaleTable, TokenScale
 from .scaling import Scaling, choose_scaling
 
 Float32 = npt.NDArray[np.float32]
 MARGIN = 2.0
 """Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
-BLOCK_SIZES = (128, 64, 32, 16)
 NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,21 +58,20 @@ def calibrate(
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
-    types = activation_types(denoiser.sites, assigned)
-    sites = tuple(site for site in denoiser.sites if site.name in types)
+    rules = site_rules(denoiser.sites, assigned)
+    sites = tuple(site for site in denoiser.sites if site.name in rules) if samples(recipe, assigned) else ()
     if not sites:  # only weights are quantized, which the first process does alone
         if group.rank > 0:
             return None
-        scales = weight_scales(denoiser, {}, assigned, progress)
-        return CalibrationResult(sites={}, weight_scale=scales, provenance=provenance)
+        return _round(denoiser, recipe, {}, assigned, {}, provenance, progress)
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
-    if group.rank > 0 and recipe.method == "minmax":
+    if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
         return None
 
     def decide(site: InputSite) -> tuple[Scaling, Float32]:
         item = statistics[site.name]
-        scaling = _choose(site, item, denoiser, recipe, assigned, types[site.name])
+        scaling = _choose(site, item, denoiser, recipe, assigned, rules[site.name])
         return scaling, item.amax(scaling.in_scale, scaling.in_shift)
 
     decided = dict(zip(names, parallel(decide, sites, progress), strict=True))
@@ -78,53 +81,85 @@ def calibrate(
     if recipe.method != "minmax":
         transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
         counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
-        if group.rank > 0:
-            return None
     plans = {}
     for site in sites:
         name, scaling = site.name, decided[site.name][0]
-        scale = METHODS[recipe.method](amax[name], counts[name] if counts else NO_COUNTS, recipe, types[name])
         plans[name] = SitePlan(
             site=site,
             method=scaling.method,
             error=scaling.error,
             in_scale=scaling.in_scale,
             in_shift=scaling.in_shift,
-            activation=build_table(statistics.timesteps, scale, recipe.bins, types[name]),
+            activation=_activation(
+                rules[name], recipe, statistics.timesteps, amax[name], counts[name] if counts else NO_COUNTS, scaling
+            ),
         )
-    scales = weight_scales(denoiser, plans, assigned, progress)
+    hessians: dict[str, Float32] = {}
+    if recipe.rounding != "rtn":
+        reach = {name: float(limit.max()) for name, limit in amax.items()}
+        for part in stream_hessians(denoiser, plans, reach, statistics.timesteps.tolist(), sampling, progress, group):
+            hessians |= part
+    if group.rank > 0:
+        return None
+    result = _round(denoiser, recipe, plans, assigned, hessians, provenance, progress)
     touching = _touching(plans)
 
     def measure(site: InputSite) -> dict[str, float]:
         longest = _longest(plans[site.name], statistics[site.name])
-        norms = {name: _longest_row(denoiser, name, touching[name], scales[name]) for name in site.linears if name in scales}
+        norms = {
+            name: _longest_row(denoiser, name, touching[name], result.weight_scale[name])
+            for name in site.linears
+            if assigned[name].activation
+        }
         return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
 
-    reach = {name: item for found in parallel(measure, sites, progress) for name, item in found.items()}
+    reached = {name: item for found in parallel(measure, sites, progress) for name, item in found.items()}
     attention = _attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
-    return CalibrationResult(sites=plans, weight_scale=scales, provenance=provenance, reach=reach, attention=attention)
+    correction = _corrections(denoiser, plans, statistics, assigned, result, progress) if recipe.bias_correction else {}
+    return replace(result, reach=reached, attention=attention, correction=correction)
 
 
-def activation_types(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, QuantType]:
-    """By site: what its input is quantized to; sites that stay float are left out.
+def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
+    """Whether anything depends on the inputs: activation scales, scalings, or how weights are rounded."""
+    asks = recipe.scaling != "none" or recipe.rounding != "rtn" or recipe.bias_correction
+    return any(rule.quantizes_input or (asks and rule.action in get_args(Bits)) for rule in assigned.values())
+
+
+def site_rules(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, Rule]:
+    """By site: how its readers are quantized; sites whose readers are float or weight-only are left out.
 
     Raises:
-        CalibrationError: readers of one input want different types; all of them in one message.
+        CalibrationError: readers of one input want different things; all of them in one message.
     """
-    found: dict[str, QuantType] = {}
+    found: dict[str, Rule] = {}
     wrong = []
     for site in sites:
-        rules = [assigned[name] for name in site.linears]
-        actions = {rule.action: qtype for rule in rules if (qtype := rule.activation)}
-        if len(actions) > 1:
-            wrong.append(
-                f"{', '.join(site.linears)} read one input, which cannot be {' and '.join(actions)}; give them one action"
-            )
-        for qtype in actions.values():
-            found[site.name] = qtype
+        rules = [assigned[name] for name in site.linears if assigned[name].action in get_args(Bits)]
+        forms = {(rule.action, rule.granularity, rule.group_size): rule for rule in rules}
+        if len(forms) > 1:
+            told = " and ".join(" ".join(str(part) for part in form if part is not None) for form in forms)
+            wrong.append(f"{', '.join(site.linears)} read one input, which cannot be {told}; give them one action")
+        for rule in forms.values():
+            found[site.name] = rule
     if wrong:
         raise CalibrationError("\n".join(wrong))
     return found
+
+
+def _activation(
+    rule: Rule, recipe: Recipe, timesteps: npt.NDArray[np.float64], amax: Float32, counts: npt.NDArray[np.int64], scaling: Scaling
+) -> ScaleTable | TokenScale | None:
+    """How a site's input is quantized. `amax`: at each timestep, of the scaled input."""
+    qtype = rule.activation
+    if rule.granularity == "token-group":
+        return TokenScale(constant=1.0, group=rule.block_size(len(scaling.in_scale)))
+    if qtype is None:
+        return None
+    if rule.granularity == "token":
+        constant = float(f"{float(np.median(amax)) / qtype.qmax:.6g}")
+        return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
+    scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)
+    return build_table(timesteps, scale, recipe.bins, qtype)
 
 
 def parallel(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> list[Result]:
@@ -140,34 +175,76 @@ def parallel(work: Callable[[Item], Result], items: Sequence[Item], progress: Pr
     return results
 
 
-def weight_scales(
-    denoiser: Denoiser, plans: Mapping[str, SitePlan], assigned: Mapping[str, Rule], progress: Progress
-) -> dict[str, Float32]:
-    """The scale of every quantized weight as it will be once all scalings are folded in.
+def _round(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    plans: Mapping[str, SitePlan],
+    assigned: Mapping[str, Rule],
+    hessians: Mapping[str, Float32],
+    provenance: Mapping[str, str],
+    progress: Progress,
+) -> CalibrationResult:
+    """Grids and codes of every quantized weight as it will be once all scalings are folded in.
 
     Raises:
-        CalibrationError: a weight-only linear whose width no block size divides; all of them in one message.
+        CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
-    names = [name for name, rule in assigned.items() if rule.action != "float"]
+    names = [name for name, rule in assigned.items() if rule.weight]
     touching = _touching(plans)
+    site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
-    def measure(name: str) -> Float32 | str:
-        weight, qtype = folded_weight(denoiser.weight(name), name, touching.get(name, ())), assigned[name].weight
-        assert qtype is not None
-        if assigned[name].activation:
-            return weight_scale(weight, qtype)
-        width = weight.shape[1]
-        least = 2 if qtype.bits == 4 else 1  # TensorRT unpacks a single block of int4 outside the GEMM
-        block = next((size for size in BLOCK_SIZES if width % size == 0 and width // size >= least), 0)
-        if block:
-            return block_scale(weight, block, qtype)
-        return f"'{name}' has {width} inputs, which no block size of {BLOCK_SIZES} divides; make it float"
+    def measure(name: str) -> tuple[WeightGrid, Float32 | None] | str:
+        weight = folded_weight(denoiser.weight(name), name, touching.get(name, ()))
+        try:
+            return ROUNDINGS[recipe.rounding](weight, assigned[name], hessians.get(site_of.get(name, "")))
+        except ValueError as error:
+            return f"'{name}': {error}"
 
     found = dict(zip(names, parallel(measure, names, progress), strict=True))
     wrong = [item for item in found.values() if isinstance(item, str)]
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    return {name: item for name, item in found.items() if not isinstance(item, str)}
+    made = {name: item for name, item in found.items() if not isinstance(item, str)}
+    return CalibrationResult(
+        sites=plans,
+        weight_scale={name: grid.scale for name, (grid, _) in made.items()},
+        multiplier={name: grid.multiplier for name, (grid, _) in made.items() if grid.multiplier is not None},
+        codes={name: codes.astype(np.int8) for name, (_, codes) in made.items() if codes is not None},
+        provenance=provenance,
+    )
+
+
+def _corrections(
+    denoiser: Denoiser,
+    plans: Mapping[str, SitePlan],
+    statistics: Statistics,
+    assigned: Mapping[str, Rule],
+    result: CalibrationResult,
+    progress: Progress,
+) -> dict[str, Float32]:
+    """By linear: the mean over the kept rows of what quantization takes from its output, float32[out].
+
+    Source: AWEQ (arXiv 2311.01305); b' = b + E[W x - Q(W) Q(x)].
+    """
+    touching = _touching(plans)
+
+    def measure(plan: SitePlan) -> dict[str, Float32]:
+        item = statistics[plan.site.name]
+        exact = ((item.rows - plan.in_shift) / plan.in_scale).mean(axis=0, dtype=np.float64)
+        rounded = plan.quantized(item.rows, item.timesteps[item.row_step]).mean(axis=0, dtype=np.float64)
+        found = {}
+        for name in plan.site.linears:
+            qtype = assigned[name].weight
+            if qtype is None:
+                continue
+            weight, grid = folded_weight(denoiser.weight(name), name, touching[name]), result.grid(name, qtype)
+            codes = result.codes.get(name)
+            steps = grid.steps(weight.shape[1])
+            nearest = grid.nearest(weight) if codes is None else codes * steps
+            found[name] = (weight @ exact - nearest @ rounded).astype(np.float32)
+        return found
+
+    return {name: item for found in parallel(measure, list(plans.values()), progress) for name, item in found.items()}
 
 
 def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
@@ -191,15 +268,18 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
 
 def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
     """The greatest Euclidean length of a kept row's codes."""
-    steps = plan.activation.scale[plan.activation.bins.index(statistics.timesteps[statistics.row_step])]
-    rows = (statistics.rows - plan.in_shift) / (plan.in_scale * steps[:, None])
-    return float(np.linalg.norm(rows, axis=1).max())
+    rows = (statistics.rows - plan.in_shift) / plan.in_scale
+    if isinstance(plan.activation, ScaleTable):
+        steps = plan.activation.scale[plan.activation.bins.index(statistics.timesteps[statistics.row_step])][:, None]
+    elif plan.activation:
+        steps = np.abs(rows).max(axis=1, keepdims=True) / plan.activation.qtype.qmax
+    else:
+        return 0.0
+    return float(np.linalg.norm(rows / np.where(steps > 0, steps, 1.0), axis=1).max())
 
 
 def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale: Float32) -> float:
     """The greatest Euclidean length of an output channel's codes."""
-    if scale.ndim > 1:
-        return 0.0
     return float((np.linalg.norm(folded_weight(denoiser.weight(name), name, plans), axis=1) / scale).max())
 
 
@@ -254,10 +334,10 @@ def _choose(
     denoiser: Denoiser,
     recipe: Recipe,
     assigned: Mapping[str, Rule],
-    qtype: QuantType,
+    rule: Rule,
 ) -> Scaling:
     weights = [denoiser.weight(name) for name in site.linears]
     quantized = np.concatenate(
-        [np.full(len(w), assigned[name].activation is not None) for name, w in zip(site.linears, weights, strict=True)]
+        [np.full(len(w), assigned[name].action in get_args(Bits)) for name, w in zip(site.linears, weights, strict=True)]
     )
-    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, qtype=qtype)
+    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, rule=rule)

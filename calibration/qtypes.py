@@ -17,7 +17,7 @@ class QuantType:
     Exactness: lossy by design; the rounding error of an integer type inside the range is at most scale / 2, that of a
     float type with m mantissa bits 2^-(m+1) of the value.
     Source: ONNX QuantizeLinear; OCP OFP8 for E4M3. `qmin` is -127 for int8 and -7 for int4, so that codes are symmetric
-    and `scale = amax / qmax` (ONNX itself would allow -128 and -8).
+    and `scale = amax / qmax` (ONNX itself would allow -128 and -8). int6 is int8 clipped: ONNX has no such type.
 
     Args:
         name: as ONNX and numpy's extension types call it.
@@ -46,9 +46,10 @@ class QuantType:
 
 INT8 = QuantType(name="int8", bits=8, qmin=-127, qmax=127)
 UINT8 = QuantType(name="uint8", bits=8, qmin=1, qmax=255, zero_point=128)
+INT6 = QuantType(name="int6", bits=6, qmin=-31, qmax=31)
 INT4 = QuantType(name="int4", bits=4, qmin=-7, qmax=7)
 FP8 = QuantType(name="float8_e4m3fn", bits=8, qmin=-448, qmax=448, mantissa=3, least=-6)
-QUANT_TYPES = (INT8, UINT8, INT4, FP8)
+QUANT_TYPES = (INT8, UINT8, INT6, INT4, FP8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,19 +57,3 @@ METHODS: dict[str, Callable[[Float32, Int64, Recipe, QuantType], Float32]] = {
     "mse": mse,
 }
 """By name: (amax float32[T], counts int64[T, cells] of |x| over [0, amax], recipe, element type) -> scale float32[T]."""
-
-
-def weight_scale(weight: Float32, qtype: QuantType = INT8) -> Float32:
-    """float32[out]: amax / qmax of each output channel (row) of weight[out, in]; an all-zero row gets 1.
-
-    Exactness: with this scale no weight is clipped.
-    """
-    amax = np.abs(weight).max(axis=1)
-    return np.where(amax > 0, amax / qtype.qmax, 1.0).astype(np.float32)
-
-
-def block_scale(weight: Float32, block_size: int, qtype: QuantType = INT8) -> Float32:
-    """float32[in / block_size, out]: amax / qmax of each run of `block_size` inputs of each row of weight[out, in]."""
-    out, width = weight.shape
-    amax = np.abs(weight).reshape(out, width // block_size, block_size).max(axis=2).T
-    return np.where(amax > 0, amax / qtype.qmax, 1.0).astype(np.float32)

@@ -12,13 +12,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .denoiser import Linear
-from .qtypes import FP8, INT4, INT8, QuantType
+from .qtypes import FP8, INT4, INT6, INT8, QuantType
 
-Bits = Literal["w8a8", "fp8", "w4a16"]
-Action = Literal["w8a8", "fp8", "w4a16", "weight-only", "float"]
-ACTIVATION_TYPES: dict[str, QuantType] = {"w8a8": INT8, "fp8": FP8}
+Bits = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8"]
+Action = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8", "weight-only", "float"]
+Granularity = Literal["tensor", "token", "token-group"]
+ACTIVATION_TYPES: dict[str, QuantType] = {"w8a8": INT8, "w6a6": INT6, "w4a8": INT8, "w4a4": INT4, "fp8": FP8}
 """By action: what the input is quantized to; the others leave it float."""
-WEIGHT_TYPES: dict[str, QuantType] = {"w8a8": INT8, "fp8": FP8, "w4a16": INT4, "weight-only": INT8}
+WEIGHT_TYPES: dict[str, QuantType] = {
+    "w8a8": INT8, "w8a16": INT8, "w6a6": INT6, "w4a8": INT4, "w4a16": INT4, "w4a4": INT4, "fp8": FP8, "weight-only": INT8,
+}  # fmt: skip
+BLOCK_SIZES = (128, 64, 32, 16)
+"""Blocks along the input that kernels unpack themselves, the largest that divides a width first."""
+GROUP_SIZES = (64, 32, 16, 96, 128, 192, 288)
+"""Blocks along the input of int4 weights under quantized activations; any other that divides the width may be asked for."""
 
 
 class RecipeError(Exception):
@@ -34,9 +41,16 @@ def nearest(word: str, valid: list[str]) -> str:
 class Rule(BaseModel):
     """What happens to the linears whose module name `match` finds (`re.search`). The first rule that matches decides.
 
-    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `fp8`: the same in
-    float8 E4M3; `w4a16`: int4 weights in blocks along the input, unpacked inside a float GEMM; `weight-only`: int8 weights
-    in blocks; `float`: left alone.
+    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `w6a6`: the same with
+    codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the input, whose scales are whole multiples of the
+    channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as w8a8 in float8 E4M3; `w8a16` and `w4a16`:
+    weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as w8a16, for memory alone, whatever runs it;
+    `float`: left alone.
+
+    Args:
+        granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
+            or for each token and group of inputs; the last two are measured as the engine runs. null: the recipe's.
+        group_size: inputs that share a weight scale; 0: all. null: the recipe's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,16 +58,47 @@ class Rule(BaseModel):
     match: str
     action: Action
     reason: str = ""
+    granularity: Granularity | None = None
+    group_size: int | None = Field(default=None, ge=0)
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether the GEMM multiplies a quantized input."""
+        return self.action in ACTIVATION_TYPES
 
     @property
     def activation(self) -> QuantType | None:
-        """What the input is quantized to, if at all."""
-        return ACTIVATION_TYPES.get(self.action)
+        """What the graph quantizes the input to, if at all; the kernel does where each group of a token has its own scale."""
+        return None if self.granularity == "token-group" else ACTIVATION_TYPES.get(self.action)
 
     @property
     def weight(self) -> QuantType | None:
         """What the weight is quantized to, if at all."""
         return WEIGHT_TYPES.get(self.action)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether groups of int4 weights are multiplied up to 8-bit codes, which one integer GEMM takes."""
+        return self.activation is not None and self.weight == INT4
+
+    def block_size(self, width: int) -> int:
+        """Inputs that share a weight scale, of `width` in all; 0: one scale an output channel.
+
+        Raises:
+            ValueError: no such blocks divide the width; the message says which do.
+        """
+        if self.group_size == 0 or (self.group_size is None and self.activation is not None and not self.two_level):
+            return 0
+        least = 1 if self.weight == INT8 else 2  # TensorRT unpacks a single block of int4 outside the GEMM
+        sizes = GROUP_SIZES if self.two_level else BLOCK_SIZES
+        if self.group_size is None:
+            fitting = [size for size in sizes if width % size == 0 and width // size >= least]
+        else:
+            fitting = [self.group_size] if width % self.group_size == 0 else []
+        if not fitting:
+            asked = f"{self.group_size}" if self.group_size else f"{', '.join(map(str, sorted(sizes)))}"
+            raise ValueError(f"its {width} inputs are not divided by {asked}; choose another group_size, or make it float")
+        return fitting[0]
 
     @field_validator("match")
     @classmethod
@@ -72,30 +117,38 @@ class Recipe(BaseModel):
 
     model: str = Field(description="family name, hub id or local folder")
     format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
-    provider: Literal["cpu", "openvino"] | None = Field(None, description="for format ort: what runs the engine; null: cpu")
-    dtype: Literal["fp32", "fp16", "bf16"] | None = Field(None, description="of what is not quantized; null: the format's")
+    provider: Literal["cpu", "openvino"] | None = Field(
+        default=None, description="for format ort: what runs the engine; null: cpu"
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] | None = Field(
+        default=None, description="of what is not quantized; null: the format's"
+    )
     target: str = Field("sm89,sm120", description="for format trt-rtx: the GPUs that the plan is for")
     min_shapes: str = Field("", description="for trt and trt-rtx, as trtexec takes them: the least batch is 1")
     opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
     max_shapes: str = Field("", description="the greatest: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
+    granularity: Granularity = Field("tensor", description="of activation scales: tensor (by timestep), token, token-group")
+    group_size: int | None = Field(default=None, ge=0, description="inputs that share a weight scale; 0: all; null: by bits")
     attention: Literal["float", "fp8"] = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
+    rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
+    bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
     percentile: float = Field(99.99, gt=50, le=100, description="for method percentile: of |x|, per timestep")
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
-    scaling: Literal["auto", "none", "dilate", "smooth"] = Field("auto", description="equivalent scaling")
+    scaling: Literal["auto", "none", "dilate", "smooth", "balance", "equalize"] = Field("auto", description="equivalent scaling")
     alpha: float = Field(0.5, ge=0, le=1, description="for scaling smooth")
     rho: float = Field(1.0, ge=1, le=64, description="for scaling dilate: how much a weight row's range may grow")
-    shift: bool | None = Field(None, description="per-channel shift; null: where scaling auto measures a gain, else none")
+    shift: bool | None = Field(default=None, description="per-channel shift; null: where scaling auto measures a gain, else none")
     calib_size: int = Field(16, ge=1, description="pictures sampled for calibration")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
     parity_size: int = Field(10, ge=1, description="pictures drawn with PyTorch and the engine to compare them")
-    guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance; null: the model's default")
+    guidance_scale: float | None = Field(default=None, ge=1, description="classifier-free guidance; null: the model's default")
     seed: int = Field(0, ge=0)
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     min_coverage: float = Field(0.95, ge=0, le=1, description="share of the quantized GEMMs' FLOPs that must be integer")
     min_sqnr: float = Field(20.0, allow_inf_nan=False, description="dB that every network call's output must keep")
-    rules: tuple[Rule, ...] | None = Field(None, description="first match wins; null: the family's")
+    rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
 
     @field_validator("bins")
     @classmethod
@@ -174,20 +227,45 @@ class Recipe(BaseModel):
         if left:
             names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
-        decided = {name: self.decide(name) for name in linears if name not in left}
+        decided = {name: self._complete(self.decide(name)) for name in linears if name not in left}
         for name, rule in decided.items():
             kind = linears[name].kind
-            if rule.activation and kind == "modulation":
+            if rule.quantizes_input and kind == "modulation":
                 wrong.append(
                     f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
                 )
             if rule.action != "float" and kind == "edge":
                 wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
+        wrong += list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
         if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
             wrong.append(f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less")
         if wrong:
             raise RecipeError("\n".join(wrong))
         return decided
+
+    def _complete(self, rule: Rule) -> Rule:
+        """The rule with the recipe's granularity and group size where it has none of its own."""
+        if rule.action in ("float", "weight-only"):
+            return rule
+        size = self.group_size if rule.group_size is None else rule.group_size
+        granularity = rule.granularity or self.granularity
+        return rule.model_copy(update={"granularity": granularity if rule.quantizes_input else None, "group_size": size})
+
+
+def _contradiction(rule: Rule) -> str:
+    """What no backend can do of a completed rule, and the nearest that one can; empty if there is nothing."""
+    if rule.granularity == "token-group" and rule.action not in ("w8a8", "w4a8"):
+        return f"{rule.action} with granularity token-group: kernels round each token's groups to 8 bits; use w4a8, w8a8 or token"
+    if rule.granularity == "token-group" and rule.group_size == 0:
+        return "granularity token-group with group_size 0: give the groups a size, or use granularity token"
+    if rule.activation and rule.group_size and not rule.two_level:
+        return (
+            f"{rule.action} with group_size {rule.group_size}: an 8-bit integer GEMM has one weight scale an output channel; "
+            "use group_size 0, int4 weights (w4a8), or granularity token-group"
+        )
+    if rule.action in ("w8a16", "w4a16") and rule.group_size == 0:
+        return f"{rule.action} with group_size 0: only blocks are unpacked inside a GEMM; use group_size 128, 64, 32 or 16"
+    return ""
 
 
 def _explain(item: Any, source: str) -> str:

@@ -90,6 +90,12 @@ class ScaleTable:
         """The scale that a network call at `timestep` uses."""
         return float(self.scale[self.bins.index(timestep)])
 
+    def nearest(self, rows: Float32, timestep: npt.ArrayLike) -> Float32:
+        """float32[R, K]: rows[R, K] rounded to the table's codes and back; `timestep`: of all rows, or float[R]."""
+        scale = self.scale[self.bins.index(timestep)]
+        step = scale[:, None] if scale.ndim else scale
+        return self.qtype.round((rows / step).astype(np.float32, copy=False)) * step
+
     def resample(self, bins: TimestepBins) -> ScaleTable:
         """The same table over finer bins. Exactness: the scale of every timestep is unchanged.
 
@@ -101,3 +107,40 @@ class ScaleTable:
             raise ValueError(f"bins must refine the table's, missing edges {sorted(missing)}")
         scale = self.scale[self.bins.index(np.asarray(bins.representatives()))]
         return ScaleTable(scale=scale, bins=bins, qtype=self.qtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScale:
+    """A scale for each token, or for each token and group of inputs, found when the engine runs: clip * amax / qmax.
+
+    Args:
+        constant: for the graph, which brings every token to the range of one constant scale: that scale, > 0.
+        group: inputs that share a scale; 0: all of a token's. Groups are rounded inside the kernel.
+        clip: share of a token's amax that is kept; what lies beyond saturates.
+        qtype: element type of the codes.
+
+    Raises:
+        ValueError: a constant that is not finite and positive, or a clip outside 0 … 1.
+    """
+
+    constant: float
+    group: int = 0
+    clip: float = 1.0
+    qtype: QuantType = INT8
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.constant) and self.constant > 0 and 0 < self.clip <= 1):
+            raise ValueError(f"constant must be finite and > 0 and clip in 0 … 1, found {self.constant} and {self.clip}")
+
+    @property
+    def bins(self) -> TimestepBins:
+        """One: nothing depends on the timestep."""
+        return TimestepBins()
+
+    def nearest(self, rows: Float32, timestep: npt.ArrayLike = 0.0) -> Float32:
+        """float32[R, K]: rows[R, K] rounded to the codes of their own scales and back."""
+        groups = rows.reshape(len(rows), -1, self.group or rows.shape[1])
+        step = np.abs(groups).max(axis=2, keepdims=True) * np.float32(self.clip / self.qtype.qmax)
+        step = np.where(step > 0, step, np.float32(1.0))
+        rounded: Float32 = (self.qtype.round(groups / step) * step).reshape(rows.shape)
+        return rounded

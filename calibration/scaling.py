@@ -8,14 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .collect import SiteStatistics
-from .qtypes import INT8, QuantType
-from .ranges import weight_scale
-from .recipe import Recipe
+from .grid import cover
+from .qtypes import INT8
+from .recipe import Recipe, Rule
+from .scales import TokenScale
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
 AUTO_RHO = (1.0, 2.0, 4.0)
+AUTO_CLIP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of amax that `auto` tries below 8 bits; with 8 bits pictures got worse where calls got better."""
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 OUTPUTS = 256
 """Outputs of a site that a candidate is measured on."""
@@ -25,11 +28,13 @@ EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaling:
-    """A candidate: x becomes (x - in_shift) / in_scale. `error` is its measured relative output error, NaN if unmeasured."""
+    """A candidate: x becomes (x - in_shift) / in_scale, of whose range the share `clip` has codes. `error` is its measured
+    relative output error, NaN if unmeasured."""
 
     method: str
     in_scale: Float32
     in_shift: Float32
+    clip: float = 1.0
     error: float = float("nan")
 
 
@@ -95,22 +100,50 @@ def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Floa
     return np.where(usable, np.clip(a**alpha / w ** (1 - alpha), MIN_SCALE, MAX_SCALE), 1.0).astype(np.float32)
 
 
+def balance(amax: Float32, weight_amax: Float32) -> Float32:
+    """float32[K]: s_k = sqrt(a_k / w_k) with a_k = sum_t eta_t amax[t, k], eta = softmax over t of -rho_t.
+
+    rho_t is Spearman's rank correlation of the channels' activation and weight maxima at timestep t: steps count most where
+    large activations meet small weights. Clamped, and 1 at zero channels, as `smooth`.
+
+    Source: PTQ4DiT (arXiv 2405.16005), channel-wise salience balancing with Spearman's rho-guided salience calibration.
+
+    Args:
+        amax: float32[T, K], max |x| of each channel at each timestep.
+    """
+    ranks = np.argsort(np.argsort(amax, axis=1), axis=1).astype(np.float64)
+    weight_rank = np.argsort(np.argsort(weight_amax)).astype(np.float64)
+    centred, other = ranks - ranks.mean(axis=1, keepdims=True), weight_rank - weight_rank.mean()
+    length = np.linalg.norm(centred, axis=1) * np.linalg.norm(other)
+    correlation = centred @ other / np.maximum(length, 1e-30)
+    eta = np.exp(-correlation) / np.exp(-correlation).sum()
+    return smooth((eta @ amax).astype(np.float32), weight_amax, 0.5)
+
+
+def equalize(activation_range: Float32, weight_range: Float32) -> Float32:
+    """float32[K]: s_k = sqrt(r_k / q_k), r and q the widths (greatest less least) of channel and weight column.
+
+    Source: AWEQ (arXiv 2311.01305), channel equalization; its bias correction is the recipe's `bias_correction`.
+    """
+    return smooth(activation_range, weight_range, 0.5)
+
+
 def choose_scaling(
-    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], qtype: QuantType = INT8
+    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], rule: Rule
 ) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
     All readers of the tensor are judged together, by up to 256 of their outputs, evenly spaced: each output's error is
     exact, and so many are enough to rank candidates. `auto` first picks the rule and its strength, then whether to shift
-    by the middle of each channel's range or by its mean. Ties go to the earlier candidate, so that nothing is scaled for
-    nothing.
+    by the middle of each channel's range or by its mean, then below 8 bits how much of the range to clip. Ties go to the
+    earlier candidate, so that nothing is scaled for nothing.
 
     Args:
         weight: float32[out, K], stacked weights of all readers.
         quantized: bool[out], the rows that will be quantized.
-        qtype: element type of their weights and of the activation.
+        rule: how, of weights and activation.
     """
-    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], qtype)
+    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], rule)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -120,13 +153,21 @@ def choose_scaling(
         "none": [("none", 0.0)],
         "dilate": [("dilate", recipe.rho)],
         "smooth": [("smooth", recipe.alpha)],
-        "auto": [("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA)],
-    }[recipe.scaling]
+        "balance": [("balance", 0.0)],
+        "equalize": [("equalize", 0.0)],
+        "auto": [
+            ("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA),
+            ("balance", 0.0), ("equalize", 0.0),
+        ],
+    }[recipe.scaling]  # fmt: skip
     first = shifts[0] if recipe.shift else unshifted
     best_rule, best = min(((rule, trial.measure(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
-    if recipe.scaling == "auto" and recipe.shift is not False:
-        others = [trial.measure(best_rule, shift) for shift in shifts if shift is not first]
-        best = min([best, *others], key=lambda item: item.error)
+    shift = first
+    if recipe.scaling == "auto" and recipe.shift is not False and rule.quantizes_input:
+        tried = [(first, best), *((other, trial.measure(best_rule, other)) for other in shifts if other is not first)]
+        shift, best = min(tried, key=lambda pair: pair[1].error)
+    if recipe.scaling == "auto" and recipe.method == "minmax" and rule.activation and rule.activation.bits < 8:
+        best = min([best, *(trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP)], key=lambda item: item.error)
     return best
 
 
@@ -136,7 +177,7 @@ class _Trial:
 
     Args:
         room: float32[K], how far each column can grow within its rows' ranges (weight dilation's d).
-        column_amax: float32[K], max |W| of each column.
+        column_amax, column_range: float32[K], max |W| of each column, and max W - min W.
         weight: float32[at most 256, K], the outputs that are computed.
         exact: float64[rows, outputs], W x of the kept rows.
     """
@@ -144,12 +185,13 @@ class _Trial:
     statistics: SiteStatistics
     room: Float32
     column_amax: Float32
+    column_range: Float32
     weight: Float32
     exact: Float64
-    qtype: QuantType
+    rule: Rule
 
     @staticmethod
-    def of(statistics: SiteStatistics, weight: Float32, qtype: QuantType) -> _Trial:
+    def of(statistics: SiteStatistics, weight: Float32, rule: Rule) -> _Trial:
         """For the stacked weights float32[out, K] of all quantized readers."""
         magnitude = np.abs(weight)
         chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
@@ -158,40 +200,60 @@ class _Trial:
             statistics=statistics,
             room=_room(magnitude),
             column_amax=magnitude.max(axis=0),
+            column_range=weight.max(axis=0) - weight.min(axis=0),
             weight=few,
             exact=_product(statistics.rows, few),
-            qtype=qtype,
+            rule=rule,
         )
 
-    def measure(self, rule: tuple[str, float], shift: tuple[str, Float32]) -> Scaling:
-        """A candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, W8A8 per timestep.
+    def measure(self, rule: tuple[str, float], shift: tuple[str, Float32], clip: float = 1.0) -> Scaling:
+        """A candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, quantized as the
+        site's rule says, weights to nearest.
 
         The shift's own output, W m, is added exactly: it is folded into the bias. Infinite where the shift takes away a
         constant input entirely, so that nothing is left to have a scale.
         """
         (name, strength), (suffix, shifted_by) = rule, shift
-        label = (name if name == "none" else f"{name}({strength:g})") + suffix
+        label = (f"{name}({strength:g})" if strength else name) + suffix + (f"*{clip:g}" if clip < 1 else "")
         in_shift, in_scale = shifted_by.astype(np.float32), self._in_scale(name, strength, shifted_by)
-        limit = self.statistics.amax(in_scale, in_shift) / self.qtype.qmax
+        limit = self.statistics.amax(in_scale, in_shift)
+        candidate = {"method": label, "in_scale": in_scale, "in_shift": in_shift, "clip": clip}
         if not limit.any():
-            return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float("inf"))
-        scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)
-        moved = self.statistics.rows - in_shift
-        codes = self.qtype.round(moved / (in_scale * scale))
-        folded = self.weight * in_scale
-        step = weight_scale(folded, self.qtype)[:, None]
-        rounded = self.qtype.round(folded / step)
-        product = _product(codes, rounded) if self.qtype.mantissa else _code_product(codes, rounded)
-        error = self.exact - _product(in_shift[None], self.weight) - product * (scale * step.T)
+            return Scaling(**candidate, error=float("inf"))  # type: ignore[arg-type]
+        moved = ((self.statistics.rows - in_shift) / in_scale).astype(np.float32)
+        product = self._product(moved, self.weight * in_scale, limit * np.float32(clip), clip)
+        error = self.exact - _product(in_shift[None], self.weight) - product
         relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
         # Six digits: the order of the sums above, which threads change, is far below them.
-        return Scaling(method=label, in_scale=in_scale, in_shift=in_shift, error=float(f"{relative:.6g}"))
+        return Scaling(**candidate, error=float(f"{relative:.6g}"))  # type: ignore[arg-type]
+
+    def _product(self, moved: Float32, folded: Float32, amax: Float32, clip: float) -> Float64:
+        """Q(W) Q(x), float64[rows, outputs]. `amax`: of the input at each timestep."""
+        qtype, grid = self.rule.activation, cover(folded, self.rule)
+        if qtype is None:
+            group = self.rule.block_size(folded.shape[1])
+            inputs = TokenScale(constant=1.0, group=group).nearest(moved) if self.rule.quantizes_input else moved
+            return _product(inputs, grid.nearest(folded))
+        if self.rule.granularity == "token":
+            return _product(TokenScale(constant=1.0, clip=clip, qtype=qtype).nearest(moved), grid.nearest(folded))
+        limit = amax / qtype.qmax
+        scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)
+        codes = qtype.round(moved / scale)
+        if qtype.mantissa or grid.scale.ndim > 1 or grid.multiplier is not None:
+            scaled: Float64 = _product(codes, grid.nearest(folded)) * scale
+            return scaled
+        exact: Float64 = _code_product(codes, grid.codes(folded)) * (scale * grid.steps(folded.shape[1]).T)
+        return exact
 
     def _in_scale(self, name: str, strength: float, in_shift: Float32) -> Float32:
         high, low = self.statistics.high, self.statistics.low
-        amax = np.maximum(np.abs(high.max(axis=0) - in_shift), np.abs(low.min(axis=0) - in_shift))
+        amax = np.maximum(np.abs(high - in_shift), np.abs(low - in_shift))
         if name == "dilate":
-            return _dilated(self.room, amax, strength)
+            return _dilated(self.room, amax.max(axis=0), strength)
         if name == "smooth":
-            return smooth(amax, self.column_amax, strength)
-        return np.ones(len(amax), dtype=np.float32)
+            return smooth(amax.max(axis=0), self.column_amax, strength)
+        if name == "balance":
+            return balance(amax, self.column_amax)
+        if name == "equalize":
+            return equalize(high.max(axis=0) - low.min(axis=0), self.column_range)
+        return np.ones(amax.shape[1], dtype=np.float32)

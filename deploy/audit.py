@@ -132,7 +132,7 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
-        unpacks = kernel in BLOCKED and name in assigned and assigned[name].action == "w4a16"
+        unpacks = kernel in BLOCKED and name in assigned and assigned[name].action in COUNTED
         return kernel, kernel in INTEGER or unpacks
 
     return audit_graph(model, assigned, kernel_of, _why_float)

@@ -54,7 +54,7 @@ class Ort:
     name: str = "ort"
     provider: str = "cpu"
     dtype: str = "fp32"
-    bits: tuple[str, ...] = ("w8a8", "w4a16")
+    bits: tuple[str, ...] = ("w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4")
     runs: bool = True
 
     def configured(self, recipe: Recipe) -> Ort:

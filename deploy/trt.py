@@ -20,6 +20,7 @@ from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.cast_floats import CastFloats
 from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.quantize_attention import QuantizeAttention
+from dq_export.passes.widen_codes import WidenCodes
 from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
@@ -55,7 +56,7 @@ class TensorRt:
     targets: tuple[str, ...] = ()
     shapes: tuple[str, str, str] = ("", "", "")
     provider: str | None = None
-    bits: tuple[str, ...] = ("w8a8", "fp8", "w4a16")
+    bits: tuple[str, ...] = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16", "fp8")
 
     @property
     def runs(self) -> bool:
@@ -97,7 +98,7 @@ class TensorRt:
         """Factored form: a scale that is computed at run time builds, and runs in half precision."""
         casts = (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
         limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
-        return (QuantizeAttention(scales=result.attention), FactorScale(reach=result.reach, limit=limit), *casts)
+        return (WidenCodes(), QuantizeAttention(scales=result.attention), FactorScale(reach=result.reach, limit=limit), *casts)
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`. ONNX Runtime's CPU provider has no bfloat16."""

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.calibration.recipe import Bits, Recipe, RecipeError, Rule
 from dq_export.calibration.scales import TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
@@ -140,7 +140,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     except ValueError as error:
         raise RecipeError(f"--exclude: not a regular expression: {', '.join(exclude)}") from error
     shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
-    own = (rule.model_copy(update={"action": recipe.bits}) if rule.activation else rule for rule in reference.rules)
+    own = (rule.model_copy(update={"action": recipe.bits}) if rule.quantizes_input else rule for rule in reference.rules)
     return recipe.model_copy(
         update={
             "rules": (*front, *(own if recipe.rules is None else recipe.rules)),
@@ -295,18 +295,20 @@ class Export:
         return {"summary": f"{_bytes(path.parent) / 1e6:.1f} MB"}
 
     def _calls_text(self) -> str:
+        from dq_export.calibration.plan import samples
+
         r = self.recipe
-        if not any(rule.activation for rule in self.assigned.values()):
+        if not samples(r, self.assigned):
             return "of weights alone: nothing is sampled"
         return f"{r.calib_size} pictures of {r.steps} steps, method {r.method}, scaling {r.scaling}"
 
     def _calibration_inputs(self) -> list[Any]:
         ignored = {"format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "model", "rules"}
-        ignored |= {"bits", "min_coverage", "min_sqnr", "parity_size", "timesteps"}
+        ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps"}
         return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
 
-    def _actions(self) -> dict[str, str]:
-        return {name: rule.action for name, rule in self.assigned.items()}
+    def _actions(self) -> dict[str, list[Any]]:
+        return {name: [rule.action, rule.granularity, rule.group_size] for name, rule in self.assigned.items()}
 
     def _calibrate(self, partial: Path) -> dict[str, Any]:
         from dq_export.calibration.plan import calibrate
@@ -395,7 +397,7 @@ class Export:
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
         rule = self.assigned[name]
-        plans = calibration.sites.values() if calibration and rule.activation else ()
+        plans = calibration.sites.values() if calibration and rule.action in get_args(Bits) else ()
         plan = next((plan for plan in plans if name in plan.site.linears), None)
         return LinearReport(
             name=name,
@@ -404,7 +406,7 @@ class Export:
             reason=rule.reason,
             site=plan.site.name if plan else "",
             scaling=plan.method if plan else "",
-            bins=len(plan.activation.bins) if plan else 0,
+            bins=len(plan.activation.bins) if plan and plan.activation else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
         )
 

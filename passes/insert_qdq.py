@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +11,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult, SitePlan
+from dq_export.calibration.qtypes import QuantType
 from dq_export.calibration.recipe import Rule
-from dq_export.calibration.scales import TimestepBins
+from dq_export.calibration.scales import ScaleTable, TimestepBins, TokenScale
 
-from .base import GraphError, GraphPass, PassReport, initializer, like
-from .match import LinearNode, element_type, find_linear, linears
+from .base import GraphError, GraphPass, PassReport, initializer, like, redirect
+from .match import STAMP_FACTOR, LinearNode, element_type, find_linear, linears
+
+FAINTEST = 2.0**-13
+"""Of the constant range: the least token that still takes all codes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +29,9 @@ class InsertQdq(GraphPass):
     bin(t) counts the edges that are <= t, once for all tables: each is resampled to the union of all bins, which
     changes no scale. With one timestep for the batch, s is a scalar. With a timestep per sample s is [B] along axis 0,
     which is legal ONNX; backends with integer kernels need it factored. A table with one bin is a constant scale.
+
+    A scale for each token is factored at once, as nothing else has a kernel, and with it the codes of a table:
+    a = max(|x| of the token, c qmax 2^-13) clip;  x * (c qmax / a) -> Q(c) -> DQ(c) -> MatMul -> * (a / (c qmax)).
 
     It does not act where
         1. no reader of the site takes quantized activations,
@@ -50,27 +57,38 @@ class InsertQdq(GraphPass):
         if not todo:
             return PassReport(name=self.name)
         graph = model.graph
+        tables = [(plan, table, gemms) for plan, gemms in todo if isinstance(table := plan.activation, ScaleTable)]
+        changed = []
+        if tables:
+            changed += self._insert_tables(graph, tables)
+        for plan, gemms in todo:
+            if isinstance(plan.activation, TokenScale):
+                _insert_token(graph, plan.site.name, plan.activation, gemms)
+                changed.append(f"'{plan.site.name}': a scale for each token")
+        return PassReport(name=self.name, changed=tuple(changed))
+
+    def _insert_tables(self, graph: ir.Graph, tables: Sequence[tuple[SitePlan, ScaleTable, list[ir.Node]]]) -> list[str]:
         bins = self.result.bins()
         index, shared = _bin_index(graph, self.timestep, bins)
         points = {}
-        for qtype in dict.fromkeys(plan.activation.qtype for plan, _ in todo):
-            dtype = element_type(qtype).numpy()
-            zero = initializer(graph, "activation_zero_point", np.asarray(0, dtype=dtype))
-            zeros = zero if shared else _gather(graph, "activation_zero_points", np.zeros(len(bins), dtype=dtype), index)
-            points[qtype] = (zero, zeros)
+        for dtype in dict.fromkeys(_stored_type(table.qtype) for _, table, _ in tables):
+            zero = initializer(graph, "activation_zero_point", np.asarray(0, dtype=dtype.numpy()))
+            zeros = zero if shared else _gather(graph, "activation_zero_points", np.zeros(len(bins), dtype=dtype.numpy()), index)
+            points[dtype] = (zero, zeros)
         changed = []
-        for plan, gemms in todo:
-            table = plan.activation
+        for plan, table, gemms in tables:
             static = len(table.bins) == 1
             label = f"{plan.site.name}.activation_scale"
             if static:
                 scale = initializer(graph, label, table.scale.reshape(()))
             else:
                 scale = _gather(graph, label, table.resample(bins).scale, index)
-            point = points[table.qtype][0 if static else 1]
-            _insert(model, plan, gemms, scale, point, axis=None if static or shared else 0)
+            point = points[_stored_type(table.qtype)][0 if static else 1]
+            source = gemms[0].inputs[0]
+            assert source is not None
+            _insert(graph, plan.site.name, source, gemms, scale, point, axis=None if static or shared else 0)
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
-        return PassReport(name=self.name, changed=tuple(changed))
+        return changed
 
     def _readers(self, found: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
         gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].activation]
@@ -117,11 +135,10 @@ def _gather(graph: ir.Graph, name: str, table: npt.NDArray[np.generic], index: i
     return node.outputs[0]
 
 
-def _insert(model: ir.Model, plan: SitePlan, gemms: list[ir.Node], scale: ir.Value, zero: ir.Value, *, axis: int | None) -> None:
-    source = gemms[0].inputs[0]
-    assert source is not None
+def _insert(
+    graph: ir.Graph, name: str, source: ir.Value, gemms: list[ir.Node], scale: ir.Value, zero: ir.Value, *, axis: int | None
+) -> None:
     attributes = {} if axis is None else {"axis": axis}
-    name = plan.site.name
     quantize = ir.node("QuantizeLinear", [source, scale, zero], attributes=attributes, name=f"{name}.activation_q")
     dequantize = ir.node(
         "DequantizeLinear", [quantize.outputs[0], scale, zero], attributes=attributes, name=f"{name}.activation_dq"
@@ -129,9 +146,48 @@ def _insert(model: ir.Model, plan: SitePlan, gemms: list[ir.Node], scale: ir.Val
     like(quantize.outputs[0], zero)
     quantize.outputs[0].shape = source.shape
     like(dequantize.outputs[0], source)
-    model.graph.insert_before(gemms[0], [quantize, dequantize])
+    graph.insert_before(gemms[0], [quantize, dequantize])
     for gemm in gemms:
         gemm.replace_input_with(0, dequantize.outputs[0])
+
+
+def _insert_token(graph: ir.Graph, name: str, token: TokenScale, gemms: list[ir.Node]) -> None:
+    source = gemms[0].inputs[0]
+    assert source is not None
+    most = np.float32(token.constant * token.qtype.qmax)
+
+    def number(label: str, value: float | np.float32) -> ir.Value:
+        return initializer(graph, f"{name}.{label}", np.asarray(value, dtype=np.float32))
+
+    axes = initializer(graph, f"{name}.token_axes", np.asarray([-1], dtype=np.int64))
+    size = ir.node("Abs", [source])
+    largest = ir.node("ReduceMax", [size.outputs[0], axes], attributes={"keepdims": 1})
+    # A token of zeros has no range; one of far less than the others' is rounded as if it had 2^-13 of theirs, which keeps
+    # the factor inside float16.
+    amax = ir.node("Max", [largest.outputs[0], number("token_least", most * np.float32(FAINTEST))])
+    before = ir.node("Div", [number("token_range", most / np.float32(token.clip)), amax.outputs[0]])
+    after = ir.node("Mul", [amax.outputs[0], number("token_unit", np.float32(token.clip) / most)])
+    scaled = ir.node("Mul", [source, before.outputs[0]])
+    for node in (size, scaled):
+        like(node.outputs[0], source)
+    shape = ir.Shape([*source.shape[:-1], 1]) if source.shape is not None else None
+    for node in (largest, amax, before, after):
+        like(node.outputs[0], source)
+        node.outputs[0].shape = shape
+    graph.insert_before(gemms[0], [size, largest, amax, before, after, scaled])
+    zero = initializer(graph, f"{name}.token_zero_point", np.asarray(0, dtype=_stored_type(token.qtype).numpy()))
+    _insert(graph, name, scaled.outputs[0], gemms, number("token_scale", token.constant), zero, axis=None)
+    for gemm in gemms:
+        result = gemm.outputs[0]
+        restored = ir.node("Mul", [result, after.outputs[0]], metadata_props={STAMP_FACTOR: str(gemm.name)})
+        like(restored.outputs[0], result)
+        graph.insert_after(gemm, restored)
+        redirect(result, restored.outputs[0])
+
+
+def _stored_type(qtype: QuantType) -> ir.DataType:
+    """Integer activations are stored as int8, whatever their bits."""
+    return element_type(qtype) if qtype.mantissa else ir.DataType.INT8
 
 
 def _prepend(graph: ir.Graph, nodes: list[ir.Node]) -> None:

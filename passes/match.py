@@ -173,10 +173,30 @@ def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:
 
 
 def element_type(qtype: QuantType) -> ir.DataType:
-    """ONNX's element type for codes."""
-    return {"int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4}.get(
-        qtype.name, ir.DataType.FLOAT8E4M3FN
-    )
+    """ONNX's element type for codes; activations of fewer bits than 8 are stored as int8."""
+    return {
+        "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
+    }.get(qtype.name, ir.DataType.FLOAT8E4M3FN)  # fmt: skip
+
+
+def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None] | None:
+    """Stored codes, and their multipliers where a weight has two levels; None for a value that is computed otherwise.
+
+    Forms: the initializer itself; Cast of it; Cast(Reshape(Reshape(Cast(codes)) * multipliers)).
+    """
+    tensor = stored(value)
+    if tensor is not None:
+        return tensor, None
+    node, multiplier = value.producer() if value is not None else None, None
+    while node is not None and node.op_type in ("Cast", "Reshape", "Mul"):
+        if node.op_type == "Mul" and node.inputs[1] is not None:
+            factor = node.inputs[1].producer()
+            multiplier = stored(factor.inputs[0]) if factor is not None else stored(node.inputs[1])
+        tensor, source = stored(node.inputs[0]), node.inputs[0]
+        if tensor is not None:
+            return tensor, multiplier
+        node = source.producer() if source is not None else None
+    return None
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
@@ -194,7 +214,7 @@ def _has_weight(node: ir.Node) -> bool:
     weight = node.inputs[1]
     producer = weight.producer() if weight is not None else None
     if producer is not None:
-        return producer.op_type == "DequantizeLinear" and stored(producer.inputs[0]) is not None
+        return producer.op_type == "DequantizeLinear" and weight_codes(producer.inputs[0]) is not None
     return stored(weight) is not None
 
 

@@ -9,6 +9,9 @@ from dq_export.calibration.recipe import Rule
 
 from .absorb_one import AbsorbOne
 from .base import GraphPass
+from .clip_codes import EIGHT, ClipCodes
+from .correct_bias import CorrectBias
+from .factor_scale import FactorScale
 from .fold_scaling import FoldScaling
 from .fold_transpose import FoldTranspose
 from .insert_qdq import InsertQdq
@@ -19,6 +22,8 @@ from .quantize_weights import QuantizeWeights
 
 def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
     """From the exported float graph to the canonical Q/DQ graph in direct form."""
+    narrow = any(plan.activation and plan.activation.qtype.bits < EIGHT for plan in result.sites.values())
+    clipped = (FactorScale(), ClipCodes(result=result)) if narrow else ()  # a Clip takes constants
     return (
         FoldTranspose(),  # first: a linear's weight is then an initializer
         MergeDuplicates(),  # early: names every GEMM, and later passes see each linear once
@@ -26,5 +31,7 @@ def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) ->
         FoldScaling(result=result),  # on float weights, so before they become codes
         LiftModulation(assigned=assigned),  # after fold_scaling, which looks for the Split of the Gemm
         QuantizeWeights(result=result, assigned=assigned),  # the folded weights
-        InsertQdq(result=result, assigned=assigned),  # last: wires the quantized input into the finished GEMMs
+        CorrectBias(result=result),  # after fold_scaling, which computes the bias that it adds to
+        InsertQdq(result=result, assigned=assigned),  # wires the quantized input into the finished GEMMs
+        *clipped,  # last: between the quantized input and what it reads
     )

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.qtypes import Blocked, PerAxis, QuantType
+from dq_export.calibration.grid import WeightGrid
+from dq_export.calibration.qtypes import Blocked, PerAxis
 from dq_export.calibration.recipe import Rule
 
 from .base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
@@ -22,9 +23,13 @@ from .match import LinearNode, element_type, linears
 class QuantizeWeights(GraphPass):
     """MatMul(x, W)  ->  MatMul(x, DequantizeLinear(codes, scale, 0)).
 
-    `w8a8` and `fp8`: int8 or float8e4m3fn[K, N], scale float32[N] at axis 1. `weight-only` and `w4a16`: int8 or
-    int4[K, N], scale float32[K / block, N], blocks along axis 0. Codes are W / scale rounded to the nearest, ties to even,
-    and clipped. Zero points are explicit: without them ONNX Runtime runs the GEMM in float.
+    One scale a channel: int8 or float8e4m3fn[K, N], scale float32[N] at axis 1. Blocks: int8 or int4[K, N], scale
+    float32[K / block, N], blocks along axis 0. Two levels: int4[K, N] times int8[K / block, 1, N] is an int8 code, dequantized
+    with a scale[N] at axis 1: Cast -> Reshape -> Mul -> Reshape -> Cast -> DequantizeLinear, all of it constant, so that a
+    runtime computes it once, when it loads the graph. int4 with one scale a channel under quantized activations is a Cast.
+
+    Codes are calibration's, or the nearest to the folded weight, ties to even. Zero points are explicit: without them ONNX
+    Runtime runs the GEMM in float.
 
     It does not act where
         1. the recipe leaves the linear float,
@@ -48,35 +53,64 @@ class QuantizeWeights(GraphPass):
             if qtype is None:
                 skipped.append(f"'{name}': {self.assigned[name].reason or 'float in the recipe'} (case 1)")
             elif stored(linear.gemm.inputs[1]) is not None:
-                _quantize(model.graph, linear, self.result.weight_scale[name], qtype)
+                grid, codes = self.result.grid(name, qtype), self.result.codes.get(name)
+                _quantize(model.graph, linear, grid, codes, widened=self.assigned[name].two_level)
                 changed.append(f"'{name}' {self.assigned[name].action}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
 
-def _quantize(graph: ir.Graph, linear: LinearNode, scale: npt.NDArray[np.float32], qtype: QuantType) -> None:
-    name, gemm, dtype = linear.name, linear.gemm, element_type(qtype)
+def _quantize(
+    graph: ir.Graph, linear: LinearNode, grid: WeightGrid, codes: npt.NDArray[np.int8] | None, *, widened: bool
+) -> None:
+    name, gemm, dtype = linear.name, linear.gemm, element_type(grid.qtype)
     if gemm.op_type == "Gemm":
         raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
     read, (width, depth) = linear.weight_reader(), linear.shape
-    blocked = scale.ndim == 2
-    block_size = depth // scale.shape[0] if blocked else 0
-    granularity = Blocked(axis=0, block_size=block_size) if blocked else PerAxis(axis=1)
+    blocked = grid.scale.ndim == 2
+    blocks = len(grid.scale) if blocked else 1 if grid.multiplier is None else len(grid.multiplier)
+    granularity = Blocked(axis=0, block_size=depth // blocks) if blocked else PerAxis(axis=1)
     expected = granularity.scale_shape((depth, width))
-    if scale.shape != expected:
+    if grid.scale.shape != expected or (codes is not None and codes.shape != (width, depth)):
         raise GraphError(
-            f"'{name}': expected scales {expected} for a weight {(depth, width)}, found {scale.shape}; calibrate again"
+            f"'{name}': expected scales {expected} for a weight {(depth, width)}, found {grid.scale.shape}; calibrate again"
         )
 
     def compute() -> npt.NDArray[np.generic]:
-        full = np.repeat(scale.T, block_size, axis=1) if blocked else scale[:, None]
-        codes: npt.NDArray[np.generic] = qtype.round((read() / full).astype(np.float32, copy=False)).T.astype(dtype.numpy())
-        return codes
+        found: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
+        return found
 
-    codes = computed_initializer(graph, f"{name}.weight_codes", dtype, (depth, width), compute)
-    steps = initializer(graph, f"{name}.weight_scale", scale)
-    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(scale.shape, dtype=dtype.numpy()))
-    attributes = {"axis": 0, "block_size": block_size} if blocked else {"axis": 1}
-    node = ir.node("DequantizeLinear", [codes, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
+    value = computed_initializer(graph, f"{name}.weight_codes", dtype, (depth, width), compute)
+    if widened:
+        value = _widened(graph, gemm, name, value, grid.multiplier)
+    steps = initializer(graph, f"{name}.weight_scale", grid.scale)
+    assert value.dtype is not None
+    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(grid.scale.shape, dtype=value.dtype.numpy()))
+    attributes = {"axis": 0, "block_size": depth // blocks} if blocked else {"axis": 1}
+    node = ir.node("DequantizeLinear", [value, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
     node.outputs[0].shape, node.outputs[0].dtype = ir.Shape((depth, width)), ir.DataType.FLOAT
     graph.insert_before(gemm, node)
     gemm.replace_input_with(1, node.outputs[0])
+
+
+def _widened(graph: ir.Graph, gemm: ir.Node, name: str, codes: ir.Value, multiplier: npt.NDArray[np.int8] | None) -> ir.Value:
+    """int8[K, N]: the codes times their blocks' multipliers."""
+    assert codes.shape is not None
+    depth, width = codes.shape.numpy()
+    if multiplier is None:
+        nodes = [ir.node("Cast", [codes], attributes={"to": ir.DataType.INT8.value})]
+    else:
+        blocks = len(multiplier)
+        times = initializer(graph, f"{name}.weight_multiplier", multiplier.astype(np.int8)[:, None, :])
+        cut = initializer(graph, f"{name}.weight_blocks", np.asarray([blocks, depth // blocks, width], dtype=np.int64))
+        whole = initializer(graph, f"{name}.weight_shape", np.asarray([depth, width], dtype=np.int64))
+        wide = ir.node("Cast", [codes], attributes={"to": ir.DataType.INT32.value})
+        split = ir.node("Reshape", [wide.outputs[0], cut])
+        factor = ir.node("Cast", [times], attributes={"to": ir.DataType.INT32.value})
+        product = ir.node("Mul", [split.outputs[0], factor.outputs[0]])
+        joined = ir.node("Reshape", [product.outputs[0], whole])
+        nodes = [wide, split, factor, product, joined]
+        nodes.append(ir.node("Cast", [joined.outputs[0]], attributes={"to": ir.DataType.INT8.value}))
+    graph.insert_before(gemm, nodes)
+    result = nodes[-1].outputs[0]
+    result.dtype, result.shape = ir.DataType.INT8, codes.shape
+    return result

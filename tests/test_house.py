@@ -27,7 +27,7 @@ LAZY = {
     "dq_export/families": {"torch", "diffusers", "safetensors", "huggingface_hub"},
 }
 """What functions may import beyond `THIRD_PARTY`."""
-DATA_OBJECTS = {"artifacts", "denoiser", "qtypes", "recipe", "scales"}
+DATA_OBJECTS = {"grid", "artifacts", "denoiser", "qtypes", "recipe", "scales"}
 CLI_ONLY = {"typer", "rich"}
 
 

@@ -120,7 +120,7 @@ def test_widths_that_no_block_divides_are_all_named(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
     for block, line in enumerate(lines):
-        assert f"'transformer_blocks.{block}.norm1.linear' has 24 inputs, which no block size of (128, 64, 32, 16)" in line
+        assert f"'transformer_blocks.{block}.norm1.linear': its 24 inputs are not divided by 16, 32, 64, 128; choose" in line
 
 
 @pytest.mark.parametrize(("method", "passes"), [("minmax", 1), ("percentile", 2), ("mse", 2)])

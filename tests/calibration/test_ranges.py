@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dq_export.calibration.grid import cover
 from dq_export.calibration.qtypes import Blocked, PerAxis
-from dq_export.calibration.ranges import METHODS, block_scale, minmax, mse, percentile, weight_scale
-from dq_export.calibration.recipe import Recipe
+from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
+from dq_export.calibration.recipe import Recipe, Rule
 
 CELLS = 2048
 VALUES = arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)).filter(
@@ -107,8 +108,8 @@ WEIGHTS = arrays(
 
 @given(WEIGHTS, st.sampled_from([1, 3, 4, 12]))
 def test_weight_scales_are_the_least_that_clip_nothing(weight: np.ndarray, block_size: int) -> None:
-    rows = weight_scale(weight)
-    blocks = block_scale(weight, block_size)
+    rows = cover(weight, Rule(match="", action="w8a8")).scale
+    blocks = cover(weight, Rule(match="", action="weight-only", group_size=block_size)).scale
     # The shape that ONNX wants for weight[in, out]: a scale for each column, or for each run of inputs of each column.
     assert rows.shape == PerAxis(axis=1).scale_shape(weight.T.shape)
     assert blocks.shape == Blocked(axis=0, block_size=block_size).scale_shape(weight.T.shape)

@@ -95,7 +95,10 @@ def test_the_first_matching_rule_decides() -> None:
     ("values", "message"),
     [
         ({"scalling": "auto"}, "unknown key 'scalling'. Did you mean 'scaling'"),
-        ({"bits": "w8a9"}, "bits = 'w8a9': expected 'w8a8', 'fp8' or 'w4a16'. Did you mean 'w8a8'"),
+        (
+            {"bits": "w8a9"},
+            "bits = 'w8a9': expected 'w8a8', 'w8a16', 'w6a6', 'w4a8', 'w4a16', 'w4a4' or 'fp8'. Did you mean 'w8a8'",
+        ),
         ({"scaling": "smoth"}, "Did you mean 'smooth'"),
         ({"bins": 0}, "bins = 0: a number of bins must be at least 1"),
         ({"alpha": 2}, "alpha = 2: Input should be less than or equal to 1"),

@@ -1,0 +1,65 @@
+"""Keep activations of fewer than 8 bits inside their codes, which are stored as 8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dq_export.calibration.artifacts import CalibrationResult
+
+from .base import GraphError, GraphPass, PassReport, constant, initializer, like
+
+EIGHT = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClipCodes(GraphPass):
+    """x -> Q(c) -> DQ(c)  ->  x -> Clip(-qmax c, qmax c) -> Q(c) -> DQ(c), for codes of fewer than 8 bits.
+
+    ONNX has no 6-bit type, and kernels no 4-bit activations: the codes are int8, and without the Clip a value beyond the
+    calibrated range would take more bits than the recipe says.
+
+    It does not act where
+        1. the codes have 8 bits, whose saturation is the type's own,
+        2. a Clip stands there already.
+
+    Exactness: bit-exact inside the codes' range.
+
+    Args:
+        result: the sites and their element types.
+
+    Raises:
+        GraphError: a scale that is computed at run time; factor_scale comes before.
+    """
+
+    name: ClassVar[str] = "clip_codes"
+    result: CalibrationResult
+
+    def rewrite(self, model: ir.Model) -> PassReport:
+        narrow = {
+            f"{name}.activation_q": plan.activation.qtype
+            for name, plan in self.result.sites.items()
+            if plan.activation and plan.activation.qtype.bits < EIGHT
+        }
+        changed = []
+        for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear" and node.name in narrow]:
+            source, scale = quantize.inputs[0], constant(quantize.inputs[1])
+            assert source is not None
+            producer = source.producer()
+            if producer is not None and producer.op_type == "Clip":
+                continue
+            if scale is None:
+                raise GraphError(f"'{quantize.name}': its scale is computed at run time; run pass factor_scale before")
+            most = narrow[str(quantize.name)].qmax * scale.astype(np.float32).reshape(())
+            label = str(quantize.name).removesuffix("_q")
+            low = initializer(model.graph, f"{label}_low", np.asarray(-most))
+            high = initializer(model.graph, f"{label}_high", np.asarray(most))
+            clip = ir.node("Clip", [source, low, high], name=f"{label}_clip")
+            like(clip.outputs[0], source)
+            model.graph.insert_before(quantize, clip)
+            quantize.replace_input_with(0, clip.outputs[0])
+            changed.append(f"'{quantize.name}'")
+        return PassReport(name=self.name, changed=tuple(changed))

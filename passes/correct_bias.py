@@ -1,0 +1,44 @@
+"""Add to each bias what quantization takes from the output on average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from dq_export.calibration.artifacts import CalibrationResult
+
+from .base import GraphPass, PassReport
+from .match import find_linear, linears
+
+CORRECTED = "dq_export.corrected"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CorrectBias(GraphPass):
+    """W x + b  ->  W x + (b + d), d the calibration's correction of the linear; an Add where there was no bias.
+
+    It does not act where
+        1. calibration has no correction,
+        2. the linear was corrected before (stamped on its GEMM).
+
+    Exactness: as the float32 sum of b and d.
+
+    Args:
+        result: the corrections.
+    """
+
+    name: ClassVar[str] = "correct_bias"
+    result: CalibrationResult
+
+    def rewrite(self, model: ir.Model) -> PassReport:
+        found = linears(model) if self.result.correction else {}
+        changed = []
+        for name, correction in self.result.correction.items():
+            linear = find_linear(found, name)
+            if CORRECTED not in linear.gemm.metadata_props:
+                linear.change_bias(lambda bias, d=correction: bias + d)  # type: ignore[misc]
+                linear.gemm.metadata_props[CORRECTED] = "yes"
+                changed.append(f"'{name}'")
+        return PassReport(name=self.name, changed=tuple(changed))

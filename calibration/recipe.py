@@ -227,7 +227,7 @@ class Recipe(BaseModel):
         if left:
             names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
-        decided = {name: self._complete(self.decide(name)) for name in linears if name not in left}
+        decided = {name: self.complete(self.decide(name)) for name in linears if name not in left}
         for name, rule in decided.items():
             kind = linears[name].kind
             if rule.quantizes_input and kind == "modulation":
@@ -243,7 +243,7 @@ class Recipe(BaseModel):
             raise RecipeError("\n".join(wrong))
         return decided
 
-    def _complete(self, rule: Rule) -> Rule:
+    def complete(self, rule: Rule) -> Rule:
         """The rule with the recipe's granularity and group size where it has none of its own."""
         if rule.action in ("float", "weight-only"):
             return rule

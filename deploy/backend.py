@@ -15,6 +15,7 @@ from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 
 from .audit import Audit
+from .lowerings import Target
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -54,8 +55,8 @@ class Backend(Protocol):
         """As given to --dtype: the float type of what is not quantized."""
 
     @property
-    def bits(self) -> tuple[str, ...]:
-        """What it takes of --bits."""
+    def target(self) -> Target:
+        """Its column of the table of lowerings."""
 
     @property
     def runs(self) -> bool:

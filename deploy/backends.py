@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 
 from .backend import Backend
+from .lowerings import require_lowerings
 from .openvino import OpenVino
 from .ort import ORT
 from .trt import TensorRt
@@ -33,8 +34,7 @@ def backend_of(recipe: Recipe) -> Backend | None:
         known = "; ".join(_flags(b.provider, b.dtype) for b in named)
         asked = _flags(provider, recipe.dtype)
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
-    if recipe.bits not in fitting[0].bits:
-        raise RecipeError(f"--format {recipe.format} does not run --bits {recipe.bits}; it runs {', '.join(fitting[0].bits)}")
+    require_lowerings(fitting[0].target, [recipe.complete(Rule(match="", action=recipe.bits))])
     if recipe.attention != "float" and not isinstance(fitting[0], TensorRt):
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; trt and trt-rtx do")
     return fitting[0].configured(recipe)

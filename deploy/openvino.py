@@ -19,6 +19,7 @@ from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
 from .backend import BackendError, Feed
+from .lowerings import Target
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
@@ -38,7 +39,7 @@ class OpenVino:
     dtype: str = "fp32"
     name: str = "ort"
     provider: str = "openvino"
-    bits: tuple[str, ...] = ("w8a8",)
+    target: Target = "openvino"
     runs: bool = True
 
     @property

@@ -23,6 +23,7 @@ from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
 from .backend import BackendError, Engine, Feed, Float32
+from .lowerings import Target
 
 PROFILED = 5
 """Calls of a profile."""
@@ -54,7 +55,7 @@ class Ort:
     name: str = "ort"
     provider: str = "cpu"
     dtype: str = "fp32"
-    bits: tuple[str, ...] = ("w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4")
+    target: Target = "ort"
     runs: bool = True
 
     def configured(self, recipe: Recipe) -> Ort:

@@ -28,6 +28,7 @@ from .backend import BackendError, Engine, Feed, NotHereError
 from .chain import shape_of
 from .check import Finding, check
 from .layers import kernel_of, read_layers
+from .lowerings import Target
 from .plan import PlanRequest, build_plan
 from .rules import TARGETS
 from .runner import compute_capability, load_plan
@@ -56,7 +57,7 @@ class TensorRt:
     targets: tuple[str, ...] = ()
     shapes: tuple[str, str, str] = ("", "", "")
     provider: str | None = None
-    bits: tuple[str, ...] = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16", "fp8")
+    target: Target = "trt"
 
     @property
     def runs(self) -> bool:

@@ -89,6 +89,7 @@ def run(
             The report is written before AuditError and ParityError are raised.
     """
     from dq_export.deploy.backends import backend_of
+    from dq_export.deploy.lowerings import require_lowerings
 
     from .families.source import load_reference, locate, require_device
 
@@ -103,6 +104,8 @@ def run(
     reference = load_reference(recipe.model, watch.advance)
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
+    if backend:
+        require_lowerings(backend.target, assigned.values())
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         with reference.on(device):

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
+from reading import Reader
 
 import dq_export
 from dq_export.comparison import save_pictures
@@ -28,22 +25,6 @@ Float32 = npt.NDArray[np.float32]
 BATCH = 50
 
 
-def reader() -> tuple[Callable[[Float32], npt.NDArray[np.int64]], float]:
-    """A classifier of pictures float32[N, 1, 16, 16] in [-1, 1], and its accuracy on held-out real digits."""
-    data = load_digits()
-    train_x, test_x, train_y, test_y = train_test_split(
-        data.data, data.target, test_size=0.25, random_state=0, stratify=data.target
-    )
-    machine = SVC(gamma=0.001, C=10).fit(train_x, train_y)
-
-    def read(pictures: Float32) -> npt.NDArray[np.int64]:
-        small = pictures.reshape(len(pictures), 8, 2, 8, 2).mean(axis=(2, 4))
-        result: npt.NDArray[np.int64] = machine.predict(np.clip((small + 1) * 8, 0, 16).reshape(len(pictures), 64))
-        return result
-
-    return read, float(machine.score(test_x, test_y))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", nargs="*", type=Path)
@@ -52,8 +33,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--pictures", type=Path, help="also save the first 20 of each as PNG")
     options = parser.parse_args()
-    read, accuracy = reader()
-    print(f"reader: {accuracy:.1%} of held-out real digits")
+    reader = Reader.train()
+    print(f"reader: {reader.accuracy:.1%} of held-out real digits")
     with tempfile.TemporaryDirectory() as temporary:
         folders = options.out or [Path(temporary) / "out"]
         if not options.out:
@@ -69,7 +50,7 @@ def main() -> None:
                 drawn[name].append(reference.draw(network, noise, part, steps=options.steps, guidance=reference.guidance))
             print(f"drawn {start + len(part)}/{options.count}", flush=True)
         for name, pictures in drawn.items():
-            right = read(np.concatenate(pictures)) == labels
+            right = reader.read(np.concatenate(pictures)) == labels
             print(f"{name}: {right.sum()}/{options.count} read as asked for ({right.mean():.1%})")
         if options.pictures:
             save_pictures(options.pictures, [pictures[0][:20] for pictures in drawn.values()])

@@ -30,8 +30,8 @@ def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) ->
         AbsorbOne(),  # before fold_scaling, which divides the rows that hold the 1
         FoldScaling(result=result),  # on float weights, so before they become codes
         LiftModulation(assigned=assigned),  # after fold_scaling, which looks for the Split of the Gemm
+        CorrectBias(result=result),  # after fold_scaling, whose bias it adds to, and before a weight becomes codes
         QuantizeWeights(result=result, assigned=assigned),  # the folded weights
-        CorrectBias(result=result),  # after fold_scaling, which computes the bias that it adds to
         InsertQdq(result=result, assigned=assigned),  # wires the quantized input into the finished GEMMs
         *clipped,  # last: between the quantized input and what it reads
     )

@@ -85,7 +85,7 @@ def test_tensorrt_rtx_runs_every_form_on_its_kernel(
     row, bits = cell
     calibrated = calibrations[name_of(cell)]
     if row.trt.startswith("no: "):
-        with pytest.raises(RecipeError, match="token|w8a8|w4a16|tensor"):
+        with pytest.raises(RecipeError, match=r"token|w8a8|w4a16|tensor"):
             require_lowerings("trt", calibrated[1].values())
         return
     model = quantized_graph(calibrated, tiny_onnx_per_sample, RTX, tmp_path / "model.onnx", shared=False)
@@ -136,7 +136,7 @@ def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "group_size 48 on ort: its kernel unpacks blocks of 128, 64"),
+        ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "its kernel unpacks blocks of 128, 64, 32, 16"),
         ({"bits": "fp8"}, "fp8 granularity tensor on ort: no CPU kernel for float8; w8a8"),
         ({"bits": "w8a16", "format": "trt-rtx"}, "w8a16 on trt: int8 blocks are unpacked by a kernel of their own; w4a16"),
         ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "granularity token"),

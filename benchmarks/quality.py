@@ -1,0 +1,266 @@
+"""Every recipe, and what others make of the same model, on dit-digits and its hard copy: the README's table of accuracy.
+
+    pip install ".[cpu,openvino,metrics]" && python benchmarks/quality.py [--recipes NAME ...] [--models plain hard]
+    python benchmarks/quality.py --peers        also onnxruntime's quantize_static, nvidia-modelopt and NNCF
+
+Each row is a real engine. A row's figures: SQNR in dB of a network call against PyTorch, mean and worst over a guided
+trajectory; of ten pictures from the same noise; digits that are read as asked for; Frechet distance from real digits; megabytes
+on disk; speed against the float graph on ONNX Runtime, timed in turn; share of the quantized FLOPs in low precision.
+Peers are installed into virtual environments of their own, below --peers-folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reading import Reader
+
+from dq_export.calibration.recipe import Recipe
+from dq_export.comparison import save_pictures
+from dq_export.deploy.latency import measure
+from dq_export.deploy.ort import ORT, session_errors
+from dq_export.deploy.parity import difference
+from dq_export.families.reference import Float32, Reference
+from dq_export.families.source import PACKAGED, load_reference
+from dq_export.pipeline import run
+from dq_export.recording import Recording, draw
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from hard_copy import harden_folder
+
+NONE, GPTQ, TOKEN = {"scaling": "none"}, {"rounding": "gptq"}, {"granularity": "token"}
+GROUP = {"granularity": "token-group", "group_size": 64}
+RECIPES: dict[str, dict[str, Any]] = {
+    "w8a8 static, no scaling": {**NONE, "bins": 1},
+    "w8a8 per timestep, no scaling": NONE,
+    "w8a8 per timestep, dilate": {"scaling": "dilate"},
+    "w8a8 per timestep, smooth": {"scaling": "smooth"},
+    "w8a8 per timestep, balance (PTQ4DiT)": {"scaling": "balance"},
+    "w8a8 per timestep, equalize (AWEQ)": {"scaling": "equalize", "bias_correction": True},
+    "w8a8 per timestep, auto": {},
+    "w8a8 per timestep, auto, gptq": GPTQ,
+    "w8a8 per token, no scaling": {**NONE, **TOKEN},
+    "w8a8 per token, auto": TOKEN,
+    "w8a8 per token, auto, gptq": {**TOKEN, **GPTQ},
+    "w8a8 token and group of 64 (Q-DiT)": {**NONE, **GROUP},
+    "w6a6 per timestep, auto": {"bits": "w6a6"},
+    "w6a6 per token, auto, gptq": {"bits": "w6a6", **TOKEN, **GPTQ},
+    "w4a8 token and group of 64, no scaling (Q-DiT)": {"bits": "w4a8", **NONE, **GROUP},
+    "w4a8 token and group of 64, auto, gptq": {"bits": "w4a8", **GROUP, **GPTQ},
+    "w4a8 per timestep, auto": {"bits": "w4a8"},
+    "w4a8 per timestep, auto, gptq": {"bits": "w4a8", **GPTQ},
+    "w4a8 per token, auto": {"bits": "w4a8", **TOKEN},
+    "w4a8 per token, auto, mse": {"bits": "w4a8", **TOKEN, "rounding": "mse"},
+    "w4a8 per token, auto, gptq": {"bits": "w4a8", **TOKEN, **GPTQ},
+    "w4a16 no scaling": {"bits": "w4a16", **NONE},
+    "w4a16 auto, gptq": {"bits": "w4a16", **GPTQ},
+    "w8a16 auto": {"bits": "w8a16"},
+    "w4a4 per timestep, auto, gptq": {"bits": "w4a4", **GPTQ},
+    "w4a4 per token, auto, gptq": {"bits": "w4a4", **TOKEN, **GPTQ},
+}
+PEERS = {
+    "static": ("onnxruntime quantize_static", ["onnxruntime==1.31.1", "onnx==1.23.2", "sympy"]),
+    "modelopt": ("nvidia-modelopt ONNX int8, max", ["torch==2.13.0", "nvidia-modelopt[onnx]==0.47.0"]),
+    "nncf": ("NNCF, transformer preset, OpenVINO", ["nncf==3.4.0", "openvino==2026.4.1", "onnx==1.23.2"]),
+}
+HEADER = (
+    "| model | recipe | SQNR a call | worst | pictures | digits read | Frechet | MB | speed | coverage |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+class Bench:
+    """One model and what is measured of its engines."""
+
+    def __init__(self, name: str, model: str, temporary: Path, options: argparse.Namespace, reader: Reader) -> None:
+        self.name, self.model, self.temporary, self.reader, self.count = name, model, temporary, reader, options.count
+        self.steps, self.keep = options.steps, options.keep
+        self.reference: Reference = load_reference(model)
+        self.rows: list[dict[str, Any]] = []
+
+    def recipe(self, label: str, options: Mapping[str, Any]) -> None:
+        """Export with a recipe and add its row."""
+        parsed = Recipe.parse({"model": self.model, "guidance_scale": 2.0, "min_sqnr": -200, **options}, "benchmark")
+        out = self.temporary / self.name / label
+        report = run(parsed, out)
+        assert report.parity
+        assert report.latency
+        assert report.size
+        assert report.audit
+        worst = report.worst_call("engine")
+        assert worst
+        drawn = self.digits(ORT.load(out / "model.onnx"), label)
+        self.row(
+            label, report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr, drawn,
+            report.size.engine_bytes, report.latency.ratio, report.audit.coverage,
+        )  # fmt: skip
+
+    def peer(self, key: str, folder: Path) -> None:
+        """Let a peer quantize the same float graph, and add its row."""
+        label, packages = PEERS[key]
+        out = self.temporary / self.name / label
+        source = self.temporary / self.name / "float"
+        if not source.exists():
+            parsed = Recipe.parse({"model": self.model, "guidance_scale": 2.0, "min_sqnr": -200}, "benchmark")
+            run(parsed, self.temporary / self.name / "whole", until="verify")
+            shutil.copytree(self.temporary / self.name / "whole" / "float", source)  # a copy: peers refuse hard links
+            np.savez(source / "feeds.npz", **self.calls())
+        out.mkdir(parents=True)
+        target = out / ("model.xml" if key == "nncf" else "model.onnx")
+        python = _environment(folder / key, packages)
+        command = [
+            python,
+            str(Path(__file__).with_name("peers.py")),
+            key,
+            *map(str, (source / "model.onnx", source / "feeds.npz", target)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"| {self.name} | {label} | failed: {done.stderr.strip().splitlines()[-1][:200]} |", flush=True)
+            return
+        engine = _openvino(target) if key == "nncf" else _session(target)
+        recording = Recording.load(self.temporary / self.name / "whole" / "parity")
+        parsed = Recipe.load(self.temporary / self.name / "whole" / "recipe.yaml")
+        try:
+            each = [difference(y, engine(feed)).sqnr for feed, y in zip(recording.feeds, recording.outputs, strict=True)]
+            pictures = difference(recording.pictures, draw(self.reference, engine, parsed)).sqnr
+            drawn = self.digits(engine, label)
+            small = {name: np.asarray(value)[:2] for name, value in recording.feeds[0].items()}
+            taken = measure({"float": ORT.load(source / "model.onnx"), "peer": engine}, small)
+        except (RuntimeError, ValueError, *session_errors()) as error:  # the row says so
+            print(f"| {self.name} | {label} | does not run: {str(error).splitlines()[0][:200]} |", flush=True)
+            return
+        size = sum(path.stat().st_size for path in out.iterdir() if path.name != "fixed.onnx")
+        speed = taken["float"].median / taken["peer"].median
+        self.row(label, float(np.mean(each)), min(each), pictures, drawn, size, speed, float("nan"))
+
+    def calls(self) -> dict[str, Any]:
+        """What the peers calibrate on: every second call of the 16 pictures that our own calibration samples."""
+        feeds: list[Any] = []
+
+        def recorded(feed: Any) -> Float32:
+            feeds.append(feed)
+            return self.reference.forward(feed)
+
+        for start in (0, 8):
+            labels = np.arange(start, start + 8) % 10
+            self.reference.draw(recorded, self.reference.noise(8, start), labels, steps=50, guidance=2.0)
+        return {name: np.stack([feed[name] for feed in feeds[::2]]) for name in feeds[0]}
+
+    def digits(self, engine: Callable[[Any], Float32], label: str) -> tuple[float, float]:
+        """Share of digits read as asked for, and the distance of all from real ones."""
+        labels = np.arange(self.count, dtype=np.int64) % 10
+        parts = []
+        for start in range(0, self.count, 8):
+            part = labels[start : start + 8]
+            noise = self.reference.noise(len(part), 4242 + start)
+            parts.append(self.reference.draw(engine, noise, part, steps=self.steps, guidance=2.0))
+        pictures = np.concatenate(parts)
+        if self.keep:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            save_pictures(self.keep / f"{self.name} {label.replace('/', ' ')}.png", [pictures[:20]])
+        return float((self.reader.read(pictures) == labels).mean()), self.reader.distance(pictures)
+
+    def row(
+        self,
+        label: str,
+        call: float,
+        worst: float,
+        pictures: float,
+        drawn: tuple[float, float],
+        size: int,
+        speed: float,
+        share: float,
+    ) -> None:
+        """Print a row and keep it."""
+        figures = [call, worst, pictures, *drawn, size / 1e6, speed, share]
+        keys = ("sqnr", "worst", "pictures", "read", "frechet", "mb", "speed", "coverage")
+        self.rows.append({"model": self.name, "recipe": label, **dict(zip(keys, figures, strict=True))})
+        covered = f"{share:.0%}" if np.isfinite(share) else "-"
+        print(
+            f"| {self.name} | {label} | {call:.1f} | {worst:.1f} | {pictures:.1f} | {drawn[0]:.1%} | {drawn[1]:.3f} | "
+            f"{size / 1e6:.2f} | {speed:.2f}x | {covered} |",
+            flush=True,
+        )
+
+
+def _environment(folder: Path, packages: list[str]) -> str:
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        for package in packages:  # in order: the first may settle what the next would pull
+            subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+    return str(python)
+
+
+def _session(path: Path) -> Callable[[Any], Float32]:
+    engine = ORT.load(path)
+    fixed = engine.session.get_inputs()[0].shape[0]  # type: ignore[attr-defined]
+
+    def call(feed: Any) -> Float32:
+        size = len(feed["hidden_states"])
+        if not isinstance(fixed, int) or size == fixed:
+            return engine(feed)
+        pad = {
+            name: np.resize(value, (fixed, *np.shape(value)[1:])) if len(value) == size else value for name, value in feed.items()
+        }
+        return engine(pad)[:size]
+
+    return call
+
+
+def _openvino(path: Path) -> Callable[[Any], Float32]:
+    import openvino
+
+    network = openvino.Core().compile_model(path, "CPU")
+
+    def call(feed: Any) -> Float32:
+        found: Float32 = network(dict(feed))[0]
+        return found
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="words that a recipe's name must begin with")
+    parser.add_argument("--models", nargs="*", default=["plain", "hard"])
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all of them without a name")
+    parser.add_argument("--peers-folder", type=Path, default=Path("peers"))
+    parser.add_argument("--count", type=int, default=200, help="digits to draw for reading and distance")
+    parser.add_argument("--steps", type=int, default=25, help="of those digits")
+    parser.add_argument("--keep", type=Path, help="folder for a strip of twenty digits of every row")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    options = parser.parse_args()
+    reader = Reader.train()
+    rows: list[dict[str, Any]] = []
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model")}
+        harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
+        for name in options.models:
+            bench = Bench(name, models[name], Path(temporary), options, reader)
+            read, distance = bench.digits(bench.reference.forward, "PyTorch")
+            print(f"| {name} | PyTorch float32 | | | | {read:.1%} | {distance:.3f} | | | |", flush=True)
+            for label, recipe in RECIPES.items():
+                if any(label.startswith(word) for word in options.recipes):
+                    bench.recipe(label, recipe)
+            for key in PEERS if options.peers == [] else options.peers or ():
+                bench.peer(key, options.peers_folder)
+            rows += bench.rows
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

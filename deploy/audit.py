@@ -132,7 +132,8 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
-        unpacks = kernel in BLOCKED and name in assigned and assigned[name].action in COUNTED
+        rule = assigned.get(name)
+        unpacks = kernel in BLOCKED and rule is not None and rule.action in COUNTED and rule.activation is None
         return kernel, kernel in INTEGER or unpacks
 
     return audit_graph(model, assigned, kernel_of, _why_float)

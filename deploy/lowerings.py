@@ -64,11 +64,11 @@ LOWERINGS = (
     ),
     Lowering(
         bits=("fp8",), granularity="tensor", weights="channel", trt=FLOAT8,
-        ort="no: no CPU kernel for float8; w8a8", openvino="no: no CPU kernel for float8; w8a8",
+        ort="no: no CPU kernel for float8; w8a8, or --format trt", openvino="no: no CPU kernel for float8; w8a8, or --format trt",
     ),
     Lowering(
         bits=("fp8",), granularity="token", weights="channel", trt="no: float8 keeps its precision over 15 octaves; tensor",
-        ort="no: no CPU kernel for float8; w8a8", openvino="no: no CPU kernel for float8; w8a8",
+        ort="no: no CPU kernel for float8; w8a8, or --format trt", openvino="no: no CPU kernel for float8; w8a8, or --format trt",
     ),
 )  # fmt: skip
 

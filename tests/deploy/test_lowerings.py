@@ -137,7 +137,7 @@ def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibra
     ("options", "message"),
     [
         ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "its kernel unpacks blocks of 128, 64, 32, 16"),
-        ({"bits": "fp8"}, "fp8 granularity tensor on ort: no CPU kernel for float8; w8a8"),
+        ({"bits": "fp8"}, "fp8 granularity tensor on ort: no CPU kernel for float8; w8a8, or --format trt"),
         ({"bits": "w8a16", "format": "trt-rtx"}, "w8a16 on trt: int8 blocks are unpacked by a kernel of their own; w4a16"),
         ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "granularity token"),
         ({"bits": "w4a8", "provider": "openvino"}, "only --bits w8a8 with granularity tensor"),

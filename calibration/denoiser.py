@@ -80,5 +80,11 @@ class Denoiser(Protocol):
     def trajectory(self, labels: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float) -> Iterator[float]:
         """Sample one picture a label with guidance on the reference; yields each timestep before its network call."""
 
+    def replace(
+        self, weights: Mapping[str, Float32], biases: Mapping[str, Float32], rounded: Callable[[str, Float32, float], Float32]
+    ) -> AbstractContextManager[None]:
+        """While active, linears have other weights and biases, and every site's readers read
+        `rounded(site.name, float32[rows, K], timestep)` in place of the input; observers see what came before it."""
+
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         """While active, every site's input goes to `observer(site.name, float32[rows, K])` at each network call."""

@@ -17,6 +17,7 @@ from .artifacts import CalibrationError, CalibrationResult, SitePlan
 from .bins import build_table
 from .collect import Progress, Sampling, SiteStatistics, Statistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
+from .folding import folded_weight, touching_plans
 from .grid import WeightGrid
 from .group import ALONE, ProcessGroup
 from .hessians import stream_hessians
@@ -26,6 +27,7 @@ from .recipe import Bits, Recipe, Rule
 from .rounding import ROUNDINGS
 from .scales import ScaleTable, TokenScale
 from .scaling import Scaling, choose_scaling
+from .simulation import Simulation
 
 Float32 = npt.NDArray[np.float32]
 MARGIN = 2.0
@@ -58,6 +60,8 @@ def calibrate(
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
+    if recipe.calibration == "progressive" and group.size > 1:
+        raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or take uniform")
     rules = site_rules(denoiser.sites, assigned)
     sites = tuple(site for site in denoiser.sites if site.name in rules) if samples(recipe, assigned) else ()
     if not sites:  # only weights are quantized, which the first process does alone
@@ -77,23 +81,7 @@ def calibrate(
     decided = dict(zip(names, parallel(decide, sites, progress), strict=True))
     amax = {name: limit for name, (_, limit) in decided.items()}
     _refuse_constant(amax)
-    counts: Mapping[str, npt.NDArray[np.int64]] = {}
-    if recipe.method != "minmax":
-        transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
-        counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
-    plans = {}
-    for site in sites:
-        name, scaling = site.name, decided[site.name][0]
-        plans[name] = SitePlan(
-            site=site,
-            method=scaling.method,
-            error=scaling.error,
-            in_scale=scaling.in_scale,
-            in_shift=scaling.in_shift,
-            activation=_activation(
-                rules[name], recipe, statistics.timesteps, amax[name], counts[name] if counts else NO_COUNTS, scaling
-            ),
-        )
+    plans = _plans(sites, rules, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
     hessians: dict[str, Float32] = {}
     if recipe.rounding != "rtn":
         reach = {name: float(limit.max()) for name, limit in amax.items()}
@@ -102,7 +90,14 @@ def calibrate(
     if group.rank > 0:
         return None
     result = _round(denoiser, recipe, plans, assigned, hessians, provenance, progress)
-    touching = _touching(plans)
+    if recipe.calibration == "progressive":
+        with Simulation.of(denoiser, result, assigned).on(denoiser):
+            statistics = collect_ranges(denoiser, names, sampling, progress, folder / "progressive")
+            amax = {name: statistics[name].amax(plan.in_scale, plan.in_shift) for name, plan in plans.items()}
+            decided = {name: (scaling, amax[name]) for name, (scaling, _) in decided.items()}
+            plans = _plans(sites, rules, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
+        result = replace(result, sites=plans)
+    touching = touching_plans(plans)
 
     def measure(site: InputSite) -> dict[str, float]:
         longest = _longest(plans[site.name], statistics[site.name])
@@ -117,6 +112,40 @@ def calibrate(
     attention = _attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
     correction = _corrections(denoiser, plans, statistics, assigned, result, progress) if recipe.bias_correction else {}
     return replace(result, reach=reached, attention=attention, correction=correction)
+
+
+def _plans(
+    sites: Sequence[InputSite],
+    rules: Mapping[str, Rule],
+    decided: Mapping[str, tuple[Scaling, Float32]],
+    statistics: Statistics,
+    denoiser: Denoiser,
+    recipe: Recipe,
+    sampling: Sampling,
+    progress: Progress,
+    folder: Path,
+    group: ProcessGroup,
+) -> dict[str, SitePlan]:
+    """A plan for every site, from its scaling and the range at each timestep."""
+    counts: Mapping[str, npt.NDArray[np.int64]] = {}
+    if recipe.method != "minmax":
+        transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
+        amax = {name: limit for name, (_, limit) in decided.items()}
+        counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
+    plans = {}
+    for site in sites:
+        name, (scaling, limit) = site.name, decided[site.name]
+        plans[name] = SitePlan(
+            site=site,
+            method=scaling.method,
+            error=scaling.error,
+            in_scale=scaling.in_scale,
+            in_shift=scaling.in_shift,
+            activation=_activation(
+                rules[name], recipe, statistics.timesteps, limit, counts[name] if counts else NO_COUNTS, scaling
+            ),
+        )
+    return plans
 
 
 def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
@@ -190,7 +219,7 @@ def _round(
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
     names = [name for name, rule in assigned.items() if rule.weight]
-    touching = _touching(plans)
+    touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
     def measure(name: str) -> tuple[WeightGrid, Float32 | None] | str:
@@ -226,7 +255,7 @@ def _corrections(
 
     Source: AWEQ (arXiv 2311.01305); b' = b + E[W x - Q(W) Q(x)].
     """
-    touching = _touching(plans)
+    touching = touching_plans(plans)
 
     def measure(plan: SitePlan) -> dict[str, Float32]:
         item = statistics[plan.site.name]
@@ -245,25 +274,6 @@ def _corrections(
         return found
 
     return {name: item for found in parallel(measure, list(plans.values()), progress) for name, item in found.items()}
-
-
-def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
-    """float32[out, in]: a linear's weight after every scaling that touches it: columns times the in_scale of its own
-    input, rows divided by the in_scale of the input that it produces."""
-    for plan in plans:
-        if linear in plan.site.linears:
-            weight = weight * plan.in_scale
-    for plan in plans:
-        site = plan.site
-        if site.producer != linear:
-            continue
-        if site.fold == "value":
-            weight = weight / plan.in_scale[:, None]
-        elif site.fold == "modulation":
-            weight = weight.copy()
-            for start, stop in (site.shift_rows, site.scale_rows):
-                weight[start:stop] /= plan.in_scale[:, None]
-    return weight
 
 
 def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
@@ -305,15 +315,6 @@ def _attention_scales(
 
 def _site_of(plans: Mapping[str, SitePlan], linear: str) -> list[str]:
     return [name for name, plan in plans.items() if linear in plan.site.linears]
-
-
-def _touching(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
-    """By linear: the plans whose scaling is folded into its weight."""
-    found: dict[str, list[SitePlan]] = {}
-    for plan in plans.values():
-        for name in {*plan.site.linears, plan.site.producer} - {""}:
-            found.setdefault(name, []).append(plan)
-    return found
 
 
 def _refuse_constant(amax: Mapping[str, Float32]) -> None:

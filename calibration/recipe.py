@@ -141,6 +141,7 @@ class Recipe(BaseModel):
     rho: float = Field(1.0, ge=1, le=64, description="for scaling dilate: how much a weight row's range may grow")
     shift: bool | None = Field(default=None, description="per-channel shift; null: where scaling auto measures a gain, else none")
     calib_size: int = Field(16, ge=1, description="pictures sampled for calibration")
+    calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
     parity_size: int = Field(10, ge=1, description="pictures drawn with PyTorch and the engine to compare them")
     guidance_scale: float | None = Field(default=None, ge=1, description="classifier-free guidance; null: the model's default")

@@ -63,6 +63,7 @@ def export_options(
     rho: Annotated[float | None, option("for --scaling dilate (default 1.0)", "--rho")] = None,
     shift: Annotated[bool | None, option("per-channel shift (default where auto gains)", "--shift/--no-shift")] = None,
     exclude: Annotated[list[str] | None, option("REGEX of linears to leave float; repeatable", "--exclude")] = None,
+    calibration: Annotated[str, option("uniform, or progressive: on quantized steps", "--calibration")] = "",
     calib_size: Annotated[int | None, option("pictures to sample (default 16)", "--calib-size")] = None,
     steps: Annotated[int | None, option("sampler steps a picture (default 50)", "--steps")] = None,
     parity_size: Annotated[int | None, option("pictures to compare with PyTorch's (default 10)", "--parity-size")] = None,

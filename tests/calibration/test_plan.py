@@ -12,7 +12,8 @@ from conftest import calibrate_tiny, feed_of, recipe_of, save_tiny
 
 from dq_export.calibration.artifacts import CalibrationError, CalibrationResult
 from dq_export.calibration.collect import Sampling
-from dq_export.calibration.plan import calibrate, folded_weight
+from dq_export.calibration.folding import folded_weight
+from dq_export.calibration.plan import calibrate
 from dq_export.calibration.recipe import Rule
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference

@@ -10,9 +10,9 @@ import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.calibration.collect import Sampling
+from dq_export.calibration.folding import folded_weight
 from dq_export.calibration.grid import cover
 from dq_export.calibration.hessians import stream_hessians
-from dq_export.calibration.plan import folded_weight
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.calibration.scales import TokenScale

@@ -260,7 +260,7 @@ def test_what_no_plan_can_be_is_an_error_before_anything_is_done(options: dict[s
 
 
 def test_bits_that_a_format_does_not_run_are_an_error() -> None:
-    with pytest.raises(RecipeError, match="--format ort does not run --bits fp8; it runs w8a8"):
+    with pytest.raises(RecipeError, match="fp8 granularity tensor on ort: no CPU kernel for float8; w8a8, or --format trt"):
         backend_of(Recipe.parse({"model": "m", "bits": "fp8"}, "test"))
 
 

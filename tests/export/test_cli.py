@@ -88,7 +88,10 @@ def test_help_loads_neither_torch_nor_a_runtime() -> None:
         (["--model", "missing/folder/x"], "no such model or folder"),
         (["--model", "dit"], "or pass a local folder"),
         (["--model", "dit-digits", "--format", "tensorrt"], "format = 'tensorrt': expected 'onnx', 'ort', 'trt' or 'trt-rtx'"),
-        (["--model", "dit-digits", "--bits", "w8a9"], "expected 'w8a8', 'w8a16', 'w6a6', 'w4a8', 'w4a16', 'w4a4' or 'fp8'. Did you mean 'w8a8'?"),
+        (
+            ["--model", "dit-digits", "--bits", "w8a9"],
+            "expected 'w8a8', 'w8a16', 'w6a6', 'w4a8', 'w4a16', 'w4a4' or 'fp8'. Did you mean 'w8a8'?",
+        ),
         (["--model", "dit-digits", "--recipe", "nothing.yaml"], "recipe nothing.yaml: no such file"),
         (["--steps", "5"], "--model is missing"),
         (["--model", "dit-digits", "--steps", "five"], "Invalid value for '--steps'"),

@@ -1,0 +1,40 @@
+"""What the equivalent scalings of all sites make of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .artifacts import SitePlan
+
+Float32 = npt.NDArray[np.float32]
+
+
+def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
+    """float32[out, in]: a linear's weight after every scaling that touches it: columns times the in_scale of its own
+    input, rows divided by the in_scale of the input that it produces."""
+    for plan in plans:
+        if linear in plan.site.linears:
+            weight = weight * plan.in_scale
+    for plan in plans:
+        site = plan.site
+        if site.producer != linear:
+            continue
+        if site.fold == "value":
+            weight = weight / plan.in_scale[:, None]
+        elif site.fold == "modulation":
+            weight = weight.copy()
+            for start, stop in (site.shift_rows, site.scale_rows):
+                weight[start:stop] /= plan.in_scale[:, None]
+    return weight
+
+
+def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
+    """By linear: the plans whose scaling is folded into its weight."""
+    found: dict[str, list[SitePlan]] = {}
+    for plan in plans.values():
+        for name in {*plan.site.linears, plan.site.producer} - {""}:
+            found.setdefault(name, []).append(plan)
+    return found

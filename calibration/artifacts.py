@@ -79,6 +79,8 @@ class CalibrationResult:
             activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
             out in float16 must keep it in range.
         attention: by query, key or value projection the scale of its result, where attention is quantized.
+        sqnr: by linear, float32[T] at `timesteps`: dB of its output over the kept rows, its input exact before it is rounded;
+            NaN where no row was kept.
         provenance: model hash, seed, sampler, samples, versions.
     """
 
@@ -90,6 +92,8 @@ class CalibrationResult:
     correction: Mapping[str, Float32] = field(default_factory=dict)
     reach: Mapping[str, float] = field(default_factory=dict)
     attention: Mapping[str, float] = field(default_factory=dict)
+    sqnr: Mapping[str, Float32] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
 
     def bins(self) -> TimestepBins:
         """The coarsest bins that refine those of every table."""
@@ -102,6 +106,11 @@ class CalibrationResult:
     def grid(self, linear: str, qtype: QuantType) -> WeightGrid:
         """The grid of a quantized weight, whose element type its rule gives."""
         return WeightGrid(scale=self.weight_scale[linear], multiplier=self.multiplier.get(linear), qtype=qtype)
+
+    def rounded(self, linear: str, folded: Float32, qtype: QuantType) -> Float32:
+        """float32[out, in]: what a linear's codes stand for, given its folded weight."""
+        grid, codes = self.grid(linear, qtype), self.codes.get(linear)
+        return grid.nearest(folded) if codes is None else codes * grid.steps(folded.shape[1])
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal results give equal bytes."""
@@ -122,8 +131,13 @@ class CalibrationResult:
         for kind, found in self._by_linear().items():
             tensors |= {f"{name}.weight.{kind}": value for name, value in found.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
-        header = {"format": FORMAT, "sites": described, "provenance": dict(self.provenance), "reach": dict(self.reach)}
-        header |= {"attention": dict(self.attention)}
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "sites": described,
+            "provenance": dict(self.provenance),
+            "reach": dict(self.reach),
+        }
+        header |= {"reach": dict(self.reach), "attention": dict(self.attention), "timesteps": list(self.timesteps)}
         plan_text = json.dumps(header, sort_keys=True)
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"dq_export": plan_text})
 
@@ -173,6 +187,8 @@ class CalibrationResult:
             multiplier=by_linear("multiplier"),
             codes=by_linear("codes"),
             correction=by_linear("correction"),
+            sqnr=by_linear("sqnr"),
+            timesteps=tuple(header["timesteps"]),
             provenance=header["provenance"],
             reach=header["reach"],
             attention=header["attention"],
@@ -184,4 +200,5 @@ class CalibrationResult:
             "multiplier": self.multiplier,
             "codes": self.codes,
             "correction": self.correction,
+            "sqnr": self.sqnr,
         }

@@ -26,12 +26,14 @@ from .ranges import METHODS
 from .recipe import Bits, Recipe, Rule
 from .rounding import ROUNDINGS
 from .scales import ScaleTable, TokenScale
-from .scaling import Scaling, choose_scaling
+from .scaling import OUTPUTS, Scaling, choose_scaling
 from .simulation import Simulation
 
 Float32 = npt.NDArray[np.float32]
 MARGIN = 2.0
 """Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
+MOST = 200.0
+"""dB of an output without any error."""
 NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -111,7 +113,9 @@ def calibrate(
     reached = {name: item for found in parallel(measure, sites, progress) for name, item in found.items()}
     attention = _attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
     correction = _corrections(denoiser, plans, statistics, assigned, result, progress) if recipe.bias_correction else {}
-    return replace(result, reach=reached, attention=attention, correction=correction)
+    result = replace(result, reach=reached, attention=attention, correction=correction)
+    sqnr = _measured(denoiser, statistics, assigned, result, progress)
+    return replace(result, sqnr=sqnr, timesteps=tuple(statistics.timesteps.tolist()))
 
 
 def _plans(
@@ -266,14 +270,43 @@ def _corrections(
             qtype = assigned[name].weight
             if qtype is None:
                 continue
-            weight, grid = folded_weight(denoiser.weight(name), name, touching[name]), result.grid(name, qtype)
-            codes = result.codes.get(name)
-            steps = grid.steps(weight.shape[1])
-            nearest = grid.nearest(weight) if codes is None else codes * steps
-            found[name] = (weight @ exact - nearest @ rounded).astype(np.float32)
+            weight = folded_weight(denoiser.weight(name), name, touching[name])
+            found[name] = (weight @ exact - result.rounded(name, weight, qtype) @ rounded).astype(np.float32)
         return found
 
     return {name: item for found in parallel(measure, list(plans.values()), progress) for name, item in found.items()}
+
+
+def _measured(
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+) -> dict[str, Float32]:
+    """By linear: dB of up to OUTPUTS of its outputs at each timestep, float32[T]."""
+    touching = touching_plans(result.sites)
+
+    def measure(plan: SitePlan) -> dict[str, Float32]:
+        item = statistics[plan.site.name]
+        exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32)
+        rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]), {}
+        for name in plan.site.linears:
+            qtype = assigned[name].weight
+            if qtype is None:
+                continue
+            weight = folded_weight(denoiser.weight(name), name, touching[name])
+            chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
+            nearest = result.rounded(name, weight, qtype)[chosen]
+            signal = exact @ weight[chosen].T
+            moved = weight[chosen] @ plan.in_shift  # which the bias brings: part of what the output is
+            noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
+            powers = [
+                np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))
+                for value in (signal + moved, noise)
+            ]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[name] = np.minimum(np.round(10 * np.log10(powers[0] / powers[1]), 1), MOST).astype(np.float32)
+        return found
+
+    plans = list(result.sites.values())
+    return {name: value for found in parallel(measure, plans, progress) for name, value in found.items()}
 
 
 def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:

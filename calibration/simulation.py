@@ -42,9 +42,7 @@ class Simulation:
             qtype = assigned[name].weight
             assert qtype is not None
             weight, plans = denoiser.weight(name), touching.get(name, [])
-            folded, grid = folded_weight(weight, name, plans), result.grid(name, qtype)
-            codes = result.codes.get(name)
-            nearest = grid.nearest(folded) if codes is None else codes * grid.steps(weight.shape[1])
+            nearest = result.rounded(name, folded_weight(weight, name, plans), qtype)
             factor = folded_weight(np.ones_like(weight), name, plans)
             weights[name] = (nearest / factor).astype(np.float32)
             own = next((plan for plan in plans if name in plan.site.linears), None)

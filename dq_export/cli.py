@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -101,6 +102,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     from dq_export.calibration.recipe import Recipe, RecipeError
 
     from .pipeline import run
+    from .report import FRONT
 
     folder, path = options.pop("output_dir"), options.pop("recipe")
     how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
@@ -122,6 +124,8 @@ def _export(until: str, options: dict[str, Any]) -> None:
     try:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
         more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
+        if path and (path.parent / FRONT).exists():
+            more["front"] = path.parent / FRONT
         report = run(recipe, folder, until=until, progress=watch, group=group, **more)
     except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
         if not watch.interrupted:
@@ -185,6 +189,54 @@ for _stage, _text in (
 
 Folder = Annotated[Path, typer.Argument(help="an export's output folder", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON", show_default=False)]
+
+
+@app.command()
+def search(
+    model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
+    target_sqnr: Annotated[float | None, option("dB to keep, at the least size", "--target-sqnr")] = None,
+    max_size: Annotated[float | None, option("MB of weights, for the best pictures", "--max-size")] = None,
+    max_latency: Annotated[float | None, option("ms of a call of batch 2, timed here", "--max-latency")] = None,
+    recipe: Annotated[Path | None, option("YAML of everything that is not searched", "--recipe")] = None,
+    rounding: Annotated[str, option("of weights: rtn, mse or gptq (default rtn)", "--rounding")] = "",
+    seed: Annotated[int | None, option("of noise, labels and the search (default 0)", "--seed")] = None,
+    evaluations: Annotated[int, option("mixes to try (default 300)", "--evaluations")] = 300,
+    strategy: Annotated[str, option("descend, or evolve as Q-DiT does (default descend)", "--strategy")] = "descend",
+    pictures: Annotated[int, option("that judge a mix (default 4)", "--pictures")] = 4,
+    steps: Annotated[int, option("sampler steps of those pictures (default 12)", "--steps")] = 12,
+    output_dir: Annotated[Path, option("new, or of the same search to continue", "--output-dir", "-o")] = Path("search"),
+    quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q")] = False,
+) -> None:
+    """Look for the best mix of bits, groups and granularities; export its winner.yaml with --recipe."""
+    from dq_export.calibration.recipe import Recipe, RecipeError
+
+    from .exploration import WINNER, explore
+
+    given = {"model": model, "rounding": rounding, "seed": seed}
+    values = {
+        **(Recipe.read(recipe) if recipe else {}),
+        **{key: value for key, value in given.items() if value not in ("", None)},
+    }
+    if "model" not in values:
+        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+    watch = Lines(quiet=quiet)
+    signal.signal(signal.SIGINT, watch.interrupt)
+    try:
+        found = explore(
+            Recipe.parse(values, "option" if not recipe else f"recipe {recipe} with flags"), output_dir,
+            target_sqnr=target_sqnr, max_size=max_size, max_latency=max_latency, evaluations=evaluations,
+            strategy=strategy, pictures=pictures, steps=steps, progress=watch,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues after the last evaluation", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    table = Table("", "MB", "ms", "dB", title="trajectories of other noise and labels than the search's")
+    for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform):
+        table.add_row(name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
+    Console().print(table)
+    print(f"{found.evaluations} evaluations; export it: dq-export --recipe {output_dir / WINNER} -o out")
+    if not found.reached:
+        print(f"warning: nothing that was tried reaches {target_sqnr:g} dB; this is the nearest", file=sys.stderr)
 
 
 @app.command()

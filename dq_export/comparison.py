@@ -77,7 +77,8 @@ def verify(
     # The replay runs on ONNX Runtime's CPU provider, whatever the engine runs on.
     least = min(worst(rows, stage).difference.sqnr for stage in loaders if stage != "float-onnx")
     replay = save_command(target, least, "model.onnx" if portable == model else "parity/model.onnx")
-    save_pictures(target / "pictures.png", [recording.pictures, pictures])
+    apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
+    save_pictures(target / "pictures.png", [recording.pictures, pictures, apart])
     trajectory = _trajectory(last, recording.pictures, pictures)
     parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory], replay=replay)
     summary = f"{last} at worst {low.difference.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
 from dq_export.calibration.recipe import Bits, Recipe, RecipeError, Rule
-from dq_export.calibration.scales import TimestepBins
+from dq_export.calibration.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
 from .ledger import Ledger, claim
 from .memory import fitting
 from .recording import PICTURES
-from .report import LinearReport, Report, write_report
+from .report import FRONT, LinearReport, Report, TableReport, write_report
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
 GATHERED = ".calibration"
@@ -73,6 +74,7 @@ def run(
     group: ProcessGroup = ALONE,
     max_memory: float | None = None,
     device: str = "cpu",
+    front: Path | None = None,
 ) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
@@ -82,6 +84,7 @@ def run(
         overwrite: accept a folder that holds a run of another recipe.
         group: the processes that share the calibration. The first does all else and gets the report, the others None.
         device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
+        front: the picture of the search that found the recipe, for the report.
         max_memory: GiB that each process may take; bench is left out where it alone does not fit.
 
     Raises:
@@ -127,6 +130,8 @@ def run(
         if stages[-1] != until:
             watch.begin(until, f"left out: it does not fit in {max_memory:g} GiB")
         report = export.report()
+        if front:
+            shutil.copyfile(front, folder / FRONT)
         write_report(report, folder)
         export.judge(report)
     return report
@@ -243,6 +248,8 @@ class Export:
             machine=f"{platform.machine()}, {platform.system()}, {cpu_name()}",
             versions=versions(),
             seconds={name: result["seconds"] for name, result in done.items()},
+            measured_at=list(calibration.timesteps) if calibration else [],
+            tables=[table_report(plan) for plan in calibration.sites.values()] if calibration else [],
             linears=[self._linear_report(name, calibration) for name in self.reference.linears],
             passes=done.get("quantize", {}).get("passes", []),
             size=done.get("quantize", {}).get("size"),
@@ -411,12 +418,27 @@ class Export:
             scaling=plan.method if plan else "",
             bins=len(plan.activation.bins) if plan and plan.activation else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
+            sqnr=_finite(calibration.sqnr.get(name)) if calibration else [],
         )
 
 
 def about(size: int) -> str:
     """How long a call into a library will take that tells nothing meanwhile, from the bytes of the weights; from 2 s on."""
     return f", about {size / SPEED:.0f} s" if size > 2 * SPEED else ""
+
+
+def table_report(plan: SitePlan) -> TableReport:
+    """A site's scales as the report shows them."""
+    scale = plan.activation
+    if isinstance(scale, ScaleTable):
+        edges, scales = list(scale.bins.edges), [float(value) for value in scale.scale]
+        return TableReport(site=plan.site.name, granularity="tensor", edges=edges, scales=scales)
+    found = "float" if scale is None else "token-group" if scale.group else "token"
+    return TableReport(site=plan.site.name, granularity=found, edges=[], scales=[])
+
+
+def _finite(values: npt.NDArray[np.float32] | None) -> list[float | None]:
+    return [] if values is None else [round(float(value), 1) if np.isfinite(value) else None for value in values]
 
 
 def versions() -> dict[str, str]:

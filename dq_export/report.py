@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dq_export.calibration.recipe import Bits
 
+from .drawing import heat_map, scale_curves, sqnr_plot
 from .ledger import write_text
+
+FRONT = "search.svg"
+"""The picture of a search beside its winner, and in an export's folder."""
 
 
 class _Part(BaseModel):
@@ -28,7 +32,17 @@ class LinearReport(_Part):
     site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
     scaling: str = Field(description="equivalent scaling of its input")
     bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
+    sqnr: list[float | None] = Field([], description="dB of its output at each of the report's timesteps; null: not measured")
     error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
+
+
+class TableReport(_Part):
+    """The scales of one site's input."""
+
+    site: str
+    granularity: str = Field(description="tensor: the table below; token or token-group: found when the engine runs")
+    edges: list[float] = Field(description="timesteps between bins")
+    scales: list[float] = Field(description="one a bin; empty where none is stored")
 
 
 class GemmReport(_Part):
@@ -119,6 +133,8 @@ class Report(_Part):
     machine: str
     versions: dict[str, str]
     seconds: dict[str, float] = Field(description="by stage, of the run that did it")
+    measured_at: list[float] = Field([], description="at which linears were measured")
+    tables: list[TableReport] = Field([], description="by site")
     linears: list[LinearReport]
     passes: list[str] = Field(description="pass: how many places it changed")
     size: SizeReport | None = None
@@ -140,6 +156,10 @@ class Report(_Part):
         calls = [call.sqnr for call in self.parity.calls if call.stage == stage] if self.parity else []
         return sum(calls) / len(calls) if calls else math.nan
 
+    def heat(self) -> list[LinearReport]:
+        """Linears with something measured."""
+        return [linear for linear in self.linears if any(value is not None for value in linear.sqnr)]
+
     def skipped(self) -> list[tuple[str, int]]:
         """Reasons for linears that stay float or weight-only, and how many have each."""
         counted: dict[str, int] = {}
@@ -153,38 +173,24 @@ class Report(_Part):
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html."""
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(folder / "report.html", render_html(report, folder / "parity" / "pictures.png"))
+    write_text(folder / "report.html", render_html(report, folder / "parity" / "pictures.png", folder / FRONT))
 
 
-def render_html(report: Report, pictures: Path | None) -> str:
+def render_html(report: Report, pictures: Path | None, front: Path | None = None) -> str:
     """One self-contained page: no script, no outside resource."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     image = base64.b64encode(pictures.read_bytes()).decode() if pictures and pictures.exists() else ""
     stages = report.stages()
-    return environment.get_template("report.html").render(report=report, image=image, stages=stages, plot=_plot(report, stages))
-
-
-def _plot(report: Report, stages: list[str]) -> dict[str, object]:
-    """Coordinates of the SQNR-over-timestep plot, 640 x 220."""
-    if report.parity is None:
-        return {}
-    calls = [call for call in report.parity.calls if call.stage != "float-onnx"]
-    if not calls:
-        return {}
-    left, right = min(c.timestep for c in calls), max(c.timestep for c in calls)
-    top = max(10 * math.ceil(max(c.sqnr for c in calls) / 10), 10)
-    low = min(10 * math.floor(min(c.sqnr for c in calls) / 10), top - 10)
-
-    def place(timestep: float, sqnr: float) -> tuple[float, float]:
-        return (50 + 570 * (timestep - left) / max(right - left, 1e-9), 10 + 180 * (top - sqnr) / (top - low))
-
-    lines = {}
-    for stage in stages:
-        points = sorted((c.timestep, c.sqnr) for c in calls if c.stage == stage)
-        if points:
-            lines[stage] = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
-    ticks = [(place(left, value)[1], value) for value in range(low, top + 1, 10 if top - low <= 60 else 20)]
-    return {"lines": lines, "ticks": ticks, "left": f"{left:g}", "right": f"{right:g}"}
+    return environment.get_template("report.html").render(
+        report=report,
+        image=image,
+        stages=stages,
+        plot=sqnr_plot(report),
+        heat=heat_map(report),
+        curves=scale_curves(report),
+        front=Markup(front.read_text(encoding="utf-8")) if front and front.exists() else "",
+    )

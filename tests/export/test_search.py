@@ -1,0 +1,225 @@
+"""Searching a recipe: the algorithms on a problem whose best is known, and a whole search whose winner is exported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import save_tiny
+
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.exploration import WINNER, explore
+from dq_export.families.source import load_reference
+from dq_export.front import draw_front
+from dq_export.ledger import OutputError
+from dq_export.pipeline import resolve, run
+from dq_export.search import SEARCHES, Goal, Search
+from dq_export.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
+from dq_export.trajectories import EVALUATIONS
+
+SITES, CHOICES = 6, 4
+RANDOM = np.random.default_rng(3)
+NOISE = 10 ** RANDOM.uniform(-6, -2, (SITES, CHOICES)) * np.asarray([1e-3, 0.1, 1, 3])
+SIZE = np.asarray([4.0, 2.0, 1.0, 0.5]) * RANDOM.uniform(0.5, 2, (SITES, 1))
+
+
+def problem() -> Space:
+    names = tuple(f"s{i}" for i in range(SITES))
+    rules = tuple(Rule(match="", action="w8a8", group_size=i) for i in range(CHOICES))
+    allowed = np.ones((SITES, CHOICES), dtype=bool)
+    return Space(sites=names, linears={name: (name,) for name in names}, choices=rules, allowed=allowed, size=SIZE)
+
+
+def truth(genome: Genome) -> float:
+    """Noise that adds up, but for a pair of sites that make each other worse."""
+    chosen = list(genome)
+    noise = NOISE[np.arange(SITES), chosen].sum() + 5 * NOISE[0, chosen[0]] * (chosen[1] > 1)
+    return float(-10 * np.log10(noise))
+
+
+@pytest.mark.parametrize("strategy", list(SEARCHES))
+def test_a_search_keeps_its_bound_and_its_budget_and_repeats(strategy: str) -> None:
+    space = problem()
+    goal = Goal(cost=space.bytes_of, most=0.4 * SIZE[:, 0].sum())
+    found = []
+    for _ in range(2):
+        counted: list[Genome] = []
+
+        def evaluate(genome: Genome, counted: list[Genome] = counted) -> float:
+            counted.append(genome)
+            return truth(genome)
+
+        search = Search(space, goal, evaluate, 120, lambda done, total, best: None)
+        SEARCHES[strategy](search, np.random.default_rng(0))
+        best = search.best()
+        assert best is not None
+        assert goal.legal(best)
+        assert len(counted) == len(set(counted)) <= 120
+        found.append(best)
+        front = search.front()
+        assert [point[0] for point in front] == sorted(point[0] for point in front)
+        assert [point[1] for point in front] == sorted(point[1] for point in front)
+    assert found[0] == found[1]
+
+
+def test_descend_finds_the_best_of_all_with_a_fraction_of_them() -> None:
+    space = problem()
+    goal = Goal(cost=space.bytes_of, most=0.4 * SIZE[:, 0].sum())
+    everything = [g for g in itertools.product(range(CHOICES), repeat=SITES) if goal.legal(g)]
+    exact = max(map(truth, everything))
+    search = Search(space, goal, truth, 100, lambda done, total, best: None)
+    SEARCHES["descend"](search, np.random.default_rng(0))
+    best = search.best()
+    assert best is not None
+    assert truth(best) == pytest.approx(exact)
+    assert len(everything) > 500
+
+
+def test_a_target_is_reached_at_the_least_cost() -> None:
+    space = problem()
+    wanted = 25.0
+    goal = Goal(cost=space.bytes_of, sqnr=wanted)
+    enough = [g for g in itertools.product(range(CHOICES), repeat=SITES) if truth(g) >= wanted]
+    search = Search(space, goal, truth, 150, lambda done, total, best: None)
+    SEARCHES["descend"](search, np.random.default_rng(0))
+    best = search.best()
+    assert best is not None
+    assert truth(best) >= wanted
+    assert space.bytes_of(best) <= min(map(space.bytes_of, enough)) * 1.02
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("search"))
+
+
+def recipe_for(folder: Path) -> Recipe:
+    return Recipe.parse({"model": str(folder), "steps": 4, "calib_size": 2, "parity_size": 1, "min_sqnr": -100}, "test")
+
+
+def search_tiny(folder: Path, out: Path, **options: Any) -> Any:
+    return explore(recipe_for(folder), out, **{"evaluations": 60, "pictures": 2, "steps": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def searched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("found") / "out"
+    return out, search_tiny(folder, out, max_size=0.085)
+
+
+def test_the_winner_exports_at_the_size_that_was_foretold(folder: Path, searched: Any, tmp_path: Path) -> None:
+    out, found = searched
+    assert found.reached
+    assert found.size <= 0.085
+    report = run(Recipe.load(out / WINNER), tmp_path / "engine", front=out / "search.svg")
+    assert report is not None
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    stored = sum(value.nbytes for value in _weights(tmp_path / "engine" / "model.onnx")) / 1e6
+    assert stored == pytest.approx(found.size, rel=0.02)
+    page = (tmp_path / "engine" / "report.html").read_text()
+    assert "The search that found this recipe" in page
+    assert "<svg xmlns" in page
+
+
+def _weights(path: Path) -> list[Any]:
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    kept = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+    return [tensor for tensor in kept if ".weight" in str(tensor.name) and "shape" not in str(tensor.name)]
+
+
+def test_a_search_beats_the_uniform_recipe_of_its_size(searched: Any) -> None:
+    _, found = searched
+    smaller = [sqnr for _, size, _, sqnr in found.uniform if size <= found.size]
+    assert smaller
+    assert found.held_back >= max(smaller)
+
+
+def test_a_killed_search_goes_on_from_its_evaluations(folder: Path, searched: Any, tmp_path: Path) -> None:
+    import shutil
+
+    out, found = searched
+    shutil.copytree(out, tmp_path / "again")
+    journal = tmp_path / "again" / EVALUATIONS
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:20]) + lines[20][:15])  # killed while it wrote
+    again = search_tiny(folder, tmp_path / "again", max_size=0.085)
+    assert (again.recipe, again.sqnr, again.held_back, again.front) == (found.recipe, found.sqnr, found.held_back, found.front)
+    kept = journal.read_text().splitlines()
+    assert kept[:20] == [line.rstrip() for line in lines[:20]]
+    assert len(kept) == len(lines) + 1
+
+
+def test_the_journal_of_another_search_is_refused(folder: Path, searched: Any) -> None:
+    out, _ = searched
+    with pytest.raises(OutputError, match="of another search"):
+        search_tiny(folder, out, max_size=0.085, pictures=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one goal: --target-sqnr DB, --max-size MB or --max-latency MS"),
+        ({"max_size": 1, "target_sqnr": 3}, "give one goal"),
+        ({"max_size": 0.001}, r"the smallest of all mixes costs 0\.\d+, more than the 0\.001 asked for; raise the bound"),
+        ({"max_size": 1, "strategy": "anneal"}, "--strategy 'anneal': expected descend or evolve"),
+    ],
+)
+def test_bad_requests_are_errors(options: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        search_tiny(folder, tmp_path / "out", **options)
+
+
+def test_a_search_by_latency_times_every_shape_and_choice(folder: Path, tmp_path: Path) -> None:
+    found = search_tiny(folder, tmp_path / "out", max_latency=50.0, evaluations=40)
+    assert found.reached
+    assert 0 < found.milliseconds < 50
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["unit"] == "ms"
+
+
+def test_the_space_leaves_out_what_does_not_divide_or_run(folder: Path) -> None:
+    reference = load_reference(str(folder))
+    recipe = resolve(recipe_for(folder), (), reference, None)
+    space = space_of(reference, recipe, KNOWN, "ort")
+    sizes = [rule.group_size for rule in space.choices]
+    narrow = space.allowed[space.sites.index("transformer_blocks.0.attn1.to_q")]
+    assert not narrow[sizes.index(64)]
+    assert narrow[sizes.index(32)]
+    assert all(rule.granularity != "token-group" for rule in space_of(reference, recipe, (*KNOWN, *Q_DIT), "trt").choices)
+    with pytest.raises(RecipeError, match="nothing to search"):
+        space_of(reference, recipe, Q_DIT, "openvino")
+
+
+def test_bytes_of_a_weight() -> None:
+    assert weight_bytes(Rule(match="", action="float"), 10, 64) == 4 * 640
+    assert weight_bytes(Rule(match="", action="w8a8", group_size=0), 10, 64) == 640 + 10 * 5
+    assert weight_bytes(Rule(match="", action="w4a8", granularity="token", group_size=32), 10, 64) == 320 + 10 * (2 + 5)
+    assert weight_bytes(Rule(match="", action="w4a16", group_size=32), 10, 64) == 320 + 20 * 4.5
+
+
+def test_the_picture_of_the_front_is_whole() -> None:
+    import xml.etree.ElementTree as Xml
+
+    drawn = Xml.fromstring(draw_front([(1.0, 20.0), (2.0, 40.0)], [("w8a8 <token>", 1.5, 25.0)], "MB"))
+    assert any((item.text or "") == "w8a8 <token>" for item in drawn.iter())
+    Xml.fromstring(draw_front([], [], "ms"))
+
+
+def test_the_command_says_what_to_export(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "base.yaml"
+    recipe.write_text(recipe_for(folder).dump())
+    words = ["search", "--recipe", str(recipe), "--target-sqnr", "99", "--evaluations", "12", "--pictures", "1", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dq_export", *words, "-o", str(tmp_path / "s")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"dq-export --recipe {tmp_path / 's' / WINNER} -o out" in done.stdout.replace("\n", "")
+    assert "warning: nothing that was tried reaches 99 dB" in done.stderr or "found" in done.stdout

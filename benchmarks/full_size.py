@@ -140,32 +140,14 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
 def quantize_static(model: Path, temporary: Path) -> Path:
     """onnxruntime's own static quantization of the float graph: MatMul and Gemm, per channel, U8S8, MinMax, 4 samples."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantType
-    from onnxruntime.quantization import quantize_static as quantize
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left = 4
-
-        def get_next(self) -> dict[str, Any] | None:
-            self.left -= 1
-            return feed_of((4, 32, 32)) if self.left >= 0 else None
+    from peers import static
 
     folder = temporary / "peer"
     folder.mkdir()
     shutil.copytree(model.parent, folder / "float")  # a copy: onnx refuses weights that are a hard link
     start = time.monotonic()
     target = folder / "model.onnx"
-    quantize(
-        folder / "float" / model.name,
-        target,
-        Reader(),
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-    )
+    static(folder / "float" / model.name, [feed_of((4, 32, 32))] * 4, target, large=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak:.1f} GB at the peak of this process")
     assert onnx.load(target, load_external_data=False).graph.node

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 
-def static(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
+def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: bool = False) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -34,6 +34,7 @@ def static(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        use_external_data_format=large,
     )
 
 

@@ -21,6 +21,7 @@ from .folding import folded_weight, touching_plans
 from .grid import WeightGrid
 from .group import ALONE, ProcessGroup
 from .hessians import stream_hessians
+from .plugin import UNCHANGED, WeightPlugin
 from .qtypes import FP8
 from .ranges import METHODS
 from .recipe import Bits, Recipe, Rule
@@ -48,6 +49,7 @@ def calibrate(
     progress: Progress,
     folder: Path,
     group: ProcessGroup = ALONE,
+    plugin: WeightPlugin = UNCHANGED,
 ) -> CalibrationResult | None:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
@@ -58,6 +60,7 @@ def calibrate(
         folder: where statistics lie meanwhile; the caller's to delete.
         group: the processes that share the sampling. The first gets the result, bit for bit that of one process alone;
             the others get None.
+        plugin: the user's own weights and Hessians.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
@@ -69,7 +72,7 @@ def calibrate(
     if not sites:  # only weights are quantized, which the first process does alone
         if group.rank > 0:
             return None
-        return _round(denoiser, recipe, {}, assigned, {}, provenance, progress)
+        return _round(denoiser, recipe, {}, assigned, {}, provenance, progress, plugin)
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
     if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
@@ -91,7 +94,7 @@ def calibrate(
             hessians |= part
     if group.rank > 0:
         return None
-    result = _round(denoiser, recipe, plans, assigned, hessians, provenance, progress)
+    result = _round(denoiser, recipe, plans, assigned, hessians, provenance, progress, plugin)
     if recipe.calibration == "progressive":
         with Simulation.of(denoiser, result, assigned).on(denoiser):
             statistics = collect_ranges(denoiser, names, sampling, progress, folder / "progressive")
@@ -216,6 +219,7 @@ def _round(
     hessians: Mapping[str, Float32],
     provenance: Mapping[str, str],
     progress: Progress,
+    plugin: WeightPlugin,
 ) -> CalibrationResult:
     """Grids and codes of every quantized weight as it will be once all scalings are folded in.
 
@@ -227,9 +231,14 @@ def _round(
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
     def measure(name: str) -> tuple[WeightGrid, Float32 | None] | str:
-        weight = folded_weight(denoiser.weight(name), name, touching.get(name, ()))
+        weight = folded_weight(plugin.prepare(name, denoiser.weight(name)), name, touching.get(name, ()))
+        site = site_of.get(name, "")
+        in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
+        hessian = plugin.hessian(name, hessians.get(site), in_scale)
         try:
-            return ROUNDINGS[recipe.rounding](weight, assigned[name], hessians.get(site_of.get(name, "")))
+            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name], hessian)
+            # The graph holds the checkpoint's weights: codes of any others are kept.
+            return grid, grid.codes(weight) if codes is None and plugin is not UNCHANGED else codes
         except ValueError as error:
             return f"'{name}': {error}"
 
@@ -242,9 +251,15 @@ def _round(
         sites=plans,
         weight_scale={name: grid.scale for name, (grid, _) in made.items()},
         multiplier={name: grid.multiplier for name, (grid, _) in made.items() if grid.multiplier is not None},
-        codes={name: codes.astype(np.int8) for name, (_, codes) in made.items() if codes is not None},
+        codes={name: _stored(codes, assigned[name]) for name, (_, codes) in made.items() if codes is not None},
         provenance=provenance,
     )
+
+
+def _stored(codes: Float32, rule: Rule) -> npt.NDArray[np.int8]:
+    if rule.weight == FP8:
+        raise CalibrationError(f"{rule.action} keeps no codes of its own; take rounding rtn, and no plug-in")
+    return codes.astype(np.int8)
 
 
 def _corrections(

@@ -238,6 +238,8 @@ class Recipe(BaseModel):
             if rule.action != "float" and kind == "edge":
                 wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
         wrong += list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
+        if self.rounding == "gptq" and any(rule.action == "fp8" for rule in decided.values()):
+            wrong.append("fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse")
         if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
             wrong.append(f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less")
         if wrong:

@@ -23,7 +23,7 @@ def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:
         model: `dit`, `dit-digits`, a hub id or a local diffusers folder.
         output_dir: a new folder, or one that holds an earlier run of the same options, which is then continued.
         options: every key of the recipe (`format`, `bits`, `method`, `scaling`, `steps` …), and `exclude` (a tuple of
-            regular expressions), `overwrite`, `max_memory`, `device`, `progress` as in `dq_export.pipeline.run`.
+            regular expressions), `overwrite`, `max_memory`, `device`, `plugin`, `progress` as in `dq_export.pipeline.run`.
 
     Returns:
         The report, also written to `output_dir/report.json`.
@@ -55,7 +55,8 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     from .calibration.recipe import Recipe
     from .pipeline import run
 
-    how = {key: options.pop(key) for key in ("exclude", "overwrite", "progress", "max_memory", "device") if key in options}
+    mine = ("exclude", "overwrite", "progress", "max_memory", "device", "plugin")
+    how = {key: options.pop(key) for key in mine if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
     report = run(recipe, Path(output_dir), until=until, **how)
     assert report is not None  # one process does everything

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
 
 CELL, LABEL, HEAD = 14, 150, 24
 """Pixels of the heat map: a cell's width and height, of its labels, and above it."""

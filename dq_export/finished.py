@@ -18,7 +18,8 @@ from dq_export.deploy.ort import ORT
 from dq_export.passes.match import linears
 
 from .ledger import RECIPE, OutputError
-from .report import AuditReport, LatencyReport, Report, write_report
+from .page import write_report
+from .report import AuditReport, LatencyReport, Report
 from .speed import bench_all
 from .verdict import audit_engine
 

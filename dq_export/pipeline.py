@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
+from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.calibration.recipe import Bits, Recipe, RecipeError, Rule
 from dq_export.calibration.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
@@ -25,8 +26,9 @@ from dq_export.deploy.backend import Backend, NotHereError
 from .families.reference import Reference
 from .ledger import Ledger, claim
 from .memory import fitting
+from .page import write_report
 from .recording import PICTURES
-from .report import FRONT, LinearReport, Report, TableReport, write_report
+from .report import FRONT, LinearReport, Report, TableReport
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
 GATHERED = ".calibration"
@@ -75,6 +77,7 @@ def run(
     max_memory: float | None = None,
     device: str = "cpu",
     front: Path | None = None,
+    plugin: WeightPlugin = UNCHANGED,
 ) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
@@ -84,6 +87,7 @@ def run(
         overwrite: accept a folder that holds a run of another recipe.
         group: the processes that share the calibration. The first does all else and gets the report, the others None.
         device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
+        plugin: the user's own weights and Hessians; not together with torchrun.
         front: the picture of the search that found the recipe, for the report.
         max_memory: GiB that each process may take; bench is left out where it alone does not fit.
 
@@ -125,6 +129,7 @@ def run(
             progress=watch,
             group=group,
             device=device,
+            plugin=plugin,
         )
         export.run_stages(stages[-1])
         if stages[-1] != until:
@@ -194,6 +199,7 @@ class Export:
     progress: Progress
     group: ProcessGroup = ALONE
     device: str = "cpu"
+    plugin: WeightPlugin = UNCHANGED
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     unbuilt: list[NotHereError] = field(default_factory=list)
 
@@ -315,7 +321,8 @@ class Export:
     def _calibration_inputs(self) -> list[Any]:
         ignored = {"format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "model", "rules"}
         ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps"}
-        return [self.reference.digest, self._actions(), self.recipe.model_dump(mode="json", exclude=ignored)]
+        dumped = self.recipe.model_dump(mode="json", exclude=ignored)
+        return [self.reference.digest, self._actions(), dumped, *filter(None, [self.plugin.name])]
 
     def _actions(self) -> dict[str, list[Any]]:
         return {name: [rule.action, rule.granularity, rule.group_size] for name, rule in self.assigned.items()}
@@ -330,7 +337,9 @@ class Export:
         self.group.largest(WORK)
         progress = self.progress.advance
         with self.reference.on(self.device):
-            result = calibrate(self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group)
+            result = calibrate(
+                self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group, self.plugin
+            )
         assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
         shutil.rmtree(gathered, ignore_errors=True)  # there is none where only weights are quantized

@@ -13,7 +13,8 @@ from dq_export.calibration.collect import Sampling
 from dq_export.calibration.folding import folded_weight
 from dq_export.calibration.grid import cover
 from dq_export.calibration.hessians import stream_hessians
-from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.calibration.plan import calibrate
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.calibration.scales import TokenScale
 from dq_export.families.reference import Reference
@@ -190,3 +191,43 @@ def test_a_scale_for_each_token_is_its_own_amax() -> None:
     assert grouped[0, 3] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="constant must be finite"):
         TokenScale(constant=0.0)
+
+
+class Halved:
+    """Quantizes half of every weight, and rounds by a Hessian of its own."""
+
+    name = "halved"
+
+    def prepare(self, linear: str, weight: np.ndarray) -> np.ndarray:
+        return weight / 2
+
+    def hessian(self, linear: str, streamed: np.ndarray | None, in_scale: np.ndarray) -> np.ndarray | None:
+        assert in_scale.shape == (len(streamed),) if streamed is not None else True
+        return np.eye(len(in_scale), dtype=np.float32)
+
+
+@pytest.mark.parametrize("rounding", list(ROUNDINGS))
+def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
+    rounding: str, tiny: Reference, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a16"), rounding=rounding, scaling="none")
+    assigned = recipe.assign(tiny.linears)
+    watch = lambda done, total: None  # noqa: E731
+    result = calibrate(tiny, recipe, assigned, sampling_of(tiny, recipe), {}, watch, tmp_path, plugin=Halved())
+    assert result is not None
+    graph = load_graph(tiny_onnx)
+    run_passes(graph, canonical_passes(result, assigned))
+    for name, rule in assigned.items():
+        if rule.weight is None:
+            continue
+        expected = ROUNDINGS[rounding](tiny.weight(name) / 2, rule, np.eye(tiny.weight(name).shape[1], dtype=np.float32))
+        np.testing.assert_array_equal(result.weight_scale[name], expected[0].scale)
+        held = graph.graph.initializers[f"{name}.weight_codes"].const_value
+        assert held is not None
+        codes = expected[0].codes(tiny.weight(name) / 2) if expected[1] is None else expected[1]
+        np.testing.assert_array_equal(held.numpy().astype(np.float32).T, codes)
+
+
+def test_float8_is_not_rounded_by_gptq(tiny: Reference) -> None:
+    with pytest.raises(RecipeError, match="float8 codes are rounded to nearest; use rounding rtn or mse"):
+        recipe_of(tiny, rules=rules_of(tiny, "fp8"), rounding="gptq").assign(tiny.linears)

@@ -13,8 +13,9 @@ from conftest import save_tiny
 from dq_export.calibration.recipe import Recipe
 from dq_export.comparison import save_pictures
 from dq_export.drawing import heat_map, scale_curves, sqnr_plot
+from dq_export.page import render_html
 from dq_export.pipeline import run
-from dq_export.report import Report, render_html
+from dq_export.report import Report
 
 
 @pytest.fixture(scope="module")

@@ -126,9 +126,9 @@ def evolve(search: Search, random: np.random.Generator) -> None:
 def descend(search: Search, random: np.random.Generator) -> None:
     """Measure each choice of each site alone, take the errors as additive, and refine by measured exchanges.
 
-    The noise powers of single choices, every other site at its most accurate, add up to a first model of any genome's. Its
-    front at MULTIPLIERS prices is evaluated; then, until the evaluations are used up, the exchanges of one or two sites that
-    the model likes best at the best genome so far, from whose measured noise it counts.
+    The noise powers of single choices, every other site at its most accurate, add up to a first model of any genome's. One
+    choice everywhere and the model's front at MULTIPLIERS prices are evaluated; then, until the evaluations are used up, the
+    exchanges of one or two sites that the model likes best at the best genome so far, from whose measured noise it counts.
     """
     space = search.space
     base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
@@ -140,7 +140,8 @@ def descend(search: Search, random: np.random.Generator) -> None:
                 break
             genome = (*base[:site], int(choice), *base[site + 1 :])
             noise[site, choice] = max(_noise(search.evaluate(genome)) - least, 0.0)
-    for genome in _priced(search, noise):
+    alike = [genome for rule in space.choices if search.goal.legal(genome := space.everywhere(rule))]
+    for genome in (*alike, *_priced(search, noise)):
         if search.left > 0:
             search.evaluate(genome)
     while search.left > 0:

@@ -118,14 +118,18 @@ class Trajectories:
         if not self.journal.exists():
             self.journal.write_text(json.dumps({"search": digest}) + "\n", encoding="utf-8")
             return
-        first, *rest = self.journal.read_text(encoding="utf-8").splitlines()
+        text = self.journal.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # cut short by a kill: the next result gets a line of its own
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        first, *rest = text.splitlines()
         if json.loads(first).get("search") != digest:
             raise OutputError(f"{self.journal}: of another search; choose another --output-dir, or delete it")
         for line in rest:
             try:
                 entry = json.loads(line)
             except ValueError:
-                continue  # cut short by a kill
+                continue
             self.known[tuple(entry["genome"])] = entry["sqnr"]
 
 

@@ -58,6 +58,7 @@ def modelopt(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
         calibration_data=whole,
         calibration_method="max",
         calibration_eps=["cpu"],
+        high_precision_dtype="fp32",
         output_path=str(target),
     )
 

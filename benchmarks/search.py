@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--sizes", type=float, nargs="*", default=[3.6, 4.1], help="MB of weights")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[3.6], help="MB of weights")
     options = parser.parse_args()
     print(
         "| search | seed | at most MB | MB | dB | best of one choice everywhere at most so large |\n|---|---|---|---|---|---|",

@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w8a8 per timestep, balance (PTQ4DiT)": {"scaling": "balance"},
     "w8a8 per timestep, equalize (AWEQ)": {"scaling": "equalize", "bias_correction": True},
     "w8a8 per timestep, auto": {},
+    "w8a8 per timestep, auto, progressive": {"calibration": "progressive"},
     "w8a8 per timestep, auto, gptq": GPTQ,
     "w8a8 per token, no scaling": {**NONE, **TOKEN},
     "w8a8 per token, auto": TOKEN,
@@ -67,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w4a16 auto, gptq": {"bits": "w4a16", **GPTQ},
     "w8a16 auto": {"bits": "w8a16"},
     "w4a4 per timestep, auto, gptq": {"bits": "w4a4", **GPTQ},
+    "w4a4 per timestep, auto, gptq, progressive": {"bits": "w4a4", **GPTQ, "calibration": "progressive"},
     "w4a4 per token, auto, gptq": {"bits": "w4a4", **TOKEN, **GPTQ},
 }
 PEERS = {

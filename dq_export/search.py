@@ -88,7 +88,7 @@ class Search:
 def evolve(search: Search, random: np.random.Generator) -> None:
     """Q-DiT's evolutionary search, until the evaluations are used up.
 
-    Population 50, the first generation random; each later one is bred from the ten best ever seen: 25 by crossover (each gene
+    Population 50, the first generation random but for presets: one choice everywhere, and the cheapest of all. Each later one is bred from the ten best ever seen: 25 by crossover (each gene
     from either of two parents), 25 by mutation (each gene drawn anew with probability 0.1), random ones fill it up. Only
     legal genomes that were never seen are evaluated.
 
@@ -112,7 +112,11 @@ def evolve(search: Search, random: np.random.Generator) -> None:
                 made.append(genome)
         return made
 
-    population = bred(drawn, POPULATION)
+    costs = _costs(search)
+    presets = [*_alike(search), tuple(np.argmin(costs, axis=1).tolist())]
+    population = [genome for genome in dict.fromkeys(presets) if fresh(genome)]
+    seen.update(population)
+    population += bred(drawn, POPULATION - len(population))
     while search.left > 0 and population:
         for genome in population[: search.left]:
             search.evaluate(genome)
@@ -140,8 +144,7 @@ def descend(search: Search, random: np.random.Generator) -> None:
                 break
             genome = (*base[:site], int(choice), *base[site + 1 :])
             noise[site, choice] = max(_noise(search.evaluate(genome)) - least, 0.0)
-    alike = [genome for rule in space.choices if search.goal.legal(genome := space.everywhere(rule))]
-    for genome in (*alike, *_priced(search, noise)):
+    for genome in (*_alike(search), *_priced(search, noise)):
         if search.left > 0:
             search.evaluate(genome)
     while search.left > 0:
@@ -155,6 +158,11 @@ def descend(search: Search, random: np.random.Generator) -> None:
 
 SEARCHES: dict[str, Callable[[Search, np.random.Generator], None]] = {"descend": descend, "evolve": evolve}
 """By name."""
+
+
+def _alike(search: Search) -> list[Genome]:
+    """One choice everywhere, where that is legal."""
+    return [genome for rule in search.space.choices if search.goal.legal(genome := search.space.everywhere(rule))]
 
 
 def _noise(sqnr: float) -> float:

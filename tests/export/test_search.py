@@ -68,6 +68,17 @@ def test_a_search_keeps_its_bound_and_its_budget_and_repeats(strategy: str) -> N
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("strategy", list(SEARCHES))
+def test_a_bound_that_only_the_cheapest_mixes_meet_is_met(strategy: str) -> None:
+    space = problem()
+    goal = Goal(cost=space.bytes_of, most=SIZE.min(axis=1).sum() * 1.05)
+    search = Search(space, goal, truth, 40, lambda done, total, best: None)
+    SEARCHES[strategy](search, np.random.default_rng(0))
+    best = search.best()
+    assert best is not None
+    assert goal.legal(best)
+
+
 def test_descend_finds_the_best_of_all_with_a_fraction_of_them() -> None:
     space = problem()
     goal = Goal(cost=space.bytes_of, most=0.4 * SIZE[:, 0].sum())

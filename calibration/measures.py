@@ -1,0 +1,141 @@
+"""What the kept rows tell of a finished calibration: errors, by linear and timestep, and how far results reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .artifacts import CalibrationResult, SitePlan
+from .collect import Progress, SiteStatistics, Statistics
+from .denoiser import Denoiser
+from .folding import folded_weight, touching_plans
+from .parallel import parallel
+from .qtypes import FP8
+from .recipe import Rule
+from .scales import ScaleTable
+from .scaling import OUTPUTS
+
+Float32 = npt.NDArray[np.float32]
+MARGIN = 2.0
+"""Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
+MOST = 200.0
+"""dB of an output without any error."""
+
+
+def mean_errors(
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+) -> dict[str, Float32]:
+    """By linear: the mean over the kept rows of what quantization takes from its output, float32[out].
+
+    Source: AWEQ (arXiv 2311.01305); b' = b + E[W x - Q(W) Q(x)].
+    """
+    touching = touching_plans(result.sites)
+
+    def measure(plan: SitePlan) -> dict[str, Float32]:
+        item = statistics[plan.site.name]
+        exact = ((item.rows - plan.in_shift) / plan.in_scale).mean(axis=0, dtype=np.float64)
+        rounded = plan.quantized(item.rows, item.timesteps[item.row_step]).mean(axis=0, dtype=np.float64)
+        found = {}
+        for name in plan.site.linears:
+            qtype = assigned[name].weight
+            if qtype is None:
+                continue
+            weight = folded_weight(denoiser.weight(name), name, touching[name])
+            found[name] = (weight @ exact - result.rounded(name, weight, qtype) @ rounded).astype(np.float32)
+        return found
+
+    return {name: item for found in parallel(measure, list(result.sites.values()), progress) for name, item in found.items()}
+
+
+def sqnr_by_timestep(
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+) -> dict[str, Float32]:
+    """By linear: dB of up to OUTPUTS of its outputs at each timestep, float32[T]."""
+    touching = touching_plans(result.sites)
+
+    def measure(plan: SitePlan) -> dict[str, Float32]:
+        item = statistics[plan.site.name]
+        exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32)
+        rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]), {}
+        for name in plan.site.linears:
+            qtype = assigned[name].weight
+            if qtype is None:
+                continue
+            weight = folded_weight(denoiser.weight(name), name, touching[name])
+            chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
+            nearest = result.rounded(name, weight, qtype)[chosen]
+            signal = exact @ weight[chosen].T
+            moved = weight[chosen] @ plan.in_shift  # which the bias brings: part of what the output is
+            noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
+            powers = [
+                np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))
+                for value in (signal + moved, noise)
+            ]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[name] = np.minimum(np.round(10 * np.log10(powers[0] / powers[1]), 1), MOST).astype(np.float32)
+        return found
+
+    plans = list(result.sites.values())
+    return {name: value for found in parallel(measure, plans, progress) for name, value in found.items()}
+
+
+def reach_of(
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+) -> dict[str, float]:
+    """By linear whose input the graph quantizes: see `CalibrationResult.reach`."""
+    touching = touching_plans(result.sites)
+
+    def measure(plan: SitePlan) -> dict[str, float]:
+        longest = _longest(plan, statistics[plan.site.name])
+        norms = {
+            name: _longest_row(denoiser, name, touching[name], result.weight_scale[name])
+            for name in plan.site.linears
+            if assigned[name].activation
+        }
+        return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
+
+    plans = list(result.sites.values())
+    return {name: item for found in parallel(measure, plans, progress) for name, item in found.items()}
+
+
+def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
+    """The greatest Euclidean length of a kept row's codes."""
+    rows = (statistics.rows - plan.in_shift) / plan.in_scale
+    if isinstance(plan.activation, ScaleTable):
+        steps = plan.activation.scale[plan.activation.bins.index(statistics.timesteps[statistics.row_step])][:, None]
+    elif plan.activation:
+        steps = np.abs(rows).max(axis=1, keepdims=True) / plan.activation.qtype.qmax
+    else:
+        return 0.0
+    return float(np.linalg.norm(rows / np.where(steps > 0, steps, 1.0), axis=1).max())
+
+
+def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale: Float32) -> float:
+    """The greatest Euclidean length of an output channel's codes."""
+    return float((np.linalg.norm(folded_weight(denoiser.weight(name), name, plans), axis=1) / scale).max())
+
+
+def attention_scales(
+    denoiser: Denoiser, plans: Mapping[str, SitePlan], statistics: Mapping[str, SiteStatistics], progress: Progress
+) -> dict[str, float]:
+    """By projection: MARGIN times its greatest |result| over the kept rows / 448, value projections as they are folded.
+
+    Sites that stay float keep no rows; their attention stays float, too.
+    """
+    value = {plan.site.producer: plan for plan in plans.values() if plan.site.fold == "value"}
+    names = [(site, name) for group in denoiser.attention for name in group for site in _site_of(plans, name)]
+
+    def measure(pair: tuple[str, str]) -> float:
+        site, name = pair
+        result = statistics[site].rows @ denoiser.weight(name).T + denoiser.bias(name)
+        if name in value:
+            result = (result - value[name].in_shift) / value[name].in_scale
+        return float(f"{MARGIN * float(np.abs(result).max()) / FP8.qmax:.6g}")
+
+    return dict(zip([name for _, name in names], parallel(measure, names, progress), strict=True))
+
+
+def _site_of(plans: Mapping[str, SitePlan], linear: str) -> list[str]:
+    return [name for name, plan in plans.items() if linear in plan.site.linears]

@@ -88,9 +88,9 @@ class Search:
 def evolve(search: Search, random: np.random.Generator) -> None:
     """Q-DiT's evolutionary search, until the evaluations are used up.
 
-    Population 50, the first generation random but for presets: one choice everywhere, and the cheapest of all. Each later one is bred from the ten best ever seen: 25 by crossover (each gene
-    from either of two parents), 25 by mutation (each gene drawn anew with probability 0.1), random ones fill it up. Only
-    legal genomes that were never seen are evaluated.
+    Population 50, the first generation random but for presets: one choice everywhere, and the cheapest of all. Each later one
+    is bred from the ten best ever seen: 25 by crossover (each gene from either of two parents), 25 by mutation (each gene
+    drawn anew with probability 0.1), random ones fill it up. Only legal genomes that were never seen are evaluated.
 
     Source: Q-DiT (arXiv 2406.17343) algorithm 1, with the numbers of its published evolution.sh. There the fitness is the FID
     of 800 drawn images and the constraint a mean group size of 128; here the trajectory's error and the goal's cost.

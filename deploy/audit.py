@@ -33,7 +33,7 @@ class Gemm:
         flops: multiply-adds times 2, for one sample.
         wanted: the recipe's action; `none` for GEMMs without a weight.
         kernel: the operator that runs it after optimisation.
-        integer: whether that operator has the recipe's precision: multiplies integers, 8-bit floats, or unpacks int4.
+        integer: whether that operator has the recipe's precision: multiplies integers or 8-bit floats, or unpacks blocks.
         reason: why not, if the recipe wanted it to.
     """
 

@@ -21,7 +21,7 @@ class LinearReport(_Part):
     """One linear of the network."""
 
     name: str = Field(description="module name")
-    action: str = Field(description="what the deciding rule says: w8a8, fp8, w4a16, weight-only or float")
+    action: str = Field(description="what the deciding rule says: w8a8, w4a8, fp8 … as --bits, weight-only or float")
     rule: str = Field(description="the deciding rule's regular expression")
     reason: str = Field(description="why it is weight-only or float; empty where it is not")
     site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pydantic import ValidationError
 
 from dq_export.calibration.collect import Progress
-from dq_export.calibration.recipe import Recipe, RecipeError, nearest
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT
@@ -32,13 +32,13 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
         BackendError: the graph is damaged.
     """
     _require(out, RECIPE, "model.onnx")
-    recipe = Recipe.load(out / RECIPE)
+    recipe = _resolved(out)
     backend = backend_of(recipe) or ORT
     with tempfile.TemporaryDirectory() as folder:
         backend.build(
             out / "model.onnx", Path(folder), lambda done, total: None
         )  # first: it says what is wrong with a damaged file
-        assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
+        assigned = _assigned(out, recipe)
         return audit_engine(backend, out / "model.onnx", Path(folder), assigned), recipe.min_coverage
 
 
@@ -50,7 +50,7 @@ def finish(out: Path, progress: Progress) -> tuple[AuditReport, float]:
         BackendError: the library is missing, or refuses the graph.
     """
     _require(out, RECIPE, "model.onnx", "report.json")
-    recipe = Recipe.load(out / RECIPE)
+    recipe = _resolved(out)
     backend = backend_of(recipe)
     if backend is None:
         raise OutputError(f"{out} was exported with --format {recipe.format}, which builds no engine")
@@ -58,7 +58,7 @@ def finish(out: Path, progress: Progress) -> tuple[AuditReport, float]:
         backend.build(out / "model.onnx", Path(folder) / "engine", progress)
         shutil.rmtree(out / "engine", ignore_errors=True)
         (Path(folder) / "engine").rename(out / "engine")
-    assigned = {name: recipe.decide(name) for name in linears(ir.load(out / "model.onnx"))}
+    assigned = _assigned(out, recipe)
     audit = audit_engine(backend, out / "model.onnx", out / "engine", assigned)
     write_report(_report(out).model_copy(update={"audit": audit}), out)
     return audit, recipe.min_coverage
@@ -91,7 +91,7 @@ def bench_again(out: Path) -> LatencyReport:
     """
     _require(out, RECIPE, "model.onnx", "float/model.onnx", "parity/inputs.json")
     try:
-        recipe = Recipe.load(out / RECIPE)
+        recipe = _resolved(out)
         backend = backend_of(recipe) or ORT
         if not backend.runs:
             raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
@@ -122,6 +122,18 @@ def explain_linear(out: Path, name: str) -> dict[str, str]:
         "error": "not measured" if linear.error is None else f"{linear.error:.2e} of the output's power",
         "kernel": ", ".join(kernels) or "merged with an identical linear, or not built",
     }
+
+
+def _resolved(out: Path) -> Recipe:
+    recipe = Recipe.load(out / RECIPE)
+    if not recipe.rules:
+        raise RecipeError(f"recipe {out / RECIPE}: without rules, as no export writes it; was it cut short? Export again")
+    return recipe
+
+
+def _assigned(out: Path, recipe: Recipe) -> dict[str, Rule]:
+    """The completed rule of every linear of the graph."""
+    return {name: recipe.complete(recipe.decide(name)) for name in linears(ir.load(out / "model.onnx"))}
 
 
 def _report(out: Path) -> Report:

@@ -19,7 +19,6 @@ def write_report(report: Report, folder: Path) -> None:
 def render_html(report: Report, pictures: Path | None, front: Path | None = None) -> str:
     """One self-contained page: no script, no outside resource."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -32,5 +31,5 @@ def render_html(report: Report, pictures: Path | None, front: Path | None = None
         plot=sqnr_plot(report),
         heat=heat_map(report),
         curves=scale_curves(report),
-        front=Markup(front.read_text(encoding="utf-8")) if front and front.exists() else "",
+        front=front.read_text(encoding="utf-8") if front and front.exists() else "",
     )

@@ -218,3 +218,26 @@ def test_a_model_without_biases_and_with_learned_sigma_exports(tmp_path: Path) -
     assert report.audit is not None
     assert report.audit.coverage == 1
     assert report.mean_sqnr("engine") > 30
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": "w4a8", "granularity": "token-group"},
+        {"bits": "w4a8", "granularity": "token", "rounding": "gptq", "bias_correction": True},
+        {"bits": "w4a4", "calibration": "progressive"},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_other_bits_and_granularities_export_and_are_audited_again(
+    options: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", **{**QUICK, "min_sqnr": 0, **options})
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    found, _ = audit_again(tmp_path / "out")
+    assert found.coverage == 1
+    again = dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "again", **{**QUICK, "min_sqnr": 0, **options})
+    assert again.parity == report.parity
+    for name in ("calibration.safetensors", "model.onnx", "model.onnx.data"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name

@@ -107,9 +107,11 @@ class CalibrationResult:
         """The grid of a quantized weight, whose element type its rule gives."""
         return WeightGrid(scale=self.weight_scale[linear], multiplier=self.multiplier.get(linear), qtype=qtype)
 
-    def rounded(self, linear: str, folded: Float32, qtype: QuantType) -> Float32:
-        """float32[out, in]: what a linear's codes stand for, given its folded weight."""
+    def rounded(self, linear: str, folded: Float32, qtype: QuantType, rows: npt.NDArray[np.int64] | None = None) -> Float32:
+        """float32[out, in]: what a linear's codes stand for, given its folded weight; both of some `rows` only where given."""
         grid, codes = self.grid(linear, qtype), self.codes.get(linear)
+        if rows is not None:
+            grid, codes = grid.of_rows(rows), None if codes is None else codes[rows]
         return grid.nearest(folded) if codes is None else codes * grid.steps(folded.shape[1])
 
     def save(self, path: Path) -> None:

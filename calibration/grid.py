@@ -43,6 +43,11 @@ class WeightGrid:
             return self.scale[:, None]
         return np.repeat(blocks, width // blocks.shape[1], axis=1)
 
+    def of_rows(self, rows: npt.NDArray[np.int64]) -> WeightGrid:
+        """The grid of some output channels."""
+        multiplier = None if self.multiplier is None else self.multiplier[:, rows]
+        return WeightGrid(scale=self.scale[..., rows], qtype=self.qtype, multiplier=multiplier)
+
     def codes(self, weight: Float32) -> Float32:
         """float32[out, K]: the nearest codes."""
         return self.qtype.round((weight / self.steps(weight.shape[1])).astype(np.float32, copy=False))

@@ -63,11 +63,13 @@ def sqnr_by_timestep(
             qtype = assigned[name].weight
             if qtype is None:
                 continue
-            weight = folded_weight(denoiser.weight(name), name, touching[name])
-            chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
-            nearest = result.rounded(name, weight, qtype)[chosen]
-            signal = exact @ weight[chosen].T
-            moved = weight[chosen] @ plan.in_shift  # which the bias brings: part of what the output is
+            whole = folded_weight(denoiser.weight(name), name, touching[name])
+            chosen = np.linspace(0, len(whole) - 1, min(len(whole), OUTPUTS)).round().astype(np.int64)
+            weight = whole[chosen]
+            del whole  # of a thread's memory it is the most
+            signal = exact @ weight.T
+            moved = weight @ plan.in_shift  # which the bias brings: part of what the output is
+            nearest = result.rounded(name, weight, qtype, chosen)
             noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
             powers = [
                 np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))

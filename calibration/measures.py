@@ -57,19 +57,20 @@ def sqnr_by_timestep(
 
     def measure(plan: SitePlan) -> dict[str, Float32]:
         item = statistics[plan.site.name]
-        exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32)
-        rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]), {}
+        # In float64, as the order of float32 sums may move a figure over the edge of its rounding, and runs must repeat.
+        exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32).astype(np.float64)
+        rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]).astype(np.float64), {}
         for name in plan.site.linears:
             qtype = assigned[name].weight
             if qtype is None:
                 continue
             whole = folded_weight(denoiser.weight(name), name, touching[name])
             chosen = np.linspace(0, len(whole) - 1, min(len(whole), OUTPUTS)).round().astype(np.int64)
-            weight = whole[chosen]
+            few = whole[chosen]
             del whole  # of a thread's memory it is the most
+            weight, nearest = few.astype(np.float64), result.rounded(name, few, qtype, chosen).astype(np.float64)
             signal = exact @ weight.T
             moved = weight @ plan.in_shift  # which the bias brings: part of what the output is
-            nearest = result.rounded(name, weight, qtype, chosen)
             noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
             powers = [
                 np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -131,16 +131,24 @@ def _export(until: str, options: dict[str, Any]) -> None:
         if not watch.interrupted:
             raise
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        _end(INTERRUPTED)
     if report is not None and how["as_json"]:
         print(report.model_dump_json(indent=1))
     elif report is not None:
         summarize(report, folder, verbose=how["verbose"])
     if group.size > 1:
         group.leave()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # all is on disk; gloo's threads sometimes abort a process that ends by itself
+        _end(0)  # gloo's threads sometimes abort a process that ends by itself
+
+
+def _end(status: int) -> NoReturn:
+    """End the process at once, all being on disk, whatever its libraries would make of its end.
+
+    Python itself ends by SIGINT, not with a status, where the interrupt struck code that a library compiled from a string.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _order_sums() -> None:
@@ -229,7 +237,7 @@ def search(
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues after the last evaluation", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        _end(INTERRUPTED)
     table = Table("", "MB", "ms", "dB", title="trajectories of other noise and labels than the search's")
     for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform):
         table.add_row(name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")

@@ -147,6 +147,7 @@ class Recipe(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=1, description="classifier-free guidance; null: the model's default")
     seed: int = Field(0, ge=0)
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
+    triton: bool = Field(False, description="also write a Triton model repository")
     min_coverage: float = Field(0.95, ge=0, le=1, description="share of the quantized GEMMs' FLOPs that must be integer")
     min_sqnr: float = Field(20.0, allow_inf_nan=False, description="dB that every network call's output must keep")
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")

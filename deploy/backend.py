@@ -59,6 +59,10 @@ class Backend(Protocol):
         """Its column of the table of lowerings."""
 
     @property
+    def triton(self) -> str:
+        """Triton's backend that serves its engine; empty: none does."""
+
+    @property
     def runs(self) -> bool:
         """Whether an engine can be run on this machine."""
 
@@ -81,6 +85,13 @@ class Backend(Protocol):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Passes from the canonical graph to the one that the backend runs on its low-precision kernels."""
+
+    def greatest_batch(self, model: Path) -> int | None:
+        """Rows that one call of its engine can take; None: any number.
+
+        Raises:
+            BackendError: the recipe's shapes do not fit the graph.
+        """
 
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""

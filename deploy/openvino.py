@@ -40,6 +40,7 @@ class OpenVino:
     name: str = "ort"
     provider: str = "openvino"
     target: Target = "openvino"
+    triton: str = ""
     runs: bool = True
 
     @property
@@ -62,6 +63,10 @@ class OpenVino:
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""
         return (FactorScale(),)
+
+    def greatest_batch(self, model: Path) -> int | None:
+        """See `Backend.greatest_batch`."""
+        return None
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`."""

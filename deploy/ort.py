@@ -56,6 +56,7 @@ class Ort:
     provider: str = "cpu"
     dtype: str = "fp32"
     target: Target = "ort"
+    triton: str = "onnxruntime"
     runs: bool = True
 
     def configured(self, recipe: Recipe) -> Ort:
@@ -73,6 +74,10 @@ class Ort:
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both."""
         return (*(() if shared else (FactorScale(),)), UnsignCodes(), FuseAttention())
+
+    def greatest_batch(self, model: Path) -> int | None:
+        """See `Backend.greatest_batch`."""
+        return None
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`."""

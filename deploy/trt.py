@@ -60,6 +60,11 @@ class TensorRt:
     target: Target = "trt"
 
     @property
+    def triton(self) -> str:
+        """Triton's tensorrt backend loads TensorRT's plans, not those of TensorRT-RTX."""
+        return "tensorrt" if self.name == "trt" else ""
+
+    @property
     def runs(self) -> bool:
         """Where there are a GPU and the library."""
         return bool(compute_capability()) and importlib.util.find_spec(MODULES[self.name]) is not None
@@ -100,6 +105,11 @@ class TensorRt:
         casts = (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
         limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
         return (WidenCodes(), QuantizeAttention(scales=result.attention), FactorScale(reach=result.reach, limit=limit), *casts)
+
+    def greatest_batch(self, model: Path) -> int | None:
+        """See `Backend.greatest_batch`: the least of the greatest shapes."""
+        inputs = {str(value.name): shape_of(value) for value in ir.load(model).graph.inputs}
+        return min(greatest[0] for _, _, greatest in profiles(inputs, self.shapes).values())
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`. ONNX Runtime's CPU provider has no bfloat16."""

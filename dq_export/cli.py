@@ -70,6 +70,7 @@ def export_options(
     parity_size: Annotated[int | None, option("pictures to compare with PyTorch's (default 10)", "--parity-size")] = None,
     guidance_scale: Annotated[float | None, option("guidance (default the model's)", "--guidance-scale")] = None,
     seed: Annotated[int | None, option("of noise and labels (default 0)", "--seed")] = None,
+    triton: Annotated[bool | None, option("also write a Triton model repository, OUT/triton", "--triton")] = None,
     min_coverage: Annotated[float | None, option("share required in low precision (default 0.95)", "--min-coverage")] = None,
     min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
     output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
@@ -343,6 +344,42 @@ def check(
 
 
 @app.command()
+def triton(
+    out: Annotated[
+        Path, typer.Argument(help="an export's output folder, or with --check a model repository", show_default=False)
+    ],
+    only_check: Annotated[bool, typer.Option("--check", help="say what is wrong with a repository, of ours or not")] = False,
+) -> None:
+    """Write OUT/triton, a Triton model repository, or check one."""
+    if only_check:
+        _check_repository(out)
+        return
+    from .finished import serve_again
+
+    watch = Lines(quiet=False)
+    signal.signal(signal.SIGINT, watch.interrupt)
+    repository = serve_again(out, watch)
+    print(f"{repository}: copy it to the server; {repository / 'README.md'} says how to run it and how to ask")
+
+
+def _check_repository(folder: Path) -> None:
+    from dq_export.deploy.repository import require_triton
+    from dq_export.deploy.repository_check import check_repository
+
+    require_triton()
+    faults = check_repository(folder)
+    table = Table("model", "", Column("what", overflow="fold"), "what to do")
+    for item in faults:
+        table.add_row(item.model, item.severity, item.what, item.fix)
+    if faults:
+        Console().print(table)
+    counted = Counter(item.severity for item in faults)
+    print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))
+    if counted["error"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name of a linear", show_default=False)]) -> None:
     """Why a linear is quantized as it is."""
     from .finished import explain_linear
@@ -399,6 +436,8 @@ class Lines:
 
 def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
     """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
+    from .repository import REPOSITORY
+
     table = Table(title=f"{report.model} -> {folder}", show_header=False)
     if report.audit:
         table.add_row("low-precision kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
@@ -425,6 +464,8 @@ def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
         table.add_row("seconds", f"{stage}: {seconds}")
     Console().print(table)
     print(f"report: {folder / 'report.html'}")
+    if (folder / REPOSITORY / "README.md").exists():
+        print(f"Triton model repository: {folder / REPOSITORY} (README.md there)")
     if report.latency:
         _warn_if_slower(report.latency)
 

@@ -10,16 +10,20 @@ from typing import get_args
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from dq_export.calibration.collect import Progress
+from dq_export.calibration.collect import Progress as Advance
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT
+from dq_export.deploy.repository import add_plan
+from dq_export.deploy.trt import PLAN
 from dq_export.passes.match import linears
 
 from .ledger import RECIPE, OutputError
 from .page import write_report
+from .pipeline import Progress, run
 from .report import AuditReport, LatencyReport, Report
+from .repository import REPOSITORY
 from .speed import bench_all
 from .verdict import audit_engine
 
@@ -42,7 +46,7 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
         return audit_engine(backend, out / "model.onnx", Path(folder), assigned), recipe.min_coverage
 
 
-def finish(out: Path, progress: Progress) -> tuple[AuditReport, float]:
+def finish(out: Path, progress: Advance) -> tuple[AuditReport, float]:
     """Build `out/engine` from `out/model.onnx` and audit it: where a machine without the GPU had to stop.
 
     Raises:
@@ -61,7 +65,28 @@ def finish(out: Path, progress: Progress) -> tuple[AuditReport, float]:
     assigned = _assigned(out, recipe)
     audit = audit_engine(backend, out / "model.onnx", out / "engine", assigned)
     write_report(_report(out).model_copy(update={"audit": audit}), out)
+    if (out / REPOSITORY).exists():
+        add_plan(out / "engine" / PLAN, out / REPOSITORY)
     return audit, recipe.min_coverage
+
+
+def serve_again(out: Path, progress: Progress) -> Path:
+    """Write `out/triton` from a finished export; every other stage is kept as it is.
+
+    Raises:
+        OutputError: `out` is no export.
+        RecipeError: its graph cannot be served; the message says how to export one that can.
+        ModelError: the checkpoint, whose sampler is needed, is gone.
+    """
+    _require(out, RECIPE, "model.onnx")
+    recipe = _resolved(out)
+    if recipe.timesteps == "shared":
+        raise RecipeError(
+            f"{out} takes one timestep for a whole batch, so requests at different steps could not share a call; export anew: "
+            f"dq-export --recipe {out / RECIPE} --timesteps per-sample --triton -o {out}-triton"
+        )
+    run(recipe.model_copy(update={"triton": True}), out, until="triton", overwrite=True, progress=progress)
+    return out / REPOSITORY
 
 
 def check_file(path: Path, target: str) -> list[Finding]:

@@ -30,7 +30,7 @@ from .page import write_report
 from .recording import PICTURES
 from .report import FRONT, LinearReport, Report, TableReport
 
-STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench")
+STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "triton", "bench")
 GATHERED = ".calibration"
 NOTHING, WORK = np.zeros(1), np.ones(1)
 """What the first process tells the others: whether there is a calibration to share."""
@@ -97,6 +97,7 @@ def run(
     """
     from dq_export.deploy.backends import backend_of
     from dq_export.deploy.lowerings import require_lowerings
+    from dq_export.deploy.repository import require_triton
 
     from .families.source import load_reference, locate, require_device
 
@@ -108,6 +109,8 @@ def run(
     backend = backend_of(recipe)
     if backend and "build" in stages:
         backend.require()
+    if recipe.triton:
+        require_triton()
     reference = load_reference(recipe.model, watch.advance)
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
@@ -153,6 +156,9 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     except ValueError as error:
         raise RecipeError(f"--exclude: not a regular expression: {', '.join(exclude)}") from error
     shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
+    if recipe.triton:
+        _require_servable(recipe, backend)
+        shared = False
     own = (rule.model_copy(update={"action": recipe.bits}) if rule.quantizes_input else rule for rule in reference.rules)
     return recipe.model_copy(
         update={
@@ -163,6 +169,17 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
             "timesteps": "shared" if shared else "per-sample",
         }
     )
+
+
+def _require_servable(recipe: Recipe, backend: Backend | None) -> None:
+    if backend is None or not backend.triton:
+        flags = f"--format {recipe.format}" + (f" --provider {recipe.provider}" if recipe.provider else "")
+        raise RecipeError(f"--triton: no backend of Triton's serves {flags}; --format ort and --format trt are served")
+    if recipe.timesteps == "shared":
+        raise RecipeError(
+            "--triton needs --timesteps per-sample: requests at different steps share one call of the denoiser; export into "
+            "another folder without --timesteps shared"
+        )
 
 
 def assist(reference: Reference, recipe: Recipe, assigned: Mapping[str, Rule], folder: Path, group: ProcessGroup) -> None:
@@ -237,6 +254,8 @@ class Export:
             "verify", "PyTorch, float ONNX, Q/DQ ONNX, engine", self._compared(), self._verify,
             lambda: [digest("quantize"), digest("reference")], until,
         )  # fmt: skip
+        if r.triton:
+            self._stage("triton", "model repository", ("triton",), self._write_repository, self._repository_inputs, until)
         if self.backend and self.backend.runs:
             self._stage("bench", "engine against float ONNX", (), self._bench, lambda: [digest("build")], until)
 
@@ -406,6 +425,18 @@ class Export:
         return verify(
             self.reference, self.recipe, self._bins(), self.folder, partial / "parity", self.progress.advance, self.backend
         )
+
+    def _repository_inputs(self) -> list[Any]:
+        from .repository import inputs
+
+        stages = [name for name in ("quantize", "build") if name in self.results]
+        return [self.reference.digest, *map(self.ledger.digest, stages), *inputs(self.recipe)]
+
+    def _write_repository(self, partial: Path) -> dict[str, Any]:
+        from .repository import write
+
+        assert self.backend is not None
+        return write(self.reference, self.recipe, self.backend, self.folder, partial / "triton", self.progress.advance)
 
     def _bench(self, partial: Path) -> dict[str, Any]:
         from .speed import bench

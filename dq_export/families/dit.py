@@ -17,11 +17,13 @@ import numpy.typing as npt
 from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
+from dq_export.deploy.serving.schedules import Schedules
 
 from .checkpoint import broken_weights, digest, load_scheduler, refuse_pickles
 from .float_graph import save, trace
 from .reference import Feed, Float32, ModelError, Network, Reference, transformer_folder
 from .repeat_block import repeat_block
+from .schedules import tabulate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -162,6 +164,9 @@ class DiTReference:
                 feed = sampling.send(self.forward(feed))
             except StopIteration:
                 return
+
+    def schedules(self, most: int, progress: Progress = unwatched) -> tuple[Schedules, str]:
+        return tabulate(self.scheduler, most, progress)
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
         sampling = self._sample(noise, labels, steps=steps, guidance=guidance)

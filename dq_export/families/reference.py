@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import Denoiser
 from dq_export.calibration.recipe import Rule
+from dq_export.deploy.serving.schedules import Schedules
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -76,6 +77,13 @@ class Reference(Denoiser, Protocol):
 
     def noise(self, samples: int, seed: int) -> Float32:
         """float32[samples, ...]: the same for the same arguments on every machine."""
+
+    def schedules(self, most: int, progress: Progress = unwatched) -> tuple[Schedules, str]:
+        """The tables of the samplers that a server offers, for up to `most` steps, and the name of the checkpoint's own.
+
+        Raises:
+            ModelError: no sampler of the checkpoint has a table.
+        """
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
         """The sampled latents, shape of `noise`."""

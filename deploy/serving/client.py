@@ -1,0 +1,112 @@
+"""Asks a Triton server of this repository for pictures.
+
+    pip install "tritonclient[grpc]" numpy pillow
+    python client.py --labels 0,1,2,3 --steps 20 --seed 7 -o pictures.png
+    python client.py --labels 3 --preview-every 5 -o picture.png      # picture-5.png, picture-10.png, ..., picture.png
+
+Models whose latents are no pictures give `latents` alone: -o latents.npy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
+    """Every response as (step, outputs by name), the last one with step 0.
+
+    Args:
+        inputs: `class_labels` and any of the optional ones; with `preview_every` the streaming model is asked.
+
+    Raises:
+        tritonclient.utils.InferenceServerException: the server's error.
+    """
+    import tritonclient.grpc as grpc
+
+    kinds = {"class_labels": np.int64, "seed": np.uint64, "num_inference_steps": np.int32, "guidance_scale": np.float32}
+    kinds |= {"latents": np.float32, "preview_every": np.int32}
+    names = {np.int64: "INT64", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}
+    tensors = []
+    for name, value in inputs.items():
+        if name == "scheduler":
+            array, kind = np.array([str(value).encode()], dtype=np.object_), "BYTES"
+        else:
+            array, kind = np.atleast_1d(np.asarray(value, dtype=kinds[name])), names[kinds[name]]
+        tensors.append(grpc.InferInput(name, list(array.shape), kind))
+        tensors[-1].set_data_from_numpy(array)
+    client = grpc.InferenceServerClient(url)
+    try:
+        if "preview_every" not in inputs:
+            result = client.infer("pipeline", tensors, client_timeout=seconds)
+            yield 0, _outputs(result)
+            return
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("pipeline_stream", tensors)
+        step = -1
+        while step != 0:
+            result, error = answers.get(timeout=seconds)
+            if error:
+                raise error
+            outputs = _outputs(result)
+            step = int(outputs["step"][0])
+            yield step, outputs
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def save(path: Path, outputs: dict[str, Any]) -> None:
+    """Pictures side by side as PNG, or the latents as .npy."""
+    if path.suffix == ".npy" or "images" not in outputs:
+        np.save(path.with_suffix(".npy"), outputs["latents"])
+        return
+    from PIL import Image
+
+    row = np.concatenate(list(outputs["images"]), axis=1)
+    Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row).save(path)
+
+
+def _outputs(result: Any) -> dict[str, Any]:
+    return {item.name: result.as_numpy(item.name) for item in result.get_response().outputs}
+
+
+def main() -> int:
+    """Parse the command line, ask, save; the server's errors become one message."""
+    from tritonclient.utils import InferenceServerException
+
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="127.0.0.1:8001", help="the server's grpc address")
+    parser.add_argument("--labels", default="0", help="class labels, a picture each: 0,1,2")
+    parser.add_argument("--seed", type=int, help="absent: chosen by the server, and printed")
+    parser.add_argument("--steps", type=int, help="sampler steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 and less: off")
+    parser.add_argument("--scheduler", help="ddim, dpmsolver++ or euler")
+    parser.add_argument("--preview-every", type=int, help="also save the predicted picture each so many steps")
+    parser.add_argument("--seconds", type=float, default=600, help="to wait for an answer")
+    parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
+    options = parser.parse_args()
+    given = {"seed": options.seed, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    given |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
+    inputs = {"class_labels": [int(label) for label in options.labels.split(",")]}
+    try:
+        for step, outputs in ask(
+            options.url, {**inputs, **{k: v for k, v in given.items() if v is not None}}, seconds=options.seconds
+        ):
+            path = options.output.with_stem(f"{options.output.stem}-{step}") if step else options.output
+            save(path, outputs)
+            print(f"{path}: seed {int(outputs['seed'][0])}")
+    except InferenceServerException as error:
+        print(f"error: {error.message()}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

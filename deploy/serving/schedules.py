@@ -1,0 +1,110 @@
+"""Samplers as tables of coefficients, read by value and without any library but numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+COLUMNS = ("timestep", "noise", "input", "x", "e", "x_before", "e_before", "clean_x", "clean_e")
+"""Of one step, in order; see `Step`."""
+FILE = "schedules.npy"
+
+
+class ScheduleError(ValueError):
+    """No such sampler, or none of so many steps; the message names what there is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler that is linear in what it has seen, two steps deep.
+
+    With latents x and the network's output e, which was called with `input` * x at `timestep`:
+
+        next x = x * x_ + e * e_ + x before * x_before + e before * e_before
+        predicted picture = clean_x * x + clean_e * e
+
+    Args:
+        timestep: what the network receives.
+        noise: factor of the unit noise that the first step starts from; the same in all steps.
+        input: factor of the latents that the network receives.
+    """
+
+    timestep: float
+    noise: float
+    input: float
+    x: float
+    e: float
+    x_before: float
+    e_before: float
+    clean_x: float
+    clean_e: float
+
+    def advance(self, x: Float32, e: Float32, x_before: Float32, e_before: Float32) -> Float32:
+        """The next latents, of the shape of `x`.
+
+        Exactness: float32, a rounding a term.
+        """
+        moved = self.x * x + self.e * e
+        if self.x_before or self.e_before:
+            moved += self.x_before * x_before + self.e_before * e_before
+        return moved
+
+    def clean(self, x: Float32, e: Float32) -> Float32:
+        """The picture that the network predicts at this step, of the shape of `x`."""
+        return self.clean_x * x + self.clean_e * e
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The tables of every sampler for every number of steps.
+
+    Args:
+        tables: by name, float64[steps * (steps + 1) / 2, 9]: the rows of 1 step, of 2 steps, and so on; NaN where the
+            sampler cannot take so many.
+    """
+
+    tables: Mapping[str, Float64]
+
+    @staticmethod
+    def load(path: Path, names: Sequence[str]) -> Schedules:
+        """Read what `save` wrote; numbers only, never pickles.
+
+        Raises:
+            ScheduleError: not one table for each name.
+        """
+        tables = np.load(path, allow_pickle=False)
+        if tables.ndim != 3 or len(tables) != len(names) or tables.shape[2] != len(COLUMNS):
+            raise ScheduleError(f"{path.name}: expected {len(names)} tables of {len(COLUMNS)} columns, found {tables.shape}")
+        return Schedules(dict(zip(names, tables, strict=True)))
+
+    def save(self, path: Path) -> None:
+        """Write all tables, in order, without their names; the same tables give the same bytes."""
+        np.save(path, np.stack(list(self.tables.values())))
+
+    @property
+    def most(self) -> int:
+        """The greatest number of steps."""
+        rows = max(len(table) for table in self.tables.values())
+        return int((np.sqrt(8 * rows + 1) - 1) / 2)
+
+    def steps(self, name: str, count: int) -> tuple[Step, ...]:
+        """The steps of one sampler.
+
+        Raises:
+            ScheduleError: no such sampler, or none of `count` steps.
+        """
+        if name not in self.tables:
+            raise ScheduleError(f"scheduler '{name}': expected {', '.join(self.tables)}")
+        if not 1 <= count <= self.most:
+            raise ScheduleError(f"num_inference_steps {count}: expected 1 to {self.most}")
+        start = count * (count - 1) // 2
+        rows = self.tables[name][start : start + count]
+        if not np.isfinite(rows).all():
+            raise ScheduleError(f"num_inference_steps {count}: scheduler '{name}' cannot take so many")
+        return tuple(Step(*map(float, row)) for row in rows)

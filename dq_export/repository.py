@@ -1,0 +1,53 @@
+"""An export's Triton model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dq_export.calibration.collect import Progress
+from dq_export.calibration.recipe import Recipe
+from dq_export.deploy.backend import Backend
+from dq_export.deploy.repository import CLIENT, MOST_ROWS, PROGRAM, README, SERVED, Served, write_repository
+from dq_export.deploy.trt import PLAN
+
+from .families.reference import Reference
+from .ledger import file_digest
+
+REPOSITORY = "triton"
+"""Its folder in an output folder."""
+MOST_STEPS = 100
+"""That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
+
+
+def inputs(recipe: Recipe) -> list[Any]:
+    """What a repository depends on beside the graph, the engine and the checkpoint."""
+    return [recipe.steps, recipe.guidance_scale, *(file_digest(SERVED / name) for name in (*PROGRAM, CLIENT, README))]
+
+
+def write(
+    reference: Reference, recipe: Recipe, backend: Backend, out: Path, folder: Path, progress: Progress
+) -> dict[str, Any]:  # fmt: skip
+    """Write the repository of `out`'s engine to `folder`: a stage's result.
+
+    Raises:
+        BackendError: it would not load.
+        ModelError: no sampler of the checkpoint can be served.
+    """
+    schedules, own = reference.schedules(max(MOST_STEPS, recipe.steps), progress)
+    plan = out / "engine" / PLAN
+    served = Served(
+        backend=backend.triton,
+        model=out / "model.onnx",
+        plan=plan if plan.exists() else None,
+        most_rows=backend.greatest_batch(out / "model.onnx") or MOST_ROWS,
+        classes=reference.classes,
+        steps=recipe.steps,
+        guidance=recipe.guidance_scale or 1.0,
+        scheduler=own,
+        schedules=schedules,
+    )
+    faults = write_repository(served, folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    told = f"schedulers {', '.join(schedules.tables)}, {size / 1e6:.1f} MB"
+    return {"summary": told + "".join(f"; {item.model}: {item.what}" for item in faults)}

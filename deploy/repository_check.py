@@ -361,6 +361,9 @@ def _sampling(model: Model) -> Iterator[Fault]:
     if target is None:
         yield model.fault(f"parameters: denoiser '{given['denoiser']}' is not here", "add it, or correct the name")
     rows = int(given["max_rows"]) if given.get("max_rows", "").isdigit() else 0
+    if target is not None and rows < target.max_batch_size:
+        told = f"parameters: max_rows {rows} is below the denoiser's max_batch_size {target.max_batch_size}"
+        yield model.warning(told, "make them equal: others' failing requests could fail pictures, too")
     if target is not None and rows > target.max_batch_size:
         told = f"parameters: max_rows {rows} is above the denoiser's max_batch_size {target.max_batch_size}"
         yield model.fault(told, "lower it")

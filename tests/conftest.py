@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import server
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Sampling
@@ -32,6 +35,9 @@ TINY = {
     "attention_bias": True,
     "norm_elementwise_affine": False,
 }
+
+
+SERVED_STEPS = 12
 
 
 def save_tiny(folder: Path, **changes: Any) -> Path:
@@ -140,3 +146,43 @@ def sqnr(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
     """Signal to noise in dB."""
     noise = np.square(reference.astype(np.float64) - other).sum()
     return float(10 * np.log10(np.square(reference.astype(np.float64)).sum() / max(noise, 1e-300)))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with its repository in `triton/`."""
+    import dq_export
+
+    out = tmp_path_factory.mktemp("exported") / "out"
+    dq_export.export(model="dit-digits", output_dir=out, triton=True, calib_size=4, steps=SERVED_STEPS, parity_size=2)
+    return out
+
+
+@pytest.fixture
+def repository(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the repository, to be changed."""
+    shutil.copytree(exported / "triton", tmp_path / "repository")
+    return tmp_path / "repository"
+
+
+@pytest.fixture(scope="session")
+def running(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
+    """One server for all tests that leave it as it was; models are loaded and unloaded by clients."""
+    why = server.missing()
+    if why:
+        pytest.skip(why)
+    options = ("--model-control-mode=explicit", "--load-model=*")
+    with server.serving(exported / "triton", tmp_path_factory.mktemp("server"), *options, wait="ready") as found:
+        yield found
+
+
+@pytest.fixture
+def client(running: server.Server) -> Iterator[Any]:
+    """A grpc client; the server must still be whole when the test ends."""
+    import tritonclient.grpc as grpc
+
+    made = grpc.InferenceServerClient(running.grpc)
+    yield made
+    assert running.process.poll() is None
+    assert made.is_server_ready()
+    made.close()

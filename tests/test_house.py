@@ -23,16 +23,7 @@ THIRD_PARTY = {
 LAZY = {
     "calibration": {"torch", "safetensors"},
     "passes": set(),
-    "deploy": {
-        "google",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime_ep_openvino",
-        "openvino",
-        "polygraphy",
-        "triton_python_backend_utils",
-        "tritonclient",
-    },
+    "deploy": {"google", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy", "tritonclient"},
     "deploy/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
     "dq_export": {"PIL", "google", "jinja2", "safetensors"},
     "dq_export/families": {"torch", "diffusers", "safetensors", "huggingface_hub"},

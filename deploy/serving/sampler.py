@@ -124,11 +124,12 @@ class Sampler:
 
     A lane is a thread that calls the network, round after round, with the rows of all its jobs. Jobs wait, in order, until
     their rows fit; one joins a lane at the round after it came, the first lane that has room. While one lane's call is
-    computed another prepares its next. When a shared call fails, each job is tried alone, so that only the guilty fail.
+    computed another prepares its next. When a call fails it is tried once more without rows of other callers of the network,
+    which the server may have added; and then each job alone, so that only the guilty fail.
 
     Args:
         denoise: one network call; raises DenoiserError.
-        most_rows: of a call.
+        most_rows: of a call: the network's greatest batch.
         most_jobs: being sampled and waiting together.
         lanes: calls at the same time.
     """
@@ -200,19 +201,31 @@ class Sampler:
         outputs: list[Float32 | DenoiserError]
         try:
             outputs = [*self._call(jobs)]
-        except DenoiserError as error:
-            outputs = [error] if len(jobs) == 1 else [self._alone(job) for job in jobs]
+        except DenoiserError:
+            try:
+                outputs = [*self._call(jobs, filled=True)]
+            except DenoiserError as error:
+                outputs = [error] if len(jobs) == 1 else [self._alone(job) for job in jobs]
         for job, output in zip(jobs, outputs, strict=True):
             self._advance(lane, job, output)
 
-    def _call(self, jobs: list[Job]) -> list[Float32]:
+    def _call(self, jobs: list[Job], *, filled: bool = False) -> list[Float32]:
+        """One output a job.
+
+        Args:
+            filled: up to the greatest batch, so that the server can put no one else's rows into it.
+        """
         states, timesteps, labels = (np.concatenate(parts) for parts in zip(*(job.feed() for job in jobs), strict=True))
-        output = self.denoise(states, timesteps, labels)
+        rows = len(labels)
+        if filled:
+            index = np.arange(self.most_rows) % rows
+            states, timesteps, labels = states[index], timesteps[index], labels[index]
+        output = self.denoise(states, timesteps, labels)[:rows]
         return np.split(output, np.cumsum([job.rows for job in jobs])[:-1])
 
     def _alone(self, job: Job) -> Float32 | DenoiserError:
         try:
-            return self._call([job])[0]
+            return self._call([job], filled=True)[0]
         except DenoiserError as error:
             return error
 

@@ -1,0 +1,46 @@
+"""Requests to a server, and what its processes take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KINDS: dict[str, tuple[str, Any]] = {
+    "class_labels": ("INT64", np.int64), "seed": ("UINT64", np.uint64), "num_inference_steps": ("INT32", np.int32),
+    "guidance_scale": ("FP32", np.float32), "scheduler": ("BYTES", np.object_), "latents": ("FP32", np.float32),
+    "preview_every": ("INT32", np.int32), "hidden_states": ("FP32", np.float32), "timestep": ("INT64", np.int64),
+}  # fmt: skip
+
+
+def tensors(**inputs: Any) -> list[Any]:
+    """grpc inputs of a request."""
+    import tritonclient.grpc as grpc
+
+    made = []
+    for name, value in inputs.items():
+        kind, dtype = KINDS[name]
+        array = np.atleast_1d(np.asarray(value, dtype=dtype))
+        made.append(grpc.InferInput(name, list(array.shape), kind))
+        made[-1].set_data_from_numpy(array)
+    return made
+
+
+def ask(client: Any, model: str = "pipeline", **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """A request's outputs by name."""
+    result = client.infer(model, tensors(**inputs))
+    return {item.name: result.as_numpy(item.name) for item in result.get_response().outputs}
+
+
+def memory(process: int) -> float:
+    """MB of a process and its children in memory."""
+    total = 0.0
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        except OSError:
+            continue
+        if str(process) in (lines["Pid"].strip(), lines["PPid"].strip()):
+            total += float(lines.get("VmRSS", "0 kB").split()[0]) / 1e3
+    return total

@@ -1,0 +1,407 @@
+"""The exported repository on a real tritonserver: what it draws, how requests share it, and what it withstands."""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import server
+from conftest import SERVED_STEPS, sqnr
+from serving_requests import ask, memory, tensors
+
+from dq_export.deploy.ort import ORT
+from dq_export.deploy.serving.request import Limits
+from dq_export.deploy.serving.schedules import FILE, Schedules
+from dq_export.families.source import load_reference
+
+
+class Nobody:
+    """A client for a job that is sampled here."""
+
+    def preview(self, step: int, latents: Any) -> None: ...
+
+    def done(self, latents: Any) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+    def gone(self) -> bool:
+        return False
+
+
+def drawn_here(exported: Path, **inputs: Any) -> Any:
+    """What the same request gives without a server: the graph in ONNX Runtime, one job alone."""
+    seed = inputs.pop("seed")
+    limits = Limits(
+        shape=(1, 16, 16), classes=10, max_images=8, num_inference_steps=SERVED_STEPS, guidance_scale=2.0, scheduler="ddim"
+    )
+    schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
+    job = limits.job({name: np.atleast_1d(value) for name, value in inputs.items()}, schedules, seed, Nobody())
+    engine = ORT.load(exported / "model.onnx")
+    while job.at < len(job.steps):
+        states, timestep, labels = job.feed()
+        job.advance(engine({"hidden_states": states, "timestep": timestep, "class_labels": labels}))
+    return job.latents
+
+
+def post(running: server.Server, model: str, body: Any) -> tuple[int, Any]:
+    """An http request without any client library, as curl sends it."""
+    request = urllib.request.Request(f"http://{running.http}/v2/models/{model}/infer", data=json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def refused(client: Any, model: str = "pipeline", **inputs: Any) -> tuple[str, str]:
+    """Status and message of a request that must fail."""
+    from tritonclient.utils import InferenceServerException
+
+    with pytest.raises(InferenceServerException) as caught:
+        ask(client, model, **inputs)
+    return str(caught.value.status()).removeprefix("StatusCode."), str(caught.value.message())
+
+
+def executions(client: Any, model: str = "denoiser") -> tuple[int, int]:
+    """Rows and calls so far."""
+    (stats,) = client.get_inference_statistics(model).model_stats
+    return stats.inference_count, stats.execution_count
+
+
+def test_models_are_ready_and_say_what_they_take(client: Any) -> None:
+    assert all(client.is_model_ready(name) for name in ("denoiser", "pipeline", "pipeline_stream"))
+    described = client.get_model_metadata("denoiser")
+    assert {item.name: (item.datatype, list(item.shape)) for item in described.inputs} == {
+        "hidden_states": ("FP32", [-1, 1, 16, 16]), "timestep": ("INT64", [-1, 1]), "class_labels": ("INT64", [-1, 1]),
+    }  # fmt: skip
+    assert [item.name for item in described.outputs] == ["sample"]
+    assert [item.name for item in client.get_model_metadata("pipeline").outputs] == ["latents", "seed", "images"]
+
+
+def test_the_denoiser_computes_what_the_engine_does(client: Any, exported: Path) -> None:
+    states = np.random.default_rng(0).standard_normal((3, 1, 16, 16), dtype=np.float32)
+    timestep, labels = np.array([7, 500, 999]), np.array([0, 4, 10])
+    found = ask(client, "denoiser", hidden_states=states, timestep=timestep[:, None], class_labels=labels[:, None])
+    exact = ORT.load(exported / "model.onnx")({"hidden_states": states, "timestep": timestep, "class_labels": labels})
+    assert np.array_equal(found["sample"], exact)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "euler"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_picture_is_the_one_that_the_engine_draws(client: Any, exported: Path, scheduler: str, guidance: float) -> None:
+    wanted = {"class_labels": [3, 8], "num_inference_steps": 9, "guidance_scale": guidance, "scheduler": scheduler}
+    found = ask(client, seed=5, **wanted)
+    assert np.array_equal(found["latents"], drawn_here(exported, seed=5, **wanted))
+    assert found["seed"].tolist() == [5]
+    pixels = np.clip(np.rint(found["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
+    assert np.array_equal(found["images"], pixels.transpose(0, 2, 3, 1))
+
+
+def test_http_without_a_client_library_gives_the_same(client: Any, running: server.Server) -> None:
+    body = {"inputs": [
+        {"name": "class_labels", "datatype": "INT64", "shape": [2], "data": [1, 9]},
+        {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [2**63]},
+        {"name": "scheduler", "datatype": "BYTES", "shape": [1], "data": ["euler"]}]}  # fmt: skip
+    status, answer = post(running, "pipeline", body)
+    assert status == 200
+    found = {item["name"]: np.array(item["data"]).reshape(item["shape"]) for item in answer["outputs"]}
+    exact = ask(client, class_labels=[1, 9], seed=2**63, scheduler=b"euler")
+    assert np.array_equal(found["latents"].astype(np.float32), exact["latents"])
+    assert np.array_equal(found["images"], exact["images"])
+    assert found["seed"].tolist() == [2**63]
+
+
+def test_pictures_are_pytorchs(client: Any) -> None:
+    reference = load_reference("dit-digits")
+    noise, labels = reference.noise(4, 11), np.arange(4, dtype=np.int64)
+    exact = reference.draw(reference.forward, noise, labels, steps=SERVED_STEPS, guidance=2.0)
+    found = ask(client, class_labels=labels, latents=noise)["latents"]
+    assert sqnr(exact, found) > 20  # the limit that the export itself holds for every call
+
+
+def test_an_absent_seed_is_chosen_and_repeats(client: Any) -> None:
+    first, second = ask(client, class_labels=[1]), ask(client, class_labels=[1])
+    assert first["seed"] != second["seed"]
+    assert not np.array_equal(first["latents"], second["latents"])
+    assert np.array_equal(ask(client, class_labels=[1], seed=first["seed"])["latents"], first["latents"])
+
+
+def test_a_picture_does_not_depend_on_its_neighbours_of_a_request(client: Any) -> None:
+    both = ask(client, class_labels=[4, 6], seed=3)["latents"]
+    assert np.array_equal(both[:1], ask(client, class_labels=[4], seed=3)["latents"])
+
+
+def test_requests_share_calls_and_get_what_they_get_alone(client: Any) -> None:
+    wanted = [
+        {"class_labels": [i % 10], "seed": i, "num_inference_steps": 6 + 7 * (i % 4), "guidance_scale": 1 + i % 2}
+        for i in range(32)
+    ]
+    alone = [ask(client, **request)["latents"] for request in wanted]
+    rows, calls = executions(client)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        together = list(pool.map(lambda request: ask(client, **request)["latents"], wanted))
+    more_rows, more_calls = executions(client)
+    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(wanted)
+    assert more_rows - rows == sum(r["num_inference_steps"] * r["guidance_scale"] for r in wanted)
+    assert (more_rows - rows) / (more_calls - calls) > 6  # of 16; alone it is 1 or 2
+
+
+def test_a_late_request_joins_at_the_next_step(client: Any) -> None:
+    done: queue.Queue[str] = queue.Queue()
+    rows, calls = executions(client)
+    client.async_infer("pipeline", tensors(class_labels=[1], num_inference_steps=100), lambda result, error: done.put("early"))
+    while executions(client)[1] < calls + 20:
+        time.sleep(0.002)
+    client.async_infer("pipeline", tensors(class_labels=[2], num_inference_steps=5), lambda result, error: done.put("late"))
+    assert [done.get(timeout=30), done.get(timeout=30)] == ["late", "early"]
+    more_rows, more_calls = executions(client)
+    assert (more_rows - rows, more_calls - calls) == (2 * 105, 100)  # the five steps of the second cost no call of their own
+
+
+def stream(client: Any, answers: queue.Queue[Any], **inputs: Any) -> None:
+    client.start_stream(callback=lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("pipeline_stream", tensors(**inputs))
+
+
+def test_previews_come_every_k_steps_and_the_last_is_the_picture(client: Any) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    stream(client, answers, class_labels=[7], seed=1, num_inference_steps=10, preview_every=4)
+    found = []
+    for _ in range(3):
+        result, error = answers.get(timeout=30)
+        assert error is None
+        found.append((int(result.as_numpy("step")[0]), result.as_numpy("latents")))
+    client.stop_stream()
+    exact = ask(client, class_labels=[7], seed=1, num_inference_steps=10)["latents"]
+    assert [step for step, _ in found] == [4, 8, 0]
+    assert np.array_equal(found[-1][1], exact)
+    assert sqnr(exact, found[0][1]) < sqnr(exact, found[1][1])  # the prediction grows nearer to the picture
+    assert sqnr(exact, found[1][1]) > 10
+
+
+def test_a_cancelled_stream_frees_the_denoiser(client: Any) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    stream(client, answers, class_labels=[7] * 8, num_inference_steps=100, preview_every=1)
+    assert answers.get(timeout=30)[1] is None
+    client.stop_stream(cancel_requests=True)
+    _, calls = executions(client)
+    time.sleep(0.3)  # far less than 100 steps of 16 rows take
+    _, settled = executions(client)
+    time.sleep(0.3)
+    assert executions(client)[1] == settled
+    assert settled < calls + 95
+
+
+def test_a_cancelled_unary_request_frees_the_denoiser(client: Any) -> None:
+    failed: queue.Queue[Any] = queue.Queue()
+    _, calls = executions(client)
+    call = client.async_infer(
+        "pipeline", tensors(class_labels=[7] * 8, num_inference_steps=100), lambda result, error: failed.put(error)
+    )
+    while executions(client)[1] < calls + 3:
+        time.sleep(0.002)
+    call.cancel()
+    assert "CANCELLED" in str(failed.get(timeout=30))
+    time.sleep(0.3)
+    _, settled = executions(client)
+    time.sleep(0.3)
+    assert executions(client)[1] == settled
+    assert settled < calls + 95
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("label too great", {"class_labels": [3, 10]}, "class_labels: expected 0 to 9, found 10"),
+    ("label negative", {"class_labels": [-1]}, "class_labels: expected 0 to 9, found -1"),
+    ("no label", {"class_labels": np.zeros(0, dtype=np.int64)}, "expected 1 to 8 labels, found shape [0]"),
+    ("too many pictures", {"class_labels": [0] * 9}, "expected 1 to 8 labels, found shape [9]"),
+    ("labels in two dimensions", {"class_labels": [[1, 2]]}, "unexpected shape for input 'class_labels'"),
+    ("no steps", {"class_labels": [1], "num_inference_steps": 0}, "num_inference_steps 0: expected 1 to 100"),
+    ("endless steps", {"class_labels": [1], "num_inference_steps": 100_000}, "num_inference_steps 100000: expected 1 to 100"),
+    ("two step counts", {"class_labels": [1], "num_inference_steps": [3, 4]}, "unexpected shape for input 'num_inference_steps'"),
+    ("unknown scheduler", {"class_labels": [1], "scheduler": b"pndm"}, "scheduler 'pndm': expected ddim, dpmsolver++, euler"),
+    ("no text", {"class_labels": [1], "scheduler": b"\xff"}, "found no UTF-8 text"),
+    ("NaN guidance", {"class_labels": [1], "guidance_scale": np.nan}, "guidance_scale: expected a finite number"),
+    ("negative guidance", {"class_labels": [1], "guidance_scale": -1.0}, "guidance_scale: expected a finite number"),
+    ("NaN latents", {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)}, "latents: NaN or Inf"),
+    ("other latents", {"class_labels": [1], "latents": np.zeros((1, 1, 8, 8))}, "unexpected shape for input 'latents'"),
+    ("latents for others", {"class_labels": [1], "latents": np.zeros((2, 1, 16, 16))}, "latents: expected shape [1, 1, 16, 16]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_a_bad_request_is_told_what_is_wrong(client: Any, inputs: dict[str, Any], message: str) -> None:
+    status, told = refused(client, **inputs)
+    assert status == "INVALID_ARGUMENT"
+    assert message in told
+
+
+def test_a_wrong_type_and_an_unknown_input_are_refused(client: Any, running: server.Server) -> None:
+    label = {"name": "class_labels", "datatype": "FP32", "shape": [1], "data": [1.0]}
+    status, told = post(running, "pipeline", {"inputs": [label]})
+    assert status == 400
+    assert "data-type" in told["error"]
+    extra = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a seven"]}
+    status, told = post(running, "pipeline", {"inputs": [{**label, "datatype": "INT64", "data": [1]}, extra]})
+    assert status == 400
+    assert "prompt" in told["error"]
+
+
+def test_a_stream_is_told_what_is_wrong_too(client: Any) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    stream(client, answers, class_labels=[1], preview_every=-1)
+    _, error = answers.get(timeout=30)
+    client.stop_stream()
+    assert "preview_every: expected 0" in str(error)
+
+
+def test_a_denoiser_batch_above_the_maximum_is_refused(client: Any) -> None:
+    states = np.zeros((17, 1, 16, 16), dtype=np.float32)
+    zeros = np.zeros((17, 1), dtype=np.int64)
+    status, told = refused(client, "denoiser", hidden_states=states, timestep=zeros, class_labels=zeros)
+    assert status == "INVALID_ARGUMENT"
+    assert "16" in told
+
+
+def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
+    """The denoiser's own clients can ask for a label that it has not, which fails every request of a dynamic batch."""
+    wanted = [{"class_labels": [i], "seed": i, "num_inference_steps": 30} for i in range(8)]
+    exact = [ask(client, **request)["latents"] for request in wanted]
+    stop, poisoned = threading.Event(), [0]
+
+    def poison() -> None:
+        states = np.zeros((1, 1, 16, 16), dtype=np.float32)
+        while not stop.is_set():
+            status, _ = refused(client, "denoiser", hidden_states=states, timestep=[[1]], class_labels=[[99]])
+            poisoned[0] += status == "INTERNAL"
+
+    with ThreadPoolExecutor(10) as pool:
+        poisoners = [pool.submit(poison) for _ in range(2)]
+        try:
+            found = list(pool.map(lambda request: ask(client, **request)["latents"], wanted))
+        finally:
+            stop.set()
+        for item in poisoners:
+            item.result()
+    assert poisoned[0] > 10
+    assert all(np.array_equal(a, b) for a, b in zip(exact, found, strict=True))
+
+
+def test_clients_that_hang_up_harm_nobody(client: Any, running: server.Server) -> None:
+    exact = ask(client, class_labels=[5], seed=5)["latents"]
+    host, port = running.http.split(":")
+    body = json.dumps({"inputs": [{"name": "class_labels", "datatype": "INT64", "shape": [1], "data": [1]}]}).encode()
+    head = f"POST /v2/models/pipeline/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for cut in (head[:40], head + body[:20], head + body):
+        for _ in range(5):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(cut)
+    assert np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact)
+
+
+def test_a_denoiser_that_goes_and_comes_back(client: Any) -> None:
+    """In the middle of a picture the denoiser is unloaded: its client hears why, and the next one, later, gets its picture."""
+    exact = ask(client, class_labels=[5], seed=5)["latents"]
+    failed: queue.Queue[Any] = queue.Queue()
+    _, calls = executions(client)
+    client.async_infer("pipeline", tensors(class_labels=[1], num_inference_steps=100), lambda result, error: failed.put(error))
+    while executions(client)[1] < calls + 5:
+        time.sleep(0.002)
+    client.unload_model("denoiser")
+    error = failed.get(timeout=30)
+    assert "denoiser" in str(error)
+    status, told = refused(client, class_labels=[1])
+    assert status == "INTERNAL"
+    assert "denoiser" in told
+    client.load_model("denoiser")
+    assert np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact)
+
+
+def test_too_many_requests_are_sent_away_and_those_inside_are_served(client: Any) -> None:
+    described = client.get_model_config("pipeline", as_json=True)["config"]
+    described["parameters"]["max_requests"]["string_value"] = "3"
+    client.load_model("pipeline", config=json.dumps(described))
+    try:
+        answers: queue.Queue[Any] = queue.Queue()
+        for _ in range(6):
+            client.async_infer(
+                "pipeline", tensors(class_labels=[1], num_inference_steps=100), lambda result, error: answers.put(error)
+            )
+        errors = [answers.get(timeout=30) for _ in range(6)]
+        told = [error for error in errors if error is not None]
+        assert len(told) == 3
+        assert all("UNAVAILABLE" in str(error.status()) and "3 requests are being sampled" in str(error) for error in told)
+    finally:
+        client.unload_model("pipeline")
+        client.load_model("pipeline")
+
+
+def test_unloading_in_the_middle_answers_everyone(client: Any) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    _, calls = executions(client)
+    for _ in range(4):
+        client.async_infer(
+            "pipeline", tensors(class_labels=[1], num_inference_steps=50), lambda result, error: answers.put((result, error))
+        )
+    while executions(client)[1] < calls + 5:
+        time.sleep(0.002)
+    client.unload_model("pipeline")
+    ends = [answers.get(timeout=60) for _ in range(4)]
+    client.load_model("pipeline")
+    # Triton waits for requests in flight before it ends a model, so all are served, or told.
+    assert all(result is not None or "shutting down" in str(error) for result, error in ends)
+
+
+def test_memory_stays_flat_over_a_thousand_bad_requests(client: Any, running: server.Server) -> None:
+    def round_of(count: int) -> float:
+        for index in range(count):
+            refused(client, **BAD[index % len(BAD)][1])
+        return memory(running.process.pid)
+
+    round_of(300)
+    before = round_of(50)
+    after = round_of(1000)
+    assert after - before < 2.0  # MB; a leaked request of the least size would be 1 MB of shared memory a thousand
+
+
+def test_the_shipped_client_draws_and_reports(running: server.Server, exported: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(exported / "triton" / "client.py"), "--url", running.grpc, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    done = run("--labels", "0,1,2", "--steps", "8", "--seed", "4", "-o", "digits.png")
+    assert (done.returncode, done.stdout) == (0, "digits.png: seed 4\n"), done.stderr
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.size == (48, 16)
+    done = run("--labels", "3", "--steps", "8", "--preview-every", "4", "-o", "three.png")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("three*")} == {"three-4.png", "three.png"}
+    done = run("--labels", "12")
+    assert (done.returncode, done.stderr) == (1, "error: class_labels: expected 0 to 9, found 12\n")
+
+
+def test_metrics_count_rows_and_calls(client: Any, running: server.Server) -> None:
+    def counted() -> tuple[float, ...]:
+        with urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10) as answer:
+            lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+        return tuple(
+            float(lines[f'{name}{{model="denoiser",version="1"}}']) for name in ("nv_inference_count", "nv_inference_exec_count")
+        )
+
+    before = counted()
+    ask(client, class_labels=[1, 2], num_inference_steps=7)
+    assert tuple(b - a for a, b in zip(before, counted(), strict=True)) == (28, 7)

@@ -52,7 +52,12 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model's folder. `config` is Triton's ModelConfig message."""
+    """One model's folder.
+
+    Args:
+        config: Triton's ModelConfig message.
+        names: the repository's models with their configs; None where one cannot be read, which is told already.
+    """
 
     folder: Path
     config: Any
@@ -96,6 +101,7 @@ def check_repository(folder: Path) -> list[Fault]:
     if not folders:
         return [Fault(model="", severity="error", what=f"{folder}: no model folders", fix="pass a model repository")]
     for path in folders:
+        configs[path.name] = None
         file = path / "config.pbtxt"
         if not file.is_file():
             what = "no config.pbtxt: what the server makes up may have other inputs, two instances and a batch of 4"
@@ -106,6 +112,8 @@ def check_repository(folder: Path) -> list[Fault]:
         except (text_format.ParseError, UnicodeDecodeError) as error:
             faults.append(Fault(model=path.name, severity="error", what=f"config.pbtxt: {error!s}", fix="mend that line"))
     for name, config in configs.items():
+        if config is None:
+            continue
         model = Model(folder=folder / name, config=config, names=configs)
         faults += [fault for rule in RULES for fault in rule(model)]
     return faults
@@ -220,7 +228,7 @@ def _batching(model: Model) -> Iterator[Fault]:
 
 def _callers(model: Model) -> list[str]:
     given = ((name, config.parameters["denoiser"].string_value) for name, config in model.names.items()
-             if "denoiser" in config.parameters)  # fmt: skip
+             if config is not None and "denoiser" in config.parameters)  # fmt: skip
     return [name for name, target in given if target == model.folder.name]
 
 
@@ -334,8 +342,9 @@ def _external(model: Model, folder: Path, initializers: Any) -> Iterator[Fault]:
 def _ensemble(model: Model) -> Iterator[Fault]:
     for step in model.config.ensemble_scheduling.step:
         target = model.names.get(step.model_name)
-        if target is None:
+        if step.model_name not in model.names:
             yield model.fault(f"ensemble_scheduling: model '{step.model_name}' is not here", "add it, or correct the name")
+        if target is None:
             continue
         for mapped, kind in ((step.input_map, "input"), (step.output_map, "output")):
             for name in sorted(mapped.keys() - {item.name for item in getattr(target, kind)}):
@@ -358,7 +367,7 @@ def _sampling(model: Model) -> Iterator[Fault]:
     for key in sorted(given.keys() - set(PARAMETERS)):
         yield model.warning(f"parameters: '{key}' is not read", f"expected {', '.join(PARAMETERS)}")
     target = model.names.get(given["denoiser"])
-    if target is None:
+    if given["denoiser"] not in model.names:
         yield model.fault(f"parameters: denoiser '{given['denoiser']}' is not here", "add it, or correct the name")
     rows = int(given["max_rows"]) if given.get("max_rows", "").isdigit() else 0
     if target is not None and rows < target.max_batch_size:

@@ -27,10 +27,14 @@ class TritonPythonModel:
         if threads:
             options.intra_op_num_threads = int(threads["string_value"])
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        taken = {item.name: item for item in self.session.get_inputs()}
         given = {item["name"]: item for item in config["input"]}
-        if taken.keys() != given.keys():
-            raise pb_utils.TritonModelException(f"unexpected inference inputs {sorted(given)}, allowed are {sorted(taken)}")
+        for kind, wanted, there in (
+            ("input", given, self.session.get_inputs()),
+            ("output", {item["name"] for item in config["output"]}, self.session.get_outputs()),
+        ):
+            names = {item.name for item in there}
+            if names != set(wanted):
+                raise pb_utils.TritonModelException(f"unexpected inference {kind}s {sorted(wanted)}, allowed are {sorted(names)}")
         self.flat = {name for name, item in given.items() if item.get("reshape", {}).get("shape") == []}
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -339,7 +339,7 @@ class Export:
 
     def _calibration_inputs(self) -> list[Any]:
         ignored = {"format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "model", "rules"}
-        ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps"}
+        ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps", "triton"}
         dumped = self.recipe.model_dump(mode="json", exclude=ignored)
         return [self.reference.digest, self._actions(), dumped, *filter(None, [self.plugin.name])]
 

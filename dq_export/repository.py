@@ -34,7 +34,7 @@ def write(
         BackendError: it would not load.
         ModelError: no sampler of the checkpoint can be served.
     """
-    schedules, own = reference.schedules(max(MOST_STEPS, recipe.steps), progress)
+    samplers = reference.samplers(max(MOST_STEPS, recipe.steps), progress)
     plan = out / "engine" / PLAN
     served = Served(
         backend=backend.triton,
@@ -44,10 +44,10 @@ def write(
         classes=reference.classes,
         steps=recipe.steps,
         guidance=recipe.guidance_scale or 1.0,
-        scheduler=own,
-        schedules=schedules,
+        scheduler=samplers.own,
+        schedules=samplers.schedules,
     )
     faults = write_repository(served, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    told = f"schedulers {', '.join(schedules.tables)}, {size / 1e6:.1f} MB"
-    return {"summary": told + "".join(f"; {item.model}: {item.what}" for item in faults)}
+    said = [f"schedulers {', '.join(samplers.schedules.tables)}", *samplers.refused, f"{size / 1e6:.1f} MB"]
+    return {"summary": "; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)])}

@@ -17,11 +17,10 @@ import numpy.typing as npt
 from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
-from dq_export.deploy.serving.schedules import Schedules
 
 from .checkpoint import broken_weights, digest, load_scheduler, refuse_pickles
 from .float_graph import save, trace
-from .reference import Feed, Float32, ModelError, Network, Reference, transformer_folder
+from .reference import Feed, Float32, ModelError, Network, Reference, Samplers, transformer_folder
 from .repeat_block import repeat_block
 from .schedules import tabulate
 
@@ -165,7 +164,7 @@ class DiTReference:
             except StopIteration:
                 return
 
-    def schedules(self, most: int, progress: Progress = unwatched) -> tuple[Schedules, str]:
+    def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
         return tabulate(self.scheduler, most, progress)
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,21 @@ class ModelError(Exception):
 def transformer_folder(folder: Path) -> Path:
     """The folder that holds the transformer's config.json: the pipeline's sub-folder, or the folder itself."""
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samplers:
+    """What a server can sample with.
+
+    Args:
+        schedules: the tables.
+        own: the name of the checkpoint's own sampler, or of the one that takes its place.
+        refused: why others have no table.
+    """
+
+    schedules: Schedules
+    own: str
+    refused: tuple[str, ...]
 
 
 class Reference(Denoiser, Protocol):
@@ -78,8 +94,8 @@ class Reference(Denoiser, Protocol):
     def noise(self, samples: int, seed: int) -> Float32:
         """float32[samples, ...]: the same for the same arguments on every machine."""
 
-    def schedules(self, most: int, progress: Progress = unwatched) -> tuple[Schedules, str]:
-        """The tables of the samplers that a server offers, for up to `most` steps, and the name of the checkpoint's own.
+    def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
+        """The samplers that a server offers, for up to `most` steps.
 
         Raises:
             ModelError: no sampler of the checkpoint has a table.

@@ -11,7 +11,7 @@ import numpy as np
 
 from dq_export.deploy.serving.schedules import COLUMNS, Float64, Schedules, Step
 
-from .reference import ModelError
+from .reference import ModelError, Samplers
 
 KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -25,12 +25,12 @@ EXACT = 1e-6
 """How far float32 may let a linear step seem to bend, relative."""
 
 
-class CurvedError(ValueError):
+class CurvedError(Exception):
     """A sampler that no table can hold."""
 
 
-def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) -> tuple[Schedules, str]:
-    """The tables of every sampler of KINDS with the checkpoint's own configuration, and the name of its own one.
+def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) -> Samplers:
+    """The tables of every sampler of KINDS with the checkpoint's own configuration.
 
     Args:
         scheduler: the checkpoint's diffusers scheduler; one of another kind has no table, and `ddim` takes its place.
@@ -51,11 +51,14 @@ def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) ->
         try:
             tables[name] = table_of(made, most, lambda done: progress(len(tables) * most + done, len(KINDS) * most))
         except CurvedError as error:
-            refused.append(f"{kind}: {error}")
+            refused.append(f"{kind} {error}")
     if not tables:
         raise ModelError(f"no sampler of this checkpoint can be served: {'; '.join(refused)}")
-    mine = next((name for name, (kind, _) in KINDS.items() if kind == type(scheduler).__name__ and name in tables), "")
-    return Schedules(tables), mine or next(iter(tables))
+    mine = type(scheduler).__name__
+    if mine not in [kind for kind, _ in KINDS.values()]:
+        refused.append(f"{mine}, the checkpoint's own, is not offered")
+    own = next((name for name, (kind, _) in KINDS.items() if kind == mine and name in tables), next(iter(tables)))
+    return Samplers(schedules=Schedules(tables), own=own, refused=tuple(refused))
 
 
 def table_of(scheduler: Any, most: int, progress: Callable[[int], None] = lambda done: None) -> Float64:

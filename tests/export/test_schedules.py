@@ -1,0 +1,176 @@
+"""Tables of coefficients against the schedulers of diffusers that they were probed from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import save_tiny
+
+from dq_export.deploy.serving.sampler import Job
+from dq_export.deploy.serving.schedules import ScheduleError, Schedules
+from dq_export.families.reference import ModelError, Reference
+from dq_export.families.schedules import KINDS, CurvedError, probe, table_of, tabulate
+from dq_export.families.source import load_reference
+
+
+class Watcher:
+    """A client that keeps its previews."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+
+    def preview(self, step: int, latents: Any) -> None:
+        self.seen[step] = latents
+
+    def done(self, latents: Any) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+    def gone(self) -> bool:
+        return False
+
+
+def made(kind: str, **changes: Any) -> Any:
+    import diffusers
+
+    config = {"num_train_timesteps": 1000, "timestep_spacing": "leading", "steps_offset": 1, **changes}
+    return getattr(diffusers, kind).from_config({**config, "clip_sample": changes.get("clip_sample", False)})
+
+
+def sampled(
+    reference: Reference, schedules: Schedules, name: str, steps: int, guidance: float, every: int = 0
+) -> tuple[Any, Watcher]:
+    """What a server would draw, with the float network."""
+    watcher, labels = Watcher(), np.array([1, 3])
+    job = Job(
+        client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7), labels=labels, null=reference.classes,
+        guidance=guidance, every=every,
+    )  # fmt: skip
+    while job.at < steps:
+        states, timestep, rows = job.feed()
+        job.advance(reference.forward({"hidden_states": states, "timestep": timestep, "class_labels": rows}))
+    return job.latents, watcher
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["fixed-sigma", "learned-sigma"])
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_reference(str(save_tiny(tmp_path_factory.mktemp("network"), out_channels=request.param)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trajectory_is_diffusers_own(network: Any, name: str, prediction: str) -> None:
+    """To 1e-5 of the picture's range, whatever the steps and the guidance."""
+    kind, options = KINDS[name]
+    network.scheduler = made(kind, prediction_type=prediction, **options)
+    schedules = tabulate(network.scheduler, 20, lambda done, total: None).schedules
+    for steps in (1, 2, 5, 20):
+        for guidance in (1.0, 4.0):
+            exact = network.draw(network.forward, network.noise(2, 7), np.array([1, 3]), steps=steps, guidance=guidance)
+            found, _ = sampled(network, schedules, name, steps, guidance)
+            assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_timesteps_are_the_schedulers(kind: str, spacing: str) -> None:
+    scheduler = made(kind, timestep_spacing=spacing)
+    schedules = Schedules({"it": table_of(scheduler, 9)})
+    scheduler.set_timesteps(9)
+    assert [step.timestep for step in schedules.steps("it", 9)] == [float(t) for t in scheduler.timesteps]
+
+
+def test_previews_are_the_pictures_that_the_scheduler_predicts(network: Any) -> None:
+    import torch
+
+    scheduler = network.scheduler = made("DDIMScheduler")
+    schedules = Schedules({"ddim": table_of(scheduler, 8)})
+    _, watcher = sampled(network, schedules, "ddim", 8, 1.0, every=3)
+    exact: dict[int, Any] = {}
+    scheduler.set_timesteps(8)
+    latents = torch.from_numpy(network.noise(2, 7))
+    for index, timestep in enumerate(scheduler.timesteps, start=1):
+        feed = {"hidden_states": latents.numpy(), "timestep": np.array([int(timestep)]), "class_labels": np.array([1, 3])}
+        step = scheduler.step(torch.from_numpy(network.forward(feed))[:, :2], timestep, latents)
+        latents, exact[index] = step.prev_sample, step.pred_original_sample.numpy()
+    assert watcher.seen.keys() == {3, 6}
+    for index, picture in watcher.seen.items():
+        assert np.abs(picture - exact[index]).max() < 1e-5 * np.abs(exact[index]).max()
+
+
+REFUSED = {
+    "clipping": ("DDIMScheduler", {"clip_sample": True}, "clips or thresholds the sample"),
+    "thresholding": ("DDIMScheduler", {"thresholding": True}, "clips or thresholds the sample"),
+    "noise at each step": ("DDPMScheduler", {"timestep_spacing": "linspace"}, "draws noise at every step"),
+    "third order": ("DPMSolverMultistepScheduler", {"solver_order": 3}, "looks back further than one step"),
+    "fractional timesteps": ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}, "sends the fractional timestep"),
+    "two calls a step": ("HeunDiscreteScheduler", {}, "calls the network"),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_no_table_can_hold_is_refused(kind: str, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(CurvedError, match=why):
+        table_of(made(kind, **changes), 9)
+
+
+def test_a_sampler_that_is_refused_is_named_and_another_takes_its_place() -> None:
+    found = tabulate(made("DDIMScheduler", clip_sample=True), 9, lambda done, total: None)
+    assert (found.own, list(found.schedules.tables)) == ("dpmsolver++", ["dpmsolver++", "euler"])
+    assert found.refused == ("DDIMScheduler clips or thresholds the sample",)
+    found = tabulate(made("DDPMScheduler"), 9, lambda done, total: None)
+    assert found.own == "ddim"
+    assert found.refused == ("DDPMScheduler, the checkpoint's own, is not offered",)
+    found = tabulate(made("EulerDiscreteScheduler"), 9, lambda done, total: None)
+    assert (found.own, found.refused) == ("euler", ())
+
+
+def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dq_export.families.schedules.KINDS", {"ddim": KINDS["ddim"]})
+    with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: DDIMScheduler clips"):
+        tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
+
+
+def test_probing_leaves_torchs_random_numbers_alone() -> None:
+    import torch
+
+    torch.manual_seed(3)
+    exact = torch.rand(4)
+    torch.manual_seed(3)
+    probe(made("DDIMScheduler"), 5)
+    assert torch.equal(torch.rand(4), exact)
+
+
+def test_files_hold_every_number_and_no_pickle(tmp_path: Path) -> None:
+    tables = {"ddim": table_of(made("DDIMScheduler"), 7), "euler": table_of(made("EulerDiscreteScheduler"), 7)}
+    digests = []
+    for name in ("a.npy", "b.npy"):
+        Schedules(tables).save(tmp_path / name)
+        digests.append(hashlib.sha256((tmp_path / name).read_bytes()).digest())
+    assert digests[0] == digests[1]
+    read = Schedules.load(tmp_path / "a.npy", ["ddim", "euler"])
+    assert read.most == 7
+    assert all(np.array_equal(read.tables[name], tables[name]) for name in tables)
+    with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, found"):
+        Schedules.load(tmp_path / "a.npy", ["ddim"])
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "why"),
+    [("pndm", 3, "scheduler 'pndm': expected ddim"), ("ddim", 0, "expected 1 to 4"), ("ddim", 5, "expected 1 to 4")],
+)
+def test_what_there_is_not_is_told(name: str, count: int, why: str) -> None:
+    with pytest.raises(ScheduleError, match=why):
+        Schedules({"ddim": table_of(made("DDIMScheduler"), 4)}).steps(name, count)
+
+
+def test_a_number_of_steps_that_a_scheduler_refuses_is_refused_by_the_server() -> None:
+    scheduler = made("DDIMScheduler", num_train_timesteps=4, steps_offset=0)
+    schedules = Schedules({"ddim": table_of(scheduler, 6)})
+    assert len(schedules.steps("ddim", 4)) == 4
+    with pytest.raises(ScheduleError, match="cannot take so many"):
+        schedules.steps("ddim", 6)

@@ -1,0 +1,147 @@
+"""The command line to a Triton repository."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dq_export.calibration.recipe import Recipe
+from dq_export.deploy.repository_check import check_repository
+
+QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
+
+
+def call(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dq_export", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported with a timestep for each sample, and without a repository."""
+    out = tmp_path_factory.mktemp("mixed") / "out"
+    done = call("--model", tiny_folder, "--timesteps", "per-sample", "-o", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_finished_export_gets_its_repository_and_keeps_all_else(mixed: Path) -> None:
+    before = digests(mixed)
+    done = call("triton", mixed)
+    assert done.returncode == 0, done.stderr
+    assert "quantize  done" in done.stderr
+    assert done.stderr.count("kept from an earlier run") == 7
+    assert str(mixed / "triton" / "README.md") in done.stdout
+    after = digests(mixed)
+    assert {name for name in before if before[name] != after[name]} <= {
+        "recipe.yaml",
+        "stages.json",
+        "report.json",
+        "report.html",
+    }
+    assert Recipe.load(mixed / "recipe.yaml").triton
+    first = digests(mixed / "triton")
+    assert {"README.md", "client.py", "denoiser/1/model.onnx", "pipeline/1/schedules.npy"} <= first.keys()
+    assert not any("__pycache__" in name for name in first)
+    again = call("triton", mixed)
+    assert again.stderr.count("kept from an earlier run") == 8
+    shutil.rmtree(mixed / "triton")
+    assert call("triton", mixed).returncode == 0
+    assert digests(mixed / "triton") == first
+
+
+def test_the_readme_says_what_this_repository_takes(mixed: Path) -> None:
+    text = (mixed / "triton" / "README.md").read_text()
+    for words in (
+        "hidden_states` FP32[n, 2, 8, 8]",
+        "| 0 to 4, n up to 8 |",
+        "| 4 | 1 to 100 |",
+        "`ddim`, `dpmsolver++`, `euler`",
+        "$PWD:/models",
+    ):
+        assert words in text
+    assert 'name: "images"' not in (mixed / "triton" / "pipeline" / "config.pbtxt").read_text()  # two channels are no picture
+
+
+def test_one_timestep_a_batch_cannot_be_served(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call("build", "--model", tiny_folder, "-o", out, *QUICK).returncode == 0
+    before = digests(out)
+    done = call("triton", out)
+    assert done.returncode == 2
+    assert f"dq-export --recipe {out / 'recipe.yaml'} --timesteps per-sample --triton -o {out}-triton" in done.stderr
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--timesteps", "shared"), "--triton needs --timesteps per-sample"),
+        (("--format", "onnx"), "no backend of Triton's serves --format onnx"),
+        (("--format", "trt-rtx"), "no backend of Triton's serves --format trt-rtx"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_done(
+    tiny_folder: Path, tmp_path: Path, words: tuple[str, ...], why: str
+) -> None:
+    done = call("--model", tiny_folder, "-o", tmp_path / "out", "--triton", *words, *QUICK)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is here")
+def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Path) -> None:
+    shapes = "hidden_states:8x2x8x8,class_labels:8,timestep:8"
+    done = call("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
+    assert done.returncode == 5, done.stderr
+    assert "dq-export finish" in done.stderr
+    repository = tmp_path / "out" / "triton"
+    (fault,) = check_repository(repository)
+    assert fault.what == "1/model.plan is missing or empty"
+    config = (repository / "denoiser" / "config.pbtxt").read_text()
+    assert "KIND_GPU" in config
+    assert "max_batch_size: 8" in config
+    assert "dq-export finish OUT" in (repository / "README.md").read_text()
+    assert "--gpus all" in (repository / "README.md").read_text()
+
+
+def test_check_says_what_is_wrong_and_ends_with_a_status(mixed: Path, tmp_path: Path) -> None:
+    assert call("triton", mixed).returncode == 0
+    repository = tmp_path / "repository"
+    shutil.copytree(mixed / "triton", repository)
+    done = call("triton", "--check", repository)
+    assert (done.returncode, done.stdout) == (0, "0 errors, 0 warnings\n")
+    (repository / "denoiser" / "1" / "model.onnx.data").unlink()
+    done = call("triton", "--check", repository)
+    assert done.returncode == 1
+    assert "external data 'model.onnx.data' is missing" in done.stdout
+    assert "1 errors, 0 warnings" in done.stdout
+    assert call("triton", "--check", tmp_path / "nothing").returncode == 1
+
+
+def test_a_folder_that_is_no_export_is_said_to_be_none(tmp_path: Path) -> None:
+    done = call("triton", tmp_path)
+    assert done.returncode == 2
+    assert "is it the output folder of a finished export?" in done.stderr
+
+
+def test_without_the_client_library_the_pip_line_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['tritonclient'] = None; from dq_export.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
+    words = ["--model", tiny_folder, "--triton", "-o", tmp_path / "out", *QUICK]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'dq-export[triton]'" in done.stderr
+    assert not (tmp_path / "out").exists()

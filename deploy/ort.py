@@ -29,6 +29,8 @@ PROFILED = 5
 """Calls of a profile."""
 PROVIDERS = ["CPUExecutionProvider"]
 OPTIMIZED = "optimized.onnx"
+ATTENTION_SINCE = (1, 24)
+"""The first version that runs graphs of opset 23: before, it has no QuantizeLinear for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +74,13 @@ class Ort:
         return wanted != "per-sample"
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both."""
-        return (*(() if shared else (FactorScale(),)), UnsignCodes(), FuseAttention())
+        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both.
+
+        Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
+        versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
+        """
+        attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
+        return (*(() if shared else (FactorScale(),)), UnsignCodes(), *attention)
 
     def greatest_batch(self, model: Path) -> int | None:
         """See `Backend.greatest_batch`."""
@@ -162,6 +169,10 @@ def onnxruntime() -> Any:
             "onnxruntime is not installed; `pip install onnxruntime` (extra 'cpu'), needed to build and verify"
         ) from error
     return library
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in onnxruntime().__version__.split(".")[:2])
 
 
 def _options(*, optimize: bool) -> Any:

@@ -76,7 +76,8 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         BackendError: tritonclient is missing, or the repository would not load.
     """
     require_triton()
-    graph = ir.load(served.model).graph
+    model = ir.load(served.model)
+    graph = model.graph
     inputs = {str(value.name): _tensor(value) for value in graph.inputs}
     (output,) = (_tensor(value) for value in graph.outputs)
     (folder / DENOISER / "1").mkdir(parents=True)
@@ -95,7 +96,8 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         served.schedules.save(target / FILE)
         _write_config(folder, _pipeline(name, served, inputs["hidden_states"]["dims"]))
     shutil.copyfile(SERVED / CLIENT, folder / CLIENT)
-    (folder / README).write_text(_readme(served, inputs["hidden_states"]["dims"]), encoding="utf-8")
+    text = _readme(served, inputs["hidden_states"]["dims"], model.opset_imports[""])
+    (folder / README).write_text(text, encoding="utf-8")
     faults = [item for item in check_repository(folder) if served.plan or "model.plan" not in item.what]
     wrong = [f"{item.model}: {item.what}" for item in faults if item.severity == "error"]
     if wrong:
@@ -177,16 +179,24 @@ def _write_config(folder: Path, config: Config) -> None:
     (folder / config["name"] / "config.pbtxt").write_text(text_format.MessageToString(message), encoding="utf-8")
 
 
-def _readme(served: Served, shape: list[int]) -> str:
+def _readme(served: Served, shape: list[int], opset: int) -> str:
     template = Template((SERVED / README).read_text(encoding="utf-8"))
     gpus = "--gpus all " if served.backend == "tensorrt" else ""
     return template.substitute(
-        backend=served.backend, gpus=gpus, classes=served.classes - 1, rows=served.most_rows,
+        backend=served.backend, gpus=gpus, needs=_needs(served, opset), classes=served.classes - 1, rows=served.most_rows,
         images=max(1, served.most_rows // 2), requests=MOST_REQUESTS, steps=served.steps, guidance=f"{served.guidance:g}",
         scheduler=served.scheduler, schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
         most_steps=served.schedules.most, shape=", ".join(map(str, shape)), calls=CALLS,
         waiting="" if served.plan or served.backend == "onnxruntime" else PLANLESS,
     )  # fmt: skip
+
+
+def _needs(served: Served, opset: int) -> str:
+    if served.backend == "tensorrt":
+        return "The container's TensorRT must be the version that built the plan: a plan of another is refused."
+    if opset >= 23:
+        return f"The graph's opset {opset} needs ONNX Runtime 1.24: container 26.06 has it (1.24.4), 25.12 (1.23.2) has not."
+    return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.10 on."
 
 
 PLANLESS = """

@@ -16,6 +16,7 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 from dq_export.deploy.audit import Audit, AuditError, audit_ort
 from dq_export.deploy.backend import Engine
 from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.finished import audit_again
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
@@ -180,3 +181,20 @@ def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, t
     assert sqnr(exact, found) > 60  # the same weights; float sums of 32 terms in another order, and of blocks
     # Weights of 15 codes a block of 16: some 20 dB each, and a residual around every GEMM.
     assert 15 < sqnr(tiny.forward(feed), found) < 45
+
+
+def test_before_1_24_the_graph_has_opset_21_and_the_same_integer_kernels(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    import dq_export
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    report = dq_export.build(model=str(tiny_folder), output_dir=tmp_path / "out", steps=4, calib_size=2)
+    model = ir.load(tmp_path / "out" / "model.onnx")
+    assert model.opset_imports[""] == 21
+    assert not any(node.op_type == "Attention" for node in model.graph)
+    assert report.passes  # `build` does not audit
+    audited, _ = audit_again(tmp_path / "out")
+    assert audited.coverage == 1

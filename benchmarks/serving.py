@@ -1,0 +1,217 @@
+"""Requests that share a denoiser's calls against one request at a time, on one real tritonserver.
+
+    python benchmarks/serving.py [--seconds 20] [--json FILE]
+
+Exports `dit-digits`, starts a server with its repository and with the same pipeline holding one picture at a time, and asks both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask again at once),
+and as Poisson arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import queue
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import server
+
+STEPS = (10, 20, 30, 50)
+CLIENTS = 32
+SINGLE = {1: "one-at-a-time", 2: "one-at-a-time-guided"}
+"""By rows of a picture, the model that holds one at a time."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One load on one model: requests and pictures' steps a second, seconds of a request, rows of a denoiser call."""
+
+    model: str
+    load: str
+    requests: float
+    median: float
+    p95: float
+    rows: float
+
+
+class Asker:
+    """Sends requests and keeps how long each took."""
+
+    def __init__(self, address: str, guidance: float) -> None:
+        import tritonclient.grpc as grpc
+
+        self.grpc, self.client, self.guidance = grpc, grpc.InferenceServerClient(address), guidance
+        self.answers: queue.Queue[tuple[float, Any]] = queue.Queue()
+
+    def ask(self, model: str, index: int) -> None:
+        """Send one request; its answer goes to `answers`."""
+        start = time.monotonic()
+        given = {"class_labels": np.array([index % 10]), "seed": np.array([index], dtype=np.uint64)}
+        given |= {"num_inference_steps": np.array([STEPS[index % len(STEPS)]], dtype=np.int32)}
+        given |= {"guidance_scale": np.array([self.guidance], dtype=np.float32)}
+        kinds = {"int64": "INT64", "uint64": "UINT64", "int32": "INT32", "float32": "FP32"}
+        inputs = []
+        for name, value in given.items():
+            inputs.append(self.grpc.InferInput(name, list(value.shape), kinds[value.dtype.name]))
+            inputs[-1].set_data_from_numpy(value)
+
+        def answer(result: Any, error: Any) -> None:
+            if error:
+                raise SystemExit(f"{model}: {error}")
+            self.answers.put((time.monotonic() - start, result))
+
+        self.client.async_infer(model, inputs, answer, outputs=[self.grpc.InferRequestedOutput("images")])
+
+    def rows(self) -> tuple[int, int]:
+        """Rows and calls of the denoiser so far."""
+        (stats,) = self.client.get_inference_statistics("denoiser").model_stats
+        return stats.inference_count, stats.execution_count
+
+    def saturate(self, model: str, seconds: float) -> Taken:
+        """CLIENTS that ask again as soon as they are answered."""
+        before, start, index = self.rows(), time.monotonic(), 0
+        taken: list[float] = []
+        for _ in range(CLIENTS):
+            self.ask(model, index)
+            index += 1
+        while time.monotonic() - start < seconds:
+            taken.append(self.answers.get(timeout=120)[0])
+            self.ask(model, index)
+            index += 1
+        rate = len(taken) / (time.monotonic() - start)
+        for _ in range(CLIENTS):
+            self.answers.get(timeout=120)
+        return self._taken(model, f"{CLIENTS} clients", rate, taken, before)
+
+    def arrive(self, model: str, seconds: float, rate: float) -> Taken:
+        """Poisson arrivals of `rate` a second, the same moments for every model."""
+        before, moments, index = self.rows(), random.Random(1), 0
+        start = due = time.monotonic()
+        while due - start < seconds:
+            time.sleep(max(0.0, due - time.monotonic()))
+            self.ask(model, index)
+            index += 1
+            due += moments.expovariate(rate)
+        taken = [self.answers.get(timeout=120)[0] for _ in range(index)]
+        return self._taken(model, f"{rate:.1f} a second", index / (time.monotonic() - start), taken, before)
+
+    def _taken(self, model: str, load: str, rate: float, taken: list[float], before: tuple[int, int]) -> Taken:
+        rows, calls = (b - a for a, b in zip(before, self.rows(), strict=True))
+        ordered = sorted(taken)
+        return Taken(model, load, rate, statistics.median(ordered), ordered[int(0.95 * len(ordered))], rows / calls)
+
+
+def single(repository: Path, rows: int) -> None:
+    """Add a pipeline that has room for one picture of so many rows, and makes one call after the other."""
+    name = SINGLE[rows]
+    shutil.copytree(repository / "pipeline", repository / name)
+    path = repository / name / "config.pbtxt"
+    text = path.read_text().replace('name: "pipeline"', f'name: "{name}"')
+    for key, value in (("max_rows", rows), ("max_images", 1), ("denoiser_calls", 1)):
+        text, count = re.subn(rf'(key: "{key}"\s+value {{\s+string_value: )"\d+"', rf'\1"{value}"', text)
+        assert count == 1
+    path.write_text(text)
+
+
+def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
+    """MB of the server's processes before and after; each request must fail, and good ones go on meanwhile."""
+    from tritonclient.utils import InferenceServerException
+
+    sys.path.insert(0, str(server.ROOT / "tests" / "serving"))
+    import tritonclient.grpc as grpc
+    from serving_requests import ask, memory
+
+    client = grpc.InferenceServerClient(running.grpc)
+    bad: tuple[dict[str, Any], ...] = (
+        {"class_labels": [10]}, {"class_labels": [[1]]}, {"class_labels": [0] * 9}, {"class_labels": [1], "scheduler": b"x"},
+        {"class_labels": [1], "num_inference_steps": 0}, {"class_labels": [1], "num_inference_steps": 100_000},
+        {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)},
+    )  # fmt: skip
+    stop, good = threading.Event(), [0]
+
+    def go_on() -> None:
+        exact = ask(client, class_labels=[5], seed=5)["latents"]
+        while not stop.is_set():
+            good[0] += np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact)
+
+    def refuse(number: int) -> None:
+        for index in range(number):
+            try:
+                ask(client, **bad[index % len(bad)])
+            except InferenceServerException:
+                continue
+            raise SystemExit("a bad request was answered")
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    refuse(300)
+    before = memory(running.process.pid)
+    refuse(count)
+    after = memory(running.process.pid)
+    stop.set()
+    thread.join()
+    print(f"{count} bad requests, each refused; {good[0]} good ones meanwhile, all with the bytes of one alone")
+    return before, after
+
+
+def main() -> None:
+    """Export, serve, load, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="of both models in turn (default 3)")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args()
+    if server.missing():
+        raise SystemExit(server.missing())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "dq_export", "--model", "dit-digits", "--triton", "-q", "-o", str(folder / "out")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for rows in SINGLE:
+            single(folder / "out" / "triton", rows)
+        with server.serving(folder / "out" / "triton", folder, wait="ready") as running:
+            found = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options.seconds, options.rounds)]
+            before, after = bad_requests(running, 1000)
+    print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": platform.processor(), "loads": [asdict(row) for _, row in found]}, indent=1)
+        )
+
+
+def loads(running: server.Server, guidance: float, seconds: float, rounds: int) -> list[tuple[float, Taken]]:
+    """All loads with one guidance scale, models in turn; prints the rows of the median rounds."""
+    asker, found = Asker(running.grpc, guidance), []
+    asker.saturate("pipeline", 2.0)
+    alone = SINGLE[2 if guidance > 1 else 1]
+    full: dict[str, list[Taken]] = {model: [] for model in (alone, "pipeline")}
+    for _ in range(rounds):
+        for model, rows in full.items():
+            rows.append(asker.saturate(model, seconds))
+    middle = {model: sorted(rows, key=lambda row: row.requests)[len(rows) // 2] for model, rows in full.items()}
+    found += list(middle.values())
+    for share in (0.5, 0.9):
+        found += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
+    print(f"\nguidance {guidance:g}: {'two rows' if guidance > 1 else 'a row'} a picture")
+    print("| load | model | requests a second | median s | 95 % s | rows of a call |\n|---|---|---|---|---|---|")
+    for row in found:
+        print(f"| {row.load} | {row.model} | {row.requests:.1f} | {row.median:.2f} | {row.p95:.2f} | {row.rows:.1f} |")
+    one, many = middle[alone], middle["pipeline"]
+    print(f"at saturation {many.requests / one.requests:.2f} times the requests, {one.median / many.median:.2f} times as soon")
+    return [(guidance, row) for row in found]
+
+
+if __name__ == "__main__":
+    main()

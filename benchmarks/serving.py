@@ -2,8 +2,9 @@
 
     python benchmarks/serving.py [--seconds 20] [--json FILE]
 
-Exports `dit-digits`, starts a server with its repository and with the same pipeline holding one picture at a time, and asks both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask again at once),
-and as Poisson arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad requests.
+Exports `dit-digits`, starts a server with its repository and with the same pipeline holding one picture at a time, and asks
+both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask again at once), and as Poisson
+arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad requests.
 """
 
 from __future__ import annotations

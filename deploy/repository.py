@@ -193,10 +193,13 @@ def _readme(served: Served, shape: list[int], opset: int) -> str:
 
 def _needs(served: Served, opset: int) -> str:
     if served.backend == "tensorrt":
-        return "The container's TensorRT must be the version that built the plan: a plan of another is refused."
+        return (
+            "The container's TensorRT must be the version that built the plan: a plan of another is refused. This tells it:\n"
+            "`docker run --rm \"$TRITON_IMAGE\" sh -c 'ls /usr/lib/*/libnvinfer.so.*'`."
+        )
     if opset >= 23:
-        return f"The graph's opset {opset} needs ONNX Runtime 1.24: container 26.06 has it (1.24.4), 25.12 (1.23.2) has not."
-    return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.10 on."
+        return f"The graph's opset {opset} needs ONNX Runtime 1.24: containers from 26.02 on."
+    return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.09 on."
 
 
 PLANLESS = """

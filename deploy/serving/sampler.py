@@ -18,7 +18,7 @@ Int64 = npt.NDArray[np.int64]
 Denoise = Callable[[Float32, Int64, Int64], Float32]
 """hidden_states float32[rows, ...], timestep int64[rows], class_labels int64[rows] -> float32[rows, ...]."""
 CLOSING = "the server is shutting down"
-WATCH = 0.05
+WATCH = 0.2
 """Seconds between two questions whether a client still waits; each costs a message to the server."""
 
 

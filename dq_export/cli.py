@@ -363,8 +363,8 @@ def triton(
 
 
 def _check_repository(folder: Path) -> None:
-    from dq_export.deploy.repository import require_triton
-    from dq_export.deploy.repository_check import check_repository
+    from dq_export.deploy.triton.check import check_repository
+    from dq_export.deploy.triton.repository import require_triton
 
     require_triton()
     faults = check_repository(folder)

@@ -15,7 +15,7 @@ from dq_export.calibration.recipe import Recipe, RecipeError, Rule, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT
-from dq_export.deploy.repository import add_plan
+from dq_export.deploy.triton.repository import add_plan
 from dq_export.deploy.trt import PLAN
 from dq_export.passes.match import linears
 

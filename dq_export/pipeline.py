@@ -97,7 +97,7 @@ def run(
     """
     from dq_export.deploy.backends import backend_of
     from dq_export.deploy.lowerings import require_lowerings
-    from dq_export.deploy.repository import require_triton
+    from dq_export.deploy.triton.repository import require_triton
 
     from .families.source import load_reference, locate, require_device
 
@@ -430,7 +430,7 @@ class Export:
         from .repository import inputs
 
         stages = [name for name in ("quantize", "build") if name in self.results]
-        return [self.reference.digest, *map(self.ledger.digest, stages), *inputs(self.recipe)]
+        return [*map(self.ledger.digest, stages), *inputs(self.reference, self.recipe)]
 
     def _write_repository(self, partial: Path) -> dict[str, Any]:
         from .repository import write

@@ -8,7 +8,8 @@ from typing import Any
 from dq_export.calibration.collect import Progress
 from dq_export.calibration.recipe import Recipe
 from dq_export.deploy.backend import Backend
-from dq_export.deploy.repository import CLIENT, MOST_ROWS, PROGRAM, README, SERVED, Served, write_repository
+from dq_export.deploy.triton.model_config import MOST_ROWS, Served
+from dq_export.deploy.triton.repository import CLIENT, PROGRAM, README, SERVED, write_repository
 from dq_export.deploy.trt import PLAN
 
 from .families.reference import Reference
@@ -20,9 +21,11 @@ MOST_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
 
-def inputs(recipe: Recipe) -> list[Any]:
-    """What a repository depends on beside the graph, the engine and the checkpoint."""
-    return [recipe.steps, recipe.guidance_scale, *(file_digest(SERVED / name) for name in (*PROGRAM, CLIENT, README))]
+def inputs(reference: Reference, recipe: Recipe) -> list[Any]:
+    """What a repository depends on beside the graph and the engine."""
+    vae = sorted(path for path in reference.decoder.iterdir() if path.is_file()) if reference.decoder else []
+    served = [SERVED / name for name in (*PROGRAM, CLIENT, README)]
+    return [reference.digest, recipe.steps, recipe.guidance_scale, *map(file_digest, (*vae, *served))]
 
 
 def write(
@@ -32,14 +35,20 @@ def write(
 
     Raises:
         BackendError: it would not load.
-        ModelError: no sampler of the checkpoint can be served.
+        ModelError: no sampler of the checkpoint can be served, or its VAE is damaged.
     """
+    from .families.decoder import export_decoder
+
+    decoder = folder.parent / "decoder" / "model.onnx"
+    undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder) if reference.decoder else ""
     samplers = reference.samplers(max(MOST_STEPS, recipe.steps), progress)
     plan = out / "engine" / PLAN
     served = Served(
         backend=backend.triton,
         model=out / "model.onnx",
         plan=plan if plan.exists() else None,
+        decoder=decoder if decoder.exists() else None,
+        pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
         most_rows=backend.greatest_batch(out / "model.onnx") or MOST_ROWS,
         classes=reference.classes,
         steps=recipe.steps,
@@ -49,5 +58,6 @@ def write(
     )
     faults = write_repository(served, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    said = [f"schedulers {', '.join(samplers.schedules.tables)}", *samplers.refused, f"{size / 1e6:.1f} MB"]
+    refused = [*samplers.refused, *filter(None, [undecoded])]
+    said = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
     return {"summary": "; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)])}

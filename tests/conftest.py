@@ -21,6 +21,7 @@ from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
+from dq_export.pipeline import STAGES
 
 TINY = {
     "num_attention_heads": 2,
@@ -38,6 +39,8 @@ TINY = {
 
 
 SERVED_STEPS = 12
+UNSERVED = [stage for stage in STAGES if stage != "triton"]
+"""The stages of an export without a repository."""
 
 
 def save_tiny(folder: Path, **changes: Any) -> Path:

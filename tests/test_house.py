@@ -17,14 +17,14 @@ THIRD_PARTY = {
     "calibration": {"numpy", "pydantic", "threadpoolctl", "yaml"},
     "passes": {"numpy", "onnx_ir"},
     "deploy": {"numpy", "onnx_ir"},
-    "deploy/serving": {"numpy"},
+    "deploy/triton/serving": {"numpy"},
     "dq_export": {"numpy", "onnx_ir", "pydantic"},
 }
 LAZY = {
     "calibration": {"torch", "safetensors"},
     "passes": set(),
     "deploy": {"google", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy", "tritonclient"},
-    "deploy/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
+    "deploy/triton/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
     "dq_export": {"PIL", "google", "jinja2", "safetensors"},
     "dq_export/families": {"torch", "diffusers", "safetensors", "huggingface_hub"},
 }

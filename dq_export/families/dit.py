@@ -79,6 +79,8 @@ class DiTReference:
         self.classes = int(model.config.num_embeds_ada_norm)
         self.sampler = type(scheduler).__name__
         self.rules: tuple[Rule, ...] = RULES
+        vae = folder.parent / "vae"
+        self.decoder = vae if folder.name == "transformer" and vae.is_dir() else None
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
         self.attention = tuple(site.linears for site in self.sites if len(site.linears) == 3)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import Denoiser
 from dq_export.calibration.recipe import Rule
-from dq_export.deploy.serving.schedules import Schedules
+from dq_export.deploy.triton.serving.schedules import Schedules
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -71,6 +71,10 @@ class Reference(Denoiser, Protocol):
     @property
     def feed_shape(self) -> tuple[int, ...]:
         """Shape of one sample's `hidden_states`, without the batch."""
+
+    @property
+    def decoder(self) -> Path | None:
+        """The folder of the checkpoint's VAE, whose latents this network samples; None where its latents are pictures."""
 
     def on(self, device: str) -> AbstractContextManager[None]:
         """While active the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` are as before."""

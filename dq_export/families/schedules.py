@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dq_export.deploy.serving.schedules import COLUMNS, Float64, Schedules, Step
+from dq_export.deploy.triton.serving.schedules import COLUMNS, Float64, Schedules, Step
 
 from .reference import ModelError, Samplers
 

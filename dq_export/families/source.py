@@ -90,7 +90,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["model_index.json", "transformer/*", "scheduler/*", "config.json", "*.safetensors"]
+    patterns = ["model_index.json", "transformer/*", "scheduler/*", "vae/config.json", "config.json", "*.safetensors"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except HFValidationError as error:

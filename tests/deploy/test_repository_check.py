@@ -13,7 +13,8 @@ import onnx
 import pytest
 import server
 
-from dq_export.deploy.repository_check import Fault, check_repository
+from dq_export.deploy.triton.check import check_repository
+from dq_export.deploy.triton.model_folder import Fault
 
 Change = Callable[[Path], object]
 DENOISER, PIPELINE = "denoiser/config.pbtxt", "pipeline/config.pbtxt"
@@ -93,15 +94,15 @@ SERVER_REFUSES: dict[str, tuple[Change, str]] = {
     ),
     "warm-up without an input": (
         edit(DENOISER, r'inputs {\s+key: "timestep".*?}\s+}', ""),
-        "model_warmup 'one row': input 'timestep' is missing",
+        "model_warmup 'batch 1': input 'timestep' is missing",
     ),
     "warm-up of another shape": (
         edit(DENOISER, r'(model_warmup.*?key: "hidden_states".*?dims: 1\s+dims: )16', r"\g<1>17"),
-        "model_warmup 'one row': 'hidden_states' has dims [1, 17, 16], the input [1, 16, 16]",
+        "model_warmup 'batch 1': 'hidden_states' has dims [1, 17, 16], the input [1, 16, 16]",
     ),
     "warm-up of another type": (
         edit(DENOISER, r'(model_warmup.*?key: "hidden_states".*?)TYPE_FP32', r"\1TYPE_FP16"),
-        "model_warmup 'one row': 'hidden_states' has another data_type",
+        "model_warmup 'batch 1': 'hidden_states' has another data_type",
     ),
     "warm-up above the greatest batch": (
         edit(DENOISER, "batch_size: 1$|batch_size: 16\n  inputs", "batch_size: 17\n  inputs"),
@@ -212,6 +213,11 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "calls model 'vae', which is not here",
     ),
     "no denoiser": (remove("denoiser"), "error", "denoiser 'denoiser' is not here"),
+    "no decoder": (
+        edit(PIPELINE, r'(key: "decoder"\s+value {)', r'\1 string_value: "vae"'),
+        "error",
+        "decoder 'vae' is not here",
+    ),
     "a missing parameter": (
         edit(PIPELINE, r'parameters {\s+key: "classes".*?}\s+}\n', ""),
         "error",

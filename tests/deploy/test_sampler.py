@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dq_export.deploy.serving.sampler import AbandonedError, BusyError, DenoiserError, Job, Sampler
-from dq_export.deploy.serving.schedules import Step
+from dq_export.deploy.triton.serving.sampler import AbandonedError, BusyError, DenoiserError, Job, Sampler
+from dq_export.deploy.triton.serving.schedules import Step
 
 SHAPE = (1, 2, 2)
 
@@ -221,7 +221,7 @@ def test_too_many_are_sent_away(start: Callable[..., Sampler], network: Network)
 
 
 def test_who_has_left_is_dropped_running_or_waiting(start: Callable[..., Sampler], network: Network, monkeypatch: Any) -> None:
-    monkeypatch.setattr("dq_export.deploy.serving.sampler.WATCH", 0.0)
+    monkeypatch.setattr("dq_export.deploy.triton.serving.sampler.WATCH", 0.0)
     network.open = False
     sampler, running, waiting, stays = start(most_rows=1), job(1, steps=50), job(2, steps=50), job(3, steps=2)
     for item in (running, waiting, stays):

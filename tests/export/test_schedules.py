@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import save_tiny
 
-from dq_export.deploy.serving.sampler import Job
-from dq_export.deploy.serving.schedules import ScheduleError, Schedules
+from dq_export.deploy.triton.serving.sampler import Job
+from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.schedules import KINDS, CurvedError, probe, table_of, tabulate
 from dq_export.families.source import load_reference

@@ -22,8 +22,8 @@ from conftest import SERVED_STEPS, sqnr
 from serving_requests import ask, memory, tensors
 
 from dq_export.deploy.ort import ORT
-from dq_export.deploy.serving.request import Limits
-from dq_export.deploy.serving.schedules import FILE, Schedules
+from dq_export.deploy.triton.serving.request import Limits
+from dq_export.deploy.triton.serving.schedules import FILE, Schedules
 from dq_export.families.source import load_reference
 
 

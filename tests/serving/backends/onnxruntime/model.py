@@ -45,5 +45,5 @@ class TritonPythonModel:
             (sample,) = self.session.run(["sample"], whole)
         except Exception as error:  # noqa: BLE001 - as the real one does: every request of the batch fails with the library's message
             return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))) for _ in requests]
-        ends = np.cumsum([len(feed["hidden_states"]) for feed in feeds])[:-1]
+        ends = np.cumsum([len(next(iter(feed.values()))) for feed in feeds])[:-1]
         return [pb_utils.InferenceResponse([pb_utils.Tensor("sample", part)]) for part in np.split(sample, ends)]

@@ -1,0 +1,1 @@
+"""A Triton model repository: written, checked, and what its server runs of ours."""

@@ -1,0 +1,133 @@
+"""What a config.pbtxt says that does not load, or is ignored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from .model_folder import FILES, Fault, Model
+
+NUMBERS = {
+    "onnxruntime": ("intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern",
+                    "memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers"),
+    "tensorrt": ("execution_context_allocation_strategy",),
+    "python": ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"),
+}  # fmt: skip
+"""The keys of `parameters` that each backend reads; it ignores all others without a word."""
+TEXTS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "execution_context_allocation_strategy",
+         "memory.enable_memory_arena_shrinkage")  # fmt: skip
+"""Those whose values are no whole numbers."""
+ACCELERATORS = {"gpu_execution_accelerator": ("tensorrt", "cuda"), "cpu_execution_accelerator": ("openvino",)}
+
+
+def identity(model: Model) -> Iterator[Fault]:
+    """Name, backend, inputs and outputs are there."""
+    config = model.config
+    if config.name != model.folder.name:
+        yield model.fault(f"name: '{config.name}' is not the folder's", f"write name: '{model.folder.name}'")
+    if not model.backend:
+        known = ", ".join(FILES)
+        yield model.fault(f"backend: '{config.platform}' names none; the server guesses", f"write one of {known}")
+    if not config.input or not config.output:
+        yield model.fault("input or output is missing; the server makes them up", "list every input and output")
+
+
+def instances(model: Model) -> Iterator[Fault]:
+    """How many, on what, and with which accelerators."""
+    groups = model.config.instance_group
+    if model.backend == "ensemble":
+        return
+    if not groups or any(group.count < 1 for group in groups):
+        yield model.warning("instance_group: no count; on a processor that is two instances, the weights twice", "write count: 1")
+    kinds = {group.Kind.Name(group.kind) for group in groups}
+    if model.backend == "tensorrt" and "KIND_CPU" in kinds:
+        yield model.fault("instance_group: a plan cannot run on KIND_CPU", "write kind: KIND_GPU")
+    accelerators = model.config.optimization.execution_accelerators
+    for key, known in ACCELERATORS.items():
+        for item in getattr(accelerators, key):
+            if item.name not in known:
+                yield model.fault(f"{key}: '{item.name}' is unknown", f"expected {', '.join(known)}")
+            elif model.backend != "onnxruntime":
+                yield model.warning(f"{key}: backend {model.backend} ignores it", "remove it")
+            elif key.startswith("gpu") and kinds == {"KIND_CPU"}:
+                yield model.warning(f"{key}: '{item.name}' is ignored on KIND_CPU", "write kind: KIND_GPU, or remove it")
+            elif item.name == "openvino":
+                yield model.warning(f"{key}: '{item.name}' loads only where the server was built with it", "try it there")
+
+
+def batching(model: Model) -> Iterator[Fault]:
+    """Batch sizes, delays, reshapes and edges."""
+    config = model.config
+    for size in config.dynamic_batching.preferred_batch_size:
+        if size > config.max_batch_size:
+            yield model.fault(
+                f"preferred_batch_size {size} is above max_batch_size {config.max_batch_size}", "choose one that is not"
+            )
+    if config.HasField("dynamic_batching") and not config.max_batch_size:
+        yield model.fault("dynamic_batching without max_batch_size", "write max_batch_size: 8, or the greatest that fits")
+    delay, callers = config.dynamic_batching.max_queue_delay_microseconds, _callers(model)
+    if delay and callers:
+        told = f"max_queue_delay_microseconds: {delay} are waited at every step of {', '.join(callers)}"
+        yield model.warning(told, "write 0: requests of a loop batch without it")
+    for item in (*config.input, *config.output):
+        if item.HasField("reshape") and math.prod(item.dims) != math.prod(item.reshape.shape):
+            told = f"reshape of '{item.name}': {list(item.dims)} and {list(item.reshape.shape)} differ in elements"
+            yield model.fault(told, "correct one of them")
+        if item.data_type == item.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name["TYPE_BF16"].number:
+            yield model.warning(f"'{item.name}' is TYPE_BF16, which servers before 26.03 refuse", "TYPE_FP16 or TYPE_FP32")
+
+
+def _callers(model: Model) -> list[str]:
+    given = ((name, config.parameters["denoiser"].string_value) for name, config in model.names.items()
+             if config is not None and "denoiser" in config.parameters)  # fmt: skip
+    return [name for name, target in given if target == model.folder.name]
+
+
+def parameters(model: Model) -> Iterator[Fault]:
+    """Keys that the backend reads, and values that it can."""
+    known = NUMBERS.get(model.backend)
+    for key, value in model.config.parameters.items():
+        text = value.string_value
+        if key == "EXECUTION_ENV_PATH" and "$$TRITON_MODEL_DIRECTORY" not in text:
+            yield model.warning(f"parameters: {key} '{text}' is of this machine", "$$TRITON_MODEL_DIRECTORY/…")
+        if model.backend == "python" and model.config.parameters.get("denoiser"):
+            continue  # our own pipeline reads its own: see `sampling`
+        if known is not None and model.backend != "python" and key not in known:
+            yield model.warning(f"parameters: backend {model.backend} ignores '{key}'", f"expected {', '.join(known)}")
+        elif known is not None and key in known and key not in TEXTS and not re.fullmatch(r"-?\d+", text):
+            yield model.fault(f"parameters: {key} '{text}' is no whole number", "write one, as a string")
+
+
+def warm_up(model: Model) -> Iterator[Fault]:
+    """Warm-up requests are requests that the model takes."""
+    inputs = {item.name: item for item in model.config.input}
+    needed = {name for name, item in inputs.items() if not item.optional}
+    for warm_up in model.config.model_warmup:
+        given = warm_up.inputs
+        for name in sorted(needed - given.keys()):
+            yield model.fault(f"model_warmup '{warm_up.name}': input '{name}' is missing", "add it")
+        for name in sorted(given.keys() - inputs.keys()):
+            yield model.fault(f"model_warmup '{warm_up.name}': there is no input '{name}'", "remove it")
+        for name in sorted(given.keys() & inputs.keys()):
+            item, dims = given[name], list(inputs[name].dims)
+            if item.data_type != inputs[name].data_type:
+                yield model.fault(f"model_warmup '{warm_up.name}': '{name}' has another data_type", "that of the input")
+            if len(item.dims) != len(dims) or any(a not in (b, -1) for a, b in zip(dims, item.dims, strict=True)):
+                told = f"model_warmup '{warm_up.name}': '{name}' has dims {list(item.dims)}, the input {dims}"
+                yield model.fault(told, "dims of one sample, without the batch")
+        if warm_up.batch_size > model.config.max_batch_size:
+            yield model.fault(f"model_warmup '{warm_up.name}': batch_size above max_batch_size", "a smaller one")
+
+
+def ensemble(model: Model) -> Iterator[Fault]:
+    """Steps name models that are here, and their tensors."""
+    for step in model.config.ensemble_scheduling.step:
+        target = model.names.get(step.model_name)
+        if step.model_name not in model.names:
+            yield model.fault(f"ensemble_scheduling: model '{step.model_name}' is not here", "add it, or correct the name")
+        if target is None:
+            continue
+        for mapped, kind in ((step.input_map, "input"), (step.output_map, "output")):
+            for name in sorted(mapped.keys() - {item.name for item in getattr(target, kind)}):
+                yield model.fault(f"ensemble_scheduling: '{step.model_name}' has no {kind} '{name}'", "correct the name")

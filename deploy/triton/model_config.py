@@ -1,0 +1,129 @@
+"""What a repository serves, as the config.pbtxt of each of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..chain import shape_of
+from .serving.model import PARAMETERS
+from .serving.schedules import Schedules
+
+DENOISER, DECODER, PIPELINE, STREAM = "denoiser", "decoder", "pipeline", "pipeline_stream"
+MOST_ROWS = 16
+"""Of a network call, where no plan sets another: a guided picture is two. Measured: larger gains nothing on a processor."""
+MOST_REQUESTS, CALLS = 64, 2
+TYPES = {ir.DataType.FLOAT: "TYPE_FP32", ir.DataType.FLOAT16: "TYPE_FP16", ir.DataType.INT64: "TYPE_INT64"}
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served, and how it is asked for.
+
+    Args:
+        backend: Triton's: `onnxruntime` or `tensorrt`.
+        model: the graph, with its external data beside it.
+        plan: for tensorrt; None where it is still to be built, with `finish`.
+        decoder: the VAE's graph, alone with its data in a folder, which is moved into the repository; None: there is none.
+        pictures: whether latents are pictures themselves, of 1 or 3 channels in [-1, 1].
+        most_rows: the greatest batch of a network call.
+        classes: number of labels without the null label.
+        steps, guidance, scheduler: what a request gets that does not say.
+    """
+
+    backend: str
+    model: Path
+    plan: Path | None
+    decoder: Path | None
+    pictures: bool
+    most_rows: int
+    classes: int
+    steps: int
+    guidance: float
+    scheduler: str
+    schedules: Schedules
+
+    @property
+    def most_images(self) -> int:
+        """Of a request: so many guided pictures fit into one call."""
+        return max(1, self.most_rows // 2)
+
+
+def network_config(name: str, graph: ir.Graph, backend: str, kind: str, most_rows: int) -> Config:
+    """A model of one network: inputs and outputs of the graph, one instance, no queue delay, warmed up with 1 and most rows."""
+    inputs, outputs = [_tensor(value) for value in graph.inputs], [_tensor(value) for value in graph.outputs]
+
+    def warm_up(rows: int) -> Config:
+        given = {}
+        for item in inputs:
+            filled = "random_data" if "FP" in item["data_type"] else "zero_data"
+            given[item["name"]] = {"data_type": item["data_type"], "dims": item["dims"], filled: True}
+        return {"name": f"batch {rows}", "batch_size": rows, "inputs": given}
+
+    return {
+        "name": name,
+        "backend": backend,
+        "max_batch_size": most_rows,
+        "input": inputs,
+        "output": outputs,
+        "instance_group": [{"count": 1, "kind": kind}],
+        "dynamic_batching": {"max_queue_delay_microseconds": 0},
+        "model_warmup": [warm_up(rows) for rows in sorted({1, most_rows})],
+    }
+
+
+def pipeline_config(name: str, served: Served, shape: Sequence[int], image: Sequence[int]) -> Config:
+    """A model that samples whole pictures.
+
+    Args:
+        shape: (C, H, W) of the latents.
+        image: (H, W, C) of the pictures; empty where there are none.
+    """
+    streams = name == STREAM
+    given = [("class_labels", "TYPE_INT64", [-1]), ("seed", "TYPE_UINT64", [1]), ("num_inference_steps", "TYPE_INT32", [1])]
+    given += [("guidance_scale", "TYPE_FP32", [1]), ("scheduler", "TYPE_STRING", [1]), ("latents", "TYPE_FP32", [-1, *shape])]
+    made = [("latents", "TYPE_FP32", [-1, *shape]), ("seed", "TYPE_UINT64", [1])]
+    made += [("images", "TYPE_UINT8", [-1, *image])] if image else []
+    if streams:
+        given, made = [*given, ("preview_every", "TYPE_INT32", [1])], [*made, ("step", "TYPE_INT32", [1])]
+    values = {
+        "denoiser": DENOISER, "decoder": DECODER if served.decoder else "", "classes": served.classes,
+        "max_images": served.most_images, "max_rows": served.most_rows, "max_requests": MOST_REQUESTS, "denoiser_calls": CALLS,
+        "num_inference_steps": served.steps, "guidance_scale": served.guidance, "scheduler": served.scheduler,
+        "schedulers": ",".join(served.schedules.tables),
+    }  # fmt: skip
+    config = {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": 0,
+        "input": [
+            {"name": key, "data_type": kind, "dims": dims, **({} if key == "class_labels" else {"optional": True})}
+            for key, kind, dims in given
+        ],
+        "output": [{"name": key, "data_type": kind, "dims": dims} for key, kind, dims in made],
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "parameters": {key: {"string_value": str(values[key])} for key in PARAMETERS},
+    }
+    return {**config, "model_transaction_policy": {"decoupled": True}} if streams else config
+
+
+def dump(config: Config) -> str:
+    """The text of config.pbtxt."""
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return str(text_format.MessageToString(json_format.ParseDict(config, model_config_pb2.ModelConfig())))
+
+
+def _tensor(value: ir.Value) -> dict[str, Any]:
+    """A config's entry: dims are of one sample; a number a sample is [1] there and no dimension in the graph."""
+    assert value.dtype is not None
+    assert value.name is not None
+    dims = [size or -1 for size in shape_of(value)[1:]]
+    entry: dict[str, Any] = {"name": value.name, "data_type": TYPES[value.dtype], "dims": dims or [1]}
+    return entry if dims else {**entry, "reshape": {"shape": []}}

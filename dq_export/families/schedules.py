@@ -15,7 +15,7 @@ from .reference import ModelError, Samplers
 
 KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "variance_type": None}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "euler": ("EulerDiscreteScheduler", {}),
 }
 """By the name in a request: diffusers' class, and what it needs beside the checkpoint's own configuration."""

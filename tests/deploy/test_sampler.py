@@ -180,6 +180,30 @@ def test_only_the_guilty_fail(start: Callable[..., Sampler], network: Network) -
     assert [1, 1, 1, 1, 1, 1, 1, 1] in filled  # alone in a full call, which no other caller's rows can join
 
 
+def test_a_call_that_others_rows_failed_is_repeated_once_for_all(network: Network) -> None:
+    """As when the server put somebody else's bad label into the same batch."""
+    struck = [True]
+
+    def denoise(*feed: Any) -> Any:
+        output = network(*feed)
+        if len(network.calls[-1]) == 2 and struck:
+            struck.pop()
+            raise DenoiserError("index out of range")
+        return output
+
+    network.open = False
+    sampler, jobs = Sampler(denoise, most_rows=8, most_jobs=8, lanes=1), [job(1, steps=9), job(2, steps=9)]
+    for item in jobs:
+        sampler.submit(item)
+    network.open = True
+    network.gate.release(50)
+    for item, label in zip(jobs, (1, 2), strict=True):
+        assert np.array_equal(client(item).wait().latents, alone(job(label, steps=9)))
+    sampler.close()
+    assert not struck
+    assert [call for call in network.calls if len(call) == 8] == [[1, 2, 1, 2, 1, 2, 1, 2]]
+
+
 def test_what_is_not_finite_fails_alone(start: Callable[..., Sampler]) -> None:
     sampler, bad, good = start(), job(1), job(2)
     bad.latents[0, 0, 0, 0] = np.nan

@@ -258,7 +258,12 @@ def verify(out: Folder) -> None:
     words = shlex.split(command)
     # Polygraphy has no __main__, and its script may not be on the PATH.
     start = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", start, *words[1:]], cwd=out, check=False)
+    done = subprocess.run([sys.executable, "-c", start, *words[1:]], cwd=out, stderr=subprocess.PIPE, text=True, check=False)
+    if "Traceback (most recent call last)" in done.stderr:
+        reason = done.stderr.strip().splitlines()[-1]
+        print(f"error: {out}: polygraphy cannot run the replay ({reason}); export again", file=sys.stderr)
+        raise typer.Exit(FAILED)
+    print(done.stderr, end="", file=sys.stderr)
     raise typer.Exit(PARITY if done.returncode else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dq_export.deploy.backend import Backend
 from dq_export.recording import HELD_OUT
 
 from .families.reference import Feed, Reference
-from .families.source import load_reference, locate
+from .families.source import load_reference
 from .front import draw_front
 from .kernel_times import time_choices
 from .ledger import claim, write_text
@@ -95,12 +96,12 @@ def explore(
         raise RecipeError(f"--strategy '{strategy}': expected {' or '.join(SEARCHES)}")
     watch = progress or Silent()
     watch.begin("load", recipe.model)
-    locate(recipe.model)
+    start = time.monotonic()
     backend = backend_of(recipe)
     reference = load_reference(recipe.model, watch.advance)
     base = resolve(recipe, (), reference, backend)
     space = space_of(reference, base, choices, backend.target if backend else None)
-    watch.end(0.0, f"{len(space.sites)} inputs, {len(space.choices)} choices", kept=False)
+    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices", kept=False)
     with claim(folder, base.dump(), overwrite=False):
         if max_latency is not None:
             space = _timed(space, reference, backend, watch)
@@ -115,6 +116,7 @@ def explore(
             sqnr=target_sqnr,
         )
         _require_possible(space, goal)
+        start = time.monotonic()
         watch.begin("search", f"{strategy}, {evaluations} evaluations of {pictures} pictures in {steps} steps")
 
         def told(done: int, total: int, best: Genome | None) -> None:
@@ -124,7 +126,7 @@ def explore(
         SEARCHES[strategy](search, np.random.default_rng(base.seed))
         best = search.best()
         assert best is not None
-        watch.end(0.0, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g}", kept=False)
+        watch.end(time.monotonic() - start, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g}", kept=False)
         fresh = _fresh(trials, folder)
         outcome = Outcome(
             recipe=base.model_copy(update={"rules": (*space.rules(best), *(base.rules or ()))}),
@@ -149,8 +151,8 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
     for rule in [rule for rule in space.choices if rule.weight is not None]:
         name = "-".join(str(part) for part in (rule.action, rule.granularity, rule.group_size))
         path = folder / "choices" / f"{name}.safetensors"
-        recipe = uniform(base, space, rule)
-        watch.begin("calibrate", name)
+        recipe, start = uniform(base, space, rule), time.monotonic()
+        watch.begin("calibrate", _label(rule))
         if path.exists():
             found[rule] = CalibrationResult.load(path)
             watch.end(0.0, "", kept=True)
@@ -163,18 +165,24 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
         result.save(partial)
         partial.rename(path)
         found[rule] = result
-        watch.end(0.0, f"{len(result.sites)} inputs", kept=False)
+        watch.end(time.monotonic() - start, f"{len(result.sites)} inputs", kept=False)
     return found
+
+
+def _label(rule: Rule) -> str:
+    """A choice in words: `w4a8 token 64`."""
+    return " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
 
 
 def _timed(space: Space, reference: Reference, backend: Backend | None, watch: Progress) -> Space:
     """The space with milliseconds of a call of batch 2."""
     if backend is None or not backend.runs:
         raise RecipeError("--max-latency times kernels, which needs a --format that runs on this machine")
+    start = time.monotonic()
     watch.begin("time", "kernels of every shape and choice")
     tokens = _rows(reference)
     known: dict[tuple[int, int], list[float]] = {}
-    time = np.full(space.allowed.shape, np.inf)
+    taken = np.full(space.allowed.shape, np.inf)
     for i, site in enumerate(space.sites):
         for name in space.linears[site]:
             weight = reference.weight(name)
@@ -182,11 +190,11 @@ def _timed(space: Space, reference: Reference, backend: Backend | None, watch: P
             if weight.shape not in known:
                 rules = [space.choices[j] for j in usable]
                 known[weight.shape] = time_choices(backend, weight, tokens[site], rules)
-            taken = np.asarray(known[weight.shape])
-            time[i, usable] = np.where(np.isinf(time[i, usable]), 0.0, time[i, usable]) + taken
+            before = np.where(np.isinf(taken[i, usable]), 0.0, taken[i, usable])
+            taken[i, usable] = before + np.asarray(known[weight.shape])
         watch.advance(i + 1, len(space.sites))
-    watch.end(0.0, f"{len(known)} shapes", kept=False)
-    return replace(space, time=time)
+    watch.end(time.monotonic() - start, f"{len(known)} shapes", kept=False)
+    return replace(space, time=taken)
 
 
 def _rows(reference: Reference) -> dict[str, int]:
@@ -232,14 +240,12 @@ def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str
     rows = []
     for rule in space.choices:
         genome = space.everywhere(rule)
-        name = " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
-        rows.append((name, space.bytes_of(genome) / MEGABYTE, space.milliseconds_of(genome), fresh.sqnr(genome)))
+        rows.append((_label(rule), space.bytes_of(genome) / MEGABYTE, space.milliseconds_of(genome), fresh.sqnr(genome)))
     return tuple(rows)
 
 
 def _write(outcome: Outcome, space: Space, folder: Path, *, unit: str) -> None:
     write_text(folder / WINNER, outcome.recipe.dump())
-    rules = [" ".join(str(p) for p in (r.action, r.granularity, r.group_size) if p not in (None, 0)) for r in space.choices]
     described = {
         "sqnr": outcome.sqnr,
         "held_back": outcome.held_back,
@@ -247,7 +253,7 @@ def _write(outcome: Outcome, space: Space, folder: Path, *, unit: str) -> None:
         "milliseconds": None if np.isnan(outcome.milliseconds) else outcome.milliseconds,
         "evaluations": outcome.evaluations,
         "unit": unit,
-        "choices": rules,
+        "choices": [_label(rule) for rule in space.choices],
         "sites": list(space.sites),
         "uniform": [{"choice": n, "megabytes": mb, "sqnr": db} for n, mb, _, db in outcome.uniform],
         "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],

@@ -312,6 +312,14 @@ def test_verify_is_status_4_when_the_activation_scales_are_wrong(
     assert "FAILED" in said
 
 
+def test_verify_of_a_damaged_graph_is_one_line(call: Call, copied: Path) -> None:
+    (copied / "model.onnx").write_bytes(b"no graph")
+    status, _, said = call("verify", copied)
+    assert status == 1
+    assert "polygraphy cannot run the replay" in said
+    assert "Traceback" not in said
+
+
 def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_folder: Path, copied: Path) -> None:
     before = contents(copied)
     for words in (("--seed", "7"), ("--format", "onnx"), ("--exclude", "to_q$")):

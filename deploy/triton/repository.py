@@ -54,9 +54,11 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         What the check of the finished repository says; a plan that is still to be built is no fault here.
 
     Raises:
-        BackendError: tritonclient is missing, or the repository would not load.
+        BackendError: tritonclient is missing, the engine takes no batch of two, or the repository would not load.
     """
     require_triton()
+    if served.most_rows < 2:
+        raise BackendError("--triton: a guided picture is two rows of a call, --max-shapes allows one; allow two or more")
     model = ir.load(served.model)
     shape = [int(size or 0) for size in shape_of(next(v for v in model.graph.inputs if v.name == "hidden_states"))[1:]]
     kind = "KIND_GPU" if served.backend == "tensorrt" else "KIND_CPU"

@@ -145,3 +145,11 @@ def test_without_the_client_library_the_pip_line_is_told(tiny_folder: Path, tmp_
     assert done.returncode == 1
     assert "pip install 'dq-export[triton]'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_for_one_row_cannot_draw_guided_pictures(tiny_folder: Path, tmp_path: Path) -> None:
+    shapes = "hidden_states:1x2x8x8,class_labels:1,timestep:1"
+    words = ("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
+    done = call(*words)
+    assert done.returncode == 1
+    assert "a guided picture is two rows of a call, --max-shapes allows one" in done.stderr

@@ -44,7 +44,13 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     """What the same request gives without a server: the graph in ONNX Runtime, one job alone."""
     seed = inputs.pop("seed")
     limits = Limits(
-        shape=(1, 16, 16), classes=10, max_images=8, num_inference_steps=SERVED_STEPS, guidance_scale=2.0, scheduler="ddim"
+        shape=(1, 16, 16),
+        classes=10,
+        max_images=8,
+        max_rows=16,
+        num_inference_steps=SERVED_STEPS,
+        guidance_scale=2.0,
+        scheduler="ddim",
     )
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
     job = limits.job({name: np.atleast_1d(value) for name, value in inputs.items()}, schedules, seed, Nobody())

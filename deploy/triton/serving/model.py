@@ -43,11 +43,12 @@ class TritonPythonModel:
                 shape=tuple(int(size) for size in shape[1:]),  # type: ignore[arg-type]
                 classes=int(given["classes"]),
                 max_images=int(given["max_images"]),
+                max_rows=int(given["max_rows"]),
                 num_inference_steps=int(given["num_inference_steps"]),
                 guidance_scale=float(given["guidance_scale"]),
                 scheduler=given["scheduler"],
             )
-            most_rows, most_jobs, lanes = (int(given[key]) for key in ("max_rows", "max_requests", "denoiser_calls"))
+            most_jobs, lanes = (int(given[key]) for key in ("max_requests", "denoiser_calls"))
         except (KeyError, ValueError) as error:
             raise pb_utils.TritonModelException(f"config.pbtxt of {args['model_name']}: parameters: {error!r}") from error
         folder = Path(args["model_repository"]) / args["model_version"]
@@ -56,8 +57,8 @@ class TritonPythonModel:
         self.shows = any(output["name"] == "images" for output in config["output"])
         self.denoiser, self.decoder = given["denoiser"], given["decoder"]
         self.answers = ThreadPoolExecutor(1)  # in order, and beside the sampling: a picture may take long to decode
-        self.sampler = Sampler(self._denoise, most_rows=most_rows, most_jobs=most_jobs, lanes=lanes)
-        pb_utils.Logger.log_info(f"{args['model_name']}: numpy {np.__version__}, calls of up to {most_rows} rows")
+        self.sampler = Sampler(self._denoise, most_rows=self.limits.max_rows, most_jobs=most_jobs, lanes=lanes)
+        pb_utils.Logger.log_info(f"{args['model_name']}: numpy {np.__version__}, calls of up to {self.limits.max_rows} rows")
 
     def execute(self, requests: list[Any]) -> None:
         """Hand the requests to the sampler; responses are sent when there are any, in both transaction policies."""

@@ -29,12 +29,13 @@ class Limits:
     Args:
         shape: (C, H, W) of one picture's latents.
         classes: labels are 0 to classes - 1; the null label is `classes`.
-        max_images: pictures of one request.
+        max_images: pictures of one request; `max_rows`: rows of one network call.
     """
 
     shape: tuple[int, int, int]
     classes: int
     max_images: int
+    max_rows: int
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
@@ -65,9 +66,12 @@ class Limits:
         except ScheduleError as error:
             raise BadRequestError(str(error)) from error
         latents = self._latents(inputs["latents"], len(labels)) if "latents" in inputs else self.noise(len(labels), seed)
-        return Job(
+        job = Job(
             client=client, steps=steps, latents=latents, labels=labels, null=self.classes, guidance=guidance, every=every
         )  # fmt: skip
+        if job.rows > self.max_rows:  # it would wait for ever
+            raise BadRequestError(f"class_labels: {job.rows} rows, a guided picture is two; expected {self.max_rows} at the most")
+        return job
 
     def noise(self, pictures: int, seed: int) -> Float32:
         """float32[pictures, C, H, W]; picture i is the same however many are asked for."""

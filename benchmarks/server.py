@@ -62,10 +62,6 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def live(self) -> bool:
-        """Whether it answers."""
-        return _answers(f"http://{self.http}/v2/health/live")
-
 
 @contextmanager
 def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -> Iterator[Server]:
@@ -79,7 +75,6 @@ def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -
     site = next((HOME / "venv" / "lib").glob("python3.*")) / "site-packages"
     backends = _backends(site, folder / "backends")
     http, grpc, metrics = _free_ports(3)
-    before = set(Path("/dev/shm").glob("triton_python_backend_shm_region_*"))
     log = folder / "server.log"
     command = [
         str(site / "pytriton" / "tritonserver" / "bin" / "tritonserver"), f"--model-repository={repository}",
@@ -105,7 +100,7 @@ def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            for left in set(Path("/dev/shm").glob(f"dq{os.getpid()}_{http}*")) - before:
+            for left in Path("/dev/shm").glob(f"dq{os.getpid()}_{http}*"):
                 left.unlink(missing_ok=True)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import server
+from serving_requests import ask, memory, tensors
 
 STEPS = (10, 20, 30, 50)
 CLIENTS = 32
@@ -59,14 +60,8 @@ class Asker:
     def ask(self, model: str, index: int) -> None:
         """Send one request; its answer goes to `answers`."""
         start = time.monotonic()
-        given = {"class_labels": np.array([index % 10]), "seed": np.array([index], dtype=np.uint64)}
-        given |= {"num_inference_steps": np.array([STEPS[index % len(STEPS)]], dtype=np.int32)}
-        given |= {"guidance_scale": np.array([self.guidance], dtype=np.float32)}
-        kinds = {"int64": "INT64", "uint64": "UINT64", "int32": "INT32", "float32": "FP32"}
-        inputs = []
-        for name, value in given.items():
-            inputs.append(self.grpc.InferInput(name, list(value.shape), kinds[value.dtype.name]))
-            inputs[-1].set_data_from_numpy(value)
+        steps = STEPS[index % len(STEPS)]
+        inputs = tensors(class_labels=index % 10, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
             if error:
@@ -128,11 +123,8 @@ def single(repository: Path, rows: int) -> None:
 
 def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
     """MB of the server's processes before and after; each request must fail, and good ones go on meanwhile."""
-    from tritonclient.utils import InferenceServerException
-
-    sys.path.insert(0, str(server.ROOT / "tests" / "serving"))
     import tritonclient.grpc as grpc
-    from serving_requests import ask, memory
+    from tritonclient.utils import InferenceServerException
 
     client = grpc.InferenceServerClient(running.grpc)
     bad: tuple[dict[str, Any], ...] = (
@@ -140,12 +132,12 @@ def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
         {"class_labels": [1], "num_inference_steps": 0}, {"class_labels": [1], "num_inference_steps": 100_000},
         {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)},
     )  # fmt: skip
-    stop, good = threading.Event(), [0]
+    stop, good = threading.Event(), []
 
     def go_on() -> None:
         exact = ask(client, class_labels=[5], seed=5)["latents"]
         while not stop.is_set():
-            good[0] += np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact)
+            good.append(np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact))
 
     def refuse(number: int) -> None:
         for index in range(number):
@@ -163,7 +155,9 @@ def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
     after = memory(running.process.pid)
     stop.set()
     thread.join()
-    print(f"{count} bad requests, each refused; {good[0]} good ones meanwhile, all with the bytes of one alone")
+    if not all(good):
+        raise SystemExit(f"{good.count(False)} of {len(good)} good requests got other bytes than alone")
+    print(f"{count} bad requests, each refused; {len(good)} good ones meanwhile, all with the bytes of one alone")
     return before, after
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dq_export.calibration.recipe import Recipe
 from dq_export.calibration.scales import TimestepBins
 from dq_export.deploy.backend import Backend, Engine, Feed
 from dq_export.deploy.ort import ORT
 from dq_export.deploy.parity import CallParity, compare_calls, difference, save_command, worst
+from dq_export.deploy.triton.serving.model import images_of
 
 from .families.reference import Float32, Reference
 from .recording import Recording, draw, feed_of
@@ -91,8 +91,8 @@ def save_pictures(path: Path, rows: list[Float32]) -> bool:
 
     if rows[0].shape[1] not in (1, 3):
         return False
-    framed = [np.pad(_bytes_of(row), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=96) for row in rows]
-    grid = np.concatenate([np.concatenate(list(row), axis=2) for row in framed], axis=1).transpose(1, 2, 0)
+    framed = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in framed])
     factor = max(1, 64 // rows[0].shape[-1])
     large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")
@@ -106,11 +106,6 @@ def _counted(engine: Engine, recipe: Recipe, count: Callable[[], None]) -> Calla
         return output
 
     return call
-
-
-def _bytes_of(row: Float32) -> npt.NDArray[np.uint8]:
-    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(row * 127.5 + 127.5), 0, 255).astype(np.uint8)
-    return pixels
 
 
 def _trajectory(stage: str, exact: Float32, found: Float32) -> TrajectoryReport:

@@ -43,6 +43,19 @@ UNSERVED = [stage for stage in STAGES if stage != "triton"]
 """The stages of an export without a repository."""
 
 
+class Nobody:
+    """A client of a sampler that listens to nothing."""
+
+    def preview(self, step: int, latents: Any) -> None: ...
+
+    def done(self, latents: Any) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+    def gone(self) -> bool:
+        return False
+
+
 def save_tiny(folder: Path, **changes: Any) -> Path:
     """A DiT of 2 blocks and width 32 with seeded random weights, as a diffusers pipeline folder."""
     import torch

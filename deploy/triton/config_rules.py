@@ -6,17 +6,15 @@ import math
 import re
 from collections.abc import Iterator
 
-from .model_folder import FILES, Fault, Model
+from .model_folder import FILES, Fault, Model, type_of
 
 NUMBERS = {
     "onnxruntime": ("intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern",
                     "memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers"),
     "tensorrt": ("execution_context_allocation_strategy",),
-    "python": ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"),
 }  # fmt: skip
-"""The keys of `parameters` that each backend reads; it ignores all others without a word."""
-TEXTS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "execution_context_allocation_strategy",
-         "memory.enable_memory_arena_shrinkage")  # fmt: skip
+"""The keys of `parameters` that these backends read; they ignore all others without a word. A program's keys are its own."""
+TEXTS = ("execution_context_allocation_strategy", "memory.enable_memory_arena_shrinkage")
 """Those whose values are no whole numbers."""
 ACCELERATORS = {"gpu_execution_accelerator": ("tensorrt", "cuda"), "cpu_execution_accelerator": ("openvino",)}
 
@@ -74,7 +72,7 @@ def batching(model: Model) -> Iterator[Fault]:
         if item.HasField("reshape") and math.prod(item.dims) != math.prod(item.reshape.shape):
             told = f"reshape of '{item.name}': {list(item.dims)} and {list(item.reshape.shape)} differ in elements"
             yield model.fault(told, "correct one of them")
-        if item.data_type == item.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name["TYPE_BF16"].number:
+        if type_of(item) == "TYPE_BF16":
             yield model.warning(f"'{item.name}' is TYPE_BF16, which servers before 26.03 refuse", "TYPE_FP16 or TYPE_FP32")
 
 
@@ -91,11 +89,11 @@ def parameters(model: Model) -> Iterator[Fault]:
         text = value.string_value
         if key == "EXECUTION_ENV_PATH" and "$$TRITON_MODEL_DIRECTORY" not in text:
             yield model.warning(f"parameters: {key} '{text}' is of this machine", "$$TRITON_MODEL_DIRECTORY/…")
-        if model.backend == "python" and model.config.parameters.get("denoiser"):
-            continue  # our own pipeline reads its own: see `sampling`
-        if known is not None and model.backend != "python" and key not in known:
+        if known is None:
+            continue
+        if key not in known:
             yield model.warning(f"parameters: backend {model.backend} ignores '{key}'", f"expected {', '.join(known)}")
-        elif known is not None and key in known and key not in TEXTS and not re.fullmatch(r"-?\d+", text):
+        elif key not in TEXTS and not re.fullmatch(r"-?\d+", text):
             yield model.fault(f"parameters: {key} '{text}' is no whole number", "write one, as a string")
 
 

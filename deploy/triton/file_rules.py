@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .model_folder import Fault, Model
+from .model_folder import Fault, Model, type_of
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib")
 ONNX_TYPES = {
@@ -108,7 +108,7 @@ def _signature(model: Model, kind: str, values: Mapping[str, Any]) -> Iterator[F
             continue
         value = values[item.name]
         wanted = ONNX_TYPES.get(value.elem_type, "none that Triton has")
-        found = item.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[item.data_type].name
+        found = type_of(item)
         if found != wanted:
             yield model.fault(f"{kind} '{item.name}' is {found}, in the graph {wanted}", f"write {wanted}")
         yield from _shape(model, kind, item, [dim.dim_value or -1 for dim in value.shape.dim])

@@ -11,6 +11,11 @@ FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model
 PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt", "ensemble": "ensemble"}
 
 
+def type_of(entry: Any) -> str:
+    """The name of a config entry's element type, such as `TYPE_FP32`."""
+    return str(entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[entry.data_type].name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """One thing that is wrong.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Nobody
 
 from dq_export.deploy.triton.serving.request import SAFE_SEED, BadRequestError, Limits, seed_of
 from dq_export.deploy.triton.serving.sampler import Job
@@ -13,19 +14,6 @@ from dq_export.deploy.triton.serving.schedules import COLUMNS, Schedules
 
 LIMITS = Limits(shape=(2, 4, 4), classes=5, max_images=4, max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
 SCHEDULES = Schedules({name: np.full((10, len(COLUMNS)), 0.5) for name in ("one", "other")})
-
-
-class Nobody:
-    """Hears nothing."""
-
-    def preview(self, step: int, latents: Any) -> None: ...
-
-    def done(self, latents: Any) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
-
-    def gone(self) -> bool:
-        return False
 
 
 def job(seed: int = 1, **inputs: Any) -> Job:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save_tiny
+from conftest import Nobody, save_tiny
 
 from dq_export.deploy.triton.serving.sampler import Job
 from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
@@ -17,7 +17,7 @@ from dq_export.families.schedules import KINDS, CurvedError, probe, table_of, ta
 from dq_export.families.source import load_reference
 
 
-class Watcher:
+class Watcher(Nobody):
     """A client that keeps its previews."""
 
     def __init__(self) -> None:
@@ -25,13 +25,6 @@ class Watcher:
 
     def preview(self, step: int, latents: Any) -> None:
         self.seen[step] = latents
-
-    def done(self, latents: Any) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
-
-    def gone(self) -> bool:
-        return False
 
 
 def made(kind: str, **changes: Any) -> Any:

@@ -18,26 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import server
-from conftest import SERVED_STEPS, sqnr
+from conftest import SERVED_STEPS, Nobody, sqnr
 from serving_requests import ask, memory, tensors
 
 from dq_export.deploy.ort import ORT
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
 from dq_export.families.source import load_reference
-
-
-class Nobody:
-    """A client for a job that is sampled here."""
-
-    def preview(self, step: int, latents: Any) -> None: ...
-
-    def done(self, latents: Any) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
-
-    def gone(self) -> bool:
-        return False
 
 
 def drawn_here(exported: Path, **inputs: Any) -> Any:

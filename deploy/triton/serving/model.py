@@ -65,8 +65,8 @@ class TritonPythonModel:
         for request in requests:
             shown = self.shows and "images" in request.requested_output_names()
             images = (self._decode if self.decoder else images_of) if shown else None
-            caller = Caller(request.get_response_sender(), images=images, streams=self.decoupled, answers=self.answers)
-            caller.drops = shown and bool(self.decoder)
+            sender, slow = request.get_response_sender(), shown and bool(self.decoder)
+            caller = Caller(sender, images=images, streams=self.decoupled, answers=self.answers, slow=slow)
             try:
                 inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 caller.seed = seed_of(inputs)
@@ -94,16 +94,16 @@ class Caller:
         images: makes uint8[n, H, W, C] of latents; None where the request does not want any.
         streams: whether several responses may be sent.
         answers: the thread that sends them, in order.
+        slow: whether `images` may hold that thread for long.
     """
 
-    def __init__(self, sender: Any, *, images: Paint | None, streams: bool, answers: Executor) -> None:
-        self.sender, self.images, self.streams, self.answers = sender, images, streams, answers
-        self.seed, self.ended = 0, False
-        self.drops, self.behind = False, False
+    def __init__(self, sender: Any, *, images: Paint | None, streams: bool, answers: Executor, slow: bool) -> None:
+        self.sender, self.images, self.streams, self.answers, self.slow = sender, images, streams, answers, slow
+        self.seed, self.ended, self.behind = 0, False, False
 
     def preview(self, step: int, latents: Float32) -> None:
         """See `Client`. Left out while the one before is still being decoded: others' pictures wait for the same thread."""
-        if not (self.drops and self.behind):
+        if not (self.slow and self.behind):
             self.behind = True
             self._later(self._send, latents, step)
 

@@ -24,10 +24,10 @@ class ScheduleError(ValueError):
 class Step:
     """One step of a sampler that is linear in what it has seen, two steps deep.
 
-    With latents x and the network's output e, which was called with `input` * x at `timestep`:
+    With latents X and the output E of the network, which is called with `input` * X at `timestep`, and X', E' of the step before:
 
-        next x = x * x_ + e * e_ + x before * x_before + e before * e_before
-        predicted picture = clean_x * x + clean_e * e
+        next X = x * X + e * E + x_before * X' + e_before * E'
+        predicted picture = clean_x * X + clean_e * E
 
     Args:
         timestep: what the network receives.

@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .artifacts import SitePlan
+from .denoiser import Denoiser
 
 Float32 = npt.NDArray[np.float32]
+TEMPORARIES = 5
+"""Arrays of a weight's size that are made of it, at most."""
 
 
 def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
@@ -29,6 +32,11 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
             for start, stop in (site.shift_rows, site.scale_rows):
                 weight[start:stop] /= plan.in_scale[:, None]
     return weight
+
+
+def work_bytes(denoiser: Denoiser) -> int:
+    """Bytes that work on one linear's folded weight takes at most: the widest weight's, with its temporaries."""
+    return TEMPORARIES * max(denoiser.weight(name).nbytes for name in denoiser.linears)
 
 
 def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:

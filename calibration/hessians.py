@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,12 +14,14 @@ from .denoiser import Denoiser
 from .group import ALONE, ProcessGroup
 
 Float32 = npt.NDArray[np.float32]
-IN_MEMORY = 1 << 30
-"""Bytes of sums that are held at once; with more the same pictures are sampled again."""
+SPACE = 1 << 30
+"""Bytes of sums that are held at once, where nobody says otherwise."""
 ROWS = 256
 """At most so many rows of a site count at each network call, evenly spaced."""
 HEADROOM = 2.0**61
 """What the sum of all calls may reach of int64."""
+TILE = 64
+"""Rows of a sum that are added at once: few enough to stay in a core's cache."""
 
 
 def stream_hessians(
@@ -28,24 +31,32 @@ def stream_hessians(
     timesteps: Sequence[float],
     sampling: Sampling,
     progress: Progress,
+    space: int,
     group: ProcessGroup = ALONE,
+    *,
+    diagonal: bool = False,
 ) -> Iterator[dict[str, Float32]]:
     """float32[K, K] by site: the mean of x x^T over the rows of x = the plan's quantized input. A few sites at a time.
 
-    A further run over the same pictures for as many sites as fit in IN_MEMORY. Each call's sum is rounded to a whole
+    A further run over the same pictures for as many sites as fit in `space`. Each call's sum is rounded to a whole
     multiple of 2^-61 of the most that all of them can reach, so the total does not depend on the order of the calls, nor
     on which process made them.
 
     Args:
         reach: max |x| of each.
         timesteps: the distinct ones of a trajectory, in order.
+        space: bytes of sums that are held at once; one site at the least.
+        diagonal: only the mean of x^2, float32[K].
     """
     units = {name: HEADROOM / (sampling.calls * ROWS * reach[name] ** 2) for name in plans}
-    for names in _batches({name: len(plan.in_scale) for name, plan in plans.items()}):
-        yield _sum({name: plans[name] for name in names}, units, denoiser, timesteps, sampling, progress, group)
+    shapes = {name: (len(plan.in_scale),) * (1 if diagonal else 2) for name, plan in plans.items()}
+    for names in _batches(shapes, space):
+        sums = {name: np.zeros(shapes[name], dtype=np.int64) for name in names}
+        yield _fill(sums, plans, units, denoiser, timesteps, sampling, progress, group)
 
 
-def _sum(
+def _fill(
+    sums: dict[str, npt.NDArray[np.int64]],
     plans: Mapping[str, SitePlan],
     units: Mapping[str, float],
     denoiser: Denoiser,
@@ -54,34 +65,56 @@ def _sum(
     progress: Progress,
     group: ProcessGroup,
 ) -> dict[str, Float32]:
-    sums = {name: np.zeros((len(plan.in_scale),) * 2, dtype=np.int64) for name, plan in plans.items()}
-    rows = dict.fromkeys(plans, 0)
+    names = list(sums)
+    rows = dict.fromkeys(names, 0)
 
     def collect(record: int, name: str, value: Float32) -> None:
-        if name not in plans:
+        if name not in sums:
             return
         chosen = value[:: -(-len(value) // ROWS)]
         quantized = plans[name].quantized(chosen, timesteps[record])
-        product = (quantized.T @ quantized).astype(np.float64)
-        sums[name] += np.rint(product * units[name]).astype(np.int64)
+        if sums[name].ndim == 1:
+            sums[name] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
+        else:
+            _add(sums[name], quantized.T @ quantized, units[name])
         rows[name] += len(chosen)
 
     watch_calls(denoiser, sampling, collect, progress, group)
     found = {}
-    for name in plans:
-        total, count = group.total(sums[name]).astype(np.float64), int(group.total(np.asarray([rows[name]]))[0])
-        found[name] = (total / (units[name] * count)).astype(np.float32)
+    for name in names:
+        total = group.total(sums.pop(name)).astype(np.int64, copy=False)
+        count = int(group.total(np.asarray([rows[name]]))[0])
+        unit = 1 / (units[name] * count)
+        found[name] = (total * unit).astype(np.float32) if total.ndim == 1 else _symmetric(total, unit)
     return found
 
 
-def _batches(widths: Mapping[str, int]) -> list[list[str]]:
+def _add(total: npt.NDArray[np.int64], product: Float32, unit: float) -> None:
+    """Add the upper triangle of a symmetric product to the whole multiples of 1 / unit, a tile at a time, in place."""
+    for start in range(0, len(total), TILE):
+        rows = slice(start, start + TILE)
+        scaled = np.multiply(product[rows, start:], unit, dtype=np.float64)
+        total[rows, start:] += np.rint(scaled, out=scaled).astype(np.int64)
+
+
+def _symmetric(total: npt.NDArray[np.int64], unit: float) -> Float32:
+    """float32[K, K], from the upper triangle of whole multiples of `unit`."""
+    whole = np.empty(total.shape, dtype=np.float32)
+    for start in range(0, len(total), TILE):
+        rows = slice(start, start + TILE)
+        whole[rows, start:] = total[rows, start:] * unit
+        whole[start:, rows] = whole[rows, start:].T
+    return whole
+
+
+def _batches(shapes: Mapping[str, tuple[int, ...]], space: int) -> list[list[str]]:
     """Names in order, as many together as fit in memory."""
     batches: list[list[str]] = []
-    size = IN_MEMORY + 1
-    for name, width in widths.items():
-        size += 8 * width**2
-        if size > IN_MEMORY:
+    size = space + 1
+    for name, shape in shapes.items():
+        size += 8 * math.prod(shape)
+        if size > space:
             batches.append([])
-            size = 8 * width**2
+            size = 8 * math.prod(shape)
         batches[-1].append(name)
     return batches

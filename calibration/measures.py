@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .artifacts import CalibrationResult, SitePlan
 from .collect import Progress, SiteStatistics, Statistics
 from .denoiser import Denoiser
-from .folding import folded_weight, touching_plans
+from .folding import folded_weight, touching_plans, work_bytes
 from .parallel import parallel
 from .qtypes import FP8
 from .recipe import Rule
@@ -46,7 +46,8 @@ def mean_errors(
             found[name] = (weight @ exact - result.rounded(name, weight, qtype) @ rounded).astype(np.float32)
         return found
 
-    return {name: item for found in parallel(measure, list(result.sites.values()), progress) for name, item in found.items()}
+    plans = list(result.sites.values())
+    return {name: item for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in found.items()}
 
 
 def sqnr_by_timestep(
@@ -81,7 +82,7 @@ def sqnr_by_timestep(
         return found
 
     plans = list(result.sites.values())
-    return {name: value for found in parallel(measure, plans, progress) for name, value in found.items()}
+    return {name: value for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, value in found.items()}
 
 
 def reach_of(
@@ -100,7 +101,7 @@ def reach_of(
         return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
 
     plans = list(result.sites.values())
-    return {name: item for found in parallel(measure, plans, progress) for name, item in found.items()}
+    return {name: item for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in found.items()}
 
 
 def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
@@ -137,7 +138,7 @@ def attention_scales(
             result = (result - value[name].in_shift) / value[name].in_scale
         return float(f"{MARGIN * float(np.abs(result).max()) / FP8.qmax:.6g}")
 
-    return dict(zip([name for _, name in names], parallel(measure, names, progress), strict=True))
+    return dict(zip([name for _, name in names], parallel(measure, names, progress, work_bytes(denoiser)), strict=True))
 
 
 def _site_of(plans: Mapping[str, SitePlan], linear: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Work on every item of a calibration, on as many threads as there are cores."""
+"""Work on every item of a calibration, on as many threads as there are cores and memory for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def parallel(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> list[Result]:
+SPACE = 1 << 29
+"""Bytes that all threads together may take."""
+
+
+def parallel(
+    work: Callable[[Item], Result], items: Sequence[Item], progress: Progress, each: int, space: int = SPACE
+) -> list[Result]:
     """`work` of every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock.
 
     Each multiplies its matrices on its own thread: threads of the BLAS beside ours took three times as long.
+
+    Args:
+        each: bytes that an item takes while it is worked on.
+        space: bytes that all of them may take: so many cores are used as that allows, one at the least.
     """
     results = []
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    threads = max(1, min(os.cpu_count() or 1, space // max(each, 1)))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
         for result in pool.map(work, items):
             results.append(result)
             progress(len(results), len(items))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -14,20 +14,18 @@ from .artifacts import CalibrationError, CalibrationResult, SitePlan
 from .bins import build_table
 from .collect import Progress, Sampling, SiteStatistics, Statistics, collect_histograms, collect_ranges
 from .denoiser import Denoiser, InputSite
-from .folding import folded_weight, touching_plans
-from .grid import WeightGrid
+from .folding import work_bytes
 from .group import ALONE, ProcessGroup
-from .hessians import stream_hessians
+from .hessians import SPACE, stream_hessians
 from .measures import attention_scales, mean_errors, reach_of, sqnr_by_timestep
 from .parallel import parallel
 from .plugin import UNCHANGED, WeightPlugin
-from .qtypes import FP8
 from .ranges import METHODS
 from .recipe import Bits, Recipe, Rule
-from .rounding import ROUNDINGS
 from .scales import ScaleTable, TokenScale
 from .scaling import Scaling, choose_scaling
 from .simulation import Simulation
+from .weights import round_weights
 
 Float32 = npt.NDArray[np.float32]
 NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
@@ -43,6 +41,7 @@ def calibrate(
     folder: Path,
     group: ProcessGroup = ALONE,
     plugin: WeightPlugin = UNCHANGED,
+    space: int = SPACE,
 ) -> CalibrationResult | None:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
@@ -54,6 +53,8 @@ def calibrate(
         group: the processes that share the sampling. The first gets the result, bit for bit that of one process alone;
             the others get None.
         plugin: the user's own weights and Hessians.
+        space: bytes of second moments and of rounding by them, see `stream_hessians`; more of it saves runs over the
+            pictures.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
@@ -65,7 +66,7 @@ def calibrate(
     if not sites:  # only weights are quantized, which the first process does alone
         if group.rank > 0:
             return None
-        return _round(denoiser, recipe, {}, assigned, {}, provenance, progress, plugin)
+        return round_weights(denoiser, recipe, {}, assigned, (), provenance, progress, plugin, space)
     names = tuple(site.name for site in sites)
     statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
     if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
@@ -76,18 +77,20 @@ def calibrate(
         scaling = _choose(site, item, denoiser, recipe, assigned, rules[site.name])
         return scaling, item.amax(scaling.in_scale, scaling.in_shift)
 
-    decided = dict(zip(names, parallel(decide, sites, progress), strict=True))
+    decided = dict(zip(names, parallel(decide, sites, progress, work_bytes(denoiser)), strict=True))
     amax = {name: limit for name, (_, limit) in decided.items()}
     _refuse_constant(amax)
     plans = _plans(sites, rules, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
-    hessians: dict[str, Float32] = {}
+    hessians: Iterable[dict[str, Float32]] = ()
     if recipe.rounding != "rtn":
-        reach = {name: float(limit.max()) for name, limit in amax.items()}
-        for part in stream_hessians(denoiser, plans, reach, statistics.timesteps.tolist(), sampling, progress, group):
-            hessians |= part
+        reach, order = {name: float(limit.max()) for name, limit in amax.items()}, statistics.timesteps.tolist()
+        diagonal = recipe.rounding == "mse" and plugin is UNCHANGED
+        hessians = stream_hessians(denoiser, plans, reach, order, sampling, progress, space, group, diagonal=diagonal)
     if group.rank > 0:
+        for part in hessians:
+            part.clear()
         return None
-    result = _round(denoiser, recipe, plans, assigned, hessians, provenance, progress, plugin)
+    result = round_weights(denoiser, recipe, plans, assigned, hessians, provenance, progress, plugin, space)
     if recipe.calibration == "progressive":
         with Simulation.of(denoiser, result, assigned).on(denoiser):
             statistics = collect_ranges(denoiser, names, sampling, progress, folder / "progressive")
@@ -178,57 +181,6 @@ def _activation(
         return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
     scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)
     return build_table(timesteps, scale, recipe.bins, qtype)
-
-
-def _round(
-    denoiser: Denoiser,
-    recipe: Recipe,
-    plans: Mapping[str, SitePlan],
-    assigned: Mapping[str, Rule],
-    hessians: Mapping[str, Float32],
-    provenance: Mapping[str, str],
-    progress: Progress,
-    plugin: WeightPlugin,
-) -> CalibrationResult:
-    """Grids and codes of every quantized weight as it will be once all scalings are folded in.
-
-    Raises:
-        CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
-    """
-    names = [name for name, rule in assigned.items() if rule.weight]
-    touching = touching_plans(plans)
-    site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
-
-    def measure(name: str) -> tuple[WeightGrid, Float32 | None] | str:
-        weight = folded_weight(plugin.prepare(name, denoiser.weight(name)), name, touching.get(name, ()))
-        site = site_of.get(name, "")
-        in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
-        hessian = plugin.hessian(name, hessians.get(site), in_scale)
-        try:
-            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name], hessian)
-            # The graph holds the checkpoint's weights: codes of any others are kept.
-            return grid, grid.codes(weight) if codes is None and plugin is not UNCHANGED else codes
-        except ValueError as error:
-            return f"'{name}': {error}"
-
-    found = dict(zip(names, parallel(measure, names, progress), strict=True))
-    wrong = [item for item in found.values() if isinstance(item, str)]
-    if wrong:
-        raise CalibrationError("\n".join(wrong))
-    made = {name: item for name, item in found.items() if not isinstance(item, str)}
-    return CalibrationResult(
-        sites=plans,
-        weight_scale={name: grid.scale for name, (grid, _) in made.items()},
-        multiplier={name: grid.multiplier for name, (grid, _) in made.items() if grid.multiplier is not None},
-        codes={name: _stored(codes, assigned[name]) for name, (_, codes) in made.items() if codes is not None},
-        provenance=provenance,
-    )
-
-
-def _stored(codes: Float32, rule: Rule) -> npt.NDArray[np.int8]:
-    if rule.weight == FP8:
-        raise CalibrationError(f"{rule.action} keeps no codes of its own; take rounding rtn, and no plug-in")
-    return codes.astype(np.int8)
 
 
 def _refuse_constant(amax: Mapping[str, Float32]) -> None:

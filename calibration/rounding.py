@@ -16,6 +16,8 @@ DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
 COLUMNS = 128
 """Columns between two updates of all columns behind them."""
+LEAF = 64
+"""Columns of a triangle that are inverted at once."""
 
 
 def rtn(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
@@ -24,8 +26,8 @@ def rtn(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGri
 
 
 def mse(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
-    """The grid of least error, inputs counted by their mean square; codes to nearest."""
-    return fit(weight, rule, None if hessian is None else np.diagonal(hessian).copy()), None
+    """The grid of least error, inputs counted by their mean square, the Hessian's diagonal or all of it; codes to nearest."""
+    return fit(weight, rule, hessian if hessian is None or hessian.ndim == 1 else np.diagonal(hessian).copy()), None
 
 
 def gptq(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
@@ -61,28 +63,45 @@ def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
         raise ValueError(f"expected a finite Hessian [{width}, {width}], found {list(hessian.shape)}")
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     upper = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
-    left = np.where(np.diagonal(hessian) > 0, weight, 0.0)[:, order].astype(np.float32)
-    steps = np.broadcast_to(grid.steps(width), weight.shape)[:, order]
+    # Channels lie in rows from here on: each is read whole.
+    left = np.where(np.diagonal(hessian) > 0, weight, 0.0).T[order].astype(np.float32)
+    steps = np.broadcast_to(grid.steps(width), weight.shape).T[order]
     codes = np.empty_like(left)
     for start in range(0, width, COLUMNS):
         stop = min(start + COLUMNS, width)
-        errors = np.empty((len(weight), stop - start), dtype=np.float32)
+        errors = np.empty((stop - start, len(weight)), dtype=np.float32)
         for column in range(start, stop):
-            value, step = left[:, column], steps[:, column]
-            codes[:, column] = grid.qtype.round(value / step)
-            error = (value - codes[:, column] * step) / upper[column, column]
-            left[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
-            errors[:, column - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    found = np.empty_like(codes)
-    found[:, order] = codes
+            value, step = left[column], steps[column]
+            codes[column] = grid.qtype.round(value / step)
+            errors[column - start] = error = (value - codes[column] * step) / upper[column, column]
+            left[column + 1 : stop] -= np.outer(upper[column, column + 1 : stop], error)
+        left[stop:] -= upper[start:stop, stop:].T @ errors
+    found = np.empty_like(weight)
+    found[:, order] = codes.T
     return found
 
 
 def _inverse_factor(hessian: Float64) -> Float32:
-    """Upper Cholesky factor of the damped Hessian's inverse."""
-    diagonal = np.diagonal(hessian).copy()
-    mean = diagonal.mean() or 1.0
-    damped = hessian + np.diag(np.where(diagonal > 0, DAMPING * mean, mean))
-    factor: Float32 = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    return factor
+    """Upper Cholesky factor U of the damped Hessian's inverse, U^T U; overwrites the Hessian.
+
+    H = R R^T with R upper triangular is the Cholesky factorization of H read backwards, and U = R^-1: a quarter of the
+    work of inverting H and factorizing that.
+    """
+    diagonal = np.einsum("ii->i", hessian)
+    mean = float(diagonal.mean()) or 1.0
+    diagonal += np.where(diagonal > 0, DAMPING * mean, mean)
+    factor = np.linalg.cholesky(hessian[::-1, ::-1]).astype(np.float64, copy=False)[::-1, ::-1]
+    _invert_upper(factor)
+    return factor.astype(np.float32)
+
+
+def _invert_upper(matrix: Float64) -> None:
+    """The inverse of an upper triangular matrix, in place: [[A, B], [0, C]] -> [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    half = len(matrix) // 2
+    if len(matrix) <= LEAF:
+        matrix[:] = np.linalg.inv(matrix)
+        return
+    first, last = matrix[:half, :half], matrix[half:, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    matrix[:half, half:] = -first @ matrix[:half, half:] @ last

@@ -96,8 +96,8 @@ class Backend(Protocol):
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
 
-    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
-        """Build `model` into `folder`.
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
+        """Build `model` into `folder`; returns what its user should know about the engine, mostly nothing.
 
         Raises:
             BackendError: the runtime is missing or refuses the graph.

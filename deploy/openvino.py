@@ -1,4 +1,7 @@
-"""OpenVINO on the CPU, as an execution provider of ONNX Runtime (plugin onnxruntime-ep-openvino)."""
+"""OpenVINO on the CPU: as an execution provider of ONNX Runtime (plugin onnxruntime-ep-openvino), or by itself.
+
+The plugin takes Intel processors only. OpenVINO has integer kernels for others, too, so there its own runtime runs the graph.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Feed
+from .backend import BackendError, Engine, Feed
 from .lowerings import Target
+from .openvino_engine import INSTALL, load_engine, openvino
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
 KERNELS = "kernels.json"
 INTEGER = ("i8", "u8")
-INSTALL = "pip install 'dq-export[cpu,openvino]', needed for --provider openvino"
+ALONE = "by OpenVINO's own runtime: ONNX Runtime's plugin takes Intel processors only"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class OpenVino:
 
     def require(self) -> None:
         """See `Backend.require`."""
-        _openvino()
+        openvino()
         _devices(onnxruntime())
 
     def shared_timesteps(self, wanted: str) -> bool:
@@ -72,37 +76,42 @@ class OpenVino:
         """See `Backend.portable`."""
         return model
 
-    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
-        """Create the session once, and write what OpenVINO compiles the graph to.
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
+        """Load the graph once, and write what OpenVINO compiles it to.
 
         Raises:
             BackendError: a library is missing, or OpenVINO refuses the graph.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        session = self.load(model).session
+        engine = self.load(model)
+        providers = engine.session.get_providers() if isinstance(engine, OrtEngine) else []
         kernels = _compiled(model, self._config)
         described = {
             "onnxruntime": onnxruntime().__version__,
             "openvino": kernels.pop("version"),
             "dtype": self.dtype,
-            "providers": session.get_providers(),
+            "providers": providers,
             "model": model.name,
         }
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / KERNELS).write_text(json.dumps(kernels, indent=0, sort_keys=True) + "\n")
+        return "" if providers else ALONE
 
-    def load(self, model: Path, *, batch: int | None = None) -> OrtEngine:
+    def load(self, model: Path, *, batch: int | None = None) -> Engine:
         """See `Backend.load`.
 
         Raises:
             BackendError: the plugin is missing, or OpenVINO does not take the graph.
         """
         ort = onnxruntime()
+        devices = _devices(ort)
+        if not devices:
+            return load_engine(model, self._config, batch)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if batch is not None:
             options.add_free_dimension_override_by_name("batch", batch)
-        options.add_provider_for_devices(_devices(ort), {"load_config": json.dumps({"CPU": self._config})})
+        options.add_provider_for_devices(devices, {"load_config": json.dumps({"CPU": self._config})})
         try:
             session = ort.InferenceSession(str(model), options)
         except session_errors() as error:
@@ -113,11 +122,7 @@ class OpenVino:
 
     def profile(self, model: Path, feed: Feed) -> dict[str, float]:
         """See `Backend.profile`. From OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
-        openvino = _openvino()
-        core = openvino.Core()
-        network = core.read_model(model)
-        network.reshape({name: list(value.shape) for name, value in feed.items()})
-        request = core.compile_model(network, "CPU", {**self._config, "PERF_COUNT": True}).create_infer_request()
+        request = load_engine(model, {**self._config, "PERF_COUNT": True}, len(feed["hidden_states"])).request
         for _ in range(3):
             request.infer(dict(feed))
         spent: dict[str, float] = {}
@@ -138,16 +143,14 @@ class OpenVino:
 
 
 def _devices(ort: Any) -> list[Any]:
+    """The processor, where the plugin takes it."""
     try:
         import onnxruntime_ep_openvino as plugin
     except ModuleNotFoundError as error:
         raise BackendError(f"onnxruntime-ep-openvino is not installed; {INSTALL}") from error
     _register(ort, plugin.get_library_path())
     found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
-    devices = [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
-    if not devices:
-        raise BackendError("OpenVINO's plugin takes Intel processors only, and this is none; pass --provider cpu")
-    return devices
+    return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
 
 
 @cache
@@ -155,20 +158,12 @@ def _register(ort: Any, library: str) -> None:
     ort.register_execution_provider_library("openvino", library)
 
 
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise BackendError(f"openvino is not installed; {INSTALL}") from error
-    return openvino
-
-
 def _compiled(model: Path, config: Mapping[str, str]) -> dict[str, Any]:
     """Node name -> [layer type, precision] of the kernel that runs it, and `version`."""
-    openvino = _openvino()
-    core = openvino.Core()
+    library = openvino()
+    core = library.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", dict(config))
-    found: dict[str, Any] = {"version": openvino.__version__}
+    found: dict[str, Any] = {"version": library.__version__}
     for operation in compiled.get_runtime_model().get_ops():
         info = operation.get_rt_info()
         kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))

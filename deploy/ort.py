@@ -90,7 +90,7 @@ class Ort:
         """See `Backend.portable`."""
         return model
 
-    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
         """Create the session once with the graph that it will run written to `folder`.
 
         Raises:
@@ -112,6 +112,7 @@ class Ort:
         (folder / f"{OPTIMIZED}.data").unlink(missing_ok=True)  # the audit reads the graph; sessions load model.onnx
         described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+        return ""
 
     def load(self, model: Path, *, batch: int | None = None, optimize: bool = True, prepack: bool = True) -> Engine:
         """See `Backend.load`.

@@ -121,7 +121,7 @@ class TensorRt:
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
         return folder / "model.onnx"
 
-    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> None:
+    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
         """See `Backend.build`.
 
         Raises:
@@ -159,6 +159,7 @@ class TensorRt:
             "sha256": report.sha256,
         }
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
+        return ""
 
     def load(self, model: Path, *, batch: int | None = None) -> Engine:
         """See `Backend.load`. The plan in `engine/` beside the graph, on an NVIDIA GPU.

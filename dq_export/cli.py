@@ -399,7 +399,7 @@ class Lines:
     def __init__(self, *, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
-        self.stage, self.start, self.said, self.total = "", 0.0, 0.0, 0
+        self.stage, self.start, self.said, self.last, self.done, self.total = "", 0.0, 0.0, 0.0, 0, 0
         self.interrupted = False
 
     def interrupt(self, number: int, frame: object) -> None:
@@ -411,14 +411,16 @@ class Lines:
         """Say which stage starts."""
         if self.interrupted:
             raise KeyboardInterrupt
-        self.stage, self.start, self.said, self.total = stage, time.monotonic(), time.monotonic(), 0
+        self.stage, self.done, self.total = stage, 0, 0
+        self.start = self.said = self.last = time.monotonic()
         self._say(f"{stage:9} {what}")
 
     def advance(self, done: int, total: int) -> None:
         """Say how far the stage is and how long it will take: always on a terminal, every 5 s elsewhere."""
         now = time.monotonic()
-        if total != self.total:  # another phase of the stage
-            self.total, self.start = total, now
+        if total != self.total or done < self.done:  # another phase of the stage, which began when the last one ended
+            self.start = self.last
+        self.last, self.done, self.total = now, done, total
         if self.quiet or not done or now - self.said < (0.2 if self.console.is_terminal else 5.0):
             return
         self.said = now

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from dq_export.calibration.recipe import RecipeError
+from dq_export.calibration.folding import TEMPORARIES
+from dq_export.calibration.hessians import SPACE
+from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.calibration.weights import FACTORS
 
 from .families.reference import transformer_folder
 
@@ -15,41 +19,67 @@ BASE = 0.75
 WEIGHTS = {"calibrate": 1.0, "verify": 1.2, "bench": 1.55}
 """Copies of the float32 weights, by the stage that takes most: PyTorch maps one; ONNX Runtime transposes and packs its
 own; bench holds the float graph and the engine. Measured at 3 GB of weights; no stage grows with pictures or steps."""
+ROUNDING = 1.5
+"""Bytes of GPTQ by byte of its space: sums as they are made, then as they are used, with what the threads take."""
 GIB = 2**30
 
 
-def estimate(folder: Path) -> dict[str, float]:
-    """GiB at the peak of each of the large stages, from the checkpoint's headers.
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What an export does within its memory.
+
+    Args:
+        stages: that it runs, in order.
+        space: bytes of second moments, for `calibrate`.
+    """
+
+    stages: tuple[str, ...]
+    space: int = SPACE
+
+
+def plan_memory(folder: Path, recipe: Recipe, limit: float | None, wanted: tuple[str, ...]) -> MemoryPlan:
+    """All stages of `wanted`, or all but bench, where that alone does not run within `limit` GiB.
+
+    GPTQ's second moments get what the limit leaves, so that a larger one saves runs over the pictures; 1 GiB without a limit.
 
     Args:
         folder: a diffusers folder.
-    """
-    weights = _float_bytes(transformer_folder(folder)) / GIB
-    return {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
-
-
-def fitting(folder: Path, limit: float | None, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The stages of `wanted` that run within `limit` GiB: all of them, or all but bench.
 
     Raises:
-        RecipeError: another one does not fit.
+        RecipeError: another stage does not fit.
     """
     if limit is None:
-        return wanted
-    needed = estimate(folder)
+        return MemoryPlan(stages=wanted)
+    shapes = _shapes(transformer_folder(folder))
+    weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
+    needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
+    space = SPACE
+    if recipe.calibration == "progressive":
+        needed["calibrate"] += weights
+    if recipe.rounding == "gptq":
+        least = _widest_work(shapes)
+        space = max(least, int((limit - needed["calibrate"]) / ROUNDING * GIB))
+        needed["calibrate"] += ROUNDING * least / GIB
     over = [stage for stage in wanted if needed.get(stage, 0.0) > limit]
     hard = [stage for stage in over if stage != "bench"]
     if hard:
         listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
         advice = "`dq-export build` does without verify" if hard == ["verify"] else "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {listed} will not fit; {advice}")
-    return tuple(stage for stage in wanted if stage not in over)
+    return MemoryPlan(stages=tuple(stage for stage in wanted if stage not in over), space=space)
 
 
-def _float_bytes(folder: Path) -> int:
-    total = 0
+def _widest_work(shapes: list[list[int]]) -> int:
+    """Bytes of rounding the linear of the most inputs by its second moments."""
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    return FACTORS * max(width for _, width in matrices) ** 2 + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
+
+
+def _shapes(folder: Path) -> list[list[int]]:
+    """Of every tensor, from the checkpoint's headers."""
+    found = []
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as content:
             header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-        total += sum(4 * math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+        found += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return found

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
+from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.calibration.recipe import Bits, Recipe, RecipeError, Rule
 from dq_export.calibration.scales import ScaleTable, TimestepBins
@@ -25,7 +26,7 @@ from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
 from .ledger import Ledger, claim
-from .memory import fitting
+from .memory import plan_memory
 from .page import write_report
 from .recording import PICTURES
 from .report import FRONT, LinearReport, Report, TableReport
@@ -104,7 +105,8 @@ def run(
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
-    stages = fitting(locate(recipe.model), max_memory, STAGES[: STAGES.index(until) + 1])
+    memory = plan_memory(locate(recipe.model), recipe, max_memory, STAGES[: STAGES.index(until) + 1])
+    stages = memory.stages
     require_device(device)
     backend = backend_of(recipe)
     if backend and "build" in stages:
@@ -119,7 +121,7 @@ def run(
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         with reference.on(device):
-            assist(reference, resolved, assigned, folder, group)
+            assist(reference, resolved, assigned, folder, group, memory.space)
         return None
     with claim(folder, resolved.dump(), overwrite=overwrite) as ledger:
         export = Export(
@@ -133,6 +135,7 @@ def run(
             group=group,
             device=device,
             plugin=plugin,
+            space=memory.space,
         )
         export.run_stages(stages[-1])
         if stages[-1] != until:
@@ -182,13 +185,17 @@ def _require_servable(recipe: Recipe, backend: Backend | None) -> None:
         )
 
 
-def assist(reference: Reference, recipe: Recipe, assigned: Mapping[str, Rule], folder: Path, group: ProcessGroup) -> None:
+def assist(
+    reference: Reference, recipe: Recipe, assigned: Mapping[str, Rule], folder: Path, group: ProcessGroup, space: int
+) -> None:
     """Sample this process's share of the calibration, if the first process finds that it is to be done."""
     from dq_export.calibration.plan import calibrate
 
     if group.largest(NOTHING).any():
         progress = Silent().advance
-        calibrate(reference, recipe, assigned, sampling_of(recipe, reference), {}, progress, folder / GATHERED, group)
+        calibrate(
+            reference, recipe, assigned, sampling_of(recipe, reference), {}, progress, folder / GATHERED, group, space=space
+        )
 
 
 def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:
@@ -217,6 +224,7 @@ class Export:
     group: ProcessGroup = ALONE
     device: str = "cpu"
     plugin: WeightPlugin = UNCHANGED
+    space: int = SPACE
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     unbuilt: list[NotHereError] = field(default_factory=list)
 
@@ -357,7 +365,7 @@ class Export:
         progress = self.progress.advance
         with self.reference.on(self.device):
             result = calibrate(
-                self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group, self.plugin
+                self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group, self.plugin, self.space
             )
         assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
@@ -389,8 +397,7 @@ class Export:
 
     def _build(self, partial: Path) -> dict[str, Any]:
         assert self.backend is not None
-        self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance)
-        return {}
+        return {"summary": self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance)}
 
     def _audit(self, partial: Path) -> dict[str, Any]:
         from .verdict import audit_engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from dq_export.passes.pipeline import canonical_passes
 W4 = Rule(match="", action="w4a16", group_size=32)
 
 
-def correlated(rows: int, seed: int) -> np.ndarray:
-    """float32[rows, 64] whose columns hang together, as activations' do."""
+def correlated(rows: int, seed: int, width: int = 64) -> np.ndarray:
+    """float32[rows, width] whose columns hang together, as activations' do."""
     random = np.random.default_rng(seed)
-    mixing = np.random.default_rng(1).normal(size=(16, 64))
-    return (random.normal(size=(rows, 16)) @ mixing + 0.3 * random.normal(size=(rows, 64))).astype(np.float32)
+    mixing = np.random.default_rng(1).normal(size=(16, width))
+    return (random.normal(size=(rows, 16)) @ mixing + 0.3 * random.normal(size=(rows, width))).astype(np.float32)
 
 
 def by_hand(weight: np.ndarray, steps: np.ndarray, qmax: int, hessian: np.ndarray) -> np.ndarray:
@@ -45,11 +46,12 @@ def by_hand(weight: np.ndarray, steps: np.ndarray, qmax: int, hessian: np.ndarra
     return codes
 
 
-def test_compensation_is_the_least_squares_refit_of_the_columns_left() -> None:
-    weight, rows = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32), correlated(500, 0)
+@pytest.mark.parametrize("width", [64, 160])
+def test_compensation_is_the_least_squares_refit_of_the_columns_left(width: int) -> None:
+    weight, rows = np.random.default_rng(2).normal(size=(8, width)).astype(np.float32), correlated(500, 0, width)
     hessian = (rows.T @ rows / len(rows)).astype(np.float32)
     grid = cover(weight, W4)
-    expected = by_hand(weight, np.broadcast_to(grid.steps(64), weight.shape), 7, hessian)
+    expected = by_hand(weight, np.broadcast_to(grid.steps(width), weight.shape), 7, hessian)
     found = compensate(weight, grid, hessian)
     # A value within float32 rounding of a tie may fall either way, and move what follows it in its row.
     assert (found != expected).any(axis=1).sum() <= 1
@@ -94,7 +96,7 @@ def sampling_of(reference: Reference, recipe: Recipe) -> Sampling:
     return Sampling(calib_size=recipe.calib_size, steps=recipe.steps, seed=0, guidance=2.0, classes=reference.classes)
 
 
-def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
     recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), granularity="token", scaling="smooth")
     plans = calibrate_tiny(tiny, recipe)[0].sites
     sampling = sampling_of(tiny, recipe)
@@ -111,19 +113,21 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
             times.append(timestep)
     reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
 
-    def streamed() -> dict[str, np.ndarray]:
+    def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
-        for part in stream_hessians(tiny, plans, reach, order, sampling, lambda done, total: None):
+        for part in stream_hessians(tiny, plans, reach, order, sampling, lambda done, total: None, space, **words):
             found |= part
         return found
 
-    whole = streamed()
+    whole = streamed(1 << 30)
     for name, items in seen.items():
         rows = np.concatenate(items).astype(np.float64)
         np.testing.assert_allclose(whole[name], rows.T @ rows / len(rows), atol=1e-5 * reach[name] ** 2)
-    monkeypatch.setattr("dq_export.calibration.hessians.IN_MEMORY", 8 * 32 * 32)  # one site at a time
-    for name, matrix in streamed().items():
+        np.testing.assert_array_equal(whole[name], whole[name].T)
+    for name, matrix in streamed(8 * 32 * 32).items():  # one site at a time
         np.testing.assert_array_equal(matrix, whole[name])
+    for name, moments in streamed(1 << 30, diagonal=True).items():
+        np.testing.assert_allclose(moments, np.diagonal(whole[name]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
@@ -191,6 +195,42 @@ def test_a_scale_for_each_token_is_its_own_amax() -> None:
     assert grouped[0, 3] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="constant must be finite"):
         TokenScale(constant=0.0)
+
+
+class Watched:
+    """Changes nothing; remembers the streamed Hessians for as long as somebody else does."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[np.ndarray]] = []
+        self.most = 0
+
+    def prepare(self, linear: str, weight: np.ndarray) -> np.ndarray:
+        return weight
+
+    def hessian(self, linear: str, streamed: np.ndarray | None, in_scale: np.ndarray) -> np.ndarray | None:
+        if streamed is not None:
+            self.given.append(weakref.ref(streamed))
+        self.most = max(self.most, len({id(found) for ref in self.given if (found := ref()) is not None}))
+        return streamed
+
+
+def test_hessians_are_dropped_once_their_weights_are_rounded(tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="gptq", scaling="none")
+    assigned = recipe.assign(tiny.linears)
+    found = []
+    for space in (1 << 30, 8 * 32 * 32):  # everything in one run, and one site a run
+        plugin, folder = Watched(), tmp_path / str(space)
+        result = calibrate(
+            tiny, recipe, assigned, sampling_of(tiny, recipe), {}, lambda done, total: None, folder, plugin=plugin, space=space
+        )
+        assert result is not None
+        found.append((plugin.most, result.codes))
+    assert [most for most, _ in found] == [len(tiny.sites), 1]
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, codes in found[0][1].items():
+        np.testing.assert_array_equal(codes, found[1][1][name])
 
 
 class Halved:

@@ -1,0 +1,88 @@
+"""The grids and codes of all quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from .artifacts import CalibrationError, CalibrationResult, SitePlan
+from .collect import Progress
+from .denoiser import Denoiser
+from .folding import folded_weight, touching_plans, work_bytes
+from .grid import WeightGrid
+from .parallel import parallel
+from .plugin import UNCHANGED, WeightPlugin
+from .qtypes import FP8
+from .recipe import Recipe, Rule
+from .rounding import ROUNDINGS
+
+Float32 = npt.NDArray[np.float32]
+FACTORS = 20
+"""Bytes by element of a Hessian that is factorized: two in float64, and the factor in float32."""
+
+
+def round_weights(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    plans: Mapping[str, SitePlan],
+    assigned: Mapping[str, Rule],
+    hessians: Iterable[dict[str, Float32]],
+    provenance: Mapping[str, str],
+    progress: Progress,
+    plugin: WeightPlugin,
+    space: int,
+) -> CalibrationResult:
+    """Grids and codes of every quantized weight as it will be once all scalings are folded in.
+
+    Args:
+        hessians: by site, of `stream_hessians`; each part is used and emptied before the next is asked for.
+        space: bytes that the threads may take.
+
+    Raises:
+        CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
+    """
+    touching = touching_plans(plans)
+    site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
+
+    def measure(part: Mapping[str, Float32], name: str) -> tuple[WeightGrid, npt.NDArray[np.int8] | None] | str:
+        weight = folded_weight(plugin.prepare(name, denoiser.weight(name)), name, touching.get(name, ()))
+        site = site_of.get(name, "")
+        in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
+        try:
+            hessian = plugin.hessian(name, part.get(site), in_scale)
+            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name], hessian)
+        except ValueError as error:
+            return f"'{name}': {error}"
+        if codes is None and plugin is not UNCHANGED:
+            codes = grid.codes(weight)  # the graph holds the checkpoint's weights: codes of any others are kept
+        return grid, None if codes is None else _stored(codes, assigned[name])
+
+    names = [name for name, rule in assigned.items() if rule.weight]
+    made: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
+    squares = [len(plan.in_scale) ** 2 for plan in plans.values()] if recipe.rounding == "gptq" else []
+    each = work_bytes(denoiser) + FACTORS * max(squares, default=0)
+    for part in chain(hessians, [dict[str, Float32]()]):
+        now = [name for name in names if name not in made and (not part or site_of.get(name) in part)]
+        made |= zip(now, parallel(partial(measure, part), now, progress, each, space), strict=True)
+        part.clear()
+    wrong = [item for item in made.values() if isinstance(item, str)]
+    if wrong:
+        raise CalibrationError("\n".join(wrong))
+    found = {name: item for name in names if not isinstance(item := made[name], str)}
+    return CalibrationResult(
+        sites=plans,
+        weight_scale={name: grid.scale for name, (grid, _) in found.items()},
+        multiplier={name: grid.multiplier for name, (grid, _) in found.items() if grid.multiplier is not None},
+        codes={name: codes for name, (_, codes) in found.items() if codes is not None},
+        provenance=provenance,
+    )
+
+
+def _stored(codes: Float32, rule: Rule) -> npt.NDArray[np.int8]:
+    if rule.weight == FP8:
+        raise CalibrationError(f"{rule.action} keeps no codes of its own; take rounding rtn, and no plug-in")
+    return codes.astype(np.int8)

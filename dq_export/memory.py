@@ -19,8 +19,8 @@ BASE = 0.75
 WEIGHTS = {"calibrate": 1.0, "verify": 1.2, "bench": 1.55}
 """Copies of the float32 weights, by the stage that takes most: PyTorch maps one; ONNX Runtime transposes and packs its
 own; bench holds the float graph and the engine. Measured at 3 GB of weights; no stage grows with pictures or steps."""
-ROUNDING = 1.5
-"""Bytes of GPTQ by byte of its space: sums as they are made, then as they are used, with what the threads take."""
+CODES, SIMULATED = 0.25, 1.25
+"""Copies of the float32 weights that calibration adds: GPTQ's codes, and the quantized network of progressive calibration."""
 GIB = 2**30
 
 
@@ -53,18 +53,24 @@ def plan_memory(folder: Path, recipe: Recipe, limit: float | None, wanted: tuple
     shapes = _shapes(transformer_folder(folder))
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
     needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
-    space = SPACE
+    plain, space = needed["calibrate"], SPACE
     if recipe.calibration == "progressive":
-        needed["calibrate"] += weights
+        needed["calibrate"] += SIMULATED * weights
     if recipe.rounding == "gptq":
         least = _widest_work(shapes)
-        space = max(least, int((limit - needed["calibrate"]) / ROUNDING * GIB))
-        needed["calibrate"] += ROUNDING * least / GIB
+        needed["calibrate"] += CODES * weights
+        space = max(least, int((limit - needed["calibrate"]) * GIB))
+        needed["calibrate"] += least / GIB
     over = [stage for stage in wanted if needed.get(stage, 0.0) > limit]
     hard = [stage for stage in over if stage != "bench"]
     if hard:
         listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
-        advice = "`dq-export build` does without verify" if hard == ["verify"] else "no stage needs less: take a larger machine"
+        if hard == ["verify"]:
+            advice = "`dq-export build` does without verify"
+        elif hard == ["calibrate"] and plain <= limit:
+            advice = "--rounding mse and --calibration uniform need less"
+        else:
+            advice = "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {listed} will not fit; {advice}")
     return MemoryPlan(stages=tuple(stage for stage in wanted if stage not in over), space=space)
 

@@ -1,0 +1,71 @@
+"""--max-memory: what an export of a model of gigabytes does within a limit, told from the checkpoint's headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dq_export
+from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.memory import GIB, plan_memory
+from dq_export.pipeline import STAGES
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A checkpoint with the linears of DiT-XL/2 (2.5 GiB), of which only the header is there."""
+    shapes = [[1152, 1152]] * 4 + [[4608, 1152], [1152, 4608], [6912, 1152]]
+    tensors = [(f"{block}.{index}", shape) for block in range(28) for index, shape in enumerate(shapes)]
+    header = json.dumps({"__metadata__": {}, **{name: {"dtype": "F32", "shape": shape} for name, shape in tensors}}).encode()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    path = tmp_path / "large" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path.parent
+
+
+def recipe(**values: Any) -> Recipe:
+    return Recipe.parse({"model": "m", **values}, "test")
+
+
+def test_without_a_limit_everything_runs(large: Path) -> None:
+    found = plan_memory(large, recipe(rounding="gptq"), None, STAGES)
+    assert found.stages == STAGES
+    assert found.space == GIB
+
+
+def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Path) -> None:
+    assert plan_memory(large, recipe(), 4.5, STAGES).stages == STAGES[:-1]
+    assert plan_memory(large, recipe(), 5.0, STAGES).stages == STAGES
+
+
+def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 3: calibrate 3\.2 GiB, verify 3\.7 GiB will not fit; .* larger machine"):
+        plan_memory(large, recipe(), 3, STAGES)
+    with pytest.raises(RecipeError, match=r"verify 3\.7 GiB will not fit; `dq-export build` does without verify"):
+        plan_memory(large, recipe(), 3.5, STAGES)
+    until = STAGES[: STAGES.index("build") + 1]
+    assert plan_memory(large, recipe(), 3.5, until).stages == until
+
+
+def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 4: calibrate 4\.4 GiB will not fit"):
+        plan_memory(large, recipe(rounding="gptq"), 4, STAGES)
+    tight, wide = (plan_memory(large, recipe(rounding="gptq"), limit, STAGES).space for limit in (4.5, 12))
+    assert 20 * 4608**2 < tight < 0.8 * GIB
+    assert wide - tight == pytest.approx(7.5 * GIB)
+    assert plan_memory(large, recipe(), 12, STAGES).space == GIB  # which nothing but GPTQ uses
+
+
+def test_progressive_calibration_holds_the_quantized_network_too(large: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 4\.5: calibrate 6\.4 GiB will not fit; --rounding mse and --calibration uniform need less"):
+        plan_memory(large, recipe(calibration="progressive"), 4.5, STAGES)
+
+
+def test_nothing_is_written_by_an_export_that_will_not_fit(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 0\.5: calibrate 0\.8 GiB, verify 0\.8 GiB will not fit"):
+        dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", max_memory=0.5)
+    assert not (tmp_path / "out").exists()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 from .artifacts import SitePlan
 from .collect import Progress, Sampling, watch_calls
@@ -21,7 +25,7 @@ ROWS = 256
 HEADROOM = 2.0**61
 """What the sum of all calls may reach of int64."""
 TILE = 64
-"""Rows of a sum that are added at once: few enough to stay in a core's cache."""
+"""Rows of a sum that are made at once: few enough to stay in a core's cache."""
 
 
 def stream_hessians(
@@ -67,6 +71,7 @@ def _fill(
 ) -> dict[str, Float32]:
     names = list(sums)
     rows = dict.fromkeys(names, 0)
+    libraries, pool = ThreadpoolController(), ThreadPoolExecutor(os.cpu_count())
 
     def collect(record: int, name: str, value: Float32) -> None:
         if name not in sums:
@@ -76,10 +81,14 @@ def _fill(
         if sums[name].ndim == 1:
             sums[name] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
         else:
-            _add(sums[name], quantized.T @ quantized, units[name])
+            add = partial(_add, sums[name], quantized, units[name])
+            # How a library shares one product among its threads changes the order of its sums, so each tile has one thread.
+            with libraries.limit(limits=1, user_api="blas"):
+                list(pool.map(add, range(0, len(sums[name]), TILE)))
         rows[name] += len(chosen)
 
-    watch_calls(denoiser, sampling, collect, progress, group)
+    with pool:
+        watch_calls(denoiser, sampling, collect, progress, group)
     found = {}
     for name in names:
         total = group.total(sums.pop(name)).astype(np.int64, copy=False)
@@ -89,21 +98,22 @@ def _fill(
     return found
 
 
-def _add(total: npt.NDArray[np.int64], product: Float32, unit: float) -> None:
-    """Add the upper triangle of a symmetric product to the whole multiples of 1 / unit, a tile at a time, in place."""
-    for start in range(0, len(total), TILE):
-        rows = slice(start, start + TILE)
-        scaled = np.multiply(product[rows, start:], unit, dtype=np.float64)
-        total[rows, start:] += np.rint(scaled, out=scaled).astype(np.int64)
+def _add(total: npt.NDArray[np.int64], rows: Float32, unit: float, start: int) -> None:
+    """Add some rows of rows.T @ rows, from the diagonal on, to the whole multiples of 1 / unit."""
+    tile = slice(start, start + TILE)
+    product = np.multiply(rows[:, tile].T @ rows[:, start:], unit, dtype=np.float64)
+    total[tile, start:] += np.rint(product, out=product).astype(np.int64)
 
 
 def _symmetric(total: npt.NDArray[np.int64], unit: float) -> Float32:
     """float32[K, K], from the upper triangle of whole multiples of `unit`."""
     whole = np.empty(total.shape, dtype=np.float32)
     for start in range(0, len(total), TILE):
-        rows = slice(start, start + TILE)
-        whole[rows, start:] = total[rows, start:] * unit
-        whole[start:, rows] = whole[rows, start:].T
+        tile = slice(start, start + TILE)
+        whole[tile, start:] = total[tile, start:] * unit
+        whole[tile, tile] = np.triu(whole[tile, tile])
+        whole[tile, tile] += np.triu(whole[tile, tile], 1).T
+        whole[start:, tile] = whole[tile, start:].T
     return whole
 
 

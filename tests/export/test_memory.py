@@ -61,7 +61,10 @@ def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
 
 
 def test_progressive_calibration_holds_the_quantized_network_too(large: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--max-memory 4\.5: calibrate 6\.4 GiB will not fit; --rounding mse and --calibration uniform need less"):
+    with pytest.raises(
+        RecipeError,
+        match=r"--max-memory 4\.5: calibrate 6\.4 GiB will not fit; --rounding mse and --calibration uniform need less",
+    ):
         plan_memory(large, recipe(calibration="progressive"), 4.5, STAGES)
 
 

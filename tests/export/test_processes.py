@@ -27,9 +27,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("method", ["minmax", "mse"])
-def test_two_processes_give_the_file_of_one_bit_for_bit(method: str, tmp_path: Path) -> None:
-    words = (*FEW, "--method", method)  # three batches: one process samples two of them
+@pytest.mark.parametrize("more", [("--method", "minmax"), ("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8")])
+def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], tmp_path: Path) -> None:
+    words = (*FEW, *more)  # three batches: one process samples two of them
     finish(calibrate(tmp_path / "one", *words))
     finish(calibrate(tmp_path / "two", *words, processes=2))
     name = "calibration.safetensors"

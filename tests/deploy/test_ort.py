@@ -78,6 +78,31 @@ def test_the_audit_says_what_the_profiler_sees(
     assert len(seen) == {"shared": 12, "per-sample": 12, "int8": 6, "per-sample-direct": 0}[form]
 
 
+def fixed(model: Path, batch: int) -> Path:
+    """The same graph for one batch size, every shape constant."""
+    graph = ir.load(model)
+    for value in graph.graph.inputs:
+        assert value.shape is not None
+        value.shape = ir.Shape([size if isinstance(size, int) else batch for size in value.shape])
+    ir.save(graph, model.with_name("fixed.onnx"))
+    return model.with_name("fixed.onnx")
+
+
+@pytest.mark.parametrize("form", ["shared", "per-sample"])
+def test_an_engine_for_one_batch_size_runs_in_integers_too(
+    form: str, tiny: Any, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path
+) -> None:
+    """ONNX Runtime merges MatMul and Add where it knows all shapes, and then runs them in float: not with our biases."""
+    shared = form == "shared"
+    legalise = ORT.legalise(shared=shared, result=tiny_calibrated[0])
+    model = quantized(tiny_onnx if shared else tiny_onnx_per_sample, tiny_calibrated, tmp_path, *legalise)
+    feed = feed_of(tiny, 500 if shared else [500, 20, 900])
+    kernels = executed(fixed(model, 3), feed, tmp_path)
+    assert sum(kernel == "MatMulIntegerToFloat" for kernel in kernels.values()) == 12
+    assert sum(kernel == "MatMulNBits" for kernel in kernels.values()) == BLOCKS
+    assert sqnr(ORT.load(model)(feed), ORT.load(tmp_path / "fixed.onnx")(feed)) > SAME
+
+
 @pytest.mark.parametrize("form", ["int8", "per-sample-direct"])
 def test_the_audits_error_names_every_gemm_that_fell_back_and_no_other(
     form: str, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path

@@ -22,6 +22,7 @@ from dq_export.passes.lift_modulation import LiftModulation
 from dq_export.passes.match import SCOPES
 from dq_export.passes.merge_duplicates import MergeDuplicates
 from dq_export.passes.quantize_weights import QuantizeWeights
+from dq_export.passes.raise_biases import RaiseBiases
 from dq_export.passes.unsign_codes import UnsignCodes
 
 RANDOM = np.random.default_rng(0)
@@ -375,6 +376,41 @@ def test_factor_scale_must_not_act() -> None:
     dequantized = next(node for node in read.graph if node.op_type == "DequantizeLinear")
     read.graph.append(ir.node("Relu", [dequantized.outputs[0]], name="relu"))
     assert "case 3" in unchanged(read, FactorScale())
+
+
+def biased_model(rank: int, *, dequantized: bool = True, bias_shape: tuple[int, ...] = (4,), users: int = 1) -> ir.Model:
+    b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8][-rank:]))
+    weight = b.const(
+        "codes" if dequantized else "weight", RANDOM.integers(-9, 9, (8, 4)).astype(np.int8 if dequantized else np.float32)
+    )
+    if dequantized:
+        weight = b.node("DequantizeLinear", weight, b.const("s", np.float32(0.1)), b.const("z", np.int8(0)), shape=[8, 4])
+    shape = ["B", 3, 4][-rank:]
+    product = b.node("MatMul", b.value["x"], weight, shape=shape)
+    outputs = [b.node("Add", b.const("b", RANDOM.normal(size=bias_shape).astype(np.float32)), product, shape=shape)]
+    outputs += [b.node("Relu", product, shape=shape) for _ in range(users - 1)]
+    return b.model(*outputs)
+
+
+def test_raise_biases() -> None:
+    model = biased_model(3)
+    feed = {"x": RANDOM.normal(size=(2, 3, 8)).astype(np.float32)}
+    before = run_onnx(model, feed)
+    run_passes(model, [RaiseBiases()])
+    add = next(node for node in model.graph if node.op_type == "Add")
+    assert [list(value.shape or ()) for value in add.inputs if value is not None and value.const_value is not None] == [[1, 1, 4]]
+    np.testing.assert_array_equal(run_onnx(model, feed), before)
+
+
+def test_raise_biases_must_not_act() -> None:
+    for model in (
+        biased_model(2),  # case 1: the bias would add a dimension to the result
+        biased_model(3, bias_shape=(3, 4)),  # case 2
+        biased_model(3, bias_shape=(1, 1, 4)),
+        biased_model(3, users=2),
+        biased_model(3, dequantized=False),  # a float linear may become a Gemm
+    ):
+        assert unchanged(model, RaiseBiases()) == ""
 
 
 def test_unsign_codes() -> None:

@@ -122,12 +122,12 @@ class Ort:
         Args:
             batch: not fixed: measured, it gains nothing.
             optimize: False runs the graph node by node as written.
-            prepack: False loads a large graph faster and runs it slower.
+            prepack: False uses the weights where the file has them, neither transposed nor packed: for a few calls only.
         """
         options = _options(optimize=optimize)
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        return OrtEngine(session=_session(model, options))
+        return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
 
     def profile(self, model: Path, feed: Feed) -> dict[str, float]:
         """See `Backend.profile`. From ONNX Runtime's own profile."""
@@ -186,10 +186,10 @@ def _options(*, optimize: bool) -> Any:
     return options
 
 
-def _session(model: Path, options: Any) -> Any:
+def _session(model: Path, options: Any, *, without: tuple[str, ...] = ()) -> Any:
     ort = onnxruntime()
     try:
-        return ort.InferenceSession(str(model), options, providers=PROVIDERS)
+        return ort.InferenceSession(str(model), options, providers=PROVIDERS, disabled_optimizers=list(without))
     except session_errors() as error:
         raise BackendError(f"ONNX Runtime {ort.__version__} refuses {model}: {error}") from error
 

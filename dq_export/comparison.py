@@ -23,7 +23,7 @@ from .report import CallReport, ParityReport, TrajectoryReport
 def stages(folder: Path, portable: Path, backend: Backend | None) -> dict[str, Callable[[], Engine]]:
     """How to load the float graph, the Q/DQ graph run node by node, and, where it runs on this machine, the engine."""
     found: dict[str, Callable[[], Engine]] = {
-        # Run a few times only: packing three gigabytes of weights costs more than it saves.
+        # Run a few times only: to transpose and pack three gigabytes of weights costs more than it saves.
         "float-onnx": lambda: ORT.load(folder / "float" / "model.onnx", prepack=False),
         "qdq-onnx": lambda: ORT.load(portable, optimize=False),
     }

@@ -43,19 +43,19 @@ def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Path) -> Non
 
 
 def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--max-memory 3: calibrate 3\.2 GiB, verify 3\.7 GiB will not fit; .* larger machine"):
+    with pytest.raises(RecipeError, match=r"--max-memory 3: calibrate 3\.3 GiB, verify 3\.5 GiB will not fit; .* larger machine"):
         plan_memory(large, recipe(), 3, STAGES)
-    with pytest.raises(RecipeError, match=r"verify 3\.7 GiB will not fit; `dq-export build` does without verify"):
-        plan_memory(large, recipe(), 3.5, STAGES)
+    with pytest.raises(RecipeError, match=r"verify 3\.5 GiB will not fit; `dq-export build` does without verify"):
+        plan_memory(large, recipe(), 3.4, STAGES)
     until = STAGES[: STAGES.index("build") + 1]
-    assert plan_memory(large, recipe(), 3.5, until).stages == until
+    assert plan_memory(large, recipe(), 3.4, until).stages == until
 
 
 def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--max-memory 4: calibrate 4\.4 GiB will not fit"):
+    with pytest.raises(RecipeError, match=r"--max-memory 4: calibrate 4\.5 GiB will not fit"):
         plan_memory(large, recipe(rounding="gptq"), 4, STAGES)
-    tight, wide = (plan_memory(large, recipe(rounding="gptq"), limit, STAGES).space for limit in (4.5, 12))
-    assert 20 * 4608**2 < tight < 0.8 * GIB
+    tight, wide = (plan_memory(large, recipe(rounding="gptq"), limit, STAGES).space for limit in (4.8, 12.3))
+    assert 20 * 4608**2 < tight < GIB
     assert wide - tight == pytest.approx(7.5 * GIB)
     assert plan_memory(large, recipe(), 12, STAGES).space == GIB  # which nothing but GPTQ uses
 
@@ -63,12 +63,12 @@ def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
 def test_progressive_calibration_holds_the_quantized_network_too(large: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"--max-memory 4\.5: calibrate 6\.4 GiB will not fit; --rounding mse and --calibration uniform need less",
+        match=r"--max-memory 4\.5: calibrate 6\.5 GiB will not fit; --rounding mse and --calibration uniform need less",
     ):
         plan_memory(large, recipe(calibration="progressive"), 4.5, STAGES)
 
 
 def test_nothing_is_written_by_an_export_that_will_not_fit(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--max-memory 0\.5: calibrate 0\.8 GiB, verify 0\.8 GiB will not fit"):
+    with pytest.raises(RecipeError, match=r"--max-memory 0\.5: calibrate 0\.9 GiB, verify 0\.9 GiB will not fit"):
         dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", max_memory=0.5)
     assert not (tmp_path / "out").exists()

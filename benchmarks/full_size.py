@@ -1,7 +1,7 @@
 """Cost and speed at DiT-XL/2's full size: each comparison is one command that prints one table, the machine named.
 
     pip install -c constraints.txt ".[cpu,openvino]"
-    python benchmarks/full_size.py cost       # time by stage and peak memory of one export
+    python benchmarks/full_size.py cost       # time by stage and peak memory of one export, or of one with --rounding gptq
     python benchmarks/full_size.py flat       # memory and time of calibration at 2 and 16 pictures, 2 and 16 steps
     python benchmarks/full_size.py speed      # engines beside each other, interleaved in one process group
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
@@ -49,9 +49,10 @@ def export(model: Path, out: Path, *words: str) -> tuple[float, float]:
     return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-def cost(model: Path, temporary: Path) -> None:
+def cost(model: Path, temporary: Path, rounding: str) -> None:
     """One export without bench, by stage, and the bare forward passes beside it."""
-    seconds, peak = export(model, temporary / "out", "", *FLAGS, "--max-memory", "4.5")
+    limit = "5" if rounding == "gptq" else "4.5"
+    seconds, peak = export(model, temporary / "out", "", *FLAGS, "--max-memory", limit, "--rounding", rounding)
     report = json.loads((temporary / "out" / "report.json").read_text())
     weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors")) / 1e9
     stages = report["seconds"]
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("dit-xl"))
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--rounding", default="rtn", help="of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     model = model_folder(options.model, options.layers)
@@ -199,8 +201,10 @@ def main() -> None:
             speed(model, folder, peers=options.peers)
         elif options.table == "resume":
             resume(model, folder, kills=options.kills)
+        elif options.table == "cost":
+            cost(model, folder, options.rounding)
         else:
-            {"cost": cost, "flat": flat}[options.table](model, folder)
+            flat(model, folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from dq_export.calibration.collect import Sampling
 from dq_export.calibration.folding import folded_weight
 from dq_export.calibration.grid import cover
 from dq_export.calibration.hessians import stream_hessians
+from dq_export.calibration.parallel import SPACE, parallel
 from dq_export.calibration.plan import calibrate
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.calibration.rounding import ROUNDINGS, compensate
@@ -204,7 +207,9 @@ class Watched:
 
     def __init__(self) -> None:
         self.given: list[weakref.ref[np.ndarray]] = []
-        self.most = 0
+
+    def alive(self) -> int:
+        return len({id(found) for ref in self.given if (found := ref()) is not None})
 
     def prepare(self, linear: str, weight: np.ndarray) -> np.ndarray:
         return weight
@@ -212,25 +217,75 @@ class Watched:
     def hessian(self, linear: str, streamed: np.ndarray | None, in_scale: np.ndarray) -> np.ndarray | None:
         if streamed is not None:
             self.given.append(weakref.ref(streamed))
-        self.most = max(self.most, len({id(found) for ref in self.given if (found := ref()) is not None}))
         return streamed
 
 
-def test_hessians_are_dropped_once_their_weights_are_rounded(tiny: Reference, tmp_path: Path) -> None:
+def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int, dict[str, np.ndarray]]:
+    """Of a calibration with GPTQ: runs over the pictures, the most Hessians at once, and the codes."""
     recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="gptq", scaling="none")
-    assigned = recipe.assign(tiny.linears)
-    found = []
-    for space in (1 << 30, 8 * 32 * 32):  # everything in one run, and one site a run
-        plugin, folder = Watched(), tmp_path / str(space)
-        result = calibrate(
-            tiny, recipe, assigned, sampling_of(tiny, recipe), {}, lambda done, total: None, folder, plugin=plugin, space=space
-        )
-        assert result is not None
-        found.append((plugin.most, result.codes))
-    assert [most for most, _ in found] == [len(tiny.sites), 1]
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, codes in found[0][1].items():
-        np.testing.assert_array_equal(codes, found[1][1][name])
+    assigned, sampling, plugin = recipe.assign(tiny.linears), sampling_of(tiny, recipe), Watched()
+    runs, most = 0, 0
+
+    def watch(done: int, total: int) -> None:
+        nonlocal runs, most
+        if total == sampling.calls:  # one of the pictures' network calls
+            assert plugin.alive() == 0
+            runs += done == total
+        most = max(most, plugin.alive())
+
+    result = calibrate(tiny, recipe, assigned, sampling, {}, watch, folder, plugin=plugin, space=space)
+    assert result is not None
+    return runs, most, dict(result.codes)
+
+
+def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_path: Path) -> None:
+    runs, most, codes = rounded_within(tiny, 1 << 30, tmp_path / "wide")
+    assert (runs, most) == (2, len(tiny.sites))  # the first run is that of the ranges
+    runs, most, others = rounded_within(tiny, 8 * 32 * 32, tmp_path / "tight")
+    assert (runs, most) == (1 + len(tiny.sites), 1)
+    assert codes.keys() == others.keys()
+    for name, found in codes.items():
+        np.testing.assert_array_equal(found, others[name])
+
+
+def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="mse", scaling="none")
+    sampling, seen = sampling_of(tiny, recipe), []
+    calibrate(
+        tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda *place: seen.append(place), tmp_path, space=8 * 32 * 32
+    )
+    assert seen.count((sampling.calls, sampling.calls)) == 2  # the ranges, and all second moments at once
+    weight, rows = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32), correlated(500, 0)
+    hessian = (rows * np.linspace(0.1, 10, 64, dtype=np.float32)).T @ rows
+    whole, diagonal, none = (ROUNDINGS["mse"](weight, W4, item)[0].scale for item in (hessian, np.diagonal(hessian), None))
+    np.testing.assert_array_equal(whole, diagonal)
+    assert none is not None
+    assert not np.array_equal(whole, none)
+
+
+def most_at_once(each: int, wanted: int) -> int:
+    """How many items `parallel` works on together; fails where `wanted` never are."""
+    together, lock, running, most = threading.Barrier(wanted), threading.Lock(), 0, 0
+
+    def work(item: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        together.wait(timeout=10)
+        time.sleep(0.05)  # long enough for any more to come
+        with lock:
+            running -= 1
+        return item
+
+    items = list(range(2 * wanted))
+    assert parallel(work, items, lambda done, total: None, each) == items
+    return most
+
+
+def test_as_many_threads_work_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [most_at_once(each, wanted) for each, wanted in ((1, 8), (SPACE // 3, 3), (2 * SPACE, 1))] == [8, 3, 1]
 
 
 class Halved:

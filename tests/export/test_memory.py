@@ -10,8 +10,8 @@ import pytest
 
 import dq_export
 from dq_export.calibration.recipe import Recipe, RecipeError
-from dq_export.memory import GIB, plan_memory
-from dq_export.pipeline import STAGES
+from dq_export.memory import GIB, MemoryPlan, plan_memory
+from dq_export.pipeline import STAGES, Silent
 
 
 @pytest.fixture
@@ -66,6 +66,28 @@ def test_progressive_calibration_holds_the_quantized_network_too(large: Path) ->
         match=r"--max-memory 4\.5: calibrate 6\.5 GiB will not fit; --rounding mse and --calibration uniform need less",
     ):
         plan_memory(large, recipe(calibration="progressive"), 4.5, STAGES)
+
+
+class Runs(Silent):
+    """Counts runs over the pictures, of 5 network calls each."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def advance(self, done: int, total: int) -> None:
+        self.count += done == total == 5
+
+
+@pytest.mark.parametrize(("space", "runs"), [(GIB, 2), (8 * 32 * 32, 9)])
+def test_what_the_limit_leaves_saves_runs_over_the_pictures(
+    space: int, runs: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dq_export.pipeline.plan_memory", lambda *given: MemoryPlan(stages=given[3], space=space))
+    watch = Runs()
+    dq_export.calibrate(
+        model=str(tiny_folder), output_dir=tmp_path, rounding="gptq", steps=5, calib_size=1, max_memory=9, progress=watch
+    )
+    assert watch.count == runs  # one for the ranges; then all 8 inputs at once, or one in each
 
 
 def test_nothing_is_written_by_an_export_that_will_not_fit(tiny_folder: Path, tmp_path: Path) -> None:

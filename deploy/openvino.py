@@ -23,7 +23,7 @@ from dq_export.passes.factor_scale import FactorScale
 from .audit import Audit, audit_graph
 from .backend import BackendError, Engine, Feed
 from .lowerings import Target
-from .openvino_engine import INSTALL, load_engine, openvino
+from .openvino_engine import INSTALL, OpenVinoEngine, load_engine, openvino
 from .ort import OrtEngine, onnxruntime, session_errors
 
 PROVIDER = "OpenVINOExecutionProvider"
@@ -85,16 +85,16 @@ class OpenVino:
         folder.mkdir(parents=True, exist_ok=True)
         engine = self.load(model)
         providers = engine.session.get_providers() if isinstance(engine, OrtEngine) else []
-        kernels = _compiled(model, self._config)
+        own = engine if isinstance(engine, OpenVinoEngine) else load_engine(model, self._config, None)
         described = {
             "onnxruntime": onnxruntime().__version__,
-            "openvino": kernels.pop("version"),
+            "openvino": openvino().__version__,
             "dtype": self.dtype,
             "providers": providers,
             "model": model.name,
         }
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / KERNELS).write_text(json.dumps(kernels, indent=0, sort_keys=True) + "\n")
+        (folder / KERNELS).write_text(json.dumps(own.kernels(), indent=0, sort_keys=True) + "\n")
         return "" if providers else ALONE
 
     def load(self, model: Path, *, batch: int | None = None) -> Engine:
@@ -156,21 +156,6 @@ def _devices(ort: Any) -> list[Any]:
 @cache
 def _register(ort: Any, library: str) -> None:
     ort.register_execution_provider_library("openvino", library)
-
-
-def _compiled(model: Path, config: Mapping[str, str]) -> dict[str, Any]:
-    """Node name -> [layer type, precision] of the kernel that runs it, and `version`."""
-    library = openvino()
-    core = library.Core()
-    compiled = core.compile_model(core.read_model(model), "CPU", dict(config))
-    found: dict[str, Any] = {"version": library.__version__}
-    for operation in compiled.get_runtime_model().get_ops():
-        info = operation.get_rt_info()
-        kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
-        for name in names.split(","):
-            # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
-            found.setdefault(name.split("/")[0], [kind, precision])
-    return found
 
 
 def _why_float(node: ir.Node, kernel: str) -> str:

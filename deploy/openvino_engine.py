@@ -42,6 +42,17 @@ class OpenVinoEngine:
         result: Float32 = self.request.infer(dict(feed))[0]
         return result
 
+    def kernels(self) -> dict[str, list[str]]:
+        """Node name -> [layer type, precision] of the kernel that runs it."""
+        found: dict[str, list[str]] = {}
+        for operation in self.request.get_compiled_model().get_runtime_model().get_ops():
+            info = operation.get_rt_info()
+            kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
+            for name in names.split(","):
+                # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
+                found.setdefault(name.split("/")[0], [kind, precision])
+        return found
+
 
 def openvino() -> Any:
     """The library.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +15,7 @@ from .artifacts import SitePlan
 from .collect import Progress, Sampling, watch_calls
 from .denoiser import Denoiser
 from .group import ALONE, ProcessGroup
+from .parallel import threads_for
 
 Float32 = npt.NDArray[np.float32]
 SPACE = 1 << 30
@@ -71,7 +71,8 @@ def _fill(
 ) -> dict[str, Float32]:
     names = list(sums)
     rows = dict.fromkeys(names, 0)
-    libraries, pool = ThreadpoolController(), ThreadPoolExecutor(os.cpu_count())
+    tile = 20 * TILE * max(len(total) for total in sums.values())  # bytes: a product in float32, float64 and int64
+    libraries, pool = ThreadpoolController(), ThreadPoolExecutor(threads_for(tile))
 
     def collect(record: int, name: str, value: Float32) -> None:
         if name not in sums:

@@ -31,9 +31,13 @@ def parallel(
         space: bytes that all of them may take: so many cores are used as that allows, one at the least.
     """
     results = []
-    threads = max(1, min(os.cpu_count() or 1, space // max(each, 1)))
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads_for(each, space)) as pool:
         for result in pool.map(work, items):
             results.append(result)
             progress(len(results), len(items))
     return results
+
+
+def threads_for(each: int, space: int = SPACE) -> int:
+    """As many threads as there are cores, and as `space` has room for items of `each` bytes; one at the least."""
+    return max(1, min(os.cpu_count() or 1, space // max(each, 1)))

@@ -25,6 +25,11 @@ FACTORS = 20
 """Bytes by element of a Hessian that is factorized: two in float64, and the factor in float32."""
 
 
+def factor_bytes(width: int) -> int:
+    """Bytes of rounding by the second moments of so many inputs, beside those of the work on the weight."""
+    return FACTORS * width**2
+
+
 def round_weights(
     denoiser: Denoiser,
     recipe: Recipe,
@@ -63,8 +68,8 @@ def round_weights(
 
     names = [name for name, rule in assigned.items() if rule.weight]
     made: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
-    squares = [len(plan.in_scale) ** 2 for plan in plans.values()] if recipe.rounding == "gptq" else []
-    each = work_bytes(denoiser) + FACTORS * max(squares, default=0)
+    widths = [len(plan.in_scale) for plan in plans.values()] if recipe.rounding == "gptq" else []
+    each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
     for part in chain(hessians, [dict[str, Float32]()]):
         now = [name for name in names if name not in made and (not part or site_of.get(name) in part)]
         made |= zip(now, parallel(partial(measure, part), now, progress, each, space), strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dq_export.calibration.folding import TEMPORARIES
 from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.recipe import Recipe, RecipeError
-from dq_export.calibration.weights import FACTORS
+from dq_export.calibration.weights import factor_bytes
 
 from .families.reference import transformer_folder
 
@@ -78,7 +78,7 @@ def plan_memory(folder: Path, recipe: Recipe, limit: float | None, wanted: tuple
 def _widest_work(shapes: list[list[int]]) -> int:
     """Bytes of rounding the linear of the most inputs by its second moments."""
     matrices = [shape for shape in shapes if len(shape) == 2]
-    return FACTORS * max(width for _, width in matrices) ** 2 + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
+    return factor_bytes(max(width for _, width in matrices)) + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
 
 
 def _shapes(folder: Path) -> list[list[int]]:

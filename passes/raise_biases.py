@@ -8,12 +8,12 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from .base import GraphPass, PassReport, initializer, stored
-from .match import only_user
+from .match import linears
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaiseBiases(GraphPass):
-    """MatMul -> Add(b [N])  ->  MatMul -> Add(b [1, 1, N]), where an operand of MatMul is dequantized.
+    """MatMul -> Add(b [N])  ->  MatMul -> Add(b [1, 1, N]), of linears whose weight is dequantized.
 
     Where all shapes are constant, as with a fixed batch, ONNX Runtime first makes a Gemm of MatMul and the Add of a vector,
     and then finds no Q/DQ that it knows around it: the engine ran in float, at a quarter of its speed. It makes no Gemm of a
@@ -21,7 +21,7 @@ class RaiseBiases(GraphPass):
 
     It does not act where
         1. the MatMul's result has other than three or more dimensions, or an unknown number of them,
-        2. the Add's other operand is not a stored vector.
+        2. the Add does not read the MatMul itself, or its other operand is not a stored vector.
 
     Exactness: bit-exact.
     Source: measured with ONNX Runtime 1.31; its MatMulAddFusion takes biases of one dimension, and of [1, N].
@@ -31,21 +31,15 @@ class RaiseBiases(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed = []
-        for node in [node for node in model.graph if node.op_type == "MatMul"]:
-            rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else 0
-            add = only_user(node.outputs[0])
-            if rank < 3 or add is None or add.op_type != "Add" or not any(map(_dequantized, node.inputs)):
+        for name, linear in linears(model).items():
+            product, add = linear.gemm.outputs[0], linear.bias_add
+            rank = len(product.shape) if product.shape is not None else 0
+            if rank < 3 or add is None or product not in add.inputs or stored(linear.gemm.inputs[1]) is not None:
                 continue
-            index = 1 if add.inputs[0] is node.outputs[0] else 0
-            bias = stored(add.inputs[index])
-            if bias is None or len(bias.shape) != 1:
+            bias = linear.bias()
+            if bias.ndim != 1:
                 continue
-            whole = bias.numpy().reshape((1,) * (rank - 1) + (-1,))
-            add.replace_input_with(index, initializer(model.graph, f"{node.name}.raised_bias", whole))
-            changed.append(f"'{node.name}'")
+            whole = initializer(model.graph, f"{name}.raised_bias", bias.reshape((1,) * (rank - 1) + (-1,)))
+            add.replace_input_with(0 if add.inputs[1] is product else 1, whole)
+            changed.append(f"'{name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=())
-
-
-def _dequantized(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"

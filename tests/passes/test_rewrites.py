@@ -386,8 +386,9 @@ def biased_model(rank: int, *, dequantized: bool = True, bias_shape: tuple[int, 
     if dequantized:
         weight = b.node("DequantizeLinear", weight, b.const("s", np.float32(0.1)), b.const("z", np.int8(0)), shape=[8, 4])
     shape = ["B", 3, 4][-rank:]
-    product = b.node("MatMul", b.value["x"], weight, shape=shape)
-    outputs = [b.node("Add", b.const("b", RANDOM.normal(size=bias_shape).astype(np.float32)), product, shape=shape)]
+    product = b.node("MatMul", b.value["x"], weight, module="fc0", shape=shape)
+    bias = b.const("b", RANDOM.normal(size=bias_shape).astype(np.float32))
+    outputs = [b.node("Add", bias, product, module="fc0", shape=shape)]
     outputs += [b.node("Relu", product, shape=shape) for _ in range(users - 1)]
     return b.model(*outputs)
 

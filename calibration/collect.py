@@ -170,7 +170,7 @@ def collect_ranges(
         found = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
         ranges.write(call.record, name, np.maximum(found, ranges.read(call.record, name)) if call.seen else found)
         if call.kept(stride):
-            random.manual_seed(sampling.seed * 1_000_003 + call.number)
+            random.manual_seed((sampling.seed * 1_000_003 + call.number) % 2**64)
             chosen = torch.randint(len(value), (each,), generator=random)
             rows.write(call.number // stride, name, value[chosen.to(value.device)].cpu().numpy())
 

@@ -59,7 +59,7 @@ class Rule(BaseModel):
     action: Action
     reason: str = ""
     granularity: Granularity | None = None
-    group_size: int | None = Field(default=None, ge=0)
+    group_size: int | None = Field(default=None, ge=0, le=65536)
 
     @property
     def quantizes_input(self) -> bool:
@@ -129,34 +129,42 @@ class Recipe(BaseModel):
     max_shapes: str = Field("", description="the greatest: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
     granularity: Granularity = Field("tensor", description="of activation scales: tensor (by timestep), token, token-group")
-    group_size: int | None = Field(default=None, ge=0, description="inputs that share a weight scale; 0: all; null: by bits")
+    group_size: int | None = Field(
+        default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
+    )
     attention: Literal["float", "fp8"] = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
-    percentile: float = Field(99.99, gt=50, le=100, description="for method percentile: of |x|, per timestep")
+    percentile: float = Field(99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep")
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
     scaling: Literal["auto", "none", "dilate", "smooth", "balance", "equalize"] = Field("auto", description="equivalent scaling")
-    alpha: float = Field(0.5, ge=0, le=1, description="for scaling smooth")
-    rho: float = Field(1.0, ge=1, le=64, description="for scaling dilate: how much a weight row's range may grow")
+    alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="for scaling smooth")
+    rho: float = Field(
+        1.0, ge=1, le=64, allow_inf_nan=False, description="for scaling dilate: how much a weight row's range may grow"
+    )
     shift: bool | None = Field(default=None, description="per-channel shift; null: where scaling auto measures a gain, else none")
-    calib_size: int = Field(16, ge=1, description="pictures sampled for calibration")
+    calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
-    parity_size: int = Field(10, ge=1, description="pictures drawn with PyTorch and the engine to compare them")
-    guidance_scale: float | None = Field(default=None, ge=1, description="classifier-free guidance; null: the model's default")
-    seed: int = Field(0, ge=0)
+    parity_size: int = Field(10, ge=1, le=1000, description="pictures drawn with PyTorch and the engine to compare them")
+    guidance_scale: float | None = Field(
+        default=None, ge=1, le=1000, allow_inf_nan=False, description="classifier-free guidance; null: the model's default"
+    )
+    seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and labels")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     triton: bool = Field(False, description="also write a Triton model repository")
-    min_coverage: float = Field(0.95, ge=0, le=1, description="share of the quantized GEMMs' FLOPs that must be integer")
-    min_sqnr: float = Field(20.0, allow_inf_nan=False, description="dB that every network call's output must keep")
+    min_coverage: float = Field(0.95, ge=0, le=1, allow_inf_nan=False, description="share of the quantized GEMMs' FLOPs that must be integer")
+    min_sqnr: float = Field(
+        20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
+    )
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
 
     @field_validator("bins")
     @classmethod
     def _positive(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("a number of bins must be at least 1")
+        if isinstance(value, int) and not 1 <= value <= 1000:
+            raise ValueError("a number of bins must be from 1 to 1000")
         return value
 
     @staticmethod

@@ -151,8 +151,9 @@ class DiTReference:
     def noise(self, samples: int, seed: int) -> Float32:
         import torch
 
-        # One generator a sample: picture i does not depend on how many are drawn with it.
-        each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(samples)]
+        # One generator for each sample: picture i does not depend on how many are drawn with it. PyTorch takes 64 bits.
+        seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]
+        each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
         noise: Float32 = torch.stack(each).numpy()
         return noise
 

@@ -53,13 +53,13 @@ def test_yaml_reads_back_to_an_equal_recipe(tmp_path_factory: pytest.TempPathFac
         percentile=st.floats(50, 100, exclude_min=True),
         bins=st.sampled_from(["per-step", 1, 1000]),
         rho=st.floats(1, 64),
-        calib_size=st.integers(1, 10**9),
+        calib_size=st.integers(1, 100_000),
         steps=st.integers(1, 1000),
-        guidance_scale=st.none() | st.floats(1, 1e300),
-        seed=st.integers(0, 2**63),
+        guidance_scale=st.none() | st.floats(1, 1000),
+        seed=st.integers(0, 2**64 - 1),
         timesteps=st.sampled_from(["auto", "shared", "per-sample"]),
         min_coverage=st.floats(0, 1),
-        min_sqnr=st.floats(allow_nan=False, allow_infinity=False),
+        min_sqnr=st.floats(-1000, 1000),
         rules=st.lists(
             st.builds(
                 Rule,
@@ -100,7 +100,7 @@ def test_the_first_matching_rule_decides() -> None:
             "bits = 'w8a9': expected 'w8a8', 'w8a16', 'w6a6', 'w4a8', 'w4a16', 'w4a4' or 'fp8'. Did you mean 'w8a8'",
         ),
         ({"scaling": "smoth"}, "Did you mean 'smooth'"),
-        ({"bins": 0}, "bins = 0: a number of bins must be at least 1"),
+        ({"bins": 0}, "bins = 0: a number of bins must be from 1 to 1000"),
         ({"alpha": 2}, "alpha = 2: Input should be less than or equal to 1"),
         ({"rules": [{"match": "x", "action": "w8a8", "reson": ""}]}, "Did you mean 'reason'"),
         ({"rules": [{"match": "(", "action": "w8a8"}]}, r"'\(' is not a regular expression"),
@@ -111,6 +111,31 @@ def test_the_first_matching_rule_decides() -> None:
 def test_a_wrong_key_or_value_is_named_with_the_nearest_valid_one(values: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.parse({"model": "m", **values}, "here")
+
+
+LIMITS = {
+    "group_size": (65536, 65537, "65536"),
+    "percentile": (100.0, float("nan"), "finite"),
+    "alpha": (1.0, float("nan"), "finite"),
+    "rho": (64.0, float("nan"), "finite"),
+    "bins": (1000, 1001, "from 1 to 1000"),
+    "calib_size": (100_000, 10**8, "100000"),
+    "parity_size": (1000, 10**6, "1000"),
+    "steps": (1000, 1001, "1000"),
+    "guidance_scale": (1000.0, float("inf"), "finite"),
+    "seed": (2**64 - 1, 2**64, str(2**64 - 1)),
+    "min_coverage": (1.0, float("nan"), "finite"),
+    "min_sqnr": (-1000.0, -1001.0, "-1000"),
+}
+"""By option: the last value that is accepted, one beyond it, and the limit that the message names."""
+
+
+@pytest.mark.parametrize("option", LIMITS)
+def test_every_number_has_a_limit_that_the_message_names(option: str) -> None:
+    good, bad, limit = LIMITS[option]
+    assert getattr(Recipe.parse({"model": "m", option: good}, "here"), option) == good
+    with pytest.raises(RecipeError, match=rf"^here: {option} = .*{limit}"):
+        Recipe.parse({"model": "m", option: bad}, "here")
 
 
 def test_all_violations_come_at_once() -> None:

@@ -78,6 +78,19 @@ def test_noise_of_a_picture_does_not_depend_on_the_batch(tiny: Reference) -> Non
     assert not np.array_equal(tiny.noise(1, 3), tiny.noise(1, 4))
 
 
+def test_every_seed_of_64_bits_draws(tiny: Reference) -> None:
+    """PyTorch's generator takes no number above 2**64; smaller products keep the noise that they always had."""
+    import torch
+
+    exact = torch.randn(tiny.feed_shape, generator=torch.Generator().manual_seed(7 * 100_003 + 1)).numpy()
+    np.testing.assert_array_equal(tiny.noise(2, 7)[1], exact)
+    largest = tiny.noise(2, 2**64 - 1)
+    assert np.isfinite(largest).all()
+    np.testing.assert_array_equal(largest, tiny.noise(2, 2**64 - 1))
+    assert not np.array_equal(largest, tiny.noise(2, 2**64 - 2))
+    assert next(tiny.trajectory(np.zeros(1, dtype=np.int64), steps=2, seed=2**64 - 1, guidance=1.0)) >= 0
+
+
 def test_a_folder_of_only_the_transformer_has_dits_scheduler(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     reference = load_reference(str(tmp_path / "transformer"))

@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path]
     ("words", "messages"),
     [
         (["--exclude", "("], ["--exclude: not a regular expression: ("]),
-        (["--bins", "0"], ["bins = 0: a number of bins must be at least 1"]),
+        (["--bins", "0"], ["bins = 0: a number of bins must be from 1 to 1000"]),
         (["--bins", "per-stp"], ["bins = 'per-stp'", "Did you mean 'per-step'?"]),
         (["--method", "mean-max"], ["method = 'mean-max'", "Did you mean 'minmax'?"]),
         (["--scaling", "smoth"], ["Did you mean 'smooth'?"]),

@@ -136,7 +136,9 @@ class Recipe(BaseModel):
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
-    percentile: float = Field(99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep")
+    percentile: float = Field(
+        99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep"
+    )
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
     scaling: Literal["auto", "none", "dilate", "smooth", "balance", "equalize"] = Field("auto", description="equivalent scaling")
     alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="for scaling smooth")
@@ -154,7 +156,9 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and labels")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     triton: bool = Field(False, description="also write a Triton model repository")
-    min_coverage: float = Field(0.95, ge=0, le=1, allow_inf_nan=False, description="share of the quantized GEMMs' FLOPs that must be integer")
+    min_coverage: float = Field(
+        0.95, ge=0, le=1, allow_inf_nan=False, description="share of the quantized GEMMs' FLOPs that must be integer"
+    )
     min_sqnr: float = Field(
         20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
     )

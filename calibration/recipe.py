@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .denoiser import Linear
+from .documents import DocumentError, printable, read_yaml, shown, shown_path
+from .patterns import require_pattern, search
 from .qtypes import FP8, INT4, INT6, INT8, QuantType
 
 Bits = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8"]
@@ -28,18 +30,24 @@ GROUP_SIZES = (64, 32, 16, 96, 128, 192, 288)
 """Blocks along the input of int4 weights under quantized activations; any other that divides the width may be asked for."""
 
 
+LONGEST_NAME = 200
+"""Characters of a word that is compared with the valid ones."""
+ERRORS = 10
+"""Violations that one message lists."""
+
+
 class RecipeError(Exception):
     """A recipe, or an option that becomes part of one, asks for something that does not exist or cannot be done."""
 
 
 def nearest(word: str, valid: list[str]) -> str:
     """` Did you mean 'x'?` for a misspelt word, or nothing if no valid word is near."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:LONGEST_NAME], valid, n=1, cutoff=0.5)  # its time grows with the square
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 class Rule(BaseModel):
-    """What happens to the linears whose module name `match` finds (`re.search`). The first rule that matches decides.
+    """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
 
     Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `w6a6`: the same with
     codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the input, whose scales are whole multiples of the
@@ -103,10 +111,7 @@ class Rule(BaseModel):
     @field_validator("match")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"'{value}' is not a regular expression: {error}") from error
+        require_pattern(value)
         return value
 
 
@@ -181,7 +186,10 @@ class Recipe(BaseModel):
         try:
             return Recipe.model_validate(dict(values))
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(item, source) for item in error.errors())) from error
+            violations = error.errors(include_url=False)
+            lines = [_explain(item, source) for item in violations[:ERRORS]]
+            more = len(violations) - ERRORS
+            raise RecipeError("\n".join(lines + [f"{source}: {more} more"] * (more > 0))) from error
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
@@ -191,13 +199,14 @@ class Recipe(BaseModel):
             RecipeError: no such file, not YAML, or no mapping.
         """
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RecipeError(f"recipe {path}: no such file") from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise RecipeError(f"recipe {path}: not readable as YAML ({error})") from error
+            values = read_yaml(path)
+        except DocumentError as error:
+            raise RecipeError(f"recipe {error}") from error
         if not isinstance(values, dict):
-            raise RecipeError(f"recipe {path}: expected a mapping of options, found {type(values).__name__}")
+            raise RecipeError(f"recipe {shown_path(path)}: expected a mapping of options, found {type(values).__name__}")
+        wrong = next((key for key in values if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise RecipeError(f"recipe {shown_path(path)}: key {shown(wrong)} is no option")
         return values
 
     @staticmethod
@@ -220,7 +229,7 @@ class Recipe(BaseModel):
             RecipeError: no rule matches.
         """
         for rule in self.rules or ():
-            if re.search(rule.match, linear):
+            if search(rule.match, linear):
                 return rule
         raise RecipeError(f"no rule matches '{linear}'; add a last rule such as {{match: '', action: float}}")
 
@@ -233,11 +242,11 @@ class Recipe(BaseModel):
         """
         wrong = []
         for rule in self.rules or ():
-            if not any(re.search(rule.match, name) for name in linears):
+            if not any(search(rule.match, name) for name in linears):
                 example = next(iter(linears))
                 hint = nearest(rule.match, list(linears)) or f" Names look like '{example}'."
-                wrong.append(f"rule '{rule.match}' ({rule.action}) matches none of {len(linears)} linears.{hint}")
-        left = [name for name in linears if not any(re.search(rule.match, name) for rule in self.rules or ())]
+                wrong.append(f"rule {shown(rule.match)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
+        left = [name for name in linears if not any(search(rule.match, name) for rule in self.rules or ())]
         if left:
             names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
@@ -285,15 +294,16 @@ def _contradiction(rule: Rule) -> str:
 
 
 def _explain(item: Any, source: str) -> str:
-    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int")))
-    found = item.get("input")
+    """One line for one of pydantic's violations."""
+    where = printable(".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int"))), 100)
+    value = item.get("input")
     if item["type"] == "extra_forbidden":
         fields = list(Rule.model_fields) if where.startswith("rules") else list(Recipe.model_fields)
         return f"{source}: unknown key '{where}'.{nearest(where.split('.')[-1], fields)} Valid: {', '.join(fields)}"
     if item["type"] == "literal_error":
         expected = item["ctx"]["expected"]
-        hint = nearest(str(found), re.findall("'([^']+)'", expected))
-        return f"{source}: {where} = {found!r}: expected {expected}.{hint}"
+        hint = nearest(value, re.findall("'([^']+)'", expected)) if isinstance(value, str) else ""
+        return f"{source}: {where} = {shown(value)}: expected {expected}.{hint}"
     if item["type"] == "missing":
         return f"{source}: '{where}' is missing"
-    return f"{source}: {where} = {found!r}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{source}: {where} = {shown(value)}: {item['msg'].removeprefix('Value error, ')}"

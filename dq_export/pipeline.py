@@ -14,6 +14,7 @@ from typing import Any, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 from dq_export.calibration.collect import Sampling
@@ -156,8 +157,9 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     """
     try:
         front = tuple(Rule(match=pattern, action="float", reason="excluded by --exclude") for pattern in exclude)
-    except ValueError as error:
-        raise RecipeError(f"--exclude: not a regular expression: {', '.join(exclude)}") from error
+    except ValidationError as error:
+        reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise RecipeError(f"--exclude: {'; '.join(reasons)}") from error
     shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
     if recipe.triton:
         _require_servable(recipe, backend)

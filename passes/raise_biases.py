@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from .base import GraphPass, PassReport, initializer, stored
-from .match import linears
+from .match import LinearNode, linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,9 @@ class RaiseBiases(GraphPass):
     bias of more dimensions.
 
     It does not act where
-        1. the MatMul's result has other than three or more dimensions, or an unknown number of them,
-        2. the Add does not read the MatMul itself, or its other operand is not a stored vector.
+        1. the MatMul's result has fewer than three dimensions, or an unknown number of them,
+        2. the Add does not read the MatMul itself, or its other operand is not a stored vector,
+        3. the weight is float, since such a linear may become a Gemm.
 
     Exactness: bit-exact.
     Source: measured with ONNX Runtime 1.31; its MatMulAddFusion takes biases of one dimension, and of [1, N].
@@ -30,16 +31,29 @@ class RaiseBiases(GraphPass):
     name: ClassVar[str] = "raise_biases"
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        changed = []
+        changed, skipped = [], []
         for name, linear in linears(model).items():
-            product, add = linear.gemm.outputs[0], linear.bias_add
-            rank = len(product.shape) if product.shape is not None else 0
-            if rank < 3 or add is None or product not in add.inputs or stored(linear.gemm.inputs[1]) is not None:
+            case = _refusal(linear)
+            if case:
+                skipped.append(f"'{name}': {case}")
                 continue
-            bias = linear.bias()
-            if bias.ndim != 1:
-                continue
-            whole = initializer(model.graph, f"{name}.raised_bias", bias.reshape((1,) * (rank - 1) + (-1,)))
+            product, add, bias = linear.gemm.outputs[0], linear.bias_add, linear.bias()
+            assert add is not None
+            assert product.shape is not None
+            raised = bias.reshape((1,) * (len(product.shape) - 1) + (-1,))
+            whole = initializer(model.graph, f"{name}.raised_bias", raised)
             add.replace_input_with(0 if add.inputs[1] is product else 1, whole)
             changed.append(f"'{name}'")
-        return PassReport(name=self.name, changed=tuple(changed), skipped=())
+        return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
+
+
+def _refusal(linear: LinearNode) -> str:
+    """The case in which the pass must not act on a linear; empty where it may."""
+    product, add = linear.gemm.outputs[0], linear.bias_add
+    if product.shape is None or len(product.shape) < 3:
+        return "case 1: a result of fewer than three dimensions"
+    if add is None or product not in add.inputs or linear.bias().ndim != 1:
+        return "case 2: no Add of a stored vector to the result"
+    if stored(linear.gemm.inputs[1]) is not None:
+        return "case 3: a float weight"
+    return ""

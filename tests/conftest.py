@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import server
+from hypothesis import settings
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Sampling
@@ -22,6 +23,10 @@ from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.pipeline import STAGES
+
+# Hypothesis stops a test at 200 ms an example: on a busy machine that is a timed assertion.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TINY = {
     "num_attention_heads": 2,

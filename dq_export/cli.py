@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import json
@@ -23,6 +24,8 @@ from rich.table import Column, Table
 
 FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LINE_LENGTH, LINES = 1000, 40
+"""Characters of a line, and lines, of an error."""
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -147,8 +150,9 @@ def _end(status: int) -> NoReturn:
 
     Python itself ends by SIGINT, not with a status, where the interrupt struck code that a library compiled from a string.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)
 
 
@@ -527,15 +531,35 @@ def main() -> None:
         app()
     except SystemExit:  # first: looking up the errors below would load libraries that --help does without
         raise
-    except ImportError as error:
-        print(f"error: the package '{error.name}' is missing; pip install 'dq-export[cpu]'", file=sys.stderr)
-        sys.exit(FAILED)
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        print(f"error: no space left for {error.filename or 'the output folder'}; free some and run the same command again: "
-              "finished stages are kept", file=sys.stderr)  # fmt: skip
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        _end(FAILED)
+    except (ImportError, MemoryError, OSError) as error:
+        _print_error(_reason(error))
         sys.exit(FAILED)
     except tuple(_statuses()) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         sys.exit(_statuses()[type(error)])
+
+
+def _reason(error: ImportError | MemoryError | OSError) -> str:
+    """What the system or the interpreter refused, and what to do."""
+    if isinstance(error, ImportError):
+        if error.name is None:
+            return f"a package cannot be imported: {error}"
+        return f"the package '{error.name}' is missing; pip install 'dq-export[cpu]'"
+    if isinstance(error, MemoryError):
+        return "not enough memory; --max-memory GIB says before the work starts what does not fit"
+    if error.errno in NO_SPACE:
+        place = error.filename or "the output folder"
+        return f"no space left for {place}; free some and run the same command again: finished stages are kept"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def _print_error(message: str) -> None:
+    """Print lines on stderr: what names and files of others hold cannot steer the terminal, or flood it."""
+    from dq_export.calibration.documents import printable
+
+    lines = [printable(line, LINE_LENGTH) for line in message.splitlines()]
+    print("error: " + "\n".join(lines[:LINES]), file=sys.stderr)
+    if len(lines) > LINES:
+        print(f"… and {len(lines) - LINES} more lines", file=sys.stderr)

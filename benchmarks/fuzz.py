@@ -1,0 +1,231 @@
+"""Mutants of every format that a user can bring, each read by the real command line in a process with limits.
+
+    pip install -c constraints.txt ".[cpu,triton]" && python benchmarks/fuzz.py --inputs 10000 --seed 0
+
+Prints a table by format, the kinds of all faults, and how to repeat one: `--format NAME --only INDEX --keep FOLDER`. Exits with
+status 1 if there is a fault: a traceback, a hang, a crash, too much memory, a write outside the output folder, a result that
+is wrong in silence, an error without a message or with one that is no message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fuzzing import fork_server, materials
+from fuzzing.cases import Case, Format, guarded
+from fuzzing.folders import FORMATS as FOLDERS
+from fuzzing.fork_server import Limits, Outcome, command, serve
+from fuzzing.graphs import FORMATS as GRAPHS
+from fuzzing.judge import ENDINGS, FAULTS, STOPPED, Verdict, judge
+from fuzzing.models import FORMATS as MODELS
+from fuzzing.recipes import FORMATS as RECIPES
+
+FORMATS = (*MODELS, *RECIPES, *GRAPHS, *FOLDERS)
+LIMITS = Limits()
+
+
+@dataclass
+class Tally:
+    """Endings by format, and of each kind of fault how many inputs and the first."""
+
+    endings: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    seconds: float = 0.0
+    memory: int = 0
+
+    def add(self, form: Format, index: int, verdict: Verdict, outcome: Outcome) -> None:
+        """Count one input."""
+        self.endings[form.name][verdict.ending] += 1
+        self.memory = max(self.memory, outcome.memory)
+        if verdict.ending in FAULTS:
+            self.kinds[f"{verdict.ending}: {verdict.kind}"].append(f"{form.name} {index}")
+
+    @property
+    def faults(self) -> int:
+        """Inputs that ended in a fault."""
+        return sum(map(len, self.kinds.values()))
+
+    def table(self) -> str:
+        """Markdown: a row a format, a column an ending."""
+        used = [name for name in ENDINGS if name in FAULTS[:5] or any(row[name] for row in self.endings.values())]
+        lines = [f"| format | inputs | {' | '.join(used)} |", "|---" * (len(used) + 2) + "|"]
+        total: Counter[str] = Counter()
+        for name, row in self.endings.items():
+            total += row
+            lines.append(f"| {name} | {row.total()} | {' | '.join(str(row[item]) for item in used)} |")
+        lines.append(f"| all | {total.total()} | {' | '.join(str(total[item]) for item in used)} |")
+        return "\n".join(lines)
+
+
+def stop_before_float() -> None:
+    """End the run where the float graph would be made, which takes seconds whatever the input."""
+    from dq_export import cli
+
+    def begin(self: cli.Lines, stage: str, what: str) -> None:
+        if stage == "float":
+            print(STOPPED, file=sys.stderr)
+            raise SystemExit(0)
+
+    cli.Lines.begin = begin  # type: ignore[method-assign]
+
+
+def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> None:
+    """Make one mutant and run its command, in the process that calls this."""
+    guard, work = root / "guard", root / "work"
+    (guard / "folder").mkdir(parents=True)
+    work.mkdir()
+    (guard / "canary.txt").write_text("the canary sings\n")
+    (guard / "folder" / "inside.txt").write_text("untouched\n")
+    case: Case = form.mutate(random.Random(f"{seed}/{form.name}/{index}"), stock, work, guard)
+    (root / "case.json").write_text(json.dumps({"words": case.words, "what": case.what, "writes": case.writes}))
+    (root / "before.json").write_text(json.dumps(guarded(root)))
+    os.chdir(work)
+    if not case.whole:
+        stop_before_float()
+    try:
+        command(case.words)
+    except SystemExit as end:
+        if end.code:
+            raise
+    sys.stderr.flush()
+    if STOPPED not in (root / "stderr").read_text(errors="replace"):
+        (root / "judged.txt").write_text(case.judge())
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """Import everything, make the materials in `folder`; what commands print of the unmutated ones, by their words."""
+    quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    os.environ.update(quiet, MKL_CBWR="AUTO,STRICT", TOKENIZERS_PARALLELISM="false")
+    materials.save_models(folder)
+    export = ["--model", str(folder / "plain"), *materials.EXPORT, "--triton", "-o", str(folder / "out")]
+    fork_server.preload(export, folder / "imports")
+    materials.save_graphs(folder / "graphs", folder / "out")
+    expected = {}
+    reading = (["verify", "out"], ["audit", "out"], ["audit", "out", "--json"])
+    for number, words in enumerate(
+        (*reading, ["explain", "out", "transformer_blocks.0.attn1.to_q"], ["triton", "--check", "out"])
+    ):
+        root = folder / f"expected{number}"
+        source = folder / "out" / "triton" if "--check" in words else folder / "out"
+        shutil.copytree(source, root / "work" / "out")
+
+        def work(root: Path = root, words: list[str] = words) -> None:
+            os.chdir(root / "work")
+            command(words)
+
+        ((_, outcome),) = serve([(root, work)], limits=Limits(seconds=300))
+        expected[" ".join(words)] = outcome.stdout
+    return expected
+
+
+def jobs(chosen: list[tuple[Format, int]], seed: int, stock: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder and the work of each input."""
+    for form, index in chosen:
+        root = folder / f"{FORMATS.index(form)}-{index}"
+        root.mkdir()
+        yield root, functools.partial(attempt, form, index, seed, stock, root)
+
+
+def spread(inputs: int, names: list[str]) -> list[tuple[Format, int]]:
+    """So many inputs over the formats, each by its share and at least one, in turn."""
+    formats = [form for form in FORMATS if not names or form.name in names]
+    shares = sum(form.share for form in formats)
+    counts = {form.name: max(1, round(inputs * form.share / shares)) for form in formats}
+    found = [(form, index) for form in formats for index in range(counts[form.name])]
+    return sorted(found, key=lambda item: item[1] / counts[item[0].name])
+
+
+def fuzz(
+    chosen: list[tuple[Format, int]], seed: int, folder: Path, keep: Path | None = None, limits: Limits = LIMITS, workers: int = 2
+) -> Tally:
+    """Run inputs and judge each.
+
+    Args:
+        folder: an empty folder to work in.
+        keep: where the mutants and outputs of faults are put; None: nowhere.
+    """
+    stock = folder / "stock"
+    stock.mkdir()
+    expected = prepare(stock)
+    tally, start = Tally(), time.monotonic()
+    for root, outcome in serve(jobs(chosen, seed, stock, folder), workers=workers, limits=limits):
+        number, index = map(int, root.name.split("-"))
+        form = FORMATS[number]
+        if not (root / "before.json").exists():
+            raise RuntimeError(f"{form.name} {index}: no mutant was made: {outcome.stderr[-2000:]}")
+        verdict = judge(form, root, outcome, expected)
+        tally.add(form, index, verdict, outcome)
+        if keep and verdict.ending in FAULTS:
+            _keep(root, keep, verdict)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(root)
+    tally.seconds = time.monotonic() - start
+    return tally
+
+
+def _keep(root: Path, keep: Path, verdict: Verdict) -> None:
+    """Copy a fault's folder, links and pipes as they are, and write what is wrong into it."""
+    target = keep / root.name
+    shutil.rmtree(target, ignore_errors=True)
+    with contextlib.suppress(shutil.Error, OSError):
+        shutil.copytree(root, target, symlinks=True, ignore=_special)
+    (target / "verdict.txt").write_text(f"{verdict.ending}: {verdict.kind}\n")
+
+
+def _special(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if not (Path(folder) / name).is_symlink() and (Path(folder) / name).is_fifo()}
+
+
+def show(tally: Tally, seed: int, *, shown: int = 3) -> None:
+    """Print the table and the kinds of faults."""
+    print(tally.table())
+    inputs = sum(row.total() for row in tally.endings.values())
+    print(f"\n{inputs} inputs in {tally.seconds:.0f} s, {inputs / max(tally.seconds, 1e-9):.1f} a second; ", end="")
+    print(f"at most {tally.memory / 1e6:.0f} MB above the imports; {tally.faults} faults of {len(tally.kinds)} kinds")
+    for kind, inputs_ in sorted(tally.kinds.items(), key=lambda item: -len(item[1])):
+        print(f"{len(inputs_):5}  {kind}  [{'; '.join(inputs_[:shown])}]")
+
+
+def options(arguments: Mapping[str, object] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", action="append", default=[], choices=[form.name for form in FORMATS])
+    parser.add_argument("--only", type=int, help="index of one input, with one --format: repeats it")
+    parser.add_argument("--keep", type=Path, help="folder for the mutants and outputs of faults")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=LIMITS.seconds, help="wall clock of one input")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fuzz, print, and fail on any fault."""
+    chosen = options()
+    if chosen.only is None:
+        inputs = spread(chosen.inputs, chosen.format)
+    else:
+        inputs = [(form, chosen.only) for form in FORMATS if form.name in chosen.format]
+    if chosen.keep:
+        chosen.keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tally = fuzz(inputs, chosen.seed, Path(folder), chosen.keep, Limits(seconds=chosen.seconds), chosen.workers)
+    show(tally, chosen.seed)
+    sys.exit(bool(tally.faults))
+
+
+if __name__ == "__main__":
+    main()

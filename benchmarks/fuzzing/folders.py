@@ -1,0 +1,121 @@
+"""Mutants of finished output folders, and of Triton repositories."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import yaml
+
+from .cases import Case, Format
+from .materials import EXPORT
+from .models import mutate_header
+from .values import change, mutate_bytes, mutate_json, mutate_path
+
+COMMANDS = (
+    ["verify", "out"], ["verify", "out"], ["audit", "out"], ["audit", "out", "--json"], ["bench", "out"],
+    ["explain", "out", "transformer_blocks.0.attn1.to_q"], ["explain", "out", "x"], ["finish", "out"], ["triton", "out"],
+    ["--recipe", "out/recipe.yaml", "-o", "out"], ["--model", "MODEL", *EXPORT, "--triton", "-o", "out"],
+    ["--model", "MODEL", *EXPORT, "--triton", "--seed", "1", "--overwrite", "-o", "out"],
+)  # fmt: skip
+LINKS = (
+    ".lock", ".recipe.yaml.new", ".stages.json.new", ".report.html.new", ".report.json.new", ".partial", ".calibration", "parity",
+    "float", "engine", "triton", "search.svg", "report.html", "report.json", "recipe.yaml", "stages.json", "model.onnx",
+    "model.onnx.data", "calibration.safetensors", "parity/inputs.json", "parity/outputs.json", "parity/command.txt",
+    "parity/pictures.png", "engine/session.json", "engine/optimized.onnx", "float/model.onnx", "triton/README.md",
+    "parity/pytorch.safetensors", ".model.onnx.new", "parity/model.onnx",
+)  # fmt: skip
+POLYGRAPHY = (
+    "--data-loader-script x.py", "--save-outputs ../f", "-h", "--snr-threshold sample:-200", "'", "\xff", "--trt", "; touch ../f",
+    "--load-inputs ../guard/canary.txt", "--load-outputs /dev/zero", "--script x.py", "--gen-script ../f", "--compare",
+)  # fmt: skip
+
+
+def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+    """A finished export with one or two files changed, and any command that reads it."""
+    out = Path(shutil.copytree(materials / "out", work / "out", symlinks=True))
+    words = [word.replace("MODEL", str(materials / "plain")) for word in rng.choice(COMMANDS)]
+    (work / "x.py").write_text("open('../guard/owned', 'w')")
+    if rng.random() < 0.25:
+        what = mutate_path(rng, out / rng.choice(LINKS), guard)
+    else:
+        files = [
+            path for path in sorted(out.rglob("*")) if path.is_file() and "triton" not in path.parts and path.name != ".lock"
+        ]
+        what = mutate_file(rng, rng.choice(files))
+    judged = words[0] in ("verify", "audit", "explain")
+    return Case(words, f"{' '.join(words)[:40]}: {what}", judge=(lambda: "equal") if judged else (lambda: "other"))
+
+
+def mutate_file(rng: random.Random, file: Path) -> str:
+    """Change a file of an output folder, as its kind allows."""
+    if file.suffix == ".safetensors":
+        what = mutate_header(rng, file)
+    elif file.suffix == ".json":
+        data, what = mutate_json(rng, file.read_bytes())
+        file.write_bytes(data)
+    elif file.suffix == ".yaml" and rng.random() < 0.7:
+        document, what = change(rng, yaml.safe_load(file.read_text()))
+        file.write_text(yaml.safe_dump(document, sort_keys=False), errors="surrogatepass")
+    elif file.name == "command.txt" and rng.random() < 0.8:
+        what = rng.choice(POLYGRAPHY)
+        file.write_bytes(f"{file.read_text().strip()} {what}".encode("latin-1"))
+    else:
+        data, what = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 200)))
+        file.write_bytes(data)
+    return f"{file.name}: {what}"
+
+
+TOKENS = (
+    "0", "-1", "1", "99999999999", "4294967296", "²", "1e9", "nan", '"x"', '""', "TYPE_INT64", "TYPE_STRING", "KIND_GPU", "[", "]",
+    "{", "}", "true", "x: 1", '"\\377"', '"../../guard"', '"' + "x" * 5000 + '"', "{ " * 200, "\x00", "#", "1:", "\u202e",
+)  # fmt: skip
+
+
+def repository(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+    """A Triton repository with one file changed, for `triton --check`."""
+    root = Path(shutil.copytree(materials / "out" / "triton", work / "out", symlinks=True))
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    configs = [path for path in files if path.name == "config.pbtxt"]
+    file = rng.choice(configs if rng.random() < 0.6 else files)
+    kind = rng.random()
+    if kind < 0.2:
+        folders = [path for path in sorted(root.rglob("*")) if path.is_dir()]
+        new = rng.choice(folders) / rng.choice(
+            ("²", "-1", "2", "007", "1x", "999999999999999999999", "x.onnx", "[/]", "\x1b[31m")
+        )
+        what = mutate_path(rng, rng.choice((file, rng.choice(folders), new)), guard)
+    elif file.suffix == ".pbtxt" and kind < 0.8:
+        what = mutate_words(rng, file)
+    else:
+        data, what = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 128)))
+        file.write_bytes(data)
+    return Case(["triton", "--check", "out"], f"{file.parent.name}/{file.name}: {what}", judge=lambda: "equal", writes=())
+
+
+def mutate_words(rng: random.Random, file: Path) -> str:
+    """Change a text file by its words: one replaced, removed, doubled, or put into another line."""
+    words = file.read_text().replace("\n", " \n ").split(" ")
+    said = []
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(words))
+        kind = rng.choice(("replace", "replace", "remove", "double", "insert", "swap"))
+        new = rng.choice((*TOKENS, rng.choice(words)))
+        said.append(f"{kind} {words[at]!r:.30} {new!r:.20}")
+        if kind == "replace":
+            words[at] = new
+        elif kind == "remove":
+            del words[at]
+        elif kind == "double":
+            words[at:at] = words[at : at + rng.choice((1, 5, 30))]
+        elif kind == "insert":
+            words.insert(at, new)
+        else:
+            other = rng.randrange(len(words))
+            words[at], words[other] = words[other], words[at]
+    file.write_text(" ".join(words))
+    return "; ".join(said)
+
+
+FORMATS = (Format("finished folder", 14, finished, accepts=(0, 3, 4)), Format("Triton repository", 8, repository, accepts=(0, 1)))

@@ -1,0 +1,111 @@
+"""What became of an input: one word of `ENDINGS`, and for a fault its kind."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cases import Format, guarded
+from .fork_server import Outcome
+
+GOOD = ("refused", "right", "other verdict", "loaded")
+FAULTS = ("traceback", "hang", "memory", "crash", "outside", "silent", "long message", "no message")
+ENDINGS = (*GOOD, *FAULTS)
+"""`refused`: status 1, 2 or 5 with one error of a few lines. `right`: the result is what an independent reading, or the
+unmutated input, gives. `other verdict`: a verdict or result of its own. `loaded`: accepted, stopped before the float graph."""
+LINES, LENGTH = 12, 3000
+"""What an error message may take at most: a recipe names all its violations, a line each."""
+STOPPED = "stopped before the float graph"
+FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
+PRODUCT = re.compile(r"/(dq_export|calibration|passes|deploy)/")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one input ended, why, and the kind of a fault: the same for all inputs with one cause."""
+
+    ending: str
+    kind: str = ""
+
+
+def judge(form: Format, root: Path, outcome: Outcome, expected: Mapping[str, str]) -> Verdict:
+    """The verdict on one process.
+
+    Args:
+        root: its folder: `case.json` and `before.json` as the child wrote them, `judged.txt` if the command succeeded.
+        expected: by the words of a command, what it prints of the unmutated input.
+    """
+    case = json.loads((root / "case.json").read_text())
+    changed = _outside(root, case["writes"])
+    if changed:
+        return Verdict("outside", f"outside: {changed}")
+    if outcome.stopped:
+        where = last_frame(outcome.stderr) or f"{form.name}, {case['words'][0]}"
+        return Verdict("hang" if outcome.stopped == "time" else "memory", f"{outcome.stopped} over: {where}")
+    trace = "Traceback (most recent call last)" in outcome.stderr
+    if trace and "MemoryError" in outcome.stderr[-300:]:
+        return Verdict("memory", f"MemoryError in {last_frame(outcome.stderr)}")
+    if trace:
+        return Verdict("traceback", traceback_kind(outcome.stderr))
+    if outcome.status < 0 or outcome.status > 128:
+        return Verdict("crash", f"status {outcome.status} of {case['words'][0]}")
+    if outcome.status in form.accepts:
+        return _accepted(root, outcome, case["words"], expected)
+    return _refused(outcome)
+
+
+def _refused(outcome: Outcome) -> Verdict:
+    errors = [index for index, line in enumerate(outcome.stderr.splitlines()) if line.lower().startswith("error")]
+    if not errors:
+        return Verdict("no message", f"status {outcome.status} without an error line")
+    message = outcome.stderr.splitlines()[errors[0] :]
+    if len(message) > LINES or sum(map(len, message)) > LENGTH:
+        return Verdict("long message", f"{len(message)} lines, {sum(map(len, message))} characters: {message[0][:80]}")
+    if any(character < " " and character != "\t" for line in message for character in line):
+        return Verdict("long message", f"control characters: {message[0][:80]!r}")
+    return Verdict("refused")
+
+
+def _accepted(root: Path, outcome: Outcome, words: list[str], expected: Mapping[str, str]) -> Verdict:
+    if outcome.stderr.rstrip().endswith(STOPPED):
+        return Verdict("loaded")
+    if outcome.status in (3, 4) and "error:" not in outcome.stderr and not outcome.stdout.strip():
+        return Verdict("no message", f"status {outcome.status} without an error line")
+    judged = (root / "judged.txt").read_text() if (root / "judged.txt").exists() else "other"
+    if judged == "equal":
+        judged = "" if outcome.stdout == expected.get(" ".join(words)) else "other"
+    if judged == "other":
+        return Verdict("other verdict")
+    return Verdict("silent", re.sub(r"-?\d+", "N", judged)) if judged else Verdict("right")
+
+
+def _outside(root: Path, writes: list[str]) -> str:
+    """What changed in the job's folder apart from where the command may write; empty if nothing did."""
+    before = json.loads((root / "before.json").read_text())
+    after = guarded(root)
+    # ONNX Runtime keeps a number of the machine in the user's cache.
+    own = ("tmp", "home/.cache", "stdout", "stderr", "before.json", "judged.txt", *writes)
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name) and not any(name == item or name.startswith(f"{item}/") for item in own):
+            return f"{name} {'changed' if name in before and name in after else 'made' if name in after else 'removed'}"
+    return ""
+
+
+def last_frame(text: str) -> str:
+    """The innermost frame of the product in a printed traceback: file and function."""
+    frames = [(path, name) for path, name in FRAME.findall(text) if PRODUCT.search(path) and "site-packages" not in path]
+    if not frames:
+        return ""
+    path, name = frames[-1]
+    return f"{Path(path).parent.name}/{Path(path).name}:{name}"
+
+
+def traceback_kind(text: str) -> str:
+    """Exception and innermost frame of the product."""
+    trace = text[text.rindex("Traceback (most recent call last)") :]
+    lines = [line for line in trace.splitlines()[1:] if line and not line.startswith(" ")]
+    name = next((re.split(r"[:\s]", line)[0] for line in lines if re.match(r"[\w.]+(:|$)", line)), "?")
+    return f"{name.split('.')[-1]} in {last_frame(text)}"

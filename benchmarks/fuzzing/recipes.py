@@ -1,0 +1,123 @@
+"""Mutants of recipes and of options on the command line."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .cases import Case, Format
+from .materials import EXPORT
+from .values import change, mutate_bytes, mutate_path, value
+
+PATTERNS = (
+    "", ".*", "(", "a{4294967295}", r"(\w+\.?)+!", "(a+)+$", "(" * 5000 + ")" * 5000, "[", "(?P<a>x)(?P=a)", "(?<=a)b", r"\1",
+    "x" * 100_000, "(?i)ATTN", "a{1000}{1000}", "\\p{L}", "[[:alpha:]]", "(?:" * 400 + ")" * 400, "\ud800", "(?=x)", "\\",
+)  # fmt: skip
+EXPLODING = {
+    "alias bomb": "a: &a [x, x]\n" + "".join(f"k{i}: &k{i} [*{'a' if not i else f'k{i - 1}'}, *a]\n" for i in range(40)),
+    "deep aliases": "model: &a {b: &b {c: *a}}\n",
+    "brackets": "[" * 5000,
+    "braces": "{a: " * 5000 + "1" + "}" * 5000,
+    "nested": "".join(" " * i + "a:\n" for i in range(2000)),
+    "5,000 digits": "seed: " + "9" * 5000 + "\n",
+    "bad date": "seed: 2001-99-99\n",
+    "bad time": "seed: 2001-01-01 99:99:99\n",
+    "tag int": "seed: !!int abc\n",
+    "tag float": "seed: !!float x\n",
+    "tag python": "seed: !!python/object/apply:os.system ['echo owned > ../guard/owned']\n",
+    "tag binary": "model: !!binary '@@@'\n",
+    "tag set": "rules: !!set {a, b}\n",
+    "tag omap": "rules: !!omap [a, b]\n",
+    "tag unknown": "seed: !x 1\n",
+    "merge": "<<: 1\n",
+    "merge list": "<<: [{seed: 1}, {seed: 2}]\n",
+    "unknown keys": "".join(f"k{i}: 1\n" for i in range(200_000)),
+    "rules": "rules:\n" + "- {match: '.', action: float}\n" * 20_000,
+    "a key twice": "seed: 1\nseed: 2\n",
+    "a list": "- seed\n",
+    "a word": "seed\n",
+    "empty": "",
+    "two documents": "seed: 1\n---\nseed: 2\n",
+    "tab": "seed:\t1\n\tx: 2\n",
+    "nul": "seed: 1\0\n",
+    "null key": "? \n: 1\n",
+    "list as key": "? [a, b]\n: 1\n",
+    "sexagesimal": "seed: 1:30\n",
+    "octal": "seed: 010\n",
+    "infinite": "guidance_scale: .inf\n",
+    "not a number": "min_sqnr: .nan\n",
+    "large": "model: " + "x" * 20_000_000 + "\n",
+    "byte order mark": "\ufeffseed: 1\n",
+}
+OPTIONS = (
+    "format", "provider", "dtype", "target", "min-shapes", "opt-shapes", "max-shapes", "bits", "granularity", "group-size",
+    "rounding", "attention", "timesteps", "method", "percentile", "bins", "scaling", "alpha", "rho", "exclude", "calibration",
+    "calib-size", "steps", "parity-size", "guidance-scale", "seed", "min-coverage", "min-sqnr", "device", "max-memory",
+    "model", "recipe",
+)  # fmt: skip
+
+
+def recipe(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+    """Mutants of a recipe file."""
+    file = work / "recipe.yaml"
+    text = (materials / "out" / "recipe.yaml").read_text()
+    kind = rng.random()
+    goes_on = rng.random() < 0.03
+    words = ["--recipe", file.name, "-o", "out", *EXPORT]
+    if kind < 0.3:
+        name = rng.choice(list(EXPLODING))
+        file.write_text(EXPLODING[name] + (text if rng.random() < 0.3 else ""), errors="surrogatepass")
+        return Case(words, name, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
+    file.write_text(text)
+    if kind < 0.35:
+        return Case(words, mutate_path(rng, file, guard), goes_on)
+    if kind < 0.5:
+        data, what = mutate_bytes(rng, text.encode())
+        file.write_bytes(data)
+        return Case(words, what, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
+    document, what = _changed(rng, yaml.safe_load(text))
+    file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=rng.random() < 0.5), errors="surrogatepass")
+    return Case(words, what, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
+
+
+def _changed(rng: random.Random, document: Any) -> tuple[Any, str]:
+    if rng.random() < 0.3:
+        pattern = rng.choice(PATTERNS)
+        document["rules"].insert(0, {"match": pattern, "action": rng.choice(("float", "w8a8", "w4a16", "fp8"))})
+        return document, f"rule {pattern!r:.60}"
+    words = []
+    for _ in range(rng.choice((1, 1, 2))):
+        document, what = change(rng, document)
+        words.append(what)
+    return document, "; ".join(words)
+
+
+def kept(source: Path, written: Path) -> str:
+    """Which values of a recipe that was accepted are others in the recipe that the export wrote."""
+    if not written.is_file():
+        return "other"
+    before, after = yaml.safe_load(source.read_bytes()), yaml.safe_load(written.read_bytes())
+    flags = {"steps", "calib_size", "parity_size", "min_sqnr", "model"}
+    lost = [
+        key
+        for key in before
+        if key not in flags and before[key] is not None and key != "rules" and before[key] != after.get(key, "not there")
+    ]
+    return f"silent: {', '.join(map(str, lost))} became another value" if lost else ""
+
+
+def options(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+    """Options of any command with values of any kind."""
+    out = rng.choice(("out", "out", "out", "out/../out", "", "a\nb", "~/x"))
+    words = ["--model", str(materials / "plain"), *EXPORT, "-o", out]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        name = rng.choice(OPTIONS)
+        found = rng.choice(PATTERNS) if name == "exclude" else str(value(rng))
+        words += [f"--{name}={found[:10_000]}".encode("utf-8", "replace").decode().replace("\0", "")]
+    return Case(words, " ".join(words[-3:])[:200], rng.random() < 0.03, writes=("work", "home"))
+
+
+FORMATS = (Format("recipe", 9, recipe, accepts=(0, 3, 4)), Format("options", 4, options, accepts=(0, 3, 4)))

@@ -121,6 +121,10 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1, max_length=4096, description="family name, hub id or local folder")
+    revision: str | None = Field(
+        default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
+    )
+    variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
     format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
     provider: Literal["cpu", "openvino"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"

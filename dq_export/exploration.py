@@ -17,7 +17,7 @@ from dq_export.deploy.backend import Backend
 from dq_export.recording import HELD_OUT
 
 from .families.reference import Feed, Reference
-from .families.source import load_reference
+from .families.source import load, pin
 from .front import draw_front
 from .kernel_times import time_choices
 from .ledger import claim, write_text
@@ -98,7 +98,8 @@ def explore(
     watch.begin("load", recipe.model)
     start = time.monotonic()
     backend = backend_of(recipe)
-    reference = load_reference(recipe.model, watch.advance)
+    recipe, source = pin(recipe)
+    reference = load(source, watch.advance)
     base = resolve(recipe, (), reference, backend)
     space = space_of(reference, base, choices, backend.target if backend else None)
     watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices", kept=False)

@@ -120,7 +120,7 @@ def bench_again(out: Path) -> LatencyReport:
         backend = backend_of(recipe) or ORT
         if not backend.runs:
             raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
-        return bench_all(out, backend, recipe.model)
+        return bench_all(out, backend, recipe)
     except ValueError as error:
         raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 

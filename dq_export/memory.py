@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dq_export.calibration.folding import TEMPORARIES
 from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.recipe import Recipe, RecipeError
 from dq_export.calibration.weights import factor_bytes
 
-from .families.reference import transformer_folder
+from .families.tensors import stored
+from .families.weights import Weights
 
 BASE = 0.85
 """GiB of Python, PyTorch, activations and graphs."""
@@ -37,20 +37,20 @@ class MemoryPlan:
     space: int = SPACE
 
 
-def plan_memory(folder: Path, recipe: Recipe, limit: float | None, wanted: tuple[str, ...]) -> MemoryPlan:
+def plan_memory(checkpoint: Weights, recipe: Recipe, limit: float | None, wanted: tuple[str, ...]) -> MemoryPlan:
     """All stages of `wanted`, or all but bench, where that alone does not run within `limit` GiB.
 
     GPTQ's second moments get what the limit leaves, so that a larger one saves runs over the pictures; 1 GiB without a limit.
 
     Args:
-        folder: a diffusers folder.
+        checkpoint: the network's files of weights.
 
     Raises:
         RecipeError: another stage does not fit.
     """
     if limit is None:
         return MemoryPlan(stages=wanted)
-    shapes = _shapes(transformer_folder(folder))
+    shapes = [place.shape for file in checkpoint.files for place in stored(file).values()]
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
     needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
     plain, space = needed["calibrate"], SPACE
@@ -75,17 +75,7 @@ def plan_memory(folder: Path, recipe: Recipe, limit: float | None, wanted: tuple
     return MemoryPlan(stages=tuple(stage for stage in wanted if stage not in over), space=space)
 
 
-def _widest_work(shapes: list[list[int]]) -> int:
+def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:
     """Bytes of rounding the linear of the most inputs by its second moments."""
     matrices = [shape for shape in shapes if len(shape) == 2]
     return factor_bytes(max(width for _, width in matrices)) + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
-
-
-def _shapes(folder: Path) -> list[list[int]]:
-    """Of every tensor, from the checkpoint's headers."""
-    found = []
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as content:
-            header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-        found += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return found

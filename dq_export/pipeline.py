@@ -101,12 +101,14 @@ def run(
     from dq_export.deploy.lowerings import require_lowerings
     from dq_export.deploy.triton.repository import require_triton
 
-    from .families.source import load_reference, locate, require_device
+    from .families.decoder import load_vae
+    from .families.source import load, pin, require_device
 
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
-    memory = plan_memory(locate(recipe.model), recipe, max_memory, STAGES[: STAGES.index(until) + 1])
+    recipe, source = pin(recipe)
+    memory = plan_memory(source.checkpoint.weights, recipe, max_memory, STAGES[: STAGES.index(until) + 1])
     stages = memory.stages
     require_device(device)
     backend = backend_of(recipe)
@@ -114,7 +116,9 @@ def run(
         backend.require()
     if recipe.triton:
         require_triton()
-    reference = load_reference(recipe.model, watch.advance)
+    reference = load(source, watch.advance)
+    if recipe.triton and reference.decoder:
+        load_vae(reference.decoder, reference.feed_shape, recipe.variant or "")  # for its errors, before all work
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     if backend:
@@ -349,6 +353,7 @@ class Export:
 
     def _calibration_inputs(self) -> list[Any]:
         ignored = {"format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "model", "rules"}
+        ignored |= {"revision", "variant"}  # the reference's digest is of what they choose
         ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps", "triton"}
         dumped = self.recipe.model_dump(mode="json", exclude=ignored)
         return [self.reference.digest, self._actions(), dumped, *filter(None, [self.plugin.name])]

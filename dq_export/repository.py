@@ -40,7 +40,9 @@ def write(
     from .families.decoder import export_decoder
 
     decoder = folder.parent / "decoder" / "model.onnx"
-    undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder) if reference.decoder else ""
+    undecoded = (
+        export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "") if reference.decoder else ""
+    )
     samplers = reference.samplers(max(MOST_STEPS, recipe.steps), progress)
     plan = out / "engine" / PLAN
     served = Served(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dq_export.calibration.recipe import Recipe
 from dq_export.deploy.backend import Backend, Feed, Float32
 from dq_export.deploy.latency import measure
 from dq_export.deploy.ort import ORT
@@ -27,20 +28,20 @@ def bench(folder: Path, backend: Backend, rounds: int = 15) -> LatencyReport:
     return _report(feed, {name: EngineReport(median_ms=t.median, least_ms=t.least, memory_mb=None) for name, t in taken.items()})
 
 
-def bench_all(folder: Path, backend: Backend, model: str, rounds: int = 15) -> LatencyReport:
+def bench_all(folder: Path, backend: Backend, recipe: Recipe, rounds: int = 15) -> LatencyReport:
     """Like `bench`, with PyTorch in float32 and bfloat16 beside them, memory, and time by operator.
 
     Args:
-        model: what the folder was exported from; without it PyTorch is left out, with the reason.
+        recipe: names the model that the folder was exported from; without it PyTorch is left out, with the reason.
     """
-    from .families.source import load_reference
+    from .families.source import load, pin
 
     feed = _feed(folder)
     float_model, quantized = folder / "float" / "model.onnx", folder / "model.onnx"
     skipped: dict[str, str] = {}
     loaders: dict[str, Callable[[], Network]] = {}
     try:
-        reference = load_reference(model)
+        reference = load(pin(recipe)[1])
         loaders["torch fp32"] = lambda: reference.forward
         loaders["torch bf16"] = lambda: reference.in_dtype("bf16")
     except ModelError as error:
@@ -48,9 +49,9 @@ def bench_all(folder: Path, backend: Backend, model: str, rounds: int = 15) -> L
     loaders["float"] = lambda: ORT.load(float_model)
     loaders["engine"] = lambda: backend.load(quantized, batch=BATCH)
     engines, memory = {}, {}
-    for name, load in loaders.items():
+    for name, make in loaders.items():
         before = _resident()
-        engines[name] = load()
+        engines[name] = make()
         engines[name](feed)
         memory[name] = _resident() - before
     taken = measure(engines, feed, rounds=rounds)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .dit import DIT
-from .reference import Family
+from .family import Family
 
 FAMILIES: tuple[Family, ...] = (DIT,)

@@ -1,58 +1,145 @@
-"""Reading a diffusers folder: what every family does alike."""
+"""A network's folder, what lies beside it, and what every family does alike with both."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dq_export.calibration.collect import Progress, unwatched
+from dq_export.calibration.documents import shown, shown_path
 
+from .network import read_config, silent
 from .reference import ModelError
+from .weights import Weights, find_weights
+
+NETWORK, SCHEDULER, VAE = "transformer", "scheduler", "vae"
+"""Folders of a pipeline."""
+INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
+RENAMED = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
+"""Today's class of an old configuration, by its `_class_name` and `norm_type`. Source: diffusers' `LegacyModelMixin`, which
+follows the same table when it loads."""
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Let a folder with safetensors pass.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A network's folder, and what lies beside it in its pipeline.
 
-    Raises:
-        ModelError: only pickles, with the conversion command, or no weights at all.
+    Args:
+        folder: of the network's config.json and weights.
+        config: what config.json says.
+        scheduler: the folder of the pipeline's scheduler; None where it has none.
+        vae: the folder of the pipeline's VAE; None where it has none.
     """
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        return
-    pickles = sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        new = folder / "diffusion_pytorch_model.safetensors"
-        raise ModelError(
-            f"{pickles[0]}: a pickle can run code when it is loaded, so only safetensors are read. Where you trust it, "
-            f'convert it: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{new}')\""
-        )
-    raise ModelError(f"{folder}: no .safetensors file; expected diffusion_pytorch_model.safetensors")
+
+    folder: Path
+    config: Mapping[str, Any]
+    weights: Weights
+    scheduler: Path | None
+    vae: Path | None
 
 
-def load_scheduler(folder: Path, default: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler of a pipeline folder; DDIM with `default` where it has none.
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The diffusers class that a configuration is for, an old name replaced as diffusers does; None where it names none."""
+    name, norm = config.get("_class_name"), config.get("norm_type")
+    if not isinstance(name, str):
+        return None
+    return RENAMED.get((name, norm), name) if isinstance(norm, str) else name
+
+
+def network_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the network of a pipeline folder, or of a folder of only the network.
 
     Raises:
-        ModelError: the folder names something that is no scheduler.
+        ModelError: there is none; the message says what the folder is instead.
+    """
+    network = _network_folder(folder)
+    if not os.path.lexists(network / CONFIG):
+        raise ModelError(f"{shown_path(folder)}: {_instead(folder)}")
+    return read_config(network / CONFIG)
+
+
+def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
+    """Find the parts of a pipeline folder, or of a folder of only the network, whose pipeline may lie around it.
+
+    Raises:
+        ModelError: no configuration, no weights, or a part that is there but cannot be one.
+    """
+    network = _network_folder(folder)
+    config = network_config(folder)
+    pipeline = network.parent if network.name == NETWORK else network
+    index = read_config(pipeline / INDEX) if os.path.lexists(pipeline / INDEX) else {}
+    return Checkpoint(
+        folder=network,
+        config=config,
+        weights=find_weights(network, variant),
+        scheduler=_part(pipeline, SCHEDULER, SCHEDULER_CONFIG, index),
+        vae=_part(pipeline, VAE, CONFIG, index),
+    )
+
+
+def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler of a folder; DDIM with `default` where there is none.
+
+    Raises:
+        ModelError: the folder names something that is no scheduler, or values that it does not take.
     """
     import diffusers
 
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.exists():
+    if folder is None:
         return diffusers.DDIMScheduler(**default)
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{path}: not a scheduler configuration ({error!r})") from error
-    scheduler: Any = getattr(diffusers, name, None)
+    path = folder / SCHEDULER_CONFIG
+    config = read_config(path)
+    name = config.get("_class_name")
+    scheduler: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise ModelError(f"{path}: '{name}' is not a scheduler of diffusers {diffusers.__version__}")
-    return scheduler.from_pretrained(path.parent)  # type: ignore[attr-defined]
+        raise ModelError(f"{shown_path(path)}: {shown(name)} is not a scheduler of diffusers {diffusers.__version__}")
+    with silent():
+        return scheduler.from_config(config)  # type: ignore[attr-defined]
+
+
+def _network_folder(folder: Path) -> Path:
+    return folder / NETWORK if (folder / NETWORK).is_dir() else folder
+
+
+def _part(pipeline: Path, name: str, config: str, index: Mapping[str, Any]) -> Path | None:
+    """A part's folder; None where there is none and the pipeline's index asks for none.
+
+    The default that stands in for a missing scheduler samples other pictures, so it must not hide a lost file.
+    """
+    part = pipeline / name
+    if (part / config).is_file():
+        return part
+    if os.path.lexists(part):
+        raise ModelError(f"{shown_path(part)}: no {config} in it; copy or download it again, or remove {shown_path(part)}")
+    if name == SCHEDULER and any(isinstance(entry, str) for entry in index.get(name) or ()):
+        raise ModelError(
+            f"{shown_path(pipeline / INDEX)}: names a {name}, and there is no {name}/{config}; copy or download it again"
+        )
+    return None
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a network's configuration is."""
+    if (folder / SCHEDULER_CONFIG).is_file():
+        return "a scheduler's folder; pass that of the pipeline"
+    if (folder / NETWORK).is_dir() or not (folder / INDEX).is_file():
+        return f"no {NETWORK}/{CONFIG} and no {CONFIG}; is it a diffusers folder?"
+    index = read_config(folder / INDEX)
+    if NETWORK in index:
+        return f"{INDEX} names a {NETWORK}, and there is no {NETWORK}/{CONFIG}; copy or download the folder again"
+    parts = [f"{name}: {entry[1]}" for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[-1:], list)
+             and len(entry) == 2 and isinstance(entry[1], str)]  # fmt: skip
+    return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {NETWORK}"
 
 
 def digest(model: Any, scheduler: Any, progress: Progress = unwatched) -> str:

@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from .checkpoint import broken_weights
+from dq_export.calibration.documents import shown_path
+
+from .checkpoint import CONFIG, broken_weights
 from .float_graph import trace
+from .network import load_network, read_config
 from .reference import ModelError
+from .weights import find_weights
 
 ARCHITECTURE = "AutoencoderKL"
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""diffusers before 0.15 called the linears of a VAE's attention by the first names, as published checkpoints still do."""
+OLD_LINEAR = re.compile(rf"(mid_block\.attentions\.\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)$")
 
 
-def export_decoder(vae: Path, shape: tuple[int, ...], path: Path) -> str:
+def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "") -> str:
     """Write `latents` float32[B, C, h, w] -> `sample` float32[B, 3, H, W] in [-1, 1], the latents' scaling undone first.
 
     Args:
         vae: a diffusers folder.
         shape: (C, h, w).
+        variant: of the weights, where the folder has it.
 
     Returns:
-        Empty, or why this one is not exported: it is a pickle, or another architecture.
+        Empty, or why this one is not exported: it is another architecture, or for other latents.
 
     Raises:
-        ModelError: damaged.
+        ModelError: its files are missing, damaged, or do not fit each other.
     """
     import torch
-    from diffusers import AutoencoderKL
 
-    if not any(vae.glob("*.safetensors")):
-        return f"{vae} has no safetensors, and pickles are not read: latents alone"
-    config = AutoencoderKL.load_config(vae)
-    if config.get("_class_name") != ARCHITECTURE or config.get("latent_channels") != shape[0]:
-        return f"{vae} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
-    try:
-        model = AutoencoderKL.from_pretrained(vae, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True).eval()
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{vae}: the VAE cannot be loaded ({str(error).splitlines()[0]}); copy or download it again") from error
-    if broken_weights(model):
-        raise ModelError(f"{vae}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
+    model = load_vae(vae, shape, variant)
+    if model is None:
+        return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
     batch = torch.export.Dim("batch", min=1, max=1024)
     graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", {"latents": {0: batch}})
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return ""
+
+
+def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
+    """The VAE of a folder; None where it is of another architecture, or for other latents. See `export_decoder`."""
+    from diffusers import AutoencoderKL
+
+    config = read_config(vae / CONFIG)
+    if config.get("_class_name") != ARCHITECTURE or config.get("latent_channels", 4) != shape[0]:
+        return None
+    model = load_network(AutoencoderKL, vae, config, find_weights(vae, variant, required=False), todays_name)
+    if broken_weights(model):
+        raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
+    return model
+
+
+def todays_name(name: str) -> str:
+    """Of a VAE's tensor, as diffusers calls it today."""
+    return OLD_LINEAR.sub(lambda found: f"{found[1]}.{OLD_NAMES[found[2]]}.{found[3]}", name)
 
 
 def _wrapped(model: Any) -> Any:

@@ -18,9 +18,10 @@ from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
-from .checkpoint import broken_weights, digest, load_scheduler, refuse_pickles
+from .checkpoint import Checkpoint, broken_weights, digest, load_scheduler
 from .float_graph import save, trace
-from .reference import Feed, Float32, ModelError, Network, Reference, Samplers, transformer_folder
+from .network import load_network
+from .reference import Feed, Float32, ModelError, Network, Reference, Samplers
 from .repeat_block import repeat_block
 from .schedules import tabulate
 
@@ -55,14 +56,15 @@ class DiT:
     architecture: str = "DiTTransformer2DModel"
     default_guidance: float = 4.0
 
-    def load(self, folder: Path, guidance: float, progress: Progress = unwatched) -> Reference:
+    def load(self, checkpoint: Checkpoint, guidance: float, progress: Progress = unwatched) -> Reference:
         """See `Family.load`. The default guidance is that of diffusers' DiTPipeline."""
-        transformer = transformer_folder(folder)
-        refuse_pickles(transformer)
-        model = _load_transformer(transformer)
-        _refuse_unfit(model, transformer)
+        from diffusers import DiTTransformer2DModel
+
+        scheduler = load_scheduler(checkpoint.scheduler, DEFAULT_SCHEDULER)
+        model = load_network(DiTTransformer2DModel, checkpoint.folder, checkpoint.config, checkpoint.weights)
+        _refuse_unfit(model, checkpoint.folder)
         _settle_positions(model)
-        return DiTReference(model, load_scheduler(folder, DEFAULT_SCHEDULER), guidance, transformer, progress)
+        return DiTReference(model, scheduler, guidance, checkpoint, progress)
 
 
 DIT = DiT()
@@ -71,16 +73,15 @@ DIT = DiT()
 class DiTReference:
     """A loaded DiT. See `Reference` for every member."""
 
-    def __init__(self, model: Any, scheduler: Any, guidance: float, folder: Path, progress: Progress) -> None:
+    def __init__(self, model: Any, scheduler: Any, guidance: float, checkpoint: Checkpoint, progress: Progress) -> None:
         self.model = model
         self.scheduler = scheduler
         self.guidance = guidance
-        self.folder = folder
+        self.weights = checkpoint.weights
         self.classes = int(model.config.num_embeds_ada_norm)
         self.sampler = type(scheduler).__name__
         self.rules: tuple[Rule, ...] = RULES
-        vae = folder.parent / "vae"
-        self.decoder = vae if folder.name == "transformer" and vae.is_dir() else None
+        self.decoder = checkpoint.vae
         self.feed_shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
         self.sites = tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
         self.attention = tuple(site.linears for site in self.sites if len(site.linears) == 3)
@@ -279,7 +280,7 @@ class DiTReference:
         dynamic = {"hidden_states": {0: batch}, "timestep": None if shared else {0: batch}, "class_labels": {0: batch}}
         example = (torch.zeros(2, *self.feed_shape), timestep, torch.zeros(2, dtype=torch.int64))
         model = self._trace(example, dynamic)
-        save(model, path, self.folder, "transformer.")
+        save(model, path, self.weights.files, "transformer.")
 
     def _trace(self, example: tuple[torch.Tensor, ...], dynamic: Mapping[str, Any]) -> ir.Model:
         """Trace three blocks and repeat the third; all of them where the blocks are not alike."""
@@ -360,38 +361,6 @@ def _linears(model: Any) -> dict[str, Linear]:
             kind = "edge" if edge else "modulation" if name.endswith(".norm1.linear") else "gemm"
             found[name] = Linear(name=name, kind=kind)  # type: ignore[arg-type]
     return found
-
-
-def _load_transformer(folder: Path) -> Any:
-    import torch
-    from diffusers import DiTTransformer2DModel
-    from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
-
-    previous = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        model, info = DiTTransformer2DModel.from_pretrained(
-            folder,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=True,  # float32 weights stay mapped from the file
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{folder}: the checkpoint cannot be loaded ({first}); is the file whole? Copy or download it again"
-        ) from error
-    finally:
-        diffusers_logging.set_verbosity(previous)
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[problem]:
-            names = ", ".join(str(key) for key in sorted(info[problem], key=str)[:3])
-            what = f"{len(info[problem])} {problem.replace('_', ' ')}"
-            raise ModelError(f"{folder}: {what} in the checkpoint ({names} …); config.json and weights differ")
-    return model.eval()
 
 
 def _settle_positions(model: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ import onnx_ir as ir
 
 from dq_export.passes.match import SCOPES
 
+from .tensors import stored
+
+FLOAT = ir.DataType.FLOAT
 INLINE = 1024
 """Bytes up to which a tensor stays in the graph file."""
 
@@ -52,27 +54,30 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     return model
 
 
-def save(model: ir.Model, path: Path, checkpoint: Path, prefix: str) -> None:
-    """Write the graph; weights that a safetensors file of `checkpoint` holds as float32 are read from a link to it.
+def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str) -> None:
+    """Write the graph; weights that one of the checkpoint's files holds as float32 are read from a link to it.
 
     The link is a hard link, or a copy where the file system has none. All other weights go to `<path>.data`.
 
     Args:
-        checkpoint: folder of the checkpoint's safetensors.
+        weights: the checkpoint's files.
         prefix: what precedes a checkpoint's names in the graph's.
     """
-    stored = {prefix + name: place for name, place in _stored(checkpoint).items()}
+    places = {prefix + name: place for file in weights for name, place in stored(file).items()}
     written = []
     for initializer in model.graph.initializers.values():
         tensor = initializer.const_value
         if tensor is None or tensor.nbytes <= INLINE:
             continue
-        file, shape, offset = stored.get(str(initializer.name), (Path(), (), 0))
-        if tensor.dtype == ir.DataType.FLOAT and tuple(tensor.shape) == shape:
-            if not (path.parent / file.name).exists():
-                _link(file, path.parent / file.name)
-            place = {"shape": ir.Shape(shape), "name": str(initializer.name), "base_dir": path.parent}
-            initializer.const_value = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, **place)  # type: ignore[arg-type]
+        name = str(initializer.name)
+        place = places.get(name)
+        if place and place.float32 and place.offset is not None and (tensor.dtype, tuple(tensor.shape)) == (FLOAT, place.shape):
+            link = path.parent / place.file.name
+            if not link.exists():
+                _link(place.file, link)
+            initializer.const_value = ir.ExternalTensor(
+                link.name, place.offset, tensor.nbytes, FLOAT, shape=ir.Shape(place.shape), name=name, base_dir=path.parent
+            )
         else:
             written.append(initializer)
     tensors = [value.const_value for value in written if value.const_value is not None]
@@ -136,19 +141,6 @@ def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:
         for user, index in users:
             user.replace_input_with(index, node.outputs[0])
         del graph.initializers[str(initializer.name)]
-
-
-def _stored(checkpoint: Path) -> dict[str, tuple[Path, tuple[int, ...], int]]:
-    """File, shape and offset of every float32 tensor in the folder's safetensors (format: huggingface.co/docs/safetensors)."""
-    found = {}
-    for file in sorted(checkpoint.glob("diffusion_pytorch_model*.safetensors")):
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] == "F32":
-                found[name] = (file, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-    return found
 
 
 def _link(file: Path, target: Path) -> None:

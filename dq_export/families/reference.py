@@ -25,11 +25,6 @@ class ModelError(Exception):
     """A model cannot be found, read or used; the message says which file and what to do."""
 
 
-def transformer_folder(folder: Path) -> Path:
-    """The folder that holds the transformer's config.json: the pipeline's sub-folder, or the folder itself."""
-    return folder / "transformer" if (folder / "transformer").is_dir() else folder
-
-
 @dataclass(frozen=True, kw_only=True)
 class Samplers:
     """What a server can sample with.
@@ -110,26 +105,3 @@ class Reference(Denoiser, Protocol):
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
         """Write the float network as ONNX (opset 21, external data), batch dynamic, `timestep` int64[1] if shared."""
-
-
-class Family(Protocol):
-    """One network architecture."""
-
-    @property
-    def name(self) -> str:
-        """As in the report."""
-
-    @property
-    def architecture(self) -> str:
-        """`_class_name` in the transformer's config.json."""
-
-    @property
-    def default_guidance(self) -> float:
-        """Guidance scale for a checkpoint that has no better one."""
-
-    def load(self, folder: Path, guidance: float, progress: Progress = unwatched) -> Reference:
-        """Load a pipeline folder, or a folder of only its transformer, in float32.
-
-        Raises:
-            ModelError: unreadable, not safetensors, another architecture, or weights that are not finite.
-        """

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.recipe import nearest
+from dq_export.calibration.documents import shown, shown_path
+from dq_export.calibration.recipe import Recipe, nearest
 
 from . import FAMILIES
-from .reference import ModelError, Reference, transformer_folder
+from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint
+from .family import Family
+from .hub import fetch, snapshot
+from .reference import ModelError, Reference
 
 PACKAGED = Path(__file__).parent.parent / "models"
 NAMED: dict[str, tuple[str, float]] = {
@@ -18,24 +25,81 @@ NAMED: dict[str, tuple[str, float]] = {
     "dit-digits": (str(PACKAGED / "dit-digits"), 2.0),
 }
 """Short names: a folder or hub id, and the guidance scale that suits it."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+URL = re.compile(r"https?://[^/]+/(?P<id>[^/?#]+/[^/?#]+)")
 
 
-def load_reference(model: str, progress: Progress = unwatched) -> Reference:
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model that was found.
+
+    Args:
+        model, revision, variant: what finds it again from any folder; see the recipe's keys.
+        guidance: the scale that suits it; 0: its family's.
+    """
+
+    model: str
+    revision: str | None
+    variant: str | None
+    guidance: float
+    checkpoint: Checkpoint
+
+
+def load_reference(model: str, progress: Progress = unwatched, *, revision: str = "", variant: str = "") -> Reference:
     """Load a short name, a local folder or a hub id.
 
     Args:
         progress: called with (tensors read, tensors in all).
+        revision: of a hub id: branch, tag or commit; empty: the default branch.
+        variant: of the weights, `fp16` …; empty: those without a variant, or the only ones there are.
 
     Raises:
         ModelError: nothing by that name, no network, or a checkpoint that cannot be used.
     """
-    folder, guidance = locate(model), NAMED.get(model, ("", 0.0))[1]
-    config = _transformer_config(folder)
-    for family in FAMILIES:
-        if config.get("_class_name") == family.architecture:
-            return family.load(folder, guidance or family.default_guidance, progress)
-    known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
-    raise ModelError(f"{folder}: architecture {config.get('_class_name')!r} is not supported; supported: {known}")
+    return load(locate(model, revision, variant), progress)
+
+
+def load(source: Source, progress: Progress = unwatched) -> Reference:
+    """Load a model that was found.
+
+    Raises:
+        ModelError: the checkpoint cannot be used.
+    """
+    family = _family(source.checkpoint.config, source.checkpoint.folder)
+    return family.load(source.checkpoint, source.guidance or family.default_guidance, progress)
+
+
+def pin(recipe: Recipe) -> tuple[Recipe, Source]:
+    """The recipe's model, and the recipe such that it finds the same files from any folder and at any time.
+
+    Raises:
+        ModelError: see `locate`.
+    """
+    source = locate(recipe.model, recipe.revision or "", recipe.variant or "")
+    return recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")}), source
+
+
+def locate(model: str, revision: str = "", variant: str = "") -> Source:
+    """Find a short name, a folder or a hub id, downloaded if need be.
+
+    Raises:
+        ModelError: nothing by that name, no network, a network that no family knows, or one without weights.
+    """
+    name, _, behind = model.rpartition("@")
+    if (name in NAMED or HUB_ID.fullmatch(name)) and not os.path.lexists(model):
+        if revision not in ("", behind):
+            raise ModelError(f"model {shown(model)}: another revision than --revision {shown(revision)}; give one")
+        model, revision = name, behind
+    place, guidance = NAMED.get(model, (model, 0.0))
+    path = Path(os.path.expanduser(place))
+    if os.path.isdir(path):
+        folder = _local(path, model, revision)
+        recorded = model if model in NAMED else str(folder.resolve())
+        return _source(folder, recorded, None, variant, guidance)
+    if not HUB_ID.fullmatch(place) or os.path.lexists(path):
+        raise ModelError(f"model {shown(model, 200)}: {_no_folder(model, path)}")
+    folder = fetch(place, revision, variant, lambda found: _family(network_config(found), found))
+    return _source(folder, model, folder.name, variant, guidance)
 
 
 def require_device(device: str) -> None:
@@ -56,49 +120,38 @@ def require_device(device: str) -> None:
         )
 
 
-def locate(model: str) -> Path:
-    """The local folder of a short name, a folder or a hub id, downloaded if need be.
+def _source(folder: Path, model: str, revision: str | None, variant: str, guidance: float) -> Source:
+    _family(network_config(folder), folder)  # first: another class's weights may have other names
+    checkpoint = open_checkpoint(folder, variant)
+    chosen = checkpoint.weights.variant or None
+    return Source(model=model, revision=revision, variant=chosen, guidance=guidance, checkpoint=checkpoint)
 
-    Raises:
-        ModelError: nothing by that name, or no network.
-    """
-    source = NAMED.get(model, (model, 0.0))[0]
-    folder = Path(source)
-    if not folder.is_dir():
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not folder.exists():
-            folder = _download(source)
-        else:
-            expected = f"expected {', '.join(NAMED)}, a hub id (owner/name) or a local folder"
-            raise ModelError(f"model '{model}': no such model or folder; {expected}.{nearest(model, list(NAMED))}")
+
+def _family(config: Mapping[str, Any], folder: Path) -> Family:
+    architecture = architecture_of(config)
+    for family in FAMILIES:
+        if architecture == family.architecture:
+            return family
+    known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
+    raise ModelError(f"{shown_path(folder)}: architecture {shown(architecture)} is not supported; supported: {known}")
+
+
+def _local(folder: Path, model: str, revision: str) -> Path:
+    """The folder itself, or the snapshot of a folder of the hub's cache."""
+    if (folder / "snapshots").is_dir():
+        return snapshot(folder, revision)
+    if revision:
+        raise ModelError(f"model {shown(model, 200)} is a folder, which has no revision {shown(revision)}; leave it out")
     return folder
 
 
-def _transformer_config(folder: Path) -> dict[str, object]:
-    path = transformer_folder(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no transformer/config.json and no config.json; is it a diffusers folder?") from error
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["model_index.json", "transformer/*", "scheduler/*", "vae/config.json", "config.json", "*.safetensors"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise ModelError(f"model '{hub_id}': no such folder, and no hub id ({error})") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"model '{hub_id}': the hub has no such model, or it is private; log in with `hf auth login`") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model '{hub_id}': neither in the local cache nor reachable on the hub. Either run this once where there is "
-            f"a network, `hf download {hub_id}`, and copy the cache; or pass a local folder: --model path/to/folder"
-        ) from error
+def _no_folder(model: str, path: Path) -> str:
+    """Why a text that is neither a folder nor a hub id is no model."""
+    if url := URL.match(model):
+        return f"a URL; pass the hub id: --model {url['id']}"
+    if os.path.isfile(path):
+        return (
+            "a file; pass its diffusers folder, or make one: `DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
+        )
+    expected = f"expected {', '.join(NAMED)}, a hub id (owner/name) or a local folder"
+    return f"no such model or folder; {expected}.{nearest(model, list(NAMED))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +11,45 @@ import pytest
 
 import dq_export
 from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.families.weights import Weights, find_weights
 from dq_export.memory import GIB, MemoryPlan, plan_memory
 from dq_export.pipeline import STAGES, Silent
 
 
 @pytest.fixture
-def large(tmp_path: Path) -> Path:
+def large(tmp_path: Path) -> Weights:
     """A checkpoint with the linears of DiT-XL/2 (2.5 GiB), of which only the header is there."""
     shapes = [[1152, 1152]] * 4 + [[4608, 1152], [1152, 4608], [6912, 1152]]
     tensors = [(f"{block}.{index}", shape) for block in range(28) for index, shape in enumerate(shapes)]
-    header = json.dumps({"__metadata__": {}, **{name: {"dtype": "F32", "shape": shape} for name, shape in tensors}}).encode()
+    entries, end = {}, 0
+    for name, (rows, width) in tensors:
+        start, end = end, end + 4 * rows * width
+        entries[name] = {"dtype": "F32", "shape": [rows, width], "data_offsets": [start, end]}
+    header = json.dumps({"__metadata__": {}, **entries}).encode()
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
     path = tmp_path / "large" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    return path.parent
+    os.truncate(path, 8 + len(header) + end)  # a hole in the place of the tensors
+    return find_weights(path.parent)
 
 
 def recipe(**values: Any) -> Recipe:
     return Recipe.parse({"model": "m", **values}, "test")
 
 
-def test_without_a_limit_everything_runs(large: Path) -> None:
+def test_without_a_limit_everything_runs(large: Weights) -> None:
     found = plan_memory(large, recipe(rounding="gptq"), None, STAGES)
     assert found.stages == STAGES
     assert found.space == GIB
 
 
-def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Path) -> None:
+def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Weights) -> None:
     assert plan_memory(large, recipe(), 4.5, STAGES).stages == STAGES[:-1]
     assert plan_memory(large, recipe(), 5.0, STAGES).stages == STAGES
 
 
-def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Path) -> None:
+def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Weights) -> None:
     with pytest.raises(RecipeError, match=r"--max-memory 3: calibrate 3\.3 GiB, verify 3\.5 GiB will not fit; .* larger machine"):
         plan_memory(large, recipe(), 3, STAGES)
     with pytest.raises(RecipeError, match=r"verify 3\.5 GiB will not fit; `dq-export build` does without verify"):
@@ -51,7 +58,7 @@ def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Path) -> N
     assert plan_memory(large, recipe(), 3.4, until).stages == until
 
 
-def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
+def test_gptq_gets_what_the_limit_leaves(large: Weights) -> None:
     with pytest.raises(RecipeError, match=r"--max-memory 4: calibrate 4\.5 GiB will not fit"):
         plan_memory(large, recipe(rounding="gptq"), 4, STAGES)
     tight, wide = (plan_memory(large, recipe(rounding="gptq"), limit, STAGES).space for limit in (4.8, 12.3))
@@ -60,7 +67,7 @@ def test_gptq_gets_what_the_limit_leaves(large: Path) -> None:
     assert plan_memory(large, recipe(), 12, STAGES).space == GIB  # which nothing but GPTQ uses
 
 
-def test_progressive_calibration_holds_the_quantized_network_too(large: Path) -> None:
+def test_progressive_calibration_holds_the_quantized_network_too(large: Weights) -> None:
     with pytest.raises(
         RecipeError,
         match=r"--max-memory 4\.5: calibrate 6\.5 GiB will not fit; --rounding mse and --calibration uniform need less",

@@ -101,20 +101,11 @@ def test_another_vae_is_written_anew_and_the_same_is_kept(out: Path, latent: Pat
     assert (copy / "triton" / "decoder" / "1" / "model.onnx.data").read_bytes() == before
 
 
-def test_a_vae_of_pickles_is_left_out_with_the_reason(latent: Path, tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    shutil.copytree(latent, source)
-    (source / "vae" / "diffusion_pytorch_model.safetensors").rename(source / "vae" / "diffusion_pytorch_model.bin")
-    dq_export.export(model=str(source), output_dir=tmp_path / "out", **QUICK)
-    assert not (tmp_path / "out" / "triton" / "decoder").exists()
-    assert "there is no decoder here" in (tmp_path / "out" / "triton" / "README.md").read_text()
-    assert "pickles are not read: latents alone" in (tmp_path / "out" / "stages.json").read_text()
-
-
-def test_a_damaged_vae_is_an_error(latent: Path, tmp_path: Path) -> None:
+def test_a_damaged_vae_is_refused_before_anything_is_done(latent: Path, tmp_path: Path) -> None:
     source = tmp_path / "model"
     shutil.copytree(latent, source)
     path = source / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="the VAE cannot be loaded"):
+    with pytest.raises(ModelError, match=r"vae/diffusion_pytorch_model\.safetensors: cut short"):
         dq_export.export(model=str(source), output_dir=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,119 @@
+"""Models of the hub: the files that an export needs, from the local cache or over the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from dq_export.calibration.documents import DocumentError, printable, read_text, shown, shown_path
+
+from .checkpoint import CONFIG, INDEX, NETWORK, SCHEDULER, SCHEDULER_CONFIG, VAE
+from .reference import ModelError
+from .weights import choose
+
+SMALL = (INDEX, CONFIG, f"{NETWORK}/{CONFIG}", f"{SCHEDULER}/{SCHEDULER_CONFIG}", f"{VAE}/{CONFIG}")
+"""Files that say what a model is."""
+
+
+def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], object]) -> Path:
+    """The folder of a model's files, downloaded where there is a network, as the cache has them where there is none.
+
+    Only what an export reads is downloaded: of several formats of the weights the one that `choose` takes.
+
+    Args:
+        revision: branch, tag or commit; empty: the default branch.
+        approve: looks at the small files, and raises, before gigabytes are downloaded.
+
+    Raises:
+        ModelError: no such model or revision, no access, no weights, or neither network nor cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=revision or None)
+        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(SMALL)))
+        approve(folder)
+        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=wanted(names, variant, hub_id)))
+    except HFValidationError as error:
+        raise ModelError(f"model {shown(hub_id)}: no such folder, and no hub id ({printable(str(error))})") from error
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model '{hub_id}': accept its terms on its page of the hub, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model '{hub_id}': the hub has no such model, or it is private; log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model '{hub_id}': it has no revision {shown(revision)}; give a branch, a tag or a commit") from error
+    except (HTTPError, OSError) as error:
+        return _from_cache(hub_id, revision, error)
+
+
+def wanted(names: list[str], variant: str, where: str) -> list[str]:
+    """Of a model's files those that an export reads.
+
+    Raises:
+        ModelError: no weights of the network that fit.
+    """
+    network = f"{NETWORK}/" if f"{NETWORK}/{CONFIG}" in names else ""
+    found = [*(name for name in names if name in SMALL), *_weights(names, network, variant, where)]
+    if f"{VAE}/{CONFIG}" in names:
+        with suppress(ModelError):  # only a server decodes, and an export for one says what is missing
+            found += _weights(names, f"{VAE}/", variant, where, required=False)
+    return found
+
+
+def _weights(names: list[str], part: str, variant: str, where: str, *, required: bool = True) -> list[str]:
+    inside = [name.removeprefix(part) for name in names if name.startswith(part) and "/" not in name.removeprefix(part)]
+    entry = choose(inside, variant, f"{where}/{part}".rstrip("/"), required=required)
+    return [part + name for name in (entry.name, *(entry.shards(inside) if entry.sharded else ()))]
+
+
+def snapshot(folder: Path, revision: str) -> Path:
+    """The folder of a revision's files in a model's cache folder (`models--owner--name`).
+
+    Args:
+        revision: empty: `main`, or the only one there is.
+
+    Raises:
+        ModelError: none of that revision, or several to choose from.
+    """
+    present = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
+    commit = revision if revision in present else _commit(folder, revision or "main")
+    if not commit and not revision and len(present) == 1:
+        commit = present[0]
+    if commit not in present:
+        listed = ", ".join(present[:3]) or "nothing"
+        wanted_text = f"revision {shown(revision)} is not in it" if revision else "no refs/main, and not one snapshot alone"
+        raise ModelError(f"{shown_path(folder)}: {wanted_text}; there is {listed}: choose with --revision")
+    return folder / "snapshots" / commit
+
+
+def _commit(folder: Path, name: str) -> str:
+    """What a branch or tag of a cache folder points to; empty where it is not there."""
+    path = folder / "refs" / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return ""
+    try:
+        return read_text(path, 1024).strip()
+    except DocumentError:
+        return ""
+
+
+def _from_cache(hub_id: str, revision: str, reason: Exception) -> Path:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    if (folder / "snapshots").is_dir():
+        return snapshot(folder, revision)
+    raise ModelError(
+        f"model '{hub_id}': neither in the local cache nor reachable on the hub. Either run this once where there is "
+        f"a network, `hf download {hub_id}`, and copy the cache; or pass a local folder: --model path/to/folder"
+    ) from reason

@@ -1,0 +1,114 @@
+"""A diffusers network from its configuration and its files of weights, in float32, mapped where they are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dq_export.calibration.documents import DocumentError, printable, read_json, shown, shown_path
+
+from .reference import ModelError
+from .tensors import read_tensors
+from .weights import Weights
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a configuration file.
+
+    Raises:
+        ModelError: not regular, too large, or no JSON object.
+    """
+    try:
+        config = read_json(path)
+    except DocumentError as error:
+        raise ModelError(str(error)) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{shown_path(path)}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def load_network(
+    architecture: Any, folder: Path, config: Mapping[str, Any], weights: Weights, rename: Callable[[str], str] = str
+) -> Any:
+    """An instance of a diffusers class in evaluation mode, its parameters those of the files.
+
+    Args:
+        architecture: the class; its old names are not looked at any more.
+        folder: of config.json, for messages.
+        rename: today's name of a tensor from the file's.
+
+    Raises:
+        ModelError: no such network can be made of the configuration, a file is damaged, or both do not fit each other.
+    """
+    state = _state(weights, rename)
+    model = _empty(architecture, folder / "config.json", config)
+    _require_same(model.state_dict(), state, shown_path(folder))
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _state(weights: Weights, rename: Callable[[str], str]) -> dict[str, Any]:
+    """float32 tensors by name, of all files."""
+    import torch
+
+    state: dict[str, Any] = {}
+    for file in weights.files:
+        for name, tensor in read_tensors(file).items():
+            if rename(name) in state:
+                raise ModelError(f"{shown_path(file)}: tensor {shown(name)} stands twice in the checkpoint")
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(f"{shown_path(file)}: tensor {shown(name)} is {kind}; expected weights in floating point")
+            state[rename(name)] = tensor.to(torch.float32).contiguous()
+    return state
+
+
+def _empty(architecture: Any, path: Path, config: Mapping[str, Any]) -> Any:
+    """The network without memory for its parameters; buffers that are computed, such as position embeddings, are real."""
+    from accelerate import init_empty_weights
+
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{shown_path(path)}: these weights are quantized already (quantization_config); a float checkpoint is needed"
+        )
+    try:
+        with silent(), init_empty_weights():
+            return architecture.from_config(dict(config))
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = printable(str(error).strip().split("\n")[0]) or type(error).__name__
+        raise ModelError(
+            f"{shown_path(path)}: makes no {architecture.__name__} ({reason}); a value is missing or wrong"
+        ) from error
+
+
+def _require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+    """Raise unless both have the same names and shapes."""
+    problems = []
+    for names, text in (
+        (expected.keys() - state.keys(), "the weights lack {} of the network's tensors ({})"),
+        (state.keys() - expected.keys(), "the weights hold {} tensors that the network does not have ({})"),
+    ):
+        if names:
+            some = ", ".join(printable(name, 80) for name in sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            problems.append(text.format(len(names), some))
+    for name in expected.keys() & state.keys():
+        wanted, present = tuple(expected[name].shape), tuple(state[name].shape)
+        if wanted != present:
+            problems.append(f"{printable(name, 80)} has shape {shown(present)} in the weights and {shown(wanted)} in the network")
+    if problems:
+        raise ModelError(f"{where}: config.json and weights do not fit each other: {'; '.join(sorted(problems)[:3])}")
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without diffusers' warnings, of keys that an old configuration has and a class of today does not take."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

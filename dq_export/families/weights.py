@@ -1,0 +1,135 @@
+"""Which files of a diffusers folder hold a network's weights: safetensors or pickles, whole or in shards, by variant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dq_export.calibration.documents import DocumentError, read_json, shown, shown_path
+from dq_export.calibration.recipe import nearest
+
+from .reference import ModelError
+
+STEM = "diffusion_pytorch_model"
+SUFFIXES = (".safetensors", ".bin")
+"""By preference: a pickle is read only where there are no safetensors of the same variant."""
+SHARD = re.compile(rf"{STEM}(\.[\w-]+?)?-\d+-of-\d+\.(safetensors|bin)")
+WHOLE = re.compile(rf"{STEM}(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)")
+INDEX = re.compile(
+    rf"{STEM}(?P<suffix>\.safetensors|\.bin)(?:\.index\.(?P<variant>[\w-]+)|\.(?P<old>[\w-]+)\.index|\.index)\.json"
+)
+OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf", ".onnx", ".h5")
+"""Suffixes of files that a message about missing weights lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A file that stands for all weights of a network: one file with all of them, or the index of its shards.
+
+    Args:
+        variant: `fp16`, `ema` …; empty for a file without one.
+    """
+
+    name: str
+    suffix: str
+    variant: str
+    sharded: bool
+
+    def shards(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that look like shards of this index."""
+        start = f"{STEM}.{self.variant}-" if self.variant else f"{STEM}-"
+        return [name for name in names if SHARD.fullmatch(name) and name.startswith(start) and name.endswith(self.suffix)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The files that hold a network's weights, and the variant that they are."""
+
+    files: tuple[Path, ...]
+    variant: str
+
+
+def choose(names: Iterable[str], variant: str, where: str, *, required: bool = True) -> Entry:
+    """The file that a network is loaded from, of all files in its folder.
+
+    Safetensors go before pickles, an index before a whole file (as in diffusers), files without a variant before others.
+
+    Args:
+        variant: that it must be; empty: none, or the only one there is.
+        where: the folder, for messages.
+        required: else a variant that is not there is as one that is not asked for.
+
+    Raises:
+        ModelError: no weights, none of the variant, or several variants and none that is asked for.
+    """
+    names = list(names)
+    entries = [entry for entry in map(_entry, names) if entry]
+    if not entries:
+        others = sorted(name for name in names if name.endswith(OTHERS))
+        present = f"; there is {', '.join(others[:3])}" if others else ""
+        raise ModelError(f"{where}: no weights; expected {STEM}.safetensors or {STEM}.bin, whole or with an index{present}")
+    variants = sorted({entry.variant for entry in entries})
+    listed = ", ".join(item or "one without a variant" for item in variants)
+    if variant not in variants and not required:
+        variant = ""
+    if variant and variant not in variants:
+        raise ModelError(f"{where}: no weights of variant {shown(variant)}; there is {listed}.{nearest(variant, variants)}")
+    if not variant and "" not in variants and len(variants) > 1:
+        raise ModelError(f"{where}: weights of several variants ({listed}); choose one with --variant")
+    chosen = variant or ("" if "" in variants else variants[0])
+    fitting = [entry for entry in entries if entry.variant == chosen]
+    return min(fitting, key=lambda entry: (SUFFIXES.index(entry.suffix), not entry.sharded, entry.name))
+
+
+def find_weights(folder: Path, variant: str = "", *, required: bool = True) -> Weights:
+    """The weights in a network's folder. See `choose`.
+
+    Raises:
+        ModelError: none, an index that is damaged, or that names files which are not there or not in the folder.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"{shown_path(folder)}: cannot be read ({error.strerror})") from error
+    entry = choose(names, variant, shown_path(folder), required=required)
+    if not entry.sharded:
+        return Weights(files=(folder / entry.name,), variant=entry.variant)
+    shards = _shards(folder / entry.name)
+    absent = [name for name in shards if name not in names]
+    if absent:
+        raise ModelError(
+            f"{shown_path(folder / entry.name)}: names {', '.join(map(shown, absent[:3]))}, {len(absent)} of {len(shards)} files "
+            "that are not there; copy or download the folder again"
+        )
+    return Weights(files=tuple(folder / name for name in shards), variant=entry.variant)
+
+
+def _entry(name: str) -> Entry | None:
+    if SHARD.fullmatch(name):
+        return None
+    if found := INDEX.fullmatch(name):
+        variant = found["variant"] or found["old"] or ""
+        return Entry(name=name, suffix=found["suffix"], variant=variant, sharded=True)
+    if found := WHOLE.fullmatch(name):
+        return Entry(name=name, suffix=found["suffix"], variant=found["variant"] or "", sharded=False)
+    return None
+
+
+def _shards(index: Path) -> list[str]:
+    """File names of an index, each once. A name with a folder in it could lead out of the checkpoint."""
+    try:
+        content = read_json(index)
+    except DocumentError as error:
+        raise ModelError(str(error)) from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{shown_path(index)}: expected a weight_map of tensor names to file names, found {shown(places)}")
+    for tensor, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIXES):
+            raise ModelError(
+                f"{shown_path(index)}: tensor {shown(tensor)} lies in {shown(name)}; expected the name of a .safetensors or .bin "
+                "file in the same folder"
+            )
+    return sorted(set(places.values()))

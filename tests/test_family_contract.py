@@ -269,17 +269,17 @@ def test_the_position_embedding_does_not_depend_on_where_it_was_computed(folder:
     """diffusers' own differs in last bits from process to process; ours replaces what is within rounding of it."""
     import torch
 
-    from dq_export.families import dit
+    from dq_export.families import embeddings
 
     reference = load_reference(str(folder))
     settled = reference.model.pos_embed.pos_embed.clone()  # type: ignore[attr-defined]
     for other in (settled * (1 + 2e-7), settled + 1e-7):
         reference.model.pos_embed.pos_embed = other  # type: ignore[attr-defined]
-        dit._settle_positions(reference.model)  # type: ignore[attr-defined]
+        embeddings.settle_positions(reference.model)  # type: ignore[attr-defined]
         assert torch.equal(reference.model.pos_embed.pos_embed, settled)  # type: ignore[attr-defined]
     trained = settled + 0.1
     reference.model.pos_embed.pos_embed = trained  # type: ignore[attr-defined]
-    dit._settle_positions(reference.model)  # type: ignore[attr-defined]
+    embeddings.settle_positions(reference.model)  # type: ignore[attr-defined]
     assert torch.equal(reference.model.pos_embed.pos_embed, trained), "another embedding is the model's own"  # type: ignore[attr-defined]
 
 
@@ -321,3 +321,16 @@ def test_a_gpu_computes_what_the_processor_does(tiny_folder: Path) -> None:
     with reference.on("cuda"):
         found = reference.forward(feed_of(reference))
     assert sqnr(exact, found) > 90  # float32 on both, sums in other orders
+
+
+def test_the_timestep_embedding_is_diffusers_own_to_rounding_in_every_dtype(reference: Any) -> None:
+    import torch
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = torch.arange(1000)
+    exact = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=1)
+    module = reference.model.transformer_blocks[0].norm1.emb.time_proj
+    # Half a unit in the last place of a frequency of at most 1, times 1000, and as much again of the product's rounding.
+    assert (module(timesteps) - exact).abs().max() < 1000 * 2 * 2**-23
+    halves = torch.nn.Module.to(reference.model, torch.float32).transformer_blocks[0].norm1.emb.time_proj
+    assert torch.equal(torch.nn.Module.to(halves, torch.bfloat16)(timesteps), module(timesteps))

@@ -19,6 +19,7 @@ from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
 from .checkpoint import Checkpoint, broken_weights, digest, load_scheduler
+from .embeddings import settle_positions, settle_timesteps
 from .float_graph import save, trace
 from .network import load_network
 from .reference import Feed, Float32, ModelError, Network, Reference, Samplers
@@ -63,7 +64,8 @@ class DiT:
         scheduler = load_scheduler(checkpoint.scheduler, DEFAULT_SCHEDULER)
         model = load_network(DiTTransformer2DModel, checkpoint.folder, checkpoint.config, checkpoint.weights)
         _refuse_unfit(model, checkpoint.folder)
-        _settle_positions(model)
+        settle_positions(model)
+        settle_timesteps(model)
         return DiTReference(model, scheduler, guidance, checkpoint, progress)
 
 
@@ -283,8 +285,10 @@ class DiTReference:
         save(model, path, self.weights.files, "transformer.")
 
     def _trace(self, example: tuple[torch.Tensor, ...], dynamic: Mapping[str, Any]) -> ir.Model:
-        """Trace three blocks and repeat the third; all of them where the blocks are not alike."""
+        """Trace three blocks and repeat the third; all of them where there are no more, or where they are not alike."""
         blocks = self.model.transformer_blocks
+        if len(blocks) <= 3:
+            return trace(_named_wrapper(self.model), example, list(dynamic), "sample", dynamic)
         state = {f"transformer.{name}": value for name, value in self.model.state_dict().items()}
         try:
             self.model.transformer_blocks = blocks[:3]
@@ -361,29 +365,6 @@ def _linears(model: Any) -> dict[str, Linear]:
             kind = "edge" if edge else "modulation" if name.endswith(".norm1.linear") else "gemm"
             found[name] = Linear(name=name, kind=kind)  # type: ignore[arg-type]
     return found
-
-
-def _settle_positions(model: Any) -> None:
-    """Recompute the position embedding in float64, rounded once.
-
-    diffusers computes it in float32 when a model is made, with sine and cosine whose last bit depends on where in memory
-    their operands lie: from one process to the next the network would differ, and no run would repeat another's bytes.
-
-    Exactness: within float32 rounding of diffusers' own; left alone where it is anything else.
-    Source: section 3.2 of arXiv 2212.09748 (sine-cosine embedding of the patch grid).
-    """
-    import torch
-
-    stored = getattr(model.pos_embed, "pos_embed", None)
-    side = model.config.sample_size // model.config.patch_size
-    quarter = model.inner_dim // 4
-    if stored is None or stored.shape != (1, side * side, 4 * quarter):
-        return
-    angles = np.arange(side)[:, None] / 10_000 ** (np.arange(quarter) / quarter)
-    one = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    both = np.concatenate([np.tile(one, (side, 1)), np.repeat(one, side, axis=0)], axis=1).astype(np.float32)
-    if np.allclose(both, stored[0].numpy(), atol=1e-5):
-        model.pos_embed.pos_embed = torch.from_numpy(both)[None]
 
 
 def _refuse_unfit(model: Any, folder: Path) -> None:

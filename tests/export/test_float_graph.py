@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import feed_of, run_onnx, save_tiny
+from conftest import feed_of, run_onnx, save_tiny, sqnr
+from safetensors.numpy import load_file, save_file
 
 from dq_export.families import dit
 from dq_export.families.float_graph import load
@@ -54,6 +55,31 @@ def test_blocks_that_differ_are_all_traced(deep: Path, tmp_path: Path) -> None:
     reference.export_onnx(tmp_path / "model.onnx", shared=True)
     exact, found = reference.forward(feed), run_onnx(tmp_path / "model.onnx", feed)
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_a_network_of_any_number_of_blocks_is_exported(blocks: int, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, num_layers=blocks)
+    exported(folder, tmp_path / "float")
+    reference = load_reference(str(folder))
+    feed = feed_of(reference, 999)
+    assert sqnr(reference.forward(feed), run_onnx(tmp_path / "float" / "model.onnx", feed)) > 120  # float32: 125-140
+
+
+@pytest.mark.parametrize("timestep", [1, 500, 999])
+def test_large_weights_do_not_make_rounding_loud(timestep: int, tmp_path: Path) -> None:
+    """The graph's timestep embedding is PyTorch's to the last bits, so no block has an error to enlarge."""
+    folder = save_tiny(tmp_path, num_layers=6, attention_head_dim=32)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 3 * value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    exported(folder, tmp_path / "float")
+    reference = load_reference(str(folder))
+    feed = feed_of(reference, timestep)
+    states = feed["hidden_states"]
+    nearest = reference.forward({**feed, "hidden_states": np.nextafter(states, np.float32(np.inf))})
+    exact = reference.forward(feed)
+    # A last bit of the input is one rounding; the graph has one for each of some hundred nodes.
+    assert sqnr(exact, run_onnx(tmp_path / "float" / "model.onnx", feed)) > sqnr(exact, nearest) - 15
 
 
 def test_the_graph_does_not_name_the_machine_that_it_was_made_on(deep: Path, tmp_path: Path) -> None:

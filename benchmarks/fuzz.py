@@ -27,6 +27,7 @@ from pathlib import Path
 from fuzzing import fork_server, materials
 from fuzzing.cases import Case, Format, guarded
 from fuzzing.folders import FORMATS as FOLDERS
+from fuzzing.folders import SEARCH
 from fuzzing.fork_server import Limits, Outcome, command, serve
 from fuzzing.graphs import FORMATS as GRAPHS
 from fuzzing.judge import ENDINGS, FAULTS, STOPPED, Verdict, judge
@@ -105,30 +106,37 @@ def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> Non
         (root / "judged.txt").write_text(case.judge())
 
 
+READ = (
+    ["verify", "out"], ["audit", "out"], ["audit", "out", "--json"], ["explain", "out", "transformer_blocks.0.attn1.to_q"],
+    ["triton", "--check", "out"],
+)  # fmt: skip
+"""Commands whose output of a mutant is compared with that of the unmutated folder."""
+
+
 def prepare(folder: Path) -> dict[str, str]:
-    """Import everything, make the materials in `folder`; what commands print of the unmutated ones, by their words."""
+    """Import everything, make the materials in `folder`; what the commands of `READ` print of the unmutated ones."""
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     os.environ.update(quiet, MKL_CBWR="AUTO,STRICT", TOKENIZERS_PARALLELISM="false")
     materials.save_models(folder)
     export = ["--model", str(folder / "plain"), *materials.EXPORT, "--triton", "-o", str(folder / "out")]
     fork_server.preload(export, folder / "imports")
     materials.save_graphs(folder / "graphs", folder / "out")
-    expected = {}
-    reading = (["verify", "out"], ["audit", "out"], ["audit", "out", "--json"])
-    for number, words in enumerate(
-        (*reading, ["explain", "out", "transformer_blocks.0.attn1.to_q"], ["triton", "--check", "out"])
-    ):
+    search = ["search", "--model", str(folder / "plain"), *SEARCH, "-o", str(folder / "search")]
+    commands = [(folder / "searching", functools.partial(command, search))]
+    for number, words in enumerate(READ):
         root = folder / f"expected{number}"
-        source = folder / "out" / "triton" if "--check" in words else folder / "out"
-        shutil.copytree(source, root / "work" / "out")
+        shutil.copytree(folder / "out" / "triton" if "--check" in words else folder / "out", root / "work" / "out")
+        commands.append((root, functools.partial(_inside, root / "work", words)))
+    ended = dict(serve(commands, limits=Limits(seconds=600)))
+    failed = [outcome.stderr for outcome in ended.values() if outcome.status not in (0, 1)]
+    if failed:
+        raise RuntimeError(f"a command fails on what is not mutated: {failed[0][-2000:]}")
+    return {" ".join(words): ended[folder / f"expected{number}"].stdout for number, words in enumerate(READ)}
 
-        def work(root: Path = root, words: list[str] = words) -> None:
-            os.chdir(root / "work")
-            command(words)
 
-        ((_, outcome),) = serve([(root, work)], limits=Limits(seconds=300))
-        expected[" ".join(words)] = outcome.stdout
-    return expected
+def _inside(folder: Path, words: list[str]) -> None:
+    os.chdir(folder)
+    command(words)
 
 
 def jobs(chosen: list[tuple[Format, int]], seed: int, stock: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -164,8 +172,6 @@ def fuzz(
     for root, outcome in serve(jobs(chosen, seed, stock, folder), workers=workers, limits=limits):
         number, index = map(int, root.name.split("-"))
         form = FORMATS[number]
-        if not (root / "before.json").exists():
-            raise RuntimeError(f"{form.name} {index}: no mutant was made: {outcome.stderr[-2000:]}")
         verdict = judge(form, root, outcome, expected)
         tally.add(form, index, verdict, outcome)
         if keep and verdict.ending in FAULTS:

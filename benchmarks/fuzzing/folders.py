@@ -67,6 +67,23 @@ def mutate_file(rng: random.Random, file: Path) -> str:
     return f"{file.name}: {what}"
 
 
+SEARCHED = (
+    ".lock", "choices", "statistics", "recipe.yaml", "search.json", "search.svg", "winner.yaml", "evaluations.jsonl",
+    "held-back-evaluations.jsonl", ".winner.yaml.new", ".search.json.new", ".recipe.yaml.new", ".partial",
+)  # fmt: skip
+SEARCH = ("--target-sqnr", "30", "--evaluations", "2", "--steps", "1", "--pictures", "1")
+
+
+def searched(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+    """The folder of a finished search with a file changed, continued."""
+    out = Path(shutil.copytree(materials / "search", work / "out", symlinks=True))
+    if rng.random() < 0.3:
+        what = mutate_path(rng, out / rng.choice(SEARCHED), guard)
+    else:
+        what = mutate_file(rng, rng.choice([path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"]))
+    return Case(["search", "--model", str(materials / "plain"), *SEARCH, "-o", "out"], what)
+
+
 TOKENS = (
     "0", "-1", "1", "99999999999", "4294967296", "²", "1e9", "nan", '"x"', '""', "TYPE_INT64", "TYPE_STRING", "KIND_GPU", "[",
     "]", "{", "}", "true", "x: 1", '"\\377"', '"../../guard"', '"' + "x" * 5000 + '"', "{ " * 200, "\x00", "#", "1:", "\u202e",
@@ -118,4 +135,8 @@ def mutate_words(rng: random.Random, file: Path) -> str:
     return "; ".join(said)
 
 
-FORMATS = (Format("finished folder", 14, finished, accepts=(0, 3, 4)), Format("Triton repository", 8, repository, accepts=(0, 1)))
+FORMATS = (
+    Format("finished folder", 14, finished, accepts=(0, 3, 4)),
+    Format("finished search", 2, searched),
+    Format("Triton repository", 8, repository, accepts=(0, 1)),
+)

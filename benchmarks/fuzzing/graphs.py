@@ -182,7 +182,7 @@ def nested(rng: random.Random, model: Any) -> str:
 
     graph = onnx.GraphProto()
     graph.CopyFrom(model.graph)
-    kind, depth = rng.choice(("If", "Loop", "Scan", "function")), rng.choice((1, 1, 2, 60))
+    kind, depth = rng.choice(("If", "Loop", "Scan", "function")), rng.choice((1, 1, 2, 12))
     if kind == "function":
         function = model.functions.add()
         function.name, function.domain = "inner", "local"

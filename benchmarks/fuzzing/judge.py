@@ -12,7 +12,7 @@ from .cases import Format, guarded
 from .fork_server import Outcome
 
 GOOD = ("refused", "right", "other verdict", "loaded")
-FAULTS = ("traceback", "hang", "memory", "crash", "outside", "silent", "long message", "no message")
+FAULTS = ("traceback", "hang", "memory", "crash", "outside", "silent", "long message", "no message", "no mutant")
 ENDINGS = (*GOOD, *FAULTS)
 """`refused`: status 1, 2 or 5 with one error of a few lines. `right`: the result is what an independent reading, or the
 unmutated input, gives. `other verdict`: a verdict or result of its own. `loaded`: accepted, stopped before the float graph."""
@@ -38,6 +38,8 @@ def judge(form: Format, root: Path, outcome: Outcome, expected: Mapping[str, str
         root: its folder: `case.json` and `before.json` as the child wrote them, `judged.txt` if the command succeeded.
         expected: by the words of a command, what it prints of the unmutated input.
     """
+    if not (root / "before.json").exists():
+        return Verdict("no mutant", outcome.stderr.strip().splitlines()[-1] if outcome.stderr.strip() else "")
     case = json.loads((root / "case.json").read_text())
     changed = _outside(root, case["writes"])
     if changed:

@@ -143,8 +143,33 @@ def safetensors(rng: random.Random, materials: Path, work: Path, guard: Path) ->
     """Mutants of safetensors files, whole or in shards."""
     folder = copy_model(rng, materials, work, ("plain", "sharded")) / "transformer"
     file = rng.choice(sorted(folder.glob("*.safetensors")))
-    what = mutate_path(rng, file, guard) if rng.random() < 0.08 else mutate_header(rng, file)
+    kind = rng.random()
+    if kind < 0.08:
+        what = mutate_path(rng, file, guard)
+    elif kind < 0.7:
+        what = mutate_header(rng, file)
+    else:
+        what = mutate_content(rng, file)
     return export(rng, work, what)
+
+
+def mutate_content(rng: random.Random, file: Path) -> str:
+    """Write a whole safetensors file of other tensors."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    content, what = _tensors(rng, state)
+    kept = {}
+    for name, value in content.items() if isinstance(content, dict) else state.items():
+        plain = isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if plain and not value.is_meta and value.numel() < 1 << 20:
+            kept[name] = value.detach().contiguous().clone()
+    if rng.random() < 0.3:
+        dtype = rng.choice((torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64))
+        kept, what = {name: value.to(dtype) for name, value in kept.items()}, f"{what}, all {dtype}"
+    save_file(kept, file, metadata=rng.choice((None, {"format": "pt"}, {"format": "tf"}, {"x": "y"})))
+    return what
 
 
 def index(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:

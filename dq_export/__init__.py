@@ -50,6 +50,7 @@ def build(*, model: str, output_dir: str | Path, **options: Any) -> Report:
 
 
 def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]) -> Report:
+    import os
     from pathlib import Path
 
     from .calibration.recipe import Recipe
@@ -58,6 +59,6 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     mine = ("exclude", "overwrite", "progress", "max_memory", "device", "plugin")
     how = {key: options.pop(key) for key in mine if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
-    report = run(recipe, Path(output_dir), until=until, **how)
+    report = run(recipe, Path(os.path.expanduser(output_dir)), until=until, **how)
     assert report is not None  # one process does everything
     return report

@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from dq_export.calibration.recipe import Recipe
 
 FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,8 +45,25 @@ def option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
+def expanded(path: str) -> Path:
+    """A path with `~` replaced, which shells leave alone behind `--option=`."""
+    return Path(os.path.expanduser(path))
+
+
+def path_option(text: str, *names: str) -> Any:
+    """Like `option`, of a path."""
+    return typer.Option(*names, help=text, show_default=False, parser=expanded, metavar="<path>")
+
+
+def path_argument(text: str) -> Any:
+    """A typer argument that is a path."""
+    return typer.Argument(help=text, show_default=False, parser=expanded)
+
+
 def export_options(
     model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
+    revision: Annotated[str, option("of a hub id: branch, tag or commit", "--revision")] = "",
+    variant: Annotated[str, option("of the weights, where several are: fp16 …", "--variant")] = "",
     format_: Annotated[str, option("ort, trt, trt-rtx; onnx: graph alone (default ort)", "--format")] = "",
     provider: Annotated[str, option("for --format ort: cpu or openvino (default cpu)", "--provider")] = "",
     dtype: Annotated[str, option("fp32, fp16 or bf16 of the rest (default the format's)", "--dtype")] = "",
@@ -58,7 +78,7 @@ def export_options(
     bias_correction: Annotated[bool | None, option("correct mean errors", "--bias-correction/--no-bias-correction")] = None,
     attention: Annotated[str, option("float, or fp8 with trt (default float)", "--attention")] = "",
     timesteps: Annotated[str, option("auto, shared or per-sample (default auto)", "--timesteps")] = "",
-    recipe: Annotated[Path | None, option("YAML with these options and rules; flags win", "--recipe")] = None,
+    recipe: Annotated[Path | None, path_option("YAML with these options and rules; flags win", "--recipe")] = None,
     method: Annotated[str, option("minmax, percentile or mse (default minmax)", "--method")] = "",
     percentile: Annotated[float | None, option("for --method percentile (default 99.99)", "--percentile")] = None,
     bins: Annotated[str, option("auto, per-step, or a number; 1 is static", "--bins")] = "",
@@ -76,7 +96,9 @@ def export_options(
     triton: Annotated[bool | None, option("also write a Triton model repository, OUT/triton", "--triton")] = None,
     min_coverage: Annotated[float | None, option("share required in low precision (default 0.95)", "--min-coverage")] = None,
     min_sqnr: Annotated[float | None, option("dB required of each network call (default 20)", "--min-sqnr")] = None,
-    output_dir: Annotated[Path, option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path("out"),
+    output_dir: Annotated[Path, path_option("new, or an earlier run to continue (default out)", "--output-dir", "-o")] = Path(
+        "out"
+    ),
     device: Annotated[str, option("where PyTorch samples: cpu or cuda (default cpu)", "--device")] = "cpu",
     max_memory: Annotated[float | None, option("GiB; what cannot fit is said before it starts", "--max-memory")] = None,
     overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite")] = False,
@@ -103,8 +125,6 @@ def exporting(until: str, text: str) -> Callable[..., None]:
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
-    from dq_export.calibration.recipe import Recipe, RecipeError
-
     from .pipeline import run
     from .report import FRONT
 
@@ -118,10 +138,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
             given[key] = given[key].lower()
     if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):
         given["bins"] = int(given["bins"])
-    base = Recipe.read(path) if path else {}
-    if "model" not in {**base, **given}:
-        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
-    recipe = Recipe.parse({**base, **given}, "option" if not path else f"recipe {path} with flags")
+    recipe = _recipe(path, given)
     group = _group(until)
     watch = Lines(quiet=how["quiet"] or how["as_json"] or group.rank > 0)
     signal.signal(signal.SIGINT, watch.interrupt)
@@ -143,6 +160,19 @@ def _export(until: str, options: dict[str, Any]) -> None:
     if group.size > 1:
         group.leave()
         _end(0)  # gloo's threads sometimes abort a process that ends by itself
+
+
+def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own."""
+    from dq_export.calibration.recipe import Recipe, RecipeError
+
+    base = Recipe.read(path) if path else {}
+    if given.get("model", base.get("model")) != base.get("model"):
+        base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
+    values = {**base, **given}
+    if "model" not in values:
+        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+    return Recipe.parse(values, f"recipe {path} with flags" if path else "option")
 
 
 def _end(status: int) -> NoReturn:
@@ -200,43 +230,38 @@ for _stage, _text in (
 ):
     app.command(_stage)(exporting(_stage, _text))
 
-Folder = Annotated[Path, typer.Argument(help="an export's output folder", show_default=False)]
+Folder = Annotated[Path, path_argument("an export's output folder")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON", show_default=False)]
 
 
 @app.command()
 def search(
     model: Annotated[str, option("dit, dit-digits, a hub id or a diffusers folder", "--model", "-m")] = "",
+    revision: Annotated[str, option("of a hub id: branch, tag or commit", "--revision")] = "",
+    variant: Annotated[str, option("of the weights, where several are: fp16 …", "--variant")] = "",
     target_sqnr: Annotated[float | None, option("dB to keep, at the least size", "--target-sqnr")] = None,
     max_size: Annotated[float | None, option("MB of weights, for the best pictures", "--max-size")] = None,
     max_latency: Annotated[float | None, option("ms of a call of batch 2, timed here", "--max-latency")] = None,
-    recipe: Annotated[Path | None, option("YAML of everything that is not searched", "--recipe")] = None,
+    recipe: Annotated[Path | None, path_option("YAML of everything that is not searched", "--recipe")] = None,
     rounding: Annotated[str, option("of weights: rtn, mse or gptq (default rtn)", "--rounding")] = "",
     seed: Annotated[int | None, option("of noise, labels and the search (default 0)", "--seed")] = None,
     evaluations: Annotated[int, option("mixes to try (default 300)", "--evaluations")] = 300,
     strategy: Annotated[str, option("descend, or evolve as Q-DiT does (default descend)", "--strategy")] = "descend",
     pictures: Annotated[int, option("that judge a mix (default 4)", "--pictures")] = 4,
     steps: Annotated[int, option("sampler steps of those pictures (default 12)", "--steps")] = 12,
-    output_dir: Annotated[Path, option("new, or of the same search to continue", "--output-dir", "-o")] = Path("search"),
+    output_dir: Annotated[Path, path_option("new, or of the same search to continue", "--output-dir", "-o")] = Path("search"),
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q")] = False,
 ) -> None:
     """Look for the best mix of bits, groups and granularities; export its winner.yaml with --recipe."""
-    from dq_export.calibration.recipe import Recipe, RecipeError
-
     from .exploration import WINNER, explore
 
-    given = {"model": model, "rounding": rounding, "seed": seed}
-    values = {
-        **(Recipe.read(recipe) if recipe else {}),
-        **{key: value for key, value in given.items() if value not in ("", None)},
-    }
-    if "model" not in values:
-        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+    given = {"model": model, "revision": revision, "variant": variant, "rounding": rounding, "seed": seed}
+    base = _recipe(recipe, {key: value for key, value in given.items() if value not in ("", None)})
     watch = Lines(quiet=quiet)
     signal.signal(signal.SIGINT, watch.interrupt)
     try:
         found = explore(
-            Recipe.parse(values, "option" if not recipe else f"recipe {recipe} with flags"), output_dir,
+            base, output_dir,
             target_sqnr=target_sqnr, max_size=max_size, max_latency=max_latency, evaluations=evaluations,
             strategy=strategy, pictures=pictures, steps=steps, progress=watch,
         )  # fmt: skip
@@ -330,7 +355,7 @@ def bench(out: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def check(
-    model: Annotated[Path, typer.Argument(help="an ONNX file, of ours or not", show_default=False)],
+    model: Annotated[Path, path_argument("an ONNX file, of ours or not")],
     target: Annotated[str, typer.Option(help="trt, trt-rtx, or ort: its CPU provider", show_default=False)],
     as_json: Json = False,
 ) -> None:
@@ -354,9 +379,7 @@ def check(
 
 @app.command()
 def triton(
-    out: Annotated[
-        Path, typer.Argument(help="an export's output folder, or with --check a model repository", show_default=False)
-    ],
+    out: Annotated[Path, path_argument("an export's output folder, or with --check a model repository")],
     only_check: Annotated[bool, typer.Option("--check", help="say what is wrong with a repository, of ours or not")] = False,
 ) -> None:
     """Write OUT/triton, a Triton model repository, or check one."""

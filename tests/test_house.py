@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"calibration": 1, "passes": 2, "deploy": 3, "dq_export": 4}
@@ -248,3 +252,26 @@ def test_everything_public_has_a_docstring() -> None:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert missing == []
+
+
+def test_every_package_that_the_tests_install_is_pinned() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                pins[canonicalize_name(requirement.name)] = requirement.specifier
+    wanted, seen = [Requirement("dq-export[cpu,test]")], set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        # A CUDA build of PyTorch brings libraries that no test uses.
+        if (name, *sorted(requirement.extras)) in seen or re.match(r"nvidia-|cuda-|triton$", name):
+            continue
+        seen.add((name, *sorted(requirement.extras)))
+        assert name == "dq-export" or name in pins, f"{name} is installed and not in constraints.txt; run .ci/pin"
+        for text in metadata.requires(name) or ():
+            child = Requirement(text)
+            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)):
+                wanted.append(child)
+    assert len(seen) > 60

@@ -150,7 +150,7 @@ def digest(model: Any, scheduler: Any, progress: Progress = unwatched) -> str:
     Args:
         progress: called with (tensors hashed, tensors in all).
     """
-    settings = [_public(model.config), type(scheduler).__name__, _public(scheduler.config)]
+    settings = [_taken(model), type(scheduler).__name__, _taken(scheduler)]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     state = model.state_dict()
     with ThreadPoolExecutor() as pool:
@@ -170,8 +170,10 @@ def broken_weights(model: Any) -> list[str]:
     return [name for name, value in suspect.items() if not torch.isfinite(value).all()]
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+def _taken(part: Any) -> dict[str, Any]:
+    """The values of its configuration that a diffusers class takes; old files have more."""
+    names = inspect.signature(type(part).__init__).parameters
+    return {key: value for key, value in part.config.items() if key in names}
 
 
 def _content_hash(value: Any) -> bytes:

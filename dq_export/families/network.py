@@ -13,6 +13,9 @@ from .reference import ModelError
 from .tensors import read_tensors
 from .weights import Weights
 
+UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+"""What classes of diffusers raise where a value of a configuration is wrong. NameError: a branch for the value is missing."""
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a configuration file.
@@ -76,7 +79,7 @@ def _empty(architecture: Any, path: Path, config: Mapping[str, Any]) -> Any:
     try:
         with silent(), init_empty_weights():
             return architecture.from_config(dict(config))
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except UNFIT as error:
         reason = printable(str(error).strip().split("\n")[0]) or type(error).__name__
         raise ModelError(
             f"{shown_path(path)}: makes no {architecture.__name__} ({reason}); a value is missing or wrong"

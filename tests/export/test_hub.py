@@ -1,0 +1,282 @@
+"""Models of the hub: its cache as the hub's own library lays it out, and a hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import save_tiny
+from safetensors.numpy import load_file
+from test_checkpoints import as_published, edit, save_vae
+
+import dq_export
+from dq_export.families.hub import wanted
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference, locate
+
+STEM = "diffusion_pytorch_model"
+COMMIT = "eab87f77abd5aef071a632f08807fbaab0b704d0"
+QUICK = {"steps": 3, "calib_size": 1, "parity_size": 1, "min_sqnr": 5}
+OLD = {
+    "_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "activation_fn": "gelu-approximate",
+    "attention_bias": True, "attention_head_dim": 16, "cross_attention_dim": None, "dropout": 0.0, "in_channels": 4,
+    "norm_elementwise_affine": False, "norm_num_groups": 32, "norm_type": "ada_norm_zero", "num_attention_heads": 2,
+    "num_embeds_ada_norm": 1000, "num_layers": 2, "num_vector_embeds": None, "only_cross_attention": False, "out_channels": 8,
+    "patch_size": 2, "sample_size": 8, "upcast_attention": False, "use_linear_projection": False,
+}  # fmt: skip
+"""config.json of facebook/DiT-XL-2-256's transformer, key for key, with the sizes of a tiny one."""
+
+
+def publish(today: Path, folder: Path) -> None:
+    """A pipeline of today's diffusers in the files of early 2023: pickles, old names, an old configuration."""
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    shutil.copytree(today, folder)
+    path = folder / "transformer" / f"{STEM}.safetensors"
+    torch.save(load_torch(path), path.with_suffix(".bin"))
+    path.unlink()
+    (folder / "transformer" / "config.json").write_text(json.dumps(OLD))
+    as_published(folder / "vae")
+    edit(folder / "vae" / "config.json", _diffusers_version="0.12.0.dev0", _name_or_path="stabilityai/sd-vae-ft-ema")
+    edit(folder / "scheduler" / "scheduler_config.json", _diffusers_version="0.12.0.dev0", trained_betas=None)
+    index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.12.0.dev0", "id2label": {"0": "tench, Tinca tinca"}}
+    parts = {"transformer": "Transformer2DModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
+    (folder / "model_index.json").write_text(json.dumps({**index, **{part: ["diffusers", name] for part, name in parts.items()}}))
+
+
+def cached(folder: Path, cache: Path, name: str = "facebook--DiT-XL-2-256") -> Path:
+    """The folder as the hub's library keeps it: files are links into blobs."""
+    model = cache / f"models--{name}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(COMMIT)
+    (model / "blobs").mkdir()
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        blob = model / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        link = model / "snapshots" / COMMIT / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return model
+
+
+@pytest.fixture(scope="module")
+def today(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny(tmp_path_factory.mktemp("today"), in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    save_vae(folder / "vae", latent_channels=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(today: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME with the published model in its cache."""
+    home = tmp_path_factory.mktemp("home")
+    publish(today, home / "published")
+    cached(home / "published", home / "hub")
+    return home
+
+
+def run(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-m", "dq_export", *words]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_the_readmes_command_exports_the_model_as_the_hub_has_it(home: Path, today: Path, tmp_path: Path) -> None:
+    """`dq-export --model dit`, and then again from the recipe that it wrote."""
+    flags = [word for key, value in QUICK.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    done = run(home, "--model", "dit", "--bits", "w8a8", "--triton", *flags, "-o", str(tmp_path / "hub"))
+    assert done.returncode == 0, done.stderr
+    dq_export.quantize(model=str(today), output_dir=tmp_path / "plain", triton=True, **QUICK)
+    assert (tmp_path / "hub" / "model.onnx.data").read_bytes() == (tmp_path / "plain" / "model.onnx.data").read_bytes()
+    assert (tmp_path / "hub" / "model.onnx").read_bytes() == (tmp_path / "plain" / "model.onnx").read_bytes()
+    scales, expected = (load_file(tmp_path / name / "calibration.safetensors") for name in ("hub", "plain"))
+    assert set(scales) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(scales[name], value)
+    assert os.path.samefile(
+        tmp_path / "hub" / "float" / f"{STEM}.bin",
+        home / "hub/models--facebook--DiT-XL-2-256/snapshots" / COMMIT / f"transformer/{STEM}.bin",
+    )
+    assert (tmp_path / "hub" / "triton" / "decoder" / "1" / "model.onnx").exists()
+    recipe = (tmp_path / "hub" / "recipe.yaml").read_text()
+    assert f"model: dit\nrevision: {COMMIT}\n" in recipe
+    again = run(home, "--recipe", str(tmp_path / "hub" / "recipe.yaml"), "-o", str(tmp_path / "hub"))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("kept from an earlier run") >= 8
+
+
+def test_a_folder_of_the_cache_is_its_snapshot(home: Path, tmp_path: Path) -> None:
+    model = tmp_path / "models--owner--name"
+    shutil.copytree(home / "hub" / "models--facebook--DiT-XL-2-256", model, symlinks=True)
+    assert locate(str(model)).model == str((model / "snapshots" / COMMIT).resolve())
+    (model / "refs" / "main").unlink()
+    assert locate(str(model)).model.endswith(COMMIT), "the only one"
+    shutil.copytree(model / "snapshots" / COMMIT, model / "snapshots" / "other", symlinks=True)
+    with pytest.raises(
+        ModelError, match=rf"no refs/main, and not one snapshot alone; there is {COMMIT}, other: choose with --rev"
+    ):
+        locate(str(model))
+    assert locate(str(model), "other").model.endswith("/snapshots/other")
+    (model / "refs" / "v2").write_text("other\n")
+    assert locate(str(model), "v2").model.endswith("/snapshots/other")
+    for wrong in ("v3", "../refs/v2", str(model / "refs" / "v2")):
+        with pytest.raises(ModelError, match="is not in it"):
+            locate(str(model), wrong)
+    with pytest.raises(ModelError, match=r"is a folder, which has no revision 'v2'; leave it out"):
+        locate(str(model / "snapshots" / COMMIT), "v2")
+
+
+def test_a_hub_id_may_hold_its_revision(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    for model, revision in (("facebook/DiT-XL-2-256@main", ""), ("dit", COMMIT), ("dit@main", "main"), (f"dit@{COMMIT}", "")):
+        source = locate(model, revision)
+        assert (source.model, source.revision) == (model.split("@")[0], COMMIT)
+    with pytest.raises(ModelError, match="another revision than --revision 'v2'"):
+        locate("dit@main", "v2")
+    with pytest.raises(ModelError, match="revision 'v2' is not in it"):
+        locate("dit@v2")
+    assert load_reference("dit").guidance == 4.0
+
+
+PLAIN = ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "variant", "expected"),
+    [
+        (["transformer/{}.bin", "vae/{}.bin"], "", ["transformer/{}.bin", "vae/{}.bin"]),
+        (["transformer/{}.bin", "transformer/{}.safetensors"], "", ["transformer/{}.safetensors"]),
+        (
+            ["transformer/{}.fp16.bin", "transformer/{}.safetensors", "vae/{}.bin"], "fp16",
+            ["transformer/{}.fp16.bin", "vae/{}.bin"],
+        ),
+        (["transformer/{}.fp16.safetensors", "transformer/{}.bin"], "", ["transformer/{}.bin"]),
+        (
+            ["transformer/{}.safetensors.index.json", "transformer/{}-00001-of-00001.safetensors",
+             "transformer/{}.fp16-00001-of-00001.safetensors", "transformer/{}.safetensors.index.fp16.json", "{}.ckpt"], "",
+            ["transformer/{}.safetensors.index.json", "transformer/{}-00001-of-00001.safetensors"],
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_is_read_is_downloaded(weights: list[str], variant: str, expected: list[str]) -> None:
+    named = [name.format(STEM) for name in weights]
+    found = wanted([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
+    assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's HTTP as its library asks for: what files a revision has, and their content."""
+
+    folder: Path
+    asked: list[str]
+
+    def _file(self) -> None:
+        name = self.path.split("/resolve/")[1].split("/", 1)[1]
+        path = self.folder / name
+        if not path.is_file():
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        content = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        self._answer(200, content, headers)
+        if self.command == "GET":
+            self.asked.append(name)
+
+    def _listing(self, recursive: bool) -> None:
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        names = [str(path.relative_to(self.folder)) for path in files]
+        if recursive:
+            tree = [
+                {"type": "file", "path": name, "size": path.stat().st_size, "oid": COMMIT}
+                for name, path in zip(names, files, strict=True)
+            ]
+            self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+            return
+        info = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names], "private": False}
+        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        if "/owner/name" not in self.path:
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif "/v9" in self.path:
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif "/resolve/" in self.path:
+            self._file()
+        else:
+            self._listing("/tree/" in self.path)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
+    """The address of a hub with the published model, and what it was asked for."""
+    shutil.copytree(home / "published", tmp_path / "served")
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "served", "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+LOCATE = "import sys; from dq_export.families.source import locate; print(locate(*sys.argv[1:]).checkpoint.weights.files[0])"
+
+
+def fetched(hub: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """What `locate` finds in a process of its own, for the library reads its address when it is imported."""
+    variables = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    return subprocess.run([sys.executable, "-c", LOCATE, *words], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, handler = hub
+    done = fetched(address, tmp_path / "one", "owner/name", "main")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"snapshots/{COMMIT}/transformer/{STEM}.bin")
+    assert sorted(handler.asked) == sorted([*PLAIN[:4], f"transformer/{STEM}.bin", f"vae/{STEM}.bin"])
+    (handler.folder / "transformer" / f"{STEM}.safetensors").write_bytes(b"x")
+    handler.asked.clear()
+    assert fetched(address, tmp_path / "two", "owner/name").returncode == 0
+    assert [name for name in handler.asked if name.startswith("transformer/d")] == [f"transformer/{STEM}.safetensors"]
+    edit(handler.folder / "transformer" / "config.json", norm_type="ada_norm_single")
+    handler.asked.clear()
+    other = fetched(address, tmp_path / "three", "owner/name")
+    assert "ModelError" in other.stderr
+    assert "architecture 'PixArtTransformer2DModel' is not supported" in other.stderr
+    assert sorted(handler.asked) == sorted(PLAIN[:4]), "no weights of a model that cannot be used"
+
+
+def test_what_a_hub_has_not_is_said(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, _ = hub
+    assert "it has no revision 'v9'; give a branch, a tag or a commit" in fetched(address, tmp_path, "owner/name", "v9").stderr
+    assert "the hub has no such model, or it is private" in fetched(address, tmp_path, "owner/other").stderr
+    assert "no weights of variant 'fp16'" in fetched(address, tmp_path, "owner/name", "", "fp16").stderr
+    assert "neither in the local cache nor reachable" in fetched("http://127.0.0.1:9", tmp_path / "empty", "owner/name").stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dq_export.calibration.recipe import Recipe
 from dq_export.exploration import explore
+from dq_export.search_request import SearchRequest
 from dq_export.space import KNOWN, Q_DIT
 
 ROWS = (
@@ -41,9 +42,8 @@ def main() -> None:
                 for label, strategy, choices, more in ROWS:
                     recipe = Recipe.parse({"model": "dit-digits", "seed": seed, **more}, "benchmark")
                     out = Path(temporary) / f"{label}-{seed}-{size}"
-                    found = explore(
-                        recipe, out, max_size=size, evaluations=options.evaluations, strategy=strategy, choices=choices
-                    )
+                    request = SearchRequest(max_size=size, evaluations=options.evaluations, strategy=strategy)
+                    found = explore(recipe, out, request, choices=choices)
                     fitting = [(sqnr, name) for name, mb, _, sqnr in found.uniform if mb <= size]
                     alone = "{:.1f} ({})".format(*max(fitting)) if fitting else "none fits"
                     print(f"| {label} | {seed} | {size} | {found.size:.2f} | {found.held_back:.1f} | {alone} |", flush=True)

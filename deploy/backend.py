@@ -63,6 +63,10 @@ class Backend(Protocol):
         """Triton's backend that serves its engine; empty: none does."""
 
     @property
+    def label(self) -> str:
+        """What runs its engines, in words, with their float type."""
+
+    @property
     def runs(self) -> bool:
         """Whether an engine can be run on this machine."""
 
@@ -95,6 +99,13 @@ class Backend(Protocol):
 
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
+
+    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+        """The float graph as `load` takes it, to compare an engine's speed with: `model`, or a copy built in `folder`.
+
+        Raises:
+            BackendError: as `build`.
+        """
 
     def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
         """Build `model` into `folder`; returns what its user should know about the engine, mostly nothing.

@@ -48,6 +48,11 @@ class OpenVino:
     runs: bool = True
 
     @property
+    def label(self) -> str:
+        """See `Backend.label`."""
+        return f"OpenVINO in {self.dtype}"
+
+    @property
     def _config(self) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
 
@@ -74,6 +79,10 @@ class OpenVino:
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`."""
+        return model
+
+    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+        """See `Backend.baseline`."""
         return model
 
     def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:

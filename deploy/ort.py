@@ -47,7 +47,10 @@ class OrtEngine:
         return OnnxrtRunner(self.session, name=name)
 
     def __call__(self, feed: Feed) -> Float32:
-        result: Float32 = self.session.run(None, dict(feed))[0]
+        try:
+            result: Float32 = self.session.run(None, dict(feed))[0]
+        except session_errors() as error:
+            raise BackendError(f"ONNX Runtime cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
         return result
 
 
@@ -61,6 +64,7 @@ class Ort:
     target: Target = "ort"
     triton: str = "onnxruntime"
     runs: bool = True
+    label: str = "ONNX Runtime's CPU provider"
 
     def configured(self, recipe: Recipe) -> Ort:
         """See `Backend.configured`."""
@@ -90,6 +94,10 @@ class Ort:
 
     def portable(self, model: Path, folder: Path) -> Path:
         """See `Backend.portable`."""
+        return model
+
+    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+        """See `Backend.baseline`."""
         return model
 
     def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
@@ -195,7 +203,7 @@ def _session(model: Path, options: Any, *, without: tuple[str, ...] = ()) -> Any
 
 
 def session_errors() -> tuple[type[Exception], ...]:
-    """onnxruntime's own exceptions, which share no base class."""
+    """onnxruntime's own exceptions, which share no base class, and ValueError, by which it refuses inputs."""
     state = onnxruntime().capi.onnxruntime_pybind11_state
     names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
-    return tuple(getattr(state, name) for name in names)
+    return (ValueError, *(getattr(state, name) for name in names))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import resource
-import subprocess
+import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from typing import Any, TextIO
 from dq_export.calibration.collect import Progress
 
 from .backend import BackendError
+from .child import run_child
 
 Shape = tuple[int, ...]
 Tell = Callable[[dict[str, Any]], None]
@@ -33,8 +32,8 @@ class PlanRequest:
 
     Args:
         module: `tensorrt` or `tensorrt_rtx`; their builders differ in the targets only.
-        model: the ONNX file.
-        plan: where the plan goes.
+        model: absolute path of the ONNX file.
+        plan: absolute path of the plan to write.
         targets: compute capabilities such as `SM89`, for tensorrt_rtx; tensorrt builds for the GPU at hand.
         profiles: input name -> (least, best, greatest) shape.
     """
@@ -72,37 +71,24 @@ def build_plan(request: PlanRequest, progress: Progress) -> PlanReport:
         BackendError: the library is missing, refuses the graph or a target, or the process was killed.
     """
     last: dict[str, Any] = {}
-    reading, writing = os.pipe()
-    with tempfile.TemporaryFile("w+") as chatter, open(reading) as told:  # the library prints what it likes
-        command = [sys.executable, "-m", "dq_export.deploy.plan", str(writing)]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=chatter, stderr=subprocess.STDOUT, text=True, pass_fds=(writing,)
-        ) as child:
-            os.close(writing)
-            assert child.stdin is not None
-            try:
-                child.stdin.write(json.dumps(asdict(request)))
-                child.stdin.close()
-                for line in told:
-                    last = json.loads(line)
-                    if "done" in last:
-                        progress(last["done"], PHASES)
-            except BaseException:
-                child.kill()
-                raise
-        chatter.seek(0)
-        said = chatter.read().strip().splitlines()
+
+    def receive(message: dict[str, Any]) -> None:
+        last.clear()
+        last.update(message)
+        if "done" in message:
+            progress(message["done"], PHASES)
+
+    end = run_child("dq_export.deploy.plan", asdict(request), receive)
     if "layers" in last:
         return PlanReport(**last)
     if "error" in last:
         raise BackendError(f"{request.module} cannot build {request.model}: {last['error']}")
-    if child.returncode == -9:
+    if end.status == -signal.SIGKILL:
         raise BackendError(
             f"the process that builds {request.model} was killed, most likely for want of memory: a build takes 3 to 4 times "
             "the bytes of model.onnx.data; finished stages are kept"
         )
-    reason = said[-1] if said else "nothing said"
-    raise BackendError(f"the process that builds {request.model} ended with status {child.returncode}: {reason}")
+    raise BackendError(f"the process that builds {request.model} ended with status {end.status}: {end.reason}")
 
 
 def serve(channel: TextIO, asked: str) -> None:

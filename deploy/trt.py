@@ -65,6 +65,11 @@ class TensorRt:
         return "tensorrt" if self.name == "trt" else ""
 
     @property
+    def label(self) -> str:
+        """See `Backend.label`."""
+        return f"{'TensorRT' if self.name == 'trt' else 'TensorRT-RTX'} in {self.dtype}"
+
+    @property
     def runs(self) -> bool:
         """Where there are a GPU and the library."""
         return bool(compute_capability()) and importlib.util.find_spec(MODULES[self.name]) is not None
@@ -102,9 +107,16 @@ class TensorRt:
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: a scale that is computed at run time builds, and runs in half precision."""
-        casts = (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
         limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
-        return (WidenCodes(), QuantizeAttention(scales=result.attention), FactorScale(reach=result.reach, limit=limit), *casts)
+        return (
+            WidenCodes(),
+            QuantizeAttention(scales=result.attention),
+            FactorScale(reach=result.reach, limit=limit),
+            *self._casts(),
+        )
+
+    def _casts(self) -> tuple[GraphPass, ...]:
+        return (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
 
     def greatest_batch(self, model: Path) -> int | None:
         """See `Backend.greatest_batch`: the least of the greatest shapes."""
@@ -119,6 +131,15 @@ class TensorRt:
         run_passes(graph, [WidenFloats()])
         folder.mkdir(parents=True, exist_ok=True)
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+        return folder / "model.onnx"
+
+    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+        """See `Backend.baseline`. A copy of the graph in `dtype` with a plan of its own beside it."""
+        graph = ir.load(model)
+        run_passes(graph, self._casts())
+        folder.mkdir(parents=True, exist_ok=True)
+        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+        self.build(folder / "model.onnx", folder / "engine", progress)
         return folder / "model.onnx"
 
     def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
@@ -142,8 +163,8 @@ class TensorRt:
             )
         request = PlanRequest(
             module=MODULES[self.name],
-            model=str(model),
-            plan=str(folder / PLAN),
+            model=str(model.resolve()),
+            plan=str((folder / PLAN).resolve()),
             targets=tuple(target.upper() for target in self.targets),
             profiles=wanted,
         )

@@ -1,4 +1,4 @@
-"""The command line: the only place that prints or reads the environment."""
+"""The command line, which with `progress` and `tables` is the only place that prints or reads the environment."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import contextlib
 import errno
 import inspect
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
+
+from .progress import Lines
+from .tables import print_audit, print_faults, print_findings, print_latency, print_search, summarize, warn_if_slower
 
 if TYPE_CHECKING:
     from dq_export.calibration.recipe import Recipe
 
-FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, INTERRUPTED = 1, 2, 3, 4, 5, 130
+FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, UNMET, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LINE_LENGTH, LINES = 1000, 40
 """Characters of a line, and lines, of an error."""
@@ -140,19 +140,13 @@ def _export(until: str, options: dict[str, Any]) -> None:
         given["bins"] = int(given["bins"])
     recipe = _recipe(path, given)
     group = _group(until)
-    watch = Lines(quiet=how["quiet"] or how["as_json"] or group.rank > 0)
-    signal.signal(signal.SIGINT, watch.interrupt)
-    try:
+    quiet = how["quiet"] or how["as_json"] or group.rank > 0
+    with _watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
         more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
         if path and (path.parent / FRONT).exists():
             more["front"] = path.parent / FRONT
         report = run(recipe, folder, until=until, progress=watch, group=group, **more)
-    except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
-        if not watch.interrupted:
-            raise
-        print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
-        _end(INTERRUPTED)
     if report is not None and how["as_json"]:
         print(report.model_dump_json(indent=1))
     elif report is not None:
@@ -173,6 +167,23 @@ def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
     if "model" not in values:
         raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
     return Recipe.parse(values, f"recipe {path} with flags" if path else "option")
+
+
+@contextmanager
+def _watching(*, quiet: bool, then: str) -> Iterator[Lines]:
+    """Progress of a long command, which an interrupt ends with status 130 and a line that says how to go on."""
+    watch = Lines(quiet=quiet)
+    signal.signal(signal.SIGINT, watch.interrupt)
+    try:
+        yield watch
+    except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
+        if not watch.interrupted:
+            raise
+        watch.stop()
+        print(f"\ninterrupted; {then}", file=sys.stderr)
+        _end(INTERRUPTED)
+    finally:
+        watch.stop()
 
 
 def _end(status: int) -> NoReturn:
@@ -252,29 +263,23 @@ def search(
     output_dir: Annotated[Path, path_option("new, or of the same search to continue", "--output-dir", "-o")] = Path("search"),
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q")] = False,
 ) -> None:
-    """Look for the best mix of bits, groups and granularities; export its winner.yaml with --recipe."""
+    """Look for the best mix of bits, groups and granularities; export its winner.yaml with --recipe.
+
+    Exit status 6: nothing that was tried meets the goal; there is no winner.yaml.
+    """
     from .exploration import WINNER, explore
+    from .search_request import SearchRequest
 
     given = {"model": model, "revision": revision, "variant": variant, "rounding": rounding, "seed": seed}
     base = _recipe(recipe, {key: value for key, value in given.items() if value not in ("", None)})
-    watch = Lines(quiet=quiet)
-    signal.signal(signal.SIGINT, watch.interrupt)
-    try:
-        found = explore(
-            base, output_dir,
-            target_sqnr=target_sqnr, max_size=max_size, max_latency=max_latency, evaluations=evaluations,
-            strategy=strategy, pictures=pictures, steps=steps, progress=watch,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues after the last evaluation", file=sys.stderr)
-        _end(INTERRUPTED)
-    table = Table("", "MB", "ms", "dB", title="trajectories of other noise and labels than the search's")
-    for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform):
-        table.add_row(name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
-    Console().print(table)
+    request = SearchRequest(
+        target_sqnr=target_sqnr, max_size=max_size, max_latency=max_latency, evaluations=evaluations, strategy=strategy,
+        pictures=pictures, steps=steps,
+    )  # fmt: skip
+    with _watching(quiet=quiet, then="the same command continues after the last evaluation") as watch:
+        found = explore(base, output_dir, request, progress=watch)
+    print_search(found)
     print(f"{found.evaluations} evaluations; export it: dq-export --recipe {output_dir / WINNER} -o out")
-    if not found.reached:
-        print(f"warning: nothing that was tried reaches {target_sqnr:g} dB; this is the nearest", file=sys.stderr)
 
 
 @app.command()
@@ -305,11 +310,7 @@ def audit(out: Folder, as_json: Json = False) -> None:
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
-        table = Table("GEMM", "wanted", "kernel", "why not")
-        for gemm in report.gemms:
-            table.add_row(gemm.name, gemm.wanted, gemm.kernel, gemm.reason)
-        Console().print(table)
-        print(f"{report.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels; required {required:.1%}")
+        print_audit(report, required)
     if report.coverage < required:
         raise typer.Exit(AUDIT)
 
@@ -319,11 +320,11 @@ def finish(out: Folder) -> None:
     """Build and audit the engine of a folder that another machine exported."""
     from .finished import finish as build
 
-    watch = Lines(quiet=False)
-    watch.begin("build", str(out))
-    start = time.monotonic()
-    report, required = build(out, watch.advance)
-    watch.end(time.monotonic() - start, f"{report.coverage:.1%} of the quantized FLOPs in low precision", kept=False)
+    with _watching(quiet=False, then="the same command starts the build anew") as watch:
+        watch.begin("build", str(out))
+        start = time.monotonic()
+        report, required = build(out, watch.advance)
+        watch.end(time.monotonic() - start, f"{report.coverage:.1%} of the quantized FLOPs in low precision", kept=False)
     if report.coverage < required:
         raise typer.Exit(AUDIT)
 
@@ -333,24 +334,14 @@ def bench(out: Folder, as_json: Json = False) -> None:
     """Time the engine, the float graph and PyTorch in turn; list memory and operators."""
     from .finished import bench_again
 
-    latency = bench_again(out)
+    with _watching(quiet=as_json, then="nothing was changed") as watch:
+        watch.begin("bench", "PyTorch, the float graph and the engine in turn")
+        latency = bench_again(out, watch.advance)
     if as_json:
         print(latency.model_dump_json(indent=1))
     else:
-        table = Table("", "median ms", "least", "engine is faster by", "memory MB", title=f"one call, batch {latency.batch}")
-        for name, item in latency.engines.items():
-            ratio = f"{item.median_ms / latency.engine_ms:.2f}x"
-            table.add_row(name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}")
-        Console().print(table)
-        operators = Table("operator", "float ms", "engine ms")
-        before, after = latency.profile["float"], latency.profile["engine"]
-        longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
-        for name in [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]:
-            operators.add_row(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}")
-        Console().print(operators)
-        for name, reason in latency.skipped.items():
-            print(f"without {name}: {reason}")
-    _warn_if_slower(latency)
+        print_latency(latency)
+    warn_if_slower(latency)
 
 
 @app.command()
@@ -366,13 +357,7 @@ def check(
     if as_json:
         print(json.dumps([asdict(item) for item in findings], indent=1))
     else:
-        table = Table(Column("node", overflow="fold"), "verdict", "why", "what to do")
-        for item in [item for item in findings if item.verdict != "low precision"]:
-            table.add_row(item.node, item.verdict, item.rule, item.fix)
-        if table.row_count:
-            Console().print(table)
-        counted = Counter(item.verdict for item in findings)
-        print(", ".join(f"{counted[verdict]} {verdict}" for verdict in ("low precision", "float", "rejected")))
+        print_findings(findings)
     if any(item.failed for item in findings):
         raise typer.Exit(AUDIT)
 
@@ -388,9 +373,8 @@ def triton(
         return
     from .finished import serve_again
 
-    watch = Lines(quiet=False)
-    signal.signal(signal.SIGINT, watch.interrupt)
-    repository = serve_again(out, watch)
+    with _watching(quiet=False, then="the same command continues") as watch:
+        repository = serve_again(out, watch)
     print(f"{repository}: copy it to the server; {repository / 'README.md'} says how to run it and how to ask")
 
 
@@ -400,14 +384,8 @@ def _check_repository(folder: Path) -> None:
 
     require_triton()
     faults = check_repository(folder)
-    table = Table("model", "", Column("what", overflow="fold"), "what to do")
-    for item in faults:
-        table.add_row(item.model, item.severity, item.what, item.fix)
-    if faults:
-        Console().print(table)
-    counted = Counter(item.severity for item in faults)
-    print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))
-    if counted["error"]:
+    print_faults(faults)
+    if any(item.severity == "error" for item in faults):
         raise typer.Exit(FAILED)
 
 
@@ -418,99 +396,6 @@ def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name o
 
     for label, value in explain_linear(out, name).items():
         print(f"{label:10} {value}")
-
-
-class Lines:
-    """Progress as rich's bar on a terminal, as plain lines otherwise."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.quiet = quiet
-        self.stage, self.start, self.said, self.last, self.done, self.total = "", 0.0, 0.0, 0.0, 0, 0
-        self.interrupted = False
-
-    def interrupt(self, number: int, frame: object) -> None:
-        """Stop the run. Some libraries swallow the exception, or report a failed import: the flag remembers."""
-        self.interrupted = True
-        raise KeyboardInterrupt
-
-    def begin(self, stage: str, what: str) -> None:
-        """Say which stage starts."""
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.stage, self.done, self.total = stage, 0, 0
-        self.start = self.said = self.last = time.monotonic()
-        self._say(f"{stage:9} {what}")
-
-    def advance(self, done: int, total: int) -> None:
-        """Say how far the stage is and how long it will take: always on a terminal, every 5 s elsewhere."""
-        now = time.monotonic()
-        if total != self.total or done < self.done:  # another phase of the stage, which began when the last one ended
-            self.start = self.last
-        self.last, self.done, self.total = now, done, total
-        if self.quiet or not done or now - self.said < (0.2 if self.console.is_terminal else 5.0):
-            return
-        self.said = now
-        left = (now - self.start) / done * (total - done)
-        text = f"{self.stage:9} {done}/{total}, {left:.0f} s left"
-        if self.console.is_terminal:
-            self.console.print(text + " " * 20, end="\r")
-        else:
-            self._say(text)
-
-    def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        """Say what came out."""
-        taken = "kept from an earlier run" if kept else f"{seconds:.1f} s"
-        self._say(f"{self.stage:9} done: {result + ', ' if result else ''}{taken}" + " " * 12)
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            self.console.print(text.rstrip() if not self.console.is_terminal else text, soft_wrap=True)
-
-
-def summarize(report: Any, folder: Path, *, verbose: bool) -> None:
-    """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
-    from .repository import REPOSITORY
-
-    table = Table(title=f"{report.model} -> {folder}", show_header=False)
-    if report.audit:
-        table.add_row("low-precision kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
-        table.add_row("", f"{report.audit.integer_share:.1%} of all GEMM FLOPs (attention and skipped linears included)")
-    drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
-    for stage in report.stages():
-        low = report.worst_call(stage)
-        calls = f"calls {report.mean_sqnr(stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
-        table.add_row(f"SQNR {stage}", calls + drawn.get(stage, ""))
-    if report.size:
-        size = report.size
-        ratio = size.float_bytes / size.engine_bytes
-        table.add_row("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)")
-    if report.latency:
-        speed = report.latency
-        table.add_row(
-            f"latency, batch {speed.batch}", f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
-        )
-    for reason, count in report.skipped():
-        table.add_row("not quantized", f"{count} linears, {reason}")
-    for line in report.passes if verbose else ():
-        table.add_row("pass", line)
-    for stage, seconds in report.seconds.items() if verbose else ():
-        table.add_row("seconds", f"{stage}: {seconds}")
-    Console().print(table)
-    print(f"report: {folder / 'report.html'}")
-    if (folder / REPOSITORY / "README.md").exists():
-        print(f"Triton model repository: {folder / REPOSITORY} (README.md there)")
-    if report.latency:
-        _warn_if_slower(report.latency)
-
-
-def _warn_if_slower(latency: Any) -> None:
-    from .speed import losing
-
-    if latency.ratio < 1:
-        lost = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"
-        said = f"the quantized engine is {1 / latency.ratio:.2f}x slower than the float one here; operators that lose: {lost}"
-        print(f"warning: {said}", file=sys.stderr)
 
 
 def _read(path: Path) -> str:
@@ -533,6 +418,7 @@ def _statuses() -> dict[type[Exception], int]:
 
     from .families.reference import ModelError
     from .ledger import OutputError
+    from .search_request import SearchError
 
     return {
         ModelError: USAGE,
@@ -544,6 +430,7 @@ def _statuses() -> dict[type[Exception], int]:
         NotHereError: ELSEWHERE,
         AuditError: AUDIT,
         ParityError: PARITY,
+        SearchError: UNMET,
     }
 
 

@@ -14,16 +14,18 @@ import numpy as np
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.deploy.backend import Backend
+from dq_export.deploy.backends import backend_of
 from dq_export.recording import HELD_OUT
 
 from .families.reference import Feed, Reference
 from .families.source import load, pin
-from .front import draw_front
+from .front import Front
 from .kernel_times import time_choices
 from .ledger import claim, write_text
 from .pipeline import Progress, Silent, resolve, sampling_of
 from .report import FRONT
-from .search import SEARCHES, Goal, Search
+from .search import SEARCHES, Goal, Search, evaluations_of
+from .search_request import SearchError, SearchRequest
 from .space import KNOWN, Genome, Space, space_of
 from .trajectories import EVALUATIONS, Trajectories, uniform
 
@@ -59,89 +61,130 @@ class Outcome:
 def explore(
     recipe: Recipe,
     folder: Path,
+    request: SearchRequest,
     *,
-    target_sqnr: float | None = None,
-    max_size: float | None = None,
-    max_latency: float | None = None,
-    evaluations: int = 300,
-    strategy: str = "descend",
-    pictures: int = 4,
-    steps: int = 12,
     choices: Sequence[Rule] = KNOWN,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Search how each input of a model is quantized; exactly one of the three goals is given.
+    """Search how each input of a model is quantized.
 
     Writes `winner.yaml`, `search.json` and `search.svg` into `folder`; `evaluations.jsonl` there makes a killed search go on.
 
     Args:
         recipe: of everything that is not searched: model, format, rounding, calibration, seed.
-        target_sqnr: dB that the sampled trajectory must keep, at the least size.
-        max_size: megabytes of weights, for the best trajectory.
-        max_latency: milliseconds of one network call of batch 2, by a table of kernels that is timed here.
-        evaluations: different mixes that are tried.
-        strategy: one of SEARCHES.
-        pictures, steps: of the trajectories that judge a mix.
 
     Raises:
-        RecipeError: not exactly one goal, an unknown strategy, a model without choices, or nothing within the bound.
+        RecipeError: a request that cannot be met or understood, or a model without choices.
+        SearchError: nothing that was tried meets the request; there is then no `winner.yaml`.
+        BackendError: kernels are to be timed, and the format does not run here.
         ModelError, CalibrationError, OutputError: see each.
     """
-    from dq_export.deploy.backends import backend_of
-
-    given = [value for value in (target_sqnr, max_size, max_latency) if value is not None]
-    if len(given) != 1:
-        raise RecipeError("give one goal: --target-sqnr DB, --max-size MB or --max-latency MS")
-    if strategy not in SEARCHES:
-        raise RecipeError(f"--strategy '{strategy}': expected {' or '.join(SEARCHES)}")
+    request.require_valid()
+    backend = backend_of(recipe)
+    if request.max_latency is not None:
+        _require_timing(backend, recipe)
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
-    backend = backend_of(recipe)
     recipe, source = pin(recipe)
     reference = load(source, watch.advance)
     base = resolve(recipe, (), reference, backend)
     space = space_of(reference, base, choices, backend.target if backend else None)
-    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices", kept=False)
+    if request.max_size is not None:
+        require_possible(space, goal_of(space, request), request)
+    each = f"{evaluations_of(space)} evaluations measure each alone"
+    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices; {each}", kept=False)
     with claim(folder, base.dump(), overwrite=False):
-        if max_latency is not None:
+        if request.max_latency is not None:
+            assert backend is not None
             space = _timed(space, reference, backend, watch)
+            require_possible(space, goal_of(space, request), request)
         calibrated = _calibrate(reference, base, space, folder, watch)
-        judged = base.model_copy(update={"steps": steps})
         trials = Trajectories.of(
-            reference, space, judged, calibrated, seed=base.seed + HELD_OUT, size=pictures, journal=folder / EVALUATIONS
-        )
-        goal = Goal(
-            cost=space.milliseconds_of if max_latency is not None else lambda genome: space.bytes_of(genome) / MEGABYTE,
-            most=max_latency if max_size is None else max_size,
-            sqnr=target_sqnr,
-        )
-        _require_possible(space, goal)
-        start = time.monotonic()
-        watch.begin("search", f"{strategy}, {evaluations} evaluations of {pictures} pictures in {steps} steps")
-
-        def told(done: int, total: int, best: Genome | None) -> None:
-            watch.advance(done, total)
-
-        search = Search(space, goal, trials.sqnr, evaluations, told)
-        SEARCHES[strategy](search, np.random.default_rng(base.seed))
-        best = search.best()
-        assert best is not None
-        watch.end(time.monotonic() - start, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g}", kept=False)
-        fresh = _fresh(trials, folder)
-        outcome = Outcome(
-            recipe=base.model_copy(update={"rules": (*space.rules(best), *(base.rules or ()))}),
-            sqnr=search.found[best],
-            held_back=fresh.sqnr(best),
-            size=space.bytes_of(best) / MEGABYTE,
-            milliseconds=space.milliseconds_of(best),
-            evaluations=len(search.found),
-            uniform=_uniform(space, fresh, base),
-            front=tuple(search.front()),
-            reached=goal.rank(best, search.found[best])[0] > 0,
-        )
-        _write(outcome, space, folder, unit="ms" if max_latency is not None else "MB")
+            reference, space, base.model_copy(update={"steps": request.steps}), calibrated, seed=base.seed + HELD_OUT,
+            size=request.pictures, journal=folder / EVALUATIONS,
+        )  # fmt: skip
+        search = _searched(space, request, trials, base.seed, watch)
+        outcome = _outcome(search, base, trials, folder)
+        _write(outcome, search, folder, request)
+        if not outcome.reached:
+            (folder / WINNER).unlink(missing_ok=True)
+            raise SearchError(_unmet(outcome, request))
+        write_text(folder / WINNER, outcome.recipe.dump())
     return outcome
+
+
+def goal_of(space: Space, request: SearchRequest) -> Goal:
+    """The request in terms of genomes."""
+    by_size = request.max_latency is None
+    cost = (lambda genome: space.bytes_of(genome) / MEGABYTE) if by_size else space.milliseconds_of
+    return Goal(cost=cost, limit=request.limit, sqnr=request.target_sqnr, quantizes=space.quantizes)
+
+
+def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
+    """Ask that the cheapest mix is within the limit.
+
+    Raises:
+        RecipeError: it is not; the message says what it costs.
+    """
+    costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
+    least = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
+    if goal.limit is not None and least > goal.limit:
+        raise RecipeError(f"{request.option}: the cheapest of all mixes takes {least:.4g} {request.unit}; raise the limit")
+
+
+def _require_timing(backend: Backend | None, recipe: Recipe) -> None:
+    """Ask for what timing kernels needs, before anything is loaded."""
+    if backend is None:
+        raise RecipeError(f"--max-latency times kernels, and --format {recipe.format} builds none; choose another --format")
+    if not backend.runs:
+        raise RecipeError(
+            f"--max-latency times kernels, and those of --format {recipe.format} run on an NVIDIA GPU with its library only; "
+            "search on such a machine, or give --max-size"
+        )
+    backend.require()
+
+
+def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: int, watch: Progress) -> Search:
+    """Look for the best mix."""
+    start = time.monotonic()
+    watch.begin(
+        "search", f"{request.strategy}, {request.evaluations} mixes by {request.pictures} pictures of {request.steps} steps"
+    )
+    goal = goal_of(space, request)
+    search = Search(space, goal, trials.sqnr, request.evaluations, lambda done, total, best: watch.advance(done, total))
+    SEARCHES[request.strategy](search, np.random.default_rng(seed))
+    best = search.best()
+    assert best is not None  # at least one is evaluated
+    watch.end(time.monotonic() - start, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g} {request.unit}", kept=False)
+    return search
+
+
+def _outcome(search: Search, base: Recipe, trials: Trajectories, folder: Path) -> Outcome:
+    """The best mix, judged by pictures that the search did not see, beside one choice everywhere."""
+    space, best = search.space, search.best()
+    assert best is not None
+    fresh = _fresh(trials, folder)
+    return Outcome(
+        recipe=base.model_copy(update={"rules": (*space.rules(best), *(base.rules or ()))}),
+        sqnr=search.found[best],
+        held_back=fresh.sqnr(best),
+        size=space.bytes_of(best) / MEGABYTE,
+        milliseconds=space.milliseconds_of(best),
+        evaluations=len(search.found),
+        uniform=_uniform(space, fresh, base),
+        front=tuple(search.front()),
+        reached=search.goal.met(best, search.found[best]),
+    )
+
+
+def _unmet(outcome: Outcome, request: SearchRequest) -> str:
+    cost = outcome.size if request.max_latency is None else outcome.milliseconds
+    nearest = f"the nearest keeps {outcome.sqnr:.1f} dB at {cost:.4g} {request.unit}"
+    return (
+        f"{request.option}: none of {outcome.evaluations} mixes that quantize anything meets it; {nearest}. Change the goal, or "
+        "give more --evaluations"
+    )
 
 
 def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress) -> dict[Rule, CalibrationResult]:
@@ -175,10 +218,8 @@ def _label(rule: Rule) -> str:
     return " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
 
 
-def _timed(space: Space, reference: Reference, backend: Backend | None, watch: Progress) -> Space:
+def _timed(space: Space, reference: Reference, backend: Backend, watch: Progress) -> Space:
     """The space with milliseconds of a call of batch 2."""
-    if backend is None or not backend.runs:
-        raise RecipeError("--max-latency times kernels, which needs a --format that runs on this machine")
     start = time.monotonic()
     watch.begin("time", "kernels of every shape and choice")
     tokens = _rows(reference)
@@ -215,15 +256,6 @@ def _rows(reference: Reference) -> dict[str, int]:
     return found
 
 
-def _require_possible(space: Space, goal: Goal) -> None:
-    if goal.most is None:
-        return
-    costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
-    least = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
-    if least > goal.most:
-        raise RecipeError(f"the smallest of all mixes costs {least:.4g}, more than the {goal.most:g} asked for; raise the bound")
-
-
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
     """The same judge on other noise and labels, which no choice saw."""
     journal = folder / f"held-back-{EVALUATIONS}"
@@ -245,13 +277,15 @@ def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str
     return tuple(rows)
 
 
-def _write(outcome: Outcome, space: Space, folder: Path, *, unit: str) -> None:
-    write_text(folder / WINNER, outcome.recipe.dump())
+def _write(outcome: Outcome, search: Search, folder: Path, request: SearchRequest) -> None:
+    """The search's results as data and as a picture."""
+    space, unit = search.space, request.unit
     described = {
         "sqnr": outcome.sqnr,
         "held_back": outcome.held_back,
         "megabytes": outcome.size,
         "milliseconds": None if np.isnan(outcome.milliseconds) else outcome.milliseconds,
+        "reached": outcome.reached,
         "evaluations": outcome.evaluations,
         "unit": unit,
         "choices": [_label(rule) for rule in space.choices],
@@ -260,5 +294,13 @@ def _write(outcome: Outcome, space: Space, folder: Path, *, unit: str) -> None:
         "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],
     }
     write_text(folder / "search.json", json.dumps(described, indent=1) + "\n")
-    others = [(name, ms if unit == "ms" else mb, db) for name, mb, ms, db in outcome.uniform]
-    write_text(folder / FRONT, draw_front([(c, s) for c, s, _ in outcome.front], others, unit))
+    alike = [(_label(rule), space.everywhere(rule)) for rule in space.choices]
+    picture = Front(
+        unit=unit,
+        mixes=tuple((cost, sqnr) for cost, sqnr, _ in outcome.front),
+        uniform=tuple((name, search.goal.cost(g), search.found[g]) for name, g in alike if g in search.found),
+        winner=(outcome.milliseconds if unit == "ms" else outcome.size, outcome.sqnr) if outcome.reached else None,
+        limit=request.limit,
+        target=request.target_sqnr,
+    )
+    write_text(folder / FRONT, picture.draw())

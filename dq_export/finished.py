@@ -24,7 +24,7 @@ from .page import write_report
 from .pipeline import Progress, run
 from .report import AuditReport, LatencyReport, Report
 from .repository import REPOSITORY
-from .speed import bench_all
+from .speed import bench
 from .verdict import audit_engine
 
 
@@ -108,7 +108,7 @@ def check_file(path: Path, target: str) -> list[Finding]:
     return check(model, target)  # type: ignore[arg-type]
 
 
-def bench_again(out: Path) -> LatencyReport:
+def bench_again(out: Path, progress: Advance) -> LatencyReport:
     """Time the engine against the float graph and PyTorch.
 
     Raises:
@@ -120,7 +120,7 @@ def bench_again(out: Path) -> LatencyReport:
         backend = backend_of(recipe) or ORT
         if not backend.runs:
             raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
-        return bench_all(out, backend, recipe)
+        return bench(out, backend, progress, recipe=recipe)
     except ValueError as error:
         raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
 

@@ -271,7 +271,9 @@ class Export:
         if r.triton:
             self._stage("triton", "model repository", ("triton",), self._write_repository, self._repository_inputs, until)
         if self.backend and self.backend.runs:
-            self._stage("bench", "engine against float ONNX", (), self._bench, lambda: [digest("build")], until)
+            self._stage(
+                "bench", "engine and float graph in turn", (), self._bench, lambda: [digest("build"), digest("float")], until
+            )
 
     def report(self) -> Report:
         """What is known so far."""
@@ -456,8 +458,8 @@ class Export:
         from .speed import bench
 
         assert self.backend is not None
-        latency = bench(self.folder, self.backend)
-        return {"summary": f"{latency.ratio:.2f}x the float engine's speed", "latency": latency.model_dump()}
+        latency = bench(self.folder, self.backend, self.progress.advance)
+        return {"summary": f"{latency.ratio:.2f}x the speed of {latency.baseline}", "latency": latency.model_dump()}
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
         rule = self.assigned[name]

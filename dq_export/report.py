@@ -98,14 +98,15 @@ class EngineReport(_Part):
 
 
 class LatencyReport(_Part):
-    """One network call, engines interleaved in one process."""
+    """One network call; the engines are timed in turn, each in processes of its own."""
 
     batch: int
-    float_ms: float = Field(description="float ONNX, median")
+    baseline: str = Field(description="what ran the float graph: the engine's own runtime")
+    float_ms: float = Field(description="the float graph there, median")
     engine_ms: float = Field(description="engine, median")
     ratio: float = Field(description="float / engine: above 1 the engine is faster")
-    engines: dict[str, EngineReport] = Field(description="float: ONNX Runtime's CPU provider; engine; torch where asked for")
-    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine; empty in exports")
+    engines: dict[str, EngineReport] = Field(description="float: the baseline; engine; torch where asked for")
+    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine, where asked for")
     skipped: dict[str, str] = Field(description="what could not be timed, and why")
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .space import Genome, Space
 
 POPULATION, PARENTS, MUTATION, TRIES = 50, 10, 0.1, 10
 """Of Q-DiT's evolution.sh: candidates an epoch, of which the best so many breed, and the share of genes that mutate."""
+Noise = npt.NDArray[np.float64]
 MULTIPLIERS = 24
 """Points at which the additive model's front is looked at."""
 
@@ -20,26 +22,31 @@ class Goal:
     """Either the best pictures at a cost, or the least cost of good enough pictures.
 
     Args:
-        cost: of a genome: bytes or milliseconds.
-        most: what it may be, or None.
-        sqnr: what the trajectory must have, dB, or None.
+        cost: of a genome: megabytes or milliseconds.
+        limit: the greatest cost that a genome may have, or None.
+        sqnr: dB that the trajectory must have, or None.
+        quantizes: whether a genome quantizes anything: the float network is never what a search looks for.
     """
 
     cost: Callable[[Genome], float]
-    most: float | None = None
+    limit: float | None = None
     sqnr: float | None = None
+    quantizes: Callable[[Genome], bool] = lambda genome: True
 
     def legal(self, genome: Genome) -> bool:
-        """Whether the cost is within bounds."""
-        return self.most is None or self.cost(genome) <= self.most
+        """Whether the cost is within the limit, and anything is quantized."""
+        return self.quantizes(genome) and (self.limit is None or self.cost(genome) <= self.limit)
+
+    def met(self, genome: Genome, sqnr: float) -> bool:
+        """Whether a genome of that trajectory is what the search looks for."""
+        return self.legal(genome) and (self.sqnr is None or sqnr >= self.sqnr)
 
     def rank(self, genome: Genome, sqnr: float) -> tuple[float, ...]:
-        """Greater is better; a legal one is better than any that is not."""
-        if self.most is not None:
-            return (float(self.legal(genome)), sqnr if self.legal(genome) else -self.cost(genome))
-        assert self.sqnr is not None
-        reached = sqnr >= self.sqnr
-        return (float(reached), -self.cost(genome) if reached else sqnr)
+        """Greater is better; a genome that meets the goal is better than any that does not."""
+        if self.limit is not None:
+            return (float(self.met(genome, sqnr)), sqnr if self.legal(genome) else -self.cost(genome))
+        met = self.met(genome, sqnr)
+        return (float(met), float(self.legal(genome)), -self.cost(genome) if met else sqnr)
 
 
 class Search:
@@ -104,16 +111,16 @@ def evolve(search: Search, random: np.random.Generator) -> None:
         return tuple(int(random.choice(np.flatnonzero(row))) for row in search.space.allowed)
 
     def bred(make: Callable[[], Genome], count: int) -> list[Genome]:
-        made: list[Genome] = []
+        children: list[Genome] = []
         for _ in range(TRIES * count):
             genome = make()
-            if len(made) < count and fresh(genome):
+            if len(children) < count and fresh(genome):
                 seen.add(genome)
-                made.append(genome)
-        return made
+                children.append(genome)
+        return children
 
     costs = _costs(search)
-    presets = [*_alike(search), tuple(np.argmin(costs, axis=1).tolist())]
+    presets = [*map(search.space.everywhere, search.space.choices), tuple(np.argmin(costs, axis=1).tolist())]
     population = [genome for genome in dict.fromkeys(presets) if fresh(genome)]
     seen.update(population)
     population += bred(drawn, POPULATION - len(population))
@@ -128,25 +135,22 @@ def evolve(search: Search, random: np.random.Generator) -> None:
 
 
 def descend(search: Search, random: np.random.Generator) -> None:
-    """Measure each choice of each site alone, take the errors as additive, and refine by measured exchanges.
+    """Evaluate one choice everywhere, measure each choice of each site alone, and refine by measured exchanges.
 
-    The noise powers of single choices, every other site at its most accurate, add up to a first model of any genome's. One
-    choice everywhere and the model's front at MULTIPLIERS prices are evaluated; then, until the evaluations are used up, the
-    exchanges of one or two sites that the model likes best at the best genome so far, from whose measured noise it counts.
+    The noise powers of single choices, every other site at its most accurate, add up to a first model of any genome's; the
+    model's front at MULTIPLIERS prices is evaluated. Then, until the evaluations are used up, the exchanges of one or two
+    sites that the model likes best at the best genome so far, from whose measured noise it counts.
+
+    Where `evaluations_of` the space are more than there are, no site is measured alone: each is taken to cause an equal share
+    of the noise of one choice everywhere, and every exchange corrects that.
     """
-    space = search.space
-    base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
-    least = _noise(search.evaluate(base))
-    noise = np.full(space.allowed.shape, np.inf)
-    for site, row in enumerate(space.allowed):
-        for choice in np.flatnonzero(row):
-            if search.left <= 0:
-                break
-            genome = (*base[:site], int(choice), *base[site + 1 :])
-            noise[site, choice] = max(_noise(search.evaluate(genome)) - least, 0.0)
-    for genome in (*_alike(search), *_priced(search, noise)):
-        if search.left > 0:
-            search.evaluate(genome)
+    noise = _shared_noise(search)
+    measured = search.left >= _single_evaluations(search.space)
+    if measured:
+        _measure_singles(search, noise)
+        for genome in _priced(search, noise):
+            if search.left > 0:
+                search.evaluate(genome)
     while search.left > 0:
         best = search.best()
         assert best is not None
@@ -154,39 +158,83 @@ def descend(search: Search, random: np.random.Generator) -> None:
         if candidate is None:
             return
         search.evaluate(candidate)
+        if not measured:
+            _learn(search, noise, best, candidate)
+
+
+def _learn(search: Search, noise: Noise, best: Genome, candidate: Genome) -> None:
+    """Share what the model's noise of an evaluated exchange was wrong by among the sites that changed."""
+    changed = [site for site, (old, new) in enumerate(zip(best, candidate, strict=True)) if old != new]
+    expected = sum(noise[site, candidate[site]] - noise[site, best[site]] for site in changed)
+    surplus = _noise(search.found[candidate]) - _noise(search.found[best]) - expected
+    for site in changed:
+        noise[site, candidate[site]] = max(noise[site, candidate[site]] + surplus / len(changed), 0.0)
+
+
+def evaluations_of(space: Space) -> int:
+    """Evaluations that `descend` needs to measure every choice of every site before it mixes them."""
+    return len(space.choices) + 1 + _single_evaluations(space)
+
+
+def _single_evaluations(space: Space) -> int:
+    """The most accurate choice everywhere, and each other choice at one site."""
+    return 1 + int(space.allowed.sum()) - len(space.sites)
+
+
+def _shared_noise(search: Search) -> Noise:
+    """Noise power by site and choice: an equal share of that of one choice everywhere. Evaluates those, the legal first.
+
+    The cheapest mix is evaluated before, if none of them is legal, so that something within the limit is always known.
+    """
+    space = search.space
+    noise = np.where(space.allowed, 1.0, np.inf)
+    if not any(map(search.goal.legal, map(space.everywhere, space.choices))):
+        search.evaluate(tuple(np.argmin(_costs(search), axis=1).tolist()))
+    for choice in sorted(range(len(space.choices)), key=lambda choice: not search.goal.legal(_everywhere(space, choice))):
+        if search.left > 0:
+            share = _noise(search.evaluate(_everywhere(space, choice))) / len(space.sites)
+            noise[:, choice] = np.where(space.allowed[:, choice], share, np.inf)
+    return noise
+
+
+def _everywhere(space: Space, choice: int) -> Genome:
+    return space.everywhere(space.choices[choice])
+
+
+def _measure_singles(search: Search, noise: Noise) -> None:
+    """Fill `noise` with what each choice adds alone, every other site at its most accurate."""
+    space = search.space
+    base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
+    least = _noise(search.evaluate(base))
+    for site, row in enumerate(space.allowed):
+        for choice in np.flatnonzero(row):
+            genome = (*base[:site], int(choice), *base[site + 1 :])
+            noise[site, choice] = max(_noise(search.evaluate(genome)) - least, 0.0)
 
 
 SEARCHES: dict[str, Callable[[Search, np.random.Generator], None]] = {"descend": descend, "evolve": evolve}
 """By name."""
 
 
-def _alike(search: Search) -> list[Genome]:
-    """One choice everywhere, where that is legal."""
-    return [genome for rule in search.space.choices if search.goal.legal(genome := search.space.everywhere(rule))]
-
-
 def _noise(sqnr: float) -> float:
     return float(10 ** (-sqnr / 10))
 
 
-def _priced(search: Search, noise: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[Genome]:
+def _priced(search: Search, noise: Noise) -> list[Genome]:
     """Genomes of the additive model's front: at each price the choice of least noise + price * cost at every site."""
     costs = _costs(search)
     finite = noise[np.isfinite(noise)]
     spread = np.ptp(costs[np.isfinite(costs)]) or 1.0
     prices = np.geomspace(max(finite[finite > 0].min(initial=1e-12), 1e-12), finite.max(initial=1.0) + 1e-12, 400) / spread
     genomes = list(dict.fromkeys(tuple(np.argmin(noise + price * costs, axis=1).tolist()) for price in prices))
-    bound = search.goal.most
-    if bound is not None:  # the legal ones nearest to the bound, best first
+    if search.goal.limit is not None:  # the legal ones nearest to the limit, best first
         genomes = sorted((g for g in genomes if search.goal.legal(g)), key=search.goal.cost, reverse=True)
         return genomes[: MULTIPLIERS // 4]
     chosen = np.linspace(0, len(genomes) - 1, min(MULTIPLIERS, len(genomes))).round().astype(int)
     return [genomes[i] for i in chosen]
 
 
-def _exchange(
-    search: Search, noise: np.ndarray[tuple[int, int], np.dtype[np.float64]], best: Genome, random: np.random.Generator
-) -> Genome | None:
+def _exchange(search: Search, noise: Noise, best: Genome, random: np.random.Generator) -> Genome | None:
     """The unseen neighbour of the best genome, one or two sites away, that the model ranks highest.
 
     The model's noise of each single change is blurred by a random factor, so that its own errors do not hide good ones.
@@ -202,11 +250,11 @@ def _exchange(
         genome = list(best)
         for site, choice, _ in changes:
             genome[site] = choice
-        made = tuple(genome)
-        if made in search.found:
+        mixed = tuple(genome)
+        if mixed in search.found or not search.goal.legal(mixed):
             return
-        foretold = max(total + sum(gain for _, _, gain in changes), 1e-20)
-        candidates.append((search.goal.rank(made, -10 * float(np.log10(foretold))), made))
+        expected = max(total + sum(gain for _, _, gain in changes), 1e-20)
+        candidates.append((search.goal.rank(mixed, -10 * float(np.log10(expected))), mixed))
 
     for change in single:
         consider([change])
@@ -217,7 +265,7 @@ def _exchange(
     return max(candidates)[1] if candidates else None
 
 
-def _costs(search: Search) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _costs(search: Search) -> Noise:
     """Each choice's own cost, from changing it alone."""
     space = search.space
     base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
@@ -225,7 +273,7 @@ def _costs(search: Search) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     for site, row in enumerate(space.allowed):
         for choice in np.flatnonzero(row):
             costs[site, choice] = search.goal.cost((*base[:site], int(choice), *base[site + 1 :])) - start
-    relative: np.ndarray[tuple[int, int], np.dtype[np.float64]] = costs - costs[np.isfinite(costs)].min()
+    relative: Noise = costs - costs[np.isfinite(costs)].min()
     return relative
 
 

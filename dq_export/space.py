@@ -62,6 +62,10 @@ class Space:
             return float("nan")
         return self.rest[1] + float(self.time[np.arange(len(genome)), list(genome)].sum())
 
+    def quantizes(self, genome: Genome) -> bool:
+        """Whether any site is quantized."""
+        return any(self.choices[choice].weight is not None for choice in genome)
+
     def everywhere(self, rule: Rule) -> Genome:
         """One choice wherever its groups fit; elsewhere the first other that quantizes and fits."""
         index = self.choices.index(rule)

@@ -1,64 +1,50 @@
-"""How fast an output folder's engine is, and beside what."""
+"""How fast an output folder's engine is, beside the float graph on the same runtime and beside PyTorch."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
+from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe
-from dq_export.deploy.backend import Backend, Feed, Float32
-from dq_export.deploy.latency import measure
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.backend import Backend, BackendError, Feed
 
 from .families.reference import ModelError
 from .report import EngineReport, LatencyReport
+from .timing import ROUNDS, Timed, Timing, backend_key, time_engines
 
 BATCH = 2
 """One guided picture."""
-Network = Callable[[Feed], Float32]
+PYTORCH = {"torch fp32": "fp32", "torch bf16": "bf16"}
 
 
-def bench(folder: Path, backend: Backend, rounds: int = 15) -> LatencyReport:
-    """Latency of the engine against the float ONNX graph, interleaved, on parity's first input."""
-    feed = _feed(folder)
-    float_model, model = folder / "float" / "model.onnx", folder / "model.onnx"
-    engines: dict[str, Network] = {"float": ORT.load(float_model), "engine": backend.load(model, batch=BATCH)}
-    taken = measure(engines, feed, rounds=rounds)
-    return _report(feed, {name: EngineReport(median_ms=t.median, least_ms=t.least, memory_mb=None) for name, t in taken.items()})
-
-
-def bench_all(folder: Path, backend: Backend, recipe: Recipe, rounds: int = 15) -> LatencyReport:
-    """Like `bench`, with PyTorch in float32 and bfloat16 beside them, memory, and time by operator.
+def bench(
+    folder: Path, backend: Backend, progress: Progress = unwatched, *, recipe: Recipe | None = None, rounds: int = ROUNDS
+) -> LatencyReport:
+    """Latency of the engine and of the float graph on the engine's own runtime, in turn, on parity's first input.
 
     Args:
-        recipe: names the model that the folder was exported from; without it PyTorch is left out, with the reason.
-    """
-    from .families.source import load, pin
+        recipe: names the model that the folder was exported from, to time PyTorch in float32 and bfloat16, and operators,
+            too; None: neither.
 
+    Raises:
+        BackendError: the float graph or the engine cannot be loaded or run.
+    """
     feed = _feed(folder)
-    float_model, quantized = folder / "float" / "model.onnx", folder / "model.onnx"
-    skipped: dict[str, str] = {}
-    loaders: dict[str, Callable[[], Network]] = {}
-    try:
-        reference = load(pin(recipe)[1])
-        loaders["torch fp32"] = lambda: reference.forward
-        loaders["torch bf16"] = lambda: reference.in_dtype("bf16")
-    except ModelError as error:
-        skipped["torch"] = str(error)
-    loaders["float"] = lambda: ORT.load(float_model)
-    loaders["engine"] = lambda: backend.load(quantized, batch=BATCH)
-    engines, memory = {}, {}
-    for name, make in loaders.items():
-        before = _resident()
-        engines[name] = make()
-        engines[name](feed)
-        memory[name] = _resident() - before
-    taken = measure(engines, feed, rounds=rounds)
-    del engines
-    measured = {name: EngineReport(median_ms=t.median, least_ms=t.least, memory_mb=memory[name]) for name, t in taken.items()}
-    profile = {"float": ORT.profile(float_model, feed), "engine": backend.profile(quantized, feed)}
-    return _report(feed, measured).model_copy(update={"profile": profile, "skipped": skipped})
+    pytorch, skipped = _pytorch(recipe) if recipe else ([], {})
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        graphs = {"float": backend.baseline(folder / "float" / "model.onnx", Path(temporary)), "engine": folder / "model.onnx"}
+        runs_on, profile = backend_key(backend), recipe is not None
+        engines = [
+            Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=BATCH, profile=profile)
+            for name, graph in graphs.items()
+        ]
+        timings = time_engines([*pytorch, *engines], feed, progress, rounds)
+    for name in graphs:
+        if timings[name].error:
+            raise BackendError(timings[name].error)
+    skipped |= {name: timing.error for name, timing in timings.items() if timing.error}
+    return _report(feed, timings, backend, skipped)
 
 
 def losing(report: LatencyReport) -> list[str]:
@@ -75,15 +61,35 @@ def _feed(folder: Path) -> Feed:
     return {name: value[:BATCH] for name, value in feeds[0].items()}
 
 
-def _report(feed: Feed, engines: dict[str, EngineReport]) -> LatencyReport:
+def _pytorch(recipe: Recipe) -> tuple[list[Timed], dict[str, str]]:
+    """PyTorch's networks; none, with the reason, where the checkpoint is gone."""
+    from .families.source import pin
+
+    try:
+        r, _ = pin(recipe)
+    except ModelError as error:
+        return [], {"torch": str(error)}
+    files = (r.revision or "", r.variant or "")
+    return [
+        Timed(name=name, model=r.model, files=files, runs_on=("torch", None, dtype), batch=BATCH)
+        for name, dtype in PYTORCH.items()
+    ], {}
+
+
+def _report(feed: Feed, timings: dict[str, Timing], backend: Backend, skipped: dict[str, str]) -> LatencyReport:
+    engines = {
+        name: EngineReport(median_ms=timing.median, least_ms=min(timing.milliseconds), memory_mb=timing.memory_mb)
+        for name, timing in timings.items()
+        if not timing.error
+    }
     float_ms, engine_ms = engines["float"].median_ms, engines["engine"].median_ms
-    batch = len(feed["hidden_states"])
     return LatencyReport(
-        batch=batch, float_ms=float_ms, engine_ms=engine_ms, ratio=float_ms / engine_ms, engines=engines, profile={}, skipped={}
+        batch=len(feed["hidden_states"]),
+        baseline=f"the float graph on {backend.label}",
+        float_ms=float_ms,
+        engine_ms=engine_ms,
+        ratio=float_ms / engine_ms,
+        engines=engines,
+        profile={name: timings[name].profile for name in ("float", "engine")},
+        skipped=skipped,
     )
-
-
-def _resident() -> float:
-    """MB of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6

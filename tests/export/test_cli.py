@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 from conftest import save_tiny
 
-from dq_export import cli
-
 QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
 BYTES = (
     "calibration.safetensors",
@@ -242,17 +240,3 @@ def test_no_space_left_is_said_and_loses_nothing(limit: int, tiny_folder: Path, 
     assert not (tmp_path / "out" / ".partial").exists()
     assert call(*words).returncode == 0
     assert digests(tmp_path / "out") == digests(finished)
-
-
-def test_the_seconds_left_count_from_the_start_of_a_phase(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
-    lines = cli.Lines(quiet=False)
-    lines.begin("calibrate", "4 calls, then 4 weights, then the 4 calls again")
-    for second, done, total in ((10, 1, 4), (40, 4, 4), (50, 1, 8), (120, 8, 8), (130, 1, 8)):
-        clock[0] = second
-        lines.advance(done, total)
-    said = [line.removeprefix("calibrate ") for line in capsys.readouterr().err.splitlines()[1:]]
-    assert said == ["1/4, 30 s left", "4/4, 0 s left", "1/8, 70 s left", "8/8, 0 s left", "1/8, 70 s left"]

@@ -46,10 +46,12 @@ class Linear:
     Args:
         name: its module name; the quantized GEMM's node bears it.
         kind: `gemm`: works on all tokens; `modulation`: works on one vector per sample; `edge`: embedders and final layers.
+        width: number of its inputs.
     """
 
     name: str
     kind: Literal["gemm", "modulation", "edge"]
+    width: int
 
 
 class Denoiser(Protocol):

@@ -105,8 +105,30 @@ class Rule(BaseModel):
             fitting = [self.group_size] if width % self.group_size == 0 else []
         if not fitting:
             asked = f"{self.group_size}" if self.group_size else f"{', '.join(map(str, sorted(sizes)))}"
-            raise ValueError(f"its {width} inputs are not divided by {asked}; choose another group_size, or make it float")
+            if self.granularity == "token-group":
+                other = "choose granularity token" + (" with group_size 0" if self.weight == INT4 else "")
+            else:
+                other = "group_size 0 gives each output channel one scale" if self.two_level else "choose bits w8a8"
+            raise ValueError(f"its {width} inputs are not divided by {asked}; {other}, or leave it float with --exclude")
         return fitting[0]
+
+    def fitted(self, width: int) -> Rule:
+        """The rule for a linear of `width` inputs: where no block divides them, `weight-only` has a scale for each channel.
+
+        Raises:
+            ValueError: see `block_size`; other actions have no kernel without blocks.
+        """
+        try:
+            if self.weight is not None:
+                self.block_size(width)
+        except ValueError:
+            if self.action != "weight-only" or self.group_size is not None:
+                raise
+            reason = (
+                f"no block of {min(BLOCK_SIZES)} to {max(BLOCK_SIZES)} divides its {width} inputs: one scale for each channel"
+            )
+            return self.model_copy(update={"group_size": 0, "reason": "; ".join(filter(None, [self.reason, reason]))})
+        return self
 
     @field_validator("match")
     @classmethod
@@ -263,7 +285,8 @@ class Recipe(BaseModel):
                 )
             if rule.action != "float" and kind == "edge":
                 wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
-        wrong += list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
+        contradictions = list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
+        wrong += contradictions or _fit(decided, linears)
         if self.rounding == "gptq" and any(rule.action == "fp8" for rule in decided.values()):
             wrong.append("fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse")
         if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
@@ -279,6 +302,17 @@ class Recipe(BaseModel):
         size = self.group_size if rule.group_size is None else rule.group_size
         granularity = rule.granularity or self.granularity
         return rule.model_copy(update={"granularity": granularity if rule.quantizes_input else None, "group_size": size})
+
+
+def _fit(decided: dict[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Fit each rule to its linear's width, in place; returns what cannot be done."""
+    unfit: dict[str, list[str]] = {}
+    for name, rule in decided.items():
+        try:
+            decided[name] = rule.fitted(linears[name].width)
+        except ValueError as error:
+            unfit.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
+    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
 
 
 def _contradiction(rule: Rule) -> str:

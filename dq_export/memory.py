@@ -50,6 +50,8 @@ def plan_memory(checkpoint: Weights, recipe: Recipe, limit: float | None, wanted
     """
     if limit is None:
         return MemoryPlan(stages=wanted)
+    if not 0 < limit < math.inf:
+        raise RecipeError(f"--max-memory {limit:g}: expected a number of GiB above 0; leave it out for no limit")
     shapes = [place.shape for file in checkpoint.files for place in stored(file).values()]
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
     needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}

@@ -103,6 +103,7 @@ def run(
 
     from .families.decoder import load_vae
     from .families.source import load, pin, require_device
+    from .repository import samplers
 
     watch = progress or Silent()
     watch.begin("load", recipe.model)
@@ -123,6 +124,9 @@ def run(
     assigned = resolved.assign(reference.linears)
     if backend:
         require_lowerings(backend.target, assigned.values())
+    reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
+    if resolved.triton and "triton" in stages:
+        samplers(reference, resolved, watch.advance)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         with reference.on(device):

@@ -12,7 +12,7 @@ from dq_export.deploy.triton.model_config import MOST_ROWS, Served
 from dq_export.deploy.triton.repository import CLIENT, PROGRAM, README, SERVED, write_repository
 from dq_export.deploy.trt import PLAN
 
-from .families.reference import Reference
+from .families.reference import Reference, Samplers
 from .ledger import file_digest
 
 REPOSITORY = "triton"
@@ -26,6 +26,15 @@ def inputs(reference: Reference, recipe: Recipe) -> list[Any]:
     vae = sorted(path for path in reference.decoder.iterdir() if path.is_file()) if reference.decoder else []
     served = [SERVED / name for name in (*PROGRAM, CLIENT, README)]
     return [reference.digest, recipe.steps, recipe.guidance_scale, *map(file_digest, (*vae, *served))]
+
+
+def samplers(reference: Reference, recipe: Recipe, progress: Progress) -> Samplers:
+    """What the repository's server samples with.
+
+    Raises:
+        ModelError: no sampler of the checkpoint can be served.
+    """
+    return reference.samplers(max(MOST_STEPS, recipe.steps), progress)
 
 
 def write(
@@ -43,7 +52,7 @@ def write(
     undecoded = (
         export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "") if reference.decoder else ""
     )
-    samplers = reference.samplers(max(MOST_STEPS, recipe.steps), progress)
+    served_by = samplers(reference, recipe, progress)
     plan = out / "engine" / PLAN
     served = Served(
         backend=backend.triton,
@@ -55,11 +64,11 @@ def write(
         classes=reference.classes,
         steps=recipe.steps,
         guidance=recipe.guidance_scale or 1.0,
-        scheduler=samplers.own,
-        schedules=samplers.schedules,
+        scheduler=served_by.own,
+        schedules=served_by.schedules,
     )
     faults = write_repository(served, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    refused = [*samplers.refused, *filter(None, [undecoded])]
-    said = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
+    refused = [*served_by.refused, *filter(None, [undecoded])]
+    said = [f"schedulers {', '.join(served_by.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
     return {"summary": "; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)])}

@@ -15,7 +15,7 @@ from typing import Any
 from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.documents import shown, shown_path
 
-from .network import read_config, silent
+from .network import read_config
 from .reference import ModelError
 from .weights import Weights, find_weights
 
@@ -85,26 +85,6 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
         scheduler=_part(pipeline, SCHEDULER, SCHEDULER_CONFIG, index),
         vae=_part(pipeline, VAE, CONFIG, index),
     )
-
-
-def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler of a folder; DDIM with `default` where there is none.
-
-    Raises:
-        ModelError: the folder names something that is no scheduler, or values that it does not take.
-    """
-    import diffusers
-
-    if folder is None:
-        return diffusers.DDIMScheduler(**default)
-    path = folder / SCHEDULER_CONFIG
-    config = read_config(path)
-    name = config.get("_class_name")
-    scheduler: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise ModelError(f"{shown_path(path)}: {shown(name)} is not a scheduler of diffusers {diffusers.__version__}")
-    with silent():
-        return scheduler.from_config(config)  # type: ignore[attr-defined]
 
 
 def _network_folder(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.denoiser import InputSite, Linear, Observer
 from dq_export.calibration.recipe import Rule
 
-from .checkpoint import Checkpoint, broken_weights, digest, load_scheduler
+from .checkpoint import Checkpoint, broken_weights, digest
 from .embeddings import settle_positions, settle_timesteps
 from .float_graph import save, trace
 from .network import load_network
 from .reference import Feed, Float32, ModelError, Network, Reference, Samplers
 from .repeat_block import repeat_block
+from .sampling import load_scheduler, rehearsed_timesteps, sample
 from .schedules import tabulate
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class DiTReference:
         self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
         self.digest = digest(model, scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
+        self.tables: dict[int, Samplers] = {}
         self.linears: Mapping[str, Linear] = _linears(model)
 
     def weight(self, linear: str) -> Float32:
@@ -133,15 +134,7 @@ class DiTReference:
         return lambda feed: _call(model, feed)
 
     def timesteps(self, steps: int) -> list[float]:
-        try:
-            self.scheduler.set_timesteps(steps)
-        except ValueError as error:
-            raise ModelError(f"scheduler {self.sampler} cannot sample in {steps} steps ({error}); change --steps") from error
-        timesteps = [float(timestep) for timestep in self.scheduler.timesteps]
-        fraction = next((timestep for timestep in timesteps if timestep != int(timestep)), None)
-        if fraction is not None:
-            raise ModelError(f"scheduler {self.sampler} sends the fractional timestep {fraction}; DiT takes integers")
-        return timesteps
+        return rehearsed_timesteps(self.scheduler, steps, self.feed_shape[0])
 
     def release(self) -> None:
         import torch
@@ -171,7 +164,9 @@ class DiTReference:
                 return
 
     def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
-        return tabulate(self.scheduler, most, progress)
+        if most not in self.tables:
+            self.tables[most] = tabulate(self.scheduler, most, progress)
+        return self.tables[most]
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
         sampling = self._sample(noise, labels, steps=steps, guidance=guidance)
@@ -186,36 +181,7 @@ class DiTReference:
     def _sample(
         self, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float
     ) -> Generator[Feed, Float32, Float32]:
-        """diffusers' DiTPipeline loop as a coroutine: yields a feed, is sent the network's output, returns the latents.
-
-        With guidance > 1 a feed holds every sample twice, first with its label, then with the null label.
-        """
-        import torch
-
-        scheduler = self.scheduler
-        self.timesteps(steps)  # sets them
-        latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
-        guided = guidance > 1
-        null = np.full_like(labels, self.classes)
-        class_labels = np.concatenate([labels, null]) if guided else labels
-        extra = (
-            {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        )
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-            output = yield {
-                "hidden_states": scaled.numpy(),
-                "timestep": np.asarray([int(timestep)], dtype=np.int64),
-                "class_labels": class_labels,
-            }
-            # A learned sigma doubles the channels; the samplers use the first half, the noise.
-            predicted = torch.from_numpy(output)[:, : latents.shape[1]]
-            if guided:
-                conditional, unconditional = predicted.chunk(2)
-                predicted = unconditional + guidance * (conditional - unconditional)
-            latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
-        final: Float32 = latents.numpy()
-        return final
+        return sample(self.scheduler, noise, labels, null=self.classes, steps=steps, guidance=guidance)
 
     @contextmanager
     def replace(
@@ -363,7 +329,7 @@ def _linears(model: Any) -> dict[str, Linear]:
         if isinstance(module, torch.nn.Linear):
             edge = ".emb." in name or not name.startswith("transformer_blocks.")
             kind = "edge" if edge else "modulation" if name.endswith(".norm1.linear") else "gemm"
-            found[name] = Linear(name=name, kind=kind)  # type: ignore[arg-type]
+            found[name] = Linear(name=name, kind=kind, width=module.in_features)  # type: ignore[arg-type]
     return found
 
 

@@ -9,22 +9,23 @@ from typing import Any
 
 from dq_export.calibration.documents import DocumentError, printable, read_json, shown, shown_path
 
+from .config_values import refused, require_values
 from .reference import ModelError
 from .tensors import read_tensors
 from .weights import Weights
 
-UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
-"""What classes of diffusers raise where a value of a configuration is wrong. NameError: a branch for the value is missing."""
 
-
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in a configuration file.
+
+    Args:
+        finite: refuse NaN and infinities.
 
     Raises:
         ModelError: not regular, too large, or no JSON object.
     """
     try:
-        config = read_json(path)
+        config = read_json(path, finite=finite)
     except DocumentError as error:
         raise ModelError(str(error)) from error
     if not isinstance(config, dict):
@@ -45,6 +46,7 @@ def load_network(
     Raises:
         ModelError: no such network can be made of the configuration, a file is damaged, or both do not fit each other.
     """
+    require_values(architecture, config, folder / "config.json")
     state = _state(weights, rename)
     model = _empty(architecture, folder / "config.json", config)
     _require_same(model.state_dict(), state, shown_path(folder))
@@ -76,14 +78,9 @@ def _empty(architecture: Any, path: Path, config: Mapping[str, Any]) -> Any:
         raise ModelError(
             f"{shown_path(path)}: these weights are quantized already (quantization_config); a float checkpoint is needed"
         )
-    try:
-        with silent(), init_empty_weights():
-            return architecture.from_config(dict(config))
-    except UNFIT as error:
-        reason = printable(str(error).strip().split("\n")[0]) or type(error).__name__
-        raise ModelError(
-            f"{shown_path(path)}: makes no {architecture.__name__} ({reason}); a value is missing or wrong"
-        ) from error
+    makes_none = f"{shown_path(path)}: makes no {architecture.__name__}"
+    with refused(makes_none, "a value is missing or wrong"), silent(), init_empty_weights():
+        return architecture.from_config(dict(config))
 
 
 def _require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,10 @@ import numpy as np
 
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Float64, Schedules, Step
 
+from .config_values import RAISED, reason_of
+from .network import silent
 from .reference import ModelError, Samplers
+from .sampling import require_sampler
 
 KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -37,21 +40,24 @@ def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) ->
         most: the greatest number of steps.
 
     Raises:
-        ModelError: not one sampler has a table.
+        ModelError: not one sampler has a table, or the checkpoint's samples something else than they do.
     """
     import diffusers
 
+    require_sampler(type(scheduler).__name__, "--triton")
     tables: dict[str, Float64] = {}
     refused = []
     for name, (kind, options) in KINDS.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that one scheduler knows and the other does not
-            own = scheduler if type(scheduler).__name__ == kind else None
-            made = own or getattr(diffusers, kind).from_config({**scheduler.config, **options})
         try:
+            with warnings.catch_warnings(), silent():
+                warnings.simplefilter("ignore")  # of keys that one scheduler knows and the other does not
+                own = scheduler if type(scheduler).__name__ == kind else None
+                made = own or getattr(diffusers, kind).from_config({**scheduler.config, **options})
             tables[name] = table_of(made, most, lambda done: progress(len(tables) * most + done, len(KINDS) * most))
         except CurvedError as error:
             refused.append(f"{kind} {error}")
+        except RAISED as error:
+            refused.append(f"{kind} does not take its values ({reason_of(error)})")
     if not tables:
         raise ModelError(f"no sampler of this checkpoint can be served: {'; '.join(refused)}")
     mine = type(scheduler).__name__
@@ -71,10 +77,13 @@ def table_of(scheduler: Any, most: int, progress: Callable[[int], None] = lambda
     rows, last = [], ""
     for count in range(1, most + 1):
         try:
-            rows += [astuple(step) for step in probe(scheduler, count)]
-        except (ValueError, IndexError) as error:
-            rows += [(np.nan,) * len(COLUMNS)] * count
-            last = str(error)
+            found = [astuple(step) for step in probe(scheduler, count)]
+            if not np.isfinite(found).all():
+                raise ValueError("gives numbers that are not finite")
+        except RAISED as error:
+            found = [(np.nan,) * len(COLUMNS)] * count
+            last = reason_of(error)
+        rows += found
         progress(count)
     table: Float64 = np.array(rows, dtype=np.float64)
     if not np.isfinite(table).any():

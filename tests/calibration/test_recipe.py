@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from dq_export.calibration.denoiser import Linear
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 
 LINEARS = {
-    name: Linear(name=name, kind=kind)  # type: ignore[arg-type]
+    name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
     for name, kind in (("blocks.0.q", "gemm"), ("blocks.0.mod", "modulation"), ("embed", "edge"))
 }
 GOOD = (
@@ -168,7 +169,7 @@ def test_all_rules_that_cannot_be_followed_come_at_once() -> None:
         Rule(match="neither", action="weight-only"),
         Rule(match="mod", action="w8a8"),
     )
-    many = {f"other.{i}": Linear(name=f"other.{i}", kind="edge") for i in range(5)}
+    many = {f"other.{i}": Linear(name=f"other.{i}", kind="edge", width=64) for i in range(5)}
     with pytest.raises(RecipeError) as caught:
         recipe(*several).assign({**LINEARS, **many})
     unmatched, wrong_rule, uncovered, modulation = str(caught.value).splitlines()
@@ -187,3 +188,43 @@ def test_unreadable_files_are_errors(tmp_path: Path, text: str | None, message: 
         path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         Recipe.load(path)
+
+
+def of_width(width: int) -> dict[str, Linear]:
+    return {name: Linear(name=name, kind=linear.kind, width=width) for name, linear in LINEARS.items()}
+
+
+def test_weight_only_without_blocks_that_divide_the_width_has_a_scale_for_each_channel() -> None:
+    rule = recipe(*GOOD).assign(of_width(36))["blocks.0.mod"]
+    assert (rule.block_size(36), rule.group_size) == (0, 0)
+    assert rule.reason == "rows; no block of 16 to 128 divides its 36 inputs: one scale for each channel"
+    assert recipe(*GOOD).assign(of_width(48))["blocks.0.mod"].block_size(48) == 16
+    asked = (GOOD[0], Rule(match="mod", action="weight-only", group_size=16), GOOD[2])
+    with pytest.raises(RecipeError, match=r"'blocks.0.mod' to weight-only: its 36 inputs are not divided by 16; "):
+        recipe(*asked).assign(of_width(36))
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "remedy"),
+    [
+        ("w4a8", {}, "group_size 0 gives each output channel one scale"),
+        ("w4a4", {}, "group_size 0 gives each output channel one scale"),
+        ("w4a8", {"group_size": 64}, "group_size 0 gives each output channel one scale"),
+        ("w4a16", {}, "choose bits w8a8"),
+        ("w8a16", {}, "choose bits w8a8"),
+        ("w8a8", {"granularity": "token-group"}, "choose granularity token"),
+        ("w4a8", {"granularity": "token-group"}, "choose granularity token with group_size 0"),
+    ],
+)
+def test_bits_whose_blocks_the_width_does_not_allow_are_refused_with_the_remedy(
+    bits: str, options: dict[str, Any], remedy: str
+) -> None:
+    rules = (Rule(match=r"\.q$", action=bits), *GOOD[1:])  # type: ignore[arg-type]
+    asked = Recipe.parse({"model": "m", "bits": bits, **options}, "here").model_copy(update={"rules": rules})
+    with pytest.raises(RecipeError, match=rf"^'blocks.0.q' to {bits}: its 36 inputs are not divided by .*; {remedy}, or leave"):
+        asked.assign(of_width(36))
+    followed: dict[str, Any] = {"group_size": 0} if "group_size" in remedy else {"group_size": None}
+    if "granularity" in remedy:
+        followed["granularity"] = "token"
+    again = recipe(*GOOD) if "w8a8" in remedy else asked.model_copy(update=followed)
+    assert again.assign(of_width(36))["blocks.0.q"].block_size(36) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import dq_export
 from dq_export.calibration.recipe import Recipe, RecipeError
 from dq_export.deploy.audit import AuditError
 from dq_export.deploy.parity import ParityError
+from dq_export.families.reference import ModelError
 from dq_export.finished import audit_again, explain_linear
 from dq_export.pipeline import run
 from dq_export.report import Report
@@ -241,3 +243,40 @@ def test_other_bits_and_granularities_export_and_are_audited_again(
     assert again.parity == report.parity
     for name in ("calibration.safetensors", "model.onnx", "model.onnx.data"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_one_block_of_a_width_without_blocks_is_exported_with_the_largest_seed(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", num_layers=1, attention_head_dim=18)
+    report = dq_export.export(model=str(folder), output_dir=tmp_path / "out", **{**QUICK, "seed": 2**64 - 1})
+    modulation = next(linear for linear in report.linears if linear.action == "weight-only")
+    assert "divides its 36 inputs: one scale for each channel" in modulation.reason
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert report.mean_sqnr("float-onnx") > 120
+    assert report.mean_sqnr("engine") > 30
+
+
+LATE = {
+    "variance": ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, {}, "set variance_type to fixed_small"),
+    "fraction": ({"_class_name": "EulerDiscreteScheduler"}, {"steps": 5}, "set timestep_spacing to trailing"),
+    "steps": ({"_class_name": "DDIMScheduler", "num_train_timesteps": 2}, {}, "change --steps to 2 or less"),
+    "served": ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, {"triton": True}, "no sampler of this checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheduler", "options", "message"), LATE.values(), ids=LATE)
+def test_what_the_sampler_cannot_do_is_refused_before_anything_is_written(
+    scheduler: dict[str, Any], options: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.raises(ModelError, match=message):
+        dq_export.export(model=str(tmp_path / "model"), output_dir=tmp_path / "out", **{**QUICK, **options})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0, float("inf"), float("nan")])
+def test_a_memory_that_is_none_is_refused(limit: float, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory .*: expected a number of GiB above 0"):
+        dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", max_memory=limit, **QUICK)
+    assert not (tmp_path / "out").exists()

@@ -128,6 +128,20 @@ def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.Mon
         tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
 
 
+def test_a_sampler_of_flows_has_no_table() -> None:
+    """DPM-Solver++ with betas in its place would draw nothing of what the network learned."""
+    import diffusers
+
+    with pytest.raises(ModelError, match="--triton: FlowMatchEulerDiscreteScheduler does not sample a network"):
+        tabulate(diffusers.FlowMatchEulerDiscreteScheduler(), 5, lambda done, total: None)
+
+
+def test_samplers_that_do_not_take_the_checkpoints_values_are_named() -> None:
+    scheduler = made("DDPMScheduler", beta_schedule="sigmoid")
+    with pytest.raises(ModelError, match=r"can be served: DDIMScheduler does not take its values \(sigmoid is not implemented"):
+        tabulate(scheduler, 3, lambda done, total: None)
+
+
 def test_probing_leaves_torchs_random_numbers_alone() -> None:
     import torch
 

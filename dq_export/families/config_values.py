@@ -1,0 +1,224 @@
+"""What the values of a checkpoint's configuration files may be, looked at before anything is made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dq_export.calibration.documents import printable, shown, shown_path
+
+from .reference import ModelError
+
+POSITIONS = 2**25
+"""Numbers of a position embedding, which is computed when a network is made: 170 x 170 patches of width 1152."""
+STEPS = 10_000
+"""Training timesteps of a scheduler. Published checkpoints have 1000, a few 4000; every one of them costs time and memory."""
+RAISED = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What diffusers raises on values that it does not take: it checks few of them, and fails where it first uses one, NameError
+where it has no branch for a value."""
+
+Channels = Annotated[int, Field(ge=1, le=16_384)]
+Infinite = Annotated[float, Field(allow_inf_nan=True, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(gt=0, le=1)]
+
+
+class Values(BaseModel):
+    """Keys of a configuration with their types, ranges and diffusers' defaults; other keys are ignored, as diffusers does."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class TransformerValues(Values):
+    """Of `DiTTransformer2DModel`."""
+
+    num_attention_heads: int = Field(16, ge=1, le=1024)
+    attention_head_dim: int = Field(72, ge=1, le=4096)
+    in_channels: Channels = 4
+    out_channels: Channels | None = None
+    num_layers: int = Field(28, ge=1, le=512)
+    dropout: Share = 0.0
+    norm_num_groups: Channels = 32
+    attention_bias: bool = True
+    sample_size: int = Field(32, ge=1, le=8192)
+    patch_size: int = Field(2, ge=1, le=1024)
+    activation_fn: Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"] = "gelu-approximate"
+    num_embeds_ada_norm: int = Field(1000, ge=1, le=10_000_000)
+    upcast_attention: bool = False
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    norm_elementwise_affine: bool = False
+    norm_eps: float = Field(1e-5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> TransformerValues:
+        width, side = self.num_attention_heads * self.attention_head_dim, self.sample_size // self.patch_size
+        if self.sample_size % self.patch_size:
+            raise ValueError(f"sample_size {self.sample_size}: expected a multiple of patch_size {self.patch_size}")
+        if width % 4:
+            raise ValueError(
+                f"attention_head_dim {self.attention_head_dim} times num_attention_heads {self.num_attention_heads}: expected a "
+                "multiple of 4, for sine and cosine of rows and columns"
+            )
+        if side * side * width > POSITIONS:
+            raise ValueError(
+                f"sample_size {self.sample_size}: expected at most {POSITIONS // width} patches at width {width}, found {side**2}"
+            )
+        if self.out_channels not in (None, self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels {self.out_channels}: expected in_channels {self.in_channels}, or twice as many for a learned sigma"
+            )
+        return self
+
+
+class VaeValues(Values):
+    """Of `AutoencoderKL`."""
+
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    down_block_types: list[str] = Field(["DownEncoderBlock2D"], min_length=1, max_length=8)
+    up_block_types: list[str] = Field(["UpDecoderBlock2D"], min_length=1, max_length=8)
+    block_out_channels: list[Channels] = Field([64], min_length=1, max_length=8)
+    layers_per_block: int = Field(1, ge=1, le=32)
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    latent_channels: Channels = 4
+    norm_num_groups: Channels = 32
+    sample_size: int | list[int] | None = 32
+    scaling_factor: float = Field(0.18215, gt=1e-6, le=1e6)
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> VaeValues:
+        levels = len(self.block_out_channels)
+        for key in ("down_block_types", "up_block_types"):
+            if len(getattr(self, key)) != levels:
+                raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
+        if wrong := [width for width in self.block_out_channels if width % self.norm_num_groups]:
+            raise ValueError(f"block_out_channels {wrong[0]}: expected a multiple of norm_num_groups {self.norm_num_groups}")
+        return self
+
+
+class SchedulerValues(Values):
+    """Of every scheduler; each knows some of the keys."""
+
+    num_train_timesteps: int = Field(1000, ge=1, le=STEPS)
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"] = "linear"
+    trained_betas: list[Beta] | None = Field(default=None, min_length=1, max_length=STEPS)
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    steps_offset: int = Field(0, ge=0, le=STEPS)
+    rescale_betas_zero_snr: bool = False
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
+    ) = None
+    clip_sample: bool = False
+    clip_sample_range: Positive = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: Share = 0.995
+    sample_max_value: Positive = 1.0
+    set_alpha_to_one: bool = True
+    skip_prk_steps: bool = False
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    use_flow_sigmas: Literal[False] | None = False
+    use_lu_lambdas: bool | None = False
+    use_dynamic_shifting: bool = False
+    flow_shift: Positive | None = 1.0
+    time_shift_type: str = Field("exponential", max_length=40)
+    interpolation_type: Literal["linear", "log_linear"] = "linear"
+    timestep_type: Literal["discrete", "continuous"] = "discrete"
+    final_sigmas_type: Literal["zero", "sigma_min"] | None = "zero"
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
+    sigma_data: Positive = 0.5
+    sigma_schedule: Literal["karras", "exponential"] = "karras"
+    rho: Annotated[float, Field(gt=0, le=100)] = 7.0
+    solver_order: int = Field(2, ge=1, le=3)
+    predictor_order: int = Field(2, ge=1, le=4)
+    corrector_order: int = Field(2, ge=1, le=4)
+    algorithm_type: str = Field("dpmsolver++", max_length=40)
+    solver_type: str = Field("midpoint", max_length=40)
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    lambda_min_clipped: Infinite = float("-inf")
+    predict_x0: bool = True
+    disable_corrector: list[int] = Field([], max_length=STEPS)
+    solver_p: None = None
+    tau_func: None = None
+    original_inference_steps: int = Field(50, ge=1, le=STEPS)
+    timestep_scaling: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> SchedulerValues:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas: expected num_train_timesteps {self.num_train_timesteps} of them, found {len(self.trained_betas)}"
+            )
+        return self
+
+
+VALUES: Mapping[str, type[Values]] = {"DiTTransformer2DModel": TransformerValues, "AutoencoderKL": VaeValues}
+"""By the diffusers class of a network."""
+
+
+def require_values(architecture: Any, config: Mapping[str, Any], path: Path) -> None:
+    """Let a configuration pass whose values the class takes, as far as they can be told without making one.
+
+    Args:
+        architecture: a diffusers class; keys that it does not take are not looked at.
+        path: of the file, for messages.
+
+    Raises:
+        ModelError: every key whose value is of another type or out of range, up to three of them.
+    """
+    values = VALUES.get(architecture.__name__, SchedulerValues)
+    taken = inspect.signature(architecture.__init__).parameters
+    try:
+        values.model_validate({key: value for key, value in config.items() if key in taken})
+    except ValidationError as error:
+        problems = [_problem(item, config) for item in error.errors()[:3]]
+        raise ModelError(f"{shown_path(path)}: {'; '.join(dict.fromkeys(problems))}; correct it, or download it again") from error
+
+
+@contextmanager
+def refused(what: str, advice: str) -> Iterator[None]:
+    """Around a call of diffusers on a file's values: whatever it raises becomes a ModelError of one line.
+
+    Args:
+        what: the file and what it does not make.
+        advice: what to do.
+    """
+    try:
+        yield
+    except RAISED as error:
+        raise ModelError(f"{what} ({reason_of(error)}); {advice}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return printable(str(error).strip().split("\n")[0], 200) or type(error).__name__
+
+
+def _problem(item: Any, config: Mapping[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    if not item["loc"]:
+        return printable(message)
+    key = item["loc"][0]
+    inside = [part for part in item["loc"][1:] if isinstance(part, int)]
+    where = f"{key}[{inside[0]}]" if inside else str(key)
+    return printable(f"{where} = {shown(item['input'])}: {message}")

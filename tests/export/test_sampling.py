@@ -1,0 +1,133 @@
+"""Schedulers of diffusers: refused with a remedy that holds, or run to the end, before any work."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dq_export.families.reference import ModelError
+from dq_export.families.sampling import SCHEDULERS, load_scheduler, rehearsed_timesteps, sample
+
+
+def saved(folder: Path, name: Any, **values: Any) -> Path:
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **values}))
+    return folder
+
+
+def all_schedulers() -> list[str]:
+    import diffusers
+
+    return [
+        name for name in dir(diffusers)
+        if inspect.isclass(found := getattr(diffusers, name, None)) and issubclass(found, diffusers.SchedulerMixin)
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # of NumPy, from what KDPM2 does with a tensor
+@pytest.mark.parametrize("name", all_schedulers())
+def test_every_scheduler_of_diffusers_runs_or_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """With `trailing` timesteps, which are whole numbers: with its own, Euler's are not."""
+    saved(tmp_path, name, timestep_spacing="trailing")
+    if name not in SCHEDULERS:
+        with pytest.raises(ModelError, match=rf"^\S+: {name} does not sample a network that predicts noise[^\n]*$"):
+            load_scheduler(tmp_path, {})
+        return
+    scheduler = load_scheduler(tmp_path, {})
+    if name in ("EDMEulerScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
+        with pytest.raises(ModelError, match=r"fractional timestep [^\n]*; put DDIMScheduler in its place[^\n]*$"):
+            rehearsed_timesteps(scheduler, 20, 4)
+        return
+    timesteps = rehearsed_timesteps(scheduler, 20, 4)
+    assert len(timesteps) >= 20
+    assert all(0 <= timestep < 1000 and timestep == int(timestep) for timestep in timesteps)
+
+
+REHEARSALS = {
+    "karras-cosine": (
+        "DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+        "set use_karras_sigmas to false",
+    ),
+    "learned-range": ("DDPMScheduler", {"variance_type": "learned_range"}, "set variance_type to fixed_small"),
+    "learned": ("DDPMScheduler", {"variance_type": "learned"}, "set variance_type to fixed_small"),
+    "solver-learned": ("DPMSolverMultistepScheduler", {"variance_type": "learned_range"}, "set variance_type to null"),
+    "euler-linspace": ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}, "set timestep_spacing to trailing"),
+    "euler-default": ("EulerDiscreteScheduler", {}, "set timestep_spacing to trailing"),
+    "heun": ("HeunDiscreteScheduler", {}, "set timestep_spacing to trailing"),
+    "too-many": ("DDIMScheduler", {"num_train_timesteps": 20}, "change --steps to 20 or less"),
+    "no-signal": ("DDIMScheduler", {"beta_start": 0.9, "beta_end": 1.0, "clip_sample": False}, "put another scheduler in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "values", "remedy"), REHEARSALS.values(), ids=REHEARSALS)
+def test_a_scheduler_that_would_fail_is_refused_with_what_makes_it_run(
+    name: str, values: dict[str, Any], remedy: str, tmp_path: Path
+) -> None:
+    scheduler = load_scheduler(saved(tmp_path, name, **values), {})
+    with pytest.raises(ModelError, match=rf"^scheduler {name} cannot sample in 50 steps \([^\n]*\); {remedy}[^\n]*$"):
+        rehearsed_timesteps(scheduler, 50, 4)
+    words = remedy.split()
+    if words[0] == "set":
+        change = {words[1]: {"null": None, "false": False}.get(words[3], words[3])}
+        rehearsed_timesteps(load_scheduler(saved(tmp_path, name, **{**values, **change}), {}), 50, 4)
+    elif words[0] == "change":
+        assert len(rehearsed_timesteps(scheduler, int(words[3]), 4)) == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000: expected less than or equal to 10000"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps = 0: expected greater"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps = '1000': expected a valid integer"),
+        ({"beta_start": float("nan")}, "beta_start = nan: expected a finite number"),
+        ({"beta_end": 2}, "beta_end = 2: expected less than or equal to 1"),
+        ({"beta_schedule": "laplace"}, r"makes no DDIMScheduler \(laplace is not implemented"),
+        ({"beta_schedule": "lineer"}, "beta_schedule = 'lineer': expected 'linear'"),
+        ({"trained_betas": [0.1, "a"]}, r"trained_betas\[1\] = 'a': expected a valid number"),
+        ({"trained_betas": [0.1] * 10}, "trained_betas: expected num_train_timesteps 1000 of them, found 10"),
+        ({"trained_betas": 0.1}, "trained_betas = 0.1: expected a valid list"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction': expected 'epsilon'"),
+        ({"steps_offset": -1}, "steps_offset = -1: expected greater"),
+        ({"clip_sample": "no"}, "clip_sample = 'no': expected a valid boolean"),
+        ({"_class_name": "os"}, "'os' is not a scheduler of diffusers"),
+        ({"_class_name": ["DDIMScheduler"]}, r"\['DDIMScheduler'\] is not a scheduler of diffusers"),
+        ({"_class_name": "DiTTransformer2DModel"}, "'DiTTransformer2DModel' is not a scheduler of diffusers"),
+    ],
+)
+def test_a_value_that_no_scheduler_has_is_refused_by_file_and_key(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path, **{"name": values.get("_class_name", "DDIMScheduler"), **values})
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/scheduler_config.json: {message}[^\n]*$"):
+        load_scheduler(tmp_path, {})
+
+
+def test_what_diffusers_ignores_or_writes_itself_is_accepted(tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    assert load_scheduler(saved(tmp_path, "DDIMScheduler", solver_order="x", set_alpha_to_one=False, skip=7), {}).config.skip == 7
+    DPMSolverMultistepScheduler().save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler_config.json").read_text()
+    assert load_scheduler(tmp_path, {}).config.lambda_min_clipped == float("-inf")
+
+
+def test_a_rehearsal_leaves_the_scheduler_as_it_was(tmp_path: Path) -> None:
+    """A second trajectory of a solver that remembers earlier steps is the first one's."""
+    scheduler = load_scheduler(saved(tmp_path, "UniPCMultistepScheduler", timestep_spacing="trailing"), {})
+    noise, labels = np.ones((1, 2, 4, 4), dtype=np.float32), np.zeros(1, dtype=np.int64)
+
+    def drawn() -> Any:
+        loop = sample(scheduler, noise, labels, null=1, steps=6, guidance=1.0)
+        feed = next(loop)
+        while True:
+            try:
+                feed = loop.send(0.1 * np.asarray(feed["hidden_states"]))
+            except StopIteration as end:
+                return end.value
+
+    first = drawn()
+    rehearsed_timesteps(scheduler, 9, 2)
+    np.testing.assert_array_equal(first, drawn())

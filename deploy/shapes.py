@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from dq_export.calibration.documents import printable, shown
+
 from .backend import BackendError
 
 Shape = tuple[int, ...]
+MAX_BATCH = 1024
+"""The greatest batch that the graph is exported for."""
 BATCHES = (1, 2, 16)
 """Least, best and greatest batch where the recipe names no shapes."""
 
@@ -50,15 +54,17 @@ def profiles(inputs: Mapping[str, tuple[int | None, ...]], given: tuple[str, str
 def _parse(text: str, flag: str, inputs: Mapping[str, tuple[int | None, ...]]) -> dict[str, Shape]:
     found = {}
     for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"'?([^':]+)'?:(\d+(?:x\d+)*)", part.strip())
+        match = re.fullmatch(r"'?([^':]+)'?:([0-9]{1,9}(?:x[0-9]{1,9})*)", part.strip())
         if match is None:
-            raise BackendError(f"{flag} '{part}': expected name:AxBxC, for example hidden_states:2x4x32x32,class_labels:2")
+            raise BackendError(f"{flag} {shown(part)}: expected name:AxBxC, for example hidden_states:2x4x32x32,class_labels:2")
         name, shape = match[1], tuple(int(number) for number in match[2].split("x"))
         if name not in inputs:
-            raise BackendError(f"{flag}: the graph has no input '{name}'; it has {', '.join(inputs)}")
+            raise BackendError(f"{flag}: the graph has no input {shown(name)}; it has {', '.join(inputs)}")
         dims = inputs[name]
         if len(shape) != len(dims) or any(dim not in (None, number) for dim, number in zip(dims, shape, strict=True)):
             told = "x".join("B" if dim is None else str(dim) for dim in dims)
-            raise BackendError(f"{flag}: '{name}' is {told}, found {match[2]}")
+            raise BackendError(f"{flag}: '{name}' is {told}, found {printable(match[2], 60)}")
+        if not 1 <= shape[0] <= MAX_BATCH:
+            raise BackendError(f"{flag}: '{name}' has a batch of {shape[0]}; expected 1 to {MAX_BATCH}, as the graph takes")
         found[name] = shape
     return found

@@ -124,6 +124,7 @@ def run(
     assigned = resolved.assign(reference.linears)
     if backend:
         require_lowerings(backend.target, assigned.values())
+    _require_shapes(resolved, reference)
     reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
     if resolved.triton and "triton" in stages:
         samplers(reference, resolved, watch.advance)
@@ -182,6 +183,19 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
             "timesteps": "shared" if shared else "per-sample",
         }
     )
+
+
+def _require_shapes(recipe: Recipe, reference: Reference) -> None:
+    """Read the shapes before the work, of the inputs that the graph will have.
+
+    Raises:
+        BackendError: see `profiles`.
+    """
+    from dq_export.deploy.shapes import profiles
+
+    shared = recipe.timesteps == "shared"
+    inputs = {"hidden_states": (None, *reference.feed_shape), "timestep": (1,) if shared else (None,), "class_labels": (None,)}
+    profiles(inputs, (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
 
 
 def _require_servable(recipe: Recipe, backend: Backend | None) -> None:

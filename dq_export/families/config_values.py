@@ -84,8 +84,12 @@ class VaeValues(Values):
 
     in_channels: Channels = 3
     out_channels: Channels = 3
-    down_block_types: list[str] = Field(["DownEncoderBlock2D"], min_length=1, max_length=8)
-    up_block_types: list[str] = Field(["UpDecoderBlock2D"], min_length=1, max_length=8)
+    down_block_types: list[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]] = Field(
+        ["DownEncoderBlock2D"], min_length=1, max_length=8
+    )
+    up_block_types: list[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]] = Field(
+        ["UpDecoderBlock2D"], min_length=1, max_length=8
+    )
     block_out_channels: list[Channels] = Field([64], min_length=1, max_length=8)
     layers_per_block: int = Field(1, ge=1, le=32)
     act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"

@@ -18,6 +18,7 @@ from hard_copy import harden_folder
 import dq_export
 from dq_export.calibration.recipe import Recipe, RecipeError
 from dq_export.deploy.audit import AuditError
+from dq_export.deploy.backend import BackendError
 from dq_export.deploy.parity import ParityError
 from dq_export.families.reference import ModelError
 from dq_export.finished import audit_again, explain_linear
@@ -272,6 +273,14 @@ def test_what_the_sampler_cannot_do_is_refused_before_anything_is_written(
     (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     with pytest.raises(ModelError, match=message):
         dq_export.export(model=str(tmp_path / "model"), output_dir=tmp_path / "out", **{**QUICK, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_are_read_before_anything_is_written(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"--max-shapes: 'class_labels' has a batch of 5000"):
+        dq_export.export(
+            model=str(tiny_folder), output_dir=tmp_path / "out", format="trt", max_shapes="class_labels:5000", **QUICK
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -1,16 +1,18 @@
 """Make a diffusers folder of DiT-XL/2's exact architecture with seeded random weights and outliers in its activations.
 
-    python benchmarks/dit_xl.py FOLDER [--layers 28]
+    python benchmarks/dit_xl.py FOLDER [--layers 28] [--pickle]
 
 The configuration is facebook/DiT-XL-2-256's: 28 blocks of width 1152, 749 M parameters with diffusers' embedders in every
 block, 3.0 GB in float32. Weights are drawn so that every block adds to the residual, as trained ones do; then
 `examples/hard_copy.py` spreads the channels of every quantized input (log-normal, sigma 0.5, and 1 channel in 64 by 20).
-Speed and memory are those of the real model; pictures are not.
+Speed and memory are those of the real model; pictures are not. With `--pickle` the files are those of the hub's model,
+too: `diffusion_pytorch_model.bin`, and a configuration that diffusers wrote in 2023.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -36,7 +38,21 @@ XL = {
 }
 
 
-def make(folder: Path, *, layers: int = 28, seed: int = 0) -> None:
+OLD = {
+    "_class_name": "Transformer2DModel",
+    "_diffusers_version": "0.12.0.dev0",
+    "cross_attention_dim": None,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+"""What config.json of 2023 says beside XL."""
+
+
+def make(folder: Path, *, layers: int = 28, seed: int = 0, pickle: bool = False) -> None:
     """Write the pipeline folder: transformer and DDIM scheduler, no VAE."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(**{**XL, "num_layers": layers})
@@ -49,7 +65,9 @@ def make(folder: Path, *, layers: int = 28, seed: int = 0) -> None:
         for block in model.transformer_blocks[1:]:
             block.norm1.emb.load_state_dict(first)
     harden(model, seed=seed, sigma=0.5, outlier=20.0)
-    model.save_pretrained(folder / "transformer", max_shard_size="5GB")
+    model.save_pretrained(folder / "transformer", max_shard_size="5GB", safe_serialization=not pickle)
+    if pickle:
+        (folder / "transformer" / "config.json").write_text(json.dumps({**XL, **OLD, "num_layers": layers}, indent=1))
     DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False).save_pretrained(folder / "scheduler")
 
 
@@ -57,5 +75,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--pickle", action="store_true", help="files as the hub has them")
     options = parser.parse_args()
-    make(options.folder, layers=options.layers)
+    make(options.folder, layers=options.layers, pickle=options.pickle)

@@ -6,8 +6,9 @@
     python benchmarks/full_size.py speed      # engines beside each other, interleaved in one process group
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
 
-The model is made once, in FOLDER (`--model`, default ./dit-xl): see `dit_xl.py`. Exports go to a temporary folder
-beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some minutes.
+The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. Exports
+go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some
+minutes.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 
 
-def model_folder(path: Path, layers: int) -> Path:
+def model_folder(path: Path, layers: int, *, pickle: bool) -> Path:
     """The full-size checkpoint, made where it is not there."""
     if not path.exists():
-        subprocess.run([sys.executable, Path(__file__).with_name("dit_xl.py"), path, "--layers", str(layers)], check=True)
+        words = ["--layers", str(layers), *(["--pickle"] if pickle else [])]
+        subprocess.run([sys.executable, Path(__file__).with_name("dit_xl.py"), path, *words], check=True)
     return path
 
 
@@ -53,8 +55,10 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
     """One export without bench, by stage, and the bare forward passes beside it."""
     limit = "5" if rounding == "gptq" else "4.5"
     seconds, peak = export(model, temporary / "out", "", *FLAGS, "--max-memory", limit, "--rounding", rounding)
+    from dq_export.families.source import locate
+
     report = json.loads((temporary / "out" / "report.json").read_text())
-    weights = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors")) / 1e9
+    weights = sum(path.stat().st_size for path in locate(str(model)).checkpoint.weights.files) / 1e9
     stages = report["seconds"]
     forward = passes(model)
     print("| | seconds |\n|---|---|")
@@ -188,11 +192,12 @@ def main() -> None:
     parser.add_argument("table", choices=("cost", "flat", "speed", "resume"))
     parser.add_argument("--model", type=Path, default=Path("dit-xl"))
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
+    parser.add_argument("--pickle", action="store_true", help="make the model as the hub has it: a .bin, an old configuration")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--rounding", default="rtn", help="of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
-    model = model_folder(options.model, options.layers)
+    model = model_folder(options.model, options.layers, pickle=options.pickle)
     name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     print(f"{name}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=model.parent) as temporary:

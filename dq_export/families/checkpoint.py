@@ -38,7 +38,7 @@ class Checkpoint:
         folder: of the network's config.json and weights.
         config: what config.json says.
         scheduler: the folder of the pipeline's scheduler; None where it has none.
-        vae: the folder of the pipeline's VAE; None where it has none.
+        vae: the folder of the pipeline's VAE, which only a server needs: it is not looked at. None where there is none.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
     """Find the parts of a pipeline folder, or of a folder of only the network, whose pipeline may lie around it.
 
     Raises:
-        ModelError: no configuration, no weights, or a part that is there but cannot be one.
+        ModelError: no configuration, no weights, or a scheduler's folder without its file.
     """
     network = _network_folder(folder)
     config = network_config(folder)
@@ -82,8 +82,8 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
         folder=network,
         config=config,
         weights=find_weights(network, variant),
-        scheduler=_part(pipeline, SCHEDULER, SCHEDULER_CONFIG, index),
-        vae=_part(pipeline, VAE, CONFIG, index),
+        scheduler=_scheduler_folder(pipeline, index),
+        vae=pipeline / VAE if os.path.lexists(pipeline / VAE) or _names(index, VAE) else None,
     )
 
 
@@ -91,21 +91,30 @@ def _network_folder(folder: Path) -> Path:
     return folder / NETWORK if (folder / NETWORK).is_dir() else folder
 
 
-def _part(pipeline: Path, name: str, config: str, index: Mapping[str, Any]) -> Path | None:
-    """A part's folder; None where there is none and the pipeline's index asks for none.
+def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:
+    """None where there is none and the pipeline's index names none.
 
     The default that stands in for a missing scheduler samples other pictures, so it must not hide a lost file.
     """
-    part = pipeline / name
-    if (part / config).is_file():
-        return part
-    if os.path.lexists(part):
-        raise ModelError(f"{shown_path(part)}: no {config} in it; copy or download it again, or remove {shown_path(part)}")
-    if name == SCHEDULER and any(isinstance(entry, str) for entry in index.get(name) or ()):
+    folder = pipeline / SCHEDULER
+    if (folder / SCHEDULER_CONFIG).is_file():
+        return folder
+    if os.path.lexists(folder):
         raise ModelError(
-            f"{shown_path(pipeline / INDEX)}: names a {name}, and there is no {name}/{config}; copy or download it again"
+            f"{shown_path(folder)}: no {SCHEDULER_CONFIG} in it; copy or download it again, or remove {shown_path(folder)}"
+        )
+    if _names(index, SCHEDULER):
+        place = f"{SCHEDULER}/{SCHEDULER_CONFIG}"
+        raise ModelError(
+            f"{shown_path(pipeline / INDEX)}: names a {SCHEDULER}, and there is no {place}; copy or download it again"
         )
     return None
+
+
+def _names(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a pipeline's index names a class for a part; it has `[null, null]` for one that is left out."""
+    entry = index.get(part)
+    return isinstance(entry, list) and any(isinstance(word, str) for word in entry)
 
 
 def _instead(folder: Path) -> str:
@@ -117,8 +126,7 @@ def _instead(folder: Path) -> str:
     index = read_config(folder / INDEX)
     if NETWORK in index:
         return f"{INDEX} names a {NETWORK}, and there is no {NETWORK}/{CONFIG}; copy or download the folder again"
-    parts = [f"{name}: {entry[1]}" for name, entry in index.items() if isinstance(entry, list) and isinstance(entry[-1:], list)
-             and len(entry) == 2 and isinstance(entry[1], str)]  # fmt: skip
+    parts = [f"{name}: {index[name][-1]}" for name in index if _names(index, name)]
     return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {NETWORK}"
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dq_export.calibration.documents import shown_path
 
 from .checkpoint import CONFIG, broken_weights
+from .config_values import refused
 from .float_graph import trace
 from .network import load_network, read_config
 from .reference import ModelError
@@ -58,7 +59,18 @@ def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
     model = load_network(AutoencoderKL, vae, config, find_weights(vae, variant, required=False), todays_name)
     if broken_weights(model):
         raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
+    _require_pictures(model, vae / CONFIG)
     return model
+
+
+def _require_pictures(model: Any, path: Path) -> None:
+    """Decode zeros of 2 x 2, for the errors of a configuration that fits the weights and still cannot decode."""
+    import torch
+
+    with refused(f"{shown_path(path)}: the VAE does not decode", "a value is wrong"), torch.inference_mode():
+        shape = tuple(_wrapped(model)(torch.zeros(1, model.config.latent_channels, 2, 2)).shape)
+    if shape[:2] != (1, 3):
+        raise ModelError(f"{shown_path(path)}: the VAE decodes to {shape[1]} channels; expected 3")
 
 
 def todays_name(name: str) -> str:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dq_export.calibration.recipe import Recipe
 from dq_export.families.checkpoint import RENAMED, architecture_of
-from dq_export.families.decoder import export_decoder, todays_name
+from dq_export.families.decoder import export_decoder, load_vae, todays_name
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference, locate, pin
 
@@ -195,9 +195,16 @@ def test_a_url_is_no_model_and_holds_the_id() -> None:
         locate("https://example.org/owner/name/tree/main?x=1")
 
 
-def test_a_vae_as_published_is_the_same_decoder(tmp_path: Path) -> None:
-    save_vae(tmp_path / "new")
-    shutil.copytree(tmp_path / "new", tmp_path / "old")
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    save_vae(folder)
+    return folder
+
+
+def test_a_vae_as_published_is_the_same_decoder(vae: Path, tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        shutil.copytree(vae, tmp_path / name)
     as_published(tmp_path / "old")
     edit(tmp_path / "old" / "config.json", _diffusers_version="0.12.0.dev0", scaling_factor=0.18215)
     for name in ("new", "old"):
@@ -205,6 +212,33 @@ def test_a_vae_as_published_is_the_same_decoder(tmp_path: Path) -> None:
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "onnx" / "old" / name).read_bytes() == (tmp_path / "onnx" / "new" / name).read_bytes()
     assert todays_name("decoder.mid_block.attentions.0.group_norm.weight").endswith("group_norm.weight")
+
+
+def test_a_vae_that_makes_no_pictures_is_refused(vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    for values, message in (
+        ({"block_out_channels": [8, 32]}, "config.json and weights do not fit each other"),
+        ({"up_block_types": ["Nothing", "UpDecoderBlock2D"]}, "makes no AutoencoderKL"),
+        ({"layers_per_block": 10**9}, "layers_per_block = 1000000000"),
+    ):
+        edit(tmp_path / "vae" / "config.json", **values)
+        with pytest.raises(ModelError, match=message):
+            load_vae(tmp_path / "vae", (2, 8, 8))
+        shutil.copyfile(vae / "config.json", tmp_path / "vae" / "config.json")
+    save_vae(tmp_path / "grey", in_channels=1, out_channels=1)
+    with pytest.raises(ModelError, match="decodes to 1 channels; expected 3"):
+        load_vae(tmp_path / "grey", (2, 8, 8))
+    assert load_vae(tmp_path / "grey", (4, 8, 8)) is None
+
+
+def test_a_lost_vae_is_said_where_a_server_needs_it(model: Path) -> None:
+    edit(model / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    reference = load_reference(str(model))
+    assert reference.decoder == model / "vae"
+    with pytest.raises(ModelError, match=r"vae/config\.json: no such file"):
+        load_vae(reference.decoder, reference.feed_shape)
+    edit(model / "model_index.json", vae=[None, None])
+    assert load_reference(str(model)).decoder is None
 
 
 def test_a_recipe_finds_its_model_from_any_folder(

@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
 
 from .denoiser import InputSite
+from .documents import DocumentError, parse_json, printable, shown, shown_path
 from .grid import Int8, WeightGrid
 from .qtypes import QUANT_TYPES, QuantType
 from .scales import ScaleTable, TimestepBins, TokenScale
+from .tensor_file import load_tensors, save_tensors
 
 Float32 = npt.NDArray[np.float32]
 FORMAT = "dq-export calibration 3"
+TYPES = {qtype.name: qtype for qtype in QUANT_TYPES}
+KINDS = {"scale": np.float32, "multiplier": np.int8, "codes": np.int8, "correction": np.float32, "sqnr": np.float32}
+"""What a file holds for a linear, and its element type."""
 
 
 class CalibrationError(Exception):
@@ -116,8 +122,6 @@ class CalibrationResult:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal results give equal bytes."""
-        from safetensors.numpy import save_file
-
         tensors: dict[str, npt.NDArray[np.generic]] = {}
         described = []
         for name, plan in self.sites.items():
@@ -141,59 +145,39 @@ class CalibrationResult:
         }
         header |= {"reach": dict(self.reach), "attention": dict(self.attention), "timesteps": list(self.timesteps)}
         plan_text = json.dumps(header, sort_keys=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"dq_export": plan_text})
+        save_tensors(path, tensors, {"dq_export": plan_text})
 
     @staticmethod
     def load(path: Path) -> CalibrationResult:
         """Read what `save` wrote.
 
         Raises:
-            CalibrationError: not such a file, or cut short.
+            CalibrationError: no such file, or not one that `save` could have written.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("dq_export", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CalibrationError(f"{path}: not a readable calibration file ({error}); delete it and calibrate again") from error
-        if header.get("format") != FORMAT:
-            raise CalibrationError(f"{path}: expected '{FORMAT}', found {header.get('format')!r}; calibrate again")
-        sites, types = {}, {qtype.name: qtype for qtype in QUANT_TYPES}
-        for entry in header["sites"]:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["site"].items()}
-            site = InputSite(**fields)
-            activation: ScaleTable | TokenScale | None = None
-            if "edges" in entry:
-                bins, scale = TimestepBins(edges=tuple(entry["edges"])), tensors[f"{site.name}.activation.scale"]
-                activation = ScaleTable(scale=scale, bins=bins, qtype=types[entry["type"]])
-            elif "token" in entry:
-                activation = TokenScale(**{**entry["token"], "qtype": types[entry["token"]["qtype"]]})
-            sites[site.name] = SitePlan(
-                site=site,
-                method=entry["method"],
-                error=entry["error"],
-                in_scale=tensors[f"{site.name}.in_scale"],
-                in_shift=tensors[f"{site.name}.in_shift"],
-                activation=activation,
-            )
-
-        def by_linear(kind: str) -> dict[str, Any]:
-            suffix = f".weight.{kind}"
-            return {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
-
+            tensors, metadata = load_tensors(path)
+            described = parse_json(metadata.get("dq_export", "{}"), shown_path(path), finite=False)
+            version = described.get("format") if isinstance(described, dict) else None
+            if version != FORMAT:
+                raise CalibrationError(f"{shown_path(path)}: expected '{FORMAT}', found {shown(version)}; calibrate again")
+            header = _Header.model_validate(described)
+            sites = {entry.site.name: entry.plan(tensors) for entry in header.sites}
+            by_linear = {kind: _of_kind(kind, tensors) for kind in KINDS}
+        except (DocumentError, ValueError, KeyError) as error:  # ValidationError is a ValueError
+            raise CalibrationError(
+                f"{shown_path(path)}: not a readable calibration file ({printable(str(error))}); delete it and calibrate again"
+            ) from error
         return CalibrationResult(
             sites=sites,
-            weight_scale=by_linear("scale"),
-            multiplier=by_linear("multiplier"),
-            codes=by_linear("codes"),
-            correction=by_linear("correction"),
-            sqnr=by_linear("sqnr"),
-            timesteps=tuple(header["timesteps"]),
-            provenance=header["provenance"],
-            reach=header["reach"],
-            attention=header["attention"],
+            weight_scale=by_linear["scale"],
+            multiplier=by_linear["multiplier"],
+            codes=by_linear["codes"],
+            correction=by_linear["correction"],
+            sqnr=by_linear["sqnr"],
+            timesteps=header.timesteps,
+            provenance=header.provenance,
+            reach=header.reach,
+            attention=header.attention,
         )
 
     def _by_linear(self) -> dict[str, Mapping[str, npt.NDArray[np.generic]]]:
@@ -204,3 +188,72 @@ class CalibrationResult:
             "correction": self.correction,
             "sqnr": self.sqnr,
         }
+
+
+class _Token(BaseModel):
+    """A `TokenScale` in the header of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    constant: float
+    group: int
+    clip: float
+    qtype: str
+
+
+class _Entry(BaseModel):
+    """A site in the header of a file; its vectors are tensors of the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    site: InputSite
+    method: str
+    error: float
+    edges: tuple[float, ...] | None = None
+    type: str | None = None
+    token: _Token | None = None
+
+    def plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> SitePlan:
+        """The site's plan.
+
+        Raises:
+            KeyError: a tensor is missing. ValueError: it is not what a plan may hold.
+        """
+        name = self.site.name
+        activation: ScaleTable | TokenScale | None = None
+        if self.edges is not None and self.type is not None:
+            bins = TimestepBins(edges=self.edges)
+            activation = ScaleTable(scale=tensors[f"{name}.activation.scale"], bins=bins, qtype=TYPES[self.type])
+        elif self.token is not None:
+            activation = TokenScale(**{**self.token.model_dump(), "qtype": TYPES[self.token.qtype]})
+        vectors = {part: tensors[f"{name}.{part}"] for part in ("in_scale", "in_shift")}
+        return SitePlan(site=self.site, method=self.method, error=self.error, activation=activation, **vectors)
+
+
+class _Header(BaseModel):
+    """The header of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    sites: list[_Entry]
+    provenance: dict[str, str]
+    reach: dict[str, float]
+    attention: dict[str, float]
+    timesteps: tuple[float, ...]
+
+
+def _of_kind(kind: str, tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """By linear the tensors of a kind.
+
+    Raises:
+        ValueError: of another element type than `save` gives them, or a scale that is not finite and positive.
+    """
+    suffix = f".weight.{kind}"
+    tensors = {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+    for name, value in tensors.items():
+        if value.dtype != KINDS[kind]:
+            raise ValueError(f"{shown(name + suffix)} is {value.dtype}, expected {np.dtype(KINDS[kind])}")
+        if kind == "scale" and not (np.isfinite(value).all() and (value > 0).all()):
+            raise ValueError(f"{shown(name + suffix)} must be finite and > 0")
+    return dict(tensors)

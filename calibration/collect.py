@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .artifacts import CalibrationError
 from .denoiser import Denoiser
+from .documents import DocumentError, read_json
 from .group import ALONE, ProcessGroup
 from .records import RecordFile
 
@@ -277,9 +278,20 @@ class _Journal:
         self.timesteps: list[float] = []
         if folder and self._path:
             folder.mkdir(parents=True, exist_ok=True)
-            kept = json.loads(self._path.read_text()) if self._path.exists() else {}
-            if kept.get("key") == self._key:
-                self.done, self.timesteps = kept["done"], kept["timesteps"]
+            self.done, self.timesteps = self._kept(self._path)
+
+    def _kept(self, path: Path) -> tuple[int, list[float]]:
+        """What the file says of the same key; nothing is finished where it is damaged."""
+        try:
+            kept = read_json(path, links=False)
+        except DocumentError:
+            return 0, []
+        if not isinstance(kept, dict) or kept.get("key") != self._key:
+            return 0, []
+        done, timesteps = kept.get("done"), kept.get("timesteps")
+        if not isinstance(done, int) or done < 0 or not isinstance(timesteps, list):
+            return 0, []
+        return (done, timesteps) if all(isinstance(item, int | float) for item in timesteps) else (0, [])
 
     def finish(self, timesteps: list[float]) -> None:
         """Another batch is finished; `timesteps` of its calls."""

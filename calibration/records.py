@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .artifacts import CalibrationError
+
 
 class RecordFile:
     """A file of equal records, each an array of numbers for every name; read and written one array at a time.
@@ -27,7 +29,8 @@ class RecordFile:
         ends = np.cumsum([0, *self.sizes.values()]) * self.dtype.itemsize
         self._starts = dict(zip(self.sizes, ends[:-1].tolist(), strict=True))
         self._record = int(ends[-1])
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def write(self, record: int, name: str, values: npt.NDArray[np.generic]) -> None:
         """Put one name's array into a record.
@@ -38,9 +41,12 @@ class RecordFile:
         self._write(record * self._record + self._starts[name], values)
 
     def read(self, record: int, name: str) -> npt.NDArray[np.generic]:
-        """One name's array of a record that was written."""
-        length = self.sizes[name] * self.dtype.itemsize
-        return np.frombuffer(os.pread(self._file, length, record * self._record + self._starts[name]), dtype=self.dtype)
+        """One name's array of a record that was written.
+
+        Raises:
+            CalibrationError: the file is shorter than what was written.
+        """
+        return self._read(record * self._record + self._starts[name], self.sizes[name])
 
     @property
     def length(self) -> int:
@@ -48,8 +54,12 @@ class RecordFile:
         return self._record // self.dtype.itemsize
 
     def read_record(self, record: int) -> npt.NDArray[np.generic]:
-        """All numbers of a record that was written, in the order of the names."""
-        return np.frombuffer(os.pread(self._file, self._record, record * self._record), dtype=self.dtype)
+        """All numbers of a record that was written, in the order of the names.
+
+        Raises:
+            CalibrationError: the file is shorter than what was written.
+        """
+        return self._read(record * self._record, self.length)
 
     def write_record(self, record: int, values: npt.NDArray[np.generic]) -> None:
         """Put all numbers of a record."""
@@ -57,6 +67,13 @@ class RecordFile:
 
     def __del__(self) -> None:
         os.close(self._file)
+
+    def _read(self, place: int, count: int) -> npt.NDArray[np.generic]:
+        content = os.pread(self._file, count * self.dtype.itemsize, place)
+        if len(content) != count * self.dtype.itemsize:
+            folder = self._path.parent
+            raise CalibrationError(f"{self._path}: cut short; delete {folder} and run the same command again")
+        return np.frombuffer(content, dtype=self.dtype)
 
     def _write(self, place: int, values: npt.NDArray[np.generic]) -> None:
         content = memoryview(np.ascontiguousarray(values, dtype=self.dtype).tobytes())

@@ -62,19 +62,6 @@ class Audit:
         """FLOPs in low-precision kernels / FLOPs of all GEMMs of the network, attention included."""
         return sum(g.flops for g in self.gemms if g.integer) / max(sum(g.flops for g in self.gemms), 1)
 
-    def require(self, threshold: float) -> None:
-        """Fail below a share.
-
-        Raises:
-            AuditError: `coverage` is below `threshold`.
-        """
-        if self.coverage < threshold:
-            lost = [f"  {g.name}: {g.kernel}; {g.reason}" for g in self.gemms if g.wanted in COUNTED and not g.integer]
-            raise AuditError(
-                f"{self.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires "
-                f"{threshold:.1%}. In float:\n" + "\n".join(lost)
-            )
-
 
 def audit_graph(
     model: Path,

@@ -59,6 +59,14 @@ class Backend(Protocol):
         """Its column of the table of lowerings."""
 
     @property
+    def title(self) -> str:
+        """What runs its engine, for people."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions beside ONNX Runtime, of any name under which they are published, whose version decides the engine."""
+
+    @property
     def triton(self) -> str:
         """Triton's backend that serves its engine; empty: none does."""
 

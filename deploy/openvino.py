@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Progress, unwatched
+from dq_export.calibration.documents import DocumentError, read_json, shown_path
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
@@ -44,6 +45,8 @@ class OpenVino:
     name: str = "ort"
     provider: str = "openvino"
     target: Target = "openvino"
+    title: str = "OpenVINO"
+    packages: tuple[str, ...] = ("openvino", "onnxruntime-ep-openvino")
     triton: str = ""
     runs: bool = True
 
@@ -142,13 +145,29 @@ class OpenVino:
 
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
         """See `Backend.audit`. By the names of the nodes that each compiled kernel stands for."""
-        kernels: dict[str, list[str]] = json.loads((folder / KERNELS).read_text())
+        kernels = _read_kernels(folder / KERNELS)
 
         def kernel_of(name: str) -> tuple[str, bool]:
             kind, precision = kernels.get(name, ("not found", ""))
             return f"{kind} {precision}".strip(), precision in INTEGER
 
         return audit_graph(model, assigned, kernel_of, _why_float)
+
+
+def _read_kernels(path: Path) -> dict[str, list[str]]:
+    """Node name -> [layer type, precision].
+
+    Raises:
+        BackendError: the file is not what `build` wrote.
+    """
+    try:
+        kernels = read_json(path, links=False)
+    except DocumentError as error:
+        raise BackendError(f"{error}; build the engine again") from error
+    rows = kernels.values() if isinstance(kernels, dict) else [None]
+    if not all(isinstance(row, list) and len(row) == 2 and all(isinstance(word, str) for word in row) for row in rows):
+        raise BackendError(f"{shown_path(path)}: expected a layer type and a precision for each node; build the engine again")
+    return dict(kernels)
 
 
 def _devices(ort: Any) -> list[Any]:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Progress, unwatched
+from dq_export.calibration.documents import printable, shown
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
@@ -23,13 +26,15 @@ from dq_export.passes.raise_biases import RaiseBiases
 from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
-from .backend import BackendError, Engine, Feed, Float32
+from .backend import BackendError, Feed, Float32
 from .lowerings import Target
 
 PROFILED = 5
 """Calls of a profile."""
 PROVIDERS = ["CPUExecutionProvider"]
 OPTIMIZED = "optimized.onnx"
+ELEMENTS = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32}
+"""Element types of inputs by ONNX Runtime's names."""
 ATTENTION_SINCE = (1, 24)
 """The first version that runs graphs of opset 23: before, it has no QuantizeLinear for them."""
 
@@ -39,6 +44,23 @@ class OrtEngine:
     """An onnxruntime.InferenceSession with one output."""
 
     session: Any
+
+    def misfit(self, feed: Feed) -> str:
+        """Why the graph cannot take a feed, by names, element types and shapes; empty if it can."""
+        types = {f"tensor({kind})": dtype for kind, dtype in ELEMENTS.items()}
+        inputs = self.session.get_inputs()
+        if set(feed) != {item.name for item in inputs}:
+            return f"inputs {', '.join(map(shown, feed))}, expected {', '.join(item.name for item in inputs)}"
+        sizes: dict[object, int] = {}
+        for item in inputs:
+            value = feed[item.name]
+            fits = value.dtype == types.get(item.type) and value.ndim == len(item.shape)
+            for name, size in zip(item.shape, value.shape, strict=False):
+                # A name stands for the same size in every input.
+                fits &= size == (name if isinstance(name, int) else sizes.setdefault(name, size))
+            if not fits:
+                return f"'{item.name}' is {value.dtype}{list(value.shape)}, expected {item.type} {item.shape}"
+        return ""
 
     def runner(self, name: str) -> Any:
         """See `Engine.runner`."""
@@ -62,6 +84,8 @@ class Ort:
     provider: str = "cpu"
     dtype: str = "fp32"
     target: Target = "ort"
+    title: str = "ONNX Runtime's CPU provider"
+    packages: tuple[str, ...] = ()
     triton: str = "onnxruntime"
     runs: bool = True
     label: str = "ONNX Runtime's CPU provider"
@@ -124,7 +148,7 @@ class Ort:
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
         return ""
 
-    def load(self, model: Path, *, batch: int | None = None, optimize: bool = True, prepack: bool = True) -> Engine:
+    def load(self, model: Path, *, batch: int | None = None, optimize: bool = True, prepack: bool = True) -> OrtEngine:
         """See `Backend.load`.
 
         Args:
@@ -159,8 +183,18 @@ class Ort:
         return {name: statistics.median(call.get(name, 0.0) for call in calls) for name in calls[0]}
 
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """See `Backend.audit`."""
-        return audit_ort(model, folder / OPTIMIZED, assigned)
+        """See `Backend.audit`.
+
+        Raises:
+            BackendError: the optimised graph is missing or damaged.
+        """
+        from google.protobuf.message import DecodeError
+
+        try:
+            return audit_ort(model, folder / OPTIMIZED, assigned)
+        except (DecodeError, OSError) as error:
+            reason = printable(str(error))
+            raise BackendError(f"{folder / OPTIMIZED}: not a readable graph ({reason}); build the engine again") from error
 
 
 ORT = Ort()
@@ -188,7 +222,7 @@ def _version() -> tuple[int, ...]:
 def _options(*, optimize: bool) -> Any:
     ort = onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error's text is in the exception that it raises
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     return options

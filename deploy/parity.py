@@ -1,10 +1,9 @@
-"""Comparing the PyTorch reference with the float graph, the Q/DQ graph and the engine, by polygraphy."""
+"""Comparing the PyTorch reference with the float graph, the Q/DQ graph and the engine, by polygraphy's runners."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +11,6 @@ import numpy.typing as npt
 from .backend import Engine, Feed, Float32
 
 OUTPUT = "sample"
-REPLAY_MARGIN = 1.0
-"""dB that a replay may lose against the run that wrote the tolerance: other kernels round otherwise."""
 FLOAT_SQNR = 80.0
 """dB that the float graph must keep: float32 rounding costs about 130 dB, a wrong export is below 40."""
 CAP = 200.0
@@ -89,68 +86,6 @@ def compare_calls(
 def worst(rows: Sequence[CallParity], stage: str) -> CallParity:
     """The stage's call of the least SQNR."""
     return min((row for row in rows if row.stage == stage), key=lambda row: row.difference.sqnr)
-
-
-def require(rows: Sequence[CallParity], floors: Mapping[str, float]) -> None:
-    """Fail where a stage's worst call is below its floor in dB.
-
-    Raises:
-        ParityError: all such stages, with the advice that fits the first of them: the earliest stage is to blame.
-    """
-    low = [worst(rows, stage) for stage, floor in floors.items() if worst(rows, stage).difference.sqnr < floor]
-    if low:
-        lines = [
-            f"{r.stage}: {r.difference.sqnr:.1f} dB at timestep {r.timestep:g}, required {floors[r.stage]:.1f} dB" for r in low
-        ]
-        advice = (
-            "the float graph differs already: the exporter is to blame, not quantization"
-            if low[0].stage == "float-onnx"
-            else "try --scaling auto, --bins per-step or --exclude for the sites with the largest error in report.json"
-        )
-        raise ParityError("; ".join(lines) + f". {advice[0].upper()}{advice[1:]}.")
-
-
-def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float32]) -> None:
-    """Write `inputs.json` and `outputs.json` as `polygraphy run` loads them."""
-    from polygraphy.comparator import IterationResult, RunResults
-    from polygraphy.json import save_json
-    from polygraphy.logger import G_LOGGER
-
-    results = RunResults()
-    results.append(
-        ("pytorch", [IterationResult(outputs={OUTPUT: output}, runtime=0.0, runner_name="pytorch") for output in references])
-    )
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([dict(feed) for feed in feeds], str(folder / "inputs.json"), description="parity inputs")
-        results.save(str(folder / "outputs.json"))
-
-
-def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
-    """Read what `save_replay` wrote: inputs and reference outputs of each call."""
-    from polygraphy.comparator import RunResults
-    from polygraphy.json import load_json
-    from polygraphy.logger import G_LOGGER
-
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        feeds = load_json(str(folder / "inputs.json"))
-        results = RunResults.load(str(folder / "outputs.json"))["pytorch"]
-    return list(feeds), [result[OUTPUT] for result in results]
-
-
-def save_command(folder: Path, floor: float, model: str = "model.onnx") -> str:
-    """Write the polygraphy command that replays `out/parity` from `out`; returns it.
-
-    Args:
-        folder: where `command.txt` goes.
-        floor: the least SQNR in dB of the engine on these feeds.
-        model: the graph, from `out`.
-    """
-    command = (
-        f"polygraphy run {model} --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
-        f"--compare snr --snr-threshold {OUTPUT}:{floor - REPLAY_MARGIN:.2f}"
-    )
-    (folder / "command.txt").write_text(command + "\n")
-    return command
 
 
 def pick_calls(bins: npt.NDArray[np.int64], least: int = 25) -> list[int]:

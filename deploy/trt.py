@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Progress, unwatched
+from dq_export.calibration.documents import DocumentError, printable, read_json, read_text, shown_path
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.cast_floats import CastFloats
@@ -35,6 +37,8 @@ from .runner import compute_capability, load_plan
 from .shapes import profiles
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
+LAYERS_LIMIT = 256 << 20
+"""Bytes of the list of layers; DiT-XL/2's has 2 million."""
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest float16."""
@@ -58,6 +62,16 @@ class TensorRt:
     shapes: tuple[str, str, str] = ("", "", "")
     provider: str | None = None
     target: Target = "trt"
+
+    @property
+    def title(self) -> str:
+        """See `Backend.title`."""
+        return "TensorRT" if self.name == "trt" else "TensorRT-RTX"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """See `Backend.packages`."""
+        return tuple(f"tensorrt{'' if self.name == 'trt' else '-rtx'}{suffix}" for suffix in ("", "-cu12", "-cu13"))
 
     @property
     def triton(self) -> str:
@@ -194,7 +208,7 @@ class TensorRt:
         folder = model.parent / "engine"
         if not (folder / PLAN).exists() or not (folder / METADATA).exists():
             raise BackendError(f"{folder}: no {PLAN}; run `dq-export finish {model.parent}`")
-        described = json.loads((folder / METADATA).read_text())
+        described = _read_metadata(folder / METADATA)
         if importlib.util.find_spec(MODULES[self.name]) is None:
             raise BackendError(f"{MODULES[self.name]} is not installed; {INSTALL[self.name]}, needed to run {folder / PLAN}")
         library = f"{MODULES[self.name]} {importlib.import_module(MODULES[self.name]).__version__}"
@@ -213,8 +227,10 @@ class TensorRt:
 
     def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
         """See `Backend.audit`. By the list of layers that the builder printed."""
-        text = (folder / LAYERS).read_text()
-        layers = read_layers(text)
+        try:
+            layers = read_layers(read_text(folder / LAYERS, LAYERS_LIMIT, links=False))
+        except (DocumentError, ValueError) as error:
+            raise BackendError(f"{folder / LAYERS}: not a builder's list of layers ({printable(str(error))})") from error
 
         def kernel(name: str) -> tuple[str, bool]:
             label, precision = kernel_of(layers, name)
@@ -229,3 +245,21 @@ class TensorRt:
 
     def _check(self, graph: ir.Model) -> list[Finding]:
         return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """`plan.json`, of which a run needs `library`, `sha256` and `targets`.
+
+    Raises:
+        BackendError: the file is not what `build` wrote.
+    """
+    try:
+        described = read_json(path, links=False)
+    except DocumentError as error:
+        raise BackendError(f"{error}; build the plan again with `dq-export finish`") from error
+    values = described if isinstance(described, dict) else {}
+    targets = values.get("targets")
+    known = isinstance(targets, list) and all(target in TARGETS for target in targets)
+    if not known or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):
+        raise BackendError(f"{shown_path(path)}: not what a build writes; build the plan again with `dq-export finish`")
+    return values

@@ -55,10 +55,12 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
 
     from .calibration.recipe import Recipe
     from .pipeline import run
+    from .verdict import require
 
     mine = ("exclude", "overwrite", "progress", "max_memory", "device", "plugin")
     how = {key: options.pop(key) for key in mine if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
     report = run(recipe, Path(os.path.expanduser(output_dir)), until=until, **how)
     assert report is not None  # one process does everything
+    require(report.verdict)
     return report

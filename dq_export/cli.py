@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .progress import Lines
-from .tables import print_audit, print_faults, print_findings, print_latency, print_search, summarize, warn_if_slower
+from .tables import (
+    one_line,
+    print_audit,
+    print_faults,
+    print_findings,
+    print_latency,
+    print_search,
+    print_verification,
+    summarize,
+    warn_if_slower,
+)
 
 if TYPE_CHECKING:
     from dq_export.calibration.recipe import Recipe
@@ -127,6 +137,7 @@ def exporting(until: str, text: str) -> Callable[..., None]:
 def _export(until: str, options: dict[str, Any]) -> None:
     from .pipeline import run
     from .report import FRONT
+    from .verdict import require
 
     folder, path = options.pop("output_dir"), options.pop("recipe")
     how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
@@ -144,7 +155,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     with _watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
         more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
-        if path and (path.parent / FRONT).exists():
+        if path:
             more["front"] = path.parent / FRONT
         report = run(recipe, folder, until=until, progress=watch, group=group, **more)
     if report is not None and how["as_json"]:
@@ -154,6 +165,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     if group.size > 1:
         group.leave()
         _end(0)  # gloo's threads sometimes abort a process that ends by itself
+    require(report.verdict if report else None)
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
@@ -283,22 +295,18 @@ def search(
 
 
 @app.command()
-def verify(out: Folder) -> None:
-    """Replay parity/ with polygraphy, as a CI would."""
-    import shlex
-    import subprocess
+def verify(
+    out: Folder,
+    min_sqnr: Annotated[float | None, option("dB that every call must keep (default as exported)", "--min-sqnr")] = None,
+    verbose: Annotated[bool, option("also all that polygraphy prints", "--verbose", "-v")] = False,
+) -> None:
+    """Replay the recorded calls of parity/ on the graph, and judge the worst."""
+    from .verification import verify_again
 
-    command = _read(out / "parity" / "command.txt").strip()
-    words = shlex.split(command)
-    # Polygraphy has no __main__, and its script may not be on the PATH.
-    start = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", start, *words[1:]], cwd=out, stderr=subprocess.PIPE, text=True, check=False)
-    if "Traceback (most recent call last)" in done.stderr:
-        reason = done.stderr.strip().splitlines()[-1]
-        print(f"error: {out}: polygraphy cannot run the replay ({reason}); export again", file=sys.stderr)
-        raise typer.Exit(FAILED)
-    print(done.stderr, end="", file=sys.stderr)
-    raise typer.Exit(PARITY if done.returncode else 0)
+    done = verify_again(out, min_sqnr, verbose=verbose)
+    print_verification(done)
+    if not done.passed:
+        raise typer.Exit(PARITY)
 
 
 @app.command()
@@ -319,14 +327,17 @@ def audit(out: Folder, as_json: Json = False) -> None:
 def finish(out: Folder) -> None:
     """Build and audit the engine of a folder that another machine exported."""
     from .finished import finish as build
+    from .verdict import require
 
     with _watching(quiet=False, then="the same command starts the build anew") as watch:
         watch.begin("build", str(out))
         start = time.monotonic()
-        report, required = build(out, watch.advance)
-        watch.end(time.monotonic() - start, f"{report.coverage:.1%} of the quantized FLOPs in low precision", kept=False)
-    if report.coverage < required:
-        raise typer.Exit(AUDIT)
+        report = build(out, watch.advance)
+        assert report.audit is not None
+        share = f"{report.audit.coverage:.1%} of the quantized FLOPs in low precision"
+        watch.end(time.monotonic() - start, share, kept=False)
+    summarize(report, out, verbose=False)
+    require(report.verdict)
 
 
 @app.command()
@@ -395,16 +406,7 @@ def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name o
     from .finished import explain_linear
 
     for label, value in explain_linear(out, name).items():
-        print(f"{label:10} {value}")
-
-
-def _read(path: Path) -> str:
-    from .ledger import OutputError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}; is its folder a finished export?") from error
+        print(f"{label:10} {one_line(value)}")
 
 
 def _statuses() -> dict[type[Exception], int]:
@@ -417,7 +419,7 @@ def _statuses() -> dict[type[Exception], int]:
     from dq_export.passes.base import GraphError
 
     from .families.reference import ModelError
-    from .ledger import OutputError
+    from .output_folder import OutputError
     from .search_request import SearchError
 
     return {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,12 +12,12 @@ from dq_export.calibration.recipe import Recipe
 from dq_export.calibration.scales import TimestepBins
 from dq_export.deploy.backend import Backend, Engine, Feed
 from dq_export.deploy.ort import ORT
-from dq_export.deploy.parity import CallParity, compare_calls, difference, save_command, worst
+from dq_export.deploy.parity import CallParity, compare_calls, difference, worst
 from dq_export.deploy.triton.serving.model import images_of
 
 from .families.reference import Float32, Reference
 from .recording import Recording, draw, feed_of
-from .report import CallReport, ParityReport, TrajectoryReport
+from .report import CallReport, ParityReport, StageResult, TrajectoryReport
 
 
 def stages(folder: Path, portable: Path, backend: Backend | None) -> dict[str, Callable[[], Engine]]:
@@ -40,11 +40,10 @@ def verify(
     target: Path,
     progress: Callable[[int, int], None],
     backend: Backend | None,
-) -> dict[str, Any]:
+) -> StageResult:
     """Compare every stage with the recording call by call, and the last one over whole trajectories from the same noise.
 
-    One stage is in memory at a time. Writes the replay command and, for pictures of 1 or 3 channels, `pictures.png` to
-    `target`.
+    One stage is in memory at a time. Writes, for pictures of 1 or 3 channels, `pictures.png` to `target`.
 
     Args:
         reference: samples; its network is not called.
@@ -74,15 +73,12 @@ def verify(
             pictures = draw(reference, _counted(engine, recipe, count), recipe)
         del engine
     low = worst(rows, last)
-    # The replay runs on ONNX Runtime's CPU provider, whatever the engine runs on.
-    least = min(worst(rows, stage).difference.sqnr for stage in loaders if stage != "float-onnx")
-    replay = save_command(target, least, "model.onnx" if portable == model else "parity/model.onnx")
     apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
     save_pictures(target / "pictures.png", [recording.pictures, pictures, apart])
     trajectory = _trajectory(last, recording.pictures, pictures)
-    parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory], replay=replay)
+    parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory])
     summary = f"{last} at worst {low.difference.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"
-    return {"summary": summary, "parity": parity.model_dump()}
+    return StageResult(summary=summary, parity=parity)
 
 
 def save_pictures(path: Path, rows: list[Float32]) -> bool:
@@ -117,10 +113,16 @@ def _trajectory(stage: str, exact: Float32, found: Float32) -> TrajectoryReport:
         sqnr=whole.sqnr,
         worst_sqnr=min(each),
         cosine=whole.cosine,
-        max_error=whole.max_error,
+        max_error=_finite(whole.max_error),
     )
 
 
 def _call(row: CallParity) -> CallReport:
     d = row.difference
-    return CallReport(stage=row.stage, timestep=row.timestep, bin=row.bin, sqnr=d.sqnr, cosine=d.cosine, max_error=d.max_error)
+    return CallReport(
+        stage=row.stage, timestep=row.timestep, bin=row.bin, sqnr=d.sqnr, cosine=d.cosine, max_error=_finite(d.max_error)
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -65,7 +65,7 @@ def scale_curves(report: Report) -> list[dict[str, object]]:
     kinds: dict[str, list[tuple[str, str]]] = {}
     if not tables:
         return []
-    last = max(edge for table in tables for edge in table.edges) * 1.02
+    last = max(edge for table in tables for edge in table.edges) * 1.02 or 1.0
     for table in tables:
         largest, edges = max(table.scales), [0.0, *table.edges, last]
         points: list[tuple[float, float]] = []

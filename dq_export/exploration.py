@@ -21,7 +21,8 @@ from .families.reference import Feed, Reference
 from .families.source import load, pin
 from .front import Front
 from .kernel_times import time_choices
-from .ledger import claim, write_text
+from .ledger import claim
+from .output_folder import write_text
 from .pipeline import Progress, Silent, resolve, sampling_of
 from .report import FRONT
 from .search import SEARCHES, Goal, Search, evaluations_of

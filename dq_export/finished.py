@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import get_args
 
 import onnx_ir as ir
-from pydantic import ValidationError
 
 from dq_export.calibration.collect import Progress as Advance
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule, nearest
+from dq_export.calibration.recipe import RecipeError, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import Finding, Target, check
 from dq_export.deploy.ort import ORT
 from dq_export.deploy.triton.repository import add_plan
 from dq_export.deploy.trt import PLAN
-from dq_export.passes.match import linears
 
-from .ledger import RECIPE, OutputError
+from .finished_folder import MODEL, REPORT, FinishedFolder
+from .ledger import RECIPE
+from .output_folder import OutputError, locked, move
 from .page import write_report
 from .pipeline import Progress, run
+from .pipeline import versions as installed
 from .report import AuditReport, LatencyReport, Report
 from .repository import REPOSITORY
 from .speed import bench
-from .verdict import audit_engine
+from .verdict import concluded, require
 
 
 def audit_again(out: Path) -> tuple[AuditReport, float]:
@@ -35,39 +35,43 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
         OutputError: `out` is no finished export.
         BackendError: the graph is damaged.
     """
-    _require(out, RECIPE, "model.onnx")
-    recipe = _resolved(out)
+    finished = FinishedFolder.open(out, RECIPE, MODEL)
+    recipe = finished.recipe()
     backend = backend_of(recipe) or ORT
     with tempfile.TemporaryDirectory() as folder:
-        backend.build(
-            out / "model.onnx", Path(folder), lambda done, total: None
-        )  # first: it says what is wrong with a damaged file
-        assigned = _assigned(out, recipe)
-        return audit_engine(backend, out / "model.onnx", Path(folder), assigned), recipe.min_coverage
+        backend.build(out / MODEL, Path(folder), lambda done, total: None)  # first: it says what is wrong with a damaged file
+        audit = backend.audit(out / MODEL, Path(folder), finished.assigned(recipe))
+    return AuditReport.of(audit), recipe.min_coverage
 
 
-def finish(out: Path, progress: Advance) -> tuple[AuditReport, float]:
+def finish(out: Path, progress: Advance) -> Report:
     """Build `out/engine` from `out/model.onnx` and audit it: where a machine without the GPU had to stop.
+
+    Returns:
+        The export's report with the new audit and verdict, which is also written.
 
     Raises:
         OutputError: `out` is no export, or of a format that builds nothing.
         BackendError: the library is missing, or refuses the graph.
     """
-    _require(out, RECIPE, "model.onnx", "report.json")
-    recipe = _resolved(out)
+    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT)
+    recipe, report = finished.recipe(), finished.report()
     backend = backend_of(recipe)
     if backend is None:
         raise OutputError(f"{out} was exported with --format {recipe.format}, which builds no engine")
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        backend.build(out / "model.onnx", Path(folder) / "engine", progress)
-        shutil.rmtree(out / "engine", ignore_errors=True)
-        (Path(folder) / "engine").rename(out / "engine")
-    assigned = _assigned(out, recipe)
-    audit = audit_engine(backend, out / "model.onnx", out / "engine", assigned)
-    write_report(_report(out).model_copy(update={"audit": audit}), out)
-    if (out / REPOSITORY).exists():
-        add_plan(out / "engine" / PLAN, out / REPOSITORY)
-    return audit, recipe.min_coverage
+    with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
+        engine = Path(folder) / "engine"
+        backend.build(out / MODEL, engine, progress)
+        audit = AuditReport.of(backend.audit(out / MODEL, engine, finished.assigned(recipe)))
+        move(engine, out / "engine")
+        plan = out / "engine" / PLAN
+        if plan.is_file() and (out / REPOSITORY).is_dir():  # other repositories hold the graph itself
+            add_plan(plan, out / REPOSITORY)
+        versions = {**report.versions, **installed(backend.packages)}
+        report = report.model_copy(update={"audit": audit, "engine": backend.title, "versions": versions})
+        report = concluded(report, recipe)
+        write_report(report, out)
+    return report
 
 
 def serve_again(out: Path, progress: Progress) -> Path:
@@ -77,15 +81,16 @@ def serve_again(out: Path, progress: Progress) -> Path:
         OutputError: `out` is no export.
         RecipeError: its graph cannot be served; the message says how to export one that can.
         ModelError: the checkpoint, whose sampler is needed, is gone.
+        AuditError, ParityError, NotHereError: the export does not keep what its recipe requires; the repository is written.
     """
-    _require(out, RECIPE, "model.onnx")
-    recipe = _resolved(out)
+    recipe = FinishedFolder.open(out, RECIPE, MODEL).recipe()
     if recipe.timesteps == "shared":
         raise RecipeError(
             f"{out} takes one timestep for a whole batch, so requests at different steps could not share a call; export anew: "
             f"dq-export --recipe {out / RECIPE} --timesteps per-sample --triton -o {out}-triton"
         )
-    run(recipe.model_copy(update={"triton": True}), out, until="triton", overwrite=True, progress=progress)
+    report = run(recipe.model_copy(update={"triton": True}), out, until="triton", overwrite=True, progress=progress)
+    require(report.verdict if report else None)
     return out / REPOSITORY
 
 
@@ -114,15 +119,13 @@ def bench_again(out: Path, progress: Advance) -> LatencyReport:
     Raises:
         OutputError: `out` is no finished export, or its inputs are damaged.
     """
-    _require(out, RECIPE, "model.onnx", "float/model.onnx", "parity/inputs.json")
-    try:
-        recipe = _resolved(out)
-        backend = backend_of(recipe) or ORT
-        if not backend.runs:
-            raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
-        return bench(out, backend, progress, recipe=recipe)
-    except ValueError as error:
-        raise OutputError(f"{out / 'parity' / 'inputs.json'}: damaged ({error}); export again") from error
+    finished = FinishedFolder.open(out, RECIPE, MODEL, "float/model.onnx")
+    recipe = finished.recipe()
+    finished.calls()
+    backend = backend_of(recipe) or ORT
+    if not backend.runs:
+        raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
+    return bench(out, backend, progress, recipe=recipe)
 
 
 def explain_linear(out: Path, name: str) -> dict[str, str]:
@@ -131,8 +134,7 @@ def explain_linear(out: Path, name: str) -> dict[str, str]:
     Raises:
         OutputError: `out` is no finished export, or has no such linear.
     """
-    _require(out, "report.json")
-    report = _report(out)
+    report = FinishedFolder.open(out, REPORT).report()
     found = {linear.name: linear for linear in report.linears}
     if name not in found:
         raise OutputError(f"no linear '{name}' in {out}.{nearest(name, list(found))}")
@@ -147,28 +149,3 @@ def explain_linear(out: Path, name: str) -> dict[str, str]:
         "error": "not measured" if linear.error is None else f"{linear.error:.2e} of the output's power",
         "kernel": ", ".join(kernels) or "merged with an identical linear, or not built",
     }
-
-
-def _resolved(out: Path) -> Recipe:
-    recipe = Recipe.load(out / RECIPE)
-    if not recipe.rules:
-        raise RecipeError(f"recipe {out / RECIPE}: without rules, as no export writes it; was it cut short? Export again")
-    return recipe
-
-
-def _assigned(out: Path, recipe: Recipe) -> dict[str, Rule]:
-    """The completed rule of every linear of the graph."""
-    return {name: recipe.complete(recipe.decide(name)) for name in linears(ir.load(out / "model.onnx"))}
-
-
-def _report(out: Path) -> Report:
-    try:
-        return Report.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise OutputError(f"{out / 'report.json'}: written by another version of dq-export; export again") from error
-
-
-def _require(out: Path, *names: str) -> None:
-    missing = [name for name in names if not (out / name).exists()]
-    if missing:
-        raise OutputError(f"{out}: no {', '.join(missing)}; is it the output folder of a finished export?")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dq_export.calibration.documents import DocumentError, printable, read_json, read_text, shown_path
+
+from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_plain, write_text
+from .report import StageResult
 
 RECIPE = "recipe.yaml"
 LEDGER = "stages.json"
-PARTIAL = ".partial"
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+LEDGER_LIMIT = 64 << 20
+"""Bytes: the ledger holds the audit of every GEMM, and the report is written from it."""
 
 
-class OutputError(Exception):
-    """The output folder cannot be used; the message says why. Nothing in it was changed."""
+class Stage(BaseModel):
+    """A finished stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: str
+    """sha256 of all that the outputs depend on."""
+    outputs: dict[str, str]
+    """sha256 of every file that it made, by path in the output folder."""
+    result: StageResult
 
 
 class Ledger:
@@ -28,66 +39,73 @@ class Ledger:
 
     A stage writes into a folder of its own, from which its outputs are renamed into place; then it is recorded with the
     hashes of its inputs and outputs. A run that was killed leaves no half output that a later run takes for whole.
+    What the file says is not trusted: a stage that is not well described there is done again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.stages: dict[str, Any] = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            self.stages = {}
+        self.stages = _read(folder / LEDGER)
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], outputs: tuple[str, ...], work: Callable[[Path], dict[str, Any]]
-    ) -> tuple[dict[str, Any], bool]:
+        self, name: str, inputs: Mapping[str, Any], outputs: tuple[str, ...], work: Callable[[Path], StageResult]
+    ) -> tuple[StageResult, bool]:
         """The result of a stage, and whether it was done now rather than before.
 
         Args:
             inputs: all that the outputs depend on, JSON values.
             outputs: files or folders that the stage makes.
-            work: makes them in the folder that it is given, and returns a JSON result.
+            work: makes them in the folder that it is given.
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         done = self.stages.get(name)
-        if done and done["inputs"] == key and done["outputs"] == self._hashes(outputs):
-            return done["result"], False
+        if done and done.inputs == key and done.outputs == self._hashes(outputs):
+            return done.result, False
         partial = self.folder / PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir()
         try:
             result = work(partial)
-            self._forget(name)
+            if self.stages.pop(name, None) is not None:
+                self._save()
             for output in outputs:
-                target = self.folder / output
-                target.parent.mkdir(exist_ok=True)
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(partial / output, target)
+                move(partial / output, self.folder / output)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.stages[name] = {"inputs": key, "outputs": self._hashes(outputs), "result": result}
+            remove(partial)
+        self.stages[name] = Stage(inputs=key, outputs=self._hashes(outputs), result=result)
         self._save()
         return result, True
 
     def digest(self, name: str) -> str:
         """A hash of a finished stage's outputs, for the inputs of later stages."""
-        return hashlib.sha256(json.dumps(self.stages[name]["outputs"], sort_keys=True).encode()).hexdigest()
-
-    def _forget(self, name: str) -> None:
-        if self.stages.pop(name, None) is not None:
-            self._save()
+        return hashlib.sha256(json.dumps(self.stages[name].outputs, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
-        write_text(self.folder / LEDGER, json.dumps(self.stages, indent=1) + "\n")
+        described = {name: stage.model_dump(mode="json") for name, stage in self.stages.items()}
+        write_text(self.folder / LEDGER, json.dumps(described, indent=1, allow_nan=False) + "\n")
 
     def _hashes(self, outputs: tuple[str, ...]) -> dict[str, str]:
-        found = {}
+        hashes = {}
         for output in outputs:
             path = self.folder / output
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_file():
-                    found[str(file.relative_to(self.folder))] = file_digest(file)
-        return found
+                    hashes[str(file.relative_to(self.folder))] = file_digest(file)
+        return hashes
+
+
+def _read(path: Path) -> dict[str, Stage]:
+    """The stages that the file describes well."""
+    stages = {}
+    try:
+        described = read_json(path, LEDGER_LIMIT, links=False)
+    except DocumentError:
+        return {}
+    for name, value in described.items() if isinstance(described, dict) else ():
+        try:
+            stages[name] = Stage.model_validate(value)
+        except ValidationError:
+            continue
+    return stages
 
 
 def file_digest(path: Path) -> str:
@@ -99,16 +117,6 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
 def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
     """The folder's ledger, while no other run writes to it.
@@ -118,42 +126,38 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
         overwrite: accept a folder that holds a run of another recipe; what differs is done again.
 
     Raises:
-        OutputError: the folder is no folder, holds other files, another run's results, or a run that is still going.
+        OutputError: the folder is no folder, holds links or other files, another run's results, or a run that is still going.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; pass a folder with -o")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
-    kept = folder / RECIPE
-    present = {path.name for path in folder.iterdir()} - {".lock", f".{RECIPE}.new"}
+    make(folder)
+    require_plain(folder)
+    present = names(folder)
     if present and RECIPE not in present:
-        names = ", ".join(sorted(present)[:3])
-        raise OutputError(f"{folder} holds files of something else ({names} …); pass an empty or a new folder with -o")
-    if RECIPE in present and not overwrite and kept.read_text(encoding="utf-8") != recipe:
-        changed = _differences(kept.read_text(encoding="utf-8"), recipe)
         raise OutputError(
-            f"{folder} holds another run ({changed}). Pass another folder with -o, or --overwrite to do again what differs"
+            f"{shown_path(folder)} holds files of something else ({', '.join(present[:3])} …); pass an empty or a new folder "
+            "with -o"
         )
-    with _open_lock(folder) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{folder} is being written by another dq-export; wait for it, or pass another folder") from error
-        write_text(kept, recipe)
+    if RECIPE in present and not overwrite:
+        _require_same(folder, recipe)
+    with locked(folder):
+        for path in folder.glob(".*.new"):  # of a run that was killed
+            remove(path)
+        write_text(folder / RECIPE, recipe)
         yield Ledger(folder)
 
 
-def _open_lock(folder: Path) -> TextIO:
+def _require_same(folder: Path, recipe: str) -> None:
     try:
-        return (folder / ".lock").open("w")
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); pass another folder with -o") from error
+        kept = read_text(folder / RECIPE, links=False)
+    except DocumentError as error:
+        raise OutputError(f"{error}; pass another folder with -o, or --overwrite") from error
+    if kept != recipe:
+        raise OutputError(
+            f"{shown_path(folder)} holds another run ({_differences(kept, recipe)}). Pass another folder with -o, or "
+            "--overwrite to do again what differs"
+        )
 
 
 def _differences(old: str, new: str) -> str:
     before, after = old.splitlines(), new.splitlines()
-    return "; ".join(f"{a.strip()} -> {b.strip()}" for a, b in zip(before, after, strict=False) if a != b)[:300] or "other rules"
+    changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(before, after, strict=False) if a != b]
+    return printable("; ".join(changed)) or "other rules"

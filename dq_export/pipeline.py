@@ -26,14 +26,16 @@ from dq_export.calibration.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
+from .finished_folder import MODEL, portable_name
 from .ledger import Ledger, claim
 from .memory import plan_memory
-from .page import write_report
+from .output_folder import GATHERED, require_free, write_bytes
+from .page import read_picture, write_report
 from .recording import PICTURES
-from .report import FRONT, LinearReport, Report, TableReport
+from .report import FRONT, AuditReport, LinearReport, Report, SizeReport, StageResult, TableReport
+from .verdict import concluded
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "triton", "bench")
-GATHERED = ".calibration"
 NOTHING, WORK = np.zeros(1), np.ones(1)
 """What the first process tells the others: whether there is a calibration to share."""
 SPEED = 6.5e8
@@ -94,8 +96,8 @@ def run(
         max_memory: GiB that each process may take; bench is left out where it alone does not fit.
 
     Raises:
-        ModelError, RecipeError, CalibrationError, GraphError, BackendError, AuditError, ParityError, OutputError: see each.
-            The report is written before AuditError and ParityError are raised.
+        ModelError, RecipeError, CalibrationError, GraphError, BackendError, OutputError: see each. An engine that runs in float
+            or is too far from PyTorch is no exception: the report's verdict says so.
     """
     from dq_export.deploy.backends import backend_of
     from dq_export.deploy.lowerings import require_lowerings
@@ -106,6 +108,8 @@ def run(
     from .repository import samplers
 
     watch = progress or Silent()
+    picture = read_picture(front) if front else None
+    require_free(folder)
     watch.begin("load", recipe.model)
     start = time.monotonic()
     recipe, source = pin(recipe)
@@ -151,10 +155,9 @@ def run(
         if stages[-1] != until:
             watch.begin(until, f"left out: it does not fit in {max_memory:g} GiB")
         report = export.report()
-        if front:
-            shutil.copyfile(front, folder / FRONT)
+        if picture is not None:
+            write_bytes(folder / FRONT, picture)
         write_report(report, folder)
-        export.judge(report)
     return report
 
 
@@ -249,7 +252,7 @@ class Export:
     device: str = "cpu"
     plugin: WeightPlugin = UNCHANGED
     space: int = SPACE
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, StageResult] = field(default_factory=dict)
     unbuilt: list[NotHereError] = field(default_factory=list)
 
     def run_stages(self, until: str) -> None:
@@ -278,7 +281,9 @@ class Export:
             built = f"engine for {' '.join(filter(None, (r.format, r.provider, r.dtype)))}{duration}"
             options = [r.dtype, r.target, r.min_shapes, r.opt_shapes, r.max_shapes]
             try:
-                self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), *options], until)
+                tools = self.backend.packages
+                inputs = [*options, versions(tools)]
+                self._stage("build", built, ("engine",), self._build, lambda: [digest("quantize"), *inputs], until)
                 self._stage("audit", "kernels of the engine", (), self._audit, lambda: [digest("build")], until)
             except NotHereError as error:
                 self.unbuilt.append(error)
@@ -297,48 +302,34 @@ class Export:
         """What is known so far."""
         calibration = self._load_calibration() if "calibrate" in self.results else None
         done = self.results
-        return Report(
-            version=1,
+        nothing = StageResult()
+        report = Report(
             model=self.recipe.model,
             digest=self.reference.digest,
             sampler=self.reference.sampler,
             guidance_scale=self.recipe.guidance_scale or 1.0,
             timesteps=self.recipe.timesteps,
             machine=f"{platform.machine()}, {platform.system()}, {cpu_name()}",
-            versions=versions(),
-            seconds={name: result["seconds"] for name, result in done.items()},
+            versions={**versions(), **versions(self.backend.packages if self.backend else ())},
+            engine=self.backend.title if self.backend else "",
+            seconds={name: result.seconds for name, result in done.items()},
             measured_at=list(calibration.timesteps) if calibration else [],
             tables=[table_report(plan) for plan in calibration.sites.values()] if calibration else [],
             linears=[self._linear_report(name, calibration) for name in self.reference.linears],
-            passes=done.get("quantize", {}).get("passes", []),
-            size=done.get("quantize", {}).get("size"),
-            audit=done.get("audit", {}).get("audit"),
-            parity=done.get("verify", {}).get("parity"),
-            latency=done.get("bench", {}).get("latency"),
+            passes=done.get("quantize", nothing).passes,
+            size=done.get("quantize", nothing).size,
+            audit=done.get("audit", nothing).audit,
+            parity=done.get("verify", nothing).parity,
+            latency=done.get("bench", nothing).latency,
         )
-
-    def judge(self, report: Report) -> None:
-        """Fail an export whose engine runs in float, or is too far from PyTorch.
-
-        Raises:
-            AuditError, ParityError: with what is wrong and what to try.
-            NotHereError: all is done but the engine, which another machine must build.
-        """
-        from .verdict import require_audit, require_parity
-
-        if self.unbuilt:
-            raise self.unbuilt[0]
-        if report.audit:
-            require_audit(report.audit, self.recipe.min_coverage)
-        if report.parity:
-            require_parity(report.parity, self.recipe.min_sqnr)
+        return concluded(report, self.recipe, str(self.unbuilt[0]) if self.unbuilt else "")
 
     def _stage(
         self,
         name: str,
         what: str,
         outputs: tuple[str, ...],
-        work: Callable[[Path], dict[str, Any]],
+        work: Callable[[Path], StageResult],
         inputs: Callable[[], list[Any]],
         until: str = STAGES[-1],
     ) -> None:
@@ -347,21 +338,20 @@ class Export:
         self.progress.begin(name, what)
         start = time.monotonic()
 
-        def timed(partial: Path) -> dict[str, Any]:
-            result = work(partial)
-            return {**result, "seconds": round(time.monotonic() - start, 2)}
+        def timed(partial: Path) -> StageResult:
+            return work(partial).model_copy(update={"seconds": round(time.monotonic() - start, 2)})
 
         result, now = self.ledger.stage(name, {"inputs": inputs(), "versions": versions()}, outputs, timed)
         if name == "calibrate" and not now:
             self.group.largest(NOTHING)
         self.results[name] = result
-        self.progress.end(time.monotonic() - start, result.get("summary", ""), kept=not now)
+        self.progress.end(time.monotonic() - start, result.summary, kept=not now)
 
-    def _export_float(self, partial: Path) -> dict[str, Any]:
+    def _export_float(self, partial: Path) -> StageResult:
         (partial / "float").mkdir()
         path = partial / "float" / "model.onnx"
         self.reference.export_onnx(path, shared=self.recipe.timesteps == "shared")
-        return {"summary": f"{_bytes(path.parent) / 1e6:.1f} MB"}
+        return StageResult(summary=f"{_bytes(path.parent) / 1e6:.1f} MB")
 
     def _calls_text(self) -> str:
         from dq_export.calibration.plan import samples
@@ -381,7 +371,7 @@ class Export:
     def _actions(self) -> dict[str, list[Any]]:
         return {name: [rule.action, rule.granularity, rule.group_size] for name, rule in self.assigned.items()}
 
-    def _calibrate(self, partial: Path) -> dict[str, Any]:
+    def _calibrate(self, partial: Path) -> StageResult:
         from dq_export.calibration.plan import calibrate
 
         r = self.recipe
@@ -398,7 +388,7 @@ class Export:
         result.save(partial / "calibration.safetensors")
         shutil.rmtree(gathered, ignore_errors=True)  # there is none where only weights are quantized
         scaled = sum(plan.scaled for plan in result.sites.values())
-        return {"summary": f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins"}
+        return StageResult(summary=f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins")
 
     def _small_dtype(self) -> str | None:
         """The dtype, for formats whose graph holds it; OpenVINO is told it when it compiles."""
@@ -407,7 +397,7 @@ class Export:
     def _load_calibration(self) -> CalibrationResult:
         return CalibrationResult.load(self.folder / "calibration.safetensors")
 
-    def _quantize(self, partial: Path) -> dict[str, Any]:
+    def _quantize(self, partial: Path) -> StageResult:
         from .quantized_graph import quantize_graph
 
         source, target = self.folder / "float" / "model.onnx", partial / "model.onnx"
@@ -415,23 +405,21 @@ class Export:
         legalise = self.backend.legalise(shared=shared, result=result) if self.backend else ()
         reports = quantize_graph(source, target, result, self.assigned, legalise, self.progress.advance)
         gc.collect()  # the graph ties its mapped weights into cycles
-        size = {"float_bytes": _bytes(source.parent), "engine_bytes": _bytes(partial)}
-        return {
-            "summary": f"{size['float_bytes'] / 1e6:.1f} -> {size['engine_bytes'] / 1e6:.1f} MB",
-            "passes": [f"{item.name}: {len(item.changed)}" for item in reports],
-            "size": size,
-        }
+        size = SizeReport(float_bytes=_bytes(source.parent), engine_bytes=_bytes(partial))
+        return StageResult(
+            summary=f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB",
+            passes=[f"{item.name}: {len(item.changed)}" for item in reports],
+            size=size,
+        )
 
-    def _build(self, partial: Path) -> dict[str, Any]:
+    def _build(self, partial: Path) -> StageResult:
         assert self.backend is not None
-        return {"summary": self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance)}
+        return StageResult(summary=self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance))
 
-    def _audit(self, partial: Path) -> dict[str, Any]:
-        from .verdict import audit_engine
-
+    def _audit(self, partial: Path) -> StageResult:
         assert self.backend is not None
-        audit = audit_engine(self.backend, self.folder / "model.onnx", self.folder / "engine", self.assigned)
-        return {"summary": f"{audit.coverage:.1%} of the quantized FLOPs in low precision", "audit": audit.model_dump()}
+        audit = AuditReport.of(self.backend.audit(self.folder / "model.onnx", self.folder / "engine", self.assigned))
+        return StageResult(summary=f"{audit.coverage:.1%} of the quantized FLOPs in low precision", audit=audit)
 
     def _bins(self) -> TimestepBins:
         return self._load_calibration().bins()
@@ -440,20 +428,19 @@ class Export:
         r = self.recipe
         return [r.parity_size, r.steps, r.seed, r.guidance_scale, r.timesteps]
 
-    def _record(self, partial: Path) -> dict[str, Any]:
+    def _record(self, partial: Path) -> StageResult:
         from .recording import record
 
         with self.reference.on(self.device):
             record(self.reference, self.recipe, self._bins(), partial / "parity", self.progress.advance)
-        return {}
+        return StageResult()
 
     def _compared(self) -> tuple[str, ...]:
         pictures = ("parity/pictures.png",) if self.reference.feed_shape[0] in (1, 3) else ()
-        bf16 = self.recipe.format in ("trt", "trt-rtx") and self.recipe.dtype == "bf16"
-        portable = ("parity/model.onnx", "parity/model.onnx.data") if bf16 else ()
-        return ("parity/command.txt", *pictures, *portable)
+        portable = portable_name(self.recipe)
+        return (*pictures, *((portable, f"{portable}.data") if portable != MODEL else ()))
 
-    def _verify(self, partial: Path) -> dict[str, Any]:
+    def _verify(self, partial: Path) -> StageResult:
         from .comparison import verify
 
         return verify(
@@ -466,18 +453,18 @@ class Export:
         stages = [name for name in ("quantize", "build") if name in self.results]
         return [*map(self.ledger.digest, stages), *inputs(self.reference, self.recipe)]
 
-    def _write_repository(self, partial: Path) -> dict[str, Any]:
+    def _write_repository(self, partial: Path) -> StageResult:
         from .repository import write
 
         assert self.backend is not None
         return write(self.reference, self.recipe, self.backend, self.folder, partial / "triton", self.progress.advance)
 
-    def _bench(self, partial: Path) -> dict[str, Any]:
+    def _bench(self, partial: Path) -> StageResult:
         from .speed import bench
 
         assert self.backend is not None
         latency = bench(self.folder, self.backend, self.progress.advance)
-        return {"summary": f"{latency.ratio:.2f}x the speed of {latency.baseline}", "latency": latency.model_dump()}
+        return StageResult(summary=f"{latency.ratio:.2f}x the speed of {latency.baseline}", latency=latency)
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
         rule = self.assigned[name]
@@ -515,15 +502,16 @@ def _finite(values: npt.NDArray[np.float32] | None) -> list[float | None]:
     return [] if values is None else [round(float(value), 1) if np.isfinite(value) else None for value in values]
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what decides an export's bytes."""
-    found = {}
-    for name in VERSIONED:
+def versions(names: tuple[str, ...] = VERSIONED) -> dict[str, str]:
+    """Versions of the distributions of these names that are installed; by default of those that decide every export's bytes."""
+    installed = {}
+    for name in names:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            if names is VERSIONED:
+                installed[name] = "not installed"
+    return installed
 
 
 def cpu_name() -> str:

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.calibration.documents import DocumentError, shown_path
 from dq_export.calibration.recipe import Recipe
 from dq_export.calibration.scales import TimestepBins
-from dq_export.deploy.parity import load_replay, pick_calls, save_replay
+from dq_export.calibration.tensor_file import load_tensors, save_tensors
+from dq_export.deploy.parity import pick_calls
+from dq_export.deploy.replay import load_replay, save_replay
 
-from .families.reference import Feed, Float32, Network, Reference
+from .families.reference import Feed, Float32, ModelError, Network, Reference
+from .output_folder import OutputError
 
 HELD_OUT = 1_000_000
 """Added to the seed, so that the noise is none of calibration's."""
@@ -36,17 +40,27 @@ class Recording:
 
     @staticmethod
     def load(folder: Path) -> Recording:
-        """Read what `record` wrote."""
-        from safetensors.numpy import load_file
+        """Read what `record` wrote.
 
-        feeds, outputs = load_replay(folder)
-        return Recording(feeds=feeds, outputs=outputs, pictures=load_file(folder / PICTURES)["pictures"])
+        Raises:
+            OutputError: a file is missing or is not what `record` wrote.
+        """
+        try:
+            feeds, outputs = load_replay(folder)
+            pictures = load_tensors(folder / PICTURES)[0].get("pictures", np.zeros(0))
+            if pictures.dtype != np.float32 or pictures.ndim != 4 or not np.isfinite(pictures).all():
+                raise DocumentError(f"{shown_path(folder / PICTURES)}: expected finite pictures float32[N, C, H, W]")
+        except DocumentError as error:
+            raise OutputError(f"{error}; delete {shown_path(folder)} and run the same command again") from error
+        return Recording(feeds=feeds, outputs=outputs, pictures=pictures)
 
 
 def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Path, progress: Progress) -> None:
-    """Sample `recipe.parity_size` pictures with PyTorch; write them, and one call for each timestep bin, to `folder`."""
-    from safetensors.numpy import save_file
+    """Sample `recipe.parity_size` pictures with PyTorch; write them, and one call for each timestep bin, to `folder`.
 
+    Raises:
+        ModelError: PyTorch's own output is not finite.
+    """
     timesteps = reference.timesteps(recipe.steps)
     chosen = pick_calls(bins.index(timesteps))
     feeds: list[Feed] = []
@@ -56,6 +70,9 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
     def recorded(feed: Feed) -> Float32:
         nonlocal calls
         output = reference.forward(feed)
+        if not np.isfinite(output).all():
+            step = float(np.asarray(feed["timestep"]).ravel()[0])
+            raise ModelError(f"PyTorch's own output has NaN or Inf at timestep {step:g}; check the checkpoint")
         if calls in chosen:  # of the first batch only
             feeds.append(feed_of(feed, recipe))
             outputs.append(output)
@@ -66,7 +83,7 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
     pictures = draw(reference, recorded, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     save_replay(folder, feeds, outputs)
-    save_file({"pictures": pictures}, folder / PICTURES)
+    save_tensors(folder / PICTURES, {"pictures": pictures})
 
 
 def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:

@@ -14,6 +14,7 @@ from dq_export.deploy.trt import PLAN
 
 from .families.reference import Reference, Samplers
 from .ledger import file_digest
+from .report import StageResult
 
 REPOSITORY = "triton"
 """Its folder in an output folder."""
@@ -39,7 +40,7 @@ def samplers(reference: Reference, recipe: Recipe, progress: Progress) -> Sample
 
 def write(
     reference: Reference, recipe: Recipe, backend: Backend, out: Path, folder: Path, progress: Progress
-) -> dict[str, Any]:  # fmt: skip
+) -> StageResult:  # fmt: skip
     """Write the repository of `out`'s engine to `folder`: a stage's result.
 
     Raises:
@@ -71,4 +72,4 @@ def write(
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     refused = [*served_by.refused, *filter(None, [undecoded])]
     said = [f"schedulers {', '.join(served_by.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
-    return {"summary": "; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)])}
+    return StageResult(summary="; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)]))

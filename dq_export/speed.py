@@ -55,7 +55,7 @@ def losing(report: LatencyReport) -> list[str]:
 
 
 def _feed(folder: Path) -> Feed:
-    from dq_export.deploy.parity import load_replay
+    from dq_export.deploy.replay import load_replay
 
     feeds, _ = load_replay(folder / "parity")
     return {name: value[:BATCH] for name, value in feeds[0].items()}

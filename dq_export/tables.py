@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,61 +18,89 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
 
     from .exploration import Outcome
     from .report import AuditReport, LatencyReport, Report
+    from .verification import Verification
+
+CELL = 2000
+"""Characters of a cell."""
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print a table. What names and files of others hold is neither read as rich's markup nor sent to the terminal raw.
+
+    Args:
+        heads: of the columns; all empty: a table without a head.
+    """
+    columns = [Column(head, overflow="fold") for head in heads]
+    table = Table(*columns, title=one_line(title) if title else None, show_header=any(heads))
+    for row in rows:
+        table.add_row(*map(one_line, row))
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def one_line(value: object) -> str:
+    """A value as a line without control characters."""
+    from dq_export.calibration.documents import printable
+
+    return printable(str(value), CELL)
 
 
 def print_search(found: Outcome) -> None:
     """The winner beside the recipes with one choice everywhere."""
-    table = Table("", "MB", "ms", "dB", title="trajectories of other noise and labels than the search's")
-    for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform):
-        table.add_row(name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
-    Console().print(table)
+    rows = [
+        (name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
+        for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform)
+    ]
+    print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and labels than the search's")
 
 
 def print_audit(report: AuditReport, required: float) -> None:
     """The kernel of every GEMM."""
-    table = Table("GEMM", "wanted", "kernel", "why not")
-    for gemm in report.gemms:
-        table.add_row(gemm.name, gemm.wanted, gemm.kernel, gemm.reason)
-    Console().print(table)
-    print(f"{report.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels; required {required:.1%}")
+    rows = [(gemm.name, gemm.wanted, gemm.kernel, gemm.reason) for gemm in report.gemms]
+    print_table(["GEMM", "wanted", "kernel", "why not"], rows)
+    print(f"{report.integer_share:.1%} of all GEMM FLOPs run on low-precision kernels;")
+    print(f"{report.coverage:.1%} of the quantized GEMMs', required {required:.1%}")
+
+
+def print_verification(done: Verification) -> None:
+    """Whether the recorded calls keep the limit, by the worst of them."""
+    sqnr, timestep = done.worst
+    print(f"verify     {'passed' if done.passed else 'FAILED'}")
+    print(f"worst call {sqnr:.1f} dB at timestep {timestep:g}, of {len(done.calls)} calls")
+    print(f"limit      {done.limit:.1f} dB ({done.origin})")
 
 
 def print_latency(latency: LatencyReport) -> None:
     """Every engine's latency and memory, and the operators that take longest."""
-    table = Table("", "median ms", "least", "engine is faster by", "memory MB", title=f"one call, batch {latency.batch}")
+    times = []
     for name, item in latency.engines.items():
         ratio = f"{item.median_ms / latency.engine_ms:.2f}x"
-        table.add_row(name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}")
-    Console().print(table)
+        times.append((name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}"))
+    heads = ["", "median ms", "least", "engine is faster by", "memory MB"]
+    print_table(heads, times, title=f"one call, batch {latency.batch}")
     print(f"float: {latency.baseline}; each engine in processes of its own, in turn")
-    operators = Table("operator", "float ms", "engine ms")
     before, after = latency.profile["float"], latency.profile["engine"]
     longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
-    for name in [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]:
-        operators.add_row(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}")
-    Console().print(operators)
+    shown = [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]
+    operators = [(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}") for name in shown]
+    print_table(["operator", "float ms", "engine ms"], operators)
     for name, reason in latency.skipped.items():
-        print(f"without {name}: {reason}")
+        print(f"without {name}: {one_line(reason)}")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """What a target will not run in low precision, and how many GEMMs of each verdict there are."""
-    table = Table(Column("node", overflow="fold"), "verdict", "why", "what to do")
-    for item in [item for item in findings if item.verdict != "low precision"]:
-        table.add_row(item.node, item.verdict, item.rule, item.fix)
-    if table.row_count:
-        Console().print(table)
+    rows = [(item.node, item.verdict, item.rule, item.fix) for item in findings if item.verdict != "low precision"]
+    if rows:
+        print_table(["node", "verdict", "why", "what to do"], rows)
     counted = Counter(item.verdict for item in findings)
     print(", ".join(f"{counted[verdict]} {verdict}" for verdict in ("low precision", "float", "rejected")))
 
 
 def print_faults(faults: Sequence[Fault]) -> None:
     """What is wrong with a model repository, and how many errors and warnings there are."""
-    table = Table("model", "", Column("what", overflow="fold"), "what to do")
-    for item in faults:
-        table.add_row(item.model, item.severity, item.what, item.fix)
     if faults:
-        Console().print(table)
+        rows = [(item.model, item.severity, item.what, item.fix) for item in faults]
+        print_table(["model", "", "what", "what to do"], rows)
     counted = Counter(item.severity for item in faults)
     print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))
 
@@ -81,37 +109,55 @@ def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
     """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
     from .repository import REPOSITORY
 
-    table = Table(title=f"{report.model} -> {folder}", show_header=False)
+    rows = [*_verdict_rows(report), *_measured_rows(report)]
+    rows += [("not quantized", f"{count} linears, {reason}") for reason, count in report.skipped()]
+    rows += [("pass", line) for line in report.passes] if verbose else []
+    rows += [("seconds", f"{stage}: {seconds}") for stage, seconds in report.seconds.items()] if verbose else []
+    print_table(["", ""], rows, title=f"{report.model} -> {folder}")
+    print(f"report: {one_line(folder / 'report.html')}")
+    if (folder / REPOSITORY / "README.md").exists():
+        print(f"Triton model repository: {one_line(folder / REPOSITORY)} (README.md there)")
+    if report.latency:
+        warn_if_slower(report.latency)
+
+
+def _verdict_rows(report: Report) -> list[tuple[str, str]]:
+    """Whether the export keeps what its recipe requires, and by how much."""
+    verdict = report.verdict
+    if verdict is None:
+        return []
+    rows = [("verdict", verdict.outcome.upper() if verdict.outcome == "failed" else verdict.outcome)]
+    if verdict.worst:
+        call = verdict.worst
+        required = f"{call.sqnr:.1f} dB at timestep {call.timestep:g} ({call.stage}); required {verdict.min_sqnr:g}"
+        rows.append(("worst call", required))
     if report.audit:
-        table.add_row("low-precision kernels", f"{report.audit.coverage:.1%} of the quantized GEMMs' FLOPs")
-        table.add_row("", f"{report.audit.integer_share:.1%} of all GEMM FLOPs (attention and skipped linears included)")
+        rows.append(("low precision", f"{report.audit.integer_share:.1%} of all GEMM FLOPs"))
+        share = f"{report.audit.coverage:.1%} of those that the recipe quantizes; required {verdict.min_coverage:.1%}"
+        rows.append(("", share))
+    if report.engine and report.parity and not report.ran():
+        rows.append(("engine", f"{report.engine} plan not run here: the graph that it is built from was compared"))
+    return rows
+
+
+def _measured_rows(report: Report) -> list[tuple[str, str]]:
+    """Distance from PyTorch, size and speed."""
+    rows = []
     drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
     for stage in report.stages():
         low = report.worst_call(stage)
         assert low is not None  # stages are those that have calls
         calls = f"calls {report.mean_sqnr(stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
-        table.add_row(f"SQNR {stage}", calls + drawn.get(stage, ""))
+        rows.append((f"SQNR {stage}", calls + drawn.get(stage, "")))
     if report.size:
         size = report.size
         ratio = size.float_bytes / size.engine_bytes
-        table.add_row("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)")
+        rows.append(("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)"))
     if report.latency:
         speed = report.latency
-        table.add_row(
-            f"latency, batch {speed.batch}", f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
-        )
-    for reason, count in report.skipped():
-        table.add_row("not quantized", f"{count} linears, {reason}")
-    for line in report.passes if verbose else ():
-        table.add_row("pass", line)
-    for stage, seconds in report.seconds.items() if verbose else ():
-        table.add_row("seconds", f"{stage}: {seconds}")
-    Console().print(table)
-    print(f"report: {folder / 'report.html'}")
-    if (folder / REPOSITORY / "README.md").exists():
-        print(f"Triton model repository: {folder / REPOSITORY} (README.md there)")
-    if report.latency:
-        warn_if_slower(report.latency)
+        times = f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
+        rows.append((f"latency, batch {speed.batch}", times))
+    return rows
 
 
 def warn_if_slower(latency: LatencyReport) -> None:

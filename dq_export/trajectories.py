@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.documents import DocumentError, parse_json, read_text
 from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.calibration.simulation import Simulation
 
 from .families.reference import Feed, Float32, Network, Reference
-from .ledger import OutputError
+from .output_folder import OutputError
 from .space import Genome, Space
 
 EVALUATIONS = "evaluations.jsonl"
@@ -118,19 +120,31 @@ class Trajectories:
         if not self.journal.exists():
             self.journal.write_text(json.dumps({"search": digest}) + "\n", encoding="utf-8")
             return
-        text = self.journal.read_text(encoding="utf-8")
+        try:
+            text = read_text(self.journal, links=False)
+        except DocumentError as error:
+            raise OutputError(f"{error}; choose another --output-dir, or delete it") from error
         if not text.endswith("\n"):  # cut short by a kill: the next result gets a line of its own
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write("\n")
-        first, *rest = text.splitlines()
-        if json.loads(first).get("search") != digest:
+        lines = [_evaluation(line) for line in text.splitlines()]
+        if not lines or lines[0].get("search") != digest:
             raise OutputError(f"{self.journal}: of another search; choose another --output-dir, or delete it")
-        for line in rest:
-            try:
-                entry = json.loads(line)
-            except ValueError:
+        for line in lines[1:]:
+            genome, sqnr = line.get("genome"), line.get("sqnr")
+            if not isinstance(genome, list) or not isinstance(sqnr, float) or len(genome) != len(self.space.sites):
                 continue
-            self.known[tuple(entry["genome"])] = entry["sqnr"]
+            if all(choice in range(len(self.space.choices)) for choice in genome):
+                self.known[tuple(genome)] = sqnr
+
+
+def _evaluation(line: str) -> dict[str, Any]:
+    """A line of the journal; empty where a kill or another hand left something else."""
+    try:
+        value = parse_json(line, EVALUATIONS)
+    except DocumentError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def uniform(recipe: Recipe, space: Space, rule: Rule) -> Recipe:

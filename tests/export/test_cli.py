@@ -52,7 +52,17 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert done.returncode == 0, done.stderr
     for stage in ("load", "float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench"):
         assert f"{stage:9} done" in done.stderr
-    for word in ("low-precision kernels", "100.0%", "SQNR engine", "size", "latency", "not quantized", "embedders"):
+    for word in (
+        "passed",
+        "worst call",
+        "of all GEMM FLOPs",
+        "100.0%",
+        "SQNR engine",
+        "size",
+        "latency",
+        "not quantized",
+        "embedders",
+    ):
         assert word in done.stdout
     return out
 
@@ -96,7 +106,7 @@ def test_help_loads_neither_torch_nor_a_runtime() -> None:
         (["--steps", "5"], "--model is missing"),
         (["--model", "dit-digits", "--steps", "five"], "Invalid value for '--steps'"),
         (["audit", "nothing"], "is it the output folder of a finished export?"),
-        (["verify", "nothing"], "is its folder a finished export?"),
+        (["verify", "nothing"], "is it the output folder of a finished export?"),
     ],
 )
 def test_bad_requests_get_one_clear_message(words: list[str], message: str, tmp_path: Path) -> None:
@@ -159,7 +169,15 @@ def test_too_far_from_pytorch_is_status_4_and_in_float_status_3(tiny_folder: Pat
     done = call("--model", tiny_folder, *QUICK[:4], "--min-sqnr", "150", "-o", tmp_path / "out")
     assert done.returncode == 4
     assert "required 150.0 dB" in done.stderr
-    assert (tmp_path / "out" / "report.html").exists()
+    assert "Try --granularity token, --rounding gptq" in done.stderr
+    assert "--scaling auto" not in done.stderr, "it was used"
+    assert re.search(r"verdict +│ FAILED", done.stdout)
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout.replace("\n", "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("failed", 4)
+    assert report["verdict"]["worst"] == min(report["parity"]["calls"][1:], key=lambda item: item["sqnr"])
+    assert "verdict failed" in (tmp_path / "out" / "report.html").read_text()
+    assert call("verify", tmp_path / "out").returncode == 4, "what failed does not pass when it is replayed"
     import onnx_ir as ir
 
     model = ir.load(tmp_path / "out" / "model.onnx")

@@ -17,7 +17,6 @@ from hard_copy import harden_folder
 
 import dq_export
 from dq_export.calibration.recipe import Recipe, RecipeError
-from dq_export.deploy.audit import AuditError
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.parity import ParityError
 from dq_export.families.reference import ModelError
@@ -191,10 +190,8 @@ def test_a_graph_that_runs_in_float_fails_the_audit(exported: Path, tmp_path: Pa
     ir.save(model, tmp_path / "out" / "model.onnx")
     report, required = audit_again(tmp_path / "out")
     assert report.coverage < required
-    from dq_export.verdict import require_audit
-
-    with pytest.raises(AuditError, match=r"attn1.to_q: MatMul; its int8 activation feeds several"):
-        require_audit(report, required)
+    reasons = {gemm.name: gemm.reason for gemm in report.gemms if not gemm.integer}
+    assert "its int8 activation feeds several" in reasons["transformer_blocks.0.attn1.to_q"]
 
 
 def mean_sqnr(model: Path, out: Path, **options: Any) -> float:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from dq_export.ledger import Ledger, OutputError, claim
+from dq_export.ledger import Ledger, claim
+from dq_export.output_folder import OutputError
+from dq_export.report import StageResult
 
 
 class Work:
@@ -18,24 +20,24 @@ class Work:
     def __init__(self, text: str, *, fail: bool = False) -> None:
         self.text, self.fail, self.calls = text, fail, 0
 
-    def __call__(self, partial: Path) -> dict[str, Any]:
+    def __call__(self, partial: Path) -> StageResult:
         self.calls += 1
         (partial / "a").write_text(self.text)
         (partial / "b").mkdir()
         (partial / "b" / "c").write_text(self.text)
         if self.fail:
             raise RuntimeError("half way")
-        return {"text": self.text}
+        return StageResult(summary=self.text)
 
 
-def stage(folder: Path, work: Work, inputs: str = "x") -> tuple[dict[str, Any], bool]:
+def stage(folder: Path, work: Work, inputs: str = "x") -> tuple[StageResult, bool]:
     return Ledger(folder).stage("s", {"in": inputs}, ("a", "b"), work)
 
 
 def test_a_stage_is_done_once(tmp_path: Path) -> None:
     work = Work("one")
-    assert stage(tmp_path, work) == ({"text": "one"}, True)
-    assert stage(tmp_path, work) == ({"text": "one"}, False)
+    assert stage(tmp_path, work) == (StageResult(summary="one"), True)
+    assert stage(tmp_path, work) == (StageResult(summary="one"), False)
     assert work.calls == 1
 
 

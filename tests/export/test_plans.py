@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,11 @@ def test_a_plan_its_audit_and_the_parity_of_its_graph(exported: Path) -> None:
     assert report["audit"]["coverage"] == 1
     assert {call["stage"] for call in report["parity"]["calls"]} == {"float-onnx", "qdq-onnx"}
     assert report["latency"] is None  # a plan runs on a GPU only
+    assert report["engine"] == "TensorRT-RTX"
+    assert any(name.startswith("tensorrt-rtx") for name in report["versions"])
+    page = (exported / "report.html").read_text()
+    assert "Plan not run here: TensorRT-RTX" in page
+    assert "by the engine" not in page
     assert (exported / "engine" / "model.plan").stat().st_size > 10_000
     assert json.loads((exported / "engine" / "plan.json").read_text())["library"].startswith("tensorrt_rtx 1.")
     replay = call("verify", exported)
@@ -80,6 +86,8 @@ def test_trt_without_tensorrt_does_all_but_the_plan(tiny_folder: Path, tmp_path:
     report = json.loads((out / "report.json").read_text())
     assert report["parity"]["calls"]
     assert report["audit"] is None
+    assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("unfinished", 5)
+    assert re.search(r"verdict +│ unfinished", done.stdout)
     checked = call("check", out / "model.onnx", "--target", "trt")
     assert checked.returncode == 0, checked.stdout
     assert "12 low precision, 2 float, 0 rejected" in checked.stdout

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ from conftest import save_tiny
 from dq_export.calibration.recipe import Recipe
 from dq_export.comparison import save_pictures
 from dq_export.drawing import heat_map, scale_curves, sqnr_plot
-from dq_export.page import render_html
+from dq_export.output_folder import OutputError
+from dq_export.page import read_picture, render_html
 from dq_export.pipeline import run
 from dq_export.report import Report
 
@@ -73,7 +78,7 @@ def test_the_page_needs_nothing_from_outside(exported: Any) -> None:
     for heading in headings:
         assert heading in page
     assert "The search that found" not in page
-    bare = Report.model_validate({**report.model_dump(), "parity": None, "audit": None, "tables": [], "measured_at": []})
+    bare = report.model_copy(update={"parity": None, "audit": None, "tables": [], "measured_at": [], "verdict": None})
     assert sqnr_plot(bare) == {}
     assert heat_map(bare) == {}
     assert "Every linear at every timestep" not in render_html(bare, None)
@@ -88,3 +93,122 @@ def test_pictures_of_float_engine_and_difference_stand_in_three_rows(tmp_path: P
     assert drawn.shape[0] * 2 == drawn.shape[1] * 3
     third = len(drawn) // 3
     assert [int(drawn[i * third + third // 2, third // 2]) for i in range(3)] == [0, 128, 255]
+
+
+def picture(*parts: str) -> bytes:
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">' + "".join(parts) + "</svg>").encode()
+
+
+def test_the_page_forbids_scripts_and_outside_resources(exported: Any) -> None:
+    page = (exported[0] / "report.html").read_text(encoding="utf-8")
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    assert policy.split("; ") == [
+        "default-src 'none'", "style-src 'unsafe-inline'", "img-src data:", "base-uri 'none'", "form-action 'none'"
+    ]  # fmt: skip
+    assert page.index("Content-Security-Policy") < page.index("<style>"), "it holds for what comes after it"
+
+
+def test_a_searchs_picture_is_an_image_in_which_nothing_runs(exported: Any) -> None:
+    _, report = exported
+    svg = picture("<script>alert(1)</script>", '<g onload="alert(2)"/>')
+    page = render_html(report, None, svg)
+    assert "alert" not in page
+    (source,) = re.findall(r'<img class="front"[^>]* src="data:image/svg\+xml;base64,([^"]*)">', page)
+    assert base64.b64decode(source) == svg
+
+
+def test_names_and_paths_are_text_on_the_page(exported: Any) -> None:
+    _, report = exported
+    bad = "<script>x</script>\x1b[31m\u202e"
+    linear = report.linears[0].model_copy(update={"name": bad, "rule": bad, "reason": bad, "scaling": bad})
+    page = render_html(report.model_copy(update={"model": bad, "linears": [linear, *report.linears[1:]], "machine": bad}), None)
+    assert "<script" not in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert r"&lt;script&gt;x&lt;/script&gt;\x1b[31m\u202e" in page
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path, secret: path.symlink_to(secret), "cannot be read"),
+        (lambda path, secret: path.mkdir(), "Is a directory"),
+        (lambda path, secret: path.write_bytes(b"\xff\xfe"), "no picture that starts with"),
+        (lambda path, secret: path.write_text("<html>"), "no picture that starts with"),
+        (lambda path, secret: os.mkfifo(path), "not a regular file"),
+        (lambda path, secret: (path.touch(), os.truncate(path, 1 << 40)), "larger than the"),
+    ],
+    ids=["link", "folder", "not-utf-8", "html", "pipe", "huge"],
+)
+def test_what_is_no_picture_beside_a_recipe_is_refused_before_work(make: Any, message: str, tmp_path: Path) -> None:
+    """The folder of somebody else's recipe: the text of a file that search.svg links to must not end in the report."""
+    (tmp_path / "secret").write_text("<svg secret")
+    (tmp_path / "recipe.yaml").write_text("model: dit-digits\n")
+    make(tmp_path / "search.svg", tmp_path / "secret")
+    with pytest.raises(OutputError, match=rf"search\.svg: .*{message}"):
+        run(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "out", front=tmp_path / "search.svg")
+    assert not (tmp_path / "out").exists()
+    assert read_picture(tmp_path / "none.svg") is None
+
+
+def test_the_verdict_stands_on_top(exported: Any) -> None:
+    out, report = exported
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert report.verdict.outcome == "passed"
+    assert '<div class="verdict passed">' in page
+    assert page.index('class="verdict') < page.index('class="card"')
+    assert "the recipe requires -100 dB" in page
+    failed = report.verdict.model_copy(
+        update={"outcome": "failed", "reasons": ["engine: 5 < 20"], "advice": "Try --rounding gptq."}
+    )
+    page = render_html(report.model_copy(update={"verdict": failed}), None)
+    assert '<div class="verdict failed">' in page
+    assert "<p>engine: 5 &lt; 20</p>" in page
+    assert "<p>Try --rounding gptq.</p>" in page
+
+
+def test_the_first_card_is_the_share_of_all_gemms(exported: Any) -> None:
+    out, report = exported
+    page = (out / "report.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<div class="card"><b>([^<]*)</b>([^<]*)', page)
+    assert cards[0] == (f"{100 * report.audit.integer_share:.1f} %", "of all GEMM FLOPs run in low precision")
+    assert report.audit.integer_share < 0.9
+    assert cards[1] == ("100.0 %", "of those that the recipe quantizes")
+
+
+def test_the_page_says_what_drew_and_that_a_plan_was_not_run(exported: Any) -> None:
+    out, report = exported
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "drawn by PyTorch, by ONNX Runtime&#39;s CPU provider, and four" in page
+    assert "not run here" not in page
+    calls = [call for call in report.parity.calls if call.stage != "engine"]
+    planned = report.model_copy(
+        update={"engine": "TensorRT-RTX", "parity": report.parity.model_copy(update={"calls": calls, "trajectories": []})}
+    )
+    page = render_html(planned, b"png")
+    assert "drawn by PyTorch, by the Q/DQ graph on ONNX Runtime&#39;s CPU provider, operator by operator, and four" in page
+    assert "Plan not run here: TensorRT-RTX needs its GPU." in page
+
+
+def test_an_output_that_is_not_finite_still_makes_a_report_that_loads(exported: Any) -> None:
+    _, report = exported
+    lost = report.parity.calls[-1].model_copy(update={"sqnr": -200.0, "cosine": 0.0, "max_error": None})
+    broken = report.model_copy(update={"parity": report.parity.model_copy(update={"calls": [*report.parity.calls[:-1], lost]})})
+    assert Report.model_validate_json(broken.model_dump_json()) == broken
+    assert "not finite" in render_html(broken, None)
+
+
+def test_the_page_holds_in_a_browser(exported: Any, tmp_path: Path) -> None:
+    """Chromium itself: the verdict is drawn, the search's picture is shown, and its script does not run."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium")
+    _, report = exported
+    svg = picture("<script>document.title='owned'</script>", '<rect width="9" height="9" onload="alert(1)"/>')
+    probe = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+    page = render_html(report.model_copy(update={"model": probe}), None, svg)
+    # The policy must hold even against what escaping would let through.
+    (tmp_path / "p.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([*words, f"file://{tmp_path / 'p.html'}"], capture_output=True, text=True, timeout=120, check=True)
+    assert re.findall(r"<title>(.*?)</title>", done.stdout)[0].startswith("dq-export: ")

@@ -24,6 +24,7 @@ from dq_export import cli
 from dq_export.deploy.ort import Ort
 from dq_export.ledger import Ledger
 from dq_export.pipeline import STAGES
+from dq_export.report import StageResult
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 FLAGS = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
@@ -155,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path]
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["--exclude", "("], ["--exclude: not a regular expression: ("]),
+        (["--exclude", "("], ["--exclude: '(' is not a regular expression"]),
         (["--bins", "0"], ["bins = 0: a number of bins must be from 1 to 1000"]),
         (["--bins", "per-stp"], ["bins = 'per-stp'", "Did you mean 'per-step'?"]),
         (["--method", "mean-max"], ["method = 'mean-max'", "Did you mean 'minmax'?"]),
@@ -272,14 +273,17 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
 ) -> None:
     """A backend that forgets to legalise: ONNX Runtime then multiplies q, k and v in float."""
     monkeypatch.setattr(Ort, "legalise", lambda self, *, shared, result: ())
-    status, _, said = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
+    status, out, said = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
     assert status == 3
+    assert "FAILED" in out
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in out
     assert "75.0% of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires 95.0%" in said  # 9 of 12 units
     for block in (0, 1):
         for letter in "qkv":
             assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; its int8 activation feeds several" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["audit"]["coverage"] == pytest.approx(0.75)
+    assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("failed", 3)
     assert "75.0 %" in (tmp_path / "out" / "report.html").read_text()
     assert call("--model", tiny_folder, *FLAGS, "--min-coverage", "0.7", "--overwrite", "-o", tmp_path / "out")[0] == 0
 
@@ -316,8 +320,8 @@ def test_verify_of_a_damaged_graph_is_one_line(call: Call, copied: Path) -> None
     (copied / "model.onnx").write_bytes(b"no graph")
     status, _, said = call("verify", copied)
     assert status == 1
-    assert "polygraphy cannot run the replay" in said
-    assert "Traceback" not in said
+    assert f"refuses {copied / 'model.onnx'}" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_folder: Path, copied: Path) -> None:
@@ -331,7 +335,7 @@ def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_f
 
 def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
     _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
-    assert "low-precision kernels" in out
+    assert "of all GEMM FLOPs" in out
     assert [line for line in said.splitlines() if not line.startswith("warning:")] == []
     _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "-v")
     assert "calibrate" in said
@@ -340,9 +344,9 @@ def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_fol
 
 
 def test_a_kill_in_the_middle_of_a_stage_leaves_the_old_outputs_whole(tmp_path: Path) -> None:
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> StageResult:
         (folder / "a").write_text("one")
-        return {}
+        return StageResult()
 
     assert Ledger(tmp_path).stage("s", {"in": 1}, ("a",), work)[1]
     code = (
@@ -359,10 +363,10 @@ def test_a_kill_in_the_middle_of_a_stage_leaves_the_old_outputs_whole(tmp_path: 
 
 
 def test_an_output_that_a_stage_forgets_to_write_is_not_recorded(tmp_path: Path) -> None:
-    def work(folder: Path, names: str) -> dict[str, Any]:
+    def work(folder: Path, names: str) -> StageResult:
         for name in names:
             (folder / name).write_text("text")
-        return {}
+        return StageResult()
 
     with pytest.raises(FileNotFoundError):
         Ledger(tmp_path).stage("s", {}, ("a", "b"), lambda folder: work(folder, "a"))

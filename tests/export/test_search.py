@@ -18,7 +18,7 @@ from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.exploration import WINNER, explore
 from dq_export.families.source import load_reference
 from dq_export.front import EXACT, Front, apart
-from dq_export.ledger import OutputError
+from dq_export.output_folder import OutputError
 from dq_export.pipeline import resolve, run
 from dq_export.search import SEARCHES, Goal, Search, evaluations_of
 from dq_export.search_request import SearchError, SearchRequest

@@ -1,0 +1,42 @@
+"""One safetensors file, written with the mode that other files get and read as plain arrays."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .documents import DocumentError, MissingError, shown_path
+
+
+def save_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays by name; equal arrays give equal bytes."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata=dict(metadata or {}) or None)
+    path.chmod(mode)  # safetensors makes files that their owner alone can read
+
+
+def load_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """The arrays and the metadata of a safetensors file.
+
+    Raises:
+        MissingError: no such file.
+        DocumentError: no regular file, no safetensors, or an element type that numpy does not have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.is_file():
+            problem = "not a regular file" if path.exists() else "no such file"
+            raise (DocumentError if path.exists() else MissingError)(f"{shown_path(path)}: {problem}")
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: bfloat16 and float8
+        raise DocumentError(f"{shown_path(path)}: not readable as safetensors ({error})") from error

@@ -1,0 +1,149 @@
+"""Recorded network calls on disk: written as `polygraphy run` loads them, read within bounds, and compared by polygraphy."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.calibration.documents import DocumentError, parse_json, read_text, shown, shown_path
+
+from .backend import Engine, Feed, Float32
+from .parity import CAP, OUTPUT
+
+INPUTS, OUTPUTS, COMMAND = "inputs.json", "outputs.json", "command.txt"
+LIMIT = 1 << 30
+"""Bytes of a file of recorded calls."""
+VALUES = 200_000
+"""JSON values of such a file; an array is one of them."""
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<[fi][248])', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n", re.DOTALL
+)
+"""An array as numpy's `save` writes it, version 1.0, without Python objects."""
+
+
+def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float32]) -> None:
+    """Write `inputs.json` and `outputs.json` as `polygraphy run` loads them."""
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([dict(feed) for feed in feeds], str(folder / INPUTS), description="parity inputs")
+        _run_results("pytorch", references).save(str(folder / OUTPUTS))
+
+
+def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
+    """Read what `save_replay` wrote: inputs and reference outputs of each call.
+
+    Polygraphy's own reader is not used: it decodes whatever type the file names.
+
+    Raises:
+        DocumentError: a file is missing, too large or of another form, or holds an array that is no plain one, or not finite.
+    """
+    inputs, outputs = folder / INPUTS, folder / OUTPUTS
+    try:
+        feeds: list[Feed] = [
+            {str(name): _array(value, inputs) for name, value in call.items()} for call in _list(_json(inputs), inputs)
+        ]
+        ((_, calls),) = _json(outputs)["lst"]
+        references = [_array(call["outputs"][OUTPUT]["values"], outputs) for call in _list(calls, outputs)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DocumentError(f"{shown_path(folder)}: {INPUTS} and {OUTPUTS} are not what an export writes there") from error
+    if len(feeds) != len(references) or not feeds:
+        raise DocumentError(f"{shown_path(folder)}: {len(feeds)} recorded inputs and {len(references)} recorded outputs")
+    for feed in feeds:
+        if feed.get("timestep", np.zeros(0)).size == 0:
+            raise DocumentError(f"{shown_path(inputs)}: a call without a timestep")
+    return feeds, [np.asarray(reference, dtype=np.float32) for reference in references]
+
+
+def polygraphy_command(limit: float, model: str) -> str:
+    """The command that replays the recorded calls from the output folder, for people and CIs. Nothing here reads it back.
+
+    Args:
+        limit: dB that every call must keep.
+        model: the graph, from the output folder.
+    """
+    return (
+        f"polygraphy run {model} --onnxrt --load-inputs parity/{INPUTS} --load-outputs parity/{OUTPUTS} "
+        f"--compare snr --snr-threshold {OUTPUT}:{limit:.2f}"
+    )
+
+
+def replay(engine: Engine, feeds: Sequence[Feed], references: Sequence[Float32], limit: float, *, verbose: bool) -> list[float]:
+    """dB that each call keeps of its reference, by polygraphy's comparison; -200 for an output that is not finite.
+
+    Args:
+        limit: dB, for what polygraphy prints.
+        verbose: let polygraphy print what it does.
+
+    Raises:
+        DocumentError: the engine has other inputs or outputs than the recorded calls.
+    """
+    from polygraphy.comparator import Comparator, SnrCompareFunc
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.INFO if verbose else G_LOGGER.CRITICAL):
+        try:
+            results = _run_results("pytorch", references)  # first: the signal is the first one's
+            results.extend(Comparator.run([engine.runner("engine")], data_loader=[dict(feed) for feed in feeds]))
+            (compared,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc(snr_threshold={OUTPUT: limit}))
+        except PolygraphyException as error:
+            raise DocumentError(f"the recorded calls do not fit the graph ({str(error).splitlines()[0]})") from error
+    ((_, calls),) = compared.items()
+    found = [call.get(OUTPUT) for call in calls]
+    if len(found) != len(feeds) or not all(hasattr(item, "snr") for item in found):
+        raise DocumentError(f"the graph gives no '{OUTPUT}' of the shape that was recorded")
+    return [-CAP if math.isnan(item.snr) else float(np.clip(item.snr, -CAP, CAP)) for item in found]
+
+
+def _run_results(name: str, outputs: Sequence[Float32]) -> Any:
+    from polygraphy.comparator import IterationResult, RunResults
+
+    results = RunResults()
+    results.append((name, [IterationResult(outputs={OUTPUT: output}, runtime=0.0, runner_name=name) for output in outputs]))
+    return results
+
+
+def _json(path: Path) -> Any:
+    text = read_text(path, LIMIT, links=False)
+    # Before it is parsed: each value takes 60 bytes and more of memory. Base64 has none of these signs.
+    if sum(text.count(sign) for sign in "[{,") > VALUES:
+        raise DocumentError(f"{shown_path(path)}: more than {VALUES} values")
+    return parse_json(text, shown_path(path))
+
+
+def _list(value: Any, path: Path) -> list[Any]:
+    if not isinstance(value, list):
+        raise DocumentError(f"{shown_path(path)}: expected a list of calls, found {shown(value)}")
+    return value
+
+
+def _array(value: Mapping[str, Any], path: Path) -> npt.NDArray[Any]:
+    """The array of polygraphy's `{"array": base64 of numpy's format}`.
+
+    Raises:
+        DocumentError: another format, Python objects, more or fewer bytes than its shape, or NaN or infinity.
+        ValueError: no base64.
+    """
+    content = base64.b64decode(value["array"], validate=True)
+    head = HEADER.match(content[:1024])
+    if head is None:
+        raise DocumentError(f"{shown_path(path)}: an array that is not written as numpy writes plain numbers")
+    shape = tuple(int(size) for size in head[2].replace(b" ", b"").split(b",") if size)
+    dtype = np.dtype(head[1].decode())
+    if math.prod(shape) * dtype.itemsize != len(content) - head.end():
+        raise DocumentError(f"{shown_path(path)}: an array of shape {shown(shape)} with {len(content) - head.end()} bytes")
+    array: npt.NDArray[Any] = (
+        np.frombuffer(content, dtype=dtype, offset=head.end()).reshape(shape).copy()
+    )  # PyTorch wants a writable one
+    if not np.isfinite(array).all():
+        raise DocumentError(f"{shown_path(path)}: an array with NaN or infinity")
+    return array

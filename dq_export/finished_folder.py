@@ -1,0 +1,115 @@
+"""A finished export's folder, read as something that a stranger may have packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from pydantic import ValidationError
+
+from dq_export.calibration.documents import DocumentError, printable, read_json, shown_path
+from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.deploy.backend import Feed, Float32
+from dq_export.deploy.replay import INPUTS, OUTPUTS, load_replay
+from dq_export.passes.match import linears
+
+from .ledger import RECIPE
+from .output_folder import OutputError, require_plain
+from .report import Report
+
+REPORT, MODEL, REPLAY = "report.json", "model.onnx", "parity"
+REPORT_LIMIT = 64 << 20
+"""Bytes. The report of DiT-XL/2, 282 linears at 50 timesteps, has 300,000."""
+
+
+@dataclass(frozen=True)
+class FinishedFolder:
+    """What an export left in `path`; see `open`."""
+
+    path: Path
+
+    @staticmethod
+    def open(path: Path, *required: str) -> FinishedFolder:
+        """The folder, which holds no link and no special file.
+
+        Args:
+            required: files that it must hold.
+
+        Raises:
+            OutputError: it does not, or it is no folder.
+        """
+        if not path.is_dir():
+            raise OutputError(f"{shown_path(path)}: no such folder; is it the output folder of a finished export?")
+        require_plain(path)
+        missing = [name for name in required if not (path / name).is_file()]
+        if missing:
+            raise OutputError(f"{shown_path(path)}: no {', '.join(missing)}; is it the output folder of a finished export?")
+        return FinishedFolder(path)
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe.
+
+        Raises:
+            RecipeError: not one that an export writes.
+        """
+        recipe = Recipe.load(self.path / RECIPE)
+        if not recipe.rules:
+            raise RecipeError(
+                f"recipe {shown_path(self.path / RECIPE)}: without rules, as no export writes it; was it cut short? Export again"
+            )
+        return recipe
+
+    def report(self) -> Report:
+        """The report.
+
+        Raises:
+            OutputError: not one that this version writes.
+        """
+        path = self.path / REPORT
+        try:
+            return Report.model_validate(read_json(path, REPORT_LIMIT, links=False))
+        except DocumentError as error:
+            raise OutputError(f"{error}; export again") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = printable(".".join(map(str, first["loc"])), 80)
+            raise OutputError(
+                f"{shown_path(path)}: not a report of this version of dq-export ({where}: {first['msg']}); export again"
+            ) from error
+
+    def assigned(self, recipe: Recipe) -> dict[str, Rule]:
+        """The completed rule of every linear of the graph.
+
+        Raises:
+            OutputError: the graph is damaged.
+            RecipeError: no rule for a linear.
+        """
+        from google.protobuf.message import DecodeError
+
+        try:
+            graph = ir.load(self.path / MODEL)
+        except (DecodeError, ValueError, OSError) as error:
+            raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
+        return {name: recipe.complete(recipe.decide(name)) for name in linears(graph)}
+
+    def calls(self) -> tuple[list[Feed], list[Float32]]:
+        """The recorded network calls: inputs, and what PyTorch put out.
+
+        Raises:
+            OutputError: there are none, or they are damaged.
+        """
+        missing = [name for name in (INPUTS, OUTPUTS) if not (self.path / REPLAY / name).is_file()]
+        if missing:
+            raise OutputError(
+                f"{shown_path(self.path)}: no {REPLAY}/{missing[0]}, nothing to compare with; run the whole export again"
+            )
+        try:
+            return load_replay(self.path / REPLAY)
+        except DocumentError as error:
+            raise OutputError(f"{error}; damaged, so export again") from error
+
+
+def portable_name(recipe: Recipe) -> str:
+    """The graph that ONNX Runtime's CPU provider can run, from the output folder: it has no bfloat16."""
+    return f"{REPLAY}/model.onnx" if recipe.format in ("trt", "trt-rtx") and recipe.dtype == "bf16" else MODEL

@@ -90,6 +90,8 @@ def explore(
     recipe, source = pin(recipe)
     reference = load(source, watch.advance)
     base = resolve(recipe, (), reference, backend)
+    for steps in (base.steps, request.steps):  # of calibration, and of the pictures that judge a mix
+        reference.timesteps(steps)
     space = space_of(reference, base, choices, backend.target if backend else None)
     if request.max_size is not None:
         require_possible(space, goal_of(space, request), request)

@@ -105,7 +105,7 @@ def run(
 
     from .families.decoder import load_vae
     from .families.source import load, pin, require_device
-    from .repository import samplers
+    from .repository import require_samplers
 
     watch = progress or Silent()
     picture = read_picture(front) if front else None
@@ -131,7 +131,7 @@ def run(
     _require_shapes(resolved, reference)
     reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
     if resolved.triton and "triton" in stages:
-        samplers(reference, resolved, watch.advance)
+        require_samplers(reference)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         with reference.on(device):

@@ -12,12 +12,14 @@ from dq_export.deploy.triton.model_config import MOST_ROWS, Served
 from dq_export.deploy.triton.repository import CLIENT, PROGRAM, README, SERVED, write_repository
 from dq_export.deploy.trt import PLAN
 
-from .families.reference import Reference, Samplers
+from .families.reference import Reference
 from .ledger import file_digest
 from .report import StageResult
 
 REPOSITORY = "triton"
 """Its folder in an output folder."""
+FEW_STEPS = 12
+"""Tables of so many steps show whether a sampler has any: its order, its noise, its clipping. Larger ones take seconds."""
 MOST_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
@@ -29,13 +31,13 @@ def inputs(reference: Reference, recipe: Recipe) -> list[Any]:
     return [reference.digest, recipe.steps, recipe.guidance_scale, *map(file_digest, (*vae, *served))]
 
 
-def samplers(reference: Reference, recipe: Recipe, progress: Progress) -> Samplers:
-    """What the repository's server samples with.
+def require_samplers(reference: Reference) -> None:
+    """Ask for the server's samplers before anything is computed.
 
     Raises:
         ModelError: no sampler of the checkpoint can be served.
     """
-    return reference.samplers(max(MOST_STEPS, recipe.steps), progress)
+    reference.samplers(FEW_STEPS)
 
 
 def write(
@@ -53,7 +55,7 @@ def write(
     undecoded = (
         export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "") if reference.decoder else ""
     )
-    served_by = samplers(reference, recipe, progress)
+    samplers = reference.samplers(max(MOST_STEPS, recipe.steps), progress)
     plan = out / "engine" / PLAN
     served = Served(
         backend=backend.triton,
@@ -65,11 +67,11 @@ def write(
         classes=reference.classes,
         steps=recipe.steps,
         guidance=recipe.guidance_scale or 1.0,
-        scheduler=served_by.own,
-        schedules=served_by.schedules,
+        scheduler=samplers.own,
+        schedules=samplers.schedules,
     )
     faults = write_repository(served, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    refused = [*served_by.refused, *filter(None, [undecoded])]
-    said = [f"schedulers {', '.join(served_by.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
+    refused = [*samplers.refused, *filter(None, [undecoded])]
+    said = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused, f"{size / 1e6:.1f} MB"]
     return StageResult(summary="; ".join([*said, *(f"{item.model}: {item.what}" for item in faults)]))

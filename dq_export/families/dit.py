@@ -92,7 +92,6 @@ class DiTReference:
         self.batch = min(max(ACTIVATION_BYTES // widest, 1), 8)
         self.digest = digest(model, scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
-        self.tables: dict[int, Samplers] = {}
         self.linears: Mapping[str, Linear] = _linears(model)
 
     def weight(self, linear: str) -> Float32:
@@ -164,9 +163,7 @@ class DiTReference:
                 return
 
     def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
-        if most not in self.tables:
-            self.tables[most] = tabulate(self.scheduler, most, progress)
-        return self.tables[most]
+        return tabulate(self.scheduler, most, progress)
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
         sampling = self._sample(noise, labels, steps=steps, guidance=guidance)

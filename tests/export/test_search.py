@@ -16,6 +16,7 @@ from conftest import save_tiny
 
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.exploration import WINNER, explore
+from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.front import EXACT, Front, apart
 from dq_export.output_folder import OutputError
@@ -350,3 +351,13 @@ def test_the_command_says_what_to_export(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"dq-export --recipe {tmp_path / 's' / WINNER} -o out" in done.stdout.replace("\n", "")
     assert re.search(r"\d+ evaluations measure each", done.stderr)
+
+
+@pytest.mark.parametrize(("calibration", "judging"), [(4, 12), (12, 4)])
+def test_steps_that_the_sampler_cannot_take_are_refused_before_the_search(calibration: int, judging: int, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 10}))
+    with pytest.raises(ModelError, match="cannot sample in 12 steps .*change --steps to 10 or less"):
+        explore(Recipe(model=str(folder), steps=calibration), tmp_path / "found", SearchRequest(target_sqnr=20, steps=judging))
+    assert not (tmp_path / "found").exists()

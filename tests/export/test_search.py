@@ -358,6 +358,6 @@ def test_steps_that_the_sampler_cannot_take_are_refused_before_the_search(calibr
     folder = save_tiny(tmp_path / "model")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 10}))
-    with pytest.raises(ModelError, match="cannot sample in 12 steps .*change --steps to 10 or less"):
+    with pytest.raises(ModelError, match=r"cannot sample in 12 steps .*change --steps to 10 or less"):
         explore(Recipe(model=str(folder), steps=calibration), tmp_path / "found", SearchRequest(target_sqnr=20, steps=judging))
     assert not (tmp_path / "found").exists()

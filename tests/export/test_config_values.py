@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import TINY, save_tiny
-from hypothesis import given
+from conftest import TINY, feed_of, recipe_of, save_tiny
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq_export.families.config_values import VALUES, SchedulerValues, require_values
@@ -158,3 +159,29 @@ def test_any_value_is_refused_or_makes_a_network(key: str, value: Any) -> None:
             with torch.device("meta"):
                 DiTTransformer2DModel.from_config(config)
     assert named
+
+
+@settings(max_examples=10)
+@given(
+    heads=st.integers(1, 3), head_dim=st.sampled_from([4, 12, 16, 20]), channels=st.integers(1, 3), learned=st.booleans(),
+    layers=st.integers(1, 3), patch=st.integers(1, 3), side=st.integers(1, 3), classes=st.integers(1, 4), bias=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"]),
+)  # fmt: skip
+def test_every_network_of_the_ranges_loads_computes_and_has_a_recipe(
+    tmp_path_factory: pytest.TempPathFactory, heads: int, head_dim: int, channels: int, learned: bool, layers: int, patch: int,
+    side: int, classes: int, bias: bool, activation: str,
+) -> None:  # fmt: skip
+    out = 2 * channels if learned else channels
+    folder = save_tiny(
+        tmp_path_factory.mktemp("any"), num_attention_heads=heads, attention_head_dim=head_dim, in_channels=channels,
+        out_channels=out, num_layers=layers, patch_size=patch, sample_size=side * patch, num_embeds_ada_norm=classes,
+        attention_bias=bias, activation_fn=activation,
+    )  # fmt: skip
+    reference = load_reference(str(folder))
+    output = reference.forward(feed_of(reference))
+    assert output.shape == (3, out, side * patch, side * patch)
+    assert np.isfinite(output).all()
+    assigned = recipe_of(reference).assign(reference.linears)
+    for name, rule in assigned.items():
+        assert rule.weight is None or reference.weight(name).shape[1] % (rule.block_size(reference.linears[name].width) or 1) == 0
+    assert len(reference.timesteps(4)) == 4

@@ -7,13 +7,16 @@ import pickletools
 import re
 import struct
 import sys
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
-from dq_export.calibration.documents import TEXT_LIMIT, DocumentError, parse_json, shown, shown_path
+from dq_export.calibration.documents import TEXT_LIMIT, DocumentError, parse_json, printable, shown, shown_path
 
 from .reference import ModelError
 
@@ -134,7 +137,8 @@ def _place(file: Path, start: int, name: str, entry: Any) -> Stored:
 def _stored_pickle(file: Path) -> dict[str, Stored]:
     import torch
 
-    native = (_byte_order(file) or sys.byteorder) == sys.byteorder
+    with _damage(shown_path(file)):
+        native = (_byte_order(file) or sys.byteorder) == sys.byteorder
     size, places = file.stat().st_size, {}
     for name, tensor in _load_pickle(file, "meta").items():
         # torch sets this where it loads shapes alone, from a zip file; an old pickle cannot be mapped.
@@ -153,20 +157,12 @@ def _load_pickle(file: Path, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     where = shown_path(file)
-    try:
+    with _damage(where):
         with file.open("rb") as content:
             zipped = content.read(2) == b"PK"
             content.seek(0)
             _require_plain_zip(file) if zipped else _require_plain_pickles(content, where, OLD_PICKLES)
         found = torch.load(str(file), map_location=device, weights_only=True, mmap=zipped and device == "cpu")
-    except zipfile.BadZipFile as error:
-        raise ModelError(f"{where}: cut short or damaged ({_line(error)}); {AGAIN}") from error
-    except UnpicklingError as error:
-        refused = re.search(r"[^.\n]*unsupported \S+[^\n]*", str(error), re.IGNORECASE)
-        reason = refused[0].strip() if refused else _line(error)
-        raise ModelError(f"{where}: torch's restricted loader refuses it ({reason}); only tensors by name are read") from error
-    except BROKEN as error:
-        raise ModelError(f"{where}: damaged, or no file of torch.save ({_line(error)}); {AGAIN}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ModelError(f"{where}: holds {shown(type(found).__name__)}; expected tensors by name, as state_dict() gives them")
     other = next((name for name, value in found.items() if not _dense(value)), None)
@@ -175,6 +171,23 @@ def _load_pickle(file: Path, device: str = "cpu") -> dict[str, Any]:
             f"{where}: {shown(other)} is {shown(type(found[other]).__name__)}; expected a dense tensor for each name"
         )
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """Around everything that reads a pickle: whatever it raises becomes a ModelError of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickles that it refuses next
+            yield
+    except zipfile.BadZipFile as error:
+        raise ModelError(f"{where}: cut short or damaged ({_line(error)}); {AGAIN}") from error
+    except UnpicklingError as error:
+        refused = re.search(r"[^.\n]*unsupported \S+[^\n]*", str(error), re.IGNORECASE)
+        reason = printable(refused[0].strip(), 200) if refused else _line(error)
+        raise ModelError(f"{where}: torch's restricted loader refuses it ({reason}); only tensors by name are read") from error
+    except BROKEN as error:
+        raise ModelError(f"{where}: damaged, or no file of torch.save ({_line(error)}); {AGAIN}") from error
 
 
 def _dense(value: Any) -> bool:
@@ -221,5 +234,4 @@ def _byte_order(file: Path) -> str | None:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return printable(str(error).strip().split("\n")[0], 200) or type(error).__name__

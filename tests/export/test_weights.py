@@ -270,3 +270,29 @@ def test_the_float_graph_reads_its_weights_from_a_link_to_the_pickle(model: Path
     found = weights[f"transformer.{name}.weight"].const_value
     assert found is not None
     np.testing.assert_array_equal(found.numpy(), reference.weight(name))
+
+
+@pytest.mark.parametrize("name", ["x.bin", "old.bin", "x.safetensors"])
+def test_any_damage_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    import random
+
+    tensors = {f"w{i}": torch.randn(4, i + 2) for i in range(3)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "x.bin")
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    whole, chance, messages = (tmp_path / name).read_bytes(), random.Random(0), []
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 8])):
+            start = chance.randrange(min(chance.choice([700, len(content)]), len(content)))
+            content[start : start + chance.choice([1, 1, 4])] = chance.randbytes(chance.choice([0, 1, 1, 4]))
+        if chance.random() < 0.2:
+            del content[chance.randrange(len(content)) :]
+        (tmp_path / f"damaged-{name}").write_bytes(content)
+        for read in (stored, read_tensors):
+            try:
+                read(tmp_path / f"damaged-{name}")
+            except ModelError as error:
+                messages.append(str(error))
+    assert len(messages) > 150, "most damage is seen"
+    assert not any("\n" in message for message in messages)

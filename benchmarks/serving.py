@@ -61,7 +61,7 @@ class Asker:
         """Send one request; its answer goes to `answers`."""
         start = time.monotonic()
         steps = STEPS[index % len(STEPS)]
-        inputs = tensors(class_labels=index % 10, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
+        inputs = tensors(class_labels=[index % 10], seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
             if error:
@@ -115,7 +115,9 @@ def single(repository: Path, rows: int) -> None:
     shutil.copytree(repository / "pipeline", repository / name)
     path = repository / name / "config.pbtxt"
     text = path.read_text().replace('name: "pipeline"', f'name: "{name}"')
-    for key, value in (("max_rows", rows), ("max_images", 1), ("denoiser_calls", 1)):
+    text, count = re.subn(r"max_batch_size: \d+", "max_batch_size: 1", text)
+    assert count == 1
+    for key, value in (("max_rows", rows), ("denoiser_calls", 1)):
         text, count = re.subn(rf'(key: "{key}"\s+value {{\s+string_value: )"\d+"', rf'\1"{value}"', text)
         assert count == 1
     path.write_text(text)
@@ -128,7 +130,7 @@ def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
 
     client = grpc.InferenceServerClient(running.grpc)
     bad: tuple[dict[str, Any], ...] = (
-        {"class_labels": [10]}, {"class_labels": [[1]]}, {"class_labels": [0] * 9}, {"class_labels": [1], "scheduler": b"x"},
+        {"class_labels": [10]}, {"class_labels": [[1, 1]]}, {"class_labels": [0] * 9}, {"class_labels": [1], "scheduler": b"x"},
         {"class_labels": [1], "num_inference_steps": 0}, {"class_labels": [1], "num_inference_steps": 100_000},
         {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)},
     )  # fmt: skip

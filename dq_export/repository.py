@@ -9,7 +9,7 @@ from dq_export.calibration.collect import Progress
 from dq_export.calibration.recipe import Recipe
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.triton.model_config import MOST_ROWS, Served
-from dq_export.deploy.triton.repository import CLIENT, PROGRAM, README, SERVED, write_repository
+from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, PROXY, README, SERVED, write_repository
 from dq_export.deploy.trt import PLAN
 
 from .families.reference import Reference
@@ -27,7 +27,7 @@ MOST_STEPS = 100
 def inputs(reference: Reference, recipe: Recipe) -> list[Any]:
     """What a repository depends on beside the graph and the engine."""
     vae = sorted(path for path in reference.decoder.iterdir() if path.is_file()) if reference.decoder else []
-    served = [SERVED / name for name in (*PROGRAM, CLIENT, README)]
+    served = [SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)]
     return [reference.digest, recipe.steps, recipe.guidance_scale, *map(file_digest, (*vae, *served))]
 
 

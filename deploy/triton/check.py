@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .config_rules import batching, ensemble, identity, instances, parameters, warm_up
+from dq_export.calibration.documents import DocumentError, printable
+
+from .config_rules import batching, bounds, ensemble, identity, instances, parameters, warm_up
 from .file_rules import onnx_graph, stray, versions
-from .model_folder import Fault, Model
-from .sampling_rule import sampling
+from .model_folder import Fault, Model, content
+from .sampling_rule import probing, sampling
 
 Rule = Callable[[Model], Iterator[Fault]]
 RULES: tuple[Rule, ...] = (
-    identity, versions, instances, batching, parameters, warm_up, onnx_graph, ensemble, sampling,
+    identity, versions, instances, batching, bounds, parameters, warm_up, onnx_graph, ensemble, sampling, probing,
 )  # fmt: skip
+CONFIG_LIMIT = 256 << 10
+"""Bytes of a config.pbtxt; the export writes 4,000."""
+MOST_FAULTS = 200
+"""Of a repository: more help nobody."""
 
 
 def check_repository(folder: Path) -> list[Fault]:
-    """Every fault of every model of a repository; nothing is loaded or run.
+    """The faults of every model of a repository; nothing is loaded or run.
 
     Not known without the server: whether it has the backend, a GPU, the versions that a plan or an ONNX operator needs.
     """
+    try:
+        faults = list(islice(_faults(folder), MOST_FAULTS + 1))
+    except OSError as error:
+        return [_whole(f"{folder}: cannot be read ({error.strerror or error})", "pass a model repository")]
+    if len(faults) > MOST_FAULTS:
+        faults[MOST_FAULTS:] = [_whole(f"more than {MOST_FAULTS} faults", "correct these first")]
+    return faults
+
+
+def _faults(folder: Path) -> Iterator[Fault]:
+    folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not folders:
+        yield _whole(f"{folder}: no model folders", "pass a model repository")
+        return
+    yield from stray(folder)
+    configs: dict[str, Any] = {}
+    for path in folders:
+        config = _config(path)
+        configs[path.name] = None if isinstance(config, Fault) else config
+        if isinstance(config, Fault):
+            yield config
+    for path in folders:
+        if configs[path.name] is not None:
+            model = Model(folder=path, config=configs[path.name], names=configs)
+            for rule in RULES:
+                yield from rule(model)
+
+
+def _config(folder: Path) -> Any:
+    """A model's ModelConfig, or the fault that it cannot be read with."""
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
-    faults = list(stray(folder))
-    configs: dict[str, Any] = {}
-    folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not folders:
-        return [Fault(model="", severity="error", what=f"{folder}: no model folders", fix="pass a model repository")]
-    for path in folders:
-        configs[path.name] = None
-        file = path / "config.pbtxt"
-        if not file.is_file():
-            what = "no config.pbtxt: what the server makes up may have other inputs, two instances and a batch of 4"
-            faults.append(Fault(model=path.name, severity="error", what=what, fix="write one"))
-            continue
-        try:
-            configs[path.name] = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-        except (text_format.ParseError, UnicodeDecodeError) as error:
-            faults.append(Fault(model=path.name, severity="error", what=f"config.pbtxt: {error!s}", fix="mend that line"))
-    for name, config in configs.items():
-        if config is None:
-            continue
-        model = Model(folder=folder / name, config=config, names=configs)
-        faults += [fault for rule in RULES for fault in rule(model)]
-    return faults
+    file = folder / "config.pbtxt"
+    if not file.exists() and not file.is_symlink():
+        what = "no config.pbtxt: what the server makes up may have other inputs, two instances and a batch of 4"
+        return Fault(model=folder.name, severity="error", what=what, fix="write one")
+    try:
+        text = content(file, folder.parent, CONFIG_LIMIT).decode("utf-8")
+        with warnings.catch_warnings():  # Python's own, about odd escapes in a text
+            warnings.simplefilter("ignore")
+            return text_format.Parse(text, model_config_pb2.ModelConfig())
+    # Besides its ParseError the parser lets through what its own calls raise: ValueError, OverflowError, RecursionError ...
+    except (DocumentError, text_format.Error, ValueError, ArithmeticError, RecursionError, TypeError) as error:
+        return Fault(model=folder.name, severity="error", what=f"config.pbtxt: {printable(str(error))}", fix="mend that line")
+
+
+def _whole(what: str, fix: str) -> Fault:
+    return Fault(model="", severity="error", what=what, fix=fix)

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from dq_export.calibration.documents import shown
+
 from .model_folder import FILES, Fault, Model, type_of
 
 NUMBERS = {
@@ -38,7 +40,10 @@ def instances(model: Model) -> Iterator[Fault]:
         return
     if not groups or any(group.count < 1 for group in groups):
         yield model.warning("instance_group: no count; on a processor that is two instances, the weights twice", "write count: 1")
-    kinds = {group.Kind.Name(group.kind) for group in groups}
+    known_kinds = groups[0].Kind.items() if groups else []
+    kinds = {name for name, number in known_kinds if any(group.kind == number for group in groups)}
+    if any(group.kind not in dict(known_kinds).values() for group in groups):
+        yield model.fault("instance_group: kind is a number that is no kind", "write KIND_CPU, KIND_GPU or no kind")
     if model.backend == "tensorrt" and "KIND_CPU" in kinds:
         yield model.fault("instance_group: a plan cannot run on KIND_CPU", "write kind: KIND_GPU")
     accelerators = model.config.optimization.execution_accelerators
@@ -57,6 +62,8 @@ def instances(model: Model) -> Iterator[Fault]:
 def batching(model: Model) -> Iterator[Fault]:
     """Batch sizes, delays, reshapes and edges."""
     config = model.config
+    if config.max_batch_size < 0:
+        yield model.fault(f"max_batch_size: {config.max_batch_size} is below 0", "write 0, or the greatest batch that fits")
     for size in config.dynamic_batching.preferred_batch_size:
         if size > config.max_batch_size:
             yield model.fault(
@@ -69,11 +76,27 @@ def batching(model: Model) -> Iterator[Fault]:
         told = f"max_queue_delay_microseconds: {delay} are waited at every step of {', '.join(callers)}"
         yield model.warning(told, "write 0: requests of a loop batch without it")
     for item in (*config.input, *config.output):
+        if type_of(item).endswith("no type"):
+            yield model.fault(f"'{item.name}': data_type is {type_of(item)}", "write TYPE_FP32, or another of Triton's types")
+        if any(size < -1 or size == 0 for size in item.dims):
+            yield model.fault(f"'{item.name}': dims {shown(list(item.dims))}", "write sizes of 1 and more, or -1 for any")
         if item.HasField("reshape") and math.prod(item.dims) != math.prod(item.reshape.shape):
-            told = f"reshape of '{item.name}': {list(item.dims)} and {list(item.reshape.shape)} differ in elements"
+            told = f"reshape of '{item.name}': {shown(list(item.dims))} and {shown(list(item.reshape.shape))} differ in elements"
             yield model.fault(told, "correct one of them")
         if type_of(item) == "TYPE_BF16":
             yield model.warning(f"'{item.name}' is TYPE_BF16, which servers before 26.03 refuse", "TYPE_FP16 or TYPE_FP32")
+
+
+def bounds(model: Model) -> Iterator[Fault]:
+    """Inputs have a greatest size, which the server itself holds requests to before it allocates or calls a program."""
+    for item in model.config.input:
+        if -1 in item.dims:
+            what = f"input '{item.name}' has dims {shown(list(item.dims))}: a request may ask for any size"
+            fix = "write the greatest as fixed dims, and max_batch_size for how many"
+            if model.backend == "python":  # sizes that overflow pass the server's check and end the program
+                yield model.fault(f"{what}, and one of a few bytes can end the program for all", fix)
+            else:
+                yield model.warning(what, fix)
 
 
 def _callers(model: Model) -> list[str]:
@@ -93,7 +116,7 @@ def parameters(model: Model) -> Iterator[Fault]:
             continue
         if key not in known:
             yield model.warning(f"parameters: backend {model.backend} ignores '{key}'", f"expected {', '.join(known)}")
-        elif key not in TEXTS and not re.fullmatch(r"-?\d+", text):
+        elif key not in TEXTS and not re.fullmatch(r"-?[0-9]{1,18}", text):
             yield model.fault(f"parameters: {key} '{text}' is no whole number", "write one, as a string")
 
 
@@ -112,7 +135,7 @@ def warm_up(model: Model) -> Iterator[Fault]:
             if item.data_type != inputs[name].data_type:
                 yield model.fault(f"model_warmup '{warm_up.name}': '{name}' has another data_type", "that of the input")
             if len(item.dims) != len(dims) or any(a not in (b, -1) for a, b in zip(dims, item.dims, strict=True)):
-                told = f"model_warmup '{warm_up.name}': '{name}' has dims {list(item.dims)}, the input {dims}"
+                told = f"model_warmup '{warm_up.name}': '{name}' has dims {shown(list(item.dims))}, the input {shown(dims)}"
                 yield model.fault(told, "dims of one sample, without the batch")
         if warm_up.batch_size > model.config.max_batch_size:
             yield model.fault(f"model_warmup '{warm_up.name}': batch_size above max_batch_size", "a smaller one")

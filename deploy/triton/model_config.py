@@ -13,7 +13,7 @@ from ..chain import shape_of
 from .serving.model import PARAMETERS
 from .serving.schedules import Schedules
 
-DENOISER, DECODER, PIPELINE, STREAM = "denoiser", "decoder", "pipeline", "pipeline_stream"
+DENOISER, DECODER, PIPELINE, STREAM, HEALTH = "denoiser", "decoder", "pipeline", "pipeline_stream", "health"
 MOST_ROWS = 16
 """Of a network call, where no plan sets another: a guided picture is two. Measured: larger gains nothing on a processor."""
 MOST_REQUESTS, CALLS = 64, 2
@@ -78,29 +78,31 @@ def network_config(name: str, graph: ir.Graph, backend: str, kind: str, most_row
 
 
 def pipeline_config(name: str, served: Served, shape: Sequence[int], image: Sequence[int]) -> Config:
-    """A model that samples whole pictures.
+    """A model that samples whole pictures: a batch of them is a request.
+
+    All dims are fixed and the batch has a maximum, so that the server refuses any other shape before it reaches the program.
 
     Args:
         shape: (C, H, W) of the latents.
         image: (H, W, C) of the pictures; empty where there are none.
     """
     streams = name == STREAM
-    given = [("class_labels", "TYPE_INT64", [-1]), ("seed", "TYPE_UINT64", [1]), ("num_inference_steps", "TYPE_INT32", [1])]
-    given += [("guidance_scale", "TYPE_FP32", [1]), ("scheduler", "TYPE_STRING", [1]), ("latents", "TYPE_FP32", [-1, *shape])]
-    made = [("latents", "TYPE_FP32", [-1, *shape]), ("seed", "TYPE_UINT64", [1])]
-    made += [("images", "TYPE_UINT8", [-1, *image])] if image else []
+    given = [("class_labels", "TYPE_INT64", [1]), ("seed", "TYPE_UINT64", [1]), ("num_inference_steps", "TYPE_INT32", [1])]
+    given += [("guidance_scale", "TYPE_FP32", [1]), ("scheduler", "TYPE_STRING", [1]), ("latents", "TYPE_FP32", [*shape])]
+    made = [("latents", "TYPE_FP32", [*shape]), ("seed", "TYPE_UINT64", [1])]
+    made += [("images", "TYPE_UINT8", [*image])] if image else []
     if streams:
         given, made = [*given, ("preview_every", "TYPE_INT32", [1])], [*made, ("step", "TYPE_INT32", [1])]
     values = {
         "denoiser": DENOISER, "decoder": DECODER if served.decoder else "", "classes": served.classes,
-        "max_images": served.most_images, "max_rows": served.most_rows, "max_requests": MOST_REQUESTS, "denoiser_calls": CALLS,
+        "max_rows": served.most_rows, "max_requests": MOST_REQUESTS, "denoiser_calls": CALLS,
         "num_inference_steps": served.steps, "guidance_scale": served.guidance, "scheduler": served.scheduler,
         "schedulers": ",".join(served.schedules.tables),
     }  # fmt: skip
     config = {
         "name": name,
         "backend": "python",
-        "max_batch_size": 0,
+        "max_batch_size": served.most_images,
         "input": [
             {"name": key, "data_type": kind, "dims": dims, **({} if key == "class_labels" else {"optional": True})}
             for key, kind, dims in given
@@ -110,6 +112,19 @@ def pipeline_config(name: str, served: Served, shape: Sequence[int], image: Sequ
         "parameters": {key: {"string_value": str(values[key])} for key in PARAMETERS},
     }
     return {**config, "model_transaction_policy": {"decoupled": True}} if streams else config
+
+
+def health_config(shape: Sequence[int]) -> Config:
+    """A model that asks the others whether they answer; `shape` is (C, H, W) of the latents."""
+    values = {"pipelines": f"{PIPELINE},{STREAM}", "network": DENOISER, "shape": ",".join(map(str, shape))}
+    return {
+        "name": HEALTH,
+        "backend": "python",
+        "input": [{"name": "probe", "data_type": "TYPE_BOOL", "dims": [1]}],
+        "output": [{"name": "healthy", "data_type": "TYPE_BOOL", "dims": [1]}],
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "parameters": {key: {"string_value": value} for key, value in values.items()},
+    }
 
 
 def dump(config: Config) -> str:

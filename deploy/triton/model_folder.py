@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dq_export.calibration.documents import DocumentError, printable, read_bytes
+
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt", "ensemble": "ensemble"}
+NAME_LIMIT = 255
+"""Bytes of a file's name on Linux."""
 
 
 def type_of(entry: Any) -> str:
     """The name of a config entry's element type, such as `TYPE_FP32`."""
-    return str(entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[entry.data_type].name)
+    value = entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number.get(entry.data_type)
+    return str(value.name) if value else f"{entry.data_type}, which is no type"
+
+
+def whole(text: str, default: int = 0) -> int:
+    """A parameter's value as the server reads it, in ASCII digits without sign; `default` where it is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else default
+
+
+def content(path: Path, root: Path, limit: int) -> bytes:
+    """The bytes of a file of a repository.
+
+    Args:
+        root: of the repository, which no link may leave.
+
+    Raises:
+        DocumentError: the file lies elsewhere, or `read_bytes` refuses it.
+    """
+    # realpath ends at a loop of links, where Path.resolve raises.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise DocumentError(f"{printable(path.name)}: a link out of the repository is not read")
+    if path.is_file() and path.stat().st_size > limit:  # before a GB of it is read
+        raise DocumentError(f"{printable(path.name)}: {path.stat().st_size} bytes, expected at most {limit}")
+    return read_bytes(path, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +52,7 @@ class Fault:
     Args:
         model: its folder's name; empty for the repository.
         severity: `error`: the model does not load, or not as written; `warning`: it loads, and does not do what it seems to.
-        what: the field or file, and what was found.
+        what: the field or file, and what was found; made one line without control characters.
         fix: what to do.
     """
 
@@ -31,6 +60,10 @@ class Fault:
     severity: Literal["error", "warning"]
     what: str
     fix: str
+
+    def __post_init__(self) -> None:
+        for name in ("model", "what", "fix"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +86,17 @@ class Model:
 
     @property
     def versions(self) -> list[Path]:
-        """The folders that are named by a number."""
-        return sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name.isdigit())
+        """The folders that the server takes for versions: named by a decimal number that does not start with 0."""
+        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,17}", path.name) and path.is_dir())
 
     @property
     def file(self) -> str:
         """What each version's folder must hold."""
         return str(self.config.default_model_filename or FILES.get(self.backend, ""))
+
+    def read(self, path: Path, limit: int) -> bytes:
+        """See `content`."""
+        return content(path, self.folder.parent, limit)
 
     def fault(self, what: str, fix: str) -> Fault:
         """Something that does not load, or not as written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from .model_config import (
     Config,
     Served,
     dump,
+    health_config,
     network_config,
     pipeline_config,
 )
@@ -31,7 +33,9 @@ from .serving.schedules import FILE
 SERVED = Path(__file__).parent / "serving"
 PROGRAM = ("model.py", "request.py", "sampler.py", "schedules.py")
 """What a pipeline's folder holds of `serving`."""
-CLIENT, README = "client.py", "README.md"
+CLIENT, README, PROXY = "client.py", "README.md", "nginx.conf"
+PROBE = "health.py"
+"""What the model `health` runs."""
 INSTALL = "pip install 'dq-export[triton]'"
 
 
@@ -48,7 +52,9 @@ def require_triton() -> None:
 
 
 def write_repository(served: Served, folder: Path) -> list[Fault]:
-    """Write the models `denoiser`, `pipeline`, `pipeline_stream` and, for latents, `decoder`, a client and a README; check them.
+    """Write the models `denoiser`, `pipeline`, `pipeline_stream`, `health` and, for latents, `decoder`; check them.
+
+    Beside them lie a client, a configuration of nginx and a README.
 
     Returns:
         What the check of the finished repository says; a plan that is still to be built is no fault here.
@@ -77,7 +83,9 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         for file in PROGRAM:
             shutil.copyfile(SERVED / file, target / file)
         served.schedules.save(target / FILE)
+    shutil.copyfile(SERVED / PROBE, _add(folder, health_config(shape)) / "model.py")
     shutil.copyfile(SERVED / CLIENT, folder / CLIENT)
+    (folder / PROXY).write_text(_proxy(served, shape), encoding="utf-8")
     (folder / README).write_text(_readme(served, shape, model.opset_imports[""]), encoding="utf-8")
     faults = [item for item in check_repository(folder) if served.plan or "model.plan" not in item.what]
     wrong = [f"{item.model}: {item.what}" for item in faults if item.severity == "error"]
@@ -128,10 +136,22 @@ def _readme(served: Served, shape: Sequence[int], opset: int) -> str:
         schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
         most_steps=served.schedules.most,
         shape=", ".join(map(str, shape)),
+        megabytes=_megabytes(served, shape),
         pictures="`images` UINT8[n, H, W, C]" if served.pictures or served.decoder else "no `images`: there is no decoder here",
         decoder=DECODED if served.decoder else "",
         waiting="" if served.plan or served.backend == "onnxruntime" else PLANLESS,
     )
+
+
+def _proxy(served: Served, shape: Sequence[int]) -> str:
+    """nginx's configuration: the shapes that JSON may name, and a body of the largest request, rounded up to MB."""
+    template = Template((SERVED / PROXY).read_text(encoding="utf-8"))
+    return template.substitute(shape="\\s*+,\\s*+".join(map(str, shape)), megabytes=_megabytes(served, shape))
+
+
+def _megabytes(served: Served, shape: Sequence[int]) -> int:
+    """More than the largest request has: float32 latents for each row of a call."""
+    return 1 + math.ceil(served.most_rows * math.prod(shape) * 4 / 1e6)
 
 
 def _needs(served: Served, opset: int) -> str:

@@ -232,9 +232,9 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     ),
     "calls that others can join": (set_parameter("max_rows", "15"), "warning", "max_rows 15 is below"),
     "pictures above the batch": (
-        set_parameter("max_images", "9"),
+        edit(PIPELINE, "max_batch_size: 8", "max_batch_size: 9"),
         "error",
-        "max_images 9 guided pictures are more than max_rows 16",
+        "max_batch_size: 9 guided pictures are more than max_rows 16",
     ),
     "a scheduler without a table": (
         set_parameter("scheduler", "pndm"),
@@ -246,8 +246,8 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "error",
         "num_inference_steps 101: expected 1 to 100",
     ),
-    "no tables": (remove("pipeline/1/schedules.npy"), "error", "1/schedules.npy: No such file"),
-    "tables by pickle": (pickled_tables, "error", "not readable without pickles"),
+    "no tables": (remove("pipeline/1/schedules.npy"), "error", "schedules.npy: no such file"),
+    "tables by pickle": (pickled_tables, "error", "expected float64 tables in numpy's format"),
     "tables of others": (
         set_parameter("schedulers", "ddim,euler"),
         "error",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import Nobody
 
-from dq_export.deploy.triton.serving.request import SAFE_SEED, BadRequestError, Limits, seed_of
+from dq_export.deploy.triton.serving.request import SAFE_SEED, BadRequestError, Limits, UInt64, seeds_of
 from dq_export.deploy.triton.serving.sampler import Job
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Schedules
 
@@ -16,8 +16,16 @@ LIMITS = Limits(shape=(2, 4, 4), classes=5, max_images=4, max_rows=4, num_infere
 SCHEDULES = Schedules({name: np.full((10, len(COLUMNS)), 0.5) for name in ("one", "other")})
 
 
-def job(seed: int = 1, **inputs: Any) -> Job:
-    return LIMITS.job({name: np.atleast_1d(value) for name, value in inputs.items()}, SCHEDULES, seed, Nobody())
+def seeds(*values: int) -> UInt64:
+    return np.array(values, dtype=np.uint64)[:, None]
+
+
+def job(**inputs: Any) -> Job:
+    """Of one value a row for each label; arrays of two dimensions and more as they are."""
+    rows = len(inputs["class_labels"])
+    columns = {name: np.asarray(value) for name, value in inputs.items()}
+    columns = {name: np.broadcast_to(v.reshape(-1, 1), (rows, 1)) if v.ndim < 2 else v for name, v in columns.items()}
+    return LIMITS.job(columns, SCHEDULES, seeds(*range(rows)), Nobody())
 
 
 def test_what_is_left_out_is_the_models() -> None:
@@ -34,12 +42,12 @@ def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
 
 
 def test_a_pictures_noise_is_its_own_and_its_seeds() -> None:
-    noise = LIMITS.noise(3, 7)
+    noise = LIMITS.noise(seeds(7, 8, 9))
     assert noise.dtype == np.float32
-    assert np.array_equal(LIMITS.noise(1, 7), noise[:1])
-    assert len({picture.tobytes() for picture in (*noise, *LIMITS.noise(3, 8))}) == 6
-    assert LIMITS.noise(1, 2**64 - 1).shape == (1, 2, 4, 4)
-    many = Limits(**{**vars(LIMITS), "shape": (4, 64, 64)}).noise(1, 0)
+    assert np.array_equal(LIMITS.noise(seeds(8)), noise[1:2])
+    assert len({picture.tobytes() for picture in (*noise, *LIMITS.noise(seeds(10, 2**63)))}) == 5
+    assert LIMITS.noise(seeds(2**64 - 1)).shape == (1, 2, 4, 4)
+    many = Limits(**{**vars(LIMITS), "shape": (4, 64, 64)}).noise(seeds(0))
     assert abs(many.mean()) < 4 / many.size**0.5  # four standard errors of unit noise
     assert abs(many.std() - 1) < 4 / (2 * many.size) ** 0.5
 
@@ -50,7 +58,21 @@ def test_given_latents_take_the_noises_place() -> None:
 
 
 def test_an_absent_seed_is_one_that_json_can_hold() -> None:
-    seeds = {seed_of({}) for _ in range(100)}
-    assert len(seeds) == 100
-    assert all(0 <= seed < SAFE_SEED for seed in seeds)
-    assert seed_of({"seed": np.array([2**64 - 1], dtype=np.uint64)}) == 2**64 - 1
+    chosen = seeds_of({"class_labels": np.zeros((100, 1), dtype=np.int64)})
+    assert (chosen.shape, chosen.dtype) == ((100, 1), np.uint64)
+    assert len(set(chosen.ravel().tolist())) == 100
+    assert all(0 <= seed < SAFE_SEED for seed in chosen.ravel().tolist())
+    assert seeds_of({"seed": seeds(2**64 - 1), "class_labels": np.zeros((1, 1))}).tolist() == [[2**64 - 1]]
+
+
+@pytest.mark.parametrize("shape", [(1,), (0, 1), (5, 1), (1, 2), (1, 1, 1), ()])
+def test_labels_of_another_shape_are_refused_although_the_server_let_them_pass(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadRequestError, match=r"expected shape .n, 1. with n from 1 to 4, found"):
+        LIMITS.job({"class_labels": np.ones(shape, dtype=np.int64)}, SCHEDULES, seeds(1), Nobody())
+
+
+def test_what_has_no_rows_or_other_rows_is_refused() -> None:
+    with pytest.raises(BadRequestError, match="num_inference_steps: expected the same value"):
+        job(class_labels=[1], num_inference_steps=np.zeros((0, 1)))
+    with pytest.raises(BadRequestError, match=r"expected shape .2, 1., found .1, 1."):
+        LIMITS.job({"class_labels": np.ones((2, 1), dtype=np.int64)}, SCHEDULES, seeds(1), Nobody())

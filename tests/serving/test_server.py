@@ -29,7 +29,8 @@ from dq_export.families.source import load_reference
 
 def drawn_here(exported: Path, **inputs: Any) -> Any:
     """What the same request gives without a server: the graph in ONNX Runtime, one job alone."""
-    seed = inputs.pop("seed")
+    rows = len(inputs["class_labels"])
+    seeds = np.broadcast_to(np.asarray(inputs.pop("seed"), dtype=np.uint64).reshape(-1, 1), (rows, 1))
     limits = Limits(
         shape=(1, 16, 16),
         classes=10,
@@ -40,7 +41,8 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
         scheduler="ddim",
     )
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
-    job = limits.job({name: np.atleast_1d(value) for name, value in inputs.items()}, schedules, seed, Nobody())
+    columns = {name: np.broadcast_to(np.asarray(value).reshape(-1, 1), (rows, 1)) for name, value in inputs.items()}
+    job = limits.job(columns, schedules, seeds, Nobody())
     engine = ORT.load(exported / "model.onnx")
     while job.at < len(job.steps):
         states, timestep, labels = job.feed()
@@ -74,6 +76,16 @@ def executions(client: Any, model: str = "denoiser") -> tuple[int, int]:
     return stats.inference_count, stats.execution_count
 
 
+def settled(client: Any) -> tuple[int, int]:
+    """`executions` of a denoiser at rest: the server counts a call after it has answered it."""
+    before = executions(client)
+    time.sleep(0.2)
+    while (after := executions(client)) != before:
+        before = after
+        time.sleep(0.2)
+    return after
+
+
 def test_models_are_ready_and_say_what_they_take(client: Any) -> None:
     assert all(client.is_model_ready(name) for name in ("denoiser", "pipeline", "pipeline_stream"))
     described = client.get_model_metadata("denoiser")
@@ -96,25 +108,25 @@ def test_the_denoiser_computes_what_the_engine_does(client: Any, exported: Path)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_picture_is_the_one_that_the_engine_draws(client: Any, exported: Path, scheduler: str, guidance: float) -> None:
     wanted = {"class_labels": [3, 8], "num_inference_steps": 9, "guidance_scale": guidance, "scheduler": scheduler}
-    found = ask(client, seed=5, **wanted)
-    assert np.array_equal(found["latents"], drawn_here(exported, seed=5, **wanted))
-    assert found["seed"].tolist() == [5]
+    found = ask(client, seed=[5, 2**64 - 1], **wanted)
+    assert np.array_equal(found["latents"], drawn_here(exported, seed=[5, 2**64 - 1], **wanted))
+    assert found["seed"].tolist() == [[5], [2**64 - 1]]
     pixels = np.clip(np.rint(found["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
     assert np.array_equal(found["images"], pixels.transpose(0, 2, 3, 1))
 
 
 def test_http_without_a_client_library_gives_the_same(client: Any, running: server.Server) -> None:
     body = {"inputs": [
-        {"name": "class_labels", "datatype": "INT64", "shape": [2], "data": [1, 9]},
-        {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [2**63]},
-        {"name": "scheduler", "datatype": "BYTES", "shape": [1], "data": ["euler"]}]}  # fmt: skip
+        {"name": "class_labels", "datatype": "INT64", "shape": [2, 1], "data": [1, 9]},
+        {"name": "seed", "datatype": "UINT64", "shape": [2, 1], "data": [2**63, 3]},
+        {"name": "scheduler", "datatype": "BYTES", "shape": [2, 1], "data": ["euler", "euler"]}]}  # fmt: skip
     status, answer = post(running, "pipeline", body)
     assert status == 200
     found = {item["name"]: np.array(item["data"]).reshape(item["shape"]) for item in answer["outputs"]}
-    exact = ask(client, class_labels=[1, 9], seed=2**63, scheduler=b"euler")
+    exact = ask(client, class_labels=[1, 9], seed=[2**63, 3], scheduler=b"euler")
     assert np.array_equal(found["latents"].astype(np.float32), exact["latents"])
     assert np.array_equal(found["images"], exact["images"])
-    assert found["seed"].tolist() == [2**63]
+    assert found["seed"].tolist() == [[2**63], [3]]
 
 
 def test_pictures_are_pytorchs(client: Any) -> None:
@@ -126,15 +138,26 @@ def test_pictures_are_pytorchs(client: Any) -> None:
 
 
 def test_an_absent_seed_is_chosen_and_repeats(client: Any) -> None:
-    first, second = ask(client, class_labels=[1]), ask(client, class_labels=[1])
-    assert first["seed"] != second["seed"]
-    assert not np.array_equal(first["latents"], second["latents"])
-    assert np.array_equal(ask(client, class_labels=[1], seed=first["seed"])["latents"], first["latents"])
+    first, second = ask(client, class_labels=[1, 1]), ask(client, class_labels=[1])
+    assert len({*first["seed"].ravel().tolist(), *second["seed"].ravel().tolist()}) == 3
+    assert not np.array_equal(first["latents"][:1], second["latents"])
+    assert np.array_equal(ask(client, class_labels=[1, 1], seed=first["seed"])["latents"], first["latents"])
 
 
-def test_a_picture_does_not_depend_on_its_neighbours_of_a_request(client: Any) -> None:
-    both = ask(client, class_labels=[4, 6], seed=3)["latents"]
+def test_each_picture_of_a_request_is_the_one_of_its_own_label_and_seed(client: Any) -> None:
+    both = ask(client, class_labels=[4, 6], seed=[3, 9])["latents"]
     assert np.array_equal(both[:1], ask(client, class_labels=[4], seed=3)["latents"])
+    assert np.array_equal(both[1:], ask(client, class_labels=[6], seed=9)["latents"])
+
+
+def test_the_seeds_alone_draw_nothing(client: Any) -> None:
+    import tritonclient.grpc as grpc
+
+    _, calls = settled(client)
+    wanted = [grpc.InferRequestedOutput("seed")]
+    found = client.infer("pipeline", tensors(class_labels=[4, 6], seed=[3, 9]), outputs=wanted)
+    assert found.as_numpy("seed").tolist() == [[3], [9]]
+    assert settled(client)[1] == calls
 
 
 def test_requests_share_calls_and_get_what_they_get_alone(client: Any) -> None:
@@ -143,10 +166,10 @@ def test_requests_share_calls_and_get_what_they_get_alone(client: Any) -> None:
         for i in range(32)
     ]
     alone = [ask(client, **request)["latents"] for request in wanted]
-    rows, calls = executions(client)
+    rows, calls = settled(client)
     with ThreadPoolExecutor(len(wanted)) as pool:
         together = list(pool.map(lambda request: ask(client, **request)["latents"], wanted))
-    more_rows, more_calls = executions(client)
+    more_rows, more_calls = settled(client)
     assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(wanted)
     assert more_rows - rows == sum(r["num_inference_steps"] * r["guidance_scale"] for r in wanted)
     assert (more_rows - rows) / (more_calls - calls) > 6  # of 16; alone it is 1 or 2
@@ -154,13 +177,13 @@ def test_requests_share_calls_and_get_what_they_get_alone(client: Any) -> None:
 
 def test_a_late_request_joins_at_the_next_step(client: Any) -> None:
     done: queue.Queue[str] = queue.Queue()
-    rows, calls = executions(client)
+    rows, calls = settled(client)
     client.async_infer("pipeline", tensors(class_labels=[1], num_inference_steps=100), lambda result, error: done.put("early"))
     while executions(client)[1] < calls + 20:
         time.sleep(0.002)
     client.async_infer("pipeline", tensors(class_labels=[2], num_inference_steps=5), lambda result, error: done.put("late"))
     assert [done.get(timeout=30), done.get(timeout=30)] == ["late", "early"]
-    more_rows, more_calls = executions(client)
+    more_rows, more_calls = settled(client)
     assert (more_rows - rows, more_calls - calls) == (2 * 105, 100)  # the five steps of the second cost no call of their own
 
 
@@ -176,7 +199,7 @@ def test_previews_come_every_k_steps_and_the_last_is_the_picture(client: Any) ->
     for _ in range(3):
         result, error = answers.get(timeout=30)
         assert error is None
-        found.append((int(result.as_numpy("step")[0]), result.as_numpy("latents")))
+        found.append((int(result.as_numpy("step")[0, 0]), result.as_numpy("latents")))
     client.stop_stream()
     exact = ask(client, class_labels=[7], seed=1, num_inference_steps=10)["latents"]
     assert [step for step, _ in found] == [4, 8, 0]
@@ -218,19 +241,23 @@ def test_a_cancelled_unary_request_frees_the_denoiser(client: Any) -> None:
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("label too great", {"class_labels": [3, 10]}, "class_labels: expected 0 to 9, found 10"),
     ("label negative", {"class_labels": [-1]}, "class_labels: expected 0 to 9, found -1"),
-    ("no label", {"class_labels": np.zeros(0, dtype=np.int64)}, "expected 1 to 8 labels, found shape [0]"),
-    ("too many pictures", {"class_labels": [0] * 9}, "expected 1 to 8 labels, found shape [9]"),
+    ("no label", {"class_labels": np.zeros(0, dtype=np.int64)}, "input byte size mismatch for input 'class_labels'"),
+    ("too many pictures", {"class_labels": [0] * 9}, "inference request batch-size must be <= 8"),
     ("labels in two dimensions", {"class_labels": [[1, 2]]}, "unexpected shape for input 'class_labels'"),
     ("no steps", {"class_labels": [1], "num_inference_steps": 0}, "num_inference_steps 0: expected 1 to 100"),
     ("endless steps", {"class_labels": [1], "num_inference_steps": 100_000}, "num_inference_steps 100000: expected 1 to 100"),
-    ("two step counts", {"class_labels": [1], "num_inference_steps": [3, 4]}, "unexpected shape for input 'num_inference_steps'"),
+    ("two step counts", {"class_labels": [1], "num_inference_steps": [3, 4]}, "batch size does not match other inputs"),
+    ("other steps a picture", {"class_labels": [1, 2], "num_inference_steps": [3, 4]}, "num_inference_steps: expected the same"),
+    ("a guidance a picture", {"class_labels": [1, 2], "guidance_scale": [1.0, 2.0]}, "guidance_scale: expected the same value"),
+    ("a scheduler a picture", {"class_labels": [1, 2], "scheduler": [b"ddim", b"euler"]}, "scheduler: expected the same value"),
+    ("a long scheduler", {"class_labels": [1], "scheduler": b"x" * 100_000}, f"scheduler '{'x' * 40}': expected ddim"),
     ("unknown scheduler", {"class_labels": [1], "scheduler": b"pndm"}, "scheduler 'pndm': expected ddim, dpmsolver++, euler"),
     ("no text", {"class_labels": [1], "scheduler": b"\xff"}, "found no UTF-8 text"),
     ("NaN guidance", {"class_labels": [1], "guidance_scale": np.nan}, "guidance_scale: expected a finite number"),
     ("negative guidance", {"class_labels": [1], "guidance_scale": -1.0}, "guidance_scale: expected a finite number"),
     ("NaN latents", {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)}, "latents: NaN or Inf"),
     ("other latents", {"class_labels": [1], "latents": np.zeros((1, 1, 8, 8))}, "unexpected shape for input 'latents'"),
-    ("latents for others", {"class_labels": [1], "latents": np.zeros((2, 1, 16, 16))}, "latents: expected shape [1, 1, 16, 16]"),
+    ("latents for others", {"class_labels": [1], "latents": np.zeros((2, 1, 16, 16))}, "batch size does not match other inputs"),
 ]  # fmt: skip
 
 
@@ -242,11 +269,11 @@ def test_a_bad_request_is_told_what_is_wrong(client: Any, inputs: dict[str, Any]
 
 
 def test_a_wrong_type_and_an_unknown_input_are_refused(client: Any, running: server.Server) -> None:
-    label = {"name": "class_labels", "datatype": "FP32", "shape": [1], "data": [1.0]}
+    label = {"name": "class_labels", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}
     status, told = post(running, "pipeline", {"inputs": [label]})
     assert status == 400
     assert "data-type" in told["error"]
-    extra = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a seven"]}
+    extra = {"name": "prompt", "datatype": "BYTES", "shape": [1, 1], "data": ["a seven"]}
     status, told = post(running, "pipeline", {"inputs": [{**label, "datatype": "INT64", "data": [1]}, extra]})
     assert status == 400
     assert "prompt" in told["error"]
@@ -295,7 +322,7 @@ def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
 def test_clients_that_hang_up_harm_nobody(client: Any, running: server.Server) -> None:
     exact = ask(client, class_labels=[5], seed=5)["latents"]
     host, port = running.http.split(":")
-    body = json.dumps({"inputs": [{"name": "class_labels", "datatype": "INT64", "shape": [1], "data": [1]}]}).encode()
+    body = json.dumps({"inputs": [{"name": "class_labels", "datatype": "INT64", "shape": [1, 1], "data": [1]}]}).encode()
     head = f"POST /v2/models/pipeline/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for cut in (head[:40], head + body[:20], head + body):
         for _ in range(5):
@@ -377,7 +404,7 @@ def test_the_shipped_client_draws_and_reports(running: server.Server, exported: 
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 
     done = run("--labels", "0,1,2", "--steps", "8", "--seed", "4", "-o", "digits.png")
-    assert (done.returncode, done.stdout) == (0, "digits.png: seed 4\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "digits.png: seeds 4, 5, 6\n"), done.stderr
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (48, 16)
     done = run("--labels", "3", "--steps", "8", "--preview-every", "4", "-o", "three.png")
@@ -385,6 +412,12 @@ def test_the_shipped_client_draws_and_reports(running: server.Server, exported: 
     assert {path.name for path in tmp_path.glob("three*")} == {"three-4.png", "three.png"}
     done = run("--labels", "12")
     assert (done.returncode, done.stderr) == (1, "error: class_labels: expected 0 to 9, found 12\n")
+    for wrong in (("--labels", "1,²"), ("--labels", "1,"), ("--seed", "-1"), ("--seed", str(2**64)), ("--steps", "9" * 5000)):
+        done = run(*wrong)
+        assert done.returncode == 2
+        assert f"argument {wrong[0]}: expected a whole number from 0" in done.stderr
+    done = run("--labels", "1", "-o", "missing/picture.png")
+    assert (done.returncode, done.stderr.startswith("error: ")) == (1, True)
 
 
 def test_metrics_count_rows_and_calls(client: Any, running: server.Server) -> None:
@@ -395,6 +428,8 @@ def test_metrics_count_rows_and_calls(client: Any, running: server.Server) -> No
             float(lines[f'{name}{{model="denoiser",version="1"}}']) for name in ("nv_inference_count", "nv_inference_exec_count")
         )
 
+    settled(client)
     before = counted()
     ask(client, class_labels=[1, 2], num_inference_steps=7)
+    settled(client)
     assert tuple(b - a for a, b in zip(before, counted(), strict=True)) == (28, 7)

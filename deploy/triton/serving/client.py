@@ -22,7 +22,8 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     """Every response as (step, outputs by name), the last one with step 0.
 
     Args:
-        inputs: `class_labels` and any of the optional ones; with `preview_every` the streaming model is asked.
+        inputs: `class_labels`, one a picture, and any of the optional ones: `seed` and `latents` one a picture, the others
+            one for all; with `preview_every` the streaming model is asked.
 
     Raises:
         tritonclient.utils.InferenceServerException: the server's error.
@@ -30,14 +31,17 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     import tritonclient.grpc as grpc
 
     kinds = {"class_labels": np.int64, "seed": np.uint64, "num_inference_steps": np.int32, "guidance_scale": np.float32}
-    kinds |= {"latents": np.float32, "preview_every": np.int32}
+    kinds |= {"preview_every": np.int32}
     names = {np.int64: "INT64", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}
-    tensors = []
+    tensors, pictures = [], len(inputs["class_labels"])
     for name, value in inputs.items():
         if name == "scheduler":
-            array, kind = np.array([str(value).encode()], dtype=np.object_), "BYTES"
+            array, kind = np.full((pictures, 1), str(value).encode(), dtype=np.object_), "BYTES"
+        elif name == "latents":
+            array, kind = np.asarray(value, dtype=np.float32), "FP32"
         else:
-            array, kind = np.atleast_1d(np.asarray(value, dtype=kinds[name])), names[kinds[name]]
+            column = np.asarray(value, dtype=kinds[name]).reshape(-1, 1)
+            array, kind = np.ascontiguousarray(np.broadcast_to(column, (pictures, 1))), names[kinds[name]]
         tensors.append(grpc.InferInput(name, list(array.shape), kind))
         tensors[-1].set_data_from_numpy(array)
     client = grpc.InferenceServerClient(url)
@@ -55,7 +59,7 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
             if error:
                 raise error
             outputs = _outputs(result)
-            step = int(outputs["step"][0])
+            step = int(outputs["step"][0, 0])
             yield step, outputs
     finally:
         client.stop_stream(cancel_requests=True)
@@ -78,34 +82,55 @@ def _outputs(result: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Parse the command line, ask, save; the server's errors become one message."""
+    """Parse the command line, ask, save; what goes wrong becomes one message."""
     from tritonclient.utils import InferenceServerException
 
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="127.0.0.1:8001", help="the server's grpc address")
-    parser.add_argument("--labels", default="0", help="class labels, a picture each: 0,1,2")
-    parser.add_argument("--seed", type=int, help="absent: chosen by the server, and printed")
-    parser.add_argument("--steps", type=int, help="sampler steps")
+    parser.add_argument("--labels", default="0", type=_labels, help="class labels, a picture each: 0,1,2")
+    parser.add_argument("--seed", type=_seed, help="of the first picture, the next ones count on; absent: chosen by the server")
+    parser.add_argument("--steps", type=_count, help="sampler steps")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 and less: off")
     parser.add_argument("--scheduler", help="ddim, dpmsolver++ or euler")
-    parser.add_argument("--preview-every", type=int, help="also save the predicted picture each so many steps")
+    parser.add_argument("--preview-every", type=_count, help="also save the predicted picture each so many steps")
     parser.add_argument("--seconds", type=float, default=600, help="to wait for an answer")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
     options = parser.parse_args()
-    given = {"seed": options.seed, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(len(options.labels))]
+    given = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
     given |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
-    inputs = {"class_labels": [int(label) for label in options.labels.split(",")]}
+    inputs = {"class_labels": options.labels}
     try:
         for step, outputs in ask(
             options.url, {**inputs, **{k: v for k, v in given.items() if v is not None}}, seconds=options.seconds
         ):
             path = options.output.with_stem(f"{options.output.stem}-{step}") if step else options.output
             save(path, outputs)
-            print(f"{path}: seed {int(outputs['seed'][0])}")
-    except InferenceServerException as error:
-        print(f"error: {error.message()}", file=sys.stderr)
+            print(f"{path}: seeds {', '.join(map(str, outputs['seed'].ravel().tolist()))}")
+    except (InferenceServerException, OSError, queue.Empty) as error:
+        reason = error.message() if isinstance(error, InferenceServerException) else error
+        print(f"error: {reason or f'no answer in {options.seconds:g} s'}", file=sys.stderr)
         return 1
     return 0
+
+
+def _whole(text: str, below: int) -> int:
+    """A number of a flag, from 0; argparse turns ValueError into its own message."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < below):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {below - 1}, found {text[:40]!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 2**64)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 2**31)
+
+
+def _labels(text: str) -> list[int]:
+    return [_whole(label, 2**31) for label in text.split(",")]
 
 
 if __name__ == "__main__":

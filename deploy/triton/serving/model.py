@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .request import BadRequestError, Limits, seed_of
+from .request import BadRequestError, Limits, UInt64, seeds_of
 from .sampler import AbandonedError, BusyError, DenoiserError, Sampler
 from .schedules import FILE, Float32, Schedules
 
 PARAMETERS = (
-    "denoiser", "decoder", "classes", "max_images", "max_rows", "max_requests", "denoiser_calls",
-    "num_inference_steps", "guidance_scale", "scheduler", "schedulers",
+    "denoiser", "decoder", "classes", "max_rows", "max_requests", "denoiser_calls", "num_inference_steps", "guidance_scale",
+    "scheduler", "schedulers",
 )  # fmt: skip
 """The keys of `parameters` in config.pbtxt; all are needed."""
 Paint = Callable[[Float32], npt.NDArray[np.uint8]]
@@ -40,9 +40,9 @@ class TritonPythonModel:
             given = {key: value["string_value"] for key, value in config["parameters"].items()}
             shape = next(output["dims"] for output in config["output"] if output["name"] == "latents")
             self.limits = Limits(
-                shape=tuple(int(size) for size in shape[1:]),  # type: ignore[arg-type]
+                shape=tuple(int(size) for size in shape),  # type: ignore[arg-type]
                 classes=int(given["classes"]),
-                max_images=int(given["max_images"]),
+                max_images=int(config["max_batch_size"]),
                 max_rows=int(given["max_rows"]),
                 num_inference_steps=int(given["num_inference_steps"]),
                 guidance_scale=float(given["guidance_scale"]),
@@ -61,7 +61,10 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_name']}: numpy {np.__version__}, calls of up to {self.limits.max_rows} rows")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand the requests to the sampler; responses are sent when there are any, in both transaction policies."""
+        """Hand the requests to the sampler; responses are sent when there are any, in both transaction policies.
+
+        A request for `seed` alone is checked and answered at once, and nothing is drawn: so `health` asks whether we live.
+        """
         for request in requests:
             shown = self.shows and "images" in request.requested_output_names()
             images = (self._decode if self.decoder else images_of) if shown else None
@@ -69,8 +72,12 @@ class TritonPythonModel:
             caller = Caller(sender, images=images, streams=self.decoupled, answers=self.answers, slow=slow)
             try:
                 inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-                caller.seed = seed_of(inputs)
-                self.sampler.submit(self.limits.job(inputs, self.schedules, caller.seed, caller))
+                caller.seeds = seeds_of(inputs)
+                job = self.limits.job(inputs, self.schedules, caller.seeds, caller)
+                if set(request.requested_output_names()) == {"seed"}:
+                    caller.checked()
+                else:
+                    self.sampler.submit(job)
             except (BadRequestError, BusyError) as error:
                 caller.failed(error)
 
@@ -99,7 +106,12 @@ class Caller:
 
     def __init__(self, sender: Any, *, images: Paint | None, streams: bool, answers: Executor, slow: bool) -> None:
         self.sender, self.images, self.streams, self.answers, self.slow = sender, images, streams, answers, slow
-        self.seed, self.ended, self.behind = 0, False, False
+        self.seeds: UInt64 = np.zeros((0, 1), dtype=np.uint64)
+        self.ended, self.behind = False, False
+
+    def checked(self) -> None:
+        """Answer a request whose seeds alone are asked for."""
+        self._respond({"seed": self.seeds}, last=True)
 
     def preview(self, step: int, latents: Float32) -> None:
         """See `Client`. Left out while the one before is still being decoded: others' pictures wait for the same thread."""
@@ -123,11 +135,10 @@ class Caller:
         self.answers.submit(work, *arguments).add_done_callback(_report)
 
     def _send(self, latents: Float32, step: int) -> None:
-        import triton_python_backend_utils as pb_utils
 
         if self.ended:
             return
-        found: dict[str, npt.NDArray[Any]] = {"latents": latents, "seed": np.array([self.seed], dtype=np.uint64)}
+        found: dict[str, npt.NDArray[Any]] = {"latents": latents, "seed": self.seeds}
         try:
             if self.images:
                 found["images"] = self.images(latents)
@@ -135,10 +146,16 @@ class Caller:
             self._refuse(error)
             return
         if self.streams:
-            found["step"] = np.array([step], dtype=np.int32)
+            found["step"] = np.full((len(latents), 1), step, dtype=np.int32)
+        self.behind = False
+        self._respond(found, last=step == 0)
+
+    def _respond(self, found: dict[str, npt.NDArray[Any]], *, last: bool) -> None:
+        import triton_python_backend_utils as pb_utils
+
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in found.items()])
-        self.ended, self.behind = step == 0, False
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if self.ended else 0)
+        self.ended = last
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
     def _refuse(self, error: Exception) -> None:
         """Send an error; its kind becomes Triton's code, which is http's and grpc's status."""

@@ -14,6 +14,7 @@ from .sampler import Client, Job
 from .schedules import Float32, ScheduleError, Schedules
 
 Inputs = Mapping[str, npt.NDArray[Any]]
+UInt64 = npt.NDArray[np.uint64]
 SAFE_SEED = 2**53
 """Seeds that are chosen here stay below it: JSON readers hold numbers as float64."""
 
@@ -25,6 +26,8 @@ class BadRequestError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the model takes, and the defaults of what a request leaves out.
+
+    A request is a batch of n pictures: every input has n rows.
 
     Args:
         shape: (C, H, W) of one picture's latents.
@@ -40,24 +43,25 @@ class Limits:
     guidance_scale: float
     scheduler: str
 
-    def job(self, inputs: Inputs, schedules: Schedules, seed: int, client: Client) -> Job:
+    def job(self, inputs: Inputs, schedules: Schedules, seeds: UInt64, client: Client) -> Job:
         """The work that a request asks for.
 
         Args:
-            inputs: `class_labels` int64[n]; the others may be absent.
+            inputs: `class_labels` int64[n, 1]; the others may be absent.
+            seeds: uint64[n, 1], of the noise where there are no `latents`.
 
         Raises:
             BadRequestError: with the input, what is expected and what was found.
         """
         labels = self._labels(inputs["class_labels"])
-        count = int(_scalar(inputs, "num_inference_steps", self.num_inference_steps))
-        guidance = float(_scalar(inputs, "guidance_scale", self.guidance_scale))
+        count = int(_shared(inputs, "num_inference_steps", self.num_inference_steps))
+        guidance = float(_shared(inputs, "guidance_scale", self.guidance_scale))
         if not (np.isfinite(guidance) and guidance >= 0):
             raise BadRequestError(f"guidance_scale: expected a finite number, 0 or more (1 and less: off), found {guidance}")
-        every = int(_scalar(inputs, "preview_every", 0))
+        every = int(_shared(inputs, "preview_every", 0))
         if every < 0:
             raise BadRequestError(f"preview_every: expected 0 (no previews) or more steps, found {every}")
-        name = _scalar(inputs, "scheduler", self.scheduler)
+        name = _shared(inputs, "scheduler", self.scheduler)
         try:
             text = name.decode() if isinstance(name, bytes) else str(name)
             steps = schedules.steps(text, count)
@@ -65,7 +69,9 @@ class Limits:
             raise BadRequestError(f"scheduler: expected one of {', '.join(schedules.tables)}, found no UTF-8 text") from error
         except ScheduleError as error:
             raise BadRequestError(str(error)) from error
-        latents = self._latents(inputs["latents"], len(labels)) if "latents" in inputs else self.noise(len(labels), seed)
+        if seeds.shape != (len(labels), 1):
+            raise BadRequestError(f"seed: expected shape {[len(labels), 1]}, found {list(seeds.shape)}")
+        latents = self._latents(inputs["latents"], len(labels)) if "latents" in inputs else self.noise(seeds)
         job = Job(
             client=client, steps=steps, latents=latents, labels=labels, null=self.classes, guidance=guidance, every=every
         )  # fmt: skip
@@ -73,15 +79,17 @@ class Limits:
             raise BadRequestError(f"class_labels: {job.rows} rows, a guided picture is two; expected {self.max_rows} at the most")
         return job
 
-    def noise(self, pictures: int, seed: int) -> Float32:
-        """float32[pictures, C, H, W]; picture i is the same however many are asked for."""
-        each = [np.random.default_rng([seed, i]).standard_normal(self.shape, dtype=np.float32) for i in range(pictures)]
-        return np.stack(each)
+    def noise(self, seeds: UInt64) -> Float32:
+        """float32[n, C, H, W], each picture of its own seed alone; `seeds` is uint64[n, 1]."""
+        each = (np.random.default_rng(int(seed)) for seed in seeds.ravel())
+        return np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in each])
 
     def _labels(self, given: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        labels: npt.NDArray[np.int64] = np.array(given, dtype=np.int64)
-        if labels.ndim != 1 or not 1 <= len(labels) <= self.max_images:
-            raise BadRequestError(f"class_labels: expected 1 to {self.max_images} labels, found shape {list(labels.shape)}")
+        # The server checks this, too, on the lower 32 bits of the batch.
+        if given.ndim != 2 or given.shape[1] != 1 or not 1 <= len(given) <= self.max_images:
+            expected = f"[n, 1] with n from 1 to {self.max_images}"
+            raise BadRequestError(f"class_labels: expected shape {expected}, found {list(given.shape)}")
+        labels: npt.NDArray[np.int64] = np.array(given[:, 0], dtype=np.int64)
         if labels.min() < 0 or labels.max() >= self.classes:
             wrong = [int(label) for label in labels if not 0 <= label < self.classes]
             raise BadRequestError(f"class_labels: expected 0 to {self.classes - 1}, found {', '.join(map(str, wrong))}")
@@ -96,15 +104,16 @@ class Limits:
         return latents
 
 
-def seed_of(inputs: Inputs) -> int:
-    """The request's seed, or one of our own choice."""
-    return int(_scalar(inputs, "seed", -1)) if "seed" in inputs else secrets.randbelow(SAFE_SEED)
+def seeds_of(inputs: Inputs) -> UInt64:
+    """uint64[n, 1]: the request's seeds, or others of our own choice, for each of its n labels."""
+    if "seed" in inputs:
+        return np.array(inputs["seed"], dtype=np.uint64)
+    return np.array([[secrets.randbelow(SAFE_SEED)] for _ in inputs["class_labels"]], dtype=np.uint64)
 
 
-def _scalar(inputs: Inputs, name: str, default: Any) -> Any:
-    value = inputs.get(name)
-    if value is None:
-        return default
-    if value.size != 1:
-        raise BadRequestError(f"{name}: expected one value, found shape {list(value.shape)}")
-    return value.ravel()[0]
+def _shared(inputs: Inputs, name: str, default: Any) -> Any:
+    """The one value that all pictures of a request have."""
+    values = list(inputs[name].ravel()) if name in inputs else [default]
+    if len(values) == 0 or any(value != values[0] for value in values[1:]):
+        raise BadRequestError(f"{name}: expected the same value for every picture of a request; send others in another request")
+    return values[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ Float64 = npt.NDArray[np.float64]
 COLUMNS = ("timestep", "noise", "input", "x", "e", "x_before", "e_before", "clean_x", "clean_e")
 """Of one step, in order; see `Step`."""
 FILE = "schedules.npy"
+HEADER = re.compile(rb"\{'descr': '<f8', 'fortran_order': False, 'shape': \(([0-9]{1,9}), ([0-9]{1,9}), ([0-9]{1,9})\), \} *\n")
+"""What `save` writes before the numbers, after ten bytes."""
 
 
 class ScheduleError(ValueError):
@@ -73,14 +77,30 @@ class Schedules:
 
     @staticmethod
     def load(path: Path, names: Sequence[str]) -> Schedules:
-        """Read what `save` wrote; numbers only, never pickles.
+        """Read what `save` wrote.
 
         Raises:
-            ScheduleError: not one table for each name.
+            ScheduleError: see `parse`.
         """
-        tables = np.load(path, allow_pickle=False)
-        if tables.ndim != 3 or len(tables) != len(names) or tables.shape[2] != len(COLUMNS):
-            raise ScheduleError(f"{path.name}: expected {len(names)} tables of {len(COLUMNS)} columns, found {tables.shape}")
+        return Schedules.parse(path.read_bytes(), names)
+
+    @staticmethod
+    def parse(content: bytes, names: Sequence[str]) -> Schedules:
+        """The tables of a file that `save` wrote: numpy's format, of which nothing but this one header is read.
+
+        Raises:
+            ScheduleError: another header, fewer or more bytes than it says, or not one table for each name.
+        """
+        length = int.from_bytes(content[8:10], "little")
+        header = HEADER.fullmatch(content[10 : 10 + length])
+        if content[:8] != b"\x93NUMPY\x01\x00" or not header:
+            raise ScheduleError("expected float64 tables in numpy's format, version 1, found another file")
+        shape = tuple(int(size) for size in header.groups())
+        if len(content) != 10 + length + 8 * math.prod(shape):
+            raise ScheduleError(f"{len(content)} bytes are not those of tables of shape {shape}: damaged, or cut short")
+        if len(set(names)) != shape[0] or shape[2] != len(COLUMNS) or shape[1] == 0:
+            raise ScheduleError(f"expected {len(set(names))} tables of {len(COLUMNS)} columns, found {shape}")
+        tables = np.frombuffer(content, dtype="<f8", offset=10 + length).reshape(shape)
         return Schedules(dict(zip(names, tables, strict=True)))
 
     def save(self, path: Path) -> None:
@@ -100,7 +120,7 @@ class Schedules:
             ScheduleError: no such sampler, or none of `count` steps.
         """
         if name not in self.tables:
-            raise ScheduleError(f"scheduler '{name}': expected {', '.join(self.tables)}")
+            raise ScheduleError(f"scheduler {name[:40]!r}: expected {', '.join(self.tables)}")
         if not 1 <= count <= self.most:
             raise ScheduleError(f"num_inference_steps {count}: expected 1 to {self.most}")
         start = count * (count - 1) // 2

@@ -130,6 +130,8 @@ def _rehearse(scheduler: Any, steps: int, channels: int) -> list[float]:
     """Raises what the scheduler raises, and ValueError for what a DiT cannot take."""
     scheduler.set_timesteps(steps)
     timesteps = [float(timestep) for timestep in scheduler.timesteps]
+    if not timesteps:
+        raise ValueError("it sends no timestep")
     for timestep in timesteps:
         if timestep != int(timestep):
             raise ValueError(f"it sends the fractional timestep {timestep:g}, and DiT takes integers")

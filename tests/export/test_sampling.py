@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dq_export.families.reference import ModelError
 from dq_export.families.sampling import SCHEDULERS, load_scheduler, rehearsed_timesteps, sample
@@ -131,3 +133,32 @@ def test_a_rehearsal_leaves_the_scheduler_as_it_was(tmp_path: Path) -> None:
     first = drawn()
     rehearsed_timesteps(scheduler, 9, 2)
     np.testing.assert_array_equal(first, drawn())
+
+
+JSON = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 12_000), st.integers(-(10**30), 10**30), st.floats(), st.text(max_size=3),
+    st.sampled_from(["linear", "trailing", "linspace", "v_prediction", "sample", "bh1", "heun", "sde-dpmsolver++", "dpmsolver"]),
+    st.lists(st.floats() | st.integers(-2, 9) | st.text(max_size=2), max_size=4), st.dictionaries(st.text(max_size=2), st.none()),
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of NumPy and PyTorch, on values that make infinities before they are refused
+@given(st.data())
+def test_any_value_of_any_scheduler_is_refused_in_one_line_or_runs(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    import diffusers
+
+    name = data.draw(st.sampled_from(sorted(SCHEDULERS)))
+    keys = sorted(set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"})
+    values = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=2))
+    folder = saved(tmp_path_factory.mktemp("any"), name, **{"timestep_spacing": "trailing", **values})
+    try:
+        timesteps = rehearsed_timesteps(load_scheduler(folder, {}), 4, 2)
+    except ModelError as error:
+        message = str(error)
+    else:
+        message = f"{name} runs"
+        assert timesteps
+    assert name in message or "scheduler_config.json" in message
+    assert "\n" not in message

@@ -76,7 +76,7 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
     """
     network = _network_folder(folder)
     config = network_config(folder)
-    pipeline = network.parent if network.name == NETWORK else network
+    pipeline = folder if network != folder else _pipeline_around(folder)
     index = read_config(pipeline / INDEX) if os.path.lexists(pipeline / INDEX) else {}
     return Checkpoint(
         folder=network,
@@ -89,6 +89,14 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
 
 def _network_folder(folder: Path) -> Path:
     return folder / NETWORK if (folder / NETWORK).is_dir() else folder
+
+
+def _pipeline_around(network: Path) -> Path:
+    """The pipeline's folder of a network's, however it was reached (`.`, a link); the network's own where it is alone."""
+    for place in (Path(os.path.abspath(network)), network.resolve()):
+        if place.name == NETWORK:
+            return place.parent
+    return network
 
 
 def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:

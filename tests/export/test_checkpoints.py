@@ -90,14 +90,23 @@ def test_a_configuration_of_2023_is_the_same_model(model: Path, tiny: Any) -> No
         load_reference(str(model))
 
 
-def test_the_transformers_folder_is_as_good_as_the_pipelines(model: Path, tiny: Any) -> None:
+def test_the_transformers_folder_is_as_good_as_the_pipelines(
+    model: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     save_vae(model / "vae")
     edit(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     whole, part = load_reference(str(model)), load_reference(str(model / "transformer"))
     assert whole.digest == part.digest != tiny.digest
     assert whole.decoder == part.decoder == model / "vae"
     assert part.scheduler.config.prediction_type == "v_prediction"  # type: ignore[attr-defined]
+    (model.parent / "link").symlink_to(model / "transformer")
+    monkeypatch.chdir(model / "transformer")
+    for name in (".", str(model.parent / "link")):
+        assert locate(name).checkpoint.scheduler == model / "scheduler"
+    monkeypatch.chdir(model.parent)
     shutil.move(model / "transformer", model.parent / "alone")
+    (model / "transformer").symlink_to(model.parent / "alone")
+    assert locate(str(model)).checkpoint.scheduler == model / "scheduler"
     alone = load_reference(str(model.parent / "alone"))
     assert alone.decoder is None
     assert alone.scheduler.config.prediction_type == "epsilon"  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def sample(
     """
     import torch
 
-    with refused(f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps", "change --steps"):
+    with silent(), refused(f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps", "change --steps"):
         scheduler.set_timesteps(steps)
     latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
     guided = guidance > 1
@@ -128,7 +128,8 @@ def sample(
 
 def _rehearse(scheduler: Any, steps: int, channels: int) -> list[float]:
     """Raises what the scheduler raises, and ValueError for what a DiT cannot take."""
-    scheduler.set_timesteps(steps)
+    with silent():
+        scheduler.set_timesteps(steps)
     timesteps = [float(timestep) for timestep in scheduler.timesteps]
     if not timesteps:
         raise ValueError("it sends no timestep")

@@ -74,19 +74,20 @@ def table_of(scheduler: Any, most: int, progress: Callable[[int], None] = lambda
         CurvedError: it is not linear (clipping, thresholding), draws noise, looks back further than one step, or sends
             timesteps that are no integers.
     """
-    rows, last = [], ""
+    rows, last, largest = [], "", 0
     for count in range(1, most + 1):
         try:
             found = [astuple(step) for step in probe(scheduler, count)]
             if not np.isfinite(found).all():
                 raise ValueError("gives numbers that are not finite")
+            largest = count
         except RAISED as error:
             found = [(np.nan,) * len(COLUMNS)] * count
             last = reason_of(error)
         rows += found
         progress(count)
     table: Float64 = np.array(rows, dtype=np.float64)
-    if not np.isfinite(table).any():
+    if largest < min(most, 2):  # one step alone is no trajectory: a sampler of two calls a step makes it as well
         raise CurvedError(last)
     return table
 
@@ -100,14 +101,14 @@ def probe(scheduler: Any, count: int) -> list[Step]:
     Exactness: of diffusers' own arithmetic, float32.
     Raises:
         CurvedError: see `table_of`.
-        ValueError: as the scheduler raises it, for a number of steps that it cannot take.
+        ValueError: for a number of steps that the scheduler cannot take, or makes more or fewer calls in.
     """
     import torch
 
     scheduler.set_timesteps(count)
     timesteps = list(scheduler.timesteps)
     if len(timesteps) != count:
-        raise CurvedError(f"calls the network {len(timesteps)} times in {count} steps")
+        raise ValueError(f"calls the network {len(timesteps)} times in {count} steps")
     steps: list[tuple[float, ...]] = []
     period, state = 3, torch.get_rng_state()
     for index, timestep in enumerate(timesteps):

@@ -128,6 +128,18 @@ def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.Mon
         tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
 
 
+def test_a_number_of_steps_with_a_call_too_many_has_no_row_and_the_others_have() -> None:
+    """`trailing` steps of 1000 / 61 are rounded so that one more fits in."""
+    scheduler = made("DPMSolverMultistepScheduler", timestep_spacing="trailing")
+    scheduler.set_timesteps(61)
+    assert len(scheduler.timesteps) == 62
+    schedules = Schedules({"it": table_of(scheduler, 62)})
+    for steps in (60, 62):
+        assert len(schedules.steps("it", steps)) == steps
+    with pytest.raises(ScheduleError, match="cannot take so many"):
+        schedules.steps("it", 61)
+
+
 def test_a_sampler_of_flows_has_no_table() -> None:
     """DPM-Solver++ with betas in its place would draw nothing of what the network learned."""
     import diffusers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -11,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dq_export.calibration.recipe import Bits, Rule
-from dq_export.passes.base import constant
 from dq_export.passes.match import linears
+
+from .check import check, read_model
 
 INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul"})
 BLOCKED = frozenset({"MatMulNBits"})
@@ -77,7 +79,7 @@ def audit_graph(
         kernel_of: the runtime's operator for a node's name, and whether it multiplies integers.
         why_float: the reason for a node that should, but does not, given that operator.
     """
-    graph = ir.load(model)
+    graph = _load(model)
     sizes = _shapes(model)
     found = linears(graph)
     by_node = {linear.gemm: name for name, linear in found.items()}
@@ -114,8 +116,11 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         model: the graph that was handed to ONNX Runtime.
         optimized: what the session wrote as its optimised graph.
         assigned: the recipe's decisions.
+
+    Raises:
+        AuditError: one of the two files is damaged.
     """
-    kernels = {str(node.name).split("/")[0]: node.op_type for node in ir.load(optimized).graph}
+    kernels = {str(node.name).split("/")[0]: node.op_type for node in _load(optimized).graph}
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
@@ -123,7 +128,25 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         unpacks = kernel in BLOCKED and rule is not None and rule.action in COUNTED and rule.activation is None
         return kernel, kernel in INTEGER or unpacks
 
-    return audit_graph(model, assigned, kernel_of, _why_float)
+    @cache
+    def rules() -> dict[str, str]:
+        return {item.node: f"{item.rule}; {item.fix}" for item in check(read_model(model), "ort") if item.rule}
+
+    def why_float(node: ir.Node, kernel: str) -> str:
+        if kernel in BLOCKED:
+            return "the activation has no DequantizeLinear before it; quantize it, too"
+        return rules().get(str(node.name)) or f"ONNX Runtime chose {kernel}; no known rule says why"
+
+    return audit_graph(model, assigned, kernel_of, why_float)
+
+
+def _load(path: Path) -> ir.Model:
+    from google.protobuf.message import DecodeError
+
+    try:
+        return ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise AuditError(f"{path}: not readable as ONNX; was it cut short? Export again") from error
 
 
 def _attention_action(node: ir.Node) -> str:
@@ -131,26 +154,6 @@ def _attention_action(node: ir.Node) -> str:
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     both = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
     return "fp8" if both else "none"
-
-
-def _why_float(node: ir.Node, kernel: str) -> str:
-    """The first rule of ONNX Runtime's Q/DQ fusion that a GEMM breaks."""
-    if node.op_type == "Gemm" or kernel in ("Gemm", "FusedGemm"):
-        return "it became a Gemm before Q/DQ fusion; give it an input of rank 3"
-    for label, value in zip(("activation", "weight"), node.inputs[:2], strict=True):
-        producer = value.producer() if value is not None else None
-        if producer is None or producer.op_type != "DequantizeLinear":
-            return f"its {label} has no DequantizeLinear"
-        if len(producer.inputs) < 3 or producer.inputs[2] is None:
-            return f"the DequantizeLinear of its {label} has no zero point; give it an explicit one"
-    activation = node.inputs[0].producer() if node.inputs[0] is not None else None
-    assert activation is not None
-    zero = constant(activation.inputs[2])
-    if zero is None or zero.size != 1 or "axis" in activation.attributes:
-        return "its activation is quantized along an axis, not by one scale; use the factored form"
-    if zero.dtype == np.int8 and len(list(activation.outputs[0].uses())) > 1:
-        return "its int8 activation feeds several GEMMs; use uint8 with zero point 128"
-    return f"ONNX Runtime chose {kernel}; no known rule says why"
 
 
 def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:

@@ -27,12 +27,12 @@ from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
 from .backend import BackendError, Engine, Feed, NotHereError
-from .chain import shape_of
 from .check import Finding, check
+from .check.operand import shape_of
+from .check.rules_nvidia import TARGETS
 from .layers import kernel_of, read_layers
 from .lowerings import Target
 from .plan import PlanRequest, build_plan
-from .rules import TARGETS
 from .runner import compute_capability, load_plan
 from .shapes import profiles
 

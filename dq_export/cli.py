@@ -358,7 +358,9 @@ def bench(out: Folder, as_json: Json = False) -> None:
 @app.command()
 def check(
     model: Annotated[Path, path_argument("an ONNX file, of ours or not")],
-    target: Annotated[str, typer.Option(help="trt, trt-rtx, or ort: its CPU provider", show_default=False)],
+    target: Annotated[
+        str, typer.Option(help="trt, trt-rtx, ort: its CPU provider, or ort-cuda: its CUDA provider", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """What a target will run in low precision, in float or not at all."""

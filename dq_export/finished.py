@@ -6,12 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-import onnx_ir as ir
-
 from dq_export.calibration.collect import Progress as Advance
+from dq_export.calibration.documents import printable, shown_path
 from dq_export.calibration.recipe import RecipeError, nearest
 from dq_export.deploy.backends import backend_of
-from dq_export.deploy.check import Finding, Target, check
+from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
 from dq_export.deploy.ort import ORT
 from dq_export.deploy.triton.repository import add_plan
 from dq_export.deploy.trt import PLAN
@@ -95,22 +94,21 @@ def serve_again(out: Path, progress: Progress) -> Path:
 
 
 def check_file(path: Path, target: str) -> list[Finding]:
-    """A verdict for every quantized GEMM of any ONNX file.
+    """A verdict for every quantized operator of any ONNX file.
 
     Raises:
         RecipeError: an unknown target.
-        OutputError: no ONNX file.
+        OutputError: no ONNX file, or one that is damaged.
     """
-    from google.protobuf.message import DecodeError
-
     valid = list(get_args(Target))
     if target not in valid:
         raise RecipeError(f"--target '{target}': expected {', '.join(valid)}.{nearest(target, valid)}")
     try:
-        model = ir.load(path)
-    except (OSError, ValueError, DecodeError) as error:
-        raise OutputError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from error
-    return check(model, target)  # type: ignore[arg-type]
+        return check(read_model(path), target)  # type: ignore[arg-type]
+    except ModelFileError as error:
+        raise OutputError(str(error)) from error
+    except CanonicalError as error:
+        raise OutputError(f"{shown_path(path)}: {printable(str(error))}") from error
 
 
 def bench_again(out: Path, progress: Advance) -> LatencyReport:

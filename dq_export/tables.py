@@ -88,12 +88,19 @@ def print_latency(latency: LatencyReport) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """What a target will not run in low precision, and how many GEMMs of each verdict there are."""
-    rows = [(item.node, item.verdict, item.rule, item.fix) for item in findings if item.verdict != "low precision"]
+    """What a target will not run in low precision, how many GEMMs of each verdict there are, and how many other operators."""
+    gemms = [item for item in findings if item.gemm or item.failed]
+    rows = [(item.node, item.verdict, item.rule, item.fix) for item in gemms if item.verdict != "low precision"]
     if rows:
         print_table(["node", "verdict", "why", "what to do"], rows)
-    counted = Counter(item.verdict for item in findings)
-    print(", ".join(f"{counted[verdict]} {verdict}" for verdict in ("low precision", "float", "rejected")))
+    counted: Counter[str] = Counter(item.verdict for item in gemms)
+    verdicts = ["low precision", "float", "rejected", *(["unknown"] if counted["unknown"] else [])]
+    print(", ".join(f"{counted[verdict]} {verdict}" for verdict in verdicts))
+    others = Counter(item.verdict for item in findings if not item.gemm and not item.failed)
+    if others:
+        print("beside GEMMs:", ", ".join(f"{count} operators in {verdict}" for verdict, count in others.items()))
+    if not findings:
+        print("the file holds no quantized operator")
 
 
 def print_faults(faults: Sequence[Fault]) -> None:

@@ -19,6 +19,10 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "transformer."
 STAMP_FACTOR = "dq_export.factor"
 Float32 = npt.NDArray[np.float32]
+ELEMENT_TYPES = {
+    "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+}  # fmt: skip
 
 
 def module_of(node: ir.Node) -> str:
@@ -173,10 +177,14 @@ def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:
 
 
 def element_type(qtype: QuantType) -> ir.DataType:
-    """ONNX's element type for codes; activations of fewer bits than 8 are stored as int8."""
-    return {
-        "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
-    }.get(qtype.name, ir.DataType.FLOAT8E4M3FN)  # fmt: skip
+    """ONNX's element type for codes; activations of fewer bits than 8 are stored as int8.
+
+    Raises:
+        GraphError: a type that ONNX has no element type for, or that this table does not know yet.
+    """
+    if qtype.name not in ELEMENT_TYPES:
+        raise GraphError(f"codes of type '{qtype.name}': expected one of {', '.join(ELEMENT_TYPES)}")
+    return ELEMENT_TYPES[qtype.name]
 
 
 def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..chain import shape_of
+from ..check.operand import shape_of
 from .serving.model import PARAMETERS
 from .serving.schedules import Schedules
 

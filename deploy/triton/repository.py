@@ -11,7 +11,7 @@ from string import Template
 import onnx_ir as ir
 
 from ..backend import BackendError
-from ..chain import shape_of
+from ..check.operand import shape_of
 from .check import check_repository
 from .model_config import (
     CALLS,

@@ -109,8 +109,8 @@ def test_check_fails_where_a_quantized_gemm_runs_in_float(tiny_folder: Path, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nothing.onnx", "--target", "trt"), "nothing.onnx: not a readable ONNX file"),
-        (("x.onnx", "--target", "tensorrt"), "--target 'tensorrt': expected trt, trt-rtx, ort. Did you mean 'trt'?"),
+        (("nothing.onnx", "--target", "trt"), "nothing.onnx: no such file; expected an ONNX file"),
+        (("x.onnx", "--target", "tensorrt"), "--target 'tensorrt': expected trt, trt-rtx, ort, ort-cuda. Did you mean 'trt'?"),
     ],
 )
 def test_check_of_nothing_is_an_error(words: tuple[str, ...], message: str) -> None:

@@ -280,7 +280,7 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
     assert "75.0% of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires 95.0%" in said  # 9 of 12 units
     for block in (0, 1):
         for letter in "qkv":
-            assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; its int8 activation feeds several" in said
+            assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; an int8 activation that several operators read" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["audit"]["coverage"] == pytest.approx(0.75)
     assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("failed", 3)

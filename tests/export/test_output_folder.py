@@ -122,21 +122,22 @@ def test_a_hard_link_is_refused_where_files_are_written_in_place(name: str, out:
     assert victim.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "stages.json", "float/model.onnx"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "stages.json", "float/model.onnx", "model.onnx"])
 def test_other_hard_links_are_left_alone_because_writes_rename(name: str, out: Path, victim: Path) -> None:
     """The float graph's weights are a hard link to the checkpoint's."""
 
     def work(folder: Path) -> StageResult:
         (folder / "float").mkdir()
-        (folder / "float" / "model.onnx").write_text("graph")
+        for name in ("float/model.onnx", "model.onnx"):
+            (folder / name).write_text("graph")
         return StageResult()
 
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).unlink(missing_ok=True)
     (out / name).hardlink_to(victim)
     with claim(out, RECIPE, overwrite=True) as ledger:
-        ledger.stage("float", {}, ("float",), work)
-    assert (out / "float" / "model.onnx").read_text() == "graph"
+        ledger.stage("float", {}, ("float", "model.onnx"), work)
+    assert (out / "float" / "model.onnx").read_text() == (out / "model.onnx").read_text() == "graph"
     assert victim.read_text() == "mine"
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class FinishedFolder:
         Raises:
             OutputError: it does not, or it is no folder.
         """
-        if not path.is_dir():
+        if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any name
             raise OutputError(f"{shown_path(path)}: no such folder; is it the output folder of a finished export?")
         require_plain(path)
         missing = [name for name in required if not (path / name).is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dq_export.calibration.documents import DocumentError, printable, read_json, read_text, shown_path
 
-from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_plain, write_text
+from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
 from .report import StageResult
 
 RECIPE = "recipe.yaml"
@@ -117,6 +118,24 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def require_usable(folder: Path) -> None:
+    """Refuse early what `claim` would refuse whatever the recipe is. Nothing is made or changed.
+
+    Raises:
+        OutputError: the folder holds links, or files of something else; or another run writes to it.
+    """
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes any name
+        return
+    require_plain(folder)
+    present = names(folder)
+    if present and RECIPE not in present:
+        raise OutputError(
+            f"{shown_path(folder)} holds files of something else ({', '.join(present[:3])} …); pass an empty or a new folder "
+            "with -o"
+        )
+    require_free(folder)
+
+
 @contextmanager
 def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
     """The folder's ledger, while no other run writes to it.
@@ -128,15 +147,9 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
     Raises:
         OutputError: the folder is no folder, holds links or other files, another run's results, or a run that is still going.
     """
+    require_usable(folder)
     make(folder)
-    require_plain(folder)
-    present = names(folder)
-    if present and RECIPE not in present:
-        raise OutputError(
-            f"{shown_path(folder)} holds files of something else ({', '.join(present[:3])} …); pass an empty or a new folder "
-            "with -o"
-        )
-    if RECIPE in present and not overwrite:
+    if (folder / RECIPE).exists() and not overwrite:
         _require_same(folder, recipe)
     with locked(folder):
         for path in folder.glob(".*.new"):  # of a run that was killed

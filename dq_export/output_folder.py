@@ -16,11 +16,11 @@ from pathlib import Path
 from dq_export.calibration.documents import printable, shown_path
 
 LOCK, PARTIAL, GATHERED = ".lock", ".partial", ".calibration"
-FOLDERS = frozenset({"float", "engine", "parity", "triton", PARTIAL, GATHERED})
+FOLDERS = frozenset({"float", "engine", "parity", "triton", "choices", "statistics", PARTIAL, GATHERED})
 FILES = frozenset({"recipe.yaml", "stages.json", "report.json", "report.html", "search.svg", "calibration.safetensors"})
-FILES |= {"model.onnx", "model.onnx.data", LOCK}
-"""What must be a folder, and what a file, at the top of an output folder."""
-WRITTEN_IN_PLACE = (LOCK, GATHERED, "statistics", "evaluations.jsonl", "held-back-evaluations.jsonl")
+FILES |= {"model.onnx", "model.onnx.data", "winner.yaml", "search.json", "evaluations.jsonl", LOCK}
+"""What must be a folder, and what a file, at the top of the output folder of an export or a search."""
+WRITTEN_IN_PLACE = (LOCK, GATHERED, "statistics", "choices", "evaluations.jsonl", "held-back-evaluations.jsonl", "timing.cache")
 """What is not replaced by renaming: a hard link there would lead a write out of the folder."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ENTRIES = 20_000

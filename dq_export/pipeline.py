@@ -27,9 +27,9 @@ from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
 from .finished_folder import MODEL, portable_name
-from .ledger import Ledger, claim
+from .ledger import Ledger, claim, require_usable
 from .memory import plan_memory
-from .output_folder import GATHERED, require_free, write_bytes
+from .output_folder import GATHERED, write_bytes
 from .page import read_picture, write_report
 from .recording import PICTURES
 from .report import FRONT, AuditReport, LinearReport, Report, SizeReport, StageResult, TableReport
@@ -109,7 +109,8 @@ def run(
 
     watch = progress or Silent()
     picture = read_picture(front) if front else None
-    require_free(folder)
+    if group.rank == 0:  # the others write only what the first one, which holds the lock, lets them
+        require_usable(folder)
     watch.begin("load", recipe.model)
     start = time.monotonic()
     recipe, source = pin(recipe)

@@ -97,6 +97,7 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
 def add_plan(plan: Path, folder: Path) -> None:
     """Put a plan into a repository, under its own name only when it is whole."""
     partial = folder / DENOISER / "1" / ".model.plan.new"
+    partial.unlink(missing_ok=True)  # copying into what stands there would write through a hard link
     shutil.copyfile(plan, partial)
     partial.rename(folder / DENOISER / "1" / "model.plan")
 

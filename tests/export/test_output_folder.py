@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dq_export.ledger import Ledger, claim
-from dq_export.output_folder import OutputError, locked, require_free, require_plain, write_bytes, write_text
+from dq_export.calibration.recipe import Recipe
+from dq_export.ledger import Ledger, claim, require_usable
+from dq_export.output_folder import OutputError, locked, require_plain, write_bytes, write_text
+from dq_export.pipeline import run
 from dq_export.report import StageResult
 
 RECIPE = "model: m\n"
@@ -112,7 +114,9 @@ def test_a_socket_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None
             take(out)
 
 
-@pytest.mark.parametrize("name", [".lock", ".calibration/ranges.0", "evaluations.jsonl", "statistics/rows.0"])
+@pytest.mark.parametrize(
+    "name", [".lock", ".calibration/ranges.0", "evaluations.jsonl", "statistics/rows.0", "choices/w8a8.new", "timing.cache"]
+)
 def test_a_hard_link_is_refused_where_files_are_written_in_place(name: str, out: Path, victim: Path) -> None:
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).unlink(missing_ok=True)
@@ -206,11 +210,23 @@ def test_what_a_killed_write_left_goes_with_the_next_run(out: Path) -> None:
 
 def test_a_running_export_is_noticed_without_writing(out: Path, tmp_path: Path) -> None:
     before = everything(tmp_path)
-    require_free(out)
-    require_free(tmp_path / "nothing")
+    require_usable(out)
+    require_usable(tmp_path / "nothing")
     assert everything(tmp_path) == before
+    assert not (tmp_path / "nothing").exists()
     with locked(out), pytest.raises(OutputError, match="being written by another dq-export"):
-        require_free(out)
+        require_usable(out)
+
+
+def test_what_is_wrong_with_a_folder_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """The model does not exist, and is not asked for."""
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(OutputError, match="files of something else"):
+        run(Recipe(model="nothing/there"), tmp_path)
+    (tmp_path / "thesis.txt").unlink()
+    (tmp_path / "recipe.yaml").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="a link; "):
+        run(Recipe(model="nothing/there"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,12 @@ def test_a_folder_that_lacks_something_is_told_what(removed: str, message: str, 
     assert message in error
 
 
+def test_a_name_that_is_too_long_is_one_line(call: Call) -> None:
+    status, _, error = call("verify", "x" * 300)
+    assert status == 2
+    assert "no such folder; is it the output folder of a finished export?" in error
+
+
 COMMANDS = (("verify",), ("audit",), ("bench",), ("finish",), ("triton",), ("explain", "proj_out_1"))
 
 

@@ -80,12 +80,12 @@ def save_models(folder: Path) -> None:
 
 def save_graphs(folder: Path, export: Path) -> None:
     """Write ONNX files: every form of the checker's table, and the graphs of an export."""
-    import checker
     import onnx_ir as ir
+    from forms import FORMS
 
     folder.mkdir()
-    for number, form in enumerate(checker.FORMS):
-        ir.save(form.make(), folder / f"form{number:02}.onnx")
+    for number, form in enumerate(FORMS):
+        ir.save(form.model(form.only or ("ort", "trt-rtx")[number % 2]), folder / f"form{number:03}.onnx")
     for name, source in (("qdq", export), ("float", export / "float")):
         (folder / name).mkdir()
         for file in source.iterdir():

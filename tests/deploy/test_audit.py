@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from conftest import load_graph
 
-from dq_export.deploy.audit import Audit, audit_ort
+from dq_export.deploy.audit import Audit, AuditError, audit_ort
 from dq_export.deploy.ort import OPTIMIZED, ORT
 from dq_export.passes.base import run_passes
 from dq_export.passes.factor_scale import FactorScale
@@ -161,3 +161,10 @@ def test_static_tables_need_no_factoring(tiny: Any, tiny_onnx: Path, tmp_path: P
     reports = run_passes(graph, (*canonical_passes(*calibrated), FactorScale(), UnsignCodes()))
     assert reports[-2].changed == ()
     assert audited(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True, result=calibrated[0])).coverage == 1
+
+
+def test_a_damaged_graph_is_named(tmp_path: Path) -> None:
+    for name, content in (("model.onnx", b"\xff" * 99), ("optimized.onnx", b"\x0a\xff\xff")):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(AuditError, match=r"optimized\.onnx: not readable as ONNX; was it cut short"):
+        audit_ort(tmp_path / "model.onnx", tmp_path / "optimized.onnx", {})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from forms import FORMS, Sketch
 from forms.sketch import F32, INT8, K, N
@@ -27,8 +28,6 @@ def saved(folder: Path, name: str = "model.onnx", location: str = DATA) -> Path:
     """A good INT8 model whose codes lie in another file."""
     sketch = Sketch(F32, ("batch", 16, K), 21)
     path = folder / name
-    import onnx_ir as ir
-
     ir.save(sketch.model(sketch.plain()), path, external_data=location, size_threshold_bytes=1024)
     return path
 
@@ -210,28 +209,26 @@ def test_constants_that_square_themselves_end(tmp_path: Path) -> None:
     assert check(read_model(path), "ort") == []
 
 
-@pytest.mark.parametrize(
-    "name", ["[/]", "[red]x[/red]", "\x1b]0;title\x07\x1b[2J", "a\nb\rc", "名" * 50, "x" * 100_000, "\u202eevil"]
-)
-def test_names_from_the_file_are_text_alone(name: str, tmp_path: Path) -> None:
+def test_names_from_the_file_are_text_alone(tmp_path: Path) -> None:
+    names = ["[/]", "[red]x[/red]", "\x1b]0;title\x07\x1b[2J", "a\nb\rc", "x" * 100_000, "\u202eevil", ":smile:"]
     sketch = Sketch(F32, ("batch", 16, K), 21)
-    model = sketch.model(sketch.plain(kind=INT8, points="", quantize={"output_dtype": 3}))
-    next(node for node in model.graph if node.op_type == "MatMul").name = name
-    import onnx_ir as ir
-
-    ir.save(model, tmp_path / "model.onnx")
+    value = sketch.x
+    for name in names:
+        left = sketch.activation(value, INT8, points="", quantize={"output_dtype": 3})
+        value = sketch.matmul(left, sketch.weight(axis=1), name)
+        value.name = f"value{len(sketch.nodes)}"
+    ir.save(sketch.model(value), tmp_path / "model.onnx")
     done = call(tmp_path / "model.onnx", env={**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1"})
     assert done.returncode == 3, done.stderr
     assert done.stderr == ""
-    assert "0 low precision, 1 float, 0 rejected" in done.stdout
-    assert "\x1b]" not in done.stdout
-    assert "\x1b[2J" not in done.stdout
-    assert "\u202e" not in done.stdout
-    assert len(done.stdout) < 10_000
-    if name.startswith("["):
-        assert name in done.stdout
-    as_json = json.loads(call(tmp_path / "model.onnx", "--json").stdout)
-    assert as_json[0]["node"] == name
+    assert f"0 low precision, {len(names)} float, 0 rejected" in done.stdout
+    for kept in ("[/]", "[red]x[/red]", ":smile:"):
+        assert kept in done.stdout
+    for steering in ("\x1b]", "\x1b[2J", "\u202e", "\r"):
+        assert steering not in done.stdout
+    assert len(done.stdout) < 20_000
+    findings = json.loads(call(tmp_path / "model.onnx", "--json").stdout)
+    assert [item["node"] for item in findings] == names
 
 
 def test_the_counts_and_the_status(tmp_path: Path) -> None:
@@ -311,14 +308,12 @@ def test_what_onnxruntimes_quantizers_write(kind: str, ort: Any, trt: Any, words
         findings = [item for item in check(read_model(path), target) if item.gemm]  # type: ignore[arg-type]
         counted = {verdict: sum(item.verdict == verdict for item in findings) for verdict in {item.verdict for item in findings}}
         assert counted == expected, findings
-    done = call(path, target="trt", env={**os.environ, "COLUMNS": "220"})
-    assert done.returncode == (3 if words else 0), done.stdout + done.stderr
-    assert words in done.stdout
+    refused = [f"{item.rule} {item.fix}" for item in check(read_model(path), "trt") if item.failed]
+    assert bool(refused) == bool(words)
+    assert not words or any(words in text for text in refused)
 
 
 def test_every_form_is_one_that_the_reader_takes(tmp_path: Path) -> None:
-    import onnx_ir as ir
-
     for item in FORMS[::10]:
         ir.save(item.model("ort"), tmp_path / "form.onnx")
         assert check(read_model(tmp_path / "form.onnx"), "ort"), item.name

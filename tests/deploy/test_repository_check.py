@@ -258,6 +258,40 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "warning",
         "EXECUTION_ENV_PATH '/opt/env' is of this machine",
     ),
+    "a program's input of any size": (
+        edit(PIPELINE, r'(name: "class_labels"\s+data_type: TYPE_INT64\s+dims: )1', r"\g<1>-1"),
+        "error",
+        "input 'class_labels' has dims [-1]: a request may ask for any size, and one of a few bytes can end the program",
+    ),
+    "a network's input of any size": (
+        edit(DENOISER, r'(name: "hidden_states"\s+data_type: TYPE_FP32\s+dims: )1', r"\g<1>-1"),
+        "warning",
+        "input 'hidden_states' has dims [-1, 16, 16]: a request may ask for any size",
+    ),
+    "a health that asks nobody": (
+        remove("pipeline_stream"),
+        "error",
+        "model 'pipeline_stream' is not here, so health always fails",
+    ),
+    "a guidance scale in words": (
+        set_parameter("guidance_scale", "much"),
+        "error",
+        "guidance_scale 'much' is no finite number",
+    ),
+    "an infinite guidance scale": (
+        set_parameter("guidance_scale", "inf"),
+        "error",
+        "guidance_scale 'inf' is no finite number",
+    ),
+    "digits of others": (set_parameter("max_rows", "²"), "error", "max_rows '²' is no whole number"),
+    "a negative batch": (edit(DENOISER, "max_batch_size: 16", "max_batch_size: -1"), "error", "max_batch_size: -1 is below 0"),
+    "no such type": (edit(PIPELINE, "TYPE_INT64", "99"), "error", "data_type is 99, which is no type"),
+    "no such kind": (edit(PIPELINE, "KIND_CPU", "99"), "error", "kind is a number that is no kind"),
+    "a dimension of none": (
+        edit(PIPELINE, r'(name: "class_labels"\s+data_type: TYPE_INT64\s+dims: )1', r"\g<1>0"),
+        "error",
+        "'class_labels': dims [0]",
+    ),
     "an ensemble of nobody": (
         lambda r: ensemble(r, "vae"),
         "error",

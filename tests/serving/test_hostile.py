@@ -6,6 +6,7 @@ client goes on and gets the pictures that it gets alone.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -279,7 +280,7 @@ HTTP: dict[str, tuple[bytes, str, str]] = {
     "nested data": (b'{"inputs": [{"name": "class_labels", "data": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}", "", "400 "),
     "nested after empty lists": (b"[[]," * 16_000, "", "400 "),
     "brackets that strings close": (b'{"a": ' + b'["]", ' * 9 + b'"["' + b', "["]' * 9 + b"}", "", "400 "),
-    "gzip": (gzip.compress(body([1, 1])), "Content-Encoding: gzip\r\n", "415 "),
+    "60 kB of gzip that are 60 MB": (gzip.compress(bytes(60_000_000)), "Content-Encoding: gzip\r\n", "415 "),
     "gzip behind another name": (gzip.compress(body([1, 1])), "Content-Encoding: \r\nContent-Encoding: gzip\r\n", "400 "),
     "binary tensors": (body([1, 1]), "Inference-Header-Content-Length: 60\r\n", "415 "),
     "a body without end": (b" " * (1 << 20), "", "413 "),
@@ -340,6 +341,18 @@ def administration(address: str) -> set[str]:
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_the_proxy_takes_no_body_in_chunks(proxy: Guarded) -> None:
+    """Servers before 25.07 take room on the stack for each chunk."""
+    host, port = proxy.http.split(":")
+    head = f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for content in (body([1, 1]), b" " * 1_000_000):
+        with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+            with contextlib.suppress(ConnectionError):  # a proxy that has read enough does not read on
+                connection.sendall(head + b"".join(b"1\r\n%c\r\n" % sign for sign in content) + b"0\r\n\r\n")
+            assert connection.recv(12)[-3:] == b"411"
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_the_proxy_passes_what_the_documented_clients_send(proxy: Guarded, exported: Path) -> None:
     import tritonclient.grpc as grpc
 
@@ -393,6 +406,8 @@ def test_health_tells_of_a_program_that_died(exported: Path, tmp_path: Path) -> 
         assert get(found.server.http, "/v2/health/ready") == 200  # why `health` is needed
         if found.http:
             assert get(found.http, "/health") == 500
+        found.server.process.terminate()
+        found.server.process.wait(SECONDS)  # a server with a dead program still ends when it is asked to
 
 
 def program_of(parent: int, model: str) -> int:

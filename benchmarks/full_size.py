@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from process_tree import run_measured
+
 FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
 """Four forward passes of batch 2: one picture with guidance."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
@@ -40,21 +42,15 @@ def model_folder(path: Path, layers: int, *, pickle: bool) -> Path:
     return path
 
 
-def export(model: Path, out: Path, *words: str) -> tuple[float, float]:
-    """Run the command line; (seconds, GB at the peak)."""
-    start = time.monotonic()
+def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
+    """Run the command line; seconds, and GB at the peak of all its processes and of the largest of them."""
     command = [sys.executable, "-m", "dq_export", *words[:1], "--model", str(model), "-o", str(out), *words[1:]]
-    process = subprocess.Popen([word for word in command if word], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+    return run_measured([word for word in command if word])
 
 
 def cost(model: Path, temporary: Path, rounding: str) -> None:
-    """One export without bench, by stage, and the bare forward passes beside it."""
-    limit = "5" if rounding == "gptq" else "4.5"
-    seconds, peak = export(model, temporary / "out", "", *FLAGS, "--max-memory", limit, "--rounding", rounding)
+    """One export with all its defaults, by stage, and the bare forward passes beside it."""
+    seconds, peak, single = export(model, temporary / "out", "", *FLAGS, "--rounding", rounding)
     from dq_export.families.source import locate
 
     report = json.loads((temporary / "out" / "report.json").read_text())
@@ -65,9 +61,11 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
     print(f"| start, load, hash what was written | {seconds - sum(stages.values()):.1f} |")
     for name, spent in stages.items():
         print(f"| {name} | {spent:.1f} |")
-    print(f"| whole command, peak {peak:.2f} GB ({peak / weights:.2f}x the float32 weights) | {seconds:.1f} |")
+    print(f"| whole command | {seconds:.1f} |")
     print(f"| of it four bare forward passes of PyTorch, batch 2 | {forward:.1f} |")
     print(f"| **above the bare forward passes** | **{seconds - forward:.1f}** |")
+    ratio = peak / weights
+    print(f"\npeak of all processes together {peak:.2f} GB, {ratio:.2f}x the float32 weights; of the largest {single:.2f} GB")
 
 
 def passes(model: Path) -> float:
@@ -96,7 +94,7 @@ def flat(model: Path, temporary: Path) -> None:
     print("| pictures | steps | network calls | peak GB | seconds | seconds a call |\n|---|---|---|---|---|---|")
     for pictures, steps in ((2, 4), (16, 4), (1, 2), (1, 16)):
         out = temporary / f"{pictures}-{steps}"
-        seconds, peak = export(model, out, "calibrate", "--calib-size", str(pictures), "--steps", str(steps))
+        seconds, peak, _ = export(model, out, "calibrate", "--calib-size", str(pictures), "--steps", str(steps))
         calls = pictures * steps
         spent = json.loads((out / "report.json").read_text())["seconds"]["calibrate"]
         print(f"| {pictures} | {steps} | {calls} | {peak:.2f} | {seconds:.1f} | {spent / calls:.2f} |", flush=True)
@@ -164,7 +162,7 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
     from dq_export.ledger import file_digest
 
     out = temporary / "whole"
-    seconds, _ = export(model, out, "", *FLAGS, "--max-memory", "4.5")
+    seconds, _, _ = export(model, out, "", *FLAGS, "--max-memory", "4.5")
     whole = {name: file_digest(out / name) for name in OUTPUTS}
     shutil.rmtree(out)
     out, moment = temporary / "killed", random.Random(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,10 +71,6 @@ class Backend(Protocol):
         """Triton's backend that serves its engine; empty: none does."""
 
     @property
-    def label(self) -> str:
-        """What runs its engines, in words, with their float type."""
-
-    @property
     def runs(self) -> bool:
         """Whether an engine can be run on this machine."""
 
@@ -90,6 +86,16 @@ class Backend(Protocol):
 
         Raises:
             BackendError: a library is missing, or does not serve this machine.
+        """
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """Ask that it runs every rule.
+
+        Args:
+            rules: completed, as `Recipe.assign` gives them.
+
+        Raises:
+            RecipeError: some that it does not run, with the nearest that it does.
         """
 
     def shared_timesteps(self, wanted: str) -> bool:

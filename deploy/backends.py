@@ -34,7 +34,8 @@ def backend_of(recipe: Recipe) -> Backend | None:
         known = "; ".join(_flags(b.provider, b.dtype) for b in named)
         asked = _flags(provider, recipe.dtype)
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
-    require_lowerings(fitting[0].target, [recipe.complete(Rule(match="", action=recipe.bits))])
+    if recipe.rules is None:  # rules decide, where a recipe has them
+        require_lowerings(fitting[0].target, [recipe.complete(Rule(match="", action=recipe.bits))])
     if recipe.attention != "float" and not isinstance(fitting[0], TensorRt):
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; trt and trt-rtx do")
     return fitting[0].configured(recipe)

@@ -6,7 +6,7 @@ The plugin takes Intel processors only. OpenVINO has integer kernels for others,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,10 @@ from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
 from .backend import BackendError, Engine, Feed
-from .lowerings import Target
-from .openvino_engine import INSTALL, OpenVinoEngine, load_engine, openvino
+from .lowerings import Target, require_lowerings
+from .openvino_engine import OpenVinoEngine, load_engine, openvino
 from .ort import OrtEngine, onnxruntime, session_errors
+from .packages import require_packages
 
 PROVIDER = "OpenVINOExecutionProvider"
 KERNELS = "kernels.json"
@@ -51,11 +52,6 @@ class OpenVino:
     runs: bool = True
 
     @property
-    def label(self) -> str:
-        """See `Backend.label`."""
-        return f"OpenVINO in {self.dtype}"
-
-    @property
     def _config(self) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
 
@@ -65,8 +61,12 @@ class OpenVino:
 
     def require(self) -> None:
         """See `Backend.require`."""
-        openvino()
+        require_packages(["openvino", "onnxruntime_ep_openvino", "onnxruntime"], "--provider openvino")
         _devices(onnxruntime())
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """See `Backend.require_rules`."""
+        require_lowerings(self.target, rules)
 
     def shared_timesteps(self, wanted: str) -> bool:
         """Shared unless asked for otherwise."""
@@ -172,10 +172,9 @@ def _read_kernels(path: Path) -> dict[str, list[str]]:
 
 def _devices(ort: Any) -> list[Any]:
     """The processor, where the plugin takes it."""
-    try:
-        import onnxruntime_ep_openvino as plugin
-    except ModuleNotFoundError as error:
-        raise BackendError(f"onnxruntime-ep-openvino is not installed; {INSTALL}") from error
+    require_packages(["onnxruntime_ep_openvino"], "--provider openvino")
+    import onnxruntime_ep_openvino as plugin
+
     _register(ort, plugin.get_library_path())
     found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
     return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]

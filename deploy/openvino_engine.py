@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .backend import BackendError, Feed, Float32
-
-INSTALL = "pip install 'dq-export[cpu,openvino]', needed for --provider openvino"
+from .packages import require_packages
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +59,9 @@ def openvino() -> Any:
     Raises:
         BackendError: it is not installed.
     """
-    try:
-        import openvino as library
-    except ModuleNotFoundError as error:
-        raise BackendError(f"openvino is not installed; {INSTALL}") from error
+    require_packages(["openvino"], "--provider openvino")
+    import openvino as library
+
     return library
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
 from .backend import BackendError, Feed, Float32
-from .lowerings import Target
+from .lowerings import Target, require_lowerings
+from .packages import require_packages
 
 PROFILED = 5
 """Calls of a profile."""
@@ -88,7 +89,6 @@ class Ort:
     packages: tuple[str, ...] = ()
     triton: str = "onnxruntime"
     runs: bool = True
-    label: str = "ONNX Runtime's CPU provider"
 
     def configured(self, recipe: Recipe) -> Ort:
         """See `Backend.configured`."""
@@ -96,7 +96,11 @@ class Ort:
 
     def require(self) -> None:
         """See `Backend.require`."""
-        onnxruntime()
+        require_packages(["onnxruntime"], "--format ort")
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """See `Backend.require_rules`."""
+        require_lowerings(self.target, rules)
 
     def shared_timesteps(self, wanted: str) -> bool:
         """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
@@ -206,12 +210,9 @@ def onnxruntime() -> Any:
     Raises:
         BackendError: it is not installed.
     """
-    try:
-        import onnxruntime as library
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            "onnxruntime is not installed; `pip install onnxruntime` (extra 'cpu'), needed to build and verify"
-        ) from error
+    require_packages(["onnxruntime"], "building and verifying")
+    import onnxruntime as library
+
     return library
 
 

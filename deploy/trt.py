@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from .check import Finding, check
 from .check.operand import shape_of
 from .check.rules_nvidia import TARGETS
 from .layers import kernel_of, read_layers
-from .lowerings import Target
+from .lowerings import Target, require_lowerings
+from .packages import require_packages
 from .plan import PlanRequest, build_plan
 from .runner import compute_capability, load_plan
 from .shapes import profiles
@@ -43,6 +44,8 @@ SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest float16."""
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+SINCE = {"fp8": "sm89", "w4a16": "sm80", "bf16": "sm80"}
+"""The first target that has the element types of an action, a dtype or an attention."""
 INSTALL = {"trt": "pip install 'dq-export[trt]'", "trt-rtx": "pip install 'dq-export[rtx]'"}
 
 
@@ -79,11 +82,6 @@ class TensorRt:
         return "tensorrt" if self.name == "trt" else ""
 
     @property
-    def label(self) -> str:
-        """See `Backend.label`."""
-        return f"{'TensorRT' if self.name == 'trt' else 'TensorRT-RTX'} in {self.dtype}"
-
-    @property
     def runs(self) -> bool:
         """Where there are a GPU and the library."""
         return bool(compute_capability()) and importlib.util.find_spec(MODULES[self.name]) is not None
@@ -98,22 +96,28 @@ class TensorRt:
         for target in targets:
             if target not in TARGETS:
                 raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
-        lowest = min(targets, key=TARGETS.index, default="sm121")
-        for needs, since in self._needs(recipe):
-            if TARGETS.index(lowest) < TARGETS.index(since):
-                raise RecipeError(f"--target {lowest}: {needs} needs {since} or later")
-        return replace(self, targets=targets, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
-
-    def _needs(self, recipe: Recipe) -> list[tuple[str, str]]:
-        needs = [("--bits fp8", "sm89")] if recipe.bits == "fp8" else []
-        needs += [("--attention fp8", "sm89")] if recipe.attention == "fp8" else []
-        needs += [("--bits w4a16", "sm80")] if recipe.bits == "w4a16" else []
-        return needs + ([("--dtype bf16", "sm80")] if self.dtype == "bf16" else [])
+        found = replace(self, targets=targets, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
+        bits = [f"--bits {recipe.bits}"] if recipe.rules is None else []  # rules decide, where a recipe has them
+        found._require_targets([*bits, f"--attention {recipe.attention}", f"--dtype {self.dtype}"])
+        return found
 
     def require(self) -> None:
         """See `Backend.require`. TensorRT may be missing: all but its build is done without it."""
-        if self.name == "trt-rtx" and importlib.util.find_spec("tensorrt_rtx") is None:
-            raise BackendError(f"tensorrt_rtx is not installed; {INSTALL[self.name]}, needed for --format trt-rtx")
+        if self.name == "trt-rtx":
+            require_packages(["tensorrt_rtx"], "--format trt-rtx")
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """See `Backend.require_rules`. Element types must also be those of the oldest target."""
+        needed = list(rules)
+        require_lowerings(self.target, needed)
+        self._require_targets(f"action {rule.action}" for rule in needed)
+
+    def _require_targets(self, needs: Iterable[str]) -> None:
+        lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
+        for need in dict.fromkeys(needs):
+            since = SINCE.get(need.split()[-1], TARGETS[0])
+            if TARGETS.index(lowest) < TARGETS.index(since):
+                raise RecipeError(f"--target {lowest}: {need} needs {since} or later")
 
     def shared_timesteps(self, wanted: str) -> bool:
         """A timestep for each sample unless asked otherwise: it costs nothing here, and lets a batch mix steps."""

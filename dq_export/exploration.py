@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,12 +14,13 @@ from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.backends import backend_of
+from dq_export.deploy.packages import require_packages
 from dq_export.recording import HELD_OUT
 
-from .families.reference import Feed, Reference
+from .families.reference import Reference
 from .families.source import load, pin
 from .front import Front
-from .kernel_times import time_choices
+from .kernel_times import time_space
 from .ledger import claim
 from .output_folder import write_text
 from .pipeline import Progress, Silent, resolve, sampling_of
@@ -81,6 +81,7 @@ def explore(
         ModelError, CalibrationError, OutputError: see each.
     """
     request.require_valid()
+    require_packages(("torch", "diffusers", "safetensors"), "dq-export search")
     backend = backend_of(recipe)
     if request.max_latency is not None:
         _require_timing(backend, recipe)
@@ -99,8 +100,9 @@ def explore(
     watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices; {each}", kept=False)
     with claim(folder, base.dump(), overwrite=False):
         if request.max_latency is not None:
-            assert backend is not None
-            space = _timed(space, reference, backend, watch)
+            kernels = backend_of(recipe.model_copy(update=dict.fromkeys(("min_shapes", "opt_shapes", "max_shapes"), "")))
+            assert kernels is not None  # without the shapes of the network's inputs
+            space = time_space(space, reference, kernels, watch)
             require_possible(space, goal_of(space, request), request)
         calibrated = _calibrate(reference, base, space, folder, watch)
         trials = Trajectories.of(
@@ -219,44 +221,6 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
 def _label(rule: Rule) -> str:
     """A choice in words: `w4a8 token 64`."""
     return " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
-
-
-def _timed(space: Space, reference: Reference, backend: Backend, watch: Progress) -> Space:
-    """The space with milliseconds of a call of batch 2."""
-    start = time.monotonic()
-    watch.begin("time", "kernels of every shape and choice")
-    tokens = _rows(reference)
-    known: dict[tuple[int, int], list[float]] = {}
-    taken = np.full(space.allowed.shape, np.inf)
-    for i, site in enumerate(space.sites):
-        for name in space.linears[site]:
-            weight = reference.weight(name)
-            usable = np.flatnonzero(space.allowed[i])
-            if weight.shape not in known:
-                rules = [space.choices[j] for j in usable]
-                known[weight.shape] = time_choices(backend, weight, tokens[site], rules)
-            before = np.where(np.isinf(taken[i, usable]), 0.0, taken[i, usable])
-            taken[i, usable] = before + np.asarray(known[weight.shape])
-        watch.advance(i + 1, len(space.sites))
-    watch.end(time.monotonic() - start, f"{len(known)} shapes", kept=False)
-    return replace(space, time=taken)
-
-
-def _rows(reference: Reference) -> dict[str, int]:
-    """Rows of each site's input at a call of batch 2."""
-    found: dict[str, int] = {}
-    feed: Feed = {
-        "hidden_states": reference.noise(2, 0),
-        "timestep": np.asarray([500], dtype=np.int64),
-        "class_labels": np.zeros(2, dtype=np.int64),
-    }
-
-    def watch(name: str, value: Any) -> None:
-        found[name] = len(value)
-
-    with reference.observe(watch):
-        reference.forward(feed)
-    return found
 
 
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:

@@ -12,6 +12,7 @@ from dq_export.calibration.recipe import RecipeError, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
 from dq_export.deploy.ort import ORT
+from dq_export.deploy.packages import require_packages
 from dq_export.deploy.triton.repository import add_plan
 from dq_export.deploy.trt import PLAN
 
@@ -37,6 +38,7 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
     finished = FinishedFolder.open(out, RECIPE, MODEL)
     recipe = finished.recipe()
     backend = backend_of(recipe) or ORT
+    backend.require()
     with tempfile.TemporaryDirectory() as folder:
         backend.build(out / MODEL, Path(folder), lambda done, total: None)  # first: it says what is wrong with a damaged file
         audit = backend.audit(out / MODEL, Path(folder), finished.assigned(recipe))
@@ -58,6 +60,7 @@ def finish(out: Path, progress: Advance) -> Report:
     backend = backend_of(recipe)
     if backend is None:
         raise OutputError(f"{out} was exported with --format {recipe.format}, which builds no engine")
+    backend.require()
     with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
         engine = Path(folder) / "engine"
         backend.build(out / MODEL, engine, progress)
@@ -123,6 +126,8 @@ def bench_again(out: Path, progress: Advance) -> LatencyReport:
     backend = backend_of(recipe) or ORT
     if not backend.runs:
         raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU only")
+    require_packages(["polygraphy"], "dq-export bench")
+    backend.require()
     return bench(out, backend, progress, recipe=recipe)
 
 

@@ -36,6 +36,12 @@ from .report import FRONT, AuditReport, LinearReport, Report, SizeReport, StageR
 from .verdict import concluded
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "triton", "bench")
+MODULES = {
+    "float": ("torch", "diffusers", "onnx", "onnxscript", "jinja2"),
+    "reference": ("polygraphy", "safetensors"),
+    "verify": ("onnxruntime", "polygraphy", "PIL"),
+}
+"""What a stage imports, beside its backend's."""
 NOTHING, WORK = np.zeros(1), np.ones(1)
 """What the first process tells the others: whether there is a calibration to share."""
 SPEED = 6.5e8
@@ -100,7 +106,6 @@ def run(
             or is too far from PyTorch is no exception: the report's verdict says so.
     """
     from dq_export.deploy.backends import backend_of
-    from dq_export.deploy.lowerings import require_lowerings
     from dq_export.deploy.triton.repository import require_triton
 
     from .families.decoder import load_vae
@@ -118,6 +123,7 @@ def run(
     stages = memory.stages
     require_device(device)
     backend = backend_of(recipe)
+    _require_packages(stages, recipe)
     if backend and "build" in stages:
         backend.require()
     if recipe.triton:
@@ -128,7 +134,7 @@ def run(
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     if backend:
-        require_lowerings(backend.target, assigned.values())
+        backend.require_rules(assigned.values())
     _require_shapes(resolved, reference)
     reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
     if resolved.triton and "triton" in stages:
@@ -160,6 +166,21 @@ def run(
             write_bytes(folder / FRONT, picture)
         write_report(report, folder)
     return report
+
+
+def _require_packages(stages: tuple[str, ...], recipe: Recipe) -> None:
+    """Ask for all that the stages import, so that none of them fails for it after hours.
+
+    Raises:
+        BackendError: see `require_packages`.
+    """
+    from dq_export.deploy.packages import require_packages
+
+    for stage in stages:
+        modules = MODULES.get(stage, ())
+        if stage == "quantize" and recipe.format == "ort":  # its version decides what the graph may hold
+            modules = (*modules, "onnxruntime")
+        require_packages(modules, f"the stage {stage} of --format {recipe.format}")
 
 
 def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, backend: Backend | None) -> Recipe:

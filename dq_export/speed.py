@@ -85,7 +85,7 @@ def _report(feed: Feed, timings: dict[str, Timing], backend: Backend, skipped: d
     float_ms, engine_ms = engines["float"].median_ms, engines["engine"].median_ms
     return LatencyReport(
         batch=len(feed["hidden_states"]),
-        baseline=f"the float graph on {backend.label}",
+        baseline=f"the float graph on {backend.title} in {backend.dtype}",
         float_ms=float_ms,
         engine_ms=engine_ms,
         ratio=float_ms / engine_ms,

@@ -21,6 +21,8 @@ from .output_folder import OutputError
 from .space import Genome, Space
 
 EVALUATIONS = "evaluations.jsonl"
+JOURNAL_LIMIT = 1 << 28
+"""Bytes: more than 100,000 evaluations take."""
 MOST = 200.0
 """dB of a trajectory without any error."""
 
@@ -121,7 +123,7 @@ class Trajectories:
             self.journal.write_text(json.dumps({"search": digest}) + "\n", encoding="utf-8")
             return
         try:
-            text = read_text(self.journal, links=False)
+            text = read_text(self.journal, JOURNAL_LIMIT, links=False)
         except DocumentError as error:
             raise OutputError(f"{error}; choose another --output-dir, or delete it") from error
         if not text.endswith("\n"):  # cut short by a kill: the next result gets a line of its own

@@ -186,7 +186,7 @@ def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
         "try: ORT.load(Path('model.onnx'))\nexcept BackendError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "onnxruntime is not installed; `pip install onnxruntime`" in done.stdout, done.stderr
+    assert "onnxruntime is not installed; pip install 'dq-export[cpu]'" in done.stdout, done.stderr
 
 
 def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:

@@ -259,6 +259,27 @@ def test_what_no_plan_can_be_is_an_error_before_anything_is_done(options: dict[s
     assert message in str(caught.value)
 
 
+@RTX
+@pytest.mark.parametrize(("action", "since"), [("fp8", "sm89"), ("w4a16", "sm80")])
+def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: str, since: str, tiny: Any) -> None:
+    """A recipe's rules decide, where it has them: neither do bits stand for them, nor does a rule that decides nothing."""
+    lowest = {"sm89": "sm80", "sm80": "sm75"}[since]
+    edges, one = {"match": "emb|norm|proj_out|pos_embed", "action": "float"}, {"match": r"0\.attn1\.to_q", "action": action}
+    quantized = {"match": "", "action": "w8a8"}
+
+    def require(*rules: dict[str, Any], target: str = lowest, bits: str = "w8a8") -> None:
+        recipe = Recipe.parse({"model": "m", "format": "trt-rtx", "target": target, "bits": bits, "rules": rules}, "test")
+        backend = backend_of(recipe)
+        assert backend is not None
+        backend.require_rules(recipe.assign(tiny.linears).values())
+
+    with pytest.raises(RecipeError, match=f"--target {lowest}: action {action} needs {since} or later"):
+        require(edges, one, quantized)
+    require(edges, one, quantized, target=since)
+    require(edges, {"match": r"0\.attn1", "action": "float"}, one, quantized)
+    require(edges, quantized, bits=action)
+
+
 def test_bits_that_a_format_does_not_run_are_an_error() -> None:
     with pytest.raises(RecipeError, match="fp8 granularity tensor on ort: no CPU kernel for float8; w8a8, or --format trt"):
         backend_of(Recipe.parse({"model": "m", "bits": "fp8"}, "test"))

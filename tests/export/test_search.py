@@ -222,6 +222,17 @@ def test_the_journal_of_another_search_is_refused(folder: Path, searched: Any) -
         search_tiny(folder, out, max_size=0.085, pictures=3)
 
 
+@pytest.mark.parametrize("content", ["[]\n", "null\n", "no json\n", "[" * 5000 + "\n", "\ufeff{}\n"])
+def test_a_journal_that_is_none_is_refused(content: str, folder: Path, searched: Any, tmp_path: Path) -> None:
+    import shutil
+
+    out, _ = searched
+    shutil.copytree(out, tmp_path / "again")
+    (tmp_path / "again" / EVALUATIONS).write_text(content)
+    with pytest.raises(OutputError, match="delete"):
+        search_tiny(folder, tmp_path / "again", max_size=0.085)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

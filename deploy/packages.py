@@ -1,0 +1,43 @@
+"""Packages that a command needs, asked for before it works."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from .backend import BackendError
+
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "openvino": "cpu,openvino",
+    "onnxruntime_ep_openvino": "cpu,openvino",
+    "tensorrt": "trt",
+    "tensorrt_rtx": "rtx",
+    "tritonclient": "triton",
+}
+"""Of dq-export, by the module that it brings; all other modules come with dq-export itself."""
+PROJECTS = {"onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}
+"""The package of a module of another name."""
+
+
+def require_packages(modules: Iterable[str], purpose: str) -> None:
+    """Ask for modules without importing them.
+
+    Args:
+        purpose: the command or option that needs them.
+
+    Raises:
+        BackendError: some are missing; the message names them, the command that installs them, and the purpose.
+    """
+    missing = [module for module in dict.fromkeys(modules) if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " and ".join(PROJECTS.get(module, module) for module in missing)
+        raise BackendError(
+            f"{names} {'is' if len(missing) == 1 else 'are'} not installed; {_install(missing)}, needed for {purpose}"
+        )
+
+
+def _install(modules: Iterable[str]) -> str:
+    """The pip command that brings the modules."""
+    extras = sorted({extra for module in modules if module in EXTRAS for extra in EXTRAS[module].split(",")})
+    return f"pip install 'dq-export[{','.join(extras)}]'" if extras else "pip install dq-export"

@@ -1,0 +1,180 @@
+"""Engines timed in processes of their own, beside the float graph on their own runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import feed_of
+
+import dq_export
+from dq_export.finished import bench_again
+from dq_export.timing import ROUNDS, Timed, time_engines
+
+ORT = ("ort", "cpu", "fp32")
+RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+OPENVINO = pytest.mark.skipif(importlib.util.find_spec("onnxruntime_ep_openvino") is None, reason="needs OpenVINO")
+
+
+def engine(name: str, model: Path, **more: Any) -> Timed:
+    return Timed(**{"name": name, "model": str(model), "runs_on": ORT, "batch": 2, **more})
+
+
+def children(process: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        try:
+            found += map(int, (task / "children").read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def helpers() -> list[int]:
+    """The processes that time engines for this one."""
+    found = []
+    for child in children(os.getpid()):
+        try:
+            if b"dq_export.timing" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                found.append(child)
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def watched() -> Iterator[list[frozenset[int]]]:
+    """Which processes lived at once, of those that load engines."""
+    seen: list[frozenset[int]] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.002):
+            seen.append(frozenset(turn for helper in helpers() for turn in children(helper)))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield seen
+    stop.set()
+    thread.join()
+
+
+def test_one_engine_is_in_memory_at_a_time_each_turn_in_a_process_of_its_own(tiny: Any, tiny_onnx: Path) -> None:
+    ticks: list[tuple[int, int]] = []
+    with watched() as seen:
+        taken = time_engines(
+            [engine("a", tiny_onnx, profile=True), engine("b", tiny_onnx)],
+            feed_of(tiny, samples=2),
+            lambda done, total: ticks.append((done, total)),
+        )
+    assert max(map(len, seen)) == 1
+    assert len(frozenset().union(*seen)) == 2 * ROUNDS
+    assert ticks == [(number, 2 * ROUNDS) for number in range(1, 2 * ROUNDS + 1)]
+    for timing in taken.values():
+        assert len(timing.milliseconds) >= 3 * ROUNDS
+        assert 0 < min(timing.milliseconds) <= timing.median
+        assert timing.memory_mb > 0
+    assert "MatMul" in taken["a"].profile
+    assert taken["b"].profile == {}
+    assert helpers() == []
+
+
+def test_pytorch_is_timed_as_well_and_a_missing_checkpoint_says_why(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    engines = [
+        engine("fp32", tiny_folder, runs_on=("torch", None, "fp32")),
+        engine("bf16", tiny_folder, runs_on=("torch", None, "bf16")),
+        engine("gone", tmp_path / "gone", runs_on=("torch", None, "fp32")),
+    ]
+    taken = time_engines(engines, feed_of(tiny, samples=2), rounds=1)
+    assert taken["fp32"].median > 0
+    assert taken["bf16"].median > 0
+    assert "no such model or folder" in taken["gone"].error
+
+
+def test_what_the_runtime_refuses_reaches_the_user(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    feed = feed_of(tiny, samples=2)
+    taken = time_engines([engine("bad", tmp_path / "bad.onnx"), engine("good", tiny_onnx)], feed, rounds=1)
+    assert f"refuses {tmp_path / 'bad.onnx'}" in taken["bad"].error
+    assert taken["good"].median > 0
+    wrong = {**feed, "hidden_states": feed["hidden_states"][:, :, :4]}
+    taken = time_engines([engine("good", tiny_onnx)], wrong, rounds=1)
+    assert "cannot run the graph on these inputs: " in taken["good"].error
+    assert "\n" not in taken["good"].error
+
+
+def test_a_process_that_is_killed_is_named(tiny: Any, tiny_onnx: Path) -> None:
+    """As the kernel does where memory runs out."""
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for turn in [turn for helper in helpers() for turn in children(helper)]:
+                os.kill(turn, signal.SIGKILL)
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    taken = time_engines([engine("a", tiny_onnx), engine("b", tiny_onnx)], feed_of(tiny, samples=2), rounds=1)
+    killer.join()
+    assert taken["a"].error == f"the process that times {tiny_onnx} was killed, most likely for want of memory"
+    assert taken["b"].median > 0
+
+
+def test_nothing_is_imported_from_the_folder_that_a_command_runs_in(
+    tiny: Any, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json", "numpy", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run from a foreign folder')")
+    monkeypatch.chdir(tmp_path)
+    assert time_engines([engine("a", tiny_onnx)], feed_of(tiny, samples=2), rounds=1)["a"].median > 0
+
+
+@OPENVINO
+def test_the_baseline_of_openvino_is_the_float_graph_on_openvino(tiny_folder: Path, tmp_path: Path) -> None:
+    report = dq_export.export(
+        model=str(tiny_folder), output_dir=tmp_path, provider="openvino", steps=4, calib_size=2, parity_size=1, min_sqnr=10
+    )
+    assert report.latency.baseline == "the float graph on OpenVINO in fp32"
+    latency = bench_again(tmp_path, lambda done, total: None)
+    assert set(latency.engines) == {"torch fp32", "torch bf16", "float", "engine"}
+    assert any(name.startswith("FullyConnected") for name in latency.profile["float"]), "OpenVINO's own name"
+    assert latency.baseline in (tmp_path / "report.html").read_text()
+
+
+@RTX
+def test_the_baseline_of_a_plan_is_a_plan_of_the_float_graph(tiny_onnx_per_sample: Path, tmp_path: Path) -> None:
+    from dq_export.deploy.backends import BACKENDS
+
+    backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
+    built = backend.baseline(tiny_onnx_per_sample, tmp_path / "float")
+    assert built == tmp_path / "float" / "model.onnx"
+    assert (tmp_path / "float" / "engine" / "model.plan").stat().st_size > 10_000
+    layers = (tmp_path / "float" / "engine" / "layers.txt").read_text()
+    assert "Half" in layers
+    assert "Int8" not in layers
+
+
+@RTX
+def test_a_search_by_latency_builds_the_plans_that_it_will_load(tmp_path: Path) -> None:
+    """What runs them needs a GPU; they are built without one."""
+    import numpy as np
+
+    from dq_export.deploy.backends import BACKENDS
+    from dq_export.kernel_times import build_linear
+    from dq_export.space import KNOWN
+
+    backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    for number, rule in enumerate((KNOWN[0], KNOWN[2], KNOWN[3])):
+        model = build_linear(backend, weight, 32, rule, tmp_path / str(number))
+        assert (model.parent / "engine" / "model.plan").exists()
+        assert ("Int8" in (model.parent / "engine" / "layers.txt").read_text()) == (rule.action != "float")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
 from dq_export.calibration.collect import Progress, unwatched
@@ -19,6 +20,7 @@ from .lowerings import Target
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
+Reader = Callable[[Path], ir.Model]
 
 
 class BackendError(Exception):
@@ -114,8 +116,11 @@ class Backend(Protocol):
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
 
-    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
         """The float graph as `load` takes it, to compare an engine's speed with: `model`, or a copy built in `folder`.
+
+        Args:
+            read: loads the graph, whose weights may be a link to the checkpoint's.
 
         Raises:
             BackendError: as `build`.

@@ -22,7 +22,7 @@ from dq_export.passes.base import GraphPass
 from dq_export.passes.factor_scale import FactorScale
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine, Feed
+from .backend import BackendError, Engine, Feed, Reader
 from .lowerings import Target, require_lowerings
 from .openvino_engine import OpenVinoEngine, load_engine, openvino
 from .ort import OrtEngine, onnxruntime, session_errors
@@ -84,7 +84,7 @@ class OpenVino:
         """See `Backend.portable`."""
         return model
 
-    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
         """See `Backend.baseline`."""
         return model
 

@@ -26,7 +26,7 @@ from dq_export.passes.raise_biases import RaiseBiases
 from dq_export.passes.unsign_codes import UnsignCodes
 
 from .audit import Audit, audit_ort
-from .backend import BackendError, Feed, Float32
+from .backend import BackendError, Feed, Float32, Reader
 from .lowerings import Target, require_lowerings
 from .packages import require_packages
 
@@ -124,7 +124,7 @@ class Ort:
         """See `Backend.portable`."""
         return model
 
-    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
         """See `Backend.baseline`."""
         return model
 

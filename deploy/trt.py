@@ -26,7 +26,7 @@ from dq_export.passes.widen_codes import WidenCodes
 from dq_export.passes.widen_floats import WidenFloats
 
 from .audit import Audit, audit_graph
-from .backend import BackendError, Engine, Feed, NotHereError
+from .backend import BackendError, Engine, Feed, NotHereError, Reader
 from .check import Finding, check
 from .check.operand import shape_of
 from .check.rules_nvidia import TARGETS
@@ -151,13 +151,13 @@ class TensorRt:
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
         return folder / "model.onnx"
 
-    def baseline(self, model: Path, folder: Path, progress: Progress = unwatched) -> Path:
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
         """See `Backend.baseline`. A copy of the graph in `dtype` with a plan of its own beside it."""
-        graph = ir.load(model)
+        graph = read(model)
         run_passes(graph, self._casts())
         folder.mkdir(parents=True, exist_ok=True)
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
-        self.build(folder / "model.onnx", folder / "engine", progress)
+        self.build(folder / "model.onnx", folder / "engine")
         return folder / "model.onnx"
 
     def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:

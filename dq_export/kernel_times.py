@@ -114,7 +114,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
         backend.build(folder / "model.onnx", folder / "engine")
         return folder / "model.onnx"
     ir.save(model, folder / "float.onnx")
-    return backend.baseline(folder / "float.onnx", folder)
+    return backend.baseline(folder / "float.onnx", ir.load, folder)
 
 
 def _calibrated(weight: Float32, rule: Rule) -> CalibrationResult:

@@ -9,6 +9,7 @@ from dq_export.calibration.collect import Progress, unwatched
 from dq_export.calibration.recipe import Recipe
 from dq_export.deploy.backend import Backend, BackendError, Feed
 
+from .families.float_graph import load
 from .families.reference import ModelError
 from .report import EngineReport, LatencyReport
 from .timing import ROUNDS, Timed, Timing, backend_key, time_engines
@@ -33,7 +34,8 @@ def bench(
     feed = _feed(folder)
     pytorch, skipped = _pytorch(recipe) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        graphs = {"float": backend.baseline(folder / "float" / "model.onnx", Path(temporary)), "engine": folder / "model.onnx"}
+        baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
+        graphs = {"float": baseline, "engine": folder / "model.onnx"}
         runs_on, profile = backend_key(backend), recipe is not None
         engines = [
             Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=BATCH, profile=profile)

@@ -27,6 +27,7 @@ from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
 from .finished_folder import MODEL, portable_name
+from .heap import return_freed_memory
 from .ledger import Ledger, claim, require_usable
 from .memory import plan_memory
 from .output_folder import GATHERED, write_bytes
@@ -359,6 +360,8 @@ class Export:
             return
         self.progress.begin(name, what)
         start = time.monotonic()
+
+        return_freed_memory()
 
         def timed(partial: Path) -> StageResult:
             return work(partial).model_copy(update={"seconds": round(time.monotonic() - start, 2)})

@@ -45,8 +45,8 @@ def test_without_a_limit_everything_runs(large: Weights) -> None:
 
 
 def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Weights) -> None:
-    assert plan_memory(large, recipe(), 4.5, STAGES).stages == STAGES[:-1]
-    assert plan_memory(large, recipe(), 5.0, STAGES).stages == STAGES
+    assert plan_memory(large, recipe(), 3.5, STAGES).stages == STAGES[:-1]
+    assert plan_memory(large, recipe(), 3.7, STAGES).stages == STAGES
 
 
 def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Weights) -> None:

@@ -15,9 +15,8 @@ from dq_export.calibration.recipe import Bits, Rule
 from dq_export.passes.match import linears
 
 from .check import check, read_model
+from .check.integer_operators import PRODUCTS, UNPACKING
 
-INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul"})
-BLOCKED = frozenset({"MatMulNBits"})
 COUNTED = get_args(Bits)
 """Actions that ask for a low-precision kernel; `weight-only` asks for small weights alone."""
 
@@ -125,15 +124,15 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
         rule = assigned.get(name)
-        unpacks = kernel in BLOCKED and rule is not None and rule.action in COUNTED and rule.activation is None
-        return kernel, kernel in INTEGER or unpacks
+        unpacks = kernel in UNPACKING and rule is not None and rule.action in COUNTED and rule.activation is None
+        return kernel, kernel in PRODUCTS - UNPACKING or unpacks
 
     @cache
     def rules() -> dict[str, str]:
         return {item.node: f"{item.rule}; {item.fix}" for item in check(read_model(model), "ort") if item.rule}
 
     def why_float(node: ir.Node, kernel: str) -> str:
-        if kernel in BLOCKED:
+        if kernel in UNPACKING:
             return "the activation has no DequantizeLinear before it; quantize it, too"
         return rules().get(str(node.name)) or f"ONNX Runtime chose {kernel}; no known rule says why"
 

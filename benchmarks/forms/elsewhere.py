@@ -106,5 +106,7 @@ ELSEWHERE = (
     beside("an int8 constant", lambda s: s.op("DequantizeLinear", s.codes((N,), INT8), s.float(0.01), s.constant(0, INT8))),
     beside("a gathered int8 table", lambda s: s.op("Gather", s.weight((99, N), scale=()), s.constant(np.arange(16)))),
     beside("codes as they are", lambda s: s.op("Cast", s.quantized(s.op("Neg", s.x)), to=s.dtype.value)),
+    beside("codes as they are, of zero point 3", lambda s: s.op("Cast", s.quantized(s.op("Neg", s.x), zero=3), to=s.dtype.value)),
+    beside("codes as they are, of uint8 and zero point 128", lambda s: s.op("Cast", s.quantized(s.op("Neg", s.x), UINT8, zero=128), to=s.dtype.value)),
     beside("int32 codes of zero point 0", lambda s: s.op("DequantizeLinear", s.constant(s.random.integers(-9, 9, (16, N)), INT32), s.float(0.01))),
 )  # fmt: skip

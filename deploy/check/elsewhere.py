@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
+
+from dq_export.passes.base import constant
 
 from .gemm import Judgement, only_reader, readers
 from .operand import Operand, codes_of, operand_of
-from .rules_nvidia import SINCE, TARGETS, refused, refused_at_run_time
+from .rules_nvidia import FP8, INT8, SINCE, TARGETS, refused, refused_at_run_time
 from .signedness import MOVED, breaks, why_signed
 
 QLINEAR = frozenset({"Add", "Mul", "Softmax", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat", "Where"})
@@ -54,12 +57,12 @@ def alone(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Jud
     operand = operand_of(node.outputs[0]) if node.op_type == "DequantizeLinear" else None
     if operand is not None and (found := _pair(operand, target, compute, opset)) is not None:
         return found
-    if (
-        node.op_type == "QuantizeLinear"
-        and target in ("trt", "trt-rtx")
-        and codes_of(node) not in (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
-    ):
-        return "rejected", f"codes of {codes_of(node).name}", "use int8 or float8e4m3fn"
+    if node.op_type == "QuantizeLinear" and target in ("trt", "trt-rtx"):
+        zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if codes_of(node) not in (INT8, FP8):
+            return "rejected", f"codes of {codes_of(node).name}", "use int8 or float8e4m3fn"
+        if zero is not None and zero.astype(np.float32).any():
+            return "rejected", "a zero point that is not 0", "int8 with zero point 0"
     return "float", f"no GEMM stands behind this {node.op_type}", "nothing, if meant so"
 
 

@@ -19,6 +19,8 @@ PRODUCTS = frozenset(
     }
 )  # fmt: skip
 """Those that multiply matrices."""
+UNPACKING = frozenset({"MatMulNBits", "MatMulBnb4"})
+"""Those of `PRODUCTS` that read floats and unpack a weight inside."""
 OTHERS = frozenset(
     {
         "DynamicQuantizeLinear", "GatherBlockQuantized", "QEmbedLayerNormalization", "QLinearAdd", "QLinearMul", "QLinearConcat",

@@ -21,7 +21,7 @@ NODES = 1 << 20
 """Nodes of a graph after its functions are written out; the largest network known has 30,000."""
 EXTERNAL = 1
 INVALID = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
-"""What onnx and onnx_ir raise on a damaged graph, beside onnx's ValidationError; they have no common class."""
+"""What onnx and onnx_ir raise on a damaged graph, beside onnx's ValidationError and InferenceError; they have no common class."""
 
 
 class ModelFileError(Exception):
@@ -40,6 +40,7 @@ def read_model(path: Path) -> ir.Model:
     from google.protobuf.message import DecodeError
     from onnx import ModelProto
     from onnx.checker import ValidationError
+    from onnx.shape_inference import InferenceError
 
     name = shown_path(path)
     try:
@@ -59,7 +60,7 @@ def read_model(path: Path) -> ir.Model:
         return model
     except ModelFileError as error:
         raise ModelFileError(f"{name}: {error}") from error
-    except (*INVALID, ValidationError) as error:
+    except (*INVALID, ValidationError, InferenceError) as error:
         raise ModelFileError(f"{name}: no valid ONNX model: {printable(_first_line(error))}") from error
 
 

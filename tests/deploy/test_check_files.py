@@ -155,6 +155,13 @@ def exploding() -> bytes:
     return graph_of(helper.make_node("f39", ["x"], ["y"], domain="local"), functions=functions, opsets=(("", 21), ("local", 1)))
 
 
+def reshaped() -> bytes:
+    """A constant that is noted down with another rank."""
+    model = onnx.ModelProto.FromString(typed_tensor())
+    model.graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4, 7]))
+    return bytes(model.SerializeToString())
+
+
 def short_tensor() -> bytes:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], raw_data=b"\0" * 8)
     return graph_of(helper.make_node("MatMul", ["x", "w"], ["y"]), initializers=[tensor])
@@ -177,6 +184,7 @@ def typed_tensor(**fields: Any) -> bytes:
         (damaged(graph_of(helper.make_node("DequantizeLinear", ["x"], ["y"]))), "no valid ONNX model"),
         (damaged(graph_of(helper.make_node("NoSuchThing", ["x"], ["y"]))), "No Op registered for NoSuchThing"),
         (damaged(graph_of(helper.make_node("Neg", ["x"], ["y"]), opsets=())), "no valid ONNX model"),
+        (damaged(reshaped()), "differ in rank"),
         (damaged(recursive()), "function 'f' calls itself"),
         (damaged(exploding()), "nodes, functions written out; a graph may have"),
         (damaged(short_tensor()), "tensor 'w': 8 bytes of data, its shape [4, 4] needs 64"),
@@ -199,6 +207,15 @@ def test_what_is_no_onnx_model_is_refused_in_one_line(write: Any, message: str, 
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+def test_stale_shapes_inside_are_no_obstacle(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    model.graph.value_info.append(helper.make_tensor_value_info(model.graph.node[0].output[0], TensorProto.INT8, [1, 2, 3, 4, 5]))
+    path.write_bytes(model.SerializeToString())
+    assert [item.verdict for item in check(read_model(path), "ort")] == ["low precision"]
 
 
 def test_constants_that_square_themselves_end(tmp_path: Path) -> None:

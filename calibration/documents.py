@@ -48,15 +48,17 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, links: bool = True) -> by
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
     try:
         with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise DocumentError(f"{shown_path(path)}: not a regular file")
-            content = file.read(limit + 1)
+            # The size first: nothing of a file that is too large is read. It may still grow, or be 0 as in /proc.
+            content = file.read(limit + 1) if status.st_size <= limit else b""
     except FileNotFoundError as error:
         raise MissingError(f"{shown_path(path)}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DocumentError(f"{shown_path(path)}: cannot be read ({reason})") from error
-    if len(content) > limit:
+    if max(status.st_size, len(content)) > limit:
         raise DocumentError(f"{shown_path(path)}: larger than the {limit} bytes that such a file may have")
     return content
 

@@ -82,7 +82,10 @@ def _too_far(call: CallReport, recipe: Recipe) -> str:
 def _advice(call: CallReport, recipe: Recipe) -> str:
     """What to try for a call that is too far from PyTorch, of what this recipe has not used and can use."""
     if call.stage == FLOAT_STAGE:
-        return "The float graph differs already: the exporter is to blame, not quantization."
+        return (
+            "The float graph differs from PyTorch before anything is quantized: its weights amplify float32 rounding, or an "
+            "operator was exported wrongly; no option of quantization helps."
+        )
     activations = recipe.bits in ACTIVATION_TYPES and recipe.bits != "fp8"
     fitting = [
         ("--granularity token", activations and recipe.granularity == "tensor" and recipe.provider != "openvino"),

@@ -146,6 +146,15 @@ def test_only_regular_files_are_read_and_no_more_than_the_limit(tmp_path: Path) 
         read_text(file)
 
 
+def test_nothing_of_a_file_that_is_too_large_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DocumentError, match="larger than"):
+        read_bytes(tmp_path / "large", 1 << 31)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 def test_a_pipe_is_refused_and_does_not_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     code = (

@@ -74,13 +74,18 @@ class Tally:
 def stop_before_float() -> None:
     """End the run where the float graph would be made, which takes seconds whatever the input."""
     from dq_export import cli
+    from dq_export.progress import Lines
 
-    def begin(self: cli.Lines, stage: str, what: str) -> None:
-        if stage == "float":
-            print(STOPPED, file=sys.stderr)
-            raise SystemExit(0)
+    class Stopping(Lines):
+        """Progress that ends the process where the float graph begins."""
 
-    cli.Lines.begin = begin  # type: ignore[method-assign]
+        def begin(self, stage: str, what: str, *, shown: bool = True) -> None:
+            if stage == "float":
+                print(STOPPED, file=sys.stderr)
+                raise SystemExit(0)
+            super().begin(stage, what, shown=shown)
+
+    vars(cli)["Lines"] = Stopping
 
 
 def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> None:

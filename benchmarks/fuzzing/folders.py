@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 from pathlib import Path
@@ -13,11 +15,26 @@ from .materials import EXPORT
 from .models import mutate_header
 from .values import change, mutate_bytes, mutate_json, mutate_path
 
-COMMANDS = (
-    ["verify", "out"], ["verify", "out"], ["audit", "out"], ["audit", "out", "--json"], ["bench", "out"],
-    ["explain", "out", "transformer_blocks.0.attn1.to_q"], ["explain", "out", "x"], ["finish", "out"], ["triton", "out"],
+GRAPH = ("model.onnx", "model.onnx.data")
+REPLAY = ("parity/inputs.json", "parity/outputs.json", "parity/pytorch.safetensors", "parity/command.txt")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "verify": (*REPLAY, *REPLAY, *GRAPH, "recipe.yaml", "report.json"),
+    "audit": (*GRAPH, "recipe.yaml", "recipe.yaml"),
+    "bench": (*GRAPH, *REPLAY, "recipe.yaml", "recipe.yaml", "float/model.onnx", "engine/session.json"),
+    "explain": ("report.json",),
+    "finish": (*GRAPH, "recipe.yaml", "report.json", "report.json", "triton/denoiser/config.pbtxt"),
+    "triton": ("stages.json", "stages.json", "recipe.yaml", *GRAPH, "report.json", "calibration.safetensors"),
+    "continue": (
+        "stages.json", "stages.json", "recipe.yaml", "calibration.safetensors", "calibration.safetensors", *REPLAY, *GRAPH,
+        "float/model.onnx", "float/model.onnx.data", "float/diffusion_pytorch_model.safetensors", "engine/optimized.onnx",
+        "engine/session.json", "report.json",
+    ),
+}  # fmt: skip
+"""Files by the command that reads them; those that decide more stand twice."""
+CONTINUE = (
     ["--recipe", "out/recipe.yaml", "-o", "out"], ["--model", "MODEL", *EXPORT, "--triton", "-o", "out"],
-    ["--model", "MODEL", *EXPORT, "--triton", "--seed", "1", "--overwrite", "-o", "out"],
+    ["--model", "MODEL", *EXPORT, "--triton", "--overwrite", "-o", "out"],
+    ["quantize", "--recipe", "out/recipe.yaml", "-o", "out", "--overwrite"],
 )  # fmt: skip
 LINKS = (
     ".lock", ".recipe.yaml.new", ".stages.json.new", ".report.html.new", ".report.json.new", ".partial", ".calibration", "parity",
@@ -33,19 +50,35 @@ POLYGRAPHY = (
 
 
 def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """A finished export with one or two files changed, and any command that reads it."""
+    """A finished export with a file changed, and a command that reads it."""
     out = Path(shutil.copytree(materials / "out", work / "out", symlinks=True))
-    words = [word.replace("MODEL", str(materials / "plain")) for word in rng.choice(COMMANDS)]
-    (work / "x.py").write_text("open('../guard/owned', 'w')")
+    kind = rng.choice(sorted(READ_BY))
+    words = {
+        "continue": rng.choice(CONTINUE),
+        "explain": ["explain", "out", rng.choice(("transformer_blocks.0.attn1.to_q", "x"))],
+        "audit": ["audit", "out", *rng.choice(((), ("--json",)))],
+    }.get(kind, [kind, "out"])
+    words = [word.replace("MODEL", str(materials / "plain")) for word in words]
+    for folder in (out, work):
+        (folder / "x.py").write_text("open('../guard/owned', 'w')")
     if rng.random() < 0.25:
         what = mutate_path(rng, out / rng.choice(LINKS), guard)
     else:
-        files = [
-            path for path in sorted(out.rglob("*")) if path.is_file() and "triton" not in path.parts and path.name != ".lock"
-        ]
-        what = mutate_file(rng, rng.choice(files))
-    judged = words[0] in ("verify", "audit", "explain")
+        file = out / rng.choice([name for name in READ_BY[kind] if (out / name).exists()])
+        what = mutate_file(rng, file)
+        if rng.random() < 0.5 and file.name != "stages.json":
+            record(out, file)
+    judged = kind in ("verify", "audit", "explain")
     return Case(words, f"{' '.join(words)[:40]}: {what}", judge=(lambda: "equal") if judged else (lambda: "other"))
+
+
+def record(out: Path, file: Path) -> None:
+    """Give the ledger the changed file's hash, so that a run that continues takes the file for its own."""
+    name, ledger = str(file.relative_to(out)), json.loads((out / "stages.json").read_text())
+    for stage in ledger.values():
+        if name in stage["outputs"]:
+            stage["outputs"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (out / "stages.json").write_text(json.dumps(ledger))
 
 
 def mutate_file(rng: random.Random, file: Path) -> str:

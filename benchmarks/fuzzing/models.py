@@ -21,8 +21,8 @@ SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler", "DDIMInverseScheduler", "LCMScheduler",
-    "TCDScheduler", "UnCLIPScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "DPMSolverSDEScheduler",
-    "CogVideoXDPMScheduler", "CogVideoXDDIMScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "VQDiffusionScheduler",
+    "TCDScheduler", "UnCLIPScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler",
+    "CogVideoXDPMScheduler", "CogVideoXDDIMScheduler", "RePaintScheduler", "ScoreSdeVeScheduler",
     "CMStochasticIterativeScheduler", "SASolverScheduler", "IPNDMScheduler", "HeliosDMDScheduler",
 )  # fmt: skip
 
@@ -48,7 +48,9 @@ def equal_to_diffusers(work: Path) -> str:
     from diffusers import DiTTransformer2DModel
 
     folder = work / "model" / "transformer"
-    model = DiTTransformer2DModel.from_pretrained(folder if folder.is_dir() else work / "model").float().eval()
+    folder = folder if folder.is_dir() else work / "model"
+    safe = any(folder.glob("*.safetensors"))  # without it diffusers looks for no pickles in shards
+    model = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=safe).float().eval()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(str(work / "out" / "float" / "model.onnx"), options, providers=["CPUExecutionProvider"])

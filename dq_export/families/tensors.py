@@ -170,6 +170,13 @@ def _load_pickle(file: Path, device: str = "cpu") -> dict[str, Any]:
         raise ModelError(
             f"{where}: {shown(other)} is {shown(type(found[other]).__name__)}; expected a dense tensor for each name"
         )
+    # A tensor of stride 0 has any shape on the bytes of one number, and whatever copies it takes the memory of the shape.
+    repeated = next((name for name, value in found.items() if value.untyped_storage().nbytes() < value.nbytes), None)
+    if repeated is not None:
+        raise ModelError(
+            f"{where}: {shown(repeated)} has shape {shown(tuple(found[repeated].shape))} and repeats fewer stored numbers; "
+            "save it anew after .contiguous()"
+        )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

@@ -167,6 +167,7 @@ WEIGHT = {"a": torch.ones(3)}
         (unlike([torch.ones(3)]), "holds 'list'; expected tensors by name"),
         (unlike({1: torch.ones(3)}), "holds 'dict'; expected tensors by name"),
         (unlike({"a": torch.ones(3).to_sparse()}), r"refers to 'torch\._utils\._rebuild_sparse_tensor'"),
+        (unlike({"a": torch.ones(1).expand(1 << 20, 1 << 20)}), r"shape \(1048576, 1048576\) and repeats fewer stored numbers"),
         (unlike(WEIGHT, squeeze), "its records are compressed; save it anew with torch.save"),
         (unlike(WEIGHT, shorten), "cut short or damaged"),
         (lambda path: path.write_bytes(b""), "empty; copy or download it again"),

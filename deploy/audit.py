@@ -144,7 +144,7 @@ def _load(path: Path) -> ir.Model:
 
     try:
         return ir.load(path)
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError) as error:
         raise AuditError(f"{path}: not readable as ONNX; was it cut short? Export again") from error
 
 

@@ -90,7 +90,7 @@ class FinishedFolder:
 
         try:
             graph = ir.load(self.path / MODEL)
-        except (DecodeError, ValueError, OSError) as error:
+        except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
             raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
         return {name: recipe.complete(recipe.decide(name)) for name in linears(graph)}
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.documents import shown_path
 from dq_export.calibration.recipe import Rule
-from dq_export.passes.base import GraphPass, PassReport, run_passes
+from dq_export.passes.base import GraphError, GraphPass, PassReport, run_passes
 from dq_export.passes.pipeline import canonical_passes
 
-from .families.float_graph import load
+from .families.float_graph import DAMAGED, load
 
 IN_FLIGHT = 128 << 20
 """Bytes of rewritten weights in memory at once."""
@@ -38,17 +39,23 @@ def quantize_graph(
     Args:
         progress: called with (weights written, weights in all).
         stop_after: the pass behind which to stop, to find by bisection the one that broke parity.
+
+    Raises:
+        GraphError: the float graph is damaged.
     """
     model = load(source)
     model.ir_version = IR_VERSION
     reports = run_passes(model, (*canonical_passes(calibration, assigned), *legalise), stop_after=stop_after)
-    ir.save(
-        model,
-        target,
-        external_data=f"{target.name}.data",
-        size_threshold_bytes=1024,
-        callback=lambda tensor, info: progress(info.index, info.total),
-        max_workers=os.cpu_count(),
-        max_in_flight_bytes=IN_FLIGHT,
-    )
+    try:
+        ir.save(
+            model,
+            target,
+            external_data=f"{target.name}.data",
+            size_threshold_bytes=1024,
+            callback=lambda tensor, info: progress(info.index, info.total),
+            max_workers=os.cpu_count(),
+            max_in_flight_bytes=IN_FLIGHT,
+        )
+    except ir.serde.SerdeError as error:  # a text that is no UTF-8, which onnx_ir reads and does not write
+        raise GraphError(f"{shown_path(source)}: {DAMAGED}") from error
     return reports

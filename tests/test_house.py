@@ -30,7 +30,7 @@ LAZY = {
     "deploy": {"google", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy", "tritonclient"},
     "deploy/triton/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
     "dq_export": {"PIL", "google", "jinja2", "safetensors"},
-    "dq_export/families": {"accelerate", "torch", "diffusers", "safetensors", "huggingface_hub"},
+    "dq_export/families": {"accelerate", "google", "torch", "diffusers", "safetensors", "huggingface_hub"},
 }
 """What functions may import beyond `THIRD_PARTY`."""
 DATA_OBJECTS = {"documents", "grid", "artifacts", "denoiser", "qtypes", "recipe", "scales"}

@@ -204,21 +204,23 @@ class DiTReference:
 
             return hook
 
-        parameters = {f"{name}.weight": value for name, value in weights.items()}
-        parameters |= {f"{name}.bias": value for name, value in biases.items()}
-        before = {name: self.model.get_parameter(name).data for name in parameters}
+        changes = [(name, "weight", value) for name, value in weights.items()]
+        changes += [(name, "bias", value) for name, value in biases.items()]
+        before = [getattr(self.model.get_submodule(name), kind) for name, kind, _ in changes]
         handles = [self.model.register_forward_pre_hook(learn, with_kwargs=True)]
         for site in self.sites:
             handles += [self.model.get_submodule(name).register_forward_pre_hook(swap(site.name)) for name in site.linears]
         try:
-            for name, value in parameters.items():
-                self.model.get_parameter(name).data = torch.from_numpy(value).to(before[name].device)
+            for name, kind, value in changes:  # a layer without a bias gets one, as in the graph
+                module = self.model.get_submodule(name)
+                new = torch.from_numpy(value).to(module.weight.device)
+                setattr(module, kind, torch.nn.Parameter(new, requires_grad=False))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for name, tensor in before.items():
-                self.model.get_parameter(name).data = tensor
+            for (name, kind, _), parameter in zip(changes, before, strict=True):
+                setattr(self.model.get_submodule(name), kind, parameter)
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dq_export.calibration.documents import shown_path
+from dq_export.passes.base import GraphError
 from dq_export.passes.match import SCOPES
 
 from .tensors import stored
@@ -22,6 +24,7 @@ from .tensors import stored
 FLOAT = ir.DataType.FLOAT
 INLINE = 1024
 """Bytes up to which a tensor stays in the graph file."""
+DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
 def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Mapping[str, Any]) -> ir.Model:
@@ -92,8 +95,21 @@ def load(path: Path) -> ir.Model:
 
     onnx and onnx_ir refuse external data with several hard links, for fear of a file smuggled into a model; here the
     links are our own.
+
+    Raises:
+        GraphError: the file or its weights are not what `save` wrote.
     """
-    model = ir.load(path)
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = ir.load(path)
+        _map_weights(model, path.parent)
+    except (DecodeError, ir.serde.SerdeError, OSError, TypeError, ValueError) as error:
+        raise GraphError(f"{shown_path(path)}: {DAMAGED}") from error
+    return model
+
+
+def _map_weights(model: ir.Model, folder: Path) -> None:
     files: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
     for initializer in model.graph.initializers.values():
         tensor = initializer.const_value
@@ -101,11 +117,10 @@ def load(path: Path) -> ir.Model:
             continue
         name = Path(tensor.location).name
         if name not in files:
-            files[name] = np.memmap(path.parent / name, dtype=np.uint8, mode="r")
+            files[name] = np.memmap(folder / name, dtype=np.uint8, mode="r")
         start = tensor.offset or 0
         content = files[name][start : start + tensor.nbytes].view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
         initializer.const_value = ir.tensor(content, name=tensor.name)
-    return model
 
 
 def _forget_sources(model: ir.Model) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
+from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
 from dq_export.calibration.artifacts import CalibrationError
 from dq_export.calibration.collect import Sampling
@@ -15,6 +15,7 @@ from dq_export.calibration.group import TorchGroup
 from dq_export.calibration.plan import calibrate
 from dq_export.calibration.simulation import Simulation
 from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
@@ -47,6 +48,20 @@ def test_it_computes_what_the_quantized_graph_does(bits: str, options: Any, tiny
             found = tiny.forward(feed)
         # The same codes but for values within float32 rounding of a tie, which move by one.
         assert sqnr(exact, found) > sqnr(tiny.forward(feed), exact) + 12
+
+
+def test_layers_without_a_bias_get_one_while_it_lasts(tmp_path: Path) -> None:
+    reference = load_reference(str(save_tiny(tmp_path, attention_bias=False)))
+    result, assigned = calibrated(reference, "w8a8", scaling="smooth", shift=True, bias_correction=True)
+    reference.export_onnx(tmp_path / "float.onnx", shared=True)
+    graph = load_graph(tmp_path / "float.onnx")
+    run_passes(graph, canonical_passes(result, assigned))
+    simulation, feed = Simulation.of(reference, result, assigned), feed_of(reference, 900)
+    before = reference.forward(feed)
+    assert np.any(simulation.biases["transformer_blocks.0.attn1.to_q"] != 0)
+    with simulation.on(reference):
+        assert sqnr(run_onnx(graph, feed), reference.forward(feed)) > sqnr(before, reference.forward(feed)) + 12
+    np.testing.assert_array_equal(reference.forward(feed), before)
 
 
 def test_nothing_is_left_behind(tiny: Reference) -> None:

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
-from conftest import feed_of, run_onnx, save_tiny, sqnr
+from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sqnr
 from safetensors.numpy import load_file, save_file
 
 from dq_export.families import dit
 from dq_export.families.float_graph import load
+from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
+from dq_export.passes.base import GraphError
 from dq_export.passes.match import linears
+from dq_export.quantized_graph import quantize_graph
 
 BLOCKS = 5
 
@@ -134,3 +138,34 @@ def test_every_linear_of_every_block_is_named_as_in_pytorch(deep: Path, tmp_path
     assert set(found) == set(reference.linears)
     for name, linear in found.items():
         np.testing.assert_array_equal(linear.weight(), reference.weight(name))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut weights", "no weights", "wide shape"])
+def test_a_damaged_float_graph_is_refused_in_one_line(damage: str, deep: Path, tmp_path: Path) -> None:
+    exported(deep, tmp_path / "out")
+    file = tmp_path / "out" / "model.onnx"
+    data = next(path for path in file.parent.iterdir() if path.suffix == ".safetensors")
+    if damage == "garbage":
+        file.write_bytes(b"\xff" * 99)
+    elif damage == "cut weights":
+        data.unlink()
+        data.write_bytes(b"short")
+    elif damage == "no weights":
+        data.unlink()
+    else:
+        content = onnx.load(file, load_external_data=False)
+        next(item for item in content.graph.initializer if item.external_data).dims[0] = 1 << 20
+        file.write_bytes(content.SerializeToString())
+    with pytest.raises(GraphError, match=r"model\.onnx: not the float graph that an export writes; remove its folder") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_utf8_is_refused_when_the_graph_is_written(tiny: Reference, tiny_onnx: Path, tmp_path: Path) -> None:
+    result, assigned = calibrate_tiny(tiny, recipe_of(tiny))
+    for file in tiny_onnx.parent.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    source = tmp_path / tiny_onnx.name
+    source.write_bytes(source.read_bytes().replace(b"node_add", b"node_ad\xcf"))
+    with pytest.raises(GraphError, match=r"float\.onnx: not the float graph"):
+        quantize_graph(source, tmp_path / "model.onnx", result, assigned, ())

@@ -26,6 +26,7 @@ from dq_export.deploy.backends import BACKENDS
 from dq_export.deploy.child import run_child
 
 from .families.reference import ModelError
+from .heap import large_blocks_mapped
 
 ROUNDS, LEAST_ROUNDS, BUDGET = 5, 2, 60.0
 """Turns of each engine, and those that are taken however many seconds they need; no further round starts after BUDGET s."""
@@ -205,7 +206,8 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
 
 def _load(engine: Timed) -> Callable[[Feed], Float32]:
     if engine.runs_on[0] != "torch":
-        return _backend(engine).load(Path(engine.model), batch=engine.batch)
+        with large_blocks_mapped():
+            return _backend(engine).load(Path(engine.model), batch=engine.batch)
     from .families.source import load_reference
 
     revision, variant = engine.files

@@ -176,7 +176,7 @@ def test_the_winner_exports_at_the_size_that_was_foretold(folder: Path, searched
     assert stored == pytest.approx(found.size, rel=0.02)
     page = (tmp_path / "engine" / "report.html").read_text()
     assert "The search that found this recipe" in page
-    assert "<svg xmlns" in page
+    assert "data:image/svg+xml;base64," in page
 
 
 def _weights(path: Path) -> list[Any]:

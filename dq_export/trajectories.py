@@ -17,7 +17,7 @@ from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.calibration.simulation import Simulation
 
 from .families.reference import Feed, Float32, Network, Reference
-from .output_folder import OutputError
+from .output_folder import OutputError, write_text
 from .space import Genome, Space
 
 EVALUATIONS = "evaluations.jsonl"
@@ -120,7 +120,7 @@ class Trajectories:
     def _read(self, key: list[object]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if not self.journal.exists():
-            self.journal.write_text(json.dumps({"search": digest}) + "\n", encoding="utf-8")
+            write_text(self.journal, json.dumps({"search": digest}) + "\n")  # whole: a kill here leaves no empty journal
             return
         try:
             text = read_text(self.journal, JOURNAL_LIMIT, links=False)

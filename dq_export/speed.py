@@ -15,7 +15,7 @@ from .report import EngineReport, LatencyReport
 from .timing import ROUNDS, Timed, Timing, backend_key, time_engines
 
 BATCH = 2
-"""One guided picture."""
+"""Rows of the timed call at most: one guided picture. An unguided picture alone has one row."""
 PYTORCH = {"torch fp32": "fp32", "torch bf16": "bf16"}
 
 
@@ -32,13 +32,14 @@ def bench(
         BackendError: the float graph or the engine cannot be loaded or run.
     """
     feed = _feed(folder)
-    pytorch, skipped = _pytorch(recipe) if recipe else ([], {})
+    rows = len(feed["hidden_states"])
+    pytorch, skipped = _pytorch(recipe, rows) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
         graphs = {"float": baseline, "engine": folder / "model.onnx"}
         runs_on, profile = backend_key(backend), recipe is not None
         engines = [
-            Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=BATCH, profile=profile)
+            Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=rows, profile=profile)
             for name, graph in graphs.items()
         ]
         timings = time_engines([*pytorch, *engines], feed, progress, rounds)
@@ -63,7 +64,7 @@ def _feed(folder: Path) -> Feed:
     return {name: value[:BATCH] for name, value in feeds[0].items()}
 
 
-def _pytorch(recipe: Recipe) -> tuple[list[Timed], dict[str, str]]:
+def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:
     """PyTorch's networks; none, with the reason, where the checkpoint is gone."""
     from .families.source import pin
 
@@ -73,7 +74,7 @@ def _pytorch(recipe: Recipe) -> tuple[list[Timed], dict[str, str]]:
         return [], {"torch": str(error)}
     files = (r.revision or "", r.variant or "")
     return [
-        Timed(name=name, model=r.model, files=files, runs_on=("torch", None, dtype), batch=BATCH)
+        Timed(name=name, model=r.model, files=files, runs_on=("torch", None, dtype), batch=rows)
         for name, dtype in PYTORCH.items()
     ], {}
 

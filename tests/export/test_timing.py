@@ -151,6 +151,15 @@ def test_the_baseline_of_openvino_is_the_float_graph_on_openvino(tiny_folder: Pa
     assert latency.baseline in (tmp_path / "report.html").read_text()
 
 
+@OPENVINO
+def test_one_unguided_picture_is_timed_as_a_call_of_one_row(tiny_folder: Path, tmp_path: Path) -> None:
+    report = dq_export.export(
+        model=str(tiny_folder), output_dir=tmp_path, provider="openvino", steps=4, calib_size=2, parity_size=1,
+        guidance_scale=1.0, min_sqnr=10,
+    )  # fmt: skip
+    assert report.latency.batch == 1
+
+
 @RTX
 def test_the_baseline_of_a_plan_is_a_plan_of_the_float_graph(tiny_onnx_per_sample: Path, tmp_path: Path) -> None:
     from dq_export.deploy.backends import BACKENDS

@@ -54,13 +54,22 @@ def test_a_graph_that_the_runtime_refuses_is_an_error(tiny_onnx: Path, tmp_path:
         ORT.load(tmp_path / "bad.onnx")
 
 
-def test_engines_are_timed_in_turn() -> None:
+def test_engines_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     output = np.zeros(1, dtype=np.float32)
+    clock = [0.0]
+    monkeypatch.setattr("dq_export.deploy.latency.time.perf_counter", lambda: clock[0])
+    seconds = {"a": iter([9, 9, 9, 3, 9, 1, 9, 2]), "b": iter([9, 9, 9, 5, 9, 5, 9, 4])}  # every second call is timed
 
     def engine(name: str) -> object:
-        return lambda feed: (order.append(name), output)[1]
+        def call(feed: object) -> object:
+            order.append(name)
+            clock[0] += next(seconds[name]) / 1e3
+            return output
+
+        return call
 
     taken = measure({"a": engine("a"), "b": engine("b")}, {}, rounds=3)  # type: ignore[dict-item]
     assert order == ["a", "a", "b", "b"] * 4  # a round of warm-up; before each timed call an untimed one
-    assert taken["a"].least <= taken["a"].median
+    assert (taken["a"].least, taken["a"].median) == pytest.approx((1, 2))
+    assert (taken["b"].least, taken["b"].median) == pytest.approx((4, 5))

@@ -21,9 +21,9 @@ import onnx_ir as ir
 from forms import FORMS, Form
 
 from dq_export.deploy.check import Finding, check, read_model
-from dq_export.deploy.layers import Layer, kernel_of, read_layers
-from dq_export.deploy.ort import session_errors
-from dq_export.deploy.plan import PlanRequest, serve
+from dq_export.deploy.onnxruntime.cpu import session_errors
+from dq_export.deploy.tensorrt.builder import PlanRequest, serve
+from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
 
 TARGETS = ("ort", "trt-rtx")
 LOW = frozenset(

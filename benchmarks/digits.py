@@ -17,9 +17,9 @@ import numpy.typing as npt
 from reading import Reader
 
 import dq_export
-from dq_export.comparison import save_pictures
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.families.source import load_reference
+from dq_export.stages.comparison import save_pictures
 
 Float32 = npt.NDArray[np.float32]
 BATCH = 50

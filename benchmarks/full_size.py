@@ -105,8 +105,8 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     """Latency of one call of batch 2, engines in turn, each warm."""
     from dq_export.deploy.backend import BackendError
     from dq_export.deploy.latency import measure
-    from dq_export.deploy.openvino import OpenVino
-    from dq_export.deploy.ort import ORT
+    from dq_export.deploy.onnxruntime.cpu import ORT
+    from dq_export.deploy.openvino.backend import OpenVino
     from dq_export.families.source import load_reference
 
     cpu = temporary / "cpu"

@@ -73,8 +73,8 @@ class Tally:
 
 def stop_before_float() -> None:
     """End the run where the float graph would be made, which takes seconds whatever the input."""
-    from dq_export import cli
-    from dq_export.progress import Lines
+    from dq_export.cli import app as cli
+    from dq_export.cli.progress import Lines
 
     class Stopping(Lines):
         """Progress that ends the process where the float graph begins."""

@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 from reading import Reader
 
-from dq_export.calibration.recipe import Recipe
-from dq_export.comparison import save_pictures
+from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.latency import measure
-from dq_export.deploy.ort import ORT, OrtEngine, session_errors
+from dq_export.deploy.onnxruntime.cpu import ORT, OrtEngine, session_errors
 from dq_export.deploy.parity import difference
 from dq_export.families.reference import Float32, Reference
 from dq_export.families.source import PACKAGED, load_reference
 from dq_export.pipeline import run
-from dq_export.recording import Recording, draw
+from dq_export.stages.comparison import save_pictures
+from dq_export.stages.recording import Recording, draw
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from hard_copy import harden_folder

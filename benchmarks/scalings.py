@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.families.source import PACKAGED
 from dq_export.pipeline import run
 

@@ -13,10 +13,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from dq_export.calibration.recipe import Recipe
-from dq_export.exploration import explore
-from dq_export.search_request import SearchRequest
-from dq_export.space import KNOWN, Q_DIT
+from dq_export.core.recipe import Recipe
+from dq_export.search.explore import explore
+from dq_export.search.request import SearchRequest
+from dq_export.search.space import KNOWN, Q_DIT
 
 ROWS = (
     ("Q-DiT: evolution over group sizes", "evolve", Q_DIT, {"format": "onnx", "scaling": "none"}),

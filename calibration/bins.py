@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .qtypes import INT8, QuantType
-from .scales import ScaleTable, TimestepBins
+from dq_export.core.qtypes import INT8, QuantType
+from dq_export.core.scales import ScaleTable, TimestepBins
 
 Float64 = npt.NDArray[np.float64]
 TOLERANCE = 0.05

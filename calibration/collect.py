@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationError
-from .denoiser import Denoiser
-from .documents import DocumentError, read_json
+from dq_export.core.artifacts import CalibrationError
+from dq_export.core.documents import DocumentError, read_json
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance
+
 from .group import ALONE, ProcessGroup
 from .records import RecordFile
 
@@ -22,16 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 Float32 = npt.NDArray[np.float32]
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all."""
 HISTOGRAM_BINS = 2048
 HISTOGRAM_ROWS = 128
 """About how many rows of a site each network call adds to the histogram, evenly spaced; the range is from all rows."""
 ROWS_KEPT = 256
-
-
-def unwatched(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,7 +130,7 @@ def collect_ranges(
     denoiser: Denoiser,
     sites: tuple[str, ...],
     sampling: Sampling,
-    progress: Progress,
+    progress: Advance,
     folder: Path,
     group: ProcessGroup = ALONE,
     rows_kept: int = ROWS_KEPT,
@@ -193,7 +189,7 @@ def collect_histograms(
     transforms: Mapping[str, tuple[Float32, Float32]],
     amax: Mapping[str, Float32],
     sampling: Sampling,
-    progress: Progress,
+    progress: Advance,
     folder: Path,
     group: ProcessGroup = ALONE,
 ) -> Histograms:
@@ -236,7 +232,7 @@ def watch_calls(
     denoiser: Denoiser,
     sampling: Sampling,
     collect: Callable[[int, str, Float32], None],
-    progress: Progress,
+    progress: Advance,
     group: ProcessGroup = ALONE,
 ) -> None:
     """Sample this process's pictures once more; `collect` gets each input: (index of its timestep, site, float32[rows, K])."""
@@ -306,7 +302,7 @@ def _run(
     denoiser: Denoiser,
     sampling: Sampling,
     collect: Callable[[_Call, str, torch.Tensor], None],
-    progress: Progress,
+    progress: Advance,
     journal: _Journal,
     group: ProcessGroup,
 ) -> list[float]:

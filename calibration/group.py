@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationError
+from dq_export.core.artifacts import CalibrationError
 
 Array = npt.NDArray[np.generic]
 

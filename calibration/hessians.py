@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from .artifacts import SitePlan
-from .collect import Progress, Sampling, watch_calls
-from .denoiser import Denoiser
+from dq_export.core.artifacts import SitePlan
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance
+
+from .collect import Sampling, watch_calls
 from .group import ALONE, ProcessGroup
 from .parallel import threads_for
 
@@ -34,7 +36,7 @@ def stream_hessians(
     reach: Mapping[str, float],
     timesteps: Sequence[float],
     sampling: Sampling,
-    progress: Progress,
+    progress: Advance,
     space: int,
     group: ProcessGroup = ALONE,
     *,
@@ -66,7 +68,7 @@ def _fill(
     denoiser: Denoiser,
     timesteps: Sequence[float],
     sampling: Sampling,
-    progress: Progress,
+    progress: Advance,
     group: ProcessGroup,
 ) -> dict[str, Float32]:
     names = list(sums)

@@ -7,25 +7,26 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationResult, SitePlan
-from .collect import Progress, SiteStatistics, Statistics
-from .denoiser import Denoiser
-from .folding import folded_weight, touching_plans, work_bytes
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.compare import decibels
+from dq_export.core.folding import folded_weight, touching_plans, work_bytes
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance
+from dq_export.core.qtypes import FP8
+from dq_export.core.recipe import Rule
+from dq_export.core.scales import ScaleTable
+
+from .collect import SiteStatistics, Statistics
 from .parallel import parallel
-from .qtypes import FP8
-from .recipe import Rule
-from .scales import ScaleTable
 from .scaling import OUTPUTS
 
 Float32 = npt.NDArray[np.float32]
 MARGIN = 2.0
 """Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
-MOST = 200.0
-"""dB of an output without any error."""
 
 
 def mean_errors(
-    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, Float32]:
     """By linear: the mean over the kept rows of what quantization takes from its output, float32[out].
 
@@ -51,7 +52,7 @@ def mean_errors(
 
 
 def sqnr_by_timestep(
-    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, Float32]:
     """By linear: dB of up to OUTPUTS of its outputs at each timestep, float32[T]."""
     touching = touching_plans(result.sites)
@@ -77,8 +78,8 @@ def sqnr_by_timestep(
                 np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))
                 for value in (signal + moved, noise)
             ]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                found[name] = np.minimum(np.round(10 * np.log10(powers[0] / powers[1]), 1), MOST).astype(np.float32)
+            ratio = np.where(powers[0] + powers[1] > 0, decibels(*powers), np.nan)  # NaN: no row of the timestep was kept
+            found[name] = np.round(ratio, 1).astype(np.float32)
         return found
 
     plans = list(result.sites.values())
@@ -86,7 +87,7 @@ def sqnr_by_timestep(
 
 
 def reach_of(
-    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Progress
+    denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, float]:
     """By linear whose input the graph quantizes: see `CalibrationResult.reach`."""
     touching = touching_plans(result.sites)
@@ -122,7 +123,7 @@ def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale
 
 
 def attention_scales(
-    denoiser: Denoiser, plans: Mapping[str, SitePlan], statistics: Mapping[str, SiteStatistics], progress: Progress
+    denoiser: Denoiser, plans: Mapping[str, SitePlan], statistics: Mapping[str, SiteStatistics], progress: Advance
 ) -> dict[str, float]:
     """By projection: MARGIN times its greatest |result| over the kept rows / 448, value projections as they are folded.
 

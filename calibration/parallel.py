@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from .collect import Progress
+from dq_export.core.progress import Advance
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,7 +20,7 @@ SPACE = 1 << 29
 
 
 def parallel(
-    work: Callable[[Item], Result], items: Sequence[Item], progress: Progress, each: int, space: int = SPACE
+    work: Callable[[Item], Result], items: Sequence[Item], progress: Advance, each: int, space: int = SPACE
 ) -> list[Result]:
     """`work` of every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock.
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .qtypes import INT8, QuantType
-from .recipe import Recipe
+from dq_export.core.qtypes import INT8, QuantType
+from dq_export.core.recipe import Recipe
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

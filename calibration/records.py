@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationError
+from dq_export.core.artifacts import CalibrationError
 
 
 class RecordFile:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .grid import WeightGrid, cover, fit
-from .recipe import Rule
+from dq_export.core.grid import WeightGrid, cover, fit
+from dq_export.core.recipe import Rule
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.core.grid import cover
+from dq_export.core.qtypes import INT8
+from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.scales import TokenScale
+
 from .collect import SiteStatistics
-from .grid import cover
-from .qtypes import INT8
-from .recipe import Recipe, Rule
-from .scales import TokenScale
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationResult, SitePlan
-from .denoiser import Denoiser
-from .folding import folded_weight, touching_plans
-from .recipe import Rule
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.folding import folded_weight, touching_plans
+from dq_export.core.network import Denoiser
+from dq_export.core.recipe import Rule
 
 Float32 = npt.NDArray[np.float32]
 

@@ -9,15 +9,16 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import CalibrationError, CalibrationResult, SitePlan
-from .collect import Progress
-from .denoiser import Denoiser
-from .folding import folded_weight, touching_plans, work_bytes
-from .grid import WeightGrid
+from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
+from dq_export.core.folding import folded_weight, touching_plans, work_bytes
+from dq_export.core.grid import WeightGrid
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance
+from dq_export.core.qtypes import FP8
+from dq_export.core.recipe import Recipe, Rule
+
 from .parallel import parallel
 from .plugin import UNCHANGED, WeightPlugin
-from .qtypes import FP8
-from .recipe import Recipe, Rule
 from .rounding import ROUNDINGS
 
 Float32 = npt.NDArray[np.float32]
@@ -37,7 +38,7 @@ def round_weights(
     assigned: Mapping[str, Rule],
     hessians: Iterable[dict[str, Float32]],
     provenance: Mapping[str, str],
-    progress: Progress,
+    progress: Advance,
     plugin: WeightPlugin,
     space: int,
 ) -> CalibrationResult:

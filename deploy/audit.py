@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.recipe import Bits, Rule
+from dq_export.core.recipe import Bits, Rule
 from dq_export.passes.match import linears
 
 from .check import check, read_model

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 
 from .audit import Audit
@@ -126,7 +126,7 @@ class Backend(Protocol):
             BackendError: as `build`.
         """
 
-    def build(self, model: Path, folder: Path, progress: Progress = unwatched) -> str:
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
         """Build `model` into `folder`; returns what its user should know about the engine, mostly nothing.
 
         Raises:

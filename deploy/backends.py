@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError, Rule
 
 from .backend import Backend
 from .lowerings import require_lowerings
-from .openvino import OpenVino
-from .ort import ORT
-from .trt import TensorRt
+from .onnxruntime.cpu import ORT
+from .openvino.backend import OpenVino
+from .tensorrt.backend import TensorRt
 
 BACKENDS: tuple[Backend, ...] = (
     ORT,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dq_export.calibration.recipe import BLOCK_SIZES, RecipeError, Rule
+from dq_export.core.recipe import BLOCK_SIZES, RecipeError, Rule
 
 Target = Literal["ort", "openvino", "trt"]
 Weights = Literal["channel", "blocks"]

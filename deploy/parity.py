@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.core.compare import MAX_SQNR, decibels
+
 from .backend import Engine, Feed, Float32
 
 OUTPUT = "sample"
 FLOAT_SQNR = 80.0
 """dB that the float graph must keep: float32 rounding costs about 130 dB, a wrong export is below 40."""
-CAP = 200.0
 
 
 class ParityError(Exception):
@@ -48,13 +49,12 @@ class CallParity:
 def difference(reference: Float32, other: Float32) -> Difference:
     """Compare two outputs of the same shape. A NaN or Inf gives -200 dB."""
     if not np.isfinite(other).all():
-        return Difference(sqnr=-CAP, cosine=0.0, max_error=float("inf"))
+        return Difference(sqnr=-MAX_SQNR, cosine=0.0, max_error=float("inf"))
     exact, found = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     noise, signal = float(np.square(exact - found).sum()), float(np.square(exact).sum())
-    sqnr = CAP if noise == 0 else float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -CAP, CAP))
     norm = float(np.linalg.norm(exact) * np.linalg.norm(found))
     cosine = float(exact @ found) / norm if norm else 1.0
-    return Difference(sqnr=sqnr, cosine=cosine, max_error=float(np.abs(exact - found).max()))
+    return Difference(sqnr=float(decibels(signal, noise)), cosine=cosine, max_error=float(np.abs(exact - found).max()))
 
 
 def compare_calls(

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.calibration.documents import DocumentError, parse_json, read_text, shown, shown_path
+from dq_export.core.compare import MAX_SQNR
+from dq_export.core.documents import DocumentError, parse_json, read_text, shown, shown_path
 
 from .backend import Engine, Feed, Float32
-from .parity import CAP, OUTPUT
+from .parity import OUTPUT
 
 INPUTS, OUTPUTS, COMMAND = "inputs.json", "outputs.json", "command.txt"
 LIMIT = 1 << 30
@@ -101,7 +102,7 @@ def replay(engine: Engine, feeds: Sequence[Feed], references: Sequence[Float32],
     found = [call.get(OUTPUT) for call in calls]
     if len(found) != len(feeds) or not all(hasattr(item, "snr") for item in found):
         raise DocumentError(f"the graph gives no '{OUTPUT}' of the shape that was recorded")
-    return [-CAP if math.isnan(item.snr) else float(np.clip(item.snr, -CAP, CAP)) for item in found]
+    return [-MAX_SQNR if math.isnan(item.snr) else float(np.clip(item.snr, -MAX_SQNR, MAX_SQNR)) for item in found]
 
 
 def _run_results(name: str, outputs: Sequence[Float32]) -> Any:

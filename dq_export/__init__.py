@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .report import Report
+    from .report.report import Report
 
 __all__ = ["build", "calibrate", "export", "quantize"]
 
@@ -53,9 +53,10 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     import os
     from pathlib import Path
 
-    from .calibration.recipe import Recipe
+    from dq_export.core.recipe import Recipe
+
     from .pipeline import run
-    from .verdict import require
+    from .report.verdict import require
 
     mine = ("exclude", "overwrite", "progress", "max_memory", "device", "plugin")
     how = {key: options.pop(key) for key in mine if key in options}

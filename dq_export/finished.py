@@ -6,26 +6,26 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from dq_export.calibration.collect import Progress as Advance
-from dq_export.calibration.documents import printable, shown_path
-from dq_export.calibration.recipe import RecipeError, nearest
+from dq_export.core.documents import printable, shown_path
+from dq_export.core.progress import Advance, Progress
+from dq_export.core.recipe import RecipeError, nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.deploy.packages import require_packages
+from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.repository import add_plan
-from dq_export.deploy.trt import PLAN
 
 from .finished_folder import MODEL, REPORT, FinishedFolder
 from .ledger import RECIPE
 from .output_folder import OutputError, locked, move
-from .page import write_report
-from .pipeline import Progress, run
+from .pipeline import run
 from .pipeline import versions as installed
-from .report import AuditReport, LatencyReport, Report
-from .repository import REPOSITORY
-from .speed import bench
-from .verdict import concluded, require
+from .report.page import write_report
+from .report.report import AuditReport, LatencyReport, Report
+from .report.verdict import concluded, require
+from .stages.repository import REPOSITORY
+from .stages.speed import bench
 
 
 def audit_again(out: Path) -> tuple[AuditReport, float]:

@@ -9,15 +9,15 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from dq_export.calibration.documents import DocumentError, printable, read_json, shown_path
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.core.documents import DocumentError, printable, read_json, shown_path
+from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.deploy.backend import Feed, Float32
 from dq_export.deploy.replay import INPUTS, OUTPUTS, load_replay
 from dq_export.passes.match import linears
 
 from .ledger import RECIPE
 from .output_folder import OutputError, require_plain
-from .report import Report
+from .report.report import Report
 
 REPORT, MODEL, REPLAY = "report.json", "model.onnx", "parity"
 REPORT_LIMIT = 64 << 20

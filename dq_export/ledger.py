@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dq_export.calibration.documents import DocumentError, printable, read_json, read_text, shown_path
+from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 
 from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
-from .report import StageResult
+from .report.report import StageResult
 
 RECIPE = "recipe.yaml"
 LEDGER = "stages.json"

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dq_export.calibration.folding import TEMPORARIES
 from dq_export.calibration.hessians import SPACE
-from dq_export.calibration.recipe import Recipe, RecipeError
 from dq_export.calibration.weights import factor_bytes
+from dq_export.core.folding import TEMPORARIES
+from dq_export.core.recipe import Recipe, RecipeError
 
 from .families.tensors import stored
 from .families.weights import Weights

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from dq_export.calibration.documents import printable, shown_path
+from dq_export.core.documents import printable, shown_path
 
 LOCK, PARTIAL, GATHERED = ".lock", ".partial", ".calibration"
 FOLDERS = frozenset({"float", "engine", "parity", "triton", "choices", "statistics", PARTIAL, GATHERED})

@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from dq_export.calibration.artifacts import CalibrationResult, SitePlan
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
 from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
-from dq_export.calibration.recipe import Bits, Recipe, RecipeError, Rule
-from dq_export.calibration.scales import ScaleTable, TimestepBins
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.progress import Progress, Silent
+from dq_export.core.recipe import Bits, Recipe, RecipeError, Rule
+from dq_export.core.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
@@ -31,10 +32,10 @@ from .heap import return_freed_memory
 from .ledger import Ledger, claim, require_usable
 from .memory import plan_memory
 from .output_folder import GATHERED, write_bytes
-from .page import read_picture, write_report
-from .recording import PICTURES
-from .report import FRONT, AuditReport, LinearReport, Report, SizeReport, StageResult, TableReport
-from .verdict import concluded
+from .report.page import read_picture, write_report
+from .report.report import FRONT, AuditReport, LinearReport, Report, SizeReport, StageResult, TableReport
+from .report.verdict import concluded
+from .stages.recording import PICTURES
 
 STAGES = ("float", "calibrate", "reference", "quantize", "build", "audit", "verify", "triton", "bench")
 MODULES = {
@@ -48,32 +49,6 @@ NOTHING, WORK = np.zeros(1), np.ones(1)
 SPEED = 6.5e8
 """Bytes of float32 weights a second, of the export to ONNX and of the build of an engine; measured on two cores."""
 VERSIONED = ("dq-export", "torch", "diffusers", "numpy", "onnx-ir", "onnxruntime")
-
-
-class Progress(Protocol):
-    """Where a run says what it does."""
-
-    def begin(self, stage: str, what: str) -> None:
-        """A stage starts."""
-
-    def advance(self, done: int, total: int) -> None:
-        """Work done and in all of the running stage."""
-
-    def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        """The running stage is finished; `kept`: its results were there already."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def begin(self, stage: str, what: str) -> None:
-        """Nothing."""
-
-    def advance(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        """Nothing."""
 
 
 def run(
@@ -111,7 +86,7 @@ def run(
 
     from .families.decoder import load_vae
     from .families.source import load, pin, require_device
-    from .repository import require_samplers
+    from .stages.repository import require_samplers
 
     watch = progress or Silent()
     picture = read_picture(front) if front else None
@@ -217,7 +192,7 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
     Raises:
         BackendError: see `profiles`.
     """
-    from dq_export.deploy.shapes import profiles
+    from dq_export.deploy.tensorrt.profiles import profiles
 
     shared = recipe.timesteps == "shared"
     inputs = {"hidden_states": (None, *reference.feed_shape), "timestep": (1,) if shared else (None,), "class_labels": (None,)}
@@ -239,7 +214,7 @@ def assist(
     reference: Reference, recipe: Recipe, assigned: Mapping[str, Rule], folder: Path, group: ProcessGroup, space: int
 ) -> None:
     """Sample this process's share of the calibration, if the first process finds that it is to be done."""
-    from dq_export.calibration.plan import calibrate
+    from dq_export.calibration.calibrate import calibrate
 
     if group.largest(NOTHING).any():
         progress = Silent().advance
@@ -379,7 +354,7 @@ class Export:
         return StageResult(summary=f"{_bytes(path.parent) / 1e6:.1f} MB")
 
     def _calls_text(self) -> str:
-        from dq_export.calibration.plan import samples
+        from dq_export.calibration.calibrate import samples
 
         r = self.recipe
         if not samples(r, self.assigned):
@@ -397,7 +372,7 @@ class Export:
         return {name: [rule.action, rule.granularity, rule.group_size] for name, rule in self.assigned.items()}
 
     def _calibrate(self, partial: Path) -> StageResult:
-        from dq_export.calibration.plan import calibrate
+        from dq_export.calibration.calibrate import calibrate
 
         r = self.recipe
         provenance = {"model": self.reference.digest, "sampler": self.reference.sampler, **versions()}
@@ -423,7 +398,7 @@ class Export:
         return CalibrationResult.load(self.folder / "calibration.safetensors")
 
     def _quantize(self, partial: Path) -> StageResult:
-        from .quantized_graph import quantize_graph
+        from .stages.quantized_graph import quantize_graph
 
         source, target = self.folder / "float" / "model.onnx", partial / "model.onnx"
         result, shared = self._load_calibration(), self.recipe.timesteps == "shared"
@@ -454,7 +429,7 @@ class Export:
         return [r.parity_size, r.steps, r.seed, r.guidance_scale, r.timesteps]
 
     def _record(self, partial: Path) -> StageResult:
-        from .recording import record
+        from .stages.recording import record
 
         with self.reference.on(self.device):
             record(self.reference, self.recipe, self._bins(), partial / "parity", self.progress.advance)
@@ -466,26 +441,26 @@ class Export:
         return (*pictures, *((portable, f"{portable}.data") if portable != MODEL else ()))
 
     def _verify(self, partial: Path) -> StageResult:
-        from .comparison import verify
+        from .stages.comparison import verify
 
         return verify(
             self.reference, self.recipe, self._bins(), self.folder, partial / "parity", self.progress.advance, self.backend
         )
 
     def _repository_inputs(self) -> list[Any]:
-        from .repository import inputs
+        from .stages.repository import inputs
 
         stages = [name for name in ("quantize", "build") if name in self.results]
         return [*map(self.ledger.digest, stages), *inputs(self.reference, self.recipe)]
 
     def _write_repository(self, partial: Path) -> StageResult:
-        from .repository import write
+        from .stages.repository import write
 
         assert self.backend is not None
         return write(self.reference, self.recipe, self.backend, self.folder, partial / "triton", self.progress.advance)
 
     def _bench(self, partial: Path) -> StageResult:
-        from .speed import bench
+        from .stages.speed import bench
 
         assert self.backend is not None
         latency = bench(self.folder, self.backend, self.progress.advance)

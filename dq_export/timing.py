@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dq_export.calibration.collect import Progress, unwatched
+from dq_export.core.progress import Advance, unwatched
 from dq_export.deploy.backend import Backend, BackendError, Feed, Float32
 from dq_export.deploy.backends import BACKENDS
 from dq_export.deploy.child import run_child
@@ -80,7 +80,7 @@ class Timing:
         return statistics.median(self.milliseconds)
 
 
-def time_engines(engines: Sequence[Timed], feed: Feed, progress: Progress = unwatched, rounds: int = ROUNDS) -> dict[str, Timing]:
+def time_engines(engines: Sequence[Timed], feed: Feed, progress: Advance = unwatched, rounds: int = ROUNDS) -> dict[str, Timing]:
     """Time every engine in `rounds` turns, each turn in a process that loads it, warms it up, times it and ends.
 
     The machine's noise changes slowly against a turn, and every second round runs backwards, so all engines see the same

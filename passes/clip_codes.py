@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.core.artifacts import CalibrationResult
 
 from .base import GraphError, GraphPass, PassReport, constant, initializer, like
 

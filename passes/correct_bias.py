@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.core.artifacts import CalibrationResult
 
 from .base import GraphPass, PassReport
 from .match import find_linear, linears

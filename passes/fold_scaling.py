@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult, SitePlan
+from dq_export.core.artifacts import CalibrationResult, SitePlan
 
 from .base import GraphError, GraphPass, PassReport, initializer, like, stored
 from .match import LinearNode, find_linear, linears

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult, SitePlan
-from dq_export.calibration.qtypes import QuantType
-from dq_export.calibration.recipe import Rule
-from dq_export.calibration.scales import ScaleTable, TimestepBins, TokenScale
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.qtypes import QuantType
+from dq_export.core.recipe import Rule
+from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
 from .base import GraphError, GraphPass, PassReport, initializer, like, redirect
 from .match import STAMP_FACTOR, LinearNode, element_type, find_linear, linears

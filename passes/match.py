@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dq_export.calibration.qtypes import QuantType
+from dq_export.core.qtypes import QuantType
 
 from .base import GraphError, computed_initializer, constant, like, redirect, stored
 

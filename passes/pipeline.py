@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.recipe import Rule
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.recipe import Rule
 
 from .absorb_one import AbsorbOne
 from .base import GraphPass

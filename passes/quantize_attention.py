@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.qtypes import FP8
+from dq_export.core.qtypes import FP8
 
 from .base import GraphPass, PassReport, initializer, like
 from .fuse_attention import split_source, unscaled, untransposed

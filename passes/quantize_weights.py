@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dq_export.calibration.artifacts import CalibrationResult
-from dq_export.calibration.grid import WeightGrid
-from dq_export.calibration.qtypes import Blocked, PerAxis
-from dq_export.calibration.recipe import Rule
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.grid import WeightGrid
+from dq_export.core.qtypes import Blocked, PerAxis
+from dq_export.core.recipe import Rule
 
 from .base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
 from .match import LinearNode, element_type, linears

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.qtypes import UINT8
+from dq_export.core.qtypes import UINT8
 
 from .base import GraphPass, PassReport, constant, initializer
 

@@ -15,10 +15,10 @@ import pytest
 import server
 from hypothesis import settings
 
-from dq_export.calibration.artifacts import CalibrationResult
+from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.collect import Sampling
-from dq_export.calibration.plan import calibrate
-from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.recipe import Recipe, Rule
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference

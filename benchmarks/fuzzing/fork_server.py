@@ -188,7 +188,7 @@ def _text(path: Path, limit: int = 1 << 20) -> str:
 
 def command(words: list[str]) -> None:
     """Run the command line in this process, as `dq-export WORDS` would."""
-    from dq_export.cli import main
+    from dq_export.cli.app import main
 
     sys.argv = ["dq-export", *words]
     main()

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dq_export.calibration.documents import DocumentError, printable, read_bytes, shown, shown_path
+from dq_export.core.documents import DocumentError, printable, read_bytes, shown, shown_path
 
 LIMIT = 2 << 30
 """Bytes of an ONNX file without its data; protobuf writes no larger one."""

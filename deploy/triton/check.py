@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.documents import DocumentError, printable
+from dq_export.core.documents import DocumentError, printable
 
 from .config_rules import batching, bounds, ensemble, identity, instances, parameters, warm_up
 from .file_rules import onnx_graph, stray, versions

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from dq_export.calibration.documents import shown
+from dq_export.core.documents import shown
 
 from .model_folder import FILES, Fault, Model, type_of
 

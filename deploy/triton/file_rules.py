@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.documents import DocumentError, shown
+from dq_export.core.documents import DocumentError, shown
 
 from .model_folder import FILES, NAME_LIMIT, Fault, Model, type_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dq_export.calibration.documents import DocumentError, printable, read_bytes
+from dq_export.core.documents import DocumentError, printable, read_bytes
 
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt", "ensemble": "ensemble"}

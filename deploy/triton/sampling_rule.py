@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from dq_export.calibration.documents import DocumentError, shown
+from dq_export.core.documents import DocumentError, shown
 
 from .model_folder import Fault, Model, whole
 from .serving.health import PARAMETERS as PROBED

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.documents import shown, shown_path
+from dq_export.core.documents import shown, shown_path
+from dq_export.core.progress import Advance, unwatched
 
 from .network import read_config
 from .reference import ModelError
@@ -138,7 +138,7 @@ def _instead(folder: Path) -> str:
     return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {NETWORK}"
 
 
-def digest(model: Any, scheduler: Any, progress: Progress = unwatched) -> str:
+def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
     """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
 
     Where the folder lies does not matter. Tensors are hashed side by side, which releases the interpreter's lock.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dq_export.calibration.documents import printable, shown, shown_path
+from dq_export.core.documents import printable, shown, shown_path
 
 from .reference import ModelError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dq_export.calibration.documents import shown_path
+from dq_export.core.documents import shown_path
 
 from .checkpoint import CONFIG, broken_weights
 from .config_values import refused

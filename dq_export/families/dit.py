@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.denoiser import InputSite, Linear, Observer
-from dq_export.calibration.recipe import Rule
+from dq_export.core.network import InputSite, Linear, Observer
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Rule
 
 from .checkpoint import Checkpoint, broken_weights, digest
 from .embeddings import settle_positions, settle_timesteps
@@ -57,7 +57,7 @@ class DiT:
     architecture: str = "DiTTransformer2DModel"
     default_guidance: float = 4.0
 
-    def load(self, checkpoint: Checkpoint, guidance: float, progress: Progress = unwatched) -> Reference:
+    def load(self, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> Reference:
         """See `Family.load`. The default guidance is that of diffusers' DiTPipeline."""
         from diffusers import DiTTransformer2DModel
 
@@ -75,7 +75,7 @@ DIT = DiT()
 class DiTReference:
     """A loaded DiT. See `Reference` for every member."""
 
-    def __init__(self, model: Any, scheduler: Any, guidance: float, checkpoint: Checkpoint, progress: Progress) -> None:
+    def __init__(self, model: Any, scheduler: Any, guidance: float, checkpoint: Checkpoint, progress: Advance) -> None:
         self.model = model
         self.scheduler = scheduler
         self.guidance = guidance
@@ -162,7 +162,7 @@ class DiTReference:
             except StopIteration:
                 return
 
-    def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
+    def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
         return tabulate(self.scheduler, most, progress)
 
     def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dq_export.calibration.collect import Progress, unwatched
+from dq_export.core.progress import Advance, unwatched
 
 from .checkpoint import Checkpoint
 from .reference import Reference
@@ -25,7 +25,7 @@ class Family(Protocol):
     def default_guidance(self) -> float:
         """Guidance scale for a checkpoint that has no better one."""
 
-    def load(self, checkpoint: Checkpoint, guidance: float, progress: Progress = unwatched) -> Reference:
+    def load(self, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> Reference:
         """Load a checkpoint of this architecture in float32.
 
         Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.calibration.documents import shown_path
+from dq_export.core.documents import shown_path
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import SCOPES
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dq_export.calibration.documents import DocumentError, printable, read_text, shown, shown_path
+from dq_export.core.documents import DocumentError, printable, read_text, shown, shown_path
 
 from .checkpoint import CONFIG, INDEX, NETWORK, SCHEDULER, SCHEDULER_CONFIG, VAE
 from .reference import ModelError

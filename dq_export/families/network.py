@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.documents import DocumentError, printable, read_json, shown, shown_path
+from dq_export.core.documents import DocumentError, printable, read_json, shown, shown_path
 
 from .config_values import refused, require_values
 from .reference import ModelError

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.denoiser import Denoiser
-from dq_export.calibration.recipe import Rule
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Rule
 from dq_export.deploy.triton.serving.schedules import Schedules
 
 Float32 = npt.NDArray[np.float32]
@@ -93,7 +93,7 @@ class Reference(Denoiser, Protocol):
     def noise(self, samples: int, seed: int) -> Float32:
         """float32[samples, ...]: the same for the same arguments on every machine."""
 
-    def samplers(self, most: int, progress: Progress = unwatched) -> Samplers:
+    def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
         """The samplers that a server offers, for up to `most` steps.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.calibration.documents import shown, shown_path
+from dq_export.core.documents import shown, shown_path
 
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, reason_of, refused, require_values

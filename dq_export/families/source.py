@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.calibration.collect import Progress, unwatched
-from dq_export.calibration.documents import shown, shown_path
-from dq_export.calibration.recipe import Recipe, nearest
+from dq_export.core.documents import shown, shown_path
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Recipe, nearest
 
 from . import FAMILIES
 from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint
@@ -45,7 +45,7 @@ class Source:
     checkpoint: Checkpoint
 
 
-def load_reference(model: str, progress: Progress = unwatched, *, revision: str = "", variant: str = "") -> Reference:
+def load_reference(model: str, progress: Advance = unwatched, *, revision: str = "", variant: str = "") -> Reference:
     """Load a short name, a local folder or a hub id.
 
     Args:
@@ -59,7 +59,7 @@ def load_reference(model: str, progress: Progress = unwatched, *, revision: str 
     return load(locate(model, revision, variant), progress)
 
 
-def load(source: Source, progress: Progress = unwatched) -> Reference:
+def load(source: Source, progress: Advance = unwatched) -> Reference:
     """Load a model that was found.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
-from dq_export.calibration.documents import TEXT_LIMIT, DocumentError, parse_json, printable, shown, shown_path
+from dq_export.core.documents import TEXT_LIMIT, DocumentError, parse_json, printable, shown, shown_path
 
 from .reference import ModelError
 

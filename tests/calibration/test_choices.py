@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dq_export.calibration.bins import TOLERANCE, build_table, partition
 from dq_export.calibration.collect import SiteStatistics
-from dq_export.calibration.grid import cover
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
-from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.calibration.scaling import choose_scaling, dilate, smooth
+from dq_export.core.grid import cover
+from dq_export.core.recipe import Recipe, Rule
 
 RECIPE = Recipe(model="m")
 W8A8 = Rule(match="", action="w8a8")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import calibrate_tiny, recipe_of, save_tiny
 
-from dq_export.calibration.artifacts import CalibrationError, CalibrationResult
 from dq_export.calibration.collect import Sampling, collect_histograms, collect_ranges
+from dq_export.core.artifacts import CalibrationError, CalibrationResult
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 

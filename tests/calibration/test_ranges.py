@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dq_export.calibration.grid import cover
-from dq_export.calibration.qtypes import Blocked, PerAxis
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
-from dq_export.calibration.recipe import Recipe, Rule
+from dq_export.core.grid import cover
+from dq_export.core.qtypes import Blocked, PerAxis
+from dq_export.core.recipe import Recipe, Rule
 
 CELLS = 2048
 VALUES = arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)).filter(

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
+from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.collect import Sampling
-from dq_export.calibration.folding import folded_weight
-from dq_export.calibration.grid import cover
 from dq_export.calibration.hessians import stream_hessians
 from dq_export.calibration.parallel import SPACE, parallel
-from dq_export.calibration.plan import calibrate
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
 from dq_export.calibration.rounding import ROUNDINGS, compensate
-from dq_export.calibration.scales import TokenScale
+from dq_export.core.folding import folded_weight
+from dq_export.core.grid import cover
+from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scales import TokenScale
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes

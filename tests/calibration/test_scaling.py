@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dq_export.calibration.collect import SiteStatistics
-from dq_export.calibration.recipe import Recipe, Rule
 from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, balance, choose_scaling, dilate, equalize, smooth
+from dq_export.core.recipe import Recipe, Rule
 
 # 2^-10 … 8 or 0: no column then needs more than the largest scale, so that every formula below holds as written.
 W8A8 = Rule(match="", action="w8a8")

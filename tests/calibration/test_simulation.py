@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
-from dq_export.calibration.artifacts import CalibrationError
+from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import TorchGroup
-from dq_export.calibration.plan import calibrate
 from dq_export.calibration.simulation import Simulation
+from dq_export.core.artifacts import CalibrationError
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes

@@ -12,7 +12,7 @@ import pytest
 from conftest import load_graph
 
 from dq_export.deploy.audit import Audit, AuditError, audit_ort
-from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT
 from dq_export.passes.base import run_passes
 from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes
@@ -126,7 +126,7 @@ def test_a_missing_gemm_counts_against_the_coverage(tiny_onnx: Path, tiny_calibr
 
 
 def test_a_two_dimensional_gemm_is_explained(tmp_path: Path) -> None:
-    from dq_export.calibration.recipe import Rule
+    from dq_export.core.recipe import Rule
     from dq_export.passes.match import SCOPES
 
     x = ir.Value(name="x", shape=ir.Shape([4, 16]), type=ir.TensorType(ir.DataType.FLOAT))

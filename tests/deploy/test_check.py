@@ -14,7 +14,7 @@ from forms import FORMS, Form, Sketch
 from forms.sketch import F16, F32, INT8, K, N
 
 from dq_export.deploy.check import CanonicalError, Finding, check
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.passes.base import run_passes
 from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes

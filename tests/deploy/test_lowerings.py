@@ -13,11 +13,11 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.lowerings import FLOAT8, INT4_GEMM, LOWERINGS, UNPACKED, Lowering, require_lowerings
-from dq_export.deploy.ort import ORT
-from dq_export.deploy.trt import TensorRt
+from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.tensorrt.backend import TensorRt
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes

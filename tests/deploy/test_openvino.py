@@ -12,11 +12,11 @@ import onnx_ir as ir
 import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 
-from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.backends import backend_of
-from dq_export.deploy.openvino import ALONE, OpenVino
-from dq_export.deploy.openvino_engine import OpenVinoEngine, load_engine
+from dq_export.deploy.openvino.backend import ALONE, OpenVino
+from dq_export.deploy.openvino.engine import OpenVinoEngine, load_engine
 from dq_export.passes.base import run_passes
 from dq_export.passes.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes
@@ -94,7 +94,7 @@ def test_without_the_plugin_it_runs_on_its_own_runtime_and_says_so(
     tiny: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert BACKEND.build(built / "model.onnx", tmp_path / "here") == ("" if INTEL else ALONE)
-    monkeypatch.setattr("dq_export.deploy.openvino._devices", lambda ort: [])  # as on a processor of another maker
+    monkeypatch.setattr("dq_export.deploy.openvino.backend._devices", lambda ort: [])  # as on a processor of another maker
     assert BACKEND.build(built / "model.onnx", tmp_path / "elsewhere") == ALONE
     feed = feed_of(tiny)
     engine = BACKEND.load(built / "model.onnx")

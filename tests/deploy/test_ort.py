@@ -15,7 +15,7 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 
 from dq_export.deploy.audit import Audit, audit_ort
 from dq_export.deploy.backend import Engine
-from dq_export.deploy.ort import OPTIMIZED, ORT
+from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT
 from dq_export.finished import audit_again
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
@@ -182,7 +182,8 @@ def test_a_batch_may_mix_timesteps_of_all_bins(tiny: Any, per_sample_engine: Eng
 def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
-        "from pathlib import Path\nfrom dq_export.deploy.backend import BackendError\nfrom dq_export.deploy.ort import ORT\n"
+        "from pathlib import Path\nfrom dq_export.deploy.backend import BackendError\n"
+        "from dq_export.deploy.onnxruntime.cpu import ORT\n"
         "try: ORT.load(Path('model.onnx'))\nexcept BackendError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

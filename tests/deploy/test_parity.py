@@ -11,7 +11,7 @@ from conftest import feed_of, load_graph
 
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.latency import measure
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.deploy.parity import difference, pick_calls
 
 

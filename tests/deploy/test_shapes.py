@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dq_export.deploy.backend import BackendError
-from dq_export.deploy.shapes import MAX_BATCH, profiles
+from dq_export.deploy.tensorrt.profiles import MAX_BATCH, profiles
 
 INPUTS = {"hidden_states": (None, 4, 8, 8), "timestep": (1,), "class_labels": (None,)}
 

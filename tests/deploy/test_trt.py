@@ -16,14 +16,14 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
-from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError, NotHereError, unwatched
 from dq_export.deploy.backends import backend_of
-from dq_export.deploy.layers import Layer, kernel_of, read_layers
-from dq_export.deploy.plan import PlanRequest, build_plan
-from dq_export.deploy.runner import compute_capability
-from dq_export.deploy.shapes import profiles
-from dq_export.deploy.trt import TensorRt
+from dq_export.deploy.tensorrt.backend import TensorRt
+from dq_export.deploy.tensorrt.builder import PlanRequest, build_plan
+from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
+from dq_export.deploy.tensorrt.profiles import profiles
+from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
@@ -178,7 +178,7 @@ def test_a_build_that_is_killed_says_so(exported: Path, tmp_path: Path) -> None:
                     parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
                 except (OSError, IndexError):
                     continue
-                if b"dq_export.deploy.plan" in words and parent == os.getpid():
+                if b"dq_export.deploy.tensorrt.builder" in words and parent == os.getpid():
                     os.kill(int(entry.name), signal.SIGKILL)
                     return
 

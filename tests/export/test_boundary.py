@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dq_export import cli
+from dq_export.cli import app as cli
 
 
 def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import pytest
 from conftest import save_tiny
 from typer.testing import CliRunner
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.families.checkpoint import RENAMED, architecture_of
 from dq_export.families.decoder import export_decoder, load_vae, todays_name
 from dq_export.families.reference import ModelError
@@ -271,7 +271,7 @@ def test_a_recipe_finds_its_model_from_any_folder(
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dq_export.cli import app
+    from dq_export.cli.app import app
 
     monkeypatch.setenv("HOME", str(tmp_path))
     done = CliRunner().invoke(app, words)
@@ -280,7 +280,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(
 
 
 def test_one_flag_for_another_model_leaves_out_the_files_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dq_export import cli
+    from dq_export.cli import app as cli
 
     (tmp_path / "recipe.yaml").write_text("model: owner/name\nrevision: abc\nvariant: fp16\n")
     same = cli._recipe(tmp_path / "recipe.yaml", {})

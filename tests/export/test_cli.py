@@ -69,7 +69,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_help_fits_and_names_every_option() -> None:
     done = call("--help")
-    from dq_export.calibration.recipe import Recipe
+    from dq_export.core.recipe import Recipe
 
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 120

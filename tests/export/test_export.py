@@ -16,13 +16,13 @@ from conftest import UNSERVED, save_tiny
 from hard_copy import harden_folder
 
 import dq_export
-from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.parity import ParityError
 from dq_export.families.reference import ModelError
 from dq_export.finished import audit_again, explain_linear
 from dq_export.pipeline import run
-from dq_export.report import Report
+from dq_export.report.report import Report
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json", "recipe.yaml")
@@ -71,7 +71,7 @@ def test_the_folder_holds_everything(exported: Path) -> None:
 
 
 def test_the_shipped_schema_is_the_reports() -> None:
-    shipped = json.loads((Path(dq_export.__file__).parent / "report.schema.json").read_text())
+    shipped = json.loads((Path(dq_export.__file__).parent / "report" / "report.schema.json").read_text())
     assert shipped == Report.model_json_schema()
 
 

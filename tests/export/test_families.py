@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import feed_of, run_onnx, save_tiny, sqnr
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.families import FAMILIES
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import NAMED, load_reference

@@ -20,7 +20,7 @@ from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import linears
-from dq_export.quantized_graph import quantize_graph
+from dq_export.stages.quantized_graph import quantize_graph
 
 BLOCKS = 5
 

@@ -11,7 +11,7 @@ import pytest
 
 from dq_export.ledger import Ledger, claim
 from dq_export.output_folder import OutputError
-from dq_export.report import StageResult
+from dq_export.report.report import StageResult
 
 
 class Work:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import dq_export
-from dq_export.calibration.recipe import Recipe, RecipeError
+from dq_export.core.progress import Silent
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.families.weights import Weights, find_weights
 from dq_export.memory import GIB, MemoryPlan, plan_memory
-from dq_export.pipeline import STAGES, Silent
+from dq_export.pipeline import STAGES
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.ledger import Ledger, claim, require_usable
 from dq_export.output_folder import OutputError, locked, require_plain, write_bytes, write_text
 from dq_export.pipeline import run
-from dq_export.report import StageResult
+from dq_export.report.report import StageResult
 
 RECIPE = "model: m\n"
 NAMES = (

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dq_export import progress
-from dq_export.progress import Lines, duration
+from dq_export.cli import progress
+from dq_export.cli.progress import Lines, duration
 
 
 class Clock:

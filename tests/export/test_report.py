@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from conftest import save_tiny
 
-from dq_export.calibration.recipe import Recipe
-from dq_export.comparison import save_pictures
-from dq_export.drawing import heat_map, scale_curves, sqnr_plot
+from dq_export.core.recipe import Recipe
 from dq_export.output_folder import OutputError
-from dq_export.page import read_picture, render_html
 from dq_export.pipeline import run
-from dq_export.report import Report
+from dq_export.report.drawing import heat_map, scale_curves, sqnr_plot
+from dq_export.report.page import read_picture, render_html
+from dq_export.report.report import Report
+from dq_export.stages.comparison import save_pictures
 
 
 @pytest.fixture(scope="module")

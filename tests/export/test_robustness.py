@@ -20,11 +20,11 @@ import pytest
 from conftest import UNSERVED, save_tiny
 
 import dq_export
-from dq_export import cli
-from dq_export.deploy.ort import Ort
+from dq_export.cli import app as cli
+from dq_export.deploy.onnxruntime.cpu import Ort
 from dq_export.ledger import Ledger
 from dq_export.pipeline import STAGES
-from dq_export.report import StageResult
+from dq_export.report.report import StageResult
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 FLAGS = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")

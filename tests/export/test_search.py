@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from conftest import save_tiny
 
-from dq_export.calibration.recipe import Recipe, RecipeError, Rule
-from dq_export.exploration import WINNER, explore
+from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
-from dq_export.front import EXACT, Front, apart
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import resolve, run
-from dq_export.search import SEARCHES, Goal, Search, evaluations_of
-from dq_export.search_request import SearchError, SearchRequest
-from dq_export.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
-from dq_export.trajectories import EVALUATIONS
+from dq_export.report.front import EXACT, Front, apart
+from dq_export.search.explore import WINNER, explore
+from dq_export.search.request import SearchError, SearchRequest
+from dq_export.search.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
+from dq_export.search.strategies import SEARCHES, Goal, Search, evaluations_of
+from dq_export.search.trajectories import EVALUATIONS
 
 SITES, CHOICES = 6, 4
 RANDOM = np.random.default_rng(3)
@@ -261,7 +261,7 @@ def test_bad_requests_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("named", ["trt", "trt-rtx", "onnx"])
 def test_kernels_that_cannot_run_here_are_refused_before_the_model_is_loaded(named: str, tmp_path: Path) -> None:
     """No driver shows a GPU here; a model that does not exist stands for work that must not begin."""
-    from dq_export.deploy.runner import compute_capability
+    from dq_export.deploy.tensorrt.runner import compute_capability
 
     if compute_capability():
         pytest.skip("there is a GPU")

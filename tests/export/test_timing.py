@@ -179,8 +179,8 @@ def test_a_search_by_latency_builds_the_plans_that_it_will_load(tmp_path: Path) 
     import numpy as np
 
     from dq_export.deploy.backends import BACKENDS
-    from dq_export.kernel_times import build_linear
-    from dq_export.space import KNOWN
+    from dq_export.search.kernel_times import build_linear
+    from dq_export.search.space import KNOWN
 
     backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)

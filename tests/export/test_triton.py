@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.deploy.triton.check import check_repository
 
 QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dq_export.calibration.recipe import Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.deploy.audit import AuditError
 from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.parity import ParityError
-from dq_export.report import AuditReport, CallReport, GemmReport, ParityReport, Report
-from dq_export.verdict import concluded, judge, require
+from dq_export.report.report import AuditReport, CallReport, GemmReport, ParityReport, Report
+from dq_export.report.verdict import concluded, judge, require
 
 
 def call(stage: str, sqnr: float, timestep: float = 1) -> CallReport:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
-from dq_export.deploy.runner import compute_capability
-from dq_export.deploy.trt import MODULES, TensorRt
+from dq_export.deploy.tensorrt.backend import MODULES, TensorRt
+from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 

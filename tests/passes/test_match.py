@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from dq_export.calibration.qtypes import QUANT_TYPES, QuantType
+from dq_export.core.qtypes import QUANT_TYPES, QuantType
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import element_type
 

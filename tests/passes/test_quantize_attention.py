@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
-from dq_export.calibration.qtypes import FP8
+from dq_export.core.qtypes import FP8
 from dq_export.passes.base import PassReport, run_passes
 from dq_export.passes.quantize_attention import QuantizeAttention
 

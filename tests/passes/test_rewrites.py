@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from conftest import run_onnx
 
-from dq_export.calibration.artifacts import CalibrationResult, SitePlan
-from dq_export.calibration.denoiser import InputSite
-from dq_export.calibration.recipe import Rule
-from dq_export.calibration.scales import ScaleTable, TimestepBins
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.network import InputSite
+from dq_export.core.recipe import Rule
+from dq_export.core.scales import ScaleTable, TimestepBins
 from dq_export.passes.absorb_one import AbsorbOne
 from dq_export.passes.base import GraphError, GraphPass, initializer, run_passes
 from dq_export.passes.factor_scale import FactorScale

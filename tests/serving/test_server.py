@@ -21,7 +21,7 @@ import server
 from conftest import SERVED_STEPS, Nobody, sqnr
 from serving_requests import ask, memory, tensors
 
-from dq_export.deploy.ort import ORT
+from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
 from dq_export.families.source import load_reference

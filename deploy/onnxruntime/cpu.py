@@ -1,0 +1,244 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.documents import printable, shown
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Recipe, Rule
+from dq_export.passes.base import GraphPass
+from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.fuse_attention import FuseAttention
+from dq_export.passes.raise_biases import RaiseBiases
+from dq_export.passes.unsign_codes import UnsignCodes
+
+from ..audit import Audit, audit_ort
+from ..backend import BackendError, Feed, Float32, Reader
+from ..lowerings import Target, require_lowerings
+from ..packages import require_packages
+
+PROFILED = 5
+"""Calls of a profile."""
+PROVIDERS = ["CPUExecutionProvider"]
+OPTIMIZED = "optimized.onnx"
+ELEMENTS = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32}
+"""Element types of inputs by ONNX Runtime's names."""
+ATTENTION_SINCE = (1, 24)
+"""The first version that runs graphs of opset 23: before, it has no QuantizeLinear for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class OrtEngine:
+    """An onnxruntime.InferenceSession with one output."""
+
+    session: Any
+
+    def misfit(self, feed: Feed) -> str:
+        """Why the graph cannot take a feed, by names, element types and shapes; empty if it can."""
+        types = {f"tensor({kind})": dtype for kind, dtype in ELEMENTS.items()}
+        inputs = self.session.get_inputs()
+        if set(feed) != {item.name for item in inputs}:
+            return f"inputs {', '.join(map(shown, feed))}, expected {', '.join(item.name for item in inputs)}"
+        sizes: dict[object, int] = {}
+        for item in inputs:
+            value = feed[item.name]
+            fits = value.dtype == types.get(item.type) and value.ndim == len(item.shape)
+            for name, size in zip(item.shape, value.shape, strict=False):
+                # A name stands for the same size in every input.
+                fits &= size == (name if isinstance(name, int) else sizes.setdefault(name, size))
+            if not fits:
+                return f"'{item.name}' is {value.dtype}{list(value.shape)}, expected {item.type} {item.shape}"
+        return ""
+
+    def runner(self, name: str) -> Any:
+        """See `Engine.runner`."""
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+
+        return OnnxrtRunner(self.session, name=name)
+
+    def __call__(self, feed: Feed) -> Float32:
+        try:
+            result: Float32 = self.session.run(None, dict(feed))[0]
+        except session_errors() as error:
+            raise BackendError(f"ONNX Runtime cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
+        return result
+
+
+@dataclass(frozen=True)
+class Ort:
+    """See `Backend`. Builds leave the optimised graph as `engine/optimized.onnx`, from which the audit reads."""
+
+    name: str = "ort"
+    provider: str = "cpu"
+    dtype: str = "fp32"
+    target: Target = "ort"
+    title: str = "ONNX Runtime's CPU provider"
+    packages: tuple[str, ...] = ()
+    triton: str = "onnxruntime"
+    runs: bool = True
+
+    def configured(self, recipe: Recipe) -> Ort:
+        """See `Backend.configured`."""
+        return self
+
+    def require(self) -> None:
+        """See `Backend.require`."""
+        require_packages(["onnxruntime"], "--format ort")
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """See `Backend.require_rules`."""
+        require_lowerings(self.target, rules)
+
+    def shared_timesteps(self, wanted: str) -> bool:
+        """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
+        return wanted != "per-sample"
+
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
+        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both, and
+        biases that survive a fixed batch.
+
+        Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
+        versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
+        """
+        attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
+        return (*(() if shared else (FactorScale(),)), UnsignCodes(), RaiseBiases(), *attention)
+
+    def greatest_batch(self, model: Path) -> int | None:
+        """See `Backend.greatest_batch`."""
+        return None
+
+    def portable(self, model: Path, folder: Path) -> Path:
+        """See `Backend.portable`."""
+        return model
+
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
+        """See `Backend.baseline`."""
+        return model
+
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
+        """Create the session once with the graph that it will run written to `folder`.
+
+        Raises:
+            BackendError: ONNX Runtime is missing or refuses the graph.
+            OSError: no space left; ONNX Runtime itself does not tell that from a bad graph.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        options = _options(optimize=True)
+        options.optimized_model_filepath = str(folder / OPTIMIZED)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{OPTIMIZED}.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        try:
+            session = _session(model, options)
+        except BackendError as error:
+            if shutil.disk_usage(folder).free < sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            raise
+        ort = onnxruntime()
+        (folder / f"{OPTIMIZED}.data").unlink(missing_ok=True)  # the audit reads the graph; sessions load model.onnx
+        described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
+        (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+        return ""
+
+    def load(self, model: Path, *, batch: int | None = None, optimize: bool = True, prepack: bool = True) -> OrtEngine:
+        """See `Backend.load`.
+
+        Args:
+            batch: not fixed: measured, it gains nothing.
+            optimize: False runs the graph node by node as written.
+            prepack: False uses the weights where the file has them, neither transposed nor packed: for a few calls only.
+        """
+        options = _options(optimize=optimize)
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
+
+    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
+        """See `Backend.profile`. From ONNX Runtime's own profile."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(optimize=True)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = _session(model, options)
+            for _ in range(PROFILED):
+                session.run(None, dict(feed))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+        each = len(kernels) // PROFILED
+        calls = []
+        for start in range(0, len(kernels), each):
+            spent: dict[str, float] = {}
+            for event in kernels[start : start + each]:
+                operator = event["args"]["op_name"]
+                spent[operator] = spent.get(operator, 0.0) + event["dur"] / 1e3
+            calls.append(spent)
+        return {name: statistics.median(call.get(name, 0.0) for call in calls) for name in calls[0]}
+
+    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
+        """See `Backend.audit`.
+
+        Raises:
+            BackendError: the optimised graph is missing or damaged.
+        """
+        from google.protobuf.message import DecodeError
+
+        try:
+            return audit_ort(model, folder / OPTIMIZED, assigned)
+        except (DecodeError, OSError) as error:
+            reason = printable(str(error))
+            raise BackendError(f"{folder / OPTIMIZED}: not a readable graph ({reason}); build the engine again") from error
+
+
+ORT = Ort()
+
+
+def onnxruntime() -> Any:
+    """The library.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    require_packages(["onnxruntime"], "building and verifying")
+    import onnxruntime as library
+
+    return library
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in onnxruntime().__version__.split(".")[:2])
+
+
+def _options(*, optimize: bool) -> Any:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # an error's text is in the exception that it raises
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    return options
+
+
+def _session(model: Path, options: Any, *, without: tuple[str, ...] = ()) -> Any:
+    ort = onnxruntime()
+    try:
+        return ort.InferenceSession(str(model), options, providers=PROVIDERS, disabled_optimizers=list(without))
+    except session_errors() as error:
+        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {model}: {error}") from error
+
+
+def session_errors() -> tuple[type[Exception], ...]:
+    """onnxruntime's own exceptions, which share no base class, and ValueError, by which it refuses inputs."""
+    state = onnxruntime().capi.onnxruntime_pybind11_state
+    names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
+    return (ValueError, *(getattr(state, name) for name in names))

@@ -1,0 +1,90 @@
+"""A network on OpenVINO's own runtime, for processors that ONNX Runtime's plugin does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backend import BackendError, Feed, Float32
+from ..packages import require_packages
+
+
+@dataclass(frozen=True, eq=False)
+class OpenVinoEngine:
+    """An openvino.InferRequest of a compiled network with one output."""
+
+    request: Any
+
+    def runner(self, name: str) -> Any:
+        """See `Engine.runner`. Polygraphy has none for OpenVINO; this one runs the same request."""
+        from polygraphy.backend.base import BaseRunner
+        from polygraphy.common import TensorMetadata
+
+        request = self.request
+
+        class OpenVinoRunner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
+            def get_input_metadata_impl(self) -> Any:
+                found = TensorMetadata()
+                for port in request.get_compiled_model().inputs:
+                    shape = [size.get_length() if size.is_static else None for size in port.partial_shape]
+                    found.add(port.any_name, dtype=port.element_type.to_dtype(), shape=shape)
+                return found
+
+            def infer_impl(self, feed_dict: Feed) -> dict[str, Float32]:
+                return {port.any_name: value for port, value in request.infer(dict(feed_dict)).items()}
+
+        return OpenVinoRunner(name=name)
+
+    def __call__(self, feed: Feed) -> Float32:
+        result: Float32 = self.request.infer(dict(feed))[0]
+        return result
+
+    def kernels(self) -> dict[str, list[str]]:
+        """Node name -> [layer type, precision] of the kernel that runs it."""
+        found: dict[str, list[str]] = {}
+        for operation in self.request.get_compiled_model().get_runtime_model().get_ops():
+            info = operation.get_rt_info()
+            kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
+            for name in names.split(","):
+                # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
+                found.setdefault(name.split("/")[0], [kind, precision])
+        return found
+
+
+def openvino() -> Any:
+    """The library.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    require_packages(["openvino"], "--provider openvino")
+    import openvino as library
+
+    return library
+
+
+def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> OpenVinoEngine:
+    """Compile a graph for this processor.
+
+    Args:
+        config: OpenVINO's properties of the CPU device.
+        batch: what every dimension without a fixed size is set to; None leaves them open.
+
+    Raises:
+        BackendError: OpenVINO refuses the graph.
+    """
+    core = openvino().Core()
+    try:
+        network = core.read_model(model)
+        if batch is not None:
+            network.reshape(
+                {
+                    port.any_name: [batch if size.is_dynamic else size.get_length() for size in port.partial_shape]
+                    for port in network.inputs
+                }
+            )
+        return OpenVinoEngine(request=core.compile_model(network, "CPU", dict(config)).create_infer_request())
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO refuses {model}: {error}") from error

@@ -1,0 +1,5 @@
+"""The command line: `main`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,106 @@
+"""What a long command shows while it works: a bar on a terminal, plain lines elsewhere. Used by the command line alone."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+EVERY = 5.0
+"""Seconds between two plain lines of a stage."""
+INDENT = " " * 10
+"""Under the text of a stage's line, which stands behind its name."""
+
+
+class Lines:
+    """Where a run says what it does; see `pipeline.Progress`.
+
+    On a terminal the running stage has a bar below the lines of those that are done. Elsewhere it has a line every 5
+    seconds. No line is wider than the terminal (80 columns where there is none), and none breaks inside a word.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.interrupted = False
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.begin("", "", shown=False)
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Stop the run. Some libraries swallow the exception, or report a failed import: the flag remembers."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def begin(self, stage: str, what: str, *, shown: bool = True) -> None:
+        """Say which stage starts."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.stage, self.done, self.total = stage, 0, 0
+        self.first: tuple[float, int] | None = None
+        self.printed = time.monotonic()
+        if shown:
+            self._print(f"{stage:9} {what}")
+
+    def advance(self, done: int, total: int) -> None:
+        """Say how far the stage is and, from the second piece of work on, how long it will take.
+
+        The first piece is not counted: it also loads libraries, and compiles.
+        """
+        now = time.monotonic()
+        if total != self.total or done < self.done:  # another phase of the stage
+            self.first = None
+        self.done, self.total = done, total
+        if not done or self.quiet:
+            return
+        left = ""
+        if self.first is None:
+            self.first = now, done
+        elif done > self.first[1]:
+            left = ", " + duration((now - self.first[0]) / (done - self.first[1]) * (total - done)) + " left"
+        if self.console.is_terminal:
+            self._draw(f"{done}/{total}{left}")
+        elif now - self.printed >= EVERY:
+            self.printed = now
+            self._print(f"{self.stage:9} {done}/{total}{left}")
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """Say what came out."""
+        self.stop()
+        taken = "kept from an earlier run" if kept else f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+        self._print(f"{self.stage:9} done: {result + ', ' if result else ''}{taken}")
+
+    def stop(self) -> None:
+        """Take the bar away, so that other text can be printed."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _draw(self, text: str) -> None:
+        if self.bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task(escape(f"{self.stage:9}"), total=self.total, text="")
+            self.bar.start()
+        self.bar.update(self.task, completed=self.done, total=self.total, text=text)
+
+    def _print(self, text: str) -> None:
+        if not self.quiet:
+            from dq_export.core.documents import printable
+
+            wrapped = textwrap.wrap(
+                printable(text), self.console.width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+            )
+            self.console.print("\n".join(wrapped), markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it: `43 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,177 @@
+"""The tables that commands print. Used by the command line alone."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Column, Table
+
+if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
+    from dq_export.deploy.check import Finding
+    from dq_export.deploy.triton.model_folder import Fault
+
+    from ..report.report import AuditReport, LatencyReport, Report
+    from ..search.explore import Outcome
+    from ..stages.verification import Verification
+
+CELL = 2000
+"""Characters of a cell."""
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print a table. What names and files of others hold is neither read as rich's markup nor sent to the terminal raw.
+
+    Args:
+        heads: of the columns; all empty: a table without a head.
+    """
+    columns = [Column(head, overflow="fold") for head in heads]
+    table = Table(*columns, title=one_line(title) if title else None, show_header=any(heads))
+    for row in rows:
+        table.add_row(*map(one_line, row))
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def one_line(value: object) -> str:
+    """A value as a line without control characters."""
+    from dq_export.core.documents import printable
+
+    return printable(str(value), CELL)
+
+
+def print_search(found: Outcome) -> None:
+    """The winner beside the recipes with one choice everywhere."""
+    rows = [
+        (name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
+        for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform)
+    ]
+    print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and labels than the search's")
+
+
+def print_audit(report: AuditReport, required: float) -> None:
+    """The kernel of every GEMM."""
+    rows = [(gemm.name, gemm.wanted, gemm.kernel, gemm.reason) for gemm in report.gemms]
+    print_table(["GEMM", "wanted", "kernel", "why not"], rows)
+    print(f"{report.integer_share:.1%} of all GEMM FLOPs run on low-precision kernels;")
+    print(f"{report.coverage:.1%} of the quantized GEMMs', required {required:.1%}")
+
+
+def print_verification(done: Verification) -> None:
+    """Whether the recorded calls keep the limit, by the worst of them."""
+    sqnr, timestep = done.worst
+    print(f"verify     {'passed' if done.passed else 'FAILED'}")
+    print(f"worst call {sqnr:.1f} dB at timestep {timestep:g}, of {len(done.calls)} calls")
+    print(f"limit      {done.limit:.1f} dB ({done.origin})")
+
+
+def print_latency(latency: LatencyReport) -> None:
+    """Every engine's latency and memory, and the operators that take longest."""
+    times = []
+    for name, item in latency.engines.items():
+        ratio = f"{item.median_ms / latency.engine_ms:.2f}x"
+        times.append((name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}"))
+    heads = ["", "median ms", "least", "engine is faster by", "memory MB"]
+    print_table(heads, times, title=f"one call, batch {latency.batch}")
+    print(f"float: {latency.baseline}; each engine in processes of its own, in turn")
+    before, after = latency.profile["float"], latency.profile["engine"]
+    longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
+    shown = [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]
+    operators = [(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}") for name in shown]
+    print_table(["operator", "float ms", "engine ms"], operators)
+    for name, reason in latency.skipped.items():
+        print(f"without {name}: {one_line(reason)}")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What a target will not run in low precision, how many GEMMs of each verdict there are, and how many other operators."""
+    gemms = [item for item in findings if item.gemm or item.failed]
+    rows = [(item.node, item.verdict, item.rule, item.fix) for item in gemms if item.verdict != "low precision"]
+    if rows:
+        print_table(["node", "verdict", "why", "what to do"], rows)
+    counted: Counter[str] = Counter(item.verdict for item in gemms)
+    verdicts = ["low precision", "float", "rejected", *(["unknown"] if counted["unknown"] else [])]
+    print(", ".join(f"{counted[verdict]} {verdict}" for verdict in verdicts))
+    others = Counter(item.verdict for item in findings if not item.gemm and not item.failed)
+    if others:
+        print("beside GEMMs:", ", ".join(f"{count} operators in {verdict}" for verdict, count in others.items()))
+    if not findings:
+        print("the file holds no quantized operator")
+
+
+def print_faults(faults: Sequence[Fault]) -> None:
+    """What is wrong with a model repository, and how many errors and warnings there are."""
+    if faults:
+        rows = [(item.model, item.severity, item.what, item.fix) for item in faults]
+        print_table(["model", "", "what", "what to do"], rows)
+    counted = Counter(item.severity for item in faults)
+    print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))
+
+
+def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
+    """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
+    from ..stages.repository import REPOSITORY
+
+    rows = [*_verdict_rows(report), *_measured_rows(report)]
+    rows += [("not quantized", f"{count} linears, {reason}") for reason, count in report.skipped()]
+    rows += [("pass", line) for line in report.passes] if verbose else []
+    rows += [("seconds", f"{stage}: {seconds}") for stage, seconds in report.seconds.items()] if verbose else []
+    print_table(["", ""], rows, title=f"{report.model} -> {folder}")
+    print(f"report: {one_line(folder / 'report.html')}")
+    if (folder / REPOSITORY / "README.md").exists():
+        print(f"Triton model repository: {one_line(folder / REPOSITORY)} (README.md there)")
+    if report.latency:
+        warn_if_slower(report.latency)
+
+
+def _verdict_rows(report: Report) -> list[tuple[str, str]]:
+    """Whether the export keeps what its recipe requires, and by how much."""
+    verdict = report.verdict
+    if verdict is None:
+        return []
+    rows = [("verdict", verdict.outcome.upper() if verdict.outcome == "failed" else verdict.outcome)]
+    if verdict.worst:
+        call = verdict.worst
+        required = f"{call.sqnr:.1f} dB at timestep {call.timestep:g} ({call.stage}); required {verdict.min_sqnr:g}"
+        rows.append(("worst call", required))
+    if report.audit:
+        rows.append(("low precision", f"{report.audit.integer_share:.1%} of all GEMM FLOPs"))
+        share = f"{report.audit.coverage:.1%} of those that the recipe quantizes; required {verdict.min_coverage:.1%}"
+        rows.append(("", share))
+    if report.engine and report.parity and not report.ran():
+        rows.append(("engine", f"{report.engine} plan not run here: the graph that it is built from was compared"))
+    return rows
+
+
+def _measured_rows(report: Report) -> list[tuple[str, str]]:
+    """Distance from PyTorch, size and speed."""
+    rows = []
+    drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
+    for stage in report.stages():
+        low = report.worst_call(stage)
+        assert low is not None  # stages are those that have calls
+        calls = f"calls {report.mean_sqnr(stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
+        rows.append((f"SQNR {stage}", calls + drawn.get(stage, "")))
+    if report.size:
+        size = report.size
+        ratio = size.float_bytes / size.engine_bytes
+        rows.append(("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)"))
+    if report.latency:
+        speed = report.latency
+        times = f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"
+        rows.append((f"latency, batch {speed.batch}", times))
+    return rows
+
+
+def warn_if_slower(latency: LatencyReport) -> None:
+    """Say on stderr which operators lose, where the float graph is the faster one."""
+    from ..stages.speed import losing
+
+    if latency.ratio < 1:
+        lost = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"
+        slower = f"the quantized engine is {1 / latency.ratio:.2f}x slower than {latency.baseline}"
+        print(f"warning: {slower}; operators that lose: {lost}", file=sys.stderr)

@@ -1,0 +1,259 @@
+"""What calibration decided, as data: saved to safetensors, read by the passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from .documents import DocumentError, parse_json, printable, shown, shown_path
+from .grid import Int8, WeightGrid
+from .network import InputSite
+from .qtypes import QUANT_TYPES, QuantType
+from .scales import ScaleTable, TimestepBins, TokenScale
+from .tensor_file import load_tensors, save_tensors
+
+Float32 = npt.NDArray[np.float32]
+FORMAT = "dq-export calibration 3"
+TYPES = {qtype.name: qtype for qtype in QUANT_TYPES}
+KINDS = {"scale": np.float32, "multiplier": np.int8, "codes": np.int8, "correction": np.float32, "sqnr": np.float32}
+"""What a file holds for a linear, and its element type."""
+
+
+class CalibrationError(Exception):
+    """Calibration cannot measure or decide; the message says for which site or file, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SitePlan:
+    """What happens to one site's input.
+
+    The input h[.., K] becomes (h - in_shift) / in_scale, folded where `site.fold` says, and is then quantized with the
+    scale of the timestep's bin.
+
+    Args:
+        site: which tensor.
+        method: how the equivalent scaling was chosen, for the report: `none`, `smooth(0.50)`, `dilate(1.0)+shift` …
+        in_scale: float32[K], finite, > 0; all ones where nothing is scaled.
+        in_shift: float32[K], finite; all zeros where nothing is shifted.
+        activation: the scale table, or the rule that finds a scale for each token; None where the input stays float.
+        error: the measured relative output error of the choice (noise power / signal power), or NaN if not measured.
+    """
+
+    site: InputSite
+    method: str
+    in_scale: Float32
+    in_shift: Float32
+    activation: ScaleTable | TokenScale | None
+    error: float = float("nan")
+
+    def __post_init__(self) -> None:
+        for label, vector in (("in_scale", self.in_scale), ("in_shift", self.in_shift)):
+            if vector.dtype != np.float32 or vector.ndim != 1 or not np.isfinite(vector).all():
+                raise ValueError(f"{self.site.name}: {label} must be finite float32[K]")
+        if not (self.in_scale > 0).all() or self.in_scale.shape != self.in_shift.shape:
+            raise ValueError(f"{self.site.name}: in_scale must be > 0 and as long as in_shift")
+
+    def quantized(self, rows: Float32, timestep: npt.ArrayLike) -> Float32:
+        """float32[R, K]: (rows - in_shift) / in_scale as the GEMM reads them; `timestep`: of all rows, or float[R]."""
+        moved = ((rows - self.in_shift) / self.in_scale).astype(np.float32, copy=False)
+        return moved if self.activation is None else self.activation.nearest(moved, timestep)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether in_scale or in_shift does anything."""
+        return bool((self.in_scale != 1).any() or (self.in_shift != 0).any())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationResult:
+    """All decisions of one calibration.
+
+    Args:
+        sites: plan by site name, in execution order.
+        weight_scale: by linear, the scale of its `WeightGrid`: float32[out], or float32[in / block, out].
+        multiplier: by linear with a grid of two levels, int8[in / block, out].
+        codes: by linear whose codes are not just the nearest to its folded weight, int8[out, in].
+        correction: by linear, float32[out] to be added to its bias.
+        reach: by linear with quantized activations, a bound of |sum of products of codes|: the greatest length of a row of
+            activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
+            out in float16 must keep it in range.
+        attention: by query, key or value projection the scale of its result, where attention is quantized.
+        sqnr: by linear, float32[T] at `timesteps`: dB of its output over the kept rows, its input exact before it is rounded;
+            NaN where no row was kept.
+        provenance: model hash, seed, sampler, samples, versions.
+    """
+
+    sites: Mapping[str, SitePlan]
+    weight_scale: Mapping[str, Float32]
+    provenance: Mapping[str, str]
+    multiplier: Mapping[str, Int8] = field(default_factory=dict)
+    codes: Mapping[str, Int8] = field(default_factory=dict)
+    correction: Mapping[str, Float32] = field(default_factory=dict)
+    reach: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, float] = field(default_factory=dict)
+    sqnr: Mapping[str, Float32] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+
+    def bins(self) -> TimestepBins:
+        """The coarsest bins that refine those of every table."""
+        bins = TimestepBins()
+        for plan in self.sites.values():
+            if plan.activation:
+                bins = bins.union(plan.activation.bins)
+        return bins
+
+    def grid(self, linear: str, qtype: QuantType) -> WeightGrid:
+        """The grid of a quantized weight, whose element type its rule gives."""
+        return WeightGrid(scale=self.weight_scale[linear], multiplier=self.multiplier.get(linear), qtype=qtype)
+
+    def rounded(self, linear: str, folded: Float32, qtype: QuantType, rows: npt.NDArray[np.int64] | None = None) -> Float32:
+        """float32[out, in]: what a linear's codes stand for, given its folded weight; both of some `rows` only where given."""
+        grid, codes = self.grid(linear, qtype), self.codes.get(linear)
+        if rows is not None:
+            grid, codes = grid.of_rows(rows), None if codes is None else codes[rows]
+        return grid.nearest(folded) if codes is None else codes * grid.steps(folded.shape[1])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; equal results give equal bytes."""
+        tensors: dict[str, npt.NDArray[np.generic]] = {}
+        described = []
+        for name, plan in self.sites.items():
+            tensors[f"{name}.in_scale"] = plan.in_scale
+            tensors[f"{name}.in_shift"] = plan.in_shift
+            entry: dict[str, Any] = {"site": asdict(plan.site), "method": plan.method, "error": plan.error}
+            if isinstance(plan.activation, ScaleTable):
+                tensors[f"{name}.activation.scale"] = plan.activation.scale
+                entry |= {"edges": plan.activation.bins.edges, "type": plan.activation.qtype.name}
+            elif plan.activation is not None:
+                entry |= {"token": {**asdict(plan.activation), "qtype": plan.activation.qtype.name}}
+            described.append(entry)
+        for kind, found in self._by_linear().items():
+            tensors |= {f"{name}.weight.{kind}": value for name, value in found.items()}
+        # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "sites": described,
+            "provenance": dict(self.provenance),
+            "reach": dict(self.reach),
+        }
+        header |= {"reach": dict(self.reach), "attention": dict(self.attention), "timesteps": list(self.timesteps)}
+        plan_text = json.dumps(header, sort_keys=True)
+        save_tensors(path, tensors, {"dq_export": plan_text})
+
+    @staticmethod
+    def load(path: Path) -> CalibrationResult:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: no such file, or not one that `save` could have written.
+        """
+        try:
+            tensors, metadata = load_tensors(path)
+            described = parse_json(metadata.get("dq_export", "{}"), shown_path(path), finite=False)
+            version = described.get("format") if isinstance(described, dict) else None
+            if version != FORMAT:
+                raise CalibrationError(f"{shown_path(path)}: expected '{FORMAT}', found {shown(version)}; calibrate again")
+            header = _Header.model_validate(described)
+            sites = {entry.site.name: entry.plan(tensors) for entry in header.sites}
+            by_linear = {kind: _of_kind(kind, tensors) for kind in KINDS}
+        except (DocumentError, ValueError, KeyError) as error:  # ValidationError is a ValueError
+            raise CalibrationError(
+                f"{shown_path(path)}: not a readable calibration file ({printable(str(error))}); delete it and calibrate again"
+            ) from error
+        return CalibrationResult(
+            sites=sites,
+            weight_scale=by_linear["scale"],
+            multiplier=by_linear["multiplier"],
+            codes=by_linear["codes"],
+            correction=by_linear["correction"],
+            sqnr=by_linear["sqnr"],
+            timesteps=header.timesteps,
+            provenance=header.provenance,
+            reach=header.reach,
+            attention=header.attention,
+        )
+
+    def _by_linear(self) -> dict[str, Mapping[str, npt.NDArray[np.generic]]]:
+        return {
+            "scale": self.weight_scale,
+            "multiplier": self.multiplier,
+            "codes": self.codes,
+            "correction": self.correction,
+            "sqnr": self.sqnr,
+        }
+
+
+class _Token(BaseModel):
+    """A `TokenScale` in the header of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    constant: float
+    group: int
+    clip: float
+    qtype: str
+
+
+class _Entry(BaseModel):
+    """A site in the header of a file; its vectors are tensors of the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    site: InputSite
+    method: str
+    error: float
+    edges: tuple[float, ...] | None = None
+    type: str | None = None
+    token: _Token | None = None
+
+    def plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> SitePlan:
+        """The site's plan.
+
+        Raises:
+            KeyError: a tensor is missing. ValueError: it is not what a plan may hold.
+        """
+        name = self.site.name
+        activation: ScaleTable | TokenScale | None = None
+        if self.edges is not None and self.type is not None:
+            bins = TimestepBins(edges=self.edges)
+            activation = ScaleTable(scale=tensors[f"{name}.activation.scale"], bins=bins, qtype=TYPES[self.type])
+        elif self.token is not None:
+            activation = TokenScale(**{**self.token.model_dump(), "qtype": TYPES[self.token.qtype]})
+        vectors = {part: tensors[f"{name}.{part}"] for part in ("in_scale", "in_shift")}
+        return SitePlan(site=self.site, method=self.method, error=self.error, activation=activation, **vectors)
+
+
+class _Header(BaseModel):
+    """The header of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    sites: list[_Entry]
+    provenance: dict[str, str]
+    reach: dict[str, float]
+    attention: dict[str, float]
+    timesteps: tuple[float, ...]
+
+
+def _of_kind(kind: str, tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """By linear the tensors of a kind.
+
+    Raises:
+        ValueError: of another element type than `save` gives them, or a scale that is not finite and positive.
+    """
+    suffix = f".weight.{kind}"
+    tensors = {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+    for name, value in tensors.items():
+        if value.dtype != KINDS[kind]:
+            raise ValueError(f"{shown(name + suffix)} is {value.dtype}, expected {np.dtype(KINDS[kind])}")
+        if kind == "scale" and not (np.isfinite(value).all() and (value > 0).all()):
+            raise ValueError(f"{shown(name + suffix)} must be finite and > 0")
+    return dict(tensors)

@@ -1,0 +1,48 @@
+"""What the equivalent scalings of all sites make of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .artifacts import SitePlan
+from .network import Denoiser
+
+Float32 = npt.NDArray[np.float32]
+TEMPORARIES = 5
+"""Arrays of a weight's size that are made of it, at most."""
+
+
+def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
+    """float32[out, in]: a linear's weight after every scaling that touches it: columns times the in_scale of its own
+    input, rows divided by the in_scale of the input that it produces."""
+    for plan in plans:
+        if linear in plan.site.linears:
+            weight = weight * plan.in_scale
+    for plan in plans:
+        site = plan.site
+        if site.producer != linear:
+            continue
+        if site.fold == "value":
+            weight = weight / plan.in_scale[:, None]
+        elif site.fold == "modulation":
+            weight = weight.copy()
+            for start, stop in (site.shift_rows, site.scale_rows):
+                weight[start:stop] /= plan.in_scale[:, None]
+    return weight
+
+
+def work_bytes(denoiser: Denoiser) -> int:
+    """Bytes that work on one linear's folded weight takes at most: the widest weight's, with its temporaries."""
+    return TEMPORARIES * max(denoiser.weight(name).nbytes for name in denoiser.linears)
+
+
+def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
+    """By linear: the plans whose scaling is folded into its weight."""
+    found: dict[str, list[SitePlan]] = {}
+    for plan in plans.values():
+        for name in {*plan.site.linears, plan.site.producer} - {""}:
+            found.setdefault(name, []).append(plan)
+    return found

@@ -1,0 +1,39 @@
+"""How far long work is: who is told, and nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+Advance = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+class Progress(Protocol):
+    """Shows what a run does, stage by stage."""
+
+    def begin(self, stage: str, what: str) -> None:
+        """A stage starts."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Work done and in all of the running stage."""
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """The running stage is finished; `kept`: its results were there already."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """An `Advance` that shows nothing."""
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def begin(self, stage: str, what: str) -> None:
+        """Nothing."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        """Nothing."""

@@ -1,0 +1,347 @@
+"""The recipe: every choice of an export, as one validated, printable object."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .documents import DocumentError, printable, read_yaml, shown, shown_path
+from .network import Linear
+from .patterns import require_pattern, search
+from .qtypes import FP8, INT4, INT6, INT8, QuantType
+
+Bits = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8"]
+Action = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8", "weight-only", "float"]
+Granularity = Literal["tensor", "token", "token-group"]
+ACTIVATION_TYPES: dict[str, QuantType] = {"w8a8": INT8, "w6a6": INT6, "w4a8": INT8, "w4a4": INT4, "fp8": FP8}
+"""By action: what the input is quantized to; the others leave it float."""
+WEIGHT_TYPES: dict[str, QuantType] = {
+    "w8a8": INT8, "w8a16": INT8, "w6a6": INT6, "w4a8": INT4, "w4a16": INT4, "w4a4": INT4, "fp8": FP8, "weight-only": INT8,
+}  # fmt: skip
+BLOCK_SIZES = (128, 64, 32, 16)
+"""Blocks along the input that kernels unpack themselves, the largest that divides a width first."""
+GROUP_SIZES = (64, 32, 16, 96, 128, 192, 288)
+"""Blocks along the input of int4 weights under quantized activations; any other that divides the width may be asked for."""
+
+
+LONGEST_NAME = 200
+"""Characters of a word that is compared with the valid ones."""
+ERRORS = 10
+"""Violations that one message lists."""
+
+
+class RecipeError(Exception):
+    """A recipe, or an option that becomes part of one, asks for something that does not exist or cannot be done."""
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """` Did you mean 'x'?` for a misspelt word, or nothing if no valid word is near."""
+    close = difflib.get_close_matches(word[:LONGEST_NAME], valid, n=1, cutoff=0.5)  # its time grows with the square
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class Rule(BaseModel):
+    """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
+
+    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `w6a6`: the same with
+    codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the input, whose scales are whole multiples of the
+    channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as w8a8 in float8 E4M3; `w8a16` and `w4a16`:
+    weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as w8a16, for memory alone, whatever runs it;
+    `float`: left alone.
+
+    Args:
+        granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
+            or for each token and group of inputs; the last two are measured as the engine runs. null: the recipe's.
+        group_size: inputs that share a weight scale; 0: all. null: the recipe's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    action: Action
+    reason: str = ""
+    granularity: Granularity | None = None
+    group_size: int | None = Field(default=None, ge=0, le=65536)
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether the GEMM multiplies a quantized input."""
+        return self.action in ACTIVATION_TYPES
+
+    @property
+    def activation(self) -> QuantType | None:
+        """What the graph quantizes the input to, if at all; the kernel does where each group of a token has its own scale."""
+        return None if self.granularity == "token-group" else ACTIVATION_TYPES.get(self.action)
+
+    @property
+    def weight(self) -> QuantType | None:
+        """What the weight is quantized to, if at all."""
+        return WEIGHT_TYPES.get(self.action)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether groups of int4 weights are multiplied up to 8-bit codes, which one integer GEMM takes."""
+        return self.activation is not None and self.weight == INT4
+
+    def block_size(self, width: int) -> int:
+        """Inputs that share a weight scale, of `width` in all; 0: one scale an output channel.
+
+        Raises:
+            ValueError: no such blocks divide the width; the message says which do.
+        """
+        if self.group_size == 0 or (self.group_size is None and self.activation is not None and not self.two_level):
+            return 0
+        least = 1 if self.weight == INT8 else 2  # TensorRT unpacks a single block of int4 outside the GEMM
+        sizes = GROUP_SIZES if self.two_level else BLOCK_SIZES
+        if self.group_size is None:
+            fitting = [size for size in sizes if width % size == 0 and width // size >= least]
+        else:
+            fitting = [self.group_size] if width % self.group_size == 0 else []
+        if not fitting:
+            asked = f"{self.group_size}" if self.group_size else f"{', '.join(map(str, sorted(sizes)))}"
+            if self.granularity == "token-group":
+                other = "choose granularity token" + (" with group_size 0" if self.weight == INT4 else "")
+            else:
+                other = "group_size 0 gives each output channel one scale" if self.two_level else "choose bits w8a8"
+            raise ValueError(f"its {width} inputs are not divided by {asked}; {other}, or leave it float with --exclude")
+        return fitting[0]
+
+    def fitted(self, width: int) -> Rule:
+        """The rule for a linear of `width` inputs: where no block divides them, `weight-only` has a scale for each channel.
+
+        Raises:
+            ValueError: see `block_size`; other actions have no kernel without blocks.
+        """
+        try:
+            if self.weight is not None:
+                self.block_size(width)
+        except ValueError:
+            if self.action != "weight-only" or self.group_size is not None:
+                raise
+            reason = (
+                f"no block of {min(BLOCK_SIZES)} to {max(BLOCK_SIZES)} divides its {width} inputs: one scale for each channel"
+            )
+            return self.model_copy(update={"group_size": 0, "reason": "; ".join(filter(None, [self.reason, reason]))})
+        return self
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        require_pattern(value)
+        return value
+
+
+class Recipe(BaseModel):
+    """All options of an export, resolved. Unknown keys are errors. Saved as `recipe.yaml` beside what it made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, max_length=4096, description="family name, hub id or local folder")
+    revision: str | None = Field(
+        default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
+    )
+    variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
+    format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
+    provider: Literal["cpu", "openvino"] | None = Field(
+        default=None, description="for format ort: what runs the engine; null: cpu"
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] | None = Field(
+        default=None, description="of what is not quantized; null: the format's"
+    )
+    target: str = Field("sm89,sm120", description="for format trt-rtx: the GPUs that the plan is for")
+    min_shapes: str = Field("", description="for trt and trt-rtx, as trtexec takes them: the least batch is 1")
+    opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
+    max_shapes: str = Field("", description="the greatest: a batch of 16")
+    bits: Bits = Field("w8a8", description="bits of weights and activations")
+    granularity: Granularity = Field("tensor", description="of activation scales: tensor (by timestep), token, token-group")
+    group_size: int | None = Field(
+        default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
+    )
+    attention: Literal["float", "fp8"] = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
+    method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
+    rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
+    bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
+    percentile: float = Field(
+        99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep"
+    )
+    bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
+    scaling: Literal["auto", "none", "dilate", "smooth", "balance", "equalize"] = Field("auto", description="equivalent scaling")
+    alpha: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="for scaling smooth")
+    rho: float = Field(
+        1.0, ge=1, le=64, allow_inf_nan=False, description="for scaling dilate: how much a weight row's range may grow"
+    )
+    shift: bool | None = Field(default=None, description="per-channel shift; null: where scaling auto measures a gain, else none")
+    calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
+    calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
+    steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
+    parity_size: int = Field(10, ge=1, le=1000, description="pictures drawn with PyTorch and the engine to compare them")
+    guidance_scale: float | None = Field(
+        default=None, ge=1, le=1000, allow_inf_nan=False, description="classifier-free guidance; null: the model's default"
+    )
+    seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and labels")
+    timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
+    triton: bool = Field(False, description="also write a Triton model repository")
+    min_coverage: float = Field(
+        0.95, ge=0, le=1, allow_inf_nan=False, description="share of the quantized GEMMs' FLOPs that must be integer"
+    )
+    min_sqnr: float = Field(
+        20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
+    )
+    rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
+
+    @field_validator("bins")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and not 1 <= value <= 1000:
+            raise ValueError("a number of bins must be from 1 to 1000")
+        return value
+
+    @staticmethod
+    def parse(values: Mapping[str, Any], source: str) -> Recipe:
+        """Validate a mapping.
+
+        Raises:
+            RecipeError: all violations at once, each with the key, what was found and the nearest valid name.
+        """
+        try:
+            return Recipe.model_validate(dict(values))
+        except ValidationError as error:
+            violations = error.errors(include_url=False)
+            lines = [_explain(item, source) for item in violations[:ERRORS]]
+            more = len(violations) - ERRORS
+            raise RecipeError("\n".join(lines + [f"{source}: {more} more"] * (more > 0))) from error
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """The mapping in a YAML file, not validated.
+
+        Raises:
+            RecipeError: no such file, not YAML, or no mapping.
+        """
+        try:
+            values = read_yaml(path)
+        except DocumentError as error:
+            raise RecipeError(f"recipe {error}") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"recipe {shown_path(path)}: expected a mapping of options, found {type(values).__name__}")
+        wrong = next((key for key in values if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise RecipeError(f"recipe {shown_path(path)}: key {shown(wrong)} is no option")
+        return values
+
+    @staticmethod
+    def load(path: Path) -> Recipe:
+        """Read a YAML recipe.
+
+        Raises:
+            RecipeError: see `read` and `parse`.
+        """
+        return Recipe.parse(Recipe.read(path), f"recipe {path}")
+
+    def dump(self) -> str:
+        """YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def decide(self, linear: str) -> Rule:
+        """The deciding rule for a linear.
+
+        Raises:
+            RecipeError: no rule matches.
+        """
+        for rule in self.rules or ():
+            if search(rule.match, linear):
+                return rule
+        raise RecipeError(f"no rule matches '{linear}'; add a last rule such as {{match: '', action: float}}")
+
+    def assign(self, linears: Mapping[str, Linear]) -> dict[str, Rule]:
+        """The deciding rule of every linear.
+
+        Raises:
+            RecipeError: a rule that matches no linear at all, a linear that no rule matches, an action that a linear cannot
+                have, or nothing left to quantize; all of them in one message.
+        """
+        wrong = []
+        for rule in self.rules or ():
+            if not any(search(rule.match, name) for name in linears):
+                example = next(iter(linears))
+                hint = nearest(rule.match, list(linears)) or f" Names look like '{example}'."
+                wrong.append(f"rule {shown(rule.match)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
+        left = [name for name in linears if not any(search(rule.match, name) for rule in self.rules or ())]
+        if left:
+            names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
+        decided = {name: self.complete(self.decide(name)) for name in linears if name not in left}
+        for name, rule in decided.items():
+            kind = linears[name].kind
+            if rule.quantizes_input and kind == "modulation":
+                wrong.append(
+                    f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
+                )
+            if rule.action != "float" and kind == "edge":
+                wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
+        contradictions = list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
+        wrong += contradictions or _fit(decided, linears)
+        if self.rounding == "gptq" and any(rule.action == "fp8" for rule in decided.values()):
+            wrong.append("fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse")
+        if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
+            wrong.append(f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less")
+        if wrong:
+            raise RecipeError("\n".join(wrong))
+        return decided
+
+    def complete(self, rule: Rule) -> Rule:
+        """The rule with the recipe's granularity and group size where it has none of its own."""
+        if rule.action in ("float", "weight-only"):
+            return rule
+        size = self.group_size if rule.group_size is None else rule.group_size
+        granularity = rule.granularity or self.granularity
+        return rule.model_copy(update={"granularity": granularity if rule.quantizes_input else None, "group_size": size})
+
+
+def _fit(decided: dict[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Fit each rule to its linear's width, in place; returns what cannot be done."""
+    unfit: dict[str, list[str]] = {}
+    for name, rule in decided.items():
+        try:
+            decided[name] = rule.fitted(linears[name].width)
+        except ValueError as error:
+            unfit.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
+    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
+
+
+def _contradiction(rule: Rule) -> str:
+    """What no backend can do of a completed rule, and the nearest that one can; empty if there is nothing."""
+    if rule.granularity == "token-group" and rule.action not in ("w8a8", "w4a8"):
+        return f"{rule.action} with granularity token-group: kernels round each token's groups to 8 bits; use w4a8, w8a8 or token"
+    if rule.granularity == "token-group" and rule.group_size == 0:
+        return "granularity token-group with group_size 0: give the groups a size, or use granularity token"
+    if rule.activation and rule.group_size and not rule.two_level:
+        return (
+            f"{rule.action} with group_size {rule.group_size}: an 8-bit integer GEMM has one weight scale an output channel; "
+            "use group_size 0, int4 weights (w4a8), or granularity token-group"
+        )
+    if rule.action in ("w8a16", "w4a16") and rule.group_size == 0:
+        return f"{rule.action} with group_size 0: only blocks are unpacked inside a GEMM; use group_size 128, 64, 32 or 16"
+    return ""
+
+
+def _explain(item: Any, source: str) -> str:
+    """One line for one of pydantic's violations."""
+    where = printable(".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int"))), 100)
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        fields = list(Rule.model_fields) if where.startswith("rules") else list(Recipe.model_fields)
+        return f"{source}: unknown key '{where}'.{nearest(where.split('.')[-1], fields)} Valid: {', '.join(fields)}"
+    if item["type"] == "literal_error":
+        expected = item["ctx"]["expected"]
+        hint = nearest(value, re.findall("'([^']+)'", expected)) if isinstance(value, str) else ""
+        return f"{source}: {where} = {shown(value)}: expected {expected}.{hint}"
+    if item["type"] == "missing":
+        return f"{source}: '{where}' is missing"
+    return f"{source}: {where} = {shown(value)}: {item['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,1 @@
+"""The report of an export: its data, its page and its verdict."""

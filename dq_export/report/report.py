@@ -1,0 +1,237 @@
+"""The report of an export: one validated object (schema: report.schema.json)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dq_export.core.recipe import Bits
+
+if TYPE_CHECKING:
+    from dq_export.deploy.audit import Audit
+
+FLOAT_STAGE = "float-onnx"
+REPLAY_MARGIN = 1.0
+"""dB that a replay may lose against the export's own numbers: other kernels round otherwise."""
+FRONT = "search.svg"
+"""The picture of a search beside its winner, and in an export's folder."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LinearReport(_Part):
+    """One linear of the network."""
+
+    name: str = Field(description="module name")
+    action: str = Field(description="what the deciding rule says: w8a8, w4a8, fp8 … as --bits, weight-only or float")
+    rule: str = Field(description="the deciding rule's regular expression")
+    reason: str = Field(description="why it is weight-only or float; empty where it is not")
+    site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
+    scaling: str = Field(description="equivalent scaling of its input")
+    bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
+    sqnr: list[float | None] = Field(default=[], description="dB of its output at each of the timesteps; null: not measured")
+    error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
+
+
+class TableReport(_Part):
+    """The scales of one site's input."""
+
+    site: str
+    granularity: str = Field(description="tensor: the table below; token or token-group: found when the engine runs")
+    edges: list[float] = Field(description="timesteps between bins")
+    scales: list[Annotated[float, Field(gt=0)]] = Field(description="one a bin; empty where none is stored")
+
+    @model_validator(mode="after")
+    def _one_a_bin(self) -> TableReport:
+        if self.scales and len(self.scales) != len(self.edges) + 1:
+            raise ValueError(f"{len(self.edges)} edges and {len(self.scales)} scales")
+        return self
+
+
+class GemmReport(_Part):
+    """One GEMM of the engine, as the audit saw it."""
+
+    name: str
+    flops: int = Field(ge=0, le=2**63, description="for one sample")
+    wanted: str = Field(description="the recipe's action; none for attention")
+    kernel: str = Field(description="the runtime's operator")
+    integer: bool = Field(description="whether the operator has the precision that the recipe asks for")
+    reason: str = Field(description="why not, where it should")
+
+
+class AuditReport(_Part):
+    """What the engine really runs."""
+
+    coverage: float = Field(description="low-precision FLOPs / FLOPs of the GEMMs that the recipe gives low precision")
+    integer_share: float = Field(description="low-precision FLOPs / FLOPs of all GEMMs")
+    gemms: list[GemmReport]
+
+    @staticmethod
+    def of(audit: Audit) -> AuditReport:
+        """The report of a backend's audit."""
+        gemms = [GemmReport(**asdict(gemm)) for gemm in audit.gemms]
+        return AuditReport(coverage=audit.coverage, integer_share=audit.integer_share, gemms=gemms)
+
+
+class CallReport(_Part):
+    """One network call compared with PyTorch."""
+
+    stage: str = Field(description="float-onnx, qdq-onnx or engine")
+    timestep: float
+    bin: int = Field(description="index into the union of all tables' bins")
+    sqnr: float = Field(ge=-200, le=200, description="dB; -200 where an output is not finite")
+    cosine: float
+    max_error: float | None = Field(description="null where an output is not finite")
+
+
+class TrajectoryReport(_Part):
+    """Pictures sampled from the same noise as PyTorch's."""
+
+    stage: str
+    samples: int
+    sqnr: float = Field(ge=-200, le=200, description="dB over all samples together")
+    worst_sqnr: float = Field(ge=-200, le=200, description="dB of the worst sample")
+    cosine: float
+    max_error: float | None = Field(description="null where a picture is not finite")
+
+
+class ParityReport(_Part):
+    """How near each stage is to PyTorch."""
+
+    calls: list[CallReport]
+    trajectories: list[TrajectoryReport]
+    replay: str = Field(default="", description="the polygraphy command, to be run in the output folder")
+
+
+class EngineReport(_Part):
+    """One engine's latency."""
+
+    median_ms: float
+    least_ms: float
+    memory_mb: float | None = Field(default=None, description="memory that loading and one call added; null where not measured")
+
+
+class LatencyReport(_Part):
+    """One network call; the engines are timed in turn, each in processes of its own."""
+
+    batch: int
+    baseline: str = Field(description="what ran the float graph: the engine's own runtime")
+    float_ms: float = Field(gt=0, description="the float graph there, median")
+    engine_ms: float = Field(gt=0, description="engine, median")
+    ratio: float = Field(description="float / engine: above 1 the engine is faster")
+    engines: dict[str, EngineReport] = Field(description="float: the baseline; engine; torch where asked for")
+    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine, where asked for")
+    skipped: dict[str, str] = Field(description="what could not be timed, and why")
+
+
+class SizeReport(_Part):
+    """Bytes on disk, weights included."""
+
+    float_bytes: int = Field(gt=0, le=2**63)
+    engine_bytes: int = Field(gt=0, le=2**63)
+
+
+class Verdict(_Part):
+    """Whether the export keeps what its recipe requires."""
+
+    outcome: Literal["passed", "failed", "unfinished"] = Field(description="unfinished: another machine must build the engine")
+    status: int = Field(description="of the command: 0, 3: too much runs in float, 4: too far from PyTorch, 5: unfinished")
+    min_coverage: float = Field(description="the recipe's: least share of the quantized GEMMs' FLOPs in low precision")
+    coverage: float | None = Field(default=None, description="that share; null where no engine was audited")
+    min_sqnr: float = Field(description="the recipe's: dB that every call of a quantized stage must keep")
+    worst: CallReport | None = Field(default=None, description="the quantized call of the least SQNR; null: none was compared")
+    reasons: list[str] = Field(default=[], description="what is not kept or not done, a sentence each; empty where it passed")
+    advice: str = Field(default="", description="what to try")
+
+
+class StageResult(_Part):
+    """What a stage leaves in the ledger beside its files."""
+
+    seconds: float = 0.0
+    summary: str = Field(default="", description="for the progress line")
+    passes: list[str] = []
+    size: SizeReport | None = None
+    audit: AuditReport | None = None
+    parity: ParityReport | None = None
+    latency: LatencyReport | None = None
+
+
+class Report(_Part):
+    """Everything that an export did and proved. Parts are null until their stage has run."""
+
+    version: int = Field(default=2, description="of this schema")
+    verdict: Verdict | None = Field(default=None, description="null where the run stopped before the engine was audited")
+    model: str
+    digest: str = Field(description="sha256 of the checkpoint")
+    sampler: str
+    guidance_scale: float
+    timesteps: str = Field(description="shared: timestep is [1]; per-sample: [B]")
+    machine: str
+    versions: dict[str, str] = Field(description="of dq-export and of the libraries that decide the bytes, by distribution")
+    engine: str = Field(default="", description="the runtime that the engine is for; empty where --format onnx builds none")
+    seconds: dict[str, float] = Field(description="by stage, of the run that did it")
+    measured_at: list[float] = Field(default=[], description="at which linears were measured")
+    tables: list[TableReport] = Field(default=[], description="by site")
+    linears: list[LinearReport]
+    passes: list[str] = Field(description="pass: how many places it changed")
+    size: SizeReport | None = None
+    audit: AuditReport | None = None
+    parity: ParityReport | None = None
+    latency: LatencyReport | None = None
+
+    @model_validator(mode="after")
+    def _one_a_timestep(self) -> Report:
+        if any(linear.sqnr and len(linear.sqnr) != len(self.measured_at) for linear in self.linears):
+            raise ValueError("a linear with more or fewer values than timesteps were measured at")
+        return self
+
+    def stages(self) -> list[str]:
+        """What was compared, from the float graph to the engine."""
+        return list(dict.fromkeys(call.stage for call in self.parity.calls)) if self.parity else []
+
+    def replay_floor(self, required: float) -> float:
+        """dB that a replay on ONNX Runtime's CPU provider must keep, whatever the engine ran on.
+
+        Args:
+            required: what the recipe requires at least.
+        """
+        calls = self.parity.calls if self.parity else []
+        measured = [call.sqnr for call in calls if call.stage != FLOAT_STAGE]
+        return max(min(measured) - REPLAY_MARGIN, required) if measured else required
+
+    def ran(self) -> bool:
+        """Whether the engine ran on the machine that exported."""
+        return "engine" in self.stages()
+
+    def drawn_by(self) -> str:
+        """What drew the pictures that are compared with PyTorch's."""
+        labels = {"engine": self.engine, "qdq-onnx": "the Q/DQ graph on ONNX Runtime's CPU provider, operator by operator"}
+        return labels.get(self.stages()[-1], self.stages()[-1]) if self.stages() else ""
+
+    def worst_call(self, stage: str) -> CallReport | None:
+        """The stage's network call of the least SQNR."""
+        calls = [call for call in self.parity.calls if call.stage == stage] if self.parity else []
+        return min(calls, key=lambda call: call.sqnr) if calls else None
+
+    def mean_sqnr(self, stage: str) -> float:
+        """Mean over the stage's calls, dB; NaN without any."""
+        calls = [call.sqnr for call in self.parity.calls if call.stage == stage] if self.parity else []
+        return sum(calls) / len(calls) if calls else math.nan
+
+    def heat(self) -> list[LinearReport]:
+        """Linears with something measured."""
+        return [linear for linear in self.linears if any(value is not None for value in linear.sqnr)]
+
+    def skipped(self) -> list[tuple[str, int]]:
+        """Reasons for linears that stay float or weight-only, and how many have each."""
+        counted: dict[str, int] = {}
+        for linear in self.linears:
+            if linear.action not in get_args(Bits):
+                label = f"{linear.action}: {linear.reason or 'rule ' + linear.rule}"
+                counted[label] = counted.get(label, 0) + 1
+        return list(counted.items())

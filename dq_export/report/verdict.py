@@ -1,0 +1,101 @@
+"""Whether an export keeps what its recipe requires, and what to try where it does not."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from dq_export.core.recipe import ACTIVATION_TYPES, Bits, Recipe
+from dq_export.deploy.audit import AuditError
+from dq_export.deploy.backend import NotHereError
+from dq_export.deploy.parity import FLOAT_SQNR, ParityError
+from dq_export.deploy.replay import polygraphy_command
+
+from ..finished_folder import portable_name
+from .report import FLOAT_STAGE, AuditReport, CallReport, Report, Verdict
+
+IN_FLOAT, TOO_FAR, ELSEWHERE = 3, 4, 5
+ERRORS: dict[int, type[Exception]] = {IN_FLOAT: AuditError, TOO_FAR: ParityError, ELSEWHERE: NotHereError}
+"""By exit status."""
+
+
+def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
+    """The verdict on what is known so far; None where neither an engine was audited nor a call compared.
+
+    Args:
+        unbuilt: why the engine could not be built on this machine; empty if it was.
+    """
+    if report.audit is None and report.parity is None:
+        return None
+    low = [call for stage in report.stages() if (call := report.worst_call(stage)) and call.sqnr < _floor(call, recipe)]
+    quantized = [call for stage in report.stages() if stage != FLOAT_STAGE and (call := report.worst_call(stage))]
+    in_float = _in_float(report.audit, recipe.min_coverage) if report.audit else []
+    status = IN_FLOAT if in_float else TOO_FAR if low else ELSEWHERE if unbuilt else 0
+    return Verdict(
+        outcome="passed" if not status else "unfinished" if status == ELSEWHERE else "failed",
+        status=status,
+        min_coverage=recipe.min_coverage,
+        coverage=report.audit.coverage if report.audit else None,
+        min_sqnr=recipe.min_sqnr,
+        worst=min(quantized, key=lambda call: call.sqnr, default=None),
+        reasons=[*in_float, *(_too_far(call, recipe) for call in low), *filter(None, [unbuilt])],
+        advice=_advice(low[0], recipe) if low else "",
+    )
+
+
+def concluded(report: Report, recipe: Recipe, unbuilt: str = "") -> Report:
+    """The report with what follows from its numbers and the recipe: the verdict, and the command that replays the calls."""
+    parity = report.parity
+    if parity:
+        command = polygraphy_command(report.replay_floor(recipe.min_sqnr), portable_name(recipe))
+        parity = parity.model_copy(update={"replay": command})
+    return report.model_copy(update={"parity": parity, "verdict": judge(report, recipe, unbuilt)})
+
+
+def require(verdict: Verdict | None) -> None:
+    """Fail where an export does not keep what its recipe requires.
+
+    Raises:
+        AuditError, ParityError: with what is not kept and what to try.
+        NotHereError: all is done but the engine, which another machine must build.
+    """
+    if verdict and verdict.status:
+        raise ERRORS[verdict.status]("\n".join(filter(None, [*verdict.reasons, verdict.advice])))
+
+
+def _floor(call: CallReport, recipe: Recipe) -> float:
+    return FLOAT_SQNR if call.stage == FLOAT_STAGE else recipe.min_sqnr
+
+
+def _in_float(audit: AuditReport, least: float) -> list[str]:
+    """Too little in low precision, and each GEMM that should be; nothing where the share is kept."""
+    if audit.coverage >= least:
+        return []
+    lost = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.wanted in get_args(Bits) and not g.integer]
+    share = f"{audit.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires {least:.1%}"
+    return [f"{share}. In float:", *(f"  {line}" for line in lost)]
+
+
+def _too_far(call: CallReport, recipe: Recipe) -> str:
+    return f"{call.stage}: {call.sqnr:.1f} dB at timestep {call.timestep:g}, required {_floor(call, recipe):.1f} dB"
+
+
+def _advice(call: CallReport, recipe: Recipe) -> str:
+    """What to try for a call that is too far from PyTorch, of what this recipe has not used and can use."""
+    if call.stage == FLOAT_STAGE:
+        return (
+            "The float graph differs from PyTorch before anything is quantized: its weights amplify float32 rounding, or an "
+            "operator was exported wrongly; no option of quantization helps."
+        )
+    activations = recipe.bits in ACTIVATION_TYPES and recipe.bits != "fp8"
+    fitting = [
+        ("--granularity token", activations and recipe.granularity == "tensor" and recipe.provider != "openvino"),
+        ("--rounding gptq", recipe.bits != "fp8" and recipe.rounding != "gptq"),
+        ("--scaling auto", recipe.scaling != "auto"),
+        ("--bins per-step", recipe.bits in ACTIVATION_TYPES and recipe.granularity == "tensor" and recipe.bins != "per-step"),
+        ("--bits w8a8", recipe.bits in ("w6a6", "w4a8", "w4a4")),
+    ]
+    options = [option for option, fits in fitting if fits]
+    return (
+        f"Try {', '.join([*options, '--exclude for the linears with the largest error in report.json'])}; or, if the pictures "
+        "are good enough, a lower --min-sqnr."
+    )

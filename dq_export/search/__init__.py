@@ -1,0 +1,1 @@
+"""Search for a recipe: which granularity each input gets."""

@@ -1,0 +1,274 @@
+"""A whole search: calibrate every choice, look for the best mix, write it down as a recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.progress import Progress, Silent
+from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.deploy.backend import Backend
+from dq_export.deploy.backends import backend_of
+from dq_export.deploy.packages import require_packages
+
+from ..families.reference import Reference
+from ..families.source import load, pin
+from ..ledger import claim
+from ..output_folder import write_text
+from ..pipeline import resolve, sampling_of
+from ..report.front import Front
+from ..report.report import FRONT
+from ..stages.recording import HELD_OUT
+from .kernel_times import time_space
+from .request import SearchError, SearchRequest
+from .space import KNOWN, Genome, Space, space_of
+from .strategies import SEARCHES, Goal, Search, evaluations_of
+from .trajectories import EVALUATIONS, Trajectories, uniform
+
+MEGABYTE = 1e6
+WINNER = "winner.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a search found.
+
+    Args:
+        recipe: the winner, to be exported as any other.
+        sqnr, held_back: dB of its trajectories, on the pictures of the search and on others.
+        size: megabytes of weights; `milliseconds`: of one network call by the table of kernels, NaN if not timed.
+        evaluations: trajectories that were sampled for it.
+        uniform: the same figures of recipes with one choice everywhere: (choice, megabytes, milliseconds, dB held back).
+        front: (cost, dB, genome) of everything that nothing beats.
+        reached: whether the winner meets the goal.
+    """
+
+    recipe: Recipe
+    sqnr: float
+    held_back: float
+    size: float
+    milliseconds: float
+    evaluations: int
+    uniform: tuple[tuple[str, float, float, float], ...]
+    front: tuple[tuple[float, float, Genome], ...]
+    reached: bool
+
+
+def explore(
+    recipe: Recipe,
+    folder: Path,
+    request: SearchRequest,
+    *,
+    choices: Sequence[Rule] = KNOWN,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Search how each input of a model is quantized.
+
+    Writes `winner.yaml`, `search.json` and `search.svg` into `folder`; `evaluations.jsonl` there makes a killed search go on.
+
+    Args:
+        recipe: of everything that is not searched: model, format, rounding, calibration, seed.
+
+    Raises:
+        RecipeError: a request that cannot be met or understood, or a model without choices.
+        SearchError: nothing that was tried meets the request; there is then no `winner.yaml`.
+        BackendError: kernels are to be timed, and the format does not run here.
+        ModelError, CalibrationError, OutputError: see each.
+    """
+    request.require_valid()
+    require_packages(("torch", "diffusers", "safetensors"), "dq-export search")
+    backend = backend_of(recipe)
+    if request.max_latency is not None:
+        _require_timing(backend, recipe)
+    watch = progress or Silent()
+    watch.begin("load", recipe.model)
+    start = time.monotonic()
+    recipe, source = pin(recipe)
+    reference = load(source, watch.advance)
+    base = resolve(recipe, (), reference, backend)
+    for steps in (base.steps, request.steps):  # of calibration, and of the pictures that judge a mix
+        reference.timesteps(steps)
+    space = space_of(reference, base, choices, backend.target if backend else None)
+    if request.max_size is not None:
+        require_possible(space, goal_of(space, request), request)
+    each = f"{evaluations_of(space)} evaluations measure each alone"
+    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices; {each}", kept=False)
+    with claim(folder, base.dump(), overwrite=False):
+        if request.max_latency is not None:
+            kernels = backend_of(recipe.model_copy(update=dict.fromkeys(("min_shapes", "opt_shapes", "max_shapes"), "")))
+            assert kernels is not None  # without the shapes of the network's inputs
+            space = time_space(space, reference, kernels, watch)
+            require_possible(space, goal_of(space, request), request)
+        calibrated = _calibrate(reference, base, space, folder, watch)
+        trials = Trajectories.of(
+            reference, space, base.model_copy(update={"steps": request.steps}), calibrated, seed=base.seed + HELD_OUT,
+            size=request.pictures, journal=folder / EVALUATIONS,
+        )  # fmt: skip
+        search = _searched(space, request, trials, base.seed, watch)
+        outcome = _outcome(search, base, trials, folder)
+        _write(outcome, search, folder, request)
+        if not outcome.reached:
+            (folder / WINNER).unlink(missing_ok=True)
+            raise SearchError(_unmet(outcome, request))
+        write_text(folder / WINNER, outcome.recipe.dump())
+    return outcome
+
+
+def goal_of(space: Space, request: SearchRequest) -> Goal:
+    """The request in terms of genomes."""
+    by_size = request.max_latency is None
+    cost = (lambda genome: space.bytes_of(genome) / MEGABYTE) if by_size else space.milliseconds_of
+    return Goal(cost=cost, limit=request.limit, sqnr=request.target_sqnr, quantizes=space.quantizes)
+
+
+def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
+    """Ask that the cheapest mix is within the limit.
+
+    Raises:
+        RecipeError: it is not; the message says what it costs.
+    """
+    costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
+    least = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
+    if goal.limit is not None and least > goal.limit:
+        raise RecipeError(f"{request.option}: the cheapest of all mixes takes {least:.4g} {request.unit}; raise the limit")
+
+
+def _require_timing(backend: Backend | None, recipe: Recipe) -> None:
+    """Ask for what timing kernels needs, before anything is loaded."""
+    if backend is None:
+        raise RecipeError(f"--max-latency times kernels, and --format {recipe.format} builds none; choose another --format")
+    if not backend.runs:
+        raise RecipeError(
+            f"--max-latency times kernels, and those of --format {recipe.format} run on an NVIDIA GPU with its library only; "
+            "search on such a machine, or give --max-size"
+        )
+    backend.require()
+
+
+def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: int, watch: Progress) -> Search:
+    """Look for the best mix."""
+    start = time.monotonic()
+    watch.begin(
+        "search", f"{request.strategy}, {request.evaluations} mixes by {request.pictures} pictures of {request.steps} steps"
+    )
+    goal = goal_of(space, request)
+    search = Search(space, goal, trials.sqnr, request.evaluations, lambda done, total, best: watch.advance(done, total))
+    SEARCHES[request.strategy](search, np.random.default_rng(seed))
+    best = search.best()
+    assert best is not None  # at least one is evaluated
+    watch.end(time.monotonic() - start, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g} {request.unit}", kept=False)
+    return search
+
+
+def _outcome(search: Search, base: Recipe, trials: Trajectories, folder: Path) -> Outcome:
+    """The best mix, judged by pictures that the search did not see, beside one choice everywhere."""
+    space, best = search.space, search.best()
+    assert best is not None
+    fresh = _fresh(trials, folder)
+    return Outcome(
+        recipe=base.model_copy(update={"rules": (*space.rules(best), *(base.rules or ()))}),
+        sqnr=search.found[best],
+        held_back=fresh.sqnr(best),
+        size=space.bytes_of(best) / MEGABYTE,
+        milliseconds=space.milliseconds_of(best),
+        evaluations=len(search.found),
+        uniform=_uniform(space, fresh, base),
+        front=tuple(search.front()),
+        reached=search.goal.met(best, search.found[best]),
+    )
+
+
+def _unmet(outcome: Outcome, request: SearchRequest) -> str:
+    cost = outcome.size if request.max_latency is None else outcome.milliseconds
+    nearest = f"the nearest keeps {outcome.sqnr:.1f} dB at {cost:.4g} {request.unit}"
+    return (
+        f"{request.option}: none of {outcome.evaluations} mixes that quantize anything meets it; {nearest}. Change the goal, or "
+        "give more --evaluations"
+    )
+
+
+def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress) -> dict[Rule, CalibrationResult]:
+    """Every choice everywhere: the pictures are sampled once and kept beside the evaluations."""
+    from dq_export.calibration.calibrate import calibrate
+
+    found = {}
+    for rule in [rule for rule in space.choices if rule.weight is not None]:
+        name = "-".join(str(part) for part in (rule.action, rule.granularity, rule.group_size))
+        path = folder / "choices" / f"{name}.safetensors"
+        recipe, start = uniform(base, space, rule), time.monotonic()
+        watch.begin("calibrate", _label(rule))
+        if path.exists():
+            found[rule] = CalibrationResult.load(path)
+            watch.end(0.0, "", kept=True)
+            continue
+        assigned, sampling = recipe.assign(reference.linears), sampling_of(recipe, reference)
+        result = calibrate(reference, recipe, assigned, sampling, {}, watch.advance, folder / "statistics")
+        assert result is not None
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".new")
+        result.save(partial)
+        partial.rename(path)
+        found[rule] = result
+        watch.end(time.monotonic() - start, f"{len(result.sites)} inputs", kept=False)
+    return found
+
+
+def _label(rule: Rule) -> str:
+    """A choice in words: `w4a8 token 64`."""
+    return " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
+
+
+def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
+    """The same judge on other noise and labels, which no choice saw."""
+    journal = folder / f"held-back-{EVALUATIONS}"
+    other = replace(
+        trials,
+        noise=trials.reference.noise(len(trials.labels), trials.recipe.seed + 2 * HELD_OUT),
+        labels=(trials.labels + len(trials.labels)) % trials.reference.classes,
+        known={},
+        journal=journal,
+    )
+    return replace(other, exact=other.latents(trials.reference.forward))
+
+
+def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str, float, float, float], ...]:
+    rows = []
+    for rule in space.choices:
+        genome = space.everywhere(rule)
+        rows.append((_label(rule), space.bytes_of(genome) / MEGABYTE, space.milliseconds_of(genome), fresh.sqnr(genome)))
+    return tuple(rows)
+
+
+def _write(outcome: Outcome, search: Search, folder: Path, request: SearchRequest) -> None:
+    """The search's results as data and as a picture."""
+    space, unit = search.space, request.unit
+    described = {
+        "sqnr": outcome.sqnr,
+        "held_back": outcome.held_back,
+        "megabytes": outcome.size,
+        "milliseconds": None if np.isnan(outcome.milliseconds) else outcome.milliseconds,
+        "reached": outcome.reached,
+        "evaluations": outcome.evaluations,
+        "unit": unit,
+        "choices": [_label(rule) for rule in space.choices],
+        "sites": list(space.sites),
+        "uniform": [{"choice": n, "megabytes": mb, "sqnr": db} for n, mb, _, db in outcome.uniform],
+        "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],
+    }
+    write_text(folder / "search.json", json.dumps(described, indent=1) + "\n")
+    alike = [(_label(rule), space.everywhere(rule)) for rule in space.choices]
+    picture = Front(
+        unit=unit,
+        mixes=tuple((cost, sqnr) for cost, sqnr, _ in outcome.front),
+        uniform=tuple((name, search.goal.cost(g), search.found[g]) for name, g in alike if g in search.found),
+        winner=(outcome.milliseconds if unit == "ms" else outcome.size, outcome.sqnr) if outcome.reached else None,
+        limit=request.limit,
+        target=request.target_sqnr,
+    )
+    write_text(folder / FRONT, picture.draw())

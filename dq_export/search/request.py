@@ -1,0 +1,83 @@
+"""What a search is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dq_export.core.recipe import RecipeError, nearest
+
+from .strategies import SEARCHES
+
+HIGHEST_SQNR = 200.0
+"""dB of a trajectory without any error, as `trajectories` caps it."""
+LIMITS = {"evaluations": 100_000, "pictures": 1_000, "steps": 1_000}
+"""The greatest value of each whole number; a picture's float trajectory is held in memory."""
+
+
+class SearchError(Exception):
+    """Nothing that a search tried is what it was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """A goal, of which exactly one is not None, and how long to look for it.
+
+    Args:
+        target_sqnr: dB that the sampled trajectory must keep, at the least size.
+        max_size: megabytes of weights, for the best trajectory.
+        max_latency: milliseconds of one network call of batch 2, by a table of kernels that is timed here.
+        evaluations: different mixes to try.
+        strategy: one of SEARCHES.
+        pictures, steps: of the trajectories that judge a mix.
+    """
+
+    target_sqnr: float | None = None
+    max_size: float | None = None
+    max_latency: float | None = None
+    evaluations: int = 300
+    strategy: str = "descend"
+    pictures: int = 4
+    steps: int = 12
+
+    @property
+    def limit(self) -> float | None:
+        """The greatest cost, megabytes or milliseconds; None for a target."""
+        return self.max_latency if self.max_size is None else self.max_size
+
+    @property
+    def unit(self) -> str:
+        """Of a cost."""
+        return "MB" if self.max_latency is None else "ms"
+
+    @property
+    def option(self) -> str:
+        """The goal as it was given on the command line."""
+        return next(f"{flag} {value:g}" for flag, value in self._goals().items() if value is not None)
+
+    def require_valid(self) -> None:
+        """Ask for everything that can be known of the request alone.
+
+        Raises:
+            RecipeError: all that is wrong, one line each.
+        """
+        wrong = []
+        goals = {flag: value for flag, value in self._goals().items() if value is not None}
+        if len(goals) != 1:
+            wrong.append("give one goal: --target-sqnr DB, --max-size MB or --max-latency MS")
+        for flag, value in goals.items():
+            greatest = HIGHEST_SQNR if flag == "--target-sqnr" else math.inf
+            if not (0 < value <= greatest and math.isfinite(value)):
+                bound = f" up to {greatest:g}" if math.isfinite(greatest) else ""
+                wrong.append(f"{flag} {value:g}: expected a number above 0{bound}")
+        for name, greatest in LIMITS.items():
+            if not 1 <= getattr(self, name) <= greatest:
+                wrong.append(f"--{name} {getattr(self, name)}: expected 1 to {greatest}")
+        if self.strategy not in SEARCHES:
+            hint = nearest(self.strategy, list(SEARCHES))
+            wrong.append(f"--strategy '{self.strategy}': expected {' or '.join(SEARCHES)}.{hint}")
+        if wrong:
+            raise RecipeError("\n".join(wrong))
+
+    def _goals(self) -> dict[str, float | None]:
+        return {"--target-sqnr": self.target_sqnr, "--max-size": self.max_size, "--max-latency": self.max_latency}

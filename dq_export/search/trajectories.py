@@ -1,0 +1,157 @@
+"""The error of a sampled trajectory under a mix of choices, simulated on the float network and never computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dq_export.calibration.simulation import Simulation
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.compare import decibels
+from dq_export.core.documents import DocumentError, parse_json, read_text
+from dq_export.core.recipe import Recipe, Rule
+
+from ..families.reference import Feed, Float32, Network, Reference
+from ..output_folder import OutputError, write_text
+from .space import Genome, Space
+
+EVALUATIONS = "evaluations.jsonl"
+JOURNAL_LIMIT = 1 << 28
+"""Bytes: more than 100,000 evaluations take."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectories:
+    """Pictures whose float trajectories are known.
+
+    Args:
+        simulations: by choice, of the whole network quantized so.
+        exact: the latents before every network call and at the end, of every batch.
+        journal: file that keeps each result.
+        known: results so far.
+    """
+
+    reference: Reference
+    space: Space
+    recipe: Recipe
+    simulations: tuple[Simulation, ...]
+    noise: Float32
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]]
+    exact: Float32
+    journal: Path
+    known: dict[Genome, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        reference: Reference, space: Space, recipe: Recipe, calibrated: Mapping[Rule, CalibrationResult], *, seed: int, size: int,
+        journal: Path,
+    ) -> Trajectories:  # fmt: skip
+        """Sample `size` float pictures, and read what an earlier search with the same arguments found.
+
+        Raises:
+            OutputError: the journal is of another search.
+        """
+        simulations = []
+        for rule in space.choices:
+            if rule.weight is None:
+                simulations.append(Simulation(weights={}, biases={}, plans={}))
+            else:
+                assigned = uniform(recipe, space, rule).assign(reference.linears)
+                simulations.append(Simulation.of(reference, calibrated[rule], assigned))
+        noise, labels = reference.noise(size, seed), np.arange(size, dtype=np.int64) % reference.classes
+        made = Trajectories(
+            reference=reference, space=space, recipe=recipe, simulations=tuple(simulations), noise=noise, labels=labels,
+            exact=np.zeros(0, dtype=np.float32), journal=journal,
+        )  # fmt: skip
+        object.__setattr__(made, "exact", made.latents(reference.forward))
+        made._read([reference.digest, recipe.model_dump(mode="json"), [rule.model_dump() for rule in space.choices], seed, size])
+        return made
+
+    def sqnr(self, genome: Genome) -> float:
+        """dB: the float latents' power over the power of their difference, over all steps and the final picture."""
+        if genome not in self.known:
+            weights, biases = {}, {}
+            chosen = {}
+            for site, choice in zip(self.space.sites, genome, strict=True):
+                simulation = self.simulations[choice]
+                chosen[site] = simulation
+                for name in self.space.linears[site]:
+                    if name in simulation.weights:
+                        weights[name] = simulation.weights[name]
+                    if name in simulation.biases:
+                        biases[name] = simulation.biases[name]
+            with self.reference.replace(weights, biases, lambda site, rows, t: _rounded(chosen.get(site), site, rows, t)):
+                found = self.latents(self.reference.forward)
+            noise = float(np.square(found.astype(np.float64) - self.exact).sum())
+            signal = float(np.square(self.exact.astype(np.float64)).sum())
+            self.known[genome] = float(decibels(signal, noise))
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"genome": genome, "sqnr": self.known[genome]}) + "\n")
+        return self.known[genome]
+
+    def latents(self, network: Network) -> Float32:
+        """float32[calls + 1, pictures, ...]: what the sampler holds before each call and at the end."""
+        batches = []
+        for start in range(0, len(self.labels), self.reference.batch):
+            part = slice(start, start + self.reference.batch)
+            batches.append(self._batch(network, part))
+        return np.concatenate(batches, axis=1)
+
+    def _batch(self, network: Network, part: slice) -> Float32:
+        seen: list[Float32] = []
+        labels = self.labels[part]
+
+        def watched(feed: Feed) -> Float32:
+            states: Float32 = np.array(feed["hidden_states"][: len(labels)], dtype=np.float32)
+            seen.append(states)
+            return network(feed)
+
+        draw: Callable[..., Float32] = self.reference.draw
+        final = draw(watched, self.noise[part], labels, steps=self.recipe.steps, guidance=self.recipe.guidance_scale or 1.0)
+        return np.stack([*seen, final])
+
+    def _read(self, key: list[object]) -> None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if not self.journal.exists():
+            write_text(self.journal, json.dumps({"search": digest}) + "\n")  # whole: a kill here leaves no empty journal
+            return
+        try:
+            text = read_text(self.journal, JOURNAL_LIMIT, links=False)
+        except DocumentError as error:
+            raise OutputError(f"{error}; choose another --output-dir, or delete it") from error
+        if not text.endswith("\n"):  # cut short by a kill: the next result gets a line of its own
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        lines = [_evaluation(line) for line in text.splitlines()]
+        if not lines or lines[0].get("search") != digest:
+            raise OutputError(f"{self.journal}: of another search; choose another --output-dir, or delete it")
+        for line in lines[1:]:
+            genome, sqnr = line.get("genome"), line.get("sqnr")
+            if not isinstance(genome, list) or not isinstance(sqnr, float) or len(genome) != len(self.space.sites):
+                continue
+            if all(choice in range(len(self.space.choices)) for choice in genome):
+                self.known[tuple(genome)] = sqnr
+
+
+def _evaluation(line: str) -> dict[str, Any]:
+    """A line of the journal; empty where a kill or another hand left something else."""
+    try:
+        value = parse_json(line, EVALUATIONS)
+    except DocumentError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def uniform(recipe: Recipe, space: Space, rule: Rule) -> Recipe:
+    """The recipe with one choice wherever its groups fit."""
+    return recipe.model_copy(update={"rules": (*space.rules(space.everywhere(rule)), *(recipe.rules or ()))})
+
+
+def _rounded(simulation: Simulation | None, site: str, rows: Float32, timestep: float) -> Float32:
+    return rows if simulation is None else simulation.rounded(site, rows, timestep)

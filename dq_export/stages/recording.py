@@ -1,0 +1,105 @@
+"""What PyTorch computed from noise that calibration did not see: the truth of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.documents import DocumentError, shown_path
+from dq_export.core.progress import Advance
+from dq_export.core.recipe import Recipe
+from dq_export.core.scales import TimestepBins
+from dq_export.core.tensor_file import load_tensors, save_tensors
+from dq_export.deploy.parity import pick_calls
+from dq_export.deploy.replay import load_replay, save_replay
+
+from ..families.reference import Feed, Float32, ModelError, Network, Reference
+from ..output_folder import OutputError
+
+HELD_OUT = 1_000_000
+"""Added to the seed, so that the noise is none of calibration's."""
+PICTURES = "pytorch.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recording:
+    """Network calls of a guided trajectory, and the pictures at the end of several.
+
+    Args:
+        feeds: inputs of the chosen calls, as the graph takes them; `outputs`: PyTorch's.
+        pictures: float32[N, C, H, W], the latents that PyTorch sampled.
+    """
+
+    feeds: list[Feed]
+    outputs: list[Float32]
+    pictures: Float32
+
+    @staticmethod
+    def load(folder: Path) -> Recording:
+        """Read what `record` wrote.
+
+        Raises:
+            OutputError: a file is missing or is not what `record` wrote.
+        """
+        try:
+            feeds, outputs = load_replay(folder)
+            pictures = load_tensors(folder / PICTURES)[0].get("pictures", np.zeros(0))
+            if pictures.dtype != np.float32 or pictures.ndim != 4 or not np.isfinite(pictures).all():
+                raise DocumentError(f"{shown_path(folder / PICTURES)}: expected finite pictures float32[N, C, H, W]")
+        except DocumentError as error:
+            raise OutputError(f"{error}; delete {shown_path(folder)} and run the same command again") from error
+        return Recording(feeds=feeds, outputs=outputs, pictures=pictures)
+
+
+def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Path, progress: Advance) -> None:
+    """Sample `recipe.parity_size` pictures with PyTorch; write them, and one call for each timestep bin, to `folder`.
+
+    Raises:
+        ModelError: PyTorch's own output is not finite.
+    """
+    timesteps = reference.timesteps(recipe.steps)
+    chosen = pick_calls(bins.index(timesteps))
+    feeds: list[Feed] = []
+    outputs: list[Float32] = []
+    calls = 0
+
+    def recorded(feed: Feed) -> Float32:
+        nonlocal calls
+        output = reference.forward(feed)
+        if not np.isfinite(output).all():
+            step = float(np.asarray(feed["timestep"]).ravel()[0])
+            raise ModelError(f"PyTorch's own output has NaN or Inf at timestep {step:g}; check the checkpoint")
+        if calls in chosen:  # of the first batch only
+            feeds.append(feed_of(feed, recipe))
+            outputs.append(output)
+        calls += 1
+        progress(calls, len(timesteps) * -(-recipe.parity_size // reference.batch))
+        return output
+
+    pictures = draw(reference, recorded, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_replay(folder, feeds, outputs)
+    save_tensors(folder / PICTURES, {"pictures": pictures})
+
+
+def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:
+    """Sample the recording's pictures with another network, from the same noise."""
+    labels = np.arange(recipe.parity_size, dtype=np.int64) % reference.classes
+    noise = reference.noise(recipe.parity_size, recipe.seed + HELD_OUT)
+    parts: list[npt.NDArray[np.float32]] = []
+    for start in range(0, recipe.parity_size, reference.batch):
+        part = slice(start, start + reference.batch)
+        parts.append(
+            reference.draw(network, noise[part], labels[part], steps=recipe.steps, guidance=recipe.guidance_scale or 1.0)
+        )
+    return np.concatenate(parts)
+
+
+def feed_of(feed: Feed, recipe: Recipe) -> Feed:
+    """The feed with a timestep for each sample, where the graph takes one."""
+    if recipe.timesteps == "shared":
+        return feed
+    return {**feed, "timestep": np.repeat(feed["timestep"], len(feed["hidden_states"]))}

@@ -1,0 +1,98 @@
+"""How fast an output folder's engine is, beside the float graph on the same runtime and beside PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Recipe
+from dq_export.deploy.backend import Backend, BackendError, Feed
+
+from ..families.float_graph import load
+from ..families.reference import ModelError
+from ..report.report import EngineReport, LatencyReport
+from ..timing import ROUNDS, Timed, Timing, backend_key, time_engines
+
+BATCH = 2
+"""Rows of the timed call at most: one guided picture. An unguided picture alone has one row."""
+PYTORCH = {"torch fp32": "fp32", "torch bf16": "bf16"}
+
+
+def bench(
+    folder: Path, backend: Backend, progress: Advance = unwatched, *, recipe: Recipe | None = None, rounds: int = ROUNDS
+) -> LatencyReport:
+    """Latency of the engine and of the float graph on the engine's own runtime, in turn, on parity's first input.
+
+    Args:
+        recipe: names the model that the folder was exported from, to time PyTorch in float32 and bfloat16, and operators,
+            too; None: neither.
+
+    Raises:
+        BackendError: the float graph or the engine cannot be loaded or run.
+    """
+    feed = _feed(folder)
+    rows = len(feed["hidden_states"])
+    pytorch, skipped = _pytorch(recipe, rows) if recipe else ([], {})
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
+        graphs = {"float": baseline, "engine": folder / "model.onnx"}
+        runs_on, profile = backend_key(backend), recipe is not None
+        engines = [
+            Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=rows, profile=profile)
+            for name, graph in graphs.items()
+        ]
+        timings = time_engines([*pytorch, *engines], feed, progress, rounds)
+    for name in graphs:
+        if timings[name].error:
+            raise BackendError(timings[name].error)
+    skipped |= {name: timing.error for name, timing in timings.items() if timing.error}
+    return _report(feed, timings, backend, skipped)
+
+
+def losing(report: LatencyReport) -> list[str]:
+    """The engine's operators that take longer than the same ones of the float graph, the worst first."""
+    before, after = (report.profile.get(name, {}) for name in ("float", "engine"))
+    more = {name: spent - before.get(name, 0.0) for name, spent in after.items()}
+    return [f"{name} +{spent:.2f} ms" for name, spent in sorted(more.items(), key=lambda item: -item[1]) if spent > 0]
+
+
+def _feed(folder: Path) -> Feed:
+    from dq_export.deploy.replay import load_replay
+
+    feeds, _ = load_replay(folder / "parity")
+    return {name: value[:BATCH] for name, value in feeds[0].items()}
+
+
+def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:
+    """PyTorch's networks; none, with the reason, where the checkpoint is gone."""
+    from ..families.source import pin
+
+    try:
+        r, _ = pin(recipe)
+    except ModelError as error:
+        return [], {"torch": str(error)}
+    files = (r.revision or "", r.variant or "")
+    return [
+        Timed(name=name, model=r.model, files=files, runs_on=("torch", None, dtype), batch=rows)
+        for name, dtype in PYTORCH.items()
+    ], {}
+
+
+def _report(feed: Feed, timings: dict[str, Timing], backend: Backend, skipped: dict[str, str]) -> LatencyReport:
+    engines = {
+        name: EngineReport(median_ms=timing.median, least_ms=min(timing.milliseconds), memory_mb=timing.memory_mb)
+        for name, timing in timings.items()
+        if not timing.error
+    }
+    float_ms, engine_ms = engines["float"].median_ms, engines["engine"].median_ms
+    return LatencyReport(
+        batch=len(feed["hidden_states"]),
+        baseline=f"the float graph on {backend.title} in {backend.dtype}",
+        float_ms=float_ms,
+        engine_ms=engine_ms,
+        ratio=float_ms / engine_ms,
+        engines=engines,
+        profile={name: timings[name].profile for name in ("float", "engine")},
+        skipped=skipped,
+    )

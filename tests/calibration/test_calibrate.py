@@ -1,0 +1,163 @@
+"""The whole calibration of a real, small DiT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import calibrate_tiny, feed_of, recipe_of, save_tiny
+
+from dq_export.calibration.calibrate import calibrate
+from dq_export.calibration.collect import Sampling
+from dq_export.core.artifacts import CalibrationError, CalibrationResult
+from dq_export.core.folding import folded_weight
+from dq_export.core.recipe import Rule
+from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
+
+BASE: dict[str, Any] = {"scaling": "none", "method": "minmax", "bins": "per-step"}
+
+
+def content(result: CalibrationResult) -> bytes:
+    """Every number that the passes will use."""
+    parts = []
+    for plan in result.sites.values():
+        parts += [plan.in_scale, plan.in_shift, plan.activation.scale, np.asarray(plan.activation.bins.edges)]
+    return b"".join(part.tobytes() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"method": "minmax"}, {"method": "mse"}),
+        ({"method": "minmax"}, {"method": "percentile"}),
+        ({"method": "percentile", "percentile": 99}, {"method": "percentile", "percentile": 90}),
+        ({"scaling": "none"}, {"scaling": "dilate"}),
+        ({"scaling": "smooth", "alpha": 0.3}, {"scaling": "smooth", "alpha": 0.7}),
+        ({"scaling": "dilate", "rho": 1}, {"scaling": "dilate", "rho": 4}),
+        ({"shift": False}, {"shift": True}),
+        ({"bins": 1}, {"bins": 2}),
+        ({"bins": 1}, {"bins": "per-step"}),
+        ({"steps": 3}, {"steps": 4}),
+        ({"calib_size": 2}, {"calib_size": 3}),
+        ({"seed": 0}, {"seed": 1}),
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_every_option_has_an_effect(tiny: Reference, one: dict[str, Any], two: dict[str, Any]) -> None:
+    first, second = (content(calibrate_tiny(tiny, recipe_of(tiny, **{**BASE, **options}))[0]) for options in (one, two))
+    assert first != second
+
+
+def test_bins_are_as_many_as_asked_for(tiny: Reference) -> None:
+    for asked, made in ((1, 1), (3, 3), (50, 5), ("per-step", 5)):  # the recipe samples 5 steps
+        result, _ = calibrate_tiny(tiny, recipe_of(tiny, **{**BASE, "bins": asked}))
+        assert {len(plan.activation.bins) for plan in result.sites.values()} == {made}
+
+
+@pytest.mark.parametrize("options", [{"scaling": "smooth"}, {"scaling": "dilate", "rho": 4}], ids=["smooth", "dilate"])
+def test_folded_weights_are_those_of_a_network_that_computes_the_same(tiny_folder: Path, options: dict[str, Any]) -> None:
+    import torch
+
+    reference: Any = load_reference(str(tiny_folder))
+    result, assigned = calibrate_tiny(reference, recipe_of(reference, shift=False, **options))
+    assert all(plan.scaled for plan in result.sites.values())
+    folded = copy.deepcopy(reference)
+    for name in assigned:
+        folded.model.get_submodule(name).weight.data = torch.from_numpy(
+            folded_weight(reference.weight(name), name, list(result.sites.values())).copy()
+        )
+    for plan in result.sites.values():  # biases by hand: weights are what calibration has to know
+        site, s = plan.site, torch.from_numpy(plan.in_scale.copy())
+        if site.fold == "modulation":  # (x (1 + g) + b) / s = x (1 + g') + b' with b' = b / s and g' = (1 + g) / s - 1
+            bias = folded.model.get_submodule(site.producer).bias.data
+            bias[slice(*site.shift_rows)] /= s
+            bias[slice(*site.scale_rows)] = (bias[slice(*site.scale_rows)] + 1) / s - 1
+        elif site.fold == "value":  # rows of softmax sum to 1, so the value's bias passes through unchanged
+            folded.model.get_submodule(site.producer).bias.data /= s
+        else:
+            folded.model.get_submodule(site.linears[0]).register_forward_pre_hook(lambda _, x, s=s: (x[0] / s,))
+    feed = feed_of(reference)
+    exact, found = reference.forward(feed), folded.forward(feed)
+    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()  # float32: some dozens of roundings of 6e-8
+    for name, rule in assigned.items():
+        weight = np.abs(folded.model.get_submodule(name).weight.detach().numpy())
+        if rule.action == "w8a8":
+            np.testing.assert_allclose(result.weight_scale[name] * 127, weight.max(axis=1), rtol=1e-6)  # one division
+        elif rule.action == "weight-only":  # 32 inputs: one block of 32
+            np.testing.assert_allclose(result.weight_scale[name] * 127, weight.max(axis=1)[None], rtol=1e-6)
+        else:
+            assert name not in result.weight_scale
+
+
+def test_a_linear_that_stays_float_has_no_site_and_scales_nothing(tiny: Reference) -> None:
+    out, value = "transformer_blocks.0.attn1.to_out.0", "transformer_blocks.0.attn1.to_v"
+    rules = (Rule(match=r"blocks\.0\.attn1\.(to_out|to_v)", action="float", reason="test"), *tiny.rules)
+    result, _ = calibrate_tiny(tiny, recipe_of(tiny, rules=rules, scaling="smooth"))
+    assert out not in result.sites
+    assert not {out, value} & set(result.weight_scale)
+    query = result.sites["transformer_blocks.0.attn1.to_q"]
+    assert query.site.linears[2] == value, "a float reader still reads the scaled tensor"
+    np.testing.assert_array_equal(
+        folded_weight(tiny.weight(value), value, list(result.sites.values())), tiny.weight(value) * query.in_scale
+    )
+
+
+@pytest.mark.parametrize(("heads", "block"), [(2, 32), (3, 16), (8, 128)])
+def test_the_largest_block_that_divides_is_taken(tmp_path: Path, heads: int, block: int) -> None:
+    reference = load_reference(str(save_tiny(tmp_path, num_layers=1, num_attention_heads=heads)))  # 16 wide each
+    result, _ = calibrate_tiny(reference, recipe_of(reference, steps=1, calib_size=1, scaling="none"))
+    width = heads * 16
+    assert result.weight_scale["transformer_blocks.0.norm1.linear"].shape == (width // block, 6 * width)
+
+
+def test_a_width_that_no_block_divides_has_a_scale_for_each_channel(tmp_path: Path) -> None:
+    reference = load_reference(str(save_tiny(tmp_path, attention_head_dim=12)))
+    result, _ = calibrate_tiny(reference, recipe_of(reference, steps=1, calib_size=1, scaling="none"))
+    for block in range(2):
+        name = f"transformer_blocks.{block}.norm1.linear"
+        exact = np.abs(reference.weight(name)).max(axis=1) / 127
+        np.testing.assert_array_equal(result.weight_scale[name], exact.astype(np.float32))
+
+
+@pytest.mark.parametrize(("method", "passes"), [("minmax", 1), ("percentile", 2), ("mse", 2)])
+def test_progress_counts_every_network_call_input_and_weight_once(
+    tiny: Reference, method: str, passes: int, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
+    sampling = Sampling(calib_size=9, steps=3, seed=0, guidance=2.0, classes=tiny.classes)
+    seen: list[tuple[int, int]] = []
+    assigned = recipe.assign(tiny.linears)
+    calibrate(tiny, recipe, assigned, sampling, {}, lambda done, total: seen.append((done, total)), tmp_path)
+    calls = [(done, 6) for done in range(7)]  # 9 pictures are two batches of 3 steps
+    weights = sum(rule.action != "float" for rule in assigned.values())
+    inputs = [(done, len(tiny.sites)) for done in range(1, len(tiny.sites) + 1)]
+    expected = [*calls, *inputs, *(calls if passes == 2 else []), *((done, weights) for done in range(1, weights + 1))]
+    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(expected))
+
+
+def constant_input(folder: Path) -> Reference:
+    """A model whose MLPs put out the same for every token of every picture: what their second linears read is constant."""
+    reference: Any = load_reference(str(save_tiny(folder)))
+    for block in reference.model.transformer_blocks:
+        block.ff.net[0].proj.weight.data.zero_()
+    return reference  # type: ignore[no-any-return]
+
+
+def test_a_shift_that_leaves_nothing_of_constant_inputs_is_an_error_that_names_them_all(tmp_path: Path) -> None:
+    reference = constant_input(tmp_path)
+    with pytest.raises(CalibrationError) as caught:
+        calibrate_tiny(reference, recipe_of(reference, scaling="none", shift=True))
+    lines = str(caught.value).splitlines()
+    assert [line.split("'")[1] for line in lines] == [f"transformer_blocks.{block}.ff.net.2" for block in (0, 1)]
+    assert all("--no-shift" in line and "--exclude" in line for line in lines)
+
+
+@pytest.mark.parametrize("scaling", ["auto", "none", "dilate", "smooth"])
+def test_a_constant_input_is_quantized_where_no_shift_is_asked_for(tmp_path: Path, scaling: str) -> None:
+    reference = constant_input(tmp_path)
+    result, _ = calibrate_tiny(reference, recipe_of(reference, scaling=scaling))
+    assert np.isfinite(result.sites["transformer_blocks.0.ff.net.2"].error)

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Rule
 
-from .absorb_one import AbsorbOne
 from .base import GraphPass
-from .clip_codes import EIGHT, ClipCodes
-from .correct_bias import CorrectBias
-from .factor_scale import FactorScale
-from .fold_scaling import FoldScaling
-from .fold_transpose import FoldTranspose
-from .insert_qdq import InsertQdq
-from .lift_modulation import LiftModulation
-from .merge_duplicates import MergeDuplicates
-from .quantize_weights import QuantizeWeights
+from .canonical.absorb_one import AbsorbOne
+from .canonical.correct_bias import CorrectBias
+from .canonical.fold_scaling import FoldScaling
+from .canonical.fold_transpose import FoldTranspose
+from .canonical.insert_qdq import InsertQdq
+from .canonical.lift_modulation import LiftModulation
+from .canonical.merge_duplicates import MergeDuplicates
+from .canonical.quantize_weights import QuantizeWeights
+from .legalise.clip_codes import EIGHT, ClipCodes
+from .legalise.factor_scale import FactorScale
 
 
 def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:

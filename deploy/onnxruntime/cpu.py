@@ -20,10 +20,10 @@ from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
-from dq_export.passes.factor_scale import FactorScale
-from dq_export.passes.fuse_attention import FuseAttention
-from dq_export.passes.raise_biases import RaiseBiases
-from dq_export.passes.unsign_codes import UnsignCodes
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.fuse_attention import FuseAttention
+from dq_export.passes.legalise.raise_biases import RaiseBiases
+from dq_export.passes.legalise.unsign_codes import UnsignCodes
 
 from ..audit import Audit, audit_ort
 from ..backend import BackendError, Feed, Float32, Reader

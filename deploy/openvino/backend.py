@@ -19,7 +19,7 @@ from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
-from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.legalise.factor_scale import FactorScale
 
 from ..audit import Audit, audit_graph
 from ..backend import BackendError, Engine, Feed, Reader

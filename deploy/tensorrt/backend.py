@@ -19,11 +19,11 @@ from dq_export.core.documents import DocumentError, printable, read_json, read_t
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.passes.base import GraphPass, run_passes
-from dq_export.passes.cast_floats import CastFloats
-from dq_export.passes.factor_scale import FactorScale
-from dq_export.passes.quantize_attention import QuantizeAttention
-from dq_export.passes.widen_codes import WidenCodes
-from dq_export.passes.widen_floats import WidenFloats
+from dq_export.passes.legalise.cast_floats import CastFloats
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.quantize_attention import QuantizeAttention
+from dq_export.passes.legalise.widen_codes import WidenCodes
+from dq_export.passes.legalise.widen_floats import WidenFloats
 
 from ..audit import Audit, audit_graph
 from ..backend import BackendError, Engine, Feed, NotHereError, Reader

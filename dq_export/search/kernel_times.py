@@ -21,9 +21,9 @@ from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.latency import measure
 from dq_export.passes.base import run_passes
-from dq_export.passes.insert_qdq import InsertQdq
+from dq_export.passes.canonical.insert_qdq import InsertQdq
+from dq_export.passes.canonical.quantize_weights import QuantizeWeights
 from dq_export.passes.match import ROOT, SCOPES
-from dq_export.passes.quantize_weights import QuantizeWeights
 
 from ..families.reference import Feed, Float32, Reference
 from .space import Space

@@ -14,9 +14,9 @@ from conftest import load_graph
 from dq_export.deploy.audit import Audit, AuditError, audit_ort
 from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT
 from dq_export.passes.base import run_passes
-from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.unsign_codes import UnsignCodes
 from dq_export.passes.pipeline import canonical_passes
-from dq_export.passes.unsign_codes import UnsignCodes
 
 TOKENS, WIDTH, HEADS = 16, 32, 2
 

@@ -16,7 +16,7 @@ from forms.sketch import F16, F32, INT8, K, N
 from dq_export.deploy.check import CanonicalError, Finding, check
 from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.passes.base import run_passes
-from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")

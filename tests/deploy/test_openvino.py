@@ -18,7 +18,7 @@ from dq_export.deploy.backends import backend_of
 from dq_export.deploy.openvino.backend import ALONE, OpenVino
 from dq_export.deploy.openvino.engine import OpenVinoEngine, load_engine
 from dq_export.passes.base import run_passes
-from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.pipeline import canonical_passes
 
 BACKEND = OpenVino("fp32")

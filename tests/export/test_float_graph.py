@@ -129,7 +129,7 @@ def test_half_precision_weights_are_written_as_float32(deep: Path, tmp_path: Pat
 
 def test_every_linear_of_every_block_is_named_as_in_pytorch(deep: Path, tmp_path: Path) -> None:
     from dq_export.passes.base import run_passes
-    from dq_export.passes.fold_transpose import FoldTranspose
+    from dq_export.passes.canonical.fold_transpose import FoldTranspose
 
     reference = load_reference(str(deep))
     model = exported(deep, tmp_path / "out")

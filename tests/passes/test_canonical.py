@@ -12,15 +12,15 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 from reference import bin_of, onnx_codes, weight_codes
 
 from dq_export.families.source import load_reference
-from dq_export.passes.absorb_one import AbsorbOne
 from dq_export.passes.base import run_passes
-from dq_export.passes.factor_scale import FactorScale
-from dq_export.passes.fold_scaling import FoldScaling
-from dq_export.passes.fold_transpose import FoldTranspose
+from dq_export.passes.canonical.absorb_one import AbsorbOne
+from dq_export.passes.canonical.fold_scaling import FoldScaling
+from dq_export.passes.canonical.fold_transpose import FoldTranspose
+from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.unsign_codes import UnsignCodes
 from dq_export.passes.match import linears
-from dq_export.passes.merge_duplicates import MergeDuplicates
 from dq_export.passes.pipeline import canonical_passes
-from dq_export.passes.unsign_codes import UnsignCodes
 
 FOLD_BOUND = 1e-5
 """Folding is exact in real arithmetic; float32 has 6e-8 a rounding and a DiT of two blocks some dozens in a row."""

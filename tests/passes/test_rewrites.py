@@ -13,17 +13,17 @@ from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.network import InputSite
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins
-from dq_export.passes.absorb_one import AbsorbOne
 from dq_export.passes.base import GraphError, GraphPass, initializer, run_passes
-from dq_export.passes.factor_scale import FactorScale
-from dq_export.passes.fold_scaling import FoldScaling
-from dq_export.passes.insert_qdq import InsertQdq
-from dq_export.passes.lift_modulation import LiftModulation
+from dq_export.passes.canonical.absorb_one import AbsorbOne
+from dq_export.passes.canonical.fold_scaling import FoldScaling
+from dq_export.passes.canonical.insert_qdq import InsertQdq
+from dq_export.passes.canonical.lift_modulation import LiftModulation
+from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
+from dq_export.passes.canonical.quantize_weights import QuantizeWeights
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.raise_biases import RaiseBiases
+from dq_export.passes.legalise.unsign_codes import UnsignCodes
 from dq_export.passes.match import SCOPES
-from dq_export.passes.merge_duplicates import MergeDuplicates
-from dq_export.passes.quantize_weights import QuantizeWeights
-from dq_export.passes.raise_biases import RaiseBiases
-from dq_export.passes.unsign_codes import UnsignCodes
 
 RANDOM = np.random.default_rng(0)
 W8A8, FLOAT, BLOCKS = Rule(match="", action="w8a8"), Rule(match="", action="float"), Rule(match="", action="weight-only")

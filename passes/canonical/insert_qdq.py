@@ -15,8 +15,8 @@ from dq_export.core.qtypes import QuantType
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
-from .base import GraphError, GraphPass, PassReport, initializer, like, redirect
-from .match import STAMP_FACTOR, LinearNode, element_type, find_linear, linears
+from ..base import GraphError, GraphPass, PassReport, initializer, like, redirect
+from ..match import STAMP_FACTOR, LinearNode, element_type, find_linear, linears
 
 FAINTEST = 2.0**-13
 """Of the constant range: the least token that still takes all codes."""

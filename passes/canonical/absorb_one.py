@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, stored
-from .match import LinearNode, linears, only_user
+from ..base import GraphPass, PassReport, stored
+from ..match import LinearNode, linears, only_user
 
 
 @dataclass(frozen=True, kw_only=True)

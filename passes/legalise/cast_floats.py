@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, computed_initializer, like, stored
+from ..base import GraphPass, PassReport, computed_initializer, like, stored
 
 WIDE = frozenset({"LayerNormalization"})
 """Operators that stay in float32: sums of squares over a row leave float16's range where nothing else does."""

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, constant, initializer, like, redirect
-from .match import STAMP_FACTOR, module_of
+from ..base import GraphPass, PassReport, constant, initializer, like, redirect
+from ..match import STAMP_FACTOR, module_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, computed_initializer, stored
+from ..base import GraphPass, PassReport, computed_initializer, stored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from .base import GraphPass, PassReport
-from .match import linears
+from ..base import GraphPass, PassReport
+from ..match import linears
 
 FIRST = 64
 """Elements that must agree before two tensors are compared whole."""

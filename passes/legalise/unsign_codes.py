@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dq_export.core.qtypes import UINT8
 
-from .base import GraphPass, PassReport, constant, initializer
+from ..base import GraphPass, PassReport, constant, initializer
 
 
 @dataclass(frozen=True, kw_only=True)

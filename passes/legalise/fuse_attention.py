@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, like, stored
-from .match import only_user
+from ..base import GraphPass, PassReport, like, stored
+from ..match import only_user
 
 OPSET, IR_VERSION = 23, 11
 HEADS = (0, 2, 1, 3)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 
-from .base import GraphError, GraphPass, PassReport, initializer, like, stored
-from .match import LinearNode, find_linear, linears
+from ..base import GraphError, GraphPass, PassReport, initializer, like, stored
+from ..match import LinearNode, find_linear, linears
 
 FOLDED = "dq_export.folded"
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, computed_initializer, redirect, stored
+from ..base import GraphPass, PassReport, computed_initializer, redirect, stored
 
 MOVES = frozenset({"Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result holds no number that was not in their input."""

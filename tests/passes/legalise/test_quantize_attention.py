@@ -12,7 +12,7 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 
 from dq_export.core.qtypes import FP8
 from dq_export.passes.base import PassReport, run_passes
-from dq_export.passes.quantize_attention import QuantizeAttention
+from dq_export.passes.legalise.quantize_attention import QuantizeAttention
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 
 from dq_export.passes.base import run_passes
-from dq_export.passes.cast_floats import CastFloats
-from dq_export.passes.factor_scale import FactorScale
+from dq_export.passes.legalise.cast_floats import CastFloats
+from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.legalise.widen_floats import WidenFloats
 from dq_export.passes.pipeline import canonical_passes
-from dq_export.passes.widen_floats import WidenFloats
 
 HALF, BRAIN = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from dq_export.core.recipe import Rule
 
-from .base import GraphPass, PassReport, computed_initializer, initializer, like
-from .match import LinearNode, linears, only_user
+from ..base import GraphPass, PassReport, computed_initializer, initializer, like
+from ..match import LinearNode, linears, only_user
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

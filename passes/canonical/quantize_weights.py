@@ -15,8 +15,8 @@ from dq_export.core.grid import WeightGrid
 from dq_export.core.qtypes import Blocked, PerAxis
 from dq_export.core.recipe import Rule
 
-from .base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
-from .match import LinearNode, element_type, linears
+from ..base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
+from ..match import LinearNode, element_type, linears
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, computed_initializer, stored
-from .match import weight_codes
+from ..base import GraphPass, PassReport, computed_initializer, stored
+from ..match import weight_codes
 
 
 @dataclass(frozen=True, kw_only=True)

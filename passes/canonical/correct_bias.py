@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 
-from .base import GraphPass, PassReport
-from .match import find_linear, linears
+from ..base import GraphPass, PassReport
+from ..match import find_linear, linears
 
 CORRECTED = "dq_export.corrected"
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 
-from .base import GraphError, GraphPass, PassReport, constant, initializer, like
+from ..base import GraphError, GraphPass, PassReport, constant, initializer, like
 
 EIGHT = 8
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from .base import GraphPass, PassReport, initializer, stored
-from .match import LinearNode, linears
+from ..base import GraphPass, PassReport, initializer, stored
+from ..match import LinearNode, linears
 
 
 @dataclass(frozen=True, kw_only=True)

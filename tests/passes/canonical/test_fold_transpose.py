@@ -10,7 +10,7 @@ import onnx_ir as ir
 from conftest import feed_of, load_graph, run_onnx
 
 from dq_export.passes.base import run_passes, stored
-from dq_export.passes.fold_transpose import FoldTranspose
+from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.match import linears
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from dq_export.core.qtypes import FP8
 
-from .base import GraphPass, PassReport, initializer, like
+from ..base import GraphPass, PassReport, initializer, like
+from ..match import element_type, module_of, only_user
 from .fuse_attention import split_source, unscaled, untransposed
-from .match import element_type, module_of, only_user
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

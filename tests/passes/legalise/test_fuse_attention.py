@@ -12,7 +12,7 @@ import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 
 from dq_export.passes.base import PassReport, run_passes
-from dq_export.passes.fuse_attention import FuseAttention
+from dq_export.passes.legalise.fuse_attention import FuseAttention
 
 
 def fused(path: Path, edit: Callable[[ir.Graph], None] = lambda graph: None) -> tuple[ir.Model, PassReport]:

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+
 ROOT = Path(__file__).resolve().parent.parent
 STAND_INS = ROOT / "tests" / "serving" / "backends"
 REQUIREMENTS = ROOT / "tests" / "serving" / "requirements.txt"
@@ -43,12 +45,13 @@ def prepare() -> Path:
     """An environment with the server, and its backends side by side; made once, in `.serving`."""
     wanted = f"{REQUIREMENTS.read_text()}\n{sys.version_info[:2]}"
     mark = HOME / "made-of.txt"
-    if not mark.exists() or mark.read_text() != wanted:
-        shutil.rmtree(HOME, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
-        pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
-        mark.write_text(wanted)
+    with filelock.FileLock(ROOT / ".serving.lock"):  # tests run in several processes
+        if not mark.exists() or mark.read_text() != wanted:
+            shutil.rmtree(HOME, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
+            pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
+            mark.write_text(wanted)
     return HOME
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -33,8 +33,7 @@ def saved(folder: Path, name: str = "model.onnx", location: str = DATA) -> Path:
 
 
 def call(*words: Any, target: str = "ort", **how: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dq_export", "check", *map(str, words), "--target", target]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **how)
+    return command_line.call("check", *words, "--target", target, timeout=120, **how)
 
 
 def pointed(folder: Path, change: Callable[[Any], None]) -> Path:

@@ -6,13 +6,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import command_line
 import numpy as np
 import onnx
 import pytest
@@ -239,8 +238,7 @@ def test_a_path_that_no_system_has_is_a_fault() -> None:
 def test_the_command_line_shows_odd_names_as_they_are(repository: Path) -> None:
     for name in (b"[red]", b"[bold]x", b"\x1b[31mred", b"new\nline", b"\xff\xfe", b"n" * 255):
         os.mkdir(os.fsencode(repository) + b"/" + name)
-    command = [sys.executable, "-m", "dq_export", "triton", "--check", str(repository)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
+    done = command_line.call("triton", "--check", repository, env={**os.environ, "COLUMNS": "400"})
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stdout

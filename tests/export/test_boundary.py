@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 
 from dq_export.cli import app as cli
 
 
 def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dq_export", *map(str, words)], capture_output=True, text=True, timeout=120, check=False, **more
-    )
+    done = command_line.call(*words, timeout=120, **more)
     assert "Traceback" not in done.stderr
     return done
 

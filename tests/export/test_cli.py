@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import command_line
 import pytest
 from conftest import save_tiny
 
@@ -32,9 +32,8 @@ def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "dq_export", *map(str, words)]
 
 
-def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command(*words), capture_output=True, text=True, check=False, env=environment, **more)
+def call(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return command_line.call(*words, cwd=cwd, env={**os.environ, "COLUMNS": "120"})
 
 
 def export(model: Path, out: Path, *words: str) -> list[str | Path]:
@@ -251,7 +250,13 @@ def test_interrupted_or_killed_in_every_stage_the_same_command_gives_the_same_by
 def test_no_space_left_is_said_and_loses_nothing(limit: int, tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for a full disk: the same error class from the same write calls."""
     words = export(tiny_folder, tmp_path / "out")
-    done = call(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     assert done.returncode == 1
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,7 +27,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("more", [("--method", "minmax"), ("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8")])
+SLOW = (("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8"))
+
+
+@pytest.mark.parametrize("more", [("--method", "minmax"), *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)])
 def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], tmp_path: Path) -> None:
     words = (*FEW, *more)  # three batches: one process samples two of them
     finish(calibrate(tmp_path / "one", *words))
@@ -54,6 +57,7 @@ def workers(torchrun: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path: Path) -> None:
     words = ("--calib-size", "40", "--steps", "12")
     process = calibrate(tmp_path / "out", *words, processes=2)
@@ -110,6 +114,7 @@ def peak(out: Path, pictures: int, steps: int) -> float:
     return usage.ru_maxrss * 1024 / 1e6
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_the_pictures_nor_with_the_steps(tmp_path: Path) -> None:
     """Kept for each step in memory, as (low, high) of 8,064 channels, 500 steps would take 32 MB more; rows far more."""
     least = peak(tmp_path / "least", 8, 4)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from conftest import save_tiny
@@ -356,9 +355,7 @@ def test_the_command_says_what_to_export(folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "base.yaml"
     recipe.write_text(recipe_for(folder).dump())
     words = ["search", "--recipe", str(recipe), "--max-size", "0.1", "--evaluations", "12", "--pictures", "1", "--steps", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dq_export", *words, "-o", str(tmp_path / "s")], capture_output=True, text=True, check=False
-    )
+    done = command_line.call(*words, "-o", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     assert f"dq-export --recipe {tmp_path / 's' / WINNER} -o out" in done.stdout.replace("\n", "")
     assert re.search(r"\d+ evaluations measure each", done.stderr)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command_line
 import pytest
 
 from dq_export.core.recipe import Recipe
@@ -19,8 +20,7 @@ QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dq_export", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    return command_line.call(*words, env={**os.environ, "COLUMNS": "200"})
 
 
 def digests(folder: Path) -> dict[str, str]:

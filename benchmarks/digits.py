@@ -17,7 +17,7 @@ import numpy.typing as npt
 from reading import Reader
 
 import dq_export
-from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.families.source import load_reference
 from dq_export.stages.comparison import save_pictures
 
@@ -40,7 +40,7 @@ def main() -> None:
         if not options.out:
             dq_export.export(model="dit-digits", output_dir=folders[0])
         reference = load_reference("dit-digits")
-        networks = {"PyTorch float": reference.forward} | {str(path): ORT.load(path / "model.onnx") for path in folders}
+        networks = {"PyTorch float": reference.forward} | {str(path): open_graph(path / "model.onnx") for path in folders}
         drawn: dict[str, list[Float32]] = {name: [] for name in networks}
         labels = np.arange(options.count, dtype=np.int64) % 10
         for start in range(0, options.count, BATCH):

@@ -103,9 +103,9 @@ def flat(model: Path, temporary: Path) -> None:
 
 def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     """Latency of one call of batch 2, engines in turn, each warm."""
-    from dq_export.deploy.backend import BackendError
+    from dq_export.deploy.backend import BackendError, Built
     from dq_export.deploy.latency import measure
-    from dq_export.deploy.onnxruntime.cpu import ORT
+    from dq_export.deploy.onnxruntime.cpu import open_graph
     from dq_export.deploy.openvino.backend import OpenVino
     from dq_export.families.source import load_reference
 
@@ -116,8 +116,8 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     engines: dict[str, Any] = {
         "PyTorch fp32": reference.forward,
         "PyTorch bf16": reference.in_dtype("bf16"),
-        "ONNX Runtime fp32": ORT.load(cpu / "float" / "model.onnx"),
-        "dq-export W8A8, ONNX Runtime CPU": ORT.load(cpu / "model.onnx"),
+        "ONNX Runtime fp32": open_graph(cpu / "float" / "model.onnx"),
+        "dq-export W8A8, ONNX Runtime CPU": open_graph(cpu / "model.onnx"),
     }
     try:
         OpenVino().require()
@@ -129,10 +129,10 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
         export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
         for dtype in ("fp32", "bf16"):
             openvino = OpenVino(dtype)
-            engines[f"OpenVINO {dtype}"] = openvino.load(cpu / "float" / "model.onnx", batch=2)
-            engines[f"dq-export W8A8, OpenVINO, rest {dtype}"] = openvino.load(other / "model.onnx", batch=2)
+            for name, graph in ((f"OpenVINO {dtype}", cpu / "float"), (f"dq-export W8A8, OpenVINO, rest {dtype}", other)):
+                engines[name] = openvino.load(Built(model=graph / "model.onnx", folder=graph / "engine"), batch=2)
     if peer:
-        engines["onnxruntime quantize_static"] = ORT.load(peer)
+        engines["onnxruntime quantize_static"] = open_graph(peer)
     taken = measure(engines, feed_of(reference.feed_shape), rounds=15)
     base = taken["ONNX Runtime fp32"].median
     print("| one call, batch 2, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")

@@ -28,7 +28,7 @@ from reading import Reader
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.latency import measure
-from dq_export.deploy.onnxruntime.cpu import ORT, OrtEngine, session_errors
+from dq_export.deploy.onnxruntime.cpu import OrtEngine, open_graph, session_errors
 from dq_export.deploy.parity import difference
 from dq_export.families.reference import Float32, Reference
 from dq_export.families.source import PACKAGED, load_reference
@@ -102,7 +102,7 @@ class Bench:
         assert report.audit
         worst = report.worst_call("engine")
         assert worst
-        drawn = self.digits(ORT.load(out / "model.onnx"), label)
+        drawn = self.digits(open_graph(out / "model.onnx"), label)
         self.row(
             label, report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr, drawn,
             report.size.engine_bytes, report.latency.ratio, report.audit.coverage,
@@ -140,7 +140,7 @@ class Bench:
             pictures = difference(recording.pictures, draw(self.reference, engine, parsed)).sqnr
             drawn = self.digits(engine, label)
             small = {name: np.asarray(value)[:2] for name, value in recording.feeds[0].items()}
-            taken = measure({"float": ORT.load(source / "model.onnx"), "peer": engine}, small)
+            taken = measure({"float": open_graph(source / "model.onnx"), "peer": engine}, small)
         except (BackendError, RuntimeError, ValueError, *session_errors()) as error:  # the row says so
             print(f"| {self.name} | {label} | does not run: {str(error).splitlines()[0][:200]} |", flush=True)
             return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from dq_export.core.recipe import Recipe, Rule
 from dq_export.passes.base import GraphPass
 
 from .audit import Audit
-from .lowerings import Target
+from .lowerings import Target, require_lowerings
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -28,7 +30,7 @@ class BackendError(Exception):
 
 
 class NotHereError(BackendError):
-    """The engine cannot be built on this machine; all before it is done, and the message says how to go on elsewhere."""
+    """The engine cannot be built on this machine; everything before it is done, and the message says how to go on elsewhere."""
 
 
 class Engine(Protocol):
@@ -41,68 +43,86 @@ class Engine(Protocol):
         """One network call: `sample` float32."""
 
 
-class Backend(Protocol):
-    """Legalises, builds and runs."""
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """An engine on the disk. A backend loads, audits and profiles what it built itself.
 
-    @property
-    def name(self) -> str:
-        """As given to --format."""
+    Args:
+        model: the graph that the engine was built from.
+        folder: the backend's own files: a plan, a list of kernels. Empty for a graph that the runtime loads as it is.
+        note: what the user should know about the engine; usually empty.
+    """
 
-    @property
-    def provider(self) -> str | None:
-        """As given to --provider, for formats that have several."""
+    model: Path
+    folder: Path
+    note: str = ""
 
-    @property
-    def dtype(self) -> str:
-        """As given to --dtype: the float type of what is not quantized."""
 
-    @property
-    def target(self) -> Target:
-        """Its column of the table of lowerings."""
+@dataclass(frozen=True)
+class Backend(ABC):
+    """Legalises, builds and runs.
 
-    @property
-    def title(self) -> str:
-        """What runs its engine, for people."""
+    Args:
+        dtype: the value of --dtype: the float type of what is not quantized.
+    """
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Distributions beside ONNX Runtime, of any name under which they are published, whose version decides the engine."""
+    name: ClassVar[str]
+    """The value of --format."""
+    provider: ClassVar[str | None] = None
+    """The value of --provider, for formats that have several."""
+    target: ClassVar[Target]
+    """Its column of the table of lowerings."""
+    title: ClassVar[str]
+    """What runs its engine, for people."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions beside ONNX Runtime, under every name that they have, whose version decides the engine."""
+    triton: ClassVar[str] = ""
+    """Triton's backend that serves its engine; empty: none does."""
+    attention: ClassVar[tuple[str, ...]] = ("float",)
+    """The values of --attention that it runs."""
 
-    @property
-    def triton(self) -> str:
-        """Triton's backend that serves its engine; empty: none does."""
+    dtype: str = "fp32"
 
     @property
     def runs(self) -> bool:
-        """Whether an engine can be run on this machine."""
+        """Whether an engine can run on this machine."""
+        return True
 
     def configured(self, recipe: Recipe) -> Backend:
-        """With what else a recipe says to it.
+        """The backend with the recipe's options for it.
 
         Raises:
-            RecipeError: something that it does not know.
+            RecipeError: an option has a value that the backend does not know.
         """
+        return self
 
+    @abstractmethod
     def require(self) -> None:
-        """Ask for all that a build and a run need, before anything costly is done.
+        """Check before any costly work that everything is there that a build and a run need.
 
         Raises:
             BackendError: a library is missing, or does not serve this machine.
         """
 
     def require_rules(self, rules: Iterable[Rule]) -> None:
-        """Ask that it runs every rule.
+        """Check that it runs every rule.
 
         Args:
             rules: completed, as `Recipe.assign` gives them.
 
         Raises:
-            RecipeError: some that it does not run, with the nearest that it does.
+            RecipeError: it does not run some of them; the message names the nearest that it runs.
         """
+        require_lowerings(self.target, rules)
 
     def shared_timesteps(self, wanted: str) -> bool:
-        """Whether `auto`, `shared` or `per-sample` means one timestep for the batch."""
+        """Whether `auto`, `shared` or `per-sample` means one timestep for the batch.
 
+        `auto` is shared: the direct form of a table has fewer operators than the factored form.
+        """
+        return wanted != "per-sample"
+
+    @abstractmethod
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Passes from the canonical graph to the one that the backend runs on its low-precision kernels."""
 
@@ -112,32 +132,48 @@ class Backend(Protocol):
         Raises:
             BackendError: the recipe's shapes do not fit the graph.
         """
+        return None
 
     def portable(self, model: Path, folder: Path) -> Path:
         """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
+        return model
 
-    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
-        """The float graph as `load` takes it, to compare an engine's speed with: `model`, or a copy built in `folder`.
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Built:
+        """The float graph as an engine, to compare an engine's speed with.
 
         Args:
             read: loads the graph, whose weights may be a link to the checkpoint's.
+            folder: for what has to be built; a runtime that loads the graph as it is leaves it empty.
 
         Raises:
             BackendError: as `build`.
         """
+        return Built(model=model, folder=folder)
 
-    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
-        """Build `model` into `folder`; returns what its user should know about the engine, mostly nothing.
+    @abstractmethod
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
+        """Build the engine of `model` in `folder`.
 
         Raises:
             BackendError: the runtime is missing or refuses the graph.
         """
 
-    def load(self, model: Path, *, batch: int | None = None) -> Engine:
-        """Load a graph as it will run, for any batch or for one of fixed size, which some runtimes run faster."""
+    @abstractmethod
+    def load(self, built: Built, *, batch: int | None = None) -> Engine:
+        """Load an engine for any batch, or for one fixed batch, which some runtimes run faster.
 
-    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
-        """Milliseconds of one call by operator, median of a few."""
+        Raises:
+            BackendError: the runtime is missing or refuses the engine.
+        """
 
-    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """Which GEMMs of the engine built into `folder` run on low-precision kernels."""
+    def profile(self, built: Built, feed: Feed) -> dict[str, float]:
+        """Milliseconds of one call by operator, median of a few; empty where the runtime does not measure them."""
+        return {}
+
+    @abstractmethod
+    def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
+        """Which GEMMs of an engine run on low-precision kernels.
+
+        Raises:
+            BackendError: what the build left is damaged.
+        """

@@ -8,13 +8,13 @@ from .backend import Backend
 from .lowerings import require_lowerings
 from .onnxruntime.cpu import ORT
 from .openvino.backend import OpenVino
-from .tensorrt.backend import TensorRt
+from .tensorrt.backend import TensorRt, TensorRtRtx
 
 BACKENDS: tuple[Backend, ...] = (
     ORT,
     OpenVino("fp32"),
     OpenVino("bf16"),
-    *(TensorRt(name=name, dtype=dtype) for name in ("trt", "trt-rtx") for dtype in ("fp16", "bf16", "fp32")),
+    *(kind(dtype) for kind in (TensorRt, TensorRtRtx) for dtype in ("fp16", "bf16", "fp32")),
 )
 """The first of a format is its default."""
 
@@ -36,8 +36,9 @@ def backend_of(recipe: Recipe) -> Backend | None:
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
     if recipe.rules is None:  # rules decide, where a recipe has them
         require_lowerings(fitting[0].target, [recipe.complete(Rule(match="", action=recipe.bits))])
-    if recipe.attention != "float" and not isinstance(fitting[0], TensorRt):
-        raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; trt and trt-rtx do")
+    if recipe.attention not in fitting[0].attention:
+        others = dict.fromkeys(backend.name for backend in BACKENDS if recipe.attention in backend.attention)
+        raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")
     return fitting[0].configured(recipe)
 
 

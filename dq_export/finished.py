@@ -40,8 +40,8 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
     backend = backend_of(recipe) or ORT
     backend.require()
     with tempfile.TemporaryDirectory() as folder:
-        backend.build(out / MODEL, Path(folder), lambda done, total: None)  # first: it says what is wrong with a damaged file
-        audit = backend.audit(out / MODEL, Path(folder), finished.assigned(recipe))
+        built = backend.build(out / MODEL, Path(folder))  # first: it says what is wrong with a damaged file
+        audit = backend.audit(built, finished.assigned(recipe))
     return AuditReport.of(audit), recipe.min_coverage
 
 
@@ -63,8 +63,8 @@ def finish(out: Path, progress: Advance) -> Report:
     backend.require()
     with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
         engine = Path(folder) / "engine"
-        backend.build(out / MODEL, engine, progress)
-        audit = AuditReport.of(backend.audit(out / MODEL, engine, finished.assigned(recipe)))
+        built = backend.build(out / MODEL, engine, progress)
+        audit = AuditReport.of(backend.audit(built, finished.assigned(recipe)))
         move(engine, out / "engine")
         plan = out / "engine" / PLAN
         if plan.is_file() and (out / REPOSITORY).is_dir():  # other repositories hold the graph itself

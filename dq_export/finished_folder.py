@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dq_export.core.documents import DocumentError, printable, read_json, shown_path
 from dq_export.core.recipe import Recipe, RecipeError, Rule
-from dq_export.deploy.backend import Feed, Float32
+from dq_export.deploy.backend import Built, Feed, Float32
 from dq_export.deploy.replay import INPUTS, OUTPUTS, load_replay
 from dq_export.passes.match import linears
 
@@ -19,7 +19,7 @@ from .ledger import RECIPE
 from .output_folder import OutputError, require_plain
 from .report.report import Report
 
-REPORT, MODEL, REPLAY = "report.json", "model.onnx", "parity"
+REPORT, MODEL, ENGINE, REPLAY = "report.json", "model.onnx", "engine", "parity"
 REPORT_LIMIT = 64 << 20
 """Bytes. The report of DiT-XL/2, 282 linears at 50 timesteps, has 300,000."""
 
@@ -109,6 +109,11 @@ class FinishedFolder:
             return load_replay(self.path / REPLAY)
         except DocumentError as error:
             raise OutputError(f"{error}; damaged, so export again") from error
+
+
+def engine_of(out: Path) -> Built:
+    """The engine that an export built into its folder."""
+    return Built(model=out / MODEL, folder=out / ENGINE)
 
 
 def portable_name(recipe: Recipe) -> str:

@@ -27,7 +27,7 @@ from dq_export.core.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
 from .families.reference import Reference
-from .finished_folder import MODEL, portable_name
+from .finished_folder import MODEL, engine_of, portable_name
 from .heap import return_freed_memory
 from .ledger import Ledger, claim, require_usable
 from .memory import plan_memory
@@ -414,11 +414,12 @@ class Export:
 
     def _build(self, partial: Path) -> StageResult:
         assert self.backend is not None
-        return StageResult(summary=self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance))
+        built = self.backend.build(self.folder / "model.onnx", partial / "engine", self.progress.advance)
+        return StageResult(summary=built.note)
 
     def _audit(self, partial: Path) -> StageResult:
         assert self.backend is not None
-        audit = AuditReport.of(self.backend.audit(self.folder / "model.onnx", self.folder / "engine", self.assigned))
+        audit = AuditReport.of(self.backend.audit(engine_of(self.folder), self.assigned))
         return StageResult(summary=f"{audit.coverage:.1%} of the quantized FLOPs in low precision", audit=audit)
 
     def _bins(self) -> TimestepBins:

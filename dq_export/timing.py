@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from dq_export.core.progress import Advance, unwatched
-from dq_export.deploy.backend import Backend, BackendError, Feed, Float32
+from dq_export.deploy.backend import Backend, BackendError, Built, Feed, Float32
 from dq_export.deploy.backends import BACKENDS
 from dq_export.deploy.child import run_child
 
@@ -43,7 +43,8 @@ class Timed:
 
     Args:
         name: its key in the answer.
-        model: absolute path of a graph; for PyTorch what `load_reference` finds from any folder.
+        model: absolute path of the engine's graph; for PyTorch what `load_reference` finds from any folder.
+        folder: absolute path of what the backend built; unused for PyTorch.
         runs_on: (name, provider, dtype) of a backend, or ("torch", None, dtype).
         batch: what the backend may fix the batch to.
         profile: also measure the time by operator.
@@ -54,8 +55,14 @@ class Timed:
     model: str
     runs_on: tuple[str, str | None, str]
     batch: int
+    folder: str = ""
     profile: bool = False
     files: tuple[str, str] = ("", "")
+
+    @property
+    def built(self) -> Built:
+        """The engine on the disk."""
+        return Built(model=Path(self.model), folder=Path(self.folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,13 @@ def time_engines(engines: Sequence[Timed], feed: Feed, progress: Advance = unwat
     return {name: _joined(found) for name, found in turns.items()}
 
 
-def backend_key(backend: Backend) -> tuple[str, str | None, str]:
+def timed(name: str, backend: Backend, built: Built, batch: int, *, profile: bool) -> Timed:
+    """An engine to time that a backend built."""
+    model, folder = str(built.model.resolve()), str(built.folder.resolve())
+    return Timed(name=name, model=model, folder=folder, runs_on=_key(backend), batch=batch, profile=profile)
+
+
+def _key(backend: Backend) -> tuple[str, str | None, str]:
     """What `Timed.runs_on` names a backend by."""
     return backend.name, backend.provider, backend.dtype
 
@@ -198,7 +211,7 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
             network(inputs)
             milliseconds.append((time.perf_counter() - begin) * 1e3)
         del network
-        spent = _backend(engine).profile(Path(engine.model), inputs) if profile else {}
+        spent = _backend(engine).profile(engine.built, inputs) if profile else {}
     except (BackendError, ModelError) as error:
         return {"error": str(error)}
     return {"milliseconds": milliseconds, "memory_mb": memory, "profile": spent}
@@ -207,7 +220,7 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
 def _load(engine: Timed) -> Callable[[Feed], Float32]:
     if engine.runs_on[0] != "torch":
         with large_blocks_mapped():
-            return _backend(engine).load(Path(engine.model), batch=engine.batch)
+            return _backend(engine).load(engine.built, batch=engine.batch)
     from .families.source import load_reference
 
     revision, variant = engine.files
@@ -216,7 +229,7 @@ def _load(engine: Timed) -> Callable[[Feed], Float32]:
 
 
 def _backend(engine: Timed) -> Backend:
-    return next(backend for backend in BACKENDS if backend_key(backend) == engine.runs_on)
+    return next(backend for backend in BACKENDS if _key(backend) == engine.runs_on)
 
 
 def _import_libraries(engines: Sequence[Timed]) -> None:

@@ -8,17 +8,17 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.fuse_attention import FuseAttention
@@ -26,8 +26,8 @@ from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
 
 from ..audit import Audit, audit_ort
-from ..backend import BackendError, Feed, Float32, Reader
-from ..lowerings import Target, require_lowerings
+from ..backend import Backend, BackendError, Built, Feed, Float32
+from ..lowerings import Target
 from ..packages import require_packages
 
 PROFILED = 5
@@ -64,7 +64,7 @@ class OrtEngine:
         return ""
 
     def runner(self, name: str) -> Any:
-        """See `Engine.runner`."""
+        """Polygraphy's runner of the session, not activated."""
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
         return OnnxrtRunner(self.session, name=name)
@@ -78,33 +78,21 @@ class OrtEngine:
 
 
 @dataclass(frozen=True)
-class Ort:
-    """See `Backend`. Builds leave the optimised graph as `engine/optimized.onnx`, from which the audit reads."""
+class Ort(Backend):
+    """ONNX Runtime's CPU provider.
 
-    name: str = "ort"
-    provider: str = "cpu"
-    dtype: str = "fp32"
-    target: Target = "ort"
-    title: str = "ONNX Runtime's CPU provider"
-    packages: tuple[str, ...] = ()
-    triton: str = "onnxruntime"
-    runs: bool = True
+    A build leaves the optimised graph as `optimized.onnx`, which the audit reads; sessions load the graph itself.
+    """
 
-    def configured(self, recipe: Recipe) -> Ort:
-        """See `Backend.configured`."""
-        return self
+    name: ClassVar[str] = "ort"
+    provider: ClassVar[str | None] = "cpu"
+    target: ClassVar[Target] = "ort"
+    title: ClassVar[str] = "ONNX Runtime's CPU provider"
+    triton: ClassVar[str] = "onnxruntime"
 
     def require(self) -> None:
-        """See `Backend.require`."""
+        """Check that the library is installed."""
         require_packages(["onnxruntime"], "--format ort")
-
-    def require_rules(self, rules: Iterable[Rule]) -> None:
-        """See `Backend.require_rules`."""
-        require_lowerings(self.target, rules)
-
-    def shared_timesteps(self, wanted: str) -> bool:
-        """Shared unless asked for otherwise: the direct form has fewer operators than the factored one."""
-        return wanted != "per-sample"
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both, and
@@ -116,19 +104,7 @@ class Ort:
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
         return (*(() if shared else (FactorScale(),)), UnsignCodes(), RaiseBiases(), *attention)
 
-    def greatest_batch(self, model: Path) -> int | None:
-        """See `Backend.greatest_batch`."""
-        return None
-
-    def portable(self, model: Path, folder: Path) -> Path:
-        """See `Backend.portable`."""
-        return model
-
-    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
-        """See `Backend.baseline`."""
-        return model
-
-    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.
 
         Raises:
@@ -150,28 +126,19 @@ class Ort:
         (folder / f"{OPTIMIZED}.data").unlink(missing_ok=True)  # the audit reads the graph; sessions load model.onnx
         described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
-        return ""
+        return Built(model=model, folder=folder)
 
-    def load(self, model: Path, *, batch: int | None = None, optimize: bool = True, prepack: bool = True) -> OrtEngine:
-        """See `Backend.load`.
+    def load(self, built: Built, *, batch: int | None = None) -> OrtEngine:
+        """A session of the graph. It takes any batch: a fixed one was measured and gains nothing."""
+        return open_graph(built.model)
 
-        Args:
-            batch: not fixed: measured, it gains nothing.
-            optimize: False runs the graph node by node as written.
-            prepack: False uses the weights where the file has them, neither transposed nor packed: for a few calls only.
-        """
-        options = _options(optimize=optimize)
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
-
-    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
-        """See `Backend.profile`. From ONNX Runtime's own profile."""
+    def profile(self, built: Built, feed: Feed) -> dict[str, float]:
+        """Milliseconds by operator, from ONNX Runtime's own profile of a few calls."""
         with tempfile.TemporaryDirectory() as folder:
             options = _options(optimize=True)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(model, options)
+            session = _session(built.model, options)
             for _ in range(PROFILED):
                 session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -186,8 +153,8 @@ class Ort:
             calls.append(spent)
         return {name: statistics.median(call.get(name, 0.0) for call in calls) for name in calls[0]}
 
-    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """See `Backend.audit`.
+    def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
+        """Audit the graph that ONNX Runtime optimised.
 
         Raises:
             BackendError: the optimised graph is missing or damaged.
@@ -195,13 +162,29 @@ class Ort:
         from google.protobuf.message import DecodeError
 
         try:
-            return audit_ort(model, folder / OPTIMIZED, assigned)
+            return audit_ort(built.model, built.folder / OPTIMIZED, assigned)
         except (DecodeError, OSError) as error:
             reason = printable(str(error))
-            raise BackendError(f"{folder / OPTIMIZED}: not a readable graph ({reason}); build the engine again") from error
+            raise BackendError(f"{built.folder / OPTIMIZED}: not a readable graph ({reason}); build the engine again") from error
 
 
 ORT = Ort()
+
+
+def open_graph(model: Path, *, optimize: bool = True, prepack: bool = True) -> OrtEngine:
+    """A session of any graph on the CPU.
+
+    Args:
+        optimize: False runs the graph node by node as written.
+        prepack: False uses the weights where the file has them, neither transposed nor packed: for a few calls only.
+
+    Raises:
+        BackendError: ONNX Runtime is missing or refuses the graph.
+    """
+    options = _options(optimize=optimize)
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
 
 
 def onnxruntime() -> Any:

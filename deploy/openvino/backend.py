@@ -6,24 +6,24 @@ The plugin takes Intel processors only. OpenVINO has integer kernels for others,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Rule
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.factor_scale import FactorScale
 
 from ..audit import Audit, audit_graph
-from ..backend import BackendError, Engine, Feed, Reader
-from ..lowerings import Target, require_lowerings
+from ..backend import Backend, BackendError, Built, Engine, Feed
+from ..lowerings import Target
 from ..onnxruntime.cpu import OrtEngine, onnxruntime, session_errors
 from ..packages import require_packages
 from .engine import OpenVinoEngine, load_engine, openvino
@@ -35,67 +35,44 @@ ALONE = "by OpenVINO's own runtime: ONNX Runtime's plugin takes Intel processors
 
 
 @dataclass(frozen=True)
-class OpenVino:
-    """See `Backend`. Builds leave `engine/kernels.json`: OpenVINO's own list of what it compiled the graph to.
+class OpenVino(Backend):
+    """OpenVINO on the CPU. A build leaves `kernels.json`: OpenVINO's own list of what it compiled the graph to.
 
     Args:
         dtype: fp32 or bf16, of what is not quantized.
     """
 
-    dtype: str = "fp32"
-    name: str = "ort"
-    provider: str = "openvino"
-    target: Target = "openvino"
-    title: str = "OpenVINO"
-    packages: tuple[str, ...] = ("openvino", "onnxruntime-ep-openvino")
-    triton: str = ""
-    runs: bool = True
+    name: ClassVar[str] = "ort"
+    provider: ClassVar[str | None] = "openvino"
+    target: ClassVar[Target] = "openvino"
+    title: ClassVar[str] = "OpenVINO"
+    packages: ClassVar[tuple[str, ...]] = ("openvino", "onnxruntime-ep-openvino")
 
     @property
     def _config(self) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.dtype]}
 
-    def configured(self, recipe: Recipe) -> OpenVino:
-        """See `Backend.configured`."""
-        return self
-
     def require(self) -> None:
-        """See `Backend.require`."""
+        """Check that the libraries are installed, and register the plugin.
+
+        Raises:
+            BackendError: a library is missing.
+        """
         require_packages(["openvino", "onnxruntime_ep_openvino", "onnxruntime"], "--provider openvino")
         _devices(onnxruntime())
-
-    def require_rules(self, rules: Iterable[Rule]) -> None:
-        """See `Backend.require_rules`."""
-        require_lowerings(self.target, rules)
-
-    def shared_timesteps(self, wanted: str) -> bool:
-        """Shared unless asked for otherwise."""
-        return wanted != "per-sample"
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""
         return (FactorScale(),)
 
-    def greatest_batch(self, model: Path) -> int | None:
-        """See `Backend.greatest_batch`."""
-        return None
-
-    def portable(self, model: Path, folder: Path) -> Path:
-        """See `Backend.portable`."""
-        return model
-
-    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
-        """See `Backend.baseline`."""
-        return model
-
-    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Load the graph once, and write what OpenVINO compiles it to.
 
         Raises:
             BackendError: a library is missing, or OpenVINO refuses the graph.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        engine = self.load(model)
+        engine = self._open(model, None)
         providers = engine.session.get_providers() if isinstance(engine, OrtEngine) else []
         own = engine if isinstance(engine, OpenVinoEngine) else load_engine(model, self._config, None)
         described = {
@@ -107,14 +84,17 @@ class OpenVino:
         }
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / KERNELS).write_text(json.dumps(own.kernels(), indent=0, sort_keys=True) + "\n")
-        return "" if providers else ALONE
+        return Built(model=model, folder=folder, note="" if providers else ALONE)
 
-    def load(self, model: Path, *, batch: int | None = None) -> Engine:
-        """See `Backend.load`.
+    def load(self, built: Built, *, batch: int | None = None) -> Engine:
+        """Compile the graph, for any batch or for a fixed one, which OpenVINO runs faster.
 
         Raises:
             BackendError: the plugin is missing, or OpenVINO does not take the graph.
         """
+        return self._open(built.model, batch)
+
+    def _open(self, model: Path, batch: int | None) -> Engine:
         ort = onnxruntime()
         devices = _devices(ort)
         if not devices:
@@ -132,9 +112,9 @@ class OpenVino:
             raise BackendError(f"OpenVINO does not take {model}; ONNX Runtime would run it on {session.get_providers()}")
         return OrtEngine(session=session)
 
-    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
-        """See `Backend.profile`. From OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
-        request = load_engine(model, {**self._config, "PERF_COUNT": True}, len(feed["hidden_states"])).request
+    def profile(self, built: Built, feed: Feed) -> dict[str, float]:
+        """Milliseconds by kernel from OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
+        request = load_engine(built.model, {**self._config, "PERF_COUNT": True}, len(feed["hidden_states"])).request
         for _ in range(3):
             request.infer(dict(feed))
         spent: dict[str, float] = {}
@@ -143,15 +123,19 @@ class OpenVino:
             spent[label] = spent.get(label, 0.0) + item.real_time.total_seconds() * 1e3
         return {label: time for label, time in spent.items() if time > 0}
 
-    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """See `Backend.audit`. By the names of the nodes that each compiled kernel stands for."""
-        kernels = _read_kernels(folder / KERNELS)
+    def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
+        """Audit by the names of the nodes that each compiled kernel stands for.
+
+        Raises:
+            BackendError: the list of kernels is missing or damaged.
+        """
+        kernels = _read_kernels(built.folder / KERNELS)
 
         def kernel_of(name: str) -> tuple[str, bool]:
             kind, precision = kernels.get(name, ("not found", ""))
             return f"{kind} {precision}".strip(), precision in INTEGER
 
-        return audit_graph(model, assigned, kernel_of, _why_float)
+        return audit_graph(built.model, assigned, kernel_of, _why_float)
 
 
 def _read_kernels(path: Path) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ class OpenVinoEngine:
     request: Any
 
     def runner(self, name: str) -> Any:
-        """See `Engine.runner`. Polygraphy has none for OpenVINO; this one runs the same request."""
+        """A runner of the same request, not activated; polygraphy itself has none for OpenVINO."""
         from polygraphy.backend.base import BaseRunner
         from polygraphy.common import TensorMetadata
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -26,11 +26,12 @@ from dq_export.passes.legalise.widen_codes import WidenCodes
 from dq_export.passes.legalise.widen_floats import WidenFloats
 
 from ..audit import Audit, audit_graph
-from ..backend import BackendError, Engine, Feed, NotHereError, Reader
+from ..backend import Backend, BackendError, Built, Engine, NotHereError, Reader
 from ..check import Finding, check
+from ..check import Target as CheckTarget
 from ..check.operand import shape_of
 from ..check.rules_nvidia import TARGETS
-from ..lowerings import Target, require_lowerings
+from ..lowerings import Target
 from ..packages import require_packages
 from .builder import PlanRequest, build_plan
 from .layers import kernel_of, read_layers
@@ -43,84 +44,50 @@ LAYERS_LIMIT = 256 << 20
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest float16."""
-MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 SINCE = {"fp8": "sm89", "w4a16": "sm80", "bf16": "sm80"}
 """The first target that has the element types of an action, a dtype or an attention."""
-INSTALL = {"trt": "pip install 'dq-export[trt]'", "trt-rtx": "pip install 'dq-export[rtx]'"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorRt:
-    """See `Backend`. Builds leave `engine/model.plan`, the builder's list of layers, and `plan.json` beside it.
+@dataclass(frozen=True)
+class TensorRt(Backend):
+    """TensorRT, which builds for the GPU of this machine.
+
+    A build leaves `model.plan`, the builder's list of layers, and `plan.json`, which describes the plan.
 
     Args:
-        name: `trt` or `trt-rtx`.
-        targets: of trt-rtx: sm75 … sm121; one plan serves them all.
+        targets: compute capabilities that the plan serves; empty: the GPU of this machine.
         shapes: least, best and greatest, in trtexec's syntax.
     """
 
-    name: str
-    dtype: str
+    name: ClassVar[str] = "trt"
+    title: ClassVar[str] = "TensorRT"
+    target: ClassVar[Target] = "trt"
+    packages: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
+    triton: ClassVar[str] = "tensorrt"
+    attention: ClassVar[tuple[str, ...]] = ("float", "fp8")
+    module: ClassVar[str] = "tensorrt"
+    """What Python imports."""
+    install: ClassVar[str] = "pip install 'dq-export[trt]'"
+    checked_as: ClassVar[CheckTarget] = "trt"
+    """Its rules in the static checker."""
+
     targets: tuple[str, ...] = ()
     shapes: tuple[str, str, str] = ("", "", "")
-    provider: str | None = None
-    target: Target = "trt"
-
-    @property
-    def title(self) -> str:
-        """See `Backend.title`."""
-        return "TensorRT" if self.name == "trt" else "TensorRT-RTX"
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """See `Backend.packages`."""
-        return tuple(f"tensorrt{'' if self.name == 'trt' else '-rtx'}{suffix}" for suffix in ("", "-cu12", "-cu13"))
-
-    @property
-    def triton(self) -> str:
-        """Triton's tensorrt backend loads TensorRT's plans, not those of TensorRT-RTX."""
-        return "tensorrt" if self.name == "trt" else ""
 
     @property
     def runs(self) -> bool:
-        """Where there are a GPU and the library."""
-        return bool(compute_capability()) and importlib.util.find_spec(MODULES[self.name]) is not None
+        """Whether this machine has a GPU and the library."""
+        return bool(compute_capability()) and importlib.util.find_spec(self.module) is not None
 
     def configured(self, recipe: Recipe) -> TensorRt:
-        """With the recipe's targets and shapes.
-
-        Raises:
-            RecipeError: an unknown target, or one that has not the element types.
-        """
-        targets = tuple(part.strip().lower() for part in recipe.target.split(",")) if self.name == "trt-rtx" else ()
-        for target in targets:
-            if target not in TARGETS:
-                raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
-        found = replace(self, targets=targets, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
-        bits = [f"--bits {recipe.bits}"] if recipe.rules is None else []  # rules decide, where a recipe has them
-        found._require_targets([*bits, f"--attention {recipe.attention}", f"--dtype {self.dtype}"])
-        return found
+        """The backend with the recipe's shapes."""
+        return replace(self, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
 
     def require(self) -> None:
-        """See `Backend.require`. TensorRT may be missing: all but its build is done without it."""
-        if self.name == "trt-rtx":
-            require_packages(["tensorrt_rtx"], "--format trt-rtx")
-
-    def require_rules(self, rules: Iterable[Rule]) -> None:
-        """See `Backend.require_rules`. Element types must also be those of the oldest target."""
-        needed = list(rules)
-        require_lowerings(self.target, needed)
-        self._require_targets(f"action {rule.action}" for rule in needed)
-
-    def _require_targets(self, needs: Iterable[str]) -> None:
-        lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
-        for need in dict.fromkeys(needs):
-            since = SINCE.get(need.split()[-1], TARGETS[0])
-            if TARGETS.index(lowest) < TARGETS.index(since):
-                raise RecipeError(f"--target {lowest}: {need} needs {since} or later")
+        """Nothing: everything but the build works without TensorRT, which another machine may have."""
 
     def shared_timesteps(self, wanted: str) -> bool:
-        """A timestep for each sample unless asked otherwise: it costs nothing here, and lets a batch mix steps."""
+        """Whether the batch shares one timestep; `auto` is one for each sample: it costs nothing, and a batch may mix steps."""
         return wanted == "shared"
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
@@ -137,12 +104,12 @@ class TensorRt:
         return (CastFloats(dtype=SMALL[self.dtype]),) if self.dtype in SMALL else ()
 
     def greatest_batch(self, model: Path) -> int | None:
-        """See `Backend.greatest_batch`: the least of the greatest shapes."""
+        """The smallest of the greatest batches of all inputs."""
         inputs = {str(value.name): shape_of(value) for value in ir.load(model).graph.inputs}
         return min(greatest[0] for _, _, greatest in profiles(inputs, self.shapes).values())
 
     def portable(self, model: Path, folder: Path) -> Path:
-        """See `Backend.portable`. ONNX Runtime's CPU provider has no bfloat16."""
+        """`model`; for bf16, which ONNX Runtime's CPU provider does not run, a copy in float32."""
         if self.dtype != "bf16":
             return model
         graph = ir.load(model)
@@ -151,17 +118,16 @@ class TensorRt:
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
         return folder / "model.onnx"
 
-    def baseline(self, model: Path, read: Reader, folder: Path) -> Path:
-        """See `Backend.baseline`. A copy of the graph in `dtype` with a plan of its own beside it."""
+    def baseline(self, model: Path, read: Reader, folder: Path) -> Built:
+        """A copy of the float graph in `dtype`, and its plan."""
         graph = read(model)
         run_passes(graph, self._casts())
         folder.mkdir(parents=True, exist_ok=True)
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
-        self.build(folder / "model.onnx", folder / "engine")
-        return folder / "model.onnx"
+        return self.build(folder / "model.onnx", folder / "engine")
 
-    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> str:
-        """See `Backend.build`.
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
+        """Build the plan in a process of its own.
 
         Raises:
             NotHereError: TensorRT is missing here.
@@ -174,13 +140,13 @@ class TensorRt:
             raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
         inputs = {str(value.name): shape_of(value) for value in graph.graph.inputs}
         wanted = profiles(inputs, self.shapes)
-        if importlib.util.find_spec(MODULES[self.name]) is None:
+        if importlib.util.find_spec(self.module) is None:
             raise NotHereError(
-                f"{MODULES[self.name]} is not installed here; {model.parent} is finished up to the graph. Copy the folder to the "
-                f"GPU machine and run there:\n  {INSTALL[self.name]} && dq-export finish {model.parent}"
+                f"{self.module} is not installed here; {model.parent} is finished up to the graph. Copy the folder to the "
+                f"GPU machine and run there:\n  {self.install} && dq-export finish {model.parent}"
             )
         request = PlanRequest(
-            module=MODULES[self.name],
+            module=self.module,
             model=str(model.resolve()),
             plan=str((folder / PLAN).resolve()),
             targets=tuple(target.upper() for target in self.targets),
@@ -198,57 +164,106 @@ class TensorRt:
             "sha256": report.sha256,
         }
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
-        return ""
+        return Built(model=model, folder=folder)
 
-    def load(self, model: Path, *, batch: int | None = None) -> Engine:
-        """See `Backend.load`. The plan in `engine/` beside the graph, on an NVIDIA GPU.
-
-        Args:
-            batch: not fixed; a plan has its profile.
+    def load(self, built: Built, *, batch: int | None = None) -> Engine:
+        """Load the plan on an NVIDIA GPU. It takes the batches that it was built for.
 
         Raises:
             BackendError: no plan, one of another library or version, one cut short, or for other GPUs than this one.
         """
-        folder = model.parent / "engine"
-        if not (folder / PLAN).exists() or not (folder / METADATA).exists():
-            raise BackendError(f"{folder}: no {PLAN}; run `dq-export finish {model.parent}`")
-        described = _read_metadata(folder / METADATA)
-        if importlib.util.find_spec(MODULES[self.name]) is None:
-            raise BackendError(f"{MODULES[self.name]} is not installed; {INSTALL[self.name]}, needed to run {folder / PLAN}")
-        library = f"{MODULES[self.name]} {importlib.import_module(MODULES[self.name]).__version__}"
+        plan, again = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
+        if not plan.exists() or not (built.folder / METADATA).exists():
+            raise BackendError(f"{built.folder}: no {PLAN}; {again}")
+        described = _read_metadata(built.folder / METADATA)
+        if importlib.util.find_spec(self.module) is None:
+            raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan}")
+        library = f"{self.module} {importlib.import_module(self.module).__version__}"
         if described["library"] != library:
-            raise BackendError(
-                f"{folder / PLAN} was built by {described['library']}, here is {library}; run `dq-export finish {model.parent}`"
-            )
-        content = (folder / PLAN).read_bytes()
+            raise BackendError(f"{plan} was built by {described['library']}, here is {library}; {again}")
+        content = plan.read_bytes()
         if hashlib.sha256(content).hexdigest() != described["sha256"]:
-            raise BackendError(f"{folder / PLAN} is not the plan that was built; run `dq-export finish {model.parent}`")
+            raise BackendError(f"{plan} is not the plan that was built; {again}")
         return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
 
-    def profile(self, model: Path, feed: Feed) -> dict[str, float]:
-        """See `Backend.profile`: not measured for plans."""
-        return {}
+    def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
+        """Audit by the list of layers that the builder printed.
 
-    def audit(self, model: Path, folder: Path, assigned: Mapping[str, Rule]) -> Audit:
-        """See `Backend.audit`. By the list of layers that the builder printed."""
+        Raises:
+            BackendError: the list is missing or damaged.
+        """
         try:
-            layers = read_layers(read_text(folder / LAYERS, LAYERS_LIMIT, links=False))
+            layers = read_layers(read_text(built.folder / LAYERS, LAYERS_LIMIT, links=False))
         except (DocumentError, ValueError) as error:
-            raise BackendError(f"{folder / LAYERS}: not a builder's list of layers ({printable(str(error))})") from error
+            raise BackendError(f"{built.folder / LAYERS}: not a builder's list of layers ({printable(str(error))})") from error
 
         def kernel(name: str) -> tuple[str, bool]:
             label, precision = kernel_of(layers, name)
             return label, bool(precision)
 
-        rules = {item.node: item.rule for item in self._check(ir.load(model))}
+        rules = {item.node: item.rule for item in self._check(ir.load(built.model))}
 
         def why(node: ir.Node, kernel: str) -> str:
             return rules.get(str(node.name)) or f"the builder chose {kernel}; no known rule says why"
 
-        return audit_graph(model, assigned, kernel, why)
+        return audit_graph(built.model, assigned, kernel, why)
 
     def _check(self, graph: ir.Model) -> list[Finding]:
-        return check(graph, "trt" if self.name == "trt" else "trt-rtx", self.targets)
+        return check(graph, self.checked_as, self.targets)
+
+
+@dataclass(frozen=True)
+class TensorRtRtx(TensorRt):
+    """TensorRT-RTX, which builds on any machine one plan for several kinds of GPU.
+
+    Args:
+        targets: sm75 … sm121.
+    """
+
+    name: ClassVar[str] = "trt-rtx"
+    title: ClassVar[str] = "TensorRT-RTX"
+    packages: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+    triton: ClassVar[str] = ""  # Triton's tensorrt backend loads TensorRT's plans alone
+    module: ClassVar[str] = "tensorrt_rtx"
+    install: ClassVar[str] = "pip install 'dq-export[rtx]'"
+    checked_as: ClassVar[CheckTarget] = "trt-rtx"
+
+    def configured(self, recipe: Recipe) -> TensorRtRtx:
+        """The backend with the recipe's targets and shapes.
+
+        Raises:
+            RecipeError: an unknown target, or one without the element types that the recipe needs.
+        """
+        targets = tuple(part.strip().lower() for part in recipe.target.split(","))
+        for target in targets:
+            if target not in TARGETS:
+                raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
+        shapes = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
+        configured = replace(self, targets=targets, shapes=shapes)
+        bits = [f"--bits {recipe.bits}"] if recipe.rules is None else []  # rules decide, where a recipe has them
+        configured._require_targets([*bits, f"--attention {recipe.attention}", f"--dtype {self.dtype}"])
+        return configured
+
+    def require(self) -> None:
+        """Check that the library is installed."""
+        require_packages([self.module], f"--format {self.name}")
+
+    def require_rules(self, rules: Iterable[Rule]) -> None:
+        """Check every rule, and that the oldest target has its element types.
+
+        Raises:
+            RecipeError: it does not run some of the rules.
+        """
+        needed = list(rules)
+        super().require_rules(needed)
+        self._require_targets(f"action {rule.action}" for rule in needed)
+
+    def _require_targets(self, needs: Iterable[str]) -> None:
+        lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
+        for need in dict.fromkeys(needs):
+            since = SINCE.get(need.split()[-1], TARGETS[0])
+            if TARGETS.index(lowest) < TARGETS.index(since):
+                raise RecipeError(f"--target {lowest}: {need} needs {since} or later")
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

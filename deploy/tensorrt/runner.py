@@ -21,7 +21,7 @@ class PlanEngine:
     engine: Any
 
     def runner(self, name: str) -> Any:
-        """See `Engine.runner`."""
+        """Polygraphy's runner of the plan, not activated."""
         from polygraphy.backend.trt import TrtRunner
 
         return TrtRunner(self.engine, name=name)

@@ -18,7 +18,7 @@ from dq_export.core.network import InputSite
 from dq_export.core.progress import Progress
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
-from dq_export.deploy.backend import Backend
+from dq_export.deploy.backend import Backend, Built
 from dq_export.deploy.latency import measure
 from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.insert_qdq import InsertQdq
@@ -86,8 +86,8 @@ def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Rul
         return [taken[str(number)].median for number in range(len(choices))]
 
 
-def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folder: Path) -> Path:
-    """Write a graph of one linear under a rule as the backend runs it, and build its engine beside it.
+def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folder: Path) -> Built:
+    """Write a graph of one linear under a rule as the backend runs it, and build its engine.
 
     Args:
         weight: float32[out, in].
@@ -111,8 +111,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
         canonical = (QuantizeWeights(result=result, assigned=assigned), InsertQdq(result=result, assigned=assigned))
         run_passes(model, (*canonical, *backend.legalise(shared=True, result=result)))
         ir.save(model, folder / "model.onnx")
-        backend.build(folder / "model.onnx", folder / "engine")
-        return folder / "model.onnx"
+        return backend.build(folder / "model.onnx", folder / "engine")
     ir.save(model, folder / "float.onnx")
     return backend.baseline(folder / "float.onnx", ir.load, folder)
 

@@ -11,11 +11,12 @@ import numpy as np
 from dq_export.core.recipe import Recipe
 from dq_export.core.scales import TimestepBins
 from dq_export.deploy.backend import Backend, Engine, Feed
-from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.parity import CallParity, compare_calls, difference, worst
 from dq_export.deploy.triton.serving.model import images_of
 
 from ..families.reference import Float32, Reference
+from ..finished_folder import engine_of
 from ..report.report import CallReport, ParityReport, StageResult, TrajectoryReport
 from .recording import Recording, draw, feed_of
 
@@ -24,11 +25,11 @@ def stages(folder: Path, portable: Path, backend: Backend | None) -> dict[str, C
     """How to load the float graph, the Q/DQ graph run node by node, and, where it runs on this machine, the engine."""
     found: dict[str, Callable[[], Engine]] = {
         # Run a few times only: to transpose and pack three gigabytes of weights costs more than it saves.
-        "float-onnx": lambda: ORT.load(folder / "float" / "model.onnx", prepack=False),
-        "qdq-onnx": lambda: ORT.load(portable, optimize=False),
+        "float-onnx": lambda: open_graph(folder / "float" / "model.onnx", prepack=False),
+        "qdq-onnx": lambda: open_graph(portable, optimize=False),
     }
     if backend and backend.runs:
-        found["engine"] = lambda: backend.load(folder / "model.onnx")
+        found["engine"] = lambda: backend.load(engine_of(folder))
     return found
 
 

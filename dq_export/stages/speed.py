@@ -11,8 +11,9 @@ from dq_export.deploy.backend import Backend, BackendError, Feed
 
 from ..families.float_graph import load
 from ..families.reference import ModelError
+from ..finished_folder import engine_of
 from ..report.report import EngineReport, LatencyReport
-from ..timing import ROUNDS, Timed, Timing, backend_key, time_engines
+from ..timing import ROUNDS, Timed, Timing, time_engines, timed
 
 BATCH = 2
 """Rows of the timed call at most: one guided picture. An unguided picture alone has one row."""
@@ -36,14 +37,10 @@ def bench(
     pytorch, skipped = _pytorch(recipe, rows) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
-        graphs = {"float": baseline, "engine": folder / "model.onnx"}
-        runs_on, profile = backend_key(backend), recipe is not None
-        engines = [
-            Timed(name=name, model=str(graph.resolve()), runs_on=runs_on, batch=rows, profile=profile)
-            for name, graph in graphs.items()
-        ]
+        built = {"float": baseline, "engine": engine_of(folder)}
+        engines = [timed(name, backend, engine, rows, profile=recipe is not None) for name, engine in built.items()]
         timings = time_engines([*pytorch, *engines], feed, progress, rounds)
-    for name in graphs:
+    for name in built:
         if timings[name].error:
             raise BackendError(timings[name].error)
     skipped |= {name: timing.error for name, timing in timings.items() if timing.error}

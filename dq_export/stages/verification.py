@@ -11,7 +11,7 @@ import numpy as np
 from dq_export.core.documents import DocumentError, shown_path
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError
-from dq_export.deploy.onnxruntime.cpu import ORT, session_errors
+from dq_export.deploy.onnxruntime.cpu import open_graph, session_errors
 from dq_export.deploy.replay import replay
 
 from ..finished_folder import MODEL, FinishedFolder, portable_name
@@ -66,7 +66,7 @@ def verify_again(out: Path, min_sqnr: float | None, *, verbose: bool) -> Verific
     limit, origin = _limit(recipe, folder.report()) if min_sqnr is None else (min_sqnr, "--min-sqnr")
     model = out / portable_name(recipe)
     try:
-        engine = ORT.load(model)
+        engine = open_graph(model)
         wrong = next(filter(None, map(engine.misfit, feeds)), "")
         if wrong:
             raise DocumentError(f"does not take the recorded calls: {wrong}")

@@ -16,13 +16,13 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.lowerings import FLOAT8, INT4_GEMM, LOWERINGS, UNPACKED, Lowering, require_lowerings
-from dq_export.deploy.onnxruntime.cpu import ORT
-from dq_export.deploy.tensorrt.backend import TensorRt
+from dq_export.deploy.onnxruntime.cpu import ORT, open_graph
+from dq_export.deploy.tensorrt.backend import TensorRtRtx
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
-RTX = TensorRt(name="trt-rtx", dtype="fp16", targets=("sm89",))
+RTX = TensorRtRtx("fp16", targets=("sm89",))
 CELLS = [(row, bits) for row in LOWERINGS for bits in row.bits]
 # dB of the output of a network of two blocks, each GEMM's error about that of its codes: 6 dB a bit, from 8 bits' 40 dB on.
 LEAST = {"w8a8": 33, "w8a16": 33, "w6a6": 22, "w4a8": 17, "w4a16": 17, "w4a4": 7, "fp8": 22}
@@ -65,13 +65,12 @@ def test_onnx_runtime_runs_every_form_on_its_kernel(
         return
     require_lowerings("ort", calibrated[1].values())
     model = quantized_graph(calibrated, tiny_onnx, ORT, tmp_path / "model.onnx", shared=True)
-    ORT.build(model, tmp_path / "engine")
-    audit = ORT.audit(model, tmp_path / "engine", calibrated[1])
+    audit = ORT.audit(ORT.build(model, tmp_path / "engine"), calibrated[1])
     assert audit.coverage == 1
     kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
     assert kernels == {"MatMulNBits" if row.ort == UNPACKED else "MatMulIntegerToFloat"}
     feed = feed_of(tiny)
-    found = ORT.load(model)(feed)
+    found = open_graph(model)(feed)
     assert sqnr(tiny.forward(feed), found) > LEAST[bits]
     # Inside a kernel that unpacks, inputs are rounded to 8 bits; elsewhere the two run the same codes, and one float32
     # difference in a sum may move a code by one.
@@ -90,8 +89,7 @@ def test_tensorrt_rtx_runs_every_form_on_its_kernel(
             require_lowerings("trt", calibrated[1].values())
         return
     model = quantized_graph(calibrated, tiny_onnx_per_sample, RTX, tmp_path / "model.onnx", shared=False)
-    RTX.build(model, tmp_path / "engine")
-    audit = RTX.audit(model, tmp_path / "engine", calibrated[1])
+    audit = RTX.audit(RTX.build(model, tmp_path / "engine"), calibrated[1])
     assert audit.coverage == 1
     kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
     expected = {FLOAT8: "FP8xFP8", INT4_GEMM: "Int4"}.get(row.trt, "Int8xInt8")
@@ -174,12 +172,11 @@ def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_
     )
     calibrated = calibrate_tiny(tiny, recipe_of(tiny, rules=rules))
     model = quantized_graph(calibrated, tiny_onnx, ORT, tmp_path / "model.onnx", shared=True)
-    ORT.build(model, tmp_path / "engine")
-    audit = ORT.audit(model, tmp_path / "engine", calibrated[1])
+    audit = ORT.audit(ORT.build(model, tmp_path / "engine"), calibrated[1])
     assert audit.coverage == 1
     assert {gemm.wanted for gemm in audit.gemms if gemm.integer} == {"w8a8", "w4a8", "w4a16", "w6a6"}
     feed = feed_of(tiny)
-    assert sqnr(tiny.forward(feed), ORT.load(model)(feed)) > LEAST["w4a8"]
+    assert sqnr(tiny.forward(feed), open_graph(model)(feed)) > LEAST["w4a8"]
 
 
 def test_the_readme_shows_the_table() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 
 from dq_export.core.recipe import Recipe, RecipeError
-from dq_export.deploy.backend import BackendError
+from dq_export.deploy.backend import BackendError, Built
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.openvino.backend import ALONE, OpenVino
 from dq_export.deploy.openvino.engine import OpenVinoEngine, load_engine
@@ -33,15 +33,14 @@ def saved(path: Path, calibrated: Any, target: Path, *legalise: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("openvino")
     model = saved(tiny_onnx, tiny_calibrated, folder / "model.onnx", *BACKEND.legalise(shared=True, result=tiny_calibrated[0]))
-    BACKEND.build(model, folder / "engine")
-    return folder
+    return BACKEND.build(model, folder / "engine")
 
 
-def test_every_quantized_gemm_runs_in_integers(built: Path, tiny_calibrated: Any) -> None:
-    audit = BACKEND.audit(built / "model.onnx", built / "engine", tiny_calibrated[1])
+def test_every_quantized_gemm_runs_in_integers(built: Built, tiny_calibrated: Any) -> None:
+    audit = BACKEND.audit(built, tiny_calibrated[1])
     assert audit.coverage == 1
     assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == "w8a8"} <= {"FullyConnected i8", "FullyConnected u8"}
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted != "w8a8")
@@ -51,32 +50,29 @@ def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_
     tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
 ) -> None:
     model = saved(tiny_onnx, tiny_calibrated, tmp_path / "model.onnx")  # direct form
-    BACKEND.build(model, tmp_path / "engine")
-    audit = BACKEND.audit(model, tmp_path / "engine", tiny_calibrated[1])
+    audit = BACKEND.audit(BACKEND.build(model, tmp_path / "engine"), tiny_calibrated[1])
     assert audit.coverage == 0
     assert all("it wants constant scales" in gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
 
 
-def test_it_computes_what_the_graph_says(tiny: Any, built: Path) -> None:
+def test_it_computes_what_the_graph_says(tiny: Any, built: Built) -> None:
     for timestep in (1, 400, 999):
         feed = feed_of(tiny, timestep)
-        exact = run_onnx(built / "model.onnx", feed)
+        exact = run_onnx(built.model, feed)
         # Other float kernels move few activations over a rounding boundary, each by one code of 127.
-        assert sqnr(exact, BACKEND.load(built / "model.onnx")(feed)) > 35
-        np.testing.assert_allclose(
-            BACKEND.load(built / "model.onnx", batch=3)(feed), BACKEND.load(built / "model.onnx")(feed), atol=1e-2
-        )
+        assert sqnr(exact, BACKEND.load(built)(feed)) > 35
+        np.testing.assert_allclose(BACKEND.load(built, batch=3)(feed), BACKEND.load(built)(feed), atol=1e-2)
 
 
-def test_the_session_is_described(built: Path) -> None:
-    described = json.loads((built / "engine" / "session.json").read_text())
+def test_the_session_is_described(built: Built) -> None:
+    described = json.loads((built.folder / "session.json").read_text())
     assert described["providers"][:1] == (["OpenVINOExecutionProvider"] if INTEL else [])
     assert described["dtype"] == "fp32"
     assert described["openvino"].startswith("20")
 
 
-def test_its_profile_names_integer_kernels(tiny: Any, built: Path) -> None:
-    spent = BACKEND.profile(built / "model.onnx", feed_of(tiny, samples=2))
+def test_its_profile_names_integer_kernels(tiny: Any, built: Built) -> None:
+    spent = BACKEND.profile(built, feed_of(tiny, samples=2))
     assert any("FullyConnected" in name and "i8" in name for name in spent)
     assert all(time > 0 for time in spent.values())
 
@@ -91,19 +87,19 @@ def test_a_missing_library_is_an_error(library: str, monkeypatch: pytest.MonkeyP
 
 
 def test_without_the_plugin_it_runs_on_its_own_runtime_and_says_so(
-    tiny: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert BACKEND.build(built / "model.onnx", tmp_path / "here") == ("" if INTEL else ALONE)
+    assert BACKEND.build(built.model, tmp_path / "here").note == ("" if INTEL else ALONE)
     monkeypatch.setattr("dq_export.deploy.openvino.backend._devices", lambda ort: [])  # as on a processor of another maker
-    assert BACKEND.build(built / "model.onnx", tmp_path / "elsewhere") == ALONE
+    assert BACKEND.build(built.model, tmp_path / "elsewhere").note == ALONE
     feed = feed_of(tiny)
-    engine = BACKEND.load(built / "model.onnx")
+    engine = BACKEND.load(built)
     assert isinstance(engine, OpenVinoEngine)
-    assert sqnr(run_onnx(built / "model.onnx", feed), engine(feed)) > 35
+    assert sqnr(run_onnx(built.model, feed), engine(feed)) > 35
     with engine.runner("engine") as runner:
         assert list(runner.get_input_metadata(use_numpy_dtypes=False)) == ["hidden_states", "timestep", "class_labels"]
         np.testing.assert_array_equal(runner.infer(dict(feed))["sample"], engine(feed))
-    fixed = BACKEND.load(built / "model.onnx", batch=2)
+    fixed = BACKEND.load(built, batch=2)
     with pytest.raises(RuntimeError, match=r"got \[3\] expecting \[2\]"):
         fixed(feed)
 
@@ -125,10 +121,10 @@ def test_what_no_backend_runs_together_is_an_error() -> None:
     assert backend_of(Recipe.parse({"model": "m", "format": "onnx"}, "test")) is None
 
 
-def test_bfloat16_costs_accuracy_but_not_the_integers(tiny: Any, built: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+def test_bfloat16_costs_accuracy_but_not_the_integers(tiny: Any, built: Built, tiny_calibrated: Any, tmp_path: Path) -> None:
     other = OpenVino("bf16")
-    other.build(built / "model.onnx", tmp_path / "engine")
-    assert other.audit(built / "model.onnx", tmp_path / "engine", tiny_calibrated[1]).coverage == 1
+    compiled = other.build(built.model, tmp_path / "engine")
+    assert other.audit(compiled, tiny_calibrated[1]).coverage == 1
     assert FactorScale() in other.legalise(shared=True, result=tiny_calibrated[0])
     feed = feed_of(tiny)
-    assert sqnr(run_onnx(built / "model.onnx", feed), other.load(built / "model.onnx")(feed)) > 20
+    assert sqnr(run_onnx(built.model, feed), other.load(compiled)(feed)) > 20

@@ -15,7 +15,7 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 
 from dq_export.deploy.audit import Audit, audit_ort
 from dq_export.deploy.backend import Engine
-from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT
+from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT, open_graph
 from dq_export.finished import audit_again
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
@@ -100,7 +100,7 @@ def test_an_engine_for_one_batch_size_runs_in_integers_too(
     kernels = executed(fixed(model, 3), feed, tmp_path)
     assert sum(kernel == "MatMulIntegerToFloat" for kernel in kernels.values()) == 12
     assert sum(kernel == "MatMulNBits" for kernel in kernels.values()) == BLOCKS
-    assert sqnr(ORT.load(model)(feed), ORT.load(tmp_path / "fixed.onnx")(feed)) > SAME
+    assert sqnr(open_graph(model)(feed), open_graph(tmp_path / "fixed.onnx")(feed)) > SAME
 
 
 @pytest.mark.parametrize("form", ["int8", "per-sample-direct"])
@@ -142,7 +142,7 @@ def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def shared_engine(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return ORT.load(
+    return open_graph(
         quantized(
             tiny_onnx, tiny_calibrated, tmp_path_factory.mktemp("shared"), *ORT.legalise(shared=True, result=tiny_calibrated[0])
         )
@@ -152,7 +152,7 @@ def shared_engine(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytes
 @pytest.fixture(scope="module")
 def per_sample_engine(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("per-sample")
-    return ORT.load(
+    return open_graph(
         quantized(tiny_onnx_per_sample, tiny_calibrated, folder, *ORT.legalise(shared=False, result=tiny_calibrated[0]))
     )
 
@@ -183,8 +183,8 @@ def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from pathlib import Path\nfrom dq_export.deploy.backend import BackendError\n"
-        "from dq_export.deploy.onnxruntime.cpu import ORT\n"
-        "try: ORT.load(Path('model.onnx'))\nexcept BackendError as error: print(error)"
+        "from dq_export.deploy.onnxruntime.cpu import open_graph\n"
+        "try: open_graph(Path('model.onnx'))\nexcept BackendError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "onnxruntime is not installed; pip install 'dq-export[cpu]'" in done.stdout, done.stderr
@@ -201,7 +201,7 @@ def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, t
     # 8-bit blocks of modulation linears have the same kernel, and were not asked to be counted.
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted == "weight-only")
     feed = feed_of(tiny)
-    exact, found = run_onnx(model, feed), ORT.load(model)(feed)
+    exact, found = run_onnx(model, feed), open_graph(model)(feed)
     assert sqnr(exact, found) > 60  # the same weights; float sums of 32 terms in another order, and of blocks
     # Weights of 15 codes a block of 16: some 20 dB each, and a residual around every GEMM.
     assert 15 < sqnr(tiny.forward(feed), found) < 45

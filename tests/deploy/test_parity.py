@@ -11,7 +11,7 @@ from conftest import feed_of, load_graph
 
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.latency import measure
-from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.parity import difference, pick_calls
 
 
@@ -41,7 +41,7 @@ def test_each_bin_is_compared() -> None:
 
 
 def test_the_batch_is_dynamic(tiny: object, tiny_onnx: Path, tmp_path: Path) -> None:
-    engine = ORT.load(tiny_onnx)
+    engine = open_graph(tiny_onnx)
     for samples in (1, 3, 8):
         assert engine(feed_of(tiny, samples=samples)).shape[0] == samples  # type: ignore[arg-type]
 
@@ -51,7 +51,7 @@ def test_a_graph_that_the_runtime_refuses_is_an_error(tiny_onnx: Path, tmp_path:
     next(iter(graph.graph)).op_type = "NoSuchOperator"
     ir.save(graph, tmp_path / "bad.onnx")
     with pytest.raises(BackendError, match=r"refuses .*bad.onnx.*NoSuchOperator"):
-        ORT.load(tmp_path / "bad.onnx")
+        open_graph(tmp_path / "bad.onnx")
 
 
 def test_engines_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, s
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError, NotHereError, unwatched
 from dq_export.deploy.backends import backend_of
-from dq_export.deploy.tensorrt.backend import TensorRt
+from dq_export.deploy.tensorrt.backend import TensorRt, TensorRtRtx
 from dq_export.deploy.tensorrt.builder import PlanRequest, build_plan
 from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
 from dq_export.deploy.tensorrt.profiles import profiles
 from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
+from dq_export.finished_folder import engine_of
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
@@ -34,7 +35,7 @@ TARGETS = ("sm89", "sm120")
 
 
 def rtx(dtype: str = "fp16", **options: Any) -> TensorRt:
-    return TensorRt(name="trt-rtx", dtype=dtype, targets=TARGETS, **options)
+    return TensorRtRtx(dtype=dtype, targets=TARGETS, **options)
 
 
 def rules_of(reference: Reference, bits: str) -> Any:
@@ -75,8 +76,7 @@ def test_every_gemm_of_the_recipe_is_low_precision_in_the_plan(
 ) -> None:
     backend = rtx(dtype)
     model = legalised(tiny_onnx_per_sample, calibrations[bits], backend, tmp_path / "model.onnx")
-    backend.build(model, tmp_path / "engine")
-    audit = backend.audit(model, tmp_path / "engine", calibrations[bits][1])
+    audit = backend.audit(backend.build(model, tmp_path / "engine"), calibrations[bits][1])
     assert audit.coverage == 1
     found = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
     assert found == kernels or (not kernels and all("Int4" in kernel for kernel in found)), found
@@ -95,8 +95,7 @@ def test_attention_in_float8_is_one_fused_kernel(bits: str, tmp_path: Path) -> N
     recipe = recipe_of(reference, rules=rules_of(reference, bits), attention="fp8", bins="per-step")
     calibrated = calibrate_tiny(reference, recipe)
     model = legalised(tmp_path / "float.onnx", calibrated, rtx(), tmp_path / "model.onnx")
-    rtx().build(model, tmp_path / "engine")
-    audit = rtx().audit(model, tmp_path / "engine", calibrated[1])
+    audit = rtx().audit(rtx().build(model, tmp_path / "engine"), calibrated[1])
     attention = [gemm for gemm in audit.gemms if "." not in gemm.name and gemm.wanted == "fp8"]
     assert len(attention) == 4
     assert audit.coverage == 1
@@ -112,8 +111,8 @@ def test_run_time_scales_build_and_the_audit_finds_them_in_half(tiny_onnx: Path,
     graph.ir_version = 10
     run_passes(graph, canonical_passes(*calibrations["w8a8"]))  # direct form
     ir.save(graph, tmp_path / "model.onnx")
-    rtx("fp32").build(tmp_path / "model.onnx", tmp_path / "engine")
-    audit = rtx("fp32").audit(tmp_path / "model.onnx", tmp_path / "engine", calibrations["w8a8"][1])
+    built = rtx("fp32").build(tmp_path / "model.onnx", tmp_path / "engine")
+    audit = rtx("fp32").audit(built, calibrations["w8a8"][1])
     assert audit.coverage == 0
     assert all(gemm.reason == "a scale that is computed at run time" for gemm in audit.gemms if gemm.wanted == "w8a8")
 
@@ -139,7 +138,7 @@ def test_a_plan_says_what_it_wants(exported: Path) -> None:
     if compute_capability():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match="a plan runs on an NVIDIA GPU, and this machine shows none"):
-        rtx().load(exported / "model.onnx")
+        rtx().load(engine_of(exported))
 
 
 @RTX
@@ -162,7 +161,7 @@ def test_a_plan_that_does_not_fit_is_refused(spoil: str, message: str, exported:
     else:
         (engine / "model.plan").unlink()
     with pytest.raises(BackendError) as caught:
-        rtx().load(tmp_path / "out" / "model.onnx")
+        rtx().load(engine_of(tmp_path / "out"))
     assert message in str(caught.value)
 
 
@@ -288,7 +287,7 @@ def test_bits_that_a_format_does_not_run_are_an_error() -> None:
 def test_without_tensorrt_it_says_how_to_go_on(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt"):
         pytest.skip("TensorRT is installed here")
-    backend = TensorRt(name="trt", dtype="fp16")
+    backend = TensorRt("fp16")
     backend.require()
     model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], backend, tmp_path / "model.onnx")
     with pytest.raises(NotHereError, match=r"tensorrt is not installed here; [\s\S]* && dq-export finish "):

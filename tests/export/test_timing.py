@@ -16,6 +16,7 @@ import pytest
 from conftest import feed_of
 
 import dq_export
+from dq_export.deploy.backend import Built
 from dq_export.families.float_graph import load
 from dq_export.finished import bench_again
 from dq_export.timing import ROUNDS, Timed, time_engines
@@ -166,7 +167,7 @@ def test_the_baseline_of_a_plan_is_a_plan_of_the_float_graph(tiny_onnx_per_sampl
 
     backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
     built = backend.baseline(tiny_onnx_per_sample, load, tmp_path / "float")  # whose weights are a hard link
-    assert built == tmp_path / "float" / "model.onnx"
+    assert built == Built(model=tmp_path / "float" / "model.onnx", folder=tmp_path / "float" / "engine")
     assert (tmp_path / "float" / "engine" / "model.plan").stat().st_size > 10_000
     layers = (tmp_path / "float" / "engine" / "layers.txt").read_text()
     assert "Half" in layers
@@ -185,6 +186,6 @@ def test_a_search_by_latency_builds_the_plans_that_it_will_load(tmp_path: Path) 
     backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     for number, rule in enumerate((KNOWN[0], KNOWN[2], KNOWN[3])):
-        model = build_linear(backend, weight, 32, rule, tmp_path / str(number))
-        assert (model.parent / "engine" / "model.plan").exists()
-        assert ("Int8" in (model.parent / "engine" / "layers.txt").read_text()) == (rule.action != "float")
+        built = build_linear(backend, weight, 32, rule, tmp_path / str(number))
+        assert (built.folder / "model.plan").exists()
+        assert ("Int8" in (built.folder / "layers.txt").read_text()) == (rule.action != "float")

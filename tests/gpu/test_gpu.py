@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
-from dq_export.deploy.tensorrt.backend import MODULES, TensorRt
+from dq_export.deploy.tensorrt.backend import TensorRt, TensorRtRtx
 from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
@@ -18,28 +18,28 @@ from dq_export.passes.pipeline import canonical_passes
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["trt", "trt-rtx"])
+@pytest.mark.parametrize("kind", [TensorRt, TensorRtRtx])
 @pytest.mark.parametrize(
     ("bits", "dtype", "least"), [("w8a8", "fp16", 30), ("w8a8", "bf16", 25), ("fp8", "fp16", 25), ("w4a16", "fp16", 30)]
 )
 def test_a_plan_computes_what_its_graph_does(
-    name: str, bits: str, dtype: str, least: float, tiny: Any, tiny_onnx_per_sample: Path, tmp_path: Path
+    kind: type[TensorRt], bits: str, dtype: str, least: float, tiny: Any, tiny_onnx_per_sample: Path, tmp_path: Path
 ) -> None:
     target = compute_capability()
     if not target:
         pytest.skip("no NVIDIA GPU")
-    if importlib.util.find_spec(MODULES[name]) is None:
-        pytest.skip(f"{MODULES[name]} is not installed")
+    if importlib.util.find_spec(kind.module) is None:
+        pytest.skip(f"{kind.module} is not installed")
     rules = tuple(rule.model_copy(update={"action": bits}) if rule.activation else rule for rule in tiny.rules)
     result, assigned = calibrate_tiny(tiny, recipe_of(tiny, rules=rules, bins="per-step"))
-    backend = TensorRt(name=name, dtype=dtype, targets=(target,) if name == "trt-rtx" else ())
+    backend = kind(dtype, targets=(target,) if kind is TensorRtRtx else ())
     graph = load_graph(tiny_onnx_per_sample)
     graph.ir_version = 10
     run_passes(graph, (*canonical_passes(result, assigned), *backend.legalise(shared=False, result=result)))
     ir.save(graph, tmp_path / "model.onnx")
-    backend.build(tmp_path / "model.onnx", tmp_path / "engine")
-    assert backend.audit(tmp_path / "model.onnx", tmp_path / "engine", assigned).coverage == 1
+    built = backend.build(tmp_path / "model.onnx", tmp_path / "engine")
+    assert backend.audit(built, assigned).coverage == 1
     feed = feed_of(tiny, [20, 500, 900])
     exact = run_onnx(backend.portable(tmp_path / "model.onnx", tmp_path / "portable"), feed)
-    found = backend.load(tmp_path / "model.onnx")(feed)
+    found = backend.load(built)(feed)
     assert sqnr(exact, found) > least  # other kernels move codes next to a boundary by one

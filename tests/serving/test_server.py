@@ -21,7 +21,7 @@ import server
 from conftest import SERVED_STEPS, Nobody, sqnr
 from serving_requests import ask, memory, tensors
 
-from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
 from dq_export.families.source import load_reference
@@ -43,7 +43,7 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
     columns = {name: np.broadcast_to(np.asarray(value).reshape(-1, 1), (rows, 1)) for name, value in inputs.items()}
     job = limits.job(columns, schedules, seeds, Nobody())
-    engine = ORT.load(exported / "model.onnx")
+    engine = open_graph(exported / "model.onnx")
     while job.at < len(job.steps):
         states, timestep, labels = job.feed()
         job.advance(engine({"hidden_states": states, "timestep": timestep, "class_labels": labels}))
@@ -100,7 +100,7 @@ def test_the_denoiser_computes_what_the_engine_does(client: Any, exported: Path)
     states = np.random.default_rng(0).standard_normal((3, 1, 16, 16), dtype=np.float32)
     timestep, labels = np.array([7, 500, 999]), np.array([0, 4, 10])
     found = ask(client, "denoiser", hidden_states=states, timestep=timestep[:, None], class_labels=labels[:, None])
-    exact = ORT.load(exported / "model.onnx")({"hidden_states": states, "timestep": timestep, "class_labels": labels})
+    exact = open_graph(exported / "model.onnx")({"hidden_states": states, "timestep": timestep, "class_labels": labels})
     assert np.array_equal(found["sample"], exact)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,9 @@ from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePl
 from dq_export.core.folding import work_bytes
 from dq_export.core.network import Denoiser, InputSite
 from dq_export.core.progress import Advance
-from dq_export.core.recipe import Bits, Recipe, Rule
+from dq_export.core.recipe import Recipe, Rule
 from dq_export.core.scales import ScaleTable, TokenScale
+from dq_export.core.scheme import Scheme
 
 from .bins import build_table
 from .collect import Sampling, SiteStatistics, Statistics, collect_histograms, collect_ranges
@@ -63,8 +63,8 @@ def calibrate(
     """
     if recipe.calibration == "progressive" and group.size > 1:
         raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or take uniform")
-    rules = site_rules(denoiser.sites, assigned)
-    sites = tuple(site for site in denoiser.sites if site.name in rules) if samples(recipe, assigned) else ()
+    schemes = site_schemes(denoiser.sites, assigned)
+    sites = tuple(site for site in denoiser.sites if site.name in schemes) if samples(recipe, assigned) else ()
     if not sites:  # only weights are quantized, which the first process does alone
         if group.rank > 0:
             return None
@@ -76,13 +76,13 @@ def calibrate(
 
     def decide(site: InputSite) -> tuple[Scaling, Float32]:
         item = statistics[site.name]
-        scaling = _choose(site, item, denoiser, recipe, assigned, rules[site.name])
+        scaling = _choose(site, item, denoiser, recipe, assigned, schemes[site.name])
         return scaling, item.amax(scaling.in_scale, scaling.in_shift)
 
     decided = dict(zip(names, parallel(decide, sites, progress, work_bytes(denoiser)), strict=True))
     amax = {name: limit for name, (_, limit) in decided.items()}
     _refuse_constant(amax)
-    plans = _plans(sites, rules, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
+    plans = _plans(sites, schemes, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
     hessians: Iterable[dict[str, Float32]] = ()
     if recipe.rounding != "rtn":
         reach, order = {name: float(limit.max()) for name, limit in amax.items()}, statistics.timesteps.tolist()
@@ -98,7 +98,7 @@ def calibrate(
             statistics = collect_ranges(denoiser, names, sampling, progress, folder / "progressive")
             amax = {name: statistics[name].amax(plan.in_scale, plan.in_shift) for name, plan in plans.items()}
             decided = {name: (scaling, amax[name]) for name, (scaling, _) in decided.items()}
-            plans = _plans(sites, rules, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
+            plans = _plans(sites, schemes, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
         result = replace(result, sites=plans)
     reached = reach_of(denoiser, statistics, assigned, result, progress)
     attention = attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
@@ -110,7 +110,7 @@ def calibrate(
 
 def _plans(
     sites: Sequence[InputSite],
-    rules: Mapping[str, Rule],
+    schemes: Mapping[str, Scheme],
     decided: Mapping[str, tuple[Scaling, Float32]],
     statistics: Statistics,
     denoiser: Denoiser,
@@ -136,7 +136,7 @@ def _plans(
             in_scale=scaling.in_scale,
             in_shift=scaling.in_shift,
             activation=_activation(
-                rules[name], recipe, statistics.timesteps, limit, counts[name] if counts else NO_COUNTS, scaling
+                schemes[name], recipe, statistics.timesteps, limit, counts[name] if counts else NO_COUNTS, scaling
             ),
         )
     return plans
@@ -145,40 +145,44 @@ def _plans(
 def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
     """Whether anything depends on the inputs: activation scales, scalings, or how weights are rounded."""
     asks = recipe.scaling != "none" or recipe.rounding != "rtn" or recipe.bias_correction
-    return any(rule.quantizes_input or (asks and rule.action in get_args(Bits)) for rule in assigned.values())
+    return any(rule.scheme.activation or (asks and rule.scheme.low_precision) for rule in assigned.values())
 
 
-def site_rules(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, Rule]:
+def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, Scheme]:
     """By site: how its readers are quantized; sites whose readers are float or weight-only are left out.
 
     Raises:
         CalibrationError: readers of one input want different things; all of them in one message.
     """
-    found: dict[str, Rule] = {}
+    found: dict[str, Scheme] = {}
     wrong = []
     for site in sites:
-        rules = [assigned[name] for name in site.linears if assigned[name].action in get_args(Bits)]
-        forms = {(rule.action, rule.granularity, rule.group_size): rule for rule in rules}
-        if len(forms) > 1:
-            told = " and ".join(" ".join(str(part) for part in form if part is not None) for form in forms)
-            wrong.append(f"{', '.join(site.linears)} read one input, which cannot be {told}; give them one action")
-        for rule in forms.values():
-            found[site.name] = rule
+        schemes = dict.fromkeys(assigned[name].scheme for name in site.linears if assigned[name].scheme.low_precision)
+        if len(schemes) > 1:
+            both = " and ".join(str(scheme) for scheme in schemes)
+            wrong.append(f"{', '.join(site.linears)} read one input, which cannot be {both}; give them one action")
+        for scheme in schemes:
+            found[site.name] = scheme
     if wrong:
         raise CalibrationError("\n".join(wrong))
     return found
 
 
 def _activation(
-    rule: Rule, recipe: Recipe, timesteps: npt.NDArray[np.float64], amax: Float32, counts: npt.NDArray[np.int64], scaling: Scaling
+    scheme: Scheme,
+    recipe: Recipe,
+    timesteps: npt.NDArray[np.float64],
+    amax: Float32,
+    counts: npt.NDArray[np.int64],
+    scaling: Scaling,
 ) -> ScaleTable | TokenScale | None:
     """How a site's input is quantized. `amax`: at each timestep, of the scaled input."""
-    qtype = rule.activation
-    if rule.granularity == "token-group":
-        return TokenScale(constant=1.0, group=rule.block_size(len(scaling.in_scale)))
-    if qtype is None:
+    activation, qtype = scheme.activation, scheme.graph_type
+    if activation is None:
         return None
-    if rule.granularity == "token":
+    if qtype is None:
+        return TokenScale(constant=1.0, group=activation.size or 0)
+    if activation.granularity == "token":
         constant = float(f"{float(np.median(amax)) / qtype.qmax:.6g}")
         return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
     scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)
@@ -203,10 +207,10 @@ def _choose(
     denoiser: Denoiser,
     recipe: Recipe,
     assigned: Mapping[str, Rule],
-    rule: Rule,
+    scheme: Scheme,
 ) -> Scaling:
     weights = [denoiser.weight(name) for name in site.linears]
     quantized = np.concatenate(
-        [np.full(len(w), assigned[name].action in get_args(Bits)) for name, w in zip(site.linears, weights, strict=True)]
+        [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(site.linears, weights, strict=True)]
     )
-    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, rule=rule)
+    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, scheme=scheme)

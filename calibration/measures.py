@@ -40,11 +40,11 @@ def mean_errors(
         rounded = plan.quantized(item.rows, item.timesteps[item.row_step]).mean(axis=0, dtype=np.float64)
         found = {}
         for name in plan.site.linears:
-            qtype = assigned[name].weight
-            if qtype is None:
+            scheme = assigned[name].scheme
+            if scheme.weight is None:
                 continue
             weight = folded_weight(denoiser.weight(name), name, touching[name])
-            found[name] = (weight @ exact - result.rounded(name, weight, qtype) @ rounded).astype(np.float32)
+            found[name] = (weight @ exact - result.rounded(name, weight, scheme.weight.qtype) @ rounded).astype(np.float32)
         return found
 
     plans = list(result.sites.values())
@@ -63,14 +63,14 @@ def sqnr_by_timestep(
         exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32).astype(np.float64)
         rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]).astype(np.float64), {}
         for name in plan.site.linears:
-            qtype = assigned[name].weight
-            if qtype is None:
+            scheme = assigned[name].scheme
+            if scheme.weight is None:
                 continue
             whole = folded_weight(denoiser.weight(name), name, touching[name])
             chosen = np.linspace(0, len(whole) - 1, min(len(whole), OUTPUTS)).round().astype(np.int64)
             few = whole[chosen]
             del whole  # of a thread's memory it is the most
-            weight, nearest = few.astype(np.float64), result.rounded(name, few, qtype, chosen).astype(np.float64)
+            weight, nearest = few.astype(np.float64), result.rounded(name, few, scheme.weight.qtype, chosen).astype(np.float64)
             signal = exact @ weight.T
             moved = weight @ plan.in_shift  # which the bias brings: part of what the output is
             noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
@@ -97,7 +97,7 @@ def reach_of(
         norms = {
             name: _longest_row(denoiser, name, touching[name], result.weight_scale[name])
             for name in plan.site.linears
-            if assigned[name].activation
+            if assigned[name].scheme.graph_type
         }
         return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
 

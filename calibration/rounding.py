@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.grid import WeightGrid, cover, fit
-from dq_export.core.recipe import Rule
+from dq_export.core.scheme import Scheme
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -20,28 +20,28 @@ LEAF = 64
 """Columns of a triangle that are inverted at once."""
 
 
-def rtn(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
+def rtn(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
     """The covering grid, codes to nearest."""
-    return cover(weight, rule), None
+    return cover(weight, scheme), None
 
 
-def mse(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
+def mse(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
     """The grid of least error, inputs counted by their mean square, the Hessian's diagonal or all of it; codes to nearest."""
-    return fit(weight, rule, hessian if hessian is None or hessian.ndim == 1 else np.diagonal(hessian).copy()), None
+    return fit(weight, scheme, hessian if hessian is None or hessian.ndim == 1 else np.diagonal(hessian).copy()), None
 
 
-def gptq(weight: Float32, rule: Rule, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
+def gptq(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
     """The grid of `mse`, and codes that make up for each other's errors; as `mse` where there is no Hessian."""
-    grid = mse(weight, rule, hessian)[0]
+    grid = mse(weight, scheme, hessian)[0]
     return grid, None if hessian is None else compensate(weight, grid, hessian)
 
 
-ROUNDINGS: dict[str, Callable[[Float32, Rule, Float32 | None], tuple[WeightGrid, Float32 | None]]] = {
+ROUNDINGS: dict[str, Callable[[Float32, Scheme, Float32 | None], tuple[WeightGrid, Float32 | None]]] = {
     "rtn": rtn,
     "mse": mse,
     "gptq": gptq,
 }
-"""By name: (weight float32[out, K], rule, Hessian float32[K, K] or None) -> (grid, codes float32[out, K]; None: the nearest)."""
+"""By name: (weight float32[out, K], scheme, Hessian float32[K, K] or None) -> (grid, codes float32[out, K]; None: nearest)."""
 
 
 def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:

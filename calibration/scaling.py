@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from dq_export.core.grid import cover
 from dq_export.core.qtypes import INT8
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
 from dq_export.core.scales import TokenScale
+from dq_export.core.scheme import Scheme
 
 from .collect import SiteStatistics
 
@@ -130,7 +131,7 @@ def equalize(activation_range: Float32, weight_range: Float32) -> Float32:
 
 
 def choose_scaling(
-    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], rule: Rule
+    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], scheme: Scheme
 ) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
@@ -142,9 +143,9 @@ def choose_scaling(
     Args:
         weight: float32[out, K], stacked weights of all readers.
         quantized: bool[out], the rows that will be quantized.
-        rule: how, of weights and activation.
+        scheme: how weights and activation are quantized.
     """
-    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], rule)
+    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], scheme)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -164,10 +165,10 @@ def choose_scaling(
     first = shifts[0] if recipe.shift else unshifted
     best_rule, best = min(((rule, trial.measure(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
     shift = first
-    if recipe.scaling == "auto" and recipe.shift is not False and rule.quantizes_input:
+    if recipe.scaling == "auto" and recipe.shift is not False and scheme.activation is not None:
         tried = [(first, best), *((other, trial.measure(best_rule, other)) for other in shifts if other is not first)]
         shift, best = min(tried, key=lambda pair: pair[1].error)
-    if recipe.scaling == "auto" and recipe.method == "minmax" and rule.activation and rule.activation.bits < 8:
+    if recipe.scaling == "auto" and recipe.method == "minmax" and scheme.graph_type and scheme.graph_type.bits < 8:
         best = min([best, *(trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP)], key=lambda item: item.error)
     return best
 
@@ -189,10 +190,10 @@ class _Trial:
     column_range: Float32
     weight: Float32
     exact: Float64
-    rule: Rule
+    scheme: Scheme
 
     @staticmethod
-    def of(statistics: SiteStatistics, weight: Float32, rule: Rule) -> _Trial:
+    def of(statistics: SiteStatistics, weight: Float32, scheme: Scheme) -> _Trial:
         """For the stacked weights float32[out, K] of all quantized readers."""
         magnitude = np.abs(weight)
         chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
@@ -204,12 +205,12 @@ class _Trial:
             column_range=weight.max(axis=0) - weight.min(axis=0),
             weight=few,
             exact=_product(statistics.rows, few),
-            rule=rule,
+            scheme=scheme,
         )
 
     def measure(self, rule: tuple[str, float], shift: tuple[str, Float32], clip: float = 1.0) -> Scaling:
         """A candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, quantized as the
-        site's rule says, weights to nearest.
+        site's scheme says, weights to nearest.
 
         The shift's own output, W m, is added exactly: it is folded into the bias. Infinite where the shift takes away a
         constant input entirely, so that nothing is left to have a scale.
@@ -230,12 +231,13 @@ class _Trial:
 
     def _product(self, moved: Float32, folded: Float32, amax: Float32, clip: float) -> Float64:
         """Q(W) Q(x), float64[rows, outputs]. `amax`: of the input at each timestep."""
-        qtype, grid = self.rule.activation, cover(folded, self.rule)
+        scheme, grid = self.scheme.fitted(folded.shape[1]), cover(folded, self.scheme)
+        activation, qtype = scheme.activation, scheme.graph_type
+        if activation is None:
+            return _product(moved, grid.nearest(folded))
         if qtype is None:
-            group = self.rule.block_size(folded.shape[1])
-            inputs = TokenScale(constant=1.0, group=group).nearest(moved) if self.rule.quantizes_input else moved
-            return _product(inputs, grid.nearest(folded))
-        if self.rule.granularity == "token":
+            return _product(TokenScale(constant=1.0, group=activation.size or 0).nearest(moved), grid.nearest(folded))
+        if activation.granularity == "token":
             return _product(TokenScale(constant=1.0, clip=clip, qtype=qtype).nearest(moved), grid.nearest(folded))
         limit = amax / qtype.qmax
         scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)

@@ -39,10 +39,10 @@ class Simulation:
         touching = touching_plans(result.sites)
         weights, biases = {}, {}
         for name in result.weight_scale:
-            qtype = assigned[name].weight
-            assert qtype is not None
+            scheme = assigned[name].scheme
+            assert scheme.weight is not None
             weight, plans = denoiser.weight(name), touching.get(name, [])
-            nearest = result.rounded(name, folded_weight(weight, name, plans), qtype)
+            nearest = result.rounded(name, folded_weight(weight, name, plans), scheme.weight.qtype)
             factor = folded_weight(np.ones_like(weight), name, plans)
             weights[name] = (nearest / factor).astype(np.float32)
             own = next((plan for plan in plans if name in plan.site.linears), None)

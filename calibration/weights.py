@@ -14,8 +14,8 @@ from dq_export.core.folding import folded_weight, touching_plans, work_bytes
 from dq_export.core.grid import WeightGrid
 from dq_export.core.network import Denoiser
 from dq_export.core.progress import Advance
-from dq_export.core.qtypes import FP8
 from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.scheme import Scheme
 
 from .parallel import parallel
 from .plugin import UNCHANGED, WeightPlugin
@@ -60,14 +60,14 @@ def round_weights(
         in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
         try:
             hessian = plugin.hessian(name, part.get(site), in_scale)
-            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name], hessian)
+            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name].scheme, hessian)
         except ValueError as error:
             return f"'{name}': {error}"
         if codes is None and plugin is not UNCHANGED:
             codes = grid.codes(weight)  # the graph holds the checkpoint's weights: codes of any others are kept
-        return grid, None if codes is None else _stored(codes, assigned[name])
+        return grid, None if codes is None else _stored(codes, assigned[name].scheme)
 
-    names = [name for name, rule in assigned.items() if rule.weight]
+    names = [name for name, rule in assigned.items() if rule.scheme.weight]
     made: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
     widths = [len(plan.in_scale) for plan in plans.values()] if recipe.rounding == "gptq" else []
     each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
@@ -88,7 +88,7 @@ def round_weights(
     )
 
 
-def _stored(codes: Float32, rule: Rule) -> npt.NDArray[np.int8]:
-    if rule.weight == FP8:
-        raise CalibrationError(f"{rule.action} keeps no codes of its own; take rounding rtn, and no plug-in")
+def _stored(codes: Float32, scheme: Scheme) -> npt.NDArray[np.int8]:
+    if scheme.weight is None or scheme.weight.qtype.mantissa:
+        raise CalibrationError(f"{scheme.name} keeps no codes of its own; take rounding rtn, and no plug-in")
     return codes.astype(np.int8)

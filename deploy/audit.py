@@ -6,19 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.core.recipe import Bits, Rule
+from dq_export.core.recipe import Rule
+from dq_export.core.scheme import Scheme
 from dq_export.passes.match import linears
 
 from .check import check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
-
-COUNTED = get_args(Bits)
-"""Actions that ask for a low-precision kernel; `weight-only` asks for small weights alone."""
 
 
 class AuditError(Exception):
@@ -33,6 +30,7 @@ class Gemm:
         name: module name, or the node's name where no weight is involved (attention).
         flops: multiply-adds times 2, for one sample.
         wanted: the recipe's action; `none` for GEMMs without a weight.
+        required: whether the recipe asks for a low-precision kernel.
         kernel: the operator that runs it after optimisation.
         integer: whether that operator has the recipe's precision: multiplies integers or 8-bit floats, or unpacks blocks.
         reason: why not, if the recipe wanted it to.
@@ -41,6 +39,7 @@ class Gemm:
     name: str
     flops: int
     wanted: str
+    required: bool
     kernel: str
     integer: bool
     reason: str = ""
@@ -55,7 +54,7 @@ class Audit:
     @property
     def coverage(self) -> float:
         """FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels."""
-        wanted = [gemm for gemm in self.gemms if gemm.wanted in COUNTED]
+        wanted = [gemm for gemm in self.gemms if gemm.required]
         return sum(g.flops for g in wanted if g.integer) / max(sum(g.flops for g in wanted), 1)
 
     @property
@@ -87,22 +86,23 @@ def audit_graph(
         if node.op_type not in ("MatMul", "Gemm", "Attention"):
             continue
         module = by_node.get(node)
-        wanted = assigned[module].action if module else _attention_action(node)
+        wanted, required = _wanted(assigned[module]) if module else _wanted_of_attention(node)
         kernel, integer = kernel_of(str(node.name))
-        reason = "" if integer or wanted not in COUNTED else why_float(node, kernel)
+        reason = "" if integer or not required else why_float(node, kernel)
         gemms.append(
             Gemm(
                 name=module or str(node.name),
                 flops=_flops(node, sizes),
                 wanted=wanted,
+                required=required,
                 kernel=kernel,
                 integer=integer,
                 reason=reason,
             )
         )
-    missing = [(name, rule.action) for name, rule in assigned.items() if rule.action in COUNTED and name not in found]
+    missing = [(name, rule.action) for name, rule in assigned.items() if rule.scheme.low_precision and name not in found]
     gemms += [
-        Gemm(name=name, flops=1, wanted=action, kernel="none", integer=False, reason="the graph has no such GEMM")
+        Gemm(name=name, flops=1, wanted=action, required=True, kernel="none", integer=False, reason="the graph has no such GEMM")
         for name, action in missing
     ]
     return Audit(gemms=tuple(gemms))
@@ -123,8 +123,8 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
-        rule = assigned.get(name)
-        unpacks = kernel in UNPACKING and rule is not None and rule.action in COUNTED and rule.activation is None
+        scheme = assigned[name].scheme if name in assigned else Scheme()
+        unpacks = kernel in UNPACKING and scheme.low_precision and scheme.graph_type is None
         return kernel, kernel in PRODUCTS - UNPACKING or unpacks
 
     @cache
@@ -148,11 +148,16 @@ def _load(path: Path) -> ir.Model:
         raise AuditError(f"{path}: not readable as ONNX; was it cut short? Export again") from error
 
 
-def _attention_action(node: ir.Node) -> str:
-    """`fp8` for a matmul of attention with both operands quantized, else `none`."""
+def _wanted(rule: Rule) -> tuple[str, bool]:
+    """The action, and whether it needs a low-precision kernel."""
+    return rule.action, rule.scheme.low_precision
+
+
+def _wanted_of_attention(node: ir.Node) -> tuple[str, bool]:
+    """The same for a matmul of attention, which has both operands quantized, in float8, or none."""
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     both = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
-    return "fp8" if both else "none"
+    return ("fp8", True) if both else ("none", False)
 
 
 def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:

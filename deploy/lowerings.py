@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dq_export.core.recipe import BLOCK_SIZES, RecipeError, Rule
+from dq_export.core.recipe import RecipeError, Rule
+from dq_export.core.scheme import BLOCK_SIZES
 
 Target = Literal["ort", "openvino", "trt"]
 Weights = Literal["channel", "blocks"]
@@ -39,8 +40,9 @@ class Lowering:
 
     def fits(self, rule: Rule) -> bool:
         """Whether a completed rule has this form."""
-        blocks = "channel" if rule.group_size == 0 or (rule.activation and not rule.two_level) else "blocks"
-        return rule.action in self.bits and rule.granularity == self.granularity and blocks == self.weights
+        weight = rule.scheme.weight
+        blocks = weight is not None and weight.granularity == self.weights
+        return rule.action in self.bits and rule.granularity == self.granularity and blocks
 
     def on(self, target: Target) -> str:
         """The target's cell."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.progress import Progress, Silent
-from dq_export.core.recipe import Bits, Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.core.scales import ScaleTable, TimestepBins
 from dq_export.deploy.backend import Backend, NotHereError
 
@@ -174,10 +174,9 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     if recipe.triton:
         _require_servable(recipe, backend)
         shared = False
-    own = (rule.model_copy(update={"action": recipe.bits}) if rule.quantizes_input else rule for rule in reference.rules)
     return recipe.model_copy(
         update={
-            "rules": (*front, *(own if recipe.rules is None else recipe.rules)),
+            "rules": (*front, *(reference.rules if recipe.rules is None else recipe.rules)),
             "provider": backend.provider if backend else None,
             "dtype": backend.dtype if backend else "fp32",
             "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
@@ -469,7 +468,7 @@ class Export:
 
     def _linear_report(self, name: str, calibration: CalibrationResult | None) -> LinearReport:
         rule = self.assigned[name]
-        plans = calibration.sites.values() if calibration and rule.action in get_args(Bits) else ()
+        plans = calibration.sites.values() if calibration and rule.scheme.low_precision else ()
         plan = next((plan for plan in plans if name in plan.site.linears), None)
         return LinearReport(
             name=name,

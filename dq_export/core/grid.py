@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .qtypes import INT8, QuantType
-from .recipe import Rule
+from .scheme import Scheme
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -57,26 +57,26 @@ class WeightGrid:
         return self.codes(weight) * self.steps(weight.shape[1])
 
 
-def cover(weight: Float32, rule: Rule) -> WeightGrid:
-    """The finest grid of the rule's form that clips nothing: amax / qmax of each channel or block; a zero one gets 1.
+def cover(weight: Float32, scheme: Scheme) -> WeightGrid:
+    """The finest grid of the scheme that clips nothing: amax / qmax of each channel or block; a zero one gets 1.
 
     Raises:
-        ValueError: the rule's blocks do not divide the width.
+        ValueError: the scheme's blocks do not divide the width.
     """
-    qtype, block = _form(weight, rule)
-    return _grid((_amax(weight, block) / qtype.qmax).astype(np.float32), qtype, block, two_level=rule.two_level, up=True)
+    qtype, block = _form(weight, scheme)
+    return _grid((_amax(weight, block) / qtype.qmax).astype(np.float32), qtype, block, two_level=scheme.two_level, up=True)
 
 
-def fit(weight: Float32, rule: Rule, importance: Float32 | None) -> WeightGrid:
+def fit(weight: Float32, scheme: Scheme, importance: Float32 | None) -> WeightGrid:
     """The grid of least squared error: each channel's or block's amax times the best of RATIOS.
 
     Args:
         importance: float32[K], the mean square of each input, by which its column's errors count; None: all alike.
 
     Raises:
-        ValueError: the rule's blocks do not divide the width.
+        ValueError: the scheme's blocks do not divide the width.
     """
-    qtype, block = _form(weight, rule)
+    qtype, block = _form(weight, scheme)
     amax = _amax(weight, block)
     size = weight.shape[1] // amax.shape[0]
     counts = np.ones(weight.shape[1], dtype=np.float32) if importance is None else importance
@@ -90,12 +90,12 @@ def fit(weight: Float32, rule: Rule, importance: Float32 | None) -> WeightGrid:
         found = error.reshape(len(weight), -1, size).sum(axis=2).T
         better = found < least
         best, least = np.where(better, candidate, best), np.where(better, found, least)
-    return _grid(best.astype(np.float32), qtype, block, two_level=rule.two_level, up=False)
+    return _grid(best.astype(np.float32), qtype, block, two_level=scheme.two_level, up=False)
 
 
-def _form(weight: Float32, rule: Rule) -> tuple[QuantType, int]:
-    assert rule.weight is not None
-    return rule.weight, rule.block_size(weight.shape[1])
+def _form(weight: Float32, scheme: Scheme) -> tuple[QuantType, int]:
+    assert scheme.weight is not None
+    return scheme.weight.qtype, scheme.block_size(weight.shape[1])
 
 
 def _amax(weight: Float32, block: int) -> Float32:

@@ -33,6 +33,11 @@ class QuantType:
     mantissa: int = 0
     least: int = 0
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a code takes in a file: ONNX packs types of up to 4 bits, and every other one here has a byte."""
+        return 4 if self.bits <= 4 else 8
+
     def round(self, values: Float32) -> Float32:
         """float32: each value (already divided by its scale) as the nearest code, ties to even, clipped."""
         if self.mantissa:

@@ -14,21 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .documents import DocumentError, printable, read_yaml, shown, shown_path
 from .network import Linear
 from .patterns import require_pattern, search
-from .qtypes import FP8, INT4, INT6, INT8, QuantType
-
-Bits = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8"]
-Action = Literal["w8a8", "w8a16", "w6a6", "w4a8", "w4a16", "w4a4", "fp8", "weight-only", "float"]
-Granularity = Literal["tensor", "token", "token-group"]
-ACTIVATION_TYPES: dict[str, QuantType] = {"w8a8": INT8, "w6a6": INT6, "w4a8": INT8, "w4a4": INT4, "fp8": FP8}
-"""By action: what the input is quantized to; the others leave it float."""
-WEIGHT_TYPES: dict[str, QuantType] = {
-    "w8a8": INT8, "w8a16": INT8, "w6a6": INT6, "w4a8": INT4, "w4a16": INT4, "w4a4": INT4, "fp8": FP8, "weight-only": INT8,
-}  # fmt: skip
-BLOCK_SIZES = (128, 64, 32, 16)
-"""Blocks along the input that kernels unpack themselves, the largest that divides a width first."""
-GROUP_SIZES = (64, 32, 16, 96, 128, 192, 288)
-"""Blocks along the input of int4 weights under quantized activations; any other that divides the width may be asked for."""
-
+from .scheme import BLOCK_SIZES, Action, Bits, Granularity, Scheme, scheme_of
 
 LONGEST_NAME = 200
 """Characters of a word that is compared with the valid ones."""
@@ -49,11 +35,11 @@ def nearest(word: str, valid: list[str]) -> str:
 class Rule(BaseModel):
     """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
 
-    Actions: `w8a8`: int8 weights (a scale per output channel) and int8 activations, integer GEMM; `w6a6`: the same with
-    codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the input, whose scales are whole multiples of the
-    channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as w8a8 in float8 E4M3; `w8a16` and `w4a16`:
-    weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as w8a16, for memory alone, whatever runs it;
-    `float`: left alone.
+    Actions: `bits`: whatever the recipe's `bits` names; `w8a8`: int8 weights (a scale per output channel) and int8
+    activations, integer GEMM; `w6a6`: the same with codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the
+    input, whose scales are whole multiples of the channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as
+    w8a8 in float8 E4M3; `w8a16` and `w4a16`: weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as
+    w8a16, for memory alone, whatever runs it; `float`: left alone.
 
     Args:
         granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
@@ -70,65 +56,29 @@ class Rule(BaseModel):
     group_size: int | None = Field(default=None, ge=0, le=65536)
 
     @property
-    def quantizes_input(self) -> bool:
-        """Whether the GEMM multiplies a quantized input."""
-        return self.action in ACTIVATION_TYPES
-
-    @property
-    def activation(self) -> QuantType | None:
-        """What the graph quantizes the input to, if at all; the kernel does where each group of a token has its own scale."""
-        return None if self.granularity == "token-group" else ACTIVATION_TYPES.get(self.action)
-
-    @property
-    def weight(self) -> QuantType | None:
-        """What the weight is quantized to, if at all."""
-        return WEIGHT_TYPES.get(self.action)
-
-    @property
-    def two_level(self) -> bool:
-        """Whether groups of int4 weights are multiplied up to 8-bit codes, which one integer GEMM takes."""
-        return self.activation is not None and self.weight == INT4
-
-    def block_size(self, width: int) -> int:
-        """Inputs that share a weight scale, of `width` in all; 0: one scale an output channel.
+    def scheme(self) -> Scheme:
+        """How the linears are quantized.
 
         Raises:
-            ValueError: no such blocks divide the width; the message says which do.
+            KeyError: the action is `bits`; `Recipe.complete` puts the recipe's in its place.
+            ValueError: no kernel can exist for the rule; see `Scheme`.
         """
-        if self.group_size == 0 or (self.group_size is None and self.activation is not None and not self.two_level):
-            return 0
-        least = 1 if self.weight == INT8 else 2  # TensorRT unpacks a single block of int4 outside the GEMM
-        sizes = GROUP_SIZES if self.two_level else BLOCK_SIZES
-        if self.group_size is None:
-            fitting = [size for size in sizes if width % size == 0 and width // size >= least]
-        else:
-            fitting = [self.group_size] if width % self.group_size == 0 else []
-        if not fitting:
-            asked = f"{self.group_size}" if self.group_size else f"{', '.join(map(str, sorted(sizes)))}"
-            if self.granularity == "token-group":
-                other = "choose granularity token" + (" with group_size 0" if self.weight == INT4 else "")
-            else:
-                other = "group_size 0 gives each output channel one scale" if self.two_level else "choose bits w8a8"
-            raise ValueError(f"its {width} inputs are not divided by {asked}; {other}, or leave it float with --exclude")
-        return fitting[0]
+        return scheme_of(self.action, self.granularity, self.group_size)
 
     def fitted(self, width: int) -> Rule:
-        """The rule for a linear of `width` inputs: where no block divides them, `weight-only` has a scale for each channel.
+        """The rule for a linear of `width` inputs, with the size of its blocks.
 
         Raises:
-            ValueError: see `block_size`; other actions have no kernel without blocks.
+            ValueError: see `Scheme` and `Scheme.fitted`.
         """
-        try:
-            if self.weight is not None:
-                self.block_size(width)
-        except ValueError:
-            if self.action != "weight-only" or self.group_size is not None:
-                raise
-            reason = (
-                f"no block of {min(BLOCK_SIZES)} to {max(BLOCK_SIZES)} divides its {width} inputs: one scale for each channel"
-            )
-            return self.model_copy(update={"group_size": 0, "reason": "; ".join(filter(None, [self.reason, reason]))})
-        return self
+        scheme, fitted = self.scheme, self.scheme.fitted(width)
+        if fitted == scheme or fitted.weight is None:
+            return self
+        reasons = [self.reason]
+        if fitted.weight.granularity == "channel":
+            sizes = f"{min(BLOCK_SIZES)} to {max(BLOCK_SIZES)}"
+            reasons.append(f"no block of {sizes} divides its {width} inputs: one scale for each channel")
+        return self.model_copy(update={"group_size": fitted.weight.size or 0, "reason": "; ".join(filter(None, reasons))})
 
     @field_validator("match")
     @classmethod
@@ -194,6 +144,15 @@ class Recipe(BaseModel):
         20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
     )
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
+
+    @property
+    def scheme(self) -> Scheme:
+        """What `bits`, `granularity` and `group_size` name, which rules with the action `bits` give their linears.
+
+        Raises:
+            ValueError: no kernel can exist for the three together; see `Scheme`.
+        """
+        return scheme_of(self.bits, self.granularity, self.group_size)
 
     @field_validator("bins")
     @classmethod
@@ -277,58 +236,65 @@ class Recipe(BaseModel):
             names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
         decided = {name: self.complete(self.decide(name)) for name in linears if name not in left}
-        for name, rule in decided.items():
-            kind = linears[name].kind
-            if rule.quantizes_input and kind == "modulation":
-                wrong.append(
-                    f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
-                )
-            if rule.action != "float" and kind == "edge":
-                wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
-        contradictions = list(dict.fromkeys(filter(None, map(_contradiction, decided.values()))))
-        wrong += contradictions or _fit(decided, linears)
-        if self.rounding == "gptq" and any(rule.action == "fp8" for rule in decided.values()):
-            wrong.append("fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse")
-        if not wrong and not any(rule.action in get_args(Bits) for rule in decided.values()):
-            wrong.append(f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less")
+        wrong += _misplaced(decided, linears)
+        wrong += _unfit(decided, linears)
         if wrong:
             raise RecipeError("\n".join(wrong))
-        return decided
+        fitted = {name: rule.fitted(linears[name].width) for name, rule in decided.items()}
+        if reason := self._unusable([rule.scheme for rule in fitted.values()]):
+            raise RecipeError(reason)
+        return fitted
 
     def complete(self, rule: Rule) -> Rule:
-        """The rule with the recipe's granularity and group size where it has none of its own."""
-        if rule.action in ("float", "weight-only"):
+        """The rule with the recipe's bits, granularity and group size where it has none of its own."""
+        action = self.bits if rule.action == "bits" else rule.action
+        preset = scheme_of(action)
+        if not preset.low_precision:
             return rule
         size = self.group_size if rule.group_size is None else rule.group_size
-        granularity = rule.granularity or self.granularity
-        return rule.model_copy(update={"granularity": granularity if rule.quantizes_input else None, "group_size": size})
+        granularity = None if preset.activation is None else rule.granularity or self.granularity
+        return rule.model_copy(update={"action": action, "granularity": granularity, "group_size": size})
+
+    def _unusable(self, schemes: list[Scheme]) -> str:
+        """Why the schemes of all linears together cannot be; empty if they can."""
+        weights = [scheme.weight for scheme in schemes if scheme.weight is not None]
+        if self.rounding == "gptq" and any(weight.qtype.mantissa for weight in weights):
+            return "fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse"
+        if not any(scheme.low_precision for scheme in schemes):
+            return f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less"
+        return ""
 
 
-def _fit(decided: dict[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
-    """Fit each rule to its linear's width, in place; returns what cannot be done."""
+def _misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Rules that a linear cannot have for its place in the network."""
+    wrong = []
+    for name, rule in decided.items():
+        kind, preset = linears[name].kind, scheme_of(rule.action)
+        if preset.activation is not None and kind == "modulation":
+            wrong.append(
+                f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
+            )
+        if preset.weight is not None and kind == "edge":
+            wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
+    return wrong
+
+
+def _unfit(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Rules that no kernel can run, or whose blocks do not divide the width of their linear; one line for each reason."""
+    impossible: dict[str, None] = {}
     unfit: dict[str, list[str]] = {}
     for name, rule in decided.items():
         try:
-            decided[name] = rule.fitted(linears[name].width)
+            scheme = rule.scheme
+        except ValueError as error:
+            impossible[str(error)] = None
+            continue
+        try:
+            scheme.fitted(linears[name].width)
         except ValueError as error:
             unfit.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
-    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
-
-
-def _contradiction(rule: Rule) -> str:
-    """What no backend can do of a completed rule, and the nearest that one can; empty if there is nothing."""
-    if rule.granularity == "token-group" and rule.action not in ("w8a8", "w4a8"):
-        return f"{rule.action} with granularity token-group: kernels round each token's groups to 8 bits; use w4a8, w8a8 or token"
-    if rule.granularity == "token-group" and rule.group_size == 0:
-        return "granularity token-group with group_size 0: give the groups a size, or use granularity token"
-    if rule.activation and rule.group_size and not rule.two_level:
-        return (
-            f"{rule.action} with group_size {rule.group_size}: an 8-bit integer GEMM has one weight scale an output channel; "
-            "use group_size 0, int4 weights (w4a8), or granularity token-group"
-        )
-    if rule.action in ("w8a16", "w4a16") and rule.group_size == 0:
-        return f"{rule.action} with group_size 0: only blocks are unpacked inside a GEMM; use group_size 128, 64, 32 or 16"
-    return ""
+    lines = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
+    return [*impossible, *lines]
 
 
 def _explain(item: Any, source: str) -> str:

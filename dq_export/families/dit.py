@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROW_REASON = "works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory"
 EDGE_REASON = "embedders and final projection stay float"
 RULES = (
-    Rule(match=r"^transformer_blocks\.\d+\.(attn1|ff)\.", action="w8a8"),
+    Rule(match=r"^transformer_blocks\.\d+\.(attn1|ff)\.", action="bits"),
     Rule(match=r"\.norm1\.linear$", action="weight-only", reason=ROW_REASON),
     Rule(match=r"\.emb\.|^proj_out_[12]$|^pos_embed", action="float", reason=EDGE_REASON),
 )

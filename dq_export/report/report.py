@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dq_export.core.recipe import Bits
+from dq_export.core.scheme import PRESETS
 
 if TYPE_CHECKING:
     from dq_export.deploy.audit import Audit
@@ -59,6 +59,7 @@ class GemmReport(_Part):
     name: str
     flops: int = Field(ge=0, le=2**63, description="for one sample")
     wanted: str = Field(description="the recipe's action; none for attention")
+    required: bool = Field(description="whether the recipe asks for a low-precision kernel")
     kernel: str = Field(description="the runtime's operator")
     integer: bool = Field(description="whether the operator has the precision that the recipe asks for")
     reason: str = Field(description="why not, where it should")
@@ -231,7 +232,7 @@ class Report(_Part):
         """Reasons for linears that stay float or weight-only, and how many have each."""
         counted: dict[str, int] = {}
         for linear in self.linears:
-            if linear.action not in get_args(Bits):
+            if not PRESETS[linear.action].low_precision:
                 label = f"{linear.action}: {linear.reason or 'rule ' + linear.rule}"
                 counted[label] = counted.get(label, 0) + 1
         return list(counted.items())

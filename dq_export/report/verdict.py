@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
-from dq_export.core.recipe import ACTIVATION_TYPES, Bits, Recipe
+from dq_export.core.recipe import Recipe
 from dq_export.deploy.audit import AuditError
 from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.parity import FLOAT_SQNR, ParityError
@@ -70,7 +68,7 @@ def _in_float(audit: AuditReport, least: float) -> list[str]:
     """Too little in low precision, and each GEMM that should be; nothing where the share is kept."""
     if audit.coverage >= least:
         return []
-    lost = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.wanted in get_args(Bits) and not g.integer]
+    lost = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.required and not g.integer]
     share = f"{audit.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires {least:.1%}"
     return [f"{share}. In float:", *(f"  {line}" for line in lost)]
 
@@ -86,13 +84,15 @@ def _advice(call: CallReport, recipe: Recipe) -> str:
             "The float graph differs from PyTorch before anything is quantized: its weights amplify float32 rounding, or an "
             "operator was exported wrongly; no option of quantization helps."
         )
-    activations = recipe.bits in ACTIVATION_TYPES and recipe.bits != "fp8"
+    weight, activation = recipe.scheme.weight, recipe.scheme.activation
+    table = activation is not None and activation.granularity == "tensor"
+    integers = weight is not None and not weight.qtype.mantissa
     fitting = [
-        ("--granularity token", activations and recipe.granularity == "tensor" and recipe.provider != "openvino"),
-        ("--rounding gptq", recipe.bits != "fp8" and recipe.rounding != "gptq"),
+        ("--granularity token", table and integers and recipe.provider != "openvino"),
+        ("--rounding gptq", integers and recipe.rounding != "gptq"),
         ("--scaling auto", recipe.scaling != "auto"),
-        ("--bins per-step", recipe.bits in ACTIVATION_TYPES and recipe.granularity == "tensor" and recipe.bins != "per-step"),
-        ("--bits w8a8", recipe.bits in ("w6a6", "w4a8", "w4a4")),
+        ("--bins per-step", table and recipe.bins != "per-step"),
+        ("--bits w8a8", activation is not None and weight is not None and min(activation.qtype.bits, weight.qtype.bits) < 8),
     ]
     options = [option for option, fits in fitting if fits]
     return (

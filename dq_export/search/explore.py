@@ -198,8 +198,8 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
     from dq_export.calibration.calibrate import calibrate
 
     found = {}
-    for rule in [rule for rule in space.choices if rule.weight is not None]:
-        name = "-".join(str(part) for part in (rule.action, rule.granularity, rule.group_size))
+    for rule in [rule for rule in space.choices if rule.scheme.low_precision]:
+        name = str(rule.scheme).replace(" ", "-")
         path = folder / "choices" / f"{name}.safetensors"
         recipe, start = uniform(base, space, rule), time.monotonic()
         watch.begin("calibrate", _label(rule))

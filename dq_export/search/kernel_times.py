@@ -106,7 +106,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
     gemm.outputs[0].dtype = ir.DataType.FLOAT
     graph = ir.Graph([x, t], [gemm.outputs[0]], nodes=[gemm], initializers=[stored], opset_imports={"": 21}, name="linear")
     model = ir.Model(graph, ir_version=10)
-    if rule.weight is not None:
+    if rule.scheme.weight is not None:
         result, assigned = _calibrated(weight, rule), {LINEAR: rule}
         canonical = (QuantizeWeights(result=result, assigned=assigned), InsertQdq(result=result, assigned=assigned))
         run_passes(model, (*canonical, *backend.legalise(shared=True, result=result)))
@@ -117,9 +117,10 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
 
 
 def _calibrated(weight: Float32, rule: Rule) -> CalibrationResult:
-    width, qtype, grid = weight.shape[1], rule.activation, cover(weight, rule)
+    width, scheme, grid = weight.shape[1], rule.scheme, cover(weight, rule.scheme)
     activation: ScaleTable | TokenScale | None = None
-    if qtype is not None and rule.granularity == "token":
+    qtype = scheme.graph_type
+    if qtype is not None and scheme.activation is not None and scheme.activation.granularity == "token":
         activation = TokenScale(constant=RANGE / qtype.qmax, qtype=qtype)
     elif qtype is not None:
         scale = np.asarray([RANGE / qtype.qmax] * 2, dtype=np.float32)

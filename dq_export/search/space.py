@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scheme import Scheme
 from dq_export.deploy.lowerings import Target, require_lowerings
 
 from ..families.reference import Reference
@@ -64,12 +65,12 @@ class Space:
 
     def quantizes(self, genome: Genome) -> bool:
         """Whether any site is quantized."""
-        return any(self.choices[choice].weight is not None for choice in genome)
+        return any(self.choices[choice].scheme.low_precision for choice in genome)
 
     def everywhere(self, rule: Rule) -> Genome:
         """One choice wherever its groups fit; elsewhere the first other that quantizes and fits."""
         index = self.choices.index(rule)
-        quantizes = np.asarray([choice.weight is not None for choice in self.choices])
+        quantizes = np.asarray([choice.scheme.low_precision for choice in self.choices])
         return tuple(index if row[index] else int(np.argmax(row & quantizes)) for row in self.allowed)
 
     def rules(self, genome: Genome) -> tuple[Rule, ...]:
@@ -92,7 +93,7 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], targ
         RecipeError: fewer than two choices are left.
     """
     assigned = recipe.assign(reference.linears)
-    sites = [site for site in reference.sites if assigned[site.linears[0]].quantizes_input]
+    sites = [site for site in reference.sites if assigned[site.linears[0]].scheme.activation]
     usable = tuple(rule for rule in choices if target is None or _runs(target, rule))
     shape = (len(sites), len(usable))
     allowed, size = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -100,8 +101,8 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], targ
         width = reference.weight(site.linears[0]).shape[1]
         outputs = sum(len(reference.weight(name)) for name in site.linears)
         for j, rule in enumerate(usable):
-            allowed[i, j] = not rule.group_size or width % rule.group_size == 0
-            size[i, j] = weight_bytes(rule, outputs, width) if allowed[i, j] else np.inf
+            allowed[i, j] = _fits(rule.scheme, width)
+            size[i, j] = weight_bytes(rule.scheme, outputs, width) if allowed[i, j] else np.inf
     if len(usable) < 2 or not sites:
         raise RecipeError(f"{len(usable)} choices for {len(sites)} inputs: nothing to search; choose another --format or model")
     chosen = {name for site in sites for name in site.linears}
@@ -111,7 +112,7 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], targ
         content = hashlib.sha256(np.ascontiguousarray(weight).tobytes()).digest() if name not in chosen else b""
         if content and content not in seen:  # the graph keeps one of equal weights
             seen.add(content)
-            rest += weight_bytes(rule, *weight.shape)
+            rest += weight_bytes(rule.scheme, *weight.shape)
     return Space(
         sites=tuple(site.name for site in sites),
         linears={site.name: site.linears for site in sites},
@@ -122,16 +123,23 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], targ
     )
 
 
-def weight_bytes(rule: Rule, outputs: int, width: int) -> float:
+def weight_bytes(scheme: Scheme, outputs: int, width: int) -> float:
     """Bytes of a weight[outputs, width] as the graph stores it: codes, scales, multipliers, zero points."""
-    if rule.weight is None:
+    if scheme.weight is None:
         return float(FLOAT * outputs * width)
-    bits = 8 if rule.weight.bits > 4 else rule.weight.bits
-    block = rule.block_size(width)
+    bits, block = scheme.weight.qtype.stored_bits, scheme.block_size(width)
     blocks = width // block if block else 1
-    if rule.two_level:
+    if scheme.two_level:
         return outputs * (width * bits / 8 + (blocks if block else 0) + FLOAT + 1)
     return outputs * (width * bits / 8 + blocks * (FLOAT + bits / 8))
+
+
+def _fits(scheme: Scheme, width: int) -> bool:
+    try:
+        scheme.fitted(width)
+    except ValueError:
+        return False
+    return True
 
 
 def _runs(target: Target, rule: Rule) -> bool:

@@ -59,7 +59,7 @@ class Trajectories:
         """
         simulations = []
         for rule in space.choices:
-            if rule.weight is None:
+            if not rule.scheme.low_precision:
                 simulations.append(Simulation(weights={}, biases={}, plans={}))
             else:
                 assigned = uniform(recipe, space, rule).assign(reference.linears)

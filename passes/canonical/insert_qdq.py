@@ -91,7 +91,7 @@ class InsertQdq(GraphPass):
         return changed
 
     def _readers(self, found: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
-        gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].activation]
+        gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].scheme.graph_type]
         return [gemm for gemm in gemms if not _dequantized(gemm.inputs[0])]
 
 

@@ -38,7 +38,7 @@ class LiftModulation(GraphPass):
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         for name, linear in linears(model).items():
-            if linear.gemm.op_type != "Gemm" or self.assigned[name].action != "weight-only":
+            if linear.gemm.op_type != "Gemm" or not self.assigned[name].scheme.for_memory:
                 continue
             split = only_user(linear.output)
             if split is None or split.op_type != "Split" or not all(_unsqueezed(chunk) for chunk in split.outputs):

@@ -49,12 +49,12 @@ class QuantizeWeights(GraphPass):
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         for name, linear in linears(model).items():
-            qtype = self.assigned[name].weight
-            if qtype is None:
+            scheme = self.assigned[name].scheme
+            if scheme.weight is None:
                 skipped.append(f"'{name}': {self.assigned[name].reason or 'float in the recipe'} (case 1)")
             elif stored(linear.gemm.inputs[1]) is not None:
-                grid, codes = self.result.grid(name, qtype), self.result.codes.get(name)
-                _quantize(model.graph, linear, grid, codes, widened=self.assigned[name].two_level)
+                grid, codes = self.result.grid(name, scheme.weight.qtype), self.result.codes.get(name)
+                _quantize(model.graph, linear, grid, codes, widened=scheme.two_level)
                 changed.append(f"'{name}' {self.assigned[name].action}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 

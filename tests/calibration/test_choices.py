@@ -14,10 +14,11 @@ from dq_export.calibration.collect import SiteStatistics
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
 from dq_export.calibration.scaling import choose_scaling, dilate, smooth
 from dq_export.core.grid import cover
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.scheme import PRESETS, scheme_of
 
 RECIPE = Recipe(model="m")
-W8A8 = Rule(match="", action="w8a8")
+W8A8 = PRESETS["w8a8"]
 SCALES = st.lists(st.floats(0.1, 10), min_size=1, max_size=8).map(lambda s: np.asarray(s, dtype=np.float32))
 
 
@@ -104,10 +105,10 @@ def test_mse_is_near_the_brute_force_optimum() -> None:
 def test_weight_scales_clip_nothing() -> None:
     weight = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     weight[2] = 0
-    scale = cover(weight, Rule(match="", action="w8a8")).scale
+    scale = cover(weight, PRESETS["w8a8"]).scale
     assert scale[2] == 1
     assert np.allclose(np.abs(weight).max(axis=1)[[0, 1, 3]], (scale * 127)[[0, 1, 3]], rtol=1e-6)
-    blocks = cover(weight, Rule(match="", action="weight-only", group_size=4)).scale
+    blocks = cover(weight, scheme_of("weight-only", group_size=4)).scale
     assert blocks.shape == (2, 6)
     assert blocks[1, 3] == np.float32(np.abs(weight[3, 4:]).max() / 127)
 
@@ -160,7 +161,7 @@ def outliers() -> tuple[SiteStatistics, np.ndarray]:
 def chosen(scaling: str, **options: object) -> tuple[str, float]:
     found, weight = outliers()
     recipe = Recipe.parse({"model": "m", "scaling": scaling, **options}, "test")
-    result = choose_scaling(found, weight, recipe, quantized=np.ones(16, dtype=bool), rule=W8A8)
+    result = choose_scaling(found, weight, recipe, quantized=np.ones(16, dtype=bool), scheme=W8A8)
     return result.method, result.error
 
 
@@ -175,7 +176,7 @@ def test_auto_prefers_none_on_a_tie() -> None:
     rows = np.eye(4, dtype=np.float32)[np.arange(40) % 4] * 127
     rows[::2] *= -1
     weight = np.eye(4, dtype=np.float32)
-    result = choose_scaling(statistics(rows), weight, RECIPE, quantized=np.ones(4, dtype=bool), rule=W8A8)
+    result = choose_scaling(statistics(rows), weight, RECIPE, quantized=np.ones(4, dtype=bool), scheme=W8A8)
     assert result.method == "none"  # every candidate is exact here, but for the rounding of float32 scales
     assert result.error < 1e-15
 
@@ -183,7 +184,7 @@ def test_auto_prefers_none_on_a_tie() -> None:
 def test_a_shift_centres_one_sided_channels() -> None:
     rows = np.random.default_rng(2).uniform(10, 12, size=(200, 8)).astype(np.float32)
     recipe = Recipe(model="m", scaling="none", shift=True)
-    result = choose_scaling(statistics(rows), np.eye(8, dtype=np.float32), recipe, quantized=np.ones(8, dtype=bool), rule=W8A8)
+    result = choose_scaling(statistics(rows), np.eye(8, dtype=np.float32), recipe, quantized=np.ones(8, dtype=bool), scheme=W8A8)
     assert np.abs(result.in_shift - 11).max() < 0.1
     assert statistics(rows).amax(result.in_scale, result.in_shift)[0] == pytest.approx(1, rel=0.02)
 

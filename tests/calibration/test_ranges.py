@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
 from dq_export.core.grid import cover
 from dq_export.core.qtypes import Blocked, PerAxis
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.scheme import PRESETS, scheme_of
 
 CELLS = 2048
 VALUES = arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)).filter(
@@ -108,8 +109,8 @@ WEIGHTS = arrays(
 
 @given(WEIGHTS, st.sampled_from([1, 3, 4, 12]))
 def test_weight_scales_are_the_least_that_clip_nothing(weight: np.ndarray, block_size: int) -> None:
-    rows = cover(weight, Rule(match="", action="w8a8")).scale
-    blocks = cover(weight, Rule(match="", action="weight-only", group_size=block_size)).scale
+    rows = cover(weight, PRESETS["w8a8"]).scale
+    blocks = cover(weight, scheme_of("weight-only", group_size=block_size)).scale
     # The shape that ONNX wants for weight[in, out]: a scale for each column, or for each run of inputs of each column.
     assert rows.shape == PerAxis(axis=1).scale_shape(weight.T.shape)
     assert blocks.shape == Blocked(axis=0, block_size=block_size).scale_shape(weight.T.shape)

@@ -19,13 +19,14 @@ from dq_export.calibration.parallel import SPACE, parallel
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.core.folding import folded_weight
 from dq_export.core.grid import cover
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scales import TokenScale
+from dq_export.core.scheme import scheme_of
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
-W4 = Rule(match="", action="w4a16", group_size=32)
+W4 = scheme_of("w4a16", group_size=32)
 
 
 def correlated(rows: int, seed: int, width: int = 64) -> np.ndarray:
@@ -91,16 +92,12 @@ def test_a_hessian_of_another_size_or_not_finite_is_refused(hessian: np.ndarray)
         compensate(weight, cover(weight, W4), hessian.astype(np.float32))
 
 
-def rules_of(reference: Reference, bits: str) -> Any:
-    return tuple(rule.model_copy(update={"action": bits}) if rule.quantizes_input else rule for rule in reference.rules)
-
-
 def sampling_of(reference: Reference, recipe: Recipe) -> Sampling:
     return Sampling(calib_size=recipe.calib_size, steps=recipe.steps, seed=0, guidance=2.0, classes=reference.classes)
 
 
 def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
-    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), granularity="token", scaling="smooth")
+    recipe = recipe_of(tiny, bits="w4a8", granularity="token", scaling="smooth")
     plans = calibrate_tiny(tiny, recipe)[0].sites
     sampling = sampling_of(tiny, recipe)
     seen: dict[str, list[np.ndarray]] = {name: [] for name in plans}
@@ -137,7 +134,7 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
 def test_gptq_and_the_fitted_grid_bring_the_network_nearer(bits: str, tiny: Reference, tiny_onnx: Path) -> None:
     found = {}
     for rounding in ROUNDINGS:
-        result, assigned = calibrate_tiny(tiny, recipe_of(tiny, rules=rules_of(tiny, bits), rounding=rounding, calib_size=8))
+        result, assigned = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, rounding=rounding, calib_size=8))
         assert bool(result.codes) == (rounding == "gptq")
         graph = load_graph(tiny_onnx)
         run_passes(graph, canonical_passes(result, assigned))
@@ -148,7 +145,7 @@ def test_gptq_and_the_fitted_grid_bring_the_network_nearer(bits: str, tiny: Refe
 
 
 def test_stored_codes_are_what_the_graph_holds(tiny: Reference, tiny_onnx: Path) -> None:
-    result, assigned = calibrate_tiny(tiny, recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="gptq"))
+    result, assigned = calibrate_tiny(tiny, recipe_of(tiny, bits="w4a8", rounding="gptq"))
     graph = load_graph(tiny_onnx)
     run_passes(graph, canonical_passes(result, assigned))
     for name, codes in result.codes.items():
@@ -158,9 +155,8 @@ def test_stored_codes_are_what_the_graph_holds(tiny: Reference, tiny_onnx: Path)
 
 
 def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny_onnx: Path) -> None:
-    rules = rules_of(tiny, "w4a4")
     result, assigned = calibrate_tiny(
-        tiny, recipe_of(tiny, rules=rules, granularity="token", bias_correction=True, calib_size=16)
+        tiny, recipe_of(tiny, bits="w4a4", granularity="token", bias_correction=True, calib_size=16)
     )
     rows: dict[str, list[np.ndarray]] = {name: [] for name in result.sites}
     with tiny.observe(lambda name, value: rows[name].append(value.numpy().copy())):
@@ -222,7 +218,7 @@ class Watched:
 
 def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int, dict[str, np.ndarray]]:
     """Of a calibration with GPTQ: runs over the pictures, the most Hessians at once, and the codes."""
-    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="gptq", scaling="none")
+    recipe = recipe_of(tiny, bits="w4a8", rounding="gptq", scaling="none")
     assigned, sampling, plugin = recipe.assign(tiny.linears), sampling_of(tiny, recipe), Watched()
     runs, most = 0, 0
 
@@ -249,7 +245,7 @@ def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_pa
 
 
 def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a8"), rounding="mse", scaling="none")
+    recipe = recipe_of(tiny, bits="w4a8", rounding="mse", scaling="none")
     sampling, seen = sampling_of(tiny, recipe), []
     calibrate(
         tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda *place: seen.append(place), tmp_path, space=8 * 32 * 32
@@ -305,7 +301,7 @@ class Halved:
 def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
     rounding: str, tiny: Reference, tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tiny, rules=rules_of(tiny, "w4a16"), rounding=rounding, scaling="none")
+    recipe = recipe_of(tiny, bits="w4a16", rounding=rounding, scaling="none")
     assigned = recipe.assign(tiny.linears)
     watch = lambda done, total: None  # noqa: E731
     result = calibrate(tiny, recipe, assigned, sampling_of(tiny, recipe), {}, watch, tmp_path, plugin=Halved())
@@ -313,9 +309,9 @@ def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
     graph = load_graph(tiny_onnx)
     run_passes(graph, canonical_passes(result, assigned))
     for name, rule in assigned.items():
-        if rule.weight is None:
+        if rule.scheme.weight is None:
             continue
-        expected = ROUNDINGS[rounding](tiny.weight(name) / 2, rule, np.eye(tiny.weight(name).shape[1], dtype=np.float32))
+        expected = ROUNDINGS[rounding](tiny.weight(name) / 2, rule.scheme, np.eye(tiny.weight(name).shape[1], dtype=np.float32))
         np.testing.assert_array_equal(result.weight_scale[name], expected[0].scale)
         held = graph.graph.initializers[f"{name}.weight_codes"].const_value
         assert held is not None
@@ -325,4 +321,4 @@ def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
 
 def test_float8_is_not_rounded_by_gptq(tiny: Reference) -> None:
     with pytest.raises(RecipeError, match="float8 codes are rounded to nearest; use rounding rtn or mse"):
-        recipe_of(tiny, rules=rules_of(tiny, "fp8"), rounding="gptq").assign(tiny.linears)
+        recipe_of(tiny, bits="fp8", rounding="gptq").assign(tiny.linears)

@@ -12,10 +12,11 @@ from hypothesis.extra.numpy import arrays
 
 from dq_export.calibration.collect import SiteStatistics
 from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, balance, choose_scaling, dilate, equalize, smooth
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.scheme import PRESETS
 
 # 2^-10 … 8 or 0: no column then needs more than the largest scale, so that every formula below holds as written.
-W8A8 = Rule(match="", action="w8a8")
+W8A8 = PRESETS["w8a8"]
 ELEMENT = st.one_of(st.just(0.0), st.floats(2**-10, 8, width=32), st.floats(-8, -(2**-10), width=32))
 WEIGHT = arrays(np.float32, st.tuples(st.integers(1, 4), st.just(5)), elements=ELEMENT)
 ACTIVATION = arrays(np.float32, 5, elements=st.one_of(st.just(0.0), st.floats(2**-10, 64, width=32)))
@@ -107,7 +108,7 @@ def output_error(found: SiteStatistics, weight: np.ndarray, in_scale: np.ndarray
 
 def choose(found: SiteStatistics, weight: np.ndarray, **options: Any) -> Scaling:
     recipe = Recipe.parse({"model": "m", **options}, "test")
-    return choose_scaling(found, weight, recipe, quantized=np.ones(len(weight), dtype=bool), rule=W8A8)
+    return choose_scaling(found, weight, recipe, quantized=np.ones(len(weight), dtype=bool), scheme=W8A8)
 
 
 # Float32 puts an occasional value that lies between two codes on the other one: of 48 rows by 8 codes hardly any.
@@ -185,7 +186,7 @@ def test_rows_that_stay_float_have_no_say(scaling: str) -> None:
     found, weight = two_steps()
     recipe = Recipe.parse({"model": "m", "scaling": scaling}, "test")
     loud = np.concatenate([weight, np.full((2, 8), 1e4, dtype=np.float32)])
-    mixed = choose_scaling(found, loud, recipe, quantized=np.arange(8) < 6, rule=W8A8)
+    mixed = choose_scaling(found, loud, recipe, quantized=np.arange(8) < 6, scheme=W8A8)
     alone = choose(found, weight, scaling=scaling)
     np.testing.assert_array_equal(mixed.in_scale, alone.in_scale)
     np.testing.assert_array_equal(mixed.in_shift, alone.in_shift)

@@ -21,8 +21,7 @@ from dq_export.passes.pipeline import canonical_passes
 
 
 def calibrated(reference: Reference, bits: str, **options: Any) -> Any:
-    rules = tuple(rule.model_copy(update={"action": bits}) if rule.quantizes_input else rule for rule in reference.rules)
-    return calibrate_tiny(reference, recipe_of(reference, rules=rules, **options))
+    return calibrate_tiny(reference, recipe_of(reference, bits=bits, **options))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dq_export.core.network import Linear
 from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scheme import scheme_of
 
 LINEARS = {
     name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
@@ -196,9 +197,9 @@ def of_width(width: int) -> dict[str, Linear]:
 
 def test_weight_only_without_blocks_that_divide_the_width_has_a_scale_for_each_channel() -> None:
     rule = recipe(*GOOD).assign(of_width(36))["blocks.0.mod"]
-    assert (rule.block_size(36), rule.group_size) == (0, 0)
+    assert (rule.scheme.block_size(36), rule.group_size) == (0, 0)
     assert rule.reason == "rows; no block of 16 to 128 divides its 36 inputs: one scale for each channel"
-    assert recipe(*GOOD).assign(of_width(48))["blocks.0.mod"].block_size(48) == 16
+    assert recipe(*GOOD).assign(of_width(48))["blocks.0.mod"].scheme.block_size(48) == 16
     asked = (GOOD[0], Rule(match="mod", action="weight-only", group_size=16), GOOD[2])
     with pytest.raises(RecipeError, match=r"'blocks.0.mod' to weight-only: its 36 inputs are not divided by 16; "):
         recipe(*asked).assign(of_width(36))
@@ -227,4 +228,12 @@ def test_bits_whose_blocks_the_width_does_not_allow_are_refused_with_the_remedy(
     if "granularity" in remedy:
         followed["granularity"] = "token"
     again = recipe(*GOOD) if "w8a8" in remedy else asked.model_copy(update=followed)
-    assert again.assign(of_width(36))["blocks.0.q"].block_size(36) == 0
+    assert again.assign(of_width(36))["blocks.0.q"].scheme.block_size(36) == 0
+
+
+def test_a_rule_with_the_action_bits_takes_the_recipes_own() -> None:
+    rules = (Rule(match=r"\.q$", action="bits", granularity="token"), *GOOD[1:])
+    asked = Recipe.parse({"model": "m", "bits": "w4a8", "group_size": 32}, "here").model_copy(update={"rules": rules})
+    rule = asked.assign(LINEARS)["blocks.0.q"]
+    assert (rule.action, rule.scheme) == ("w4a8", scheme_of("w4a8", "token", 32))
+    assert Recipe.parse(yaml.safe_load(asked.dump()), "here") == asked  # the file keeps the word

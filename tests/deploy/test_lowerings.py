@@ -37,8 +37,7 @@ def name_of(cell: Any) -> str:
 def recipe_for(row: Lowering, bits: str, reference: Reference, **options: Any) -> Recipe:
     size = 0 if row.weights == "channel" and bits.startswith("w4") else None
     chosen = {} if row.granularity is None else {"granularity": row.granularity}
-    rules = tuple(rule.model_copy(update={"action": bits}) if rule.quantizes_input else rule for rule in reference.rules)
-    return recipe_of(reference, rules=rules, bits=bits, group_size=size, scaling="smooth", bins="per-step", **chosen, **options)
+    return recipe_of(reference, bits=bits, group_size=size, scaling="smooth", bins="per-step", **chosen, **options)
 
 
 def quantized_graph(calibrated: Any, source: Path, backend: Any, target: Path, *, shared: bool) -> Path:
@@ -157,9 +156,8 @@ def test_a_form_that_a_backend_refuses_names_the_nearest(options: dict[str, Any]
     ],
 )
 def test_a_form_that_contradicts_itself_is_refused_by_the_recipe(options: dict[str, Any], message: str, tiny: Reference) -> None:
-    rules = tuple(rule.model_copy(update={"action": options["bits"]}) if rule.quantizes_input else rule for rule in tiny.rules)
     with pytest.raises(RecipeError, match=message):
-        recipe_of(tiny, rules=rules, **options).assign(tiny.linears)
+        recipe_of(tiny, **options).assign(tiny.linears)
 
 
 def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_path: Path) -> None:

@@ -191,8 +191,7 @@ def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
 
 
 def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
-    rules = tuple(rule.model_copy(update={"action": "w4a16"}) if rule.activation else rule for rule in tiny.rules)
-    calibrated = calibrate_tiny(tiny, recipe_of(tiny, rules=rules, scaling="none"))
+    calibrated = calibrate_tiny(tiny, recipe_of(tiny, bits="w4a16", scaling="none"))
     assert calibrated[0].sites == {}  # nothing is sampled: only weights are quantized
     model = quantized(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True, result=calibrated[0]))
     audit = audited(model, calibrated)

@@ -38,10 +38,6 @@ def rtx(dtype: str = "fp16", **options: Any) -> TensorRt:
     return TensorRtRtx(dtype=dtype, targets=TARGETS, **options)
 
 
-def rules_of(reference: Reference, bits: str) -> Any:
-    return tuple(rule.model_copy(update={"action": bits}) if rule.activation else rule for rule in reference.rules)
-
-
 def legalised(path: Path, calibrated: Any, backend: TensorRt, target: Path) -> Path:
     graph = load_graph(path)
     graph.ir_version = 10
@@ -54,7 +50,7 @@ def legalised(path: Path, calibrated: Any, backend: TensorRt, target: Path) -> P
 def calibrations(tiny: Reference) -> dict[str, Any]:
     found = {}
     for bits in ("w8a8", "fp8", "w4a16"):
-        found[bits] = calibrate_tiny(tiny, recipe_of(tiny, rules=rules_of(tiny, bits), scaling="smooth", bins="per-step"))
+        found[bits] = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, scaling="smooth", bins="per-step"))
     return found
 
 
@@ -92,7 +88,7 @@ def test_every_gemm_of_the_recipe_is_low_precision_in_the_plan(
 def test_attention_in_float8_is_one_fused_kernel(bits: str, tmp_path: Path) -> None:
     reference = load_reference(str(save_tiny(tmp_path, sample_size=16)))  # 64 tokens: of 16 the builder fuses none
     reference.export_onnx(tmp_path / "float.onnx", shared=False)
-    recipe = recipe_of(reference, rules=rules_of(reference, bits), attention="fp8", bins="per-step")
+    recipe = recipe_of(reference, bits=bits, attention="fp8", bins="per-step")
     calibrated = calibrate_tiny(reference, recipe)
     model = legalised(tmp_path / "float.onnx", calibrated, rtx(), tmp_path / "model.onnx")
     audit = rtx().audit(rtx().build(model, tmp_path / "engine"), calibrated[1])

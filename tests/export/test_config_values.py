@@ -183,5 +183,6 @@ def test_every_network_of_the_ranges_loads_computes_and_has_a_recipe(
     assert np.isfinite(output).all()
     assigned = recipe_of(reference).assign(reference.linears)
     for name, rule in assigned.items():
-        assert rule.weight is None or reference.weight(name).shape[1] % (rule.block_size(reference.linears[name].width) or 1) == 0
+        width = reference.linears[name].width
+        assert reference.weight(name).shape[1] % (rule.scheme.block_size(width) or 1) == 0
     assert len(reference.timesteps(4)) == 4

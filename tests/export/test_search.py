@@ -14,6 +14,7 @@ import pytest
 from conftest import save_tiny
 
 from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scheme import PRESETS, scheme_of
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.output_folder import OutputError
@@ -33,7 +34,7 @@ SIZE = np.asarray([4.0, 2.0, 1.0, 0.5]) * RANDOM.uniform(0.5, 2, (SITES, 1))
 
 def problem() -> Space:
     names = tuple(f"s{i}" for i in range(SITES))
-    rules = tuple(Rule(match="", action="w8a8", group_size=i) for i in range(CHOICES))
+    rules = tuple(Rule(match=str(i), action="w8a8") for i in range(CHOICES))
     allowed = np.ones((SITES, CHOICES), dtype=bool)
     return Space(sites=names, linears={name: (name,) for name in names}, choices=rules, allowed=allowed, size=SIZE)
 
@@ -307,10 +308,10 @@ def test_the_space_leaves_out_what_does_not_divide_or_run(folder: Path) -> None:
 
 
 def test_bytes_of_a_weight() -> None:
-    assert weight_bytes(Rule(match="", action="float"), 10, 64) == 4 * 640
-    assert weight_bytes(Rule(match="", action="w8a8", group_size=0), 10, 64) == 640 + 10 * 5
-    assert weight_bytes(Rule(match="", action="w4a8", granularity="token", group_size=32), 10, 64) == 320 + 10 * (2 + 5)
-    assert weight_bytes(Rule(match="", action="w4a16", group_size=32), 10, 64) == 320 + 20 * 4.5
+    assert weight_bytes(PRESETS["float"], 10, 64) == 4 * 640
+    assert weight_bytes(PRESETS["w8a8"], 10, 64) == 640 + 10 * 5
+    assert weight_bytes(scheme_of("w4a8", "token", 32), 10, 64) == 320 + 10 * (2 + 5)
+    assert weight_bytes(scheme_of("w4a16", group_size=32), 10, 64) == 320 + 20 * 4.5
 
 
 SVG = "{http://www.w3.org/2000/svg}"

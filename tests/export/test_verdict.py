@@ -19,8 +19,10 @@ def call(stage: str, sqnr: float, timestep: float = 1) -> CallReport:
 
 
 def report(*calls: CallReport, integer: bool = True) -> Report:
-    gemm = GemmReport(name="blocks.0.to_q", flops=8, wanted="w8a8", kernel="MatMul", integer=integer, reason="no zero point")
-    other = GemmReport(name="attention", flops=8, wanted="none", kernel="MatMul", integer=False, reason="")
+    gemm = GemmReport(
+        name="blocks.0.to_q", flops=8, wanted="w8a8", required=True, kernel="MatMul", integer=integer, reason="no zero point"
+    )
+    other = GemmReport(name="attention", flops=8, wanted="none", required=False, kernel="MatMul", integer=False, reason="")
     audit = AuditReport(coverage=float(integer), integer_share=integer / 2, gemms=[gemm, other])
     return Report(
         model="m", digest="0" * 64, sampler="s", guidance_scale=1, timesteps="shared", machine="", versions={}, seconds={},

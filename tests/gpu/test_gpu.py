@@ -30,8 +30,7 @@ def test_a_plan_computes_what_its_graph_does(
         pytest.skip("no NVIDIA GPU")
     if importlib.util.find_spec(kind.module) is None:
         pytest.skip(f"{kind.module} is not installed")
-    rules = tuple(rule.model_copy(update={"action": bits}) if rule.activation else rule for rule in tiny.rules)
-    result, assigned = calibrate_tiny(tiny, recipe_of(tiny, rules=rules, bins="per-step"))
+    result, assigned = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, bins="per-step"))
     backend = kind(dtype, targets=(target,) if kind is TensorRtRtx else ())
     graph = load_graph(tiny_onnx_per_sample)
     graph.ir_version = 10

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from dq_export.core.recipe import Rule
 from dq_export.core.scheme import Scheme
 from dq_export.passes.match import linears
+from dq_export.passes.names import origin
 
 from .check import check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
@@ -119,7 +120,7 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
     Raises:
         AuditError: one of the two files is damaged.
     """
-    kernels = {str(node.name).split("/")[0]: node.op_type for node in _load(optimized).graph}
+    kernels = {origin(str(node.name)): node.op_type for node in _load(optimized).graph}
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")

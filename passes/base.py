@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-STAMP = "dq_export.pass"
+from .names import PASS, PASSES
 
 
 class GraphError(Exception):
@@ -39,9 +39,13 @@ class GraphPass(ir.passes.InPlacePass):
 
     A pass applies what calibration decided; it never chooses a number. `rewrite` must do nothing on a graph that it
     has already rewritten.
+
+    `after` and `before` name passes that must not follow or precede this one in a list that has both.
     """
 
     name: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> PassReport:
@@ -52,6 +56,25 @@ class GraphPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(self.rewrite(model).changed))
 
 
+def check_order(passes: Sequence[GraphPass]) -> None:
+    """Let a list of passes through whose order agrees with what each declares.
+
+    Raises:
+        GraphError: passes in a wrong order, or declarations that name no pass; all of them in one message.
+    """
+    place = {item.name: index for index, item in enumerate(passes)}
+    wrong = []
+    for item in passes:
+        for name in (*item.after, *item.before):
+            if name not in place and name not in PASSES:
+                wrong.append(f"pass {item.name} declares its place by '{name}', and no pass is called that")
+        here = place[item.name]
+        wrong += [f"pass {item.name} must come after {name}" for name in item.after if place.get(name, here) > here]
+        wrong += [f"pass {item.name} must come before {name}" for name in item.before if place.get(name, here) < here]
+    if wrong:
+        raise GraphError("; ".join(wrong) + f"; the list is {', '.join(place)}")
+
+
 def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "") -> list[PassReport]:
     """Apply passes in order; each is checked for what it may not do.
 
@@ -60,11 +83,17 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "
     removed and the nodes sorted.
 
     Args:
-        stop_after: stop behind the pass of this name, to find by bisection the pass that broke parity.
+        stop_after: stop behind the pass of this name.
 
     Raises:
-        GraphError: a pass broke the contract, or `stop_after` names no pass of the list.
+        GraphError: the order is not what the passes declare, or `stop_after` names no pass of the list, before anything
+            runs; a pass broke the contract.
     """
+    passes = list(passes)
+    check_order(passes)
+    names = [item.name for item in passes]
+    if stop_after and stop_after not in names:
+        raise GraphError(f"no pass is called '{stop_after}'; the passes are {names}")
     reports = []
     interface = _interface(model)
     for item in passes:
@@ -74,7 +103,7 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "
         TopologicalSortPass()(model)
         for node in model.graph:
             if node not in before:
-                node.metadata_props[STAMP] = item.name
+                PASS.write(node, item.name)
         if _interface(model) != interface:
             raise GraphError(f"pass {item.name} changed the graph's inputs or outputs: {interface} -> {_interface(model)}")
         _check(model, item.name)
@@ -83,9 +112,7 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "
             raise GraphError(f"pass {item.name} is not idempotent: a second run changed {again.changed[0]}")
         reports.append(report)
         if item.name == stop_after:
-            return reports
-    if stop_after:
-        raise GraphError(f"no pass is called '{stop_after}'; the passes are {[r.name for r in reports]}")
+            break
     return reports
 
 

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from dq_export.core.qtypes import QuantType
 
 from .base import GraphError, computed_initializer, constant, like, redirect, stored
+from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "transformer."
-STAMP_FACTOR = "dq_export.factor"
 Float32 = npt.NDArray[np.float32]
 ELEMENT_TYPES = {
     "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
@@ -54,7 +54,7 @@ class LinearNode:
         if self.gemm.op_type == "Gemm":
             return None
         user = only_user(self.gemm.outputs[0])
-        if user is not None and user.op_type == "Mul" and STAMP_FACTOR in user.metadata_props:
+        if user is not None and user.op_type == "Mul" and FACTOR.read(user):
             user = only_user(user.outputs[0])
         if user is None or user.op_type != "Add" or module_of(user) != module_of(self.gemm):
             return None

@@ -1,7 +1,8 @@
-"""The order of the passes, each with the reason for its place."""
+"""The lists of passes that every export and every backend share; each pass declares its place."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from dq_export.core.artifacts import CalibrationResult
@@ -22,16 +23,25 @@ from .legalise.factor_scale import FactorScale
 
 def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
     """From the exported float graph to the canonical Q/DQ graph in direct form."""
-    narrow = any(plan.activation and plan.activation.qtype.bits < EIGHT for plan in result.sites.values())
-    clipped = (FactorScale(), ClipCodes(result=result)) if narrow else ()  # a Clip takes constants
     return (
-        FoldTranspose(),  # first: a linear's weight is then an initializer
-        MergeDuplicates(),  # early: names every GEMM, and later passes see each linear once
-        AbsorbOne(),  # before fold_scaling, which divides the rows that hold the 1
-        FoldScaling(result=result),  # on float weights, so before they become codes
-        LiftModulation(assigned=assigned),  # after fold_scaling, which looks for the Split of the Gemm
-        CorrectBias(result=result),  # after fold_scaling, whose bias it adds to, and before a weight becomes codes
-        QuantizeWeights(result=result, assigned=assigned),  # the folded weights
-        InsertQdq(result=result, assigned=assigned),  # wires the quantized input into the finished GEMMs
-        *clipped,  # last: between the quantized input and what it reads
+        FoldTranspose(),
+        MergeDuplicates(),
+        AbsorbOne(),
+        FoldScaling(result=result),
+        LiftModulation(assigned=assigned),
+        CorrectBias(result=result),
+        QuantizeWeights(result=result, assigned=assigned),
+        InsertQdq(result=result, assigned=assigned),
     )
+
+
+def factoring_passes(result: CalibrationResult, *, shared: bool = False, limit: float = math.inf) -> tuple[GraphPass, ...]:
+    """From the direct form to constant scales, with activations of fewer than 8 bits inside their codes.
+
+    Args:
+        shared: one timestep serves the batch, and the backend runs a table in the direct form. A scale for each token has a
+            kernel nowhere, and a Clip takes constants: those are factored all the same.
+        limit: see `FactorScale`.
+    """
+    narrow = any(plan.activation and plan.activation.qtype.bits < EIGHT for plan in result.sites.values())
+    return (FactorScale(result=result, tables=narrow or not shared, limit=limit), ClipCodes(result=result))

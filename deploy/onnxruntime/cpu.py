@@ -20,10 +20,10 @@ from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
 from dq_export.passes.base import GraphPass
-from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
+from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_ort
 from ..backend import Backend, BackendError, Built, Feed, Float32
@@ -102,7 +102,7 @@ class Ort(Backend):
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
-        return (*(() if shared else (FactorScale(),)), UnsignCodes(), RaiseBiases(), *attention)
+        return (*factoring_passes(result, shared=shared), UnsignCodes(), RaiseBiases(), *attention)
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

@@ -19,7 +19,7 @@ from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
 from dq_export.passes.base import GraphPass
-from dq_export.passes.legalise.factor_scale import FactorScale
+from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_graph
 from ..backend import Backend, BackendError, Built, Engine, Feed
@@ -63,7 +63,7 @@ class OpenVino(Backend):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""
-        return (FactorScale(),)
+        return factoring_passes(result)
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Load the graph once, and write what OpenVINO compiles it to.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dq_export.passes.names import origin
+
 from ..backend import BackendError, Feed, Float32
 from ..packages import require_packages
 
@@ -49,7 +51,7 @@ class OpenVinoEngine:
             kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
             for name in names.split(","):
                 # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
-                found.setdefault(name.split("/")[0], [kind, precision])
+                found.setdefault(origin(name), [kind, precision])
         return found
 
 

@@ -20,10 +20,10 @@ from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.legalise.cast_floats import CastFloats
-from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.quantize_attention import QuantizeAttention
 from dq_export.passes.legalise.widen_codes import WidenCodes
 from dq_export.passes.legalise.widen_floats import WidenFloats
+from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_graph
 from ..backend import Backend, BackendError, Built, Engine, NotHereError, Reader
@@ -96,7 +96,7 @@ class TensorRt(Backend):
         return (
             WidenCodes(),
             QuantizeAttention(scales=result.attention),
-            FactorScale(reach=result.reach, limit=limit),
+            *factoring_passes(result, limit=limit),
             *self._casts(),
         )
 

@@ -29,6 +29,9 @@ class AbsorbOne(GraphPass):
     """
 
     name: ClassVar[str] = "absorb_one"
+    # Which divides the rows that hold the 1.
+    after: ClassVar[tuple[str, ...]] = ("merge_duplicates",)
+    before: ClassVar[tuple[str, ...]] = ("fold_scaling",)
 
     def rewrite(self, model: ir.Model) -> PassReport:
         by_output = {linear.output: linear for linear in linears(model).values()}

@@ -11,8 +11,7 @@ from dq_export.core.artifacts import CalibrationResult
 
 from ..base import GraphPass, PassReport
 from ..match import find_linear, linears
-
-CORRECTED = "dq_export.corrected"
+from ..names import CORRECTED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +29,9 @@ class CorrectBias(GraphPass):
     """
 
     name: ClassVar[str] = "correct_bias"
+    # The correction is of the folded bias.
+    after: ClassVar[tuple[str, ...]] = ("fold_scaling",)
+    before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
 
     def rewrite(self, model: ir.Model) -> PassReport:
@@ -37,8 +39,8 @@ class CorrectBias(GraphPass):
         changed = []
         for name, correction in self.result.correction.items():
             linear = find_linear(found, name)
-            if CORRECTED not in linear.gemm.metadata_props:
+            if not CORRECTED.read(linear.gemm):
                 linear.change_bias(lambda bias, d=correction: bias + d)  # type: ignore[misc]
-                linear.gemm.metadata_props[CORRECTED] = "yes"
+                CORRECTED.write(linear.gemm, "yes")
                 changed.append(f"'{name}'")
         return PassReport(name=self.name, changed=tuple(changed))

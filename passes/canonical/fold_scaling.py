@@ -13,8 +13,7 @@ from dq_export.core.artifacts import CalibrationResult, SitePlan
 
 from ..base import GraphError, GraphPass, PassReport, initializer, like, stored
 from ..match import LinearNode, find_linear, linears
-
-FOLDED = "dq_export.folded"
+from ..names import FOLDED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +37,9 @@ class FoldScaling(GraphPass):
     """
 
     name: ClassVar[str] = "fold_scaling"
+    # It changes float weights, and each linear once.
+    after: ClassVar[tuple[str, ...]] = ("fold_transpose", "merge_duplicates")
+    before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
 
     def rewrite(self, model: ir.Model) -> PassReport:
@@ -48,13 +50,13 @@ class FoldScaling(GraphPass):
             readers = [find_linear(found, name) for name in site.linears]
             if not plan.scaled:
                 skipped.append(f"'{site.name}': nothing to scale (case 1)")
-            elif FOLDED in readers[0].gemm.metadata_props:
+            elif FOLDED.read(readers[0].gemm):
                 skipped.append(f"'{site.name}': folded before (case 2)")
             else:
                 _fold_producer(model, plan, found, readers)
                 for reader in readers:
                     _fold_reader(reader, plan)
-                readers[0].gemm.metadata_props[FOLDED] = plan.method
+                FOLDED.write(readers[0].gemm, plan.method)
                 changed.append(f"'{site.name}': {plan.method} into {site.producer or 'an explicit Mul'}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 

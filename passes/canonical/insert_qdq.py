@@ -15,8 +15,9 @@ from dq_export.core.qtypes import QuantType
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
-from ..base import GraphError, GraphPass, PassReport, initializer, like, redirect
-from ..match import STAMP_FACTOR, LinearNode, element_type, find_linear, linears
+from ..base import GraphError, GraphPass, PassReport, initializer, like
+from ..match import LinearNode, element_type, find_linear, linears
+from ..names import SITE
 
 FAINTEST = 2.0**-13
 """Of the constant range: the least token that still takes all codes."""
@@ -30,8 +31,8 @@ class InsertQdq(GraphPass):
     changes no scale. With one timestep for the batch, s is a scalar. With a timestep per sample s is [B] along axis 0,
     which is legal ONNX; backends with integer kernels need it factored. A table with one bin is a constant scale.
 
-    A scale for each token is factored at once, as nothing else has a kernel, and with it the codes of a table:
-    a = max(|x| of the token, c qmax 2^-13) clip;  x * (c qmax / a) -> Q(c) -> DQ(c) -> MatMul -> * (a / (c qmax)).
+    A scale for each token is s = max(|x| of the token, c qmax 2^-13) clip / qmax, [B, T, 1]: blocks along the last axis, one a
+    token. Only here there is no zero point, which would have to be computed, too, to have the shape of s.
 
     It does not act where
         1. no reader of the site takes quantized activations,
@@ -47,6 +48,8 @@ class InsertQdq(GraphPass):
     """
 
     name: ClassVar[str] = "insert_qdq"
+    # An explicit scaling stands before the QuantizeLinear; the GEMMs are finished.
+    after: ClassVar[tuple[str, ...]] = ("merge_duplicates", "fold_scaling", "quantize_weights")
     result: CalibrationResult
     assigned: Mapping[str, Rule]
     timestep: str = "timestep"
@@ -84,9 +87,7 @@ class InsertQdq(GraphPass):
             else:
                 scale = _gather(graph, label, table.resample(bins).scale, index)
             point = points[_stored_type(table.qtype)][0 if static else 1]
-            source = gemms[0].inputs[0]
-            assert source is not None
-            _insert(graph, plan.site.name, source, gemms, scale, point, axis=None if static or shared else 0)
+            _insert(graph, plan.site.name, gemms, [scale, point], **({} if static or shared else {"axis": 0}))
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
         return changed
 
@@ -135,54 +136,52 @@ def _gather(graph: ir.Graph, name: str, table: npt.NDArray[np.generic], index: i
     return node.outputs[0]
 
 
-def _insert(
-    graph: ir.Graph, name: str, source: ir.Value, gemms: list[ir.Node], scale: ir.Value, zero: ir.Value, *, axis: int | None
-) -> None:
-    attributes = {} if axis is None else {"axis": axis}
-    quantize = ir.node("QuantizeLinear", [source, scale, zero], attributes=attributes, name=f"{name}.activation_q")
-    dequantize = ir.node(
-        "DequantizeLinear", [quantize.outputs[0], scale, zero], attributes=attributes, name=f"{name}.activation_dq"
-    )
-    like(quantize.outputs[0], zero)
-    quantize.outputs[0].shape = source.shape
+def _insert(graph: ir.Graph, site: str, gemms: list[ir.Node], scales: list[ir.Value], **attributes: int) -> None:
+    """Let the GEMMs read a Q/DQ of their input.
+
+    Args:
+        scales: the scale and, unless `attributes` has the element type, the zero point.
+    """
+    source = gemms[0].inputs[0]
+    assert source is not None
+    dtype = scales[1].dtype if len(scales) > 1 else ir.DataType(attributes["output_dtype"])
+    assert dtype is not None
+    quantize = ir.node("QuantizeLinear", [source, *scales], attributes=attributes, name=f"{site}.activation_q")
+    codes = quantize.outputs[0]
+    attributes.pop("output_dtype", None)
+    dequantize = ir.node("DequantizeLinear", [codes, *scales], attributes=attributes, name=f"{site}.activation_dq")
+    codes.dtype, codes.shape = dtype, source.shape
     like(dequantize.outputs[0], source)
+    for node in (quantize, dequantize):
+        SITE.write(node, site)
     graph.insert_before(gemms[0], [quantize, dequantize])
     for gemm in gemms:
         gemm.replace_input_with(0, dequantize.outputs[0])
 
 
-def _insert_token(graph: ir.Graph, name: str, token: TokenScale, gemms: list[ir.Node]) -> None:
+def _insert_token(graph: ir.Graph, site: str, token: TokenScale, gemms: list[ir.Node]) -> None:
     source = gemms[0].inputs[0]
     assert source is not None
-    most = np.float32(token.constant * token.qtype.qmax)
-
-    def number(label: str, value: float | np.float32) -> ir.Value:
-        return initializer(graph, f"{name}.{label}", np.asarray(value, dtype=np.float32))
-
-    axes = initializer(graph, f"{name}.token_axes", np.asarray([-1], dtype=np.int64))
+    width = source.shape[-1] if source.shape is not None else None
+    if source.shape is None or not isinstance(width, int):
+        raise GraphError(f"'{site}': a scale for each token needs the width of its input, found shape {source.shape}")
+    qmax = np.float32(token.qtype.qmax)
+    faintest = np.float32(token.constant * token.qtype.qmax) * np.float32(FAINTEST)
+    axes = initializer(graph, f"{site}.token_axes", np.asarray([-1], dtype=np.int64))
     size = ir.node("Abs", [source])
     largest = ir.node("ReduceMax", [size.outputs[0], axes], attributes={"keepdims": 1})
     # A token of zeros has no range; one of far less than the others' is rounded as if it had 2^-13 of theirs, which keeps
     # the factor inside float16.
-    amax = ir.node("Max", [largest.outputs[0], number("token_least", most * np.float32(FAINTEST))])
-    before = ir.node("Div", [number("token_range", most / np.float32(token.clip)), amax.outputs[0]])
-    after = ir.node("Mul", [amax.outputs[0], number("token_unit", np.float32(token.clip) / most)])
-    scaled = ir.node("Mul", [source, before.outputs[0]])
-    for node in (size, scaled):
+    amax = ir.node("Max", [largest.outputs[0], initializer(graph, f"{site}.token_least", np.asarray(faintest))])
+    unit = initializer(graph, f"{site}.token_scale", np.asarray(np.float32(token.clip) / qmax))
+    scale = ir.node("Mul", [amax.outputs[0], unit])
+    like(size.outputs[0], source)
+    for node in (largest, amax, scale):
         like(node.outputs[0], source)
-    shape = ir.Shape([*source.shape[:-1], 1]) if source.shape is not None else None
-    for node in (largest, amax, before, after):
-        like(node.outputs[0], source)
-        node.outputs[0].shape = shape
-    graph.insert_before(gemms[0], [size, largest, amax, before, after, scaled])
-    zero = initializer(graph, f"{name}.token_zero_point", np.asarray(0, dtype=_stored_type(token.qtype).numpy()))
-    _insert(graph, name, scaled.outputs[0], gemms, number("token_scale", token.constant), zero, axis=None)
-    for gemm in gemms:
-        result = gemm.outputs[0]
-        restored = ir.node("Mul", [result, after.outputs[0]], metadata_props={STAMP_FACTOR: str(gemm.name)})
-        like(restored.outputs[0], result)
-        graph.insert_after(gemm, restored)
-        redirect(result, restored.outputs[0])
+        node.outputs[0].shape = ir.Shape([*source.shape[:-1], 1])
+    graph.insert_before(gemms[0], [size, largest, amax, scale])
+    dtype, last = _stored_type(token.qtype), len(source.shape) - 1
+    _insert(graph, site, gemms, [scale.outputs[0]], axis=last, block_size=width, output_dtype=dtype.value)
 
 
 def _stored_type(qtype: QuantType) -> ir.DataType:

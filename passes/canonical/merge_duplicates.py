@@ -31,6 +31,8 @@ class MergeDuplicates(GraphPass):
     """
 
     name: ClassVar[str] = "merge_duplicates"
+    # A weight that is stored transposed is merged as it is read.
+    after: ClassVar[tuple[str, ...]] = ("fold_transpose",)
 
     def rewrite(self, model: ir.Model) -> PassReport:
         before = len(model.graph) + len(model.graph.initializers)

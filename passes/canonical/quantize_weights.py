@@ -43,6 +43,7 @@ class QuantizeWeights(GraphPass):
     """
 
     name: ClassVar[str] = "quantize_weights"
+    after: ClassVar[tuple[str, ...]] = ("fold_transpose", "merge_duplicates")
     result: CalibrationResult
     assigned: Mapping[str, Rule]
 

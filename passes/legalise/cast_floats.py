@@ -39,6 +39,8 @@ class CastFloats(GraphPass):
     """
 
     name: ClassVar[str] = "cast_floats"
+    # What they insert is float32.
+    after: ClassVar[tuple[str, ...]] = ("insert_qdq", "widen_codes", "quantize_attention", "factor_scale", "clip_codes")
     dtype: ir.DataType
     latents: str = "hidden_states"
 

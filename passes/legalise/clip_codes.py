@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dq_export.core.artifacts import CalibrationResult
 
 from ..base import GraphError, GraphPass, PassReport, constant, initializer, like
+from ..names import SITE
 
 EIGHT = 8
 
@@ -36,28 +37,26 @@ class ClipCodes(GraphPass):
     """
 
     name: ClassVar[str] = "clip_codes"
+    after: ClassVar[tuple[str, ...]] = ("insert_qdq", "factor_scale")
     result: CalibrationResult
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        narrow = {
-            f"{name}.activation_q": plan.activation.qtype
-            for name, plan in self.result.sites.items()
-            if plan.activation and plan.activation.qtype.bits < EIGHT
-        }
         changed = []
-        for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear" and node.name in narrow]:
-            source, scale = quantize.inputs[0], constant(quantize.inputs[1])
+        for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
+            site, source, scale = SITE.read(quantize), quantize.inputs[0], constant(quantize.inputs[1])
+            plan = self.result.sites.get(site)
             assert source is not None
             producer = source.producer()
+            if plan is None or plan.activation is None or plan.activation.qtype.bits >= EIGHT:
+                continue
             if producer is not None and producer.op_type == "Clip":
                 continue
             if scale is None:
                 raise GraphError(f"'{quantize.name}': its scale is computed at run time; run pass factor_scale before")
-            most = narrow[str(quantize.name)].qmax * scale.astype(np.float32).reshape(())
-            label = str(quantize.name).removesuffix("_q")
-            low = initializer(model.graph, f"{label}_low", np.asarray(-most))
-            high = initializer(model.graph, f"{label}_high", np.asarray(most))
-            clip = ir.node("Clip", [source, low, high], name=f"{label}_clip")
+            bound = plan.activation.qtype.qmax * scale.astype(np.float32).reshape(())
+            low = initializer(model.graph, f"{site}.activation_low", np.asarray(-bound))
+            high = initializer(model.graph, f"{site}.activation_high", np.asarray(bound))
+            clip = ir.node("Clip", [source, low, high], name=f"{site}.activation_clip")
             like(clip.outputs[0], source)
             model.graph.insert_before(quantize, clip)
             quantize.replace_input_with(0, clip.outputs[0])

@@ -3,105 +3,126 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.scales import ScaleTable, TokenScale
+
 from ..base import GraphPass, PassReport, constant, initializer, like, redirect
-from ..match import STAMP_FACTOR, module_of
+from ..match import module_of
+from ..names import FACTOR, SITE
+
+Float32 = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FactorScale(GraphPass):
-    """x -> Q(s[t]) -> DQ(s[t]) -> MatMul  ->  x * (c / s[t]) -> Q(c) -> DQ(c) -> MatMul -> * (s[t] / c), c = max of the table.
+    """x -> Q(s) -> DQ(s) -> MatMul  ->  x * (c / s) -> Q(c) -> DQ(c) -> MatMul -> * (s / c), s computed and c constant.
 
-    A scalar commutes with the GEMM, so the codes are the same. With a timestep per sample the factors are [B, 1, 1].
-    c is not 1: with c of the activations' size a float16 GEMM result stays in range. TensorRT's GEMMs put out c times the
-    sum of products of codes, the weight's scales come behind: with `limit` c is as small as that needs.
+    What is constant along the rows of the GEMM commutes with it, so the codes are the same. c is the maximum of a table, or
+    the constant of a scale for each token. With a timestep per sample the factors are [B, 1, 1], with a scale for each
+    token [B, T, 1]. c is not 1: with c of the activations' size a float16 GEMM result stays in range. TensorRT's GEMMs put
+    out c times the sum of products of codes, the weight's scales come behind: with `limit` c is as small as that needs.
 
     It does not act where
         1. the scale is a constant already, and within the limit,
-        2. the scale is not a Gather from a constant table,
-        3. the dequantized value feeds anything but the first input of MatMuls.
+        2. the node quantizes no site's input,
+        3. the dequantized value feeds anything but the first input of MatMuls,
+        4. the scale is a table's, and `tables` is False.
 
     Args:
-        reach: by module, a bound of |sum of products of codes| of its GEMM.
-        limit: what c times that may be at most.
+        result: the scales, and by linear a bound of |sum of products of codes|.
+        tables: False leaves tables in the direct form, which a backend with one timestep a batch may run as it stands.
+        limit: the upper bound of c times that sum.
 
     Exactness: reorders float operations: x * (c / s) / c in place of x / s, so a value within 2^-22 of a rounding
     boundary may get the neighbouring code; all else is equal to float32 rounding.
     """
 
     name: ClassVar[str] = "factor_scale"
-    reach: Mapping[str, float] = field(default_factory=dict)
+    after: ClassVar[tuple[str, ...]] = ("insert_qdq",)
+    result: CalibrationResult
+    tables: bool = True
     limit: float = math.inf
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
-            scale = quantize.inputs[1]
             dequantize = next(iter(quantize.outputs[0].uses()))[0]
             readers = [user for user, _ in dequantize.outputs[0].uses()]
             greatest = self._greatest(readers)
-            fixed = constant(scale)
-            if scale is None or (fixed is not None and fixed.max() <= np.float32(greatest)):
+            fixed = constant(quantize.inputs[1])
+            plan = self.result.sites.get(SITE.read(quantize))
+            if fixed is not None and fixed.max() <= greatest:
                 continue
-            gather = scale.producer()
-            table = constant(gather.inputs[0]) if gather is not None and gather.op_type == "Gather" else fixed
-            if table is None:
-                skipped.append(f"'{quantize.name}': its scale is no Gather from a constant table (case 2)")
+            if plan is None or plan.activation is None:
+                skipped.append(f"'{quantize.name}': it quantizes no site's input (case 2)")
             elif not all(user.op_type == "MatMul" for user in readers):
                 skipped.append(f"'{quantize.name}': read by more than MatMuls (case 3)")
+            elif isinstance(plan.activation, ScaleTable) and fixed is None and not self.tables:
+                skipped.append(f"'{quantize.name}': its table stays in the direct form (case 4)")
             else:
-                wide = table.astype(np.float32, copy=False).reshape(-1)
-                _factor(model.graph, quantize, dequantize, gather, wide, min(wide.max(), np.float32(greatest)))
+                scale, before, after = self._factors(model.graph, quantize, plan.activation, greatest)
+                _factor(model.graph, (quantize, dequantize), scale, before, after)
                 changed.append(f"'{quantize.name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
     def _greatest(self, readers: Sequence[ir.Node]) -> float:
-        """The greatest c that keeps every reader's GEMM within the limit."""
-        reach = max((self.reach.get(module_of(node), 0.0) for node in readers), default=0.0)
-        return self.limit / reach if reach else math.inf
+        """The greatest float32 c that keeps every reader's GEMM within the limit."""
+        reach = max((self.result.reach.get(module_of(node), 0.0) for node in readers), default=0.0)
+        return float(np.float32(self.limit / reach if reach else math.inf))
+
+    def _factors(
+        self, graph: ir.Graph, quantize: ir.Node, activation: ScaleTable | TokenScale, greatest: float
+    ) -> tuple[np.float32, ir.Value, ir.Value]:
+        """(c, c / s, s / c)."""
+        label, scale = f"{SITE.read(quantize)}.activation", quantize.inputs[1]
+        producer = scale.producer() if scale is not None else None
+        if isinstance(activation, TokenScale):
+            assert producer is not None
+            constant_scale = min(activation.constant, greatest)
+            return np.float32(constant_scale), *_token_factors(graph, label, producer, activation, constant_scale)
+        table = activation.scale if producer is None else activation.resample(self.result.bins()).scale
+        largest = np.float32(min(float(table.max()), greatest))
+        before = _table_factor(graph, producer, f"{label}_before", largest / table)
+        return largest, before, _table_factor(graph, producer, f"{label}_after", table / largest)
 
 
-def _factor(
-    graph: ir.Graph,
-    quantize: ir.Node,
-    dequantize: ir.Node,
-    gather: ir.Node | None,
-    table: npt.NDArray[np.float32],
-    largest: np.float32,
-) -> None:
-    label = str(quantize.name).removesuffix("_q")
-    before = _factor_of(graph, gather, f"{label}_before", (largest / table).astype(np.float32))
-    after = _factor_of(graph, gather, f"{label}_after", (table / largest).astype(np.float32))
+def _factor(graph: ir.Graph, pair: tuple[ir.Node, ir.Node], largest: np.float32, before: ir.Value, after: ir.Value) -> None:
+    """Let Q and DQ have the constant scale, and multiply what goes in by `before` and what the GEMMs put out by `after`."""
+    quantize, dequantize = pair
+    label = f"{SITE.read(quantize)}.activation"
     scale = initializer(graph, f"{label}_constant_scale", np.asarray(largest))
-    codes = quantize.outputs[0].dtype
+    codes, source = quantize.outputs[0].dtype, quantize.inputs[0]
     assert codes is not None
-    zero = initializer(graph, f"{label}_zero_point", np.asarray(0, dtype=codes.numpy()))
-    source = quantize.inputs[0]
     assert source is not None
+    zero = initializer(graph, f"{label}_zero_point", np.asarray(0, dtype=codes.numpy()))
     scaled = ir.node("Mul", [source, before])
     like(scaled.outputs[0], source)
     graph.insert_before(quantize, scaled)
     quantize.replace_input_with(0, scaled.outputs[0])
-    for node in (quantize, dequantize):
+    for node in pair:
+        node.resize_inputs(3)
         node.replace_input_with(1, scale)
         node.replace_input_with(2, zero)
-        node.attributes.pop("axis", None)
+        for attribute in ("axis", "block_size", "output_dtype"):
+            node.attributes.pop(attribute, None)
     for matmul in [user for user, _ in dequantize.outputs[0].uses()]:
         result = matmul.outputs[0]
-        restored = ir.node("Mul", [result, after], metadata_props={STAMP_FACTOR: str(matmul.name)})
+        restored = ir.node("Mul", [result, after])
+        FACTOR.write(restored, str(matmul.name))
         like(restored.outputs[0], result)
         graph.insert_after(matmul, restored)
         redirect(result, restored.outputs[0])
 
 
-def _factor_of(graph: ir.Graph, gather: ir.Node | None, name: str, table: npt.NDArray[np.float32]) -> ir.Value:
+def _table_factor(graph: ir.Graph, gather: ir.Node | None, name: str, table: Float32) -> ir.Value:
     """Gather(table, bin): a scalar, or [B, 1, 1] where the bin is [B]; a constant where there is no bin."""
     if gather is None:
         return initializer(graph, f"{name}_factor", table.reshape(()))
@@ -114,3 +135,20 @@ def _factor_of(graph: ir.Graph, gather: ir.Node | None, name: str, table: npt.ND
         nodes.append(ir.node("Unsqueeze", [node.outputs[0], axes]))
     graph.insert_after(gather, nodes)
     return nodes[-1].outputs[0]
+
+
+def _token_factors(graph: ir.Graph, label: str, unit: ir.Node, token: TokenScale, largest: float) -> tuple[ir.Value, ir.Value]:
+    """c / s and s / c of s = amax * (clip / qmax), each rounded once.
+
+    Args:
+        unit: the Mul that makes s of amax.
+    """
+    amax = unit.inputs[0]
+    assert amax is not None
+    reach, clip = np.float32(largest * token.qtype.qmax), np.float32(token.clip)
+    before = ir.node("Div", [initializer(graph, f"{label}_token_range", np.asarray(reach / clip)), amax])
+    after = ir.node("Mul", [amax, initializer(graph, f"{label}_token_unit", np.asarray(clip / reach))])
+    for node in (before, after):
+        like(node.outputs[0], unit.outputs[0])
+    graph.insert_after(unit, [before, after])
+    return before.outputs[0], after.outputs[0]

@@ -35,6 +35,8 @@ class QuantizeAttention(GraphPass):
     """
 
     name: ClassVar[str] = "quantize_attention"
+    # The Mul behind a GEMM would hide which linear makes the heads.
+    before: ClassVar[tuple[str, ...]] = ("factor_scale",)
     scales: Mapping[str, float]
 
     def rewrite(self, model: ir.Model) -> PassReport:

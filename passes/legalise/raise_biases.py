@@ -29,6 +29,8 @@ class RaiseBiases(GraphPass):
     """
 
     name: ClassVar[str] = "raise_biases"
+    # Biases of float GEMMs stay as they are.
+    after: ClassVar[tuple[str, ...]] = ("quantize_weights",)
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []

@@ -28,6 +28,8 @@ class UnsignCodes(GraphPass):
     """
 
     name: ClassVar[str] = "unsign_codes"
+    # A zero point for each sample becomes one.
+    after: ClassVar[tuple[str, ...]] = ("insert_qdq", "factor_scale")
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []

@@ -26,6 +26,7 @@ class WidenCodes(GraphPass):
     """
 
     name: ClassVar[str] = "widen_codes"
+    after: ClassVar[tuple[str, ...]] = ("quantize_weights",)
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed = []
@@ -44,7 +45,7 @@ class WidenCodes(GraphPass):
                 blocks = times.numpy().astype(np.int8).reshape(-1, 1, wide.shape[1])
                 return (wide.reshape(len(blocks), -1, wide.shape[1]) * blocks).reshape(wide.shape).astype(np.int8)
 
-            name = str(codes.name).removesuffix("_codes") + "_wide_codes"
+            name = f"{codes.name}_wide"
             node.replace_input_with(0, computed_initializer(model.graph, name, ir.DataType.INT8, shape, compute))
             changed.append(f"'{node.name}'")
         return PassReport(name=self.name, changed=tuple(changed))

@@ -25,6 +25,7 @@ class WidenFloats(GraphPass):
     """
 
     name: ClassVar[str] = "widen_floats"
+    after: ClassVar[tuple[str, ...]] = ("cast_floats",)
 
     def rewrite(self, model: ir.Model) -> PassReport:
         graph = model.graph

@@ -17,7 +17,7 @@ from dq_export.core.artifacts import CalibrationError
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 
 def calibrated(reference: Reference, bits: str, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def calibrated(reference: Reference, bits: str, **options: Any) -> Any:
 def test_it_computes_what_the_quantized_graph_does(bits: str, options: Any, tiny: Reference, tiny_onnx: Path) -> None:
     result, assigned = calibrated(tiny, bits, **options)
     graph = load_graph(tiny_onnx)
-    run_passes(graph, canonical_passes(result, assigned))
+    run_passes(graph, (*canonical_passes(result, assigned), *factoring_passes(result, shared=True)))
     simulation = Simulation.of(tiny, result, assigned)
     for timestep in (900, 300):
         feed = feed_of(tiny, timestep)

@@ -14,9 +14,8 @@ from conftest import load_graph
 from dq_export.deploy.audit import Audit, AuditError, audit_ort
 from dq_export.deploy.onnxruntime.cpu import OPTIMIZED, ORT
 from dq_export.passes.base import run_passes
-from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 TOKENS, WIDTH, HEADS = 16, 32, 2
 
@@ -158,7 +157,7 @@ def test_static_tables_need_no_factoring(tiny: Any, tiny_onnx: Path, tmp_path: P
 
     calibrated = calibrate_tiny(tiny, recipe_of(tiny, bins=1))
     graph = load_graph(tiny_onnx)
-    reports = run_passes(graph, (*canonical_passes(*calibrated), FactorScale(), UnsignCodes()))
+    reports = run_passes(graph, (*canonical_passes(*calibrated), *factoring_passes(calibrated[0]), UnsignCodes()))
     assert reports[-2].changed == ()
     assert audited(tiny_onnx, calibrated, tmp_path, *ORT.legalise(shared=True, result=calibrated[0])).coverage == 1
 

@@ -16,8 +16,7 @@ from forms.sketch import F16, F32, INT8, K, N
 from dq_export.deploy.check import CanonicalError, Finding, check
 from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.passes.base import run_passes
-from dq_export.passes.legalise.factor_scale import FactorScale
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 BUILT = (
@@ -146,7 +145,8 @@ def test_a_graph_without_quantized_gemms_has_no_findings(tiny_onnx: Path) -> Non
 
 def test_our_own_graphs_are_as_the_audits_say(tiny_onnx: Path, tiny_calibrated: Any) -> None:
     wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
-    for target, passes in (("trt", [FactorScale()]), ("ort", ORT.legalise(shared=True, result=tiny_calibrated[0]))):
+    result = tiny_calibrated[0]
+    for target, passes in (("trt", factoring_passes(result)), ("ort", ORT.legalise(shared=True, result=result))):
         graph = load_graph(tiny_onnx)
         run_passes(graph, (*canonical_passes(*tiny_calibrated), *passes))
         findings = check(graph, target)  # type: ignore[arg-type]

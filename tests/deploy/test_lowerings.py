@@ -20,7 +20,7 @@ from dq_export.deploy.onnxruntime.cpu import ORT, open_graph
 from dq_export.deploy.tensorrt.backend import TensorRtRtx
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 RTX = TensorRtRtx("fp16", targets=("sm89",))
 CELLS = [(row, bits) for row in LOWERINGS for bits in row.bits]
@@ -102,8 +102,8 @@ def test_codes_keep_to_their_bits(tiny: Reference, tiny_onnx: Path, calibrations
     for bits, qmax in (("w6a6", 31), ("w4a4", 7)):
         calibrated = next(calibrations[name_of(cell)] for cell in CELLS if cell[1] == bits and cell[0].granularity == "tensor")
         graph = load_graph(tiny_onnx)
-        run_passes(graph, canonical_passes(*calibrated))
-        codes = [node.outputs[0] for node in graph.graph if str(node.name).endswith(".activation_q")]
+        run_passes(graph, (*canonical_passes(*calibrated), *factoring_passes(calibrated[0])))
+        codes = [node.outputs[0] for node in graph.graph if node.op_type == "QuantizeLinear"]
         graph.graph.outputs[:] = codes
         feed = feed_of(tiny)
         feed["hidden_states"] = feed["hidden_states"] * 100

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dq_export.passes.base import STAMP, GraphError, GraphPass, PassReport, initializer, run_passes
+from dq_export.passes.base import GraphError, GraphPass, PassReport, initializer, run_passes
+from dq_export.passes.names import PASS, PASSES
 
 
 def small() -> ir.Model:
@@ -68,9 +71,9 @@ class Dangler(GraphPass):
 def test_new_nodes_are_stamped() -> None:
     model = small()
     reports = run_passes(model, [Good()])
-    made = [node for node in model.graph if STAMP in node.metadata_props]
+    made = [node for node in model.graph if PASS.read(node)]
     assert [node.op_type for node in made] == ["Identity"]
-    assert made[0].metadata_props[STAMP] == "good"
+    assert PASS.read(made[0]) == "good"
     assert reports[0].changed == ("x",)
 
 
@@ -98,3 +101,55 @@ def test_unused_initializers_are_removed() -> None:
 
 def test_a_taken_initializer_name_gets_a_number() -> None:
     assert initializer(small().graph, "one", np.zeros(1, dtype=np.float32)).name == "one_1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(Good):
+    name: ClassVar[str] = "later"
+    after: ClassVar[tuple[str, ...]] = ("restless", "absorb_one")
+    before: ClassVar[tuple[str, ...]] = ("renamer",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient(Good):
+    name: ClassVar[str] = "patient"
+    after: ClassVar[tuple[str, ...]] = ("absorb_one",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misspelt(Good):
+    name: ClassVar[str] = "misspelt"
+    after: ClassVar[tuple[str, ...]] = ("absorb_two",)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ((Later(), Restless()), "pass later must come after restless; the list is later, restless"),
+        ((Renamer(), Later()), "pass later must come before renamer"),
+        ((Misspelt(),), "pass misspelt declares its place by 'absorb_two', and no pass is called that"),
+        ((Renamer(), Later(), Restless()), "after restless; pass later must come before renamer"),
+    ],
+)
+def test_a_wrong_order_is_refused_before_anything_runs(passes: tuple[GraphPass, ...], message: str) -> None:
+    model = small()
+    with pytest.raises(GraphError, match=message):
+        run_passes(model, passes)
+    assert [node.op_type for node in model.graph] == ["Add"]
+
+
+def test_passes_that_are_not_in_the_list_ask_for_nothing() -> None:
+    assert run_passes(small(), [Patient()])[0].changed == ("x",)
+
+
+def test_every_pass_is_known_by_its_name() -> None:
+    """The names that declarations may use are those of the classes, one a file that is called as the pass."""
+    found = []
+    for folder in ("canonical", "legalise"):
+        package = importlib.import_module(f"dq_export.passes.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+            defined = [item for item in vars(loaded).values() if getattr(item, "__module__", "") == loaded.__name__]
+            assert [item.name for item in defined if isinstance(item, type) and issubclass(item, GraphPass)] == [module.name]
+            found.append(module.name)
+    assert sorted(found) == list(PASSES)

@@ -17,10 +17,10 @@ from dq_export.passes.canonical.absorb_one import AbsorbOne
 from dq_export.passes.canonical.fold_scaling import FoldScaling
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
-from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
 from dq_export.passes.match import linears
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.names import SITE
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 FOLD_BOUND = 1e-5
 """Folding is exact in real arithmetic; float32 has 6e-8 a rounding and a DiT of two blocks some dozens in a row."""
@@ -72,7 +72,7 @@ def test_uint8_codes_change_nothing(tiny: Any, tiny_onnx: Path, tiny_calibrated:
 def test_direct_and_factored_form_agree(tiny: Any, tiny_onnx: Path, tiny_calibrated: Any, timestep: int) -> None:
     feed = feed_of(tiny, timestep)
     direct = run_onnx(quantized(tiny_onnx, tiny_calibrated), feed)
-    factored = run_onnx(quantized(tiny_onnx, tiny_calibrated, FactorScale()), feed)
+    factored = run_onnx(quantized(tiny_onnx, tiny_calibrated, *factoring_passes(tiny_calibrated[0])), feed)
     # Few values lie within rounding distance of a code's boundary; each of them moves one product by one code. Against
     # PyTorch the quantized graph has about 50 dB, so 70 dB between the forms is a hundredth of the quantization noise.
     assert sqnr(direct, factored) > 70
@@ -88,7 +88,7 @@ def test_the_runtimes_codes_are_the_oracles(tiny: Any, tiny_onnx: Path, tiny_cal
     for node in nodes:
         source = node.inputs[0]
         assert source is not None
-        exposed.append((str(node.name).removesuffix(".activation_q"), source, node.outputs[0]))
+        exposed.append((SITE.read(node), source, node.outputs[0]))
     already = set(graph.graph.outputs)
     graph.graph.outputs.extend(v for _, s, c in exposed for v in (s, c) if v not in already)
     names = [str(value.name) for value in graph.graph.outputs]
@@ -124,7 +124,7 @@ def test_stored_weight_codes_are_the_oracles(tiny_onnx: Path, tiny_calibrated: A
 
 def test_a_batch_of_mixed_timesteps_equals_single_runs(tiny: Any, tiny_onnx_per_sample: Path, tiny_calibrated: Any) -> None:
     timesteps = [999, 500, 1, 250]
-    graph = quantized(tiny_onnx_per_sample, tiny_calibrated, FactorScale(), UnsignCodes())
+    graph = quantized(tiny_onnx_per_sample, tiny_calibrated, *factoring_passes(tiny_calibrated[0]), UnsignCodes())
     feed = feed_of(tiny, timesteps, samples=4)
     together = run_onnx(graph, feed)
     for i in range(4):
@@ -138,8 +138,10 @@ def test_a_batch_of_mixed_timesteps_equals_single_runs(tiny: Any, tiny_onnx_per_
 def test_per_sample_equals_shared_where_all_timesteps_are_equal(
     tiny: Any, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any
 ) -> None:
-    shared = run_onnx(quantized(tiny_onnx, tiny_calibrated, FactorScale()), feed_of(tiny, 500))
-    each = run_onnx(quantized(tiny_onnx_per_sample, tiny_calibrated, FactorScale()), feed_of(tiny, [500] * 3))
+    shared = run_onnx(quantized(tiny_onnx, tiny_calibrated, *factoring_passes(tiny_calibrated[0])), feed_of(tiny, 500))
+    each = run_onnx(
+        quantized(tiny_onnx_per_sample, tiny_calibrated, *factoring_passes(tiny_calibrated[0])), feed_of(tiny, [500] * 3)
+    )
     direct = run_onnx(quantized(tiny_onnx_per_sample, tiny_calibrated), feed_of(tiny, [500] * 3))
     assert sqnr(shared, each) > 70  # as above: rare flips of one code
     assert sqnr(shared, direct) > 70

@@ -12,9 +12,8 @@ from conftest import feed_of, load_graph, run_onnx, sqnr
 
 from dq_export.passes.base import run_passes
 from dq_export.passes.legalise.cast_floats import CastFloats
-from dq_export.passes.legalise.factor_scale import FactorScale
 from dq_export.passes.legalise.widen_floats import WidenFloats
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 HALF, BRAIN = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
@@ -22,7 +21,7 @@ HALF, BRAIN = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 def small(path: Path, calibrated: Any, dtype: ir.DataType) -> ir.Model:
     model = load_graph(path)
     model.ir_version = 10
-    run_passes(model, (*canonical_passes(*calibrated), FactorScale(), CastFloats(dtype=dtype)))
+    run_passes(model, (*canonical_passes(*calibrated), *factoring_passes(calibrated[0]), CastFloats(dtype=dtype)))
     return model
 
 

@@ -1,0 +1,64 @@
+"""How nodes refer to one another: metadata properties with one writer and reader each, and the names of the passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+PASSES = (
+    "absorb_one",
+    "cast_floats",
+    "clip_codes",
+    "correct_bias",
+    "factor_scale",
+    "fold_scaling",
+    "fold_transpose",
+    "fuse_attention",
+    "insert_qdq",
+    "lift_modulation",
+    "merge_duplicates",
+    "quantize_attention",
+    "quantize_weights",
+    "raise_biases",
+    "unsign_codes",
+    "widen_codes",
+    "widen_floats",
+)
+"""Every pass of this package, for the check of the order: a declaration that names another one is a mistake."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """A metadata property of a node, which says what no runtime needs and passes ask.
+
+    Args:
+        key: its name in the file.
+    """
+
+    key: str
+
+    def write(self, node: ir.Node, text: str) -> None:
+        """Set it."""
+        node.metadata_props[self.key] = text
+
+    def read(self, node: ir.Node) -> str:
+        """Its text; empty where the node does not have it."""
+        return node.metadata_props.get(self.key, "")
+
+
+PASS = Property("dq_export.pass")
+"""The pass that made the node."""
+SITE = Property("dq_export.site")
+"""On a QuantizeLinear and DequantizeLinear: the site whose input they quantize."""
+FACTOR = Property("dq_export.factor")
+"""On a Mul behind a GEMM: the GEMM whose result it brings back to scale."""
+FOLDED = Property("dq_export.folded")
+"""On a site's first reader: the method of the scaling that is folded."""
+CORRECTED = Property("dq_export.corrected")
+"""On a GEMM: its bias holds the correction."""
+
+
+def origin(operator: str) -> str:
+    """The name of the node that a runtime's operator comes from: a runtime that fuses it adds `/` and what it became."""
+    return operator.partition("/")[0]

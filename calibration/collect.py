@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,13 +56,13 @@ class SiteStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which pictures calibration samples: `calib_size` of them, labels in turn, from one seed, `batch` to a call."""
+    """Which pictures calibration samples: `calib_size` of them, of each condition in turn, from one seed, `batch` to a call."""
 
     calib_size: int
     steps: int
     seed: int
     guidance: float
-    classes: int
+    conditions: int
     batch: int = 8
 
     @property
@@ -75,10 +76,10 @@ class Sampling:
         return self.steps * self.batches
 
     def pictures(self, batch: int) -> tuple[npt.NDArray[np.int64], int]:
-        """(labels, seed) of a batch. They do not depend on how many are asked for after it."""
+        """(index of each picture's condition, seed) of a batch. They do not depend on how many batches follow it."""
         start = batch * self.batch
-        labels = np.arange(start, min(start + self.batch, self.calib_size), dtype=np.int64) % self.classes
-        return labels, self.seed + start
+        conditions = np.arange(start, min(start + self.batch, self.calib_size), dtype=np.int64) % self.conditions
+        return conditions, self.seed + start
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,26 +309,32 @@ def _run(
 ) -> list[float]:
     """Sample this process's unfinished batches; hand each site's input to `collect` as it passes. The calls' timesteps."""
     call = _Call(number=0, place=0, steps=sampling.steps, record=0, seen=False)
-    mine = range(group.rank, sampling.batches, group.size)
-    done, total = journal.done * sampling.steps, len(mine) * sampling.steps
+    batches = range(group.rank, sampling.batches, group.size)
+    done, total = journal.done * sampling.steps, len(batches) * sampling.steps
+    timesteps: list[float] = []
+
+    def start_call(batch: int, timestep: float) -> None:
+        nonlocal call
+        if timesteps:
+            progress(done + min(len(timesteps), sampling.steps), total)
+        place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
+        call = _Call(
+            number=batch * sampling.steps + place,
+            place=place,
+            steps=sampling.steps,
+            record=known.index(timestep),
+            seen=journal.done > 0 or timestep in timesteps,
+        )
+        timesteps.append(timestep)
+
     with denoiser.observe(lambda name, value: collect(call, name, value)):
-        for batch in mine[journal.done :]:
-            labels, seed = sampling.pictures(batch)
-            timesteps: list[float] = []
+        for batch in batches[journal.done :]:
+            conditions, seed = sampling.pictures(batch)
+            timesteps.clear()
             progress(done, total)
-            for timestep in denoiser.trajectory(labels, steps=sampling.steps, seed=seed, guidance=sampling.guidance):
-                if timesteps:
-                    progress(done + min(len(timesteps), sampling.steps), total)
-                place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
-                call = _Call(
-                    number=batch * sampling.steps + place,
-                    place=place,
-                    steps=sampling.steps,
-                    record=known.index(timestep),
-                    seen=journal.done > 0 or timestep in timesteps,
-                )
-                timesteps.append(timestep)
-            journal.finish(timesteps)
+            before, guidance = partial(start_call, batch), sampling.guidance
+            denoiser.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=guidance, before=before)
+            journal.finish([*timesteps])
             done += sampling.steps
     progress(total, total)
     # A process without a batch learns the timesteps from the others.

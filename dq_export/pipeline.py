@@ -86,7 +86,7 @@ def run(
 
     from .families.decoder import load_vae
     from .families.source import load, pin, require_device
-    from .stages.repository import require_samplers
+    from .stages.repository import require_served
 
     watch = progress or Silent()
     picture = read_picture(front) if front else None
@@ -114,7 +114,7 @@ def run(
     _require_shapes(resolved, reference)
     reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
     if resolved.triton and "triton" in stages:
-        require_samplers(reference)
+        require_served(reference)
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         with reference.on(device):
@@ -194,7 +194,9 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
     from dq_export.deploy.tensorrt.profiles import profiles
 
     shared = recipe.timesteps == "shared"
-    inputs = {"hidden_states": (None, *reference.feed_shape), "timestep": (1,) if shared else (None,), "class_labels": (None,)}
+    inputs = {item.name: tuple(size if isinstance(size, int) else None for size in item.shape) for item in reference.inputs}
+    if shared:
+        inputs["timestep"] = (1,)
     profiles(inputs, (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
 
 
@@ -229,7 +231,7 @@ def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:
         steps=recipe.steps,
         seed=recipe.seed,
         guidance=recipe.guidance_scale or 1.0,
-        classes=reference.classes,
+        conditions=len(reference.conditions),
         batch=reference.batch,
     )
 

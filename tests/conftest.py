@@ -116,7 +116,7 @@ def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationRes
     """The calibration of a tiny model, and its assigned rules."""
     assigned = recipe.assign(reference.linears)
     sampling = Sampling(
-        calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, classes=reference.classes
+        calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, conditions=len(reference.conditions)
     )
     with tempfile.TemporaryDirectory() as folder:
         result = calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None, Path(folder))
@@ -132,11 +132,10 @@ def tiny_calibrated(tiny: Reference) -> tuple[CalibrationResult, dict[str, Rule]
 
 def feed_of(reference: Reference, timestep: int | list[int] = 500, samples: int = 3, seed: int = 1) -> dict[str, Any]:
     """A network call's inputs."""
-    return {
-        "hidden_states": reference.noise(samples, seed),
-        "timestep": np.atleast_1d(np.asarray(timestep, dtype=np.int64)),
-        "class_labels": np.arange(samples, dtype=np.int64) % reference.classes,
-    }
+    state, time = reference.inputs[:2]
+    conditions = np.arange(samples) % len(reference.conditions)
+    timesteps = np.atleast_1d(np.asarray(timestep, dtype=time.dtype))
+    return {state.name: reference.noise(samples, seed), time.name: timesteps, **reference.conditions.rows(conditions)}
 
 
 def run_onnx(model: ir.Model | Path, feed: dict[str, Any], *, optimize: bool = False) -> np.ndarray[Any, Any]:

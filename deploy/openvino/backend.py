@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_json, shown_path
+from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
 from dq_export.passes.base import GraphPass
@@ -114,7 +115,7 @@ class OpenVino(Backend):
 
     def profile(self, built: Built, feed: Feed) -> dict[str, float]:
         """Milliseconds by kernel from OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
-        request = load_engine(built.model, {**self._config, "PERF_COUNT": True}, len(feed["hidden_states"])).request
+        request = load_engine(built.model, {**self._config, "PERF_COUNT": True}, batch_of(feed)).request
         for _ in range(3):
             request.infer(dict(feed))
         spent: dict[str, float] = {}

@@ -72,7 +72,7 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
 
     Args:
         config: OpenVINO's properties of the CPU device.
-        batch: what every dimension without a fixed size is set to; None leaves them open.
+        batch: what every input's first dimension is set to, where it has no fixed size; None leaves them open.
 
     Raises:
         BackendError: OpenVINO refuses the graph.
@@ -81,12 +81,13 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
     try:
         network = core.read_model(model)
         if batch is not None:
-            network.reshape(
-                {
-                    port.any_name: [batch if size.is_dynamic else size.get_length() for size in port.partial_shape]
-                    for port in network.inputs
-                }
-            )
+            network.reshape({port.any_name: _sizes(port.partial_shape, batch) for port in network.inputs})
         return OpenVinoEngine(request=core.compile_model(network, "CPU", dict(config)).create_infer_request())
     except RuntimeError as error:
         raise BackendError(f"OpenVINO refuses {model}: {error}") from error
+
+
+def _sizes(shape: Any, batch: int) -> list[int]:
+    """A partial shape with its batch fixed; -1 is a size that stays open."""
+    first, *rest = [-1 if size.is_dynamic else int(size.get_length()) for size in shape]
+    return [batch if first < 0 else first, *rest]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,80 @@ if TYPE_CHECKING:
     import torch
 
 Float32 = npt.NDArray[np.float32]
+Feed = Mapping[str, npt.NDArray[Any]]
+"""Inputs of one network call by name. All of them have a row for each sample, except a timestep that all samples share."""
 Fold = Literal["modulation", "value", "explicit"]
+LinearKind = Literal["gemm", "modulation", "edge"]
 Observer = Callable[[str, "torch.Tensor"], None]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension that may change from call to call; inputs whose sizes change together share one.
+
+    Args:
+        name: the graph's name of the dimension.
+        size: of the pictures that are sampled, and of examples.
+        limit: the greatest size that the graph takes.
+    """
+
+    name: str
+    size: int
+    limit: int = 1024
+
+
+BATCH = Axis("batch", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of a network. Its first dimension is the batch.
+
+    Args:
+        name: diffusers' name, which the graph's input bears.
+        role: `state` is what a sampler moves, the first input of every network; `timestep` is the input of that name;
+            `condition` is what a picture is drawn of.
+        dtype: numpy's name of the element type.
+    """
+
+    name: str
+    role: Literal["state", "timestep", "condition"]
+    dtype: str
+    shape: tuple[int | Axis, ...] = (BATCH,)
+
+    def zeros(self, batch: int = BATCH.size) -> npt.NDArray[Any]:
+        """An array of the input's shape and type."""
+        sizes = [axis.size if isinstance(axis, Axis) else axis for axis in self.shape]
+        return np.zeros((batch, *sizes[1:]), dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditions:
+    """What pictures can be drawn of. A condition is an index into these arrays.
+
+    Args:
+        arrays: by input, [N, ...]: the input's row for each condition; empty where a network takes none.
+        null: by input, [1, ...]: the row without a condition, from which guidance leads away; empty where there is none.
+    """
+
+    arrays: Feed
+    null: Feed
+
+    def __len__(self) -> int:
+        return max((len(rows) for rows in self.arrays.values()), default=1)
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The inputs of pictures, from the index of each one's condition."""
+        return {name: rows[chosen] for name, rows in self.arrays.items()}
+
+    def null_rows(self, count: int) -> dict[str, npt.NDArray[Any]]:
+        """The inputs of `count` pictures without a condition."""
+        return {name: np.repeat(row, count, axis=0) for name, row in self.null.items()}
+
+
+def batch_of(feed: Feed) -> int:
+    """How many samples a network call has; a shared timestep is one row for all of them."""
+    return max(map(len, feed.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +122,7 @@ class Linear:
     """
 
     name: str
-    kind: Literal["gemm", "modulation", "edge"]
+    kind: LinearKind
     width: int
 
 
@@ -79,8 +151,10 @@ class Denoiser(Protocol):
     def bias(self, linear: str) -> Float32:
         """float32[out]; zeros where it has none."""
 
-    def trajectory(self, labels: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float) -> Iterator[float]:
-        """Sample one picture a label with guidance on the reference; yields each timestep before its network call."""
+    def trajectory(
+        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[float], None]
+    ) -> None:
+        """Sample a picture of each condition on the reference; `before(timestep)` is called before each network call."""
 
     def replace(
         self, weights: Mapping[str, Float32], biases: Mapping[str, Float32], rounded: Callable[[str, Float32, float], Float32]

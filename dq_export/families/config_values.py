@@ -213,7 +213,7 @@ def refused(what: str, advice: str) -> Iterator[None]:
         raise ModelError(f"{what} ({reason_of(error)}); {advice}") from error
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
     return printable(str(error).strip().split("\n")[0], 200) or type(error).__name__
 

@@ -43,7 +43,7 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
     if model is None:
         return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
     batch = torch.export.Dim("batch", min=1, max=1024)
-    graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", {"latents": {0: batch}})
+    graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", ({0: batch},))
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return ""

@@ -1,33 +1,96 @@
-"""What a network architecture is to the rest of the product."""
+"""What one network architecture adds to what all torch networks share."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dq_export.core.progress import Advance, unwatched
+from dq_export.core.network import Conditions, Feed, Input, InputSite, LinearKind
+from dq_export.core.recipe import Rule
 
-from .checkpoint import Checkpoint
-from .reference import Reference
+from .reference import Float32, Network
 
 
-class Family(Protocol):
-    """One network architecture."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures:
+    """What a sampler starts from.
 
-    @property
-    def name(self) -> str:
-        """As in the report."""
+    Args:
+        noise: float32[P, ...], in the shape of the network's state.
+        conditions: the conditional inputs' rows, P of each.
+        null: the same inputs' rows without a condition, P of each; empty where the network has none.
+    """
 
-    @property
-    def architecture(self) -> str:
-        """The diffusers class of its networks, as `architecture_of` gives it."""
+    noise: Float32
+    conditions: Feed
+    null: Feed
 
-    @property
-    def default_guidance(self) -> float:
-        """Guidance scale for a checkpoint that has no better one."""
 
-    def load(self, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> Reference:
-        """Load a checkpoint of this architecture in float32.
+class Family(ABC):
+    """How the networks of one architecture are called.
+
+    Attributes:
+        name: as in the report.
+        architectures: the diffusers classes of its networks, as `architecture_of` gives them.
+        output: the graph's name of the network's output.
+        blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
+        default_guidance: guidance scale for a checkpoint that has no better one.
+        default_scheduler: DDIM's configuration for a folder without a scheduler.
+        rules: the default recipe rules; together they match every linear.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    output: str = "sample"
+    blocks: str = ""
+    default_guidance: float
+    default_scheduler: Mapping[str, Any]
+    rules: tuple[Rule, ...]
+
+    def network_class(self, architecture: str) -> Any:
+        """The class of one of `architectures`; diffusers' own of that name."""
+        import diffusers
+
+        return getattr(diffusers, architecture)
+
+    @abstractmethod
+    def prepare(self, model: Any, folder: Path) -> None:
+        """Replace in a loaded network what would export badly or compute differently on another machine.
+
+        Args:
+            folder: the checkpoint's, for messages.
 
         Raises:
-            ModelError: its files are damaged or do not fit each other, or weights that are not finite.
+            ModelError: a configuration of the class that this family does not support.
+        """
+
+    @abstractmethod
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        """The network's inputs, by the names of its `forward`, the state first."""
+
+    @abstractmethod
+    def conditions(self, model: Any) -> Conditions:
+        """What the network draws."""
+
+    @abstractmethod
+    def sites(self, model: Any) -> tuple[InputSite, ...]:
+        """Inputs of all `gemm` linears, in execution order."""
+
+    @abstractmethod
+    def kind(self, linear: str) -> LinearKind:
+        """What the linear of a module name works on."""
+
+    @abstractmethod
+    def largest_activation(self, model: Any) -> int:
+        """Elements of the largest activation of one sample."""
+
+    @abstractmethod
+    def draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        """The latents that a scheduler samples with a network, float32 of the shape of the noise.
+
+        Called before any other work with a network that gives zeros, to see whether the scheduler runs: what the
+        scheduler raises, and ValueError for timesteps that the network does not take, becomes the user's error.
         """

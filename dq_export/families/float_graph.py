@@ -27,8 +27,11 @@ INLINE = 1024
 DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
-def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Mapping[str, Any]) -> ir.Model:
-    """Export a torch module with torch's own exporter (dynamo, opset 21), weights untouched.
+def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Any) -> ir.Model:
+    """Export a torch module with torch's own exporter (opset 21), weights untouched.
+
+    torch.export sees the named dimensions first, and the exporter its result: on its own the exporter gives dimensions of
+    one name several symbols, and fails where a network reshapes by one of them and adds a tensor of another.
 
     Weights that the exporter's optimiser transposed become their parameter and a Transpose again: nothing is copied.
 
@@ -40,14 +43,14 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     import torch
 
     with _quiet():
+        exported = torch.export.export(network, example, dynamic_shapes=dynamic, strict=False)
         program = torch.onnx.export(
-            network,
-            example,
+            exported,
             dynamo=True,
             opset_version=21,
             input_names=inputs,
             output_names=[output],
-            dynamic_shapes=dict(dynamic),
+            dynamic_shapes=dynamic,  # for their names
             verbose=False,
         )
     assert program is not None
@@ -125,6 +128,7 @@ def _map_weights(model: ir.Model, folder: Path) -> None:
 
 def _forget_sources(model: ir.Model) -> None:
     """Keep of the exporter's notes the module names alone: stack traces hold this machine's paths, so bytes would differ."""
+    model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         scopes = node.metadata_props.get(SCOPES)
         node.metadata_props.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.core.network import Denoiser
+from dq_export.core.network import Conditions, Denoiser, Feed, Input
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
 from dq_export.deploy.triton.serving.schedules import Schedules
 
 Float32 = npt.NDArray[np.float32]
-Feed = Mapping[str, npt.NDArray[np.generic]]
 Network = Callable[[Feed], Float32]
 
 
@@ -48,8 +47,12 @@ class Reference(Denoiser, Protocol):
         """sha256 of configuration and weights, hexadecimal."""
 
     @property
-    def classes(self) -> int:
-        """Number of class labels, the null label of guidance not counted."""
+    def inputs(self) -> tuple[Input, ...]:
+        """The network's inputs, in the graph's order."""
+
+    @property
+    def conditions(self) -> Conditions:
+        """What it draws."""
 
     @property
     def guidance(self) -> float:
@@ -65,7 +68,7 @@ class Reference(Denoiser, Protocol):
 
     @property
     def feed_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's `hidden_states`, without the batch."""
+        """Shape of one sample's state, without the batch."""
 
     @property
     def decoder(self) -> Path | None:
@@ -75,7 +78,7 @@ class Reference(Denoiser, Protocol):
         """While active the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` are as before."""
 
     def forward(self, feed: Feed) -> Float32:
-        """One float network call: `hidden_states` float32[B, ...], `timestep` int64[1] or [B], `class_labels` int64[B]."""
+        """One float network call; a timestep of one row is every sample's."""
 
     def in_dtype(self, dtype: str) -> Network:
         """A copy of the network that computes in `bf16`; takes and gives float32 as `forward` does."""
@@ -100,8 +103,10 @@ class Reference(Denoiser, Protocol):
             ModelError: no sampler of the checkpoint has a table.
         """
 
-    def draw(self, network: Network, noise: Float32, labels: npt.NDArray[np.int64], *, steps: int, guidance: float) -> Float32:
-        """The sampled latents, shape of `noise`."""
+    def draw(
+        self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Float32:
+        """The sampled latents, shape of `noise`, from the index of each picture's condition."""
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
-        """Write the float network as ONNX (opset 21, external data), batch dynamic, `timestep` int64[1] if shared."""
+        """Write the float network as ONNX (opset 21, external data), `timestep` of one row if shared."""

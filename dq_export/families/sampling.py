@@ -1,21 +1,22 @@
-"""A checkpoint's diffusers scheduler: loaded, tried before any work, and its loop of network calls."""
+"""A checkpoint's diffusers scheduler: loaded, and tried before any work."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dq_export.core.documents import shown, shown_path
+from dq_export.core.network import Feed
 
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, reason_of, refused, require_values
 from .network import read_config, silent
-from .reference import Feed, Float32, ModelError
+from .reference import Float32, ModelError, Network
 
 SCHEDULERS = frozenset({
     "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
@@ -64,123 +65,98 @@ def require_sampler(name: str, where: str) -> None:
     """
     if name not in SCHEDULERS:
         raise ModelError(
-            f"{where}: {name} does not sample a network that predicts noise, as a DiT does; put the scheduler there that the "
-            "network was trained for, for example DDIMScheduler"
+            f"{where}: {name} does not sample a network that predicts noise; put the scheduler there that the network was "
+            "trained for, for example DDIMScheduler"
         )
 
 
-def rehearsed_timesteps(scheduler: Any, steps: int, channels: int) -> list[float]:
-    """The timesteps of a trajectory, after a run of all its steps with a network that gives zeros.
+def set_steps(scheduler: Any, steps: int) -> None:
+    """`scheduler.set_timesteps`.
 
     Raises:
-        ModelError: the scheduler fails, sends timesteps that are no integers, or gives NaN or Inf; the message says what
-            to change, and that was tried.
+        ModelError: the scheduler does not take so many. What else it cannot do, a `Rehearsal` finds.
     """
-    try:
-        return _rehearse(scheduler, steps, channels)
-    except RAISED as error:
-        problem = reason_of(error)
-    raise ModelError(
-        f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps ({problem}); {_remedy(scheduler, steps, channels)}"
-    )
-
-
-def sample(
-    scheduler: Any, noise: Float32, labels: npt.NDArray[np.int64], *, null: int, steps: int, guidance: float
-) -> Generator[Feed, Float32, Float32]:
-    """diffusers' DiTPipeline loop as a coroutine: yields a feed, is sent the network's output, returns the latents.
-
-    With guidance > 1 a feed holds every sample twice, first with its label, then with the null label.
-
-    Args:
-        noise: float32[B, C, H, W].
-        null: the label of no class.
-
-    Raises:
-        ModelError: the scheduler does not take so many steps. What else it cannot do, `rehearsed_timesteps` finds.
-    """
-    import torch
-
     with silent(), refused(f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps", "change --steps"):
         scheduler.set_timesteps(steps)
-    latents = torch.from_numpy(noise) * scheduler.init_noise_sigma
-    guided = guidance > 1
-    class_labels = np.concatenate([labels, np.full_like(labels, null)]) if guided else labels
-    extra = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        output = yield {
-            "hidden_states": scaled.numpy(),
-            "timestep": np.asarray([int(timestep)], dtype=np.int64),
-            "class_labels": class_labels,
-        }
-        # A learned sigma doubles the channels; the samplers use the first half, the noise.
-        predicted = torch.from_numpy(output)[:, : latents.shape[1]]
-        if guided:
-            conditional, unconditional = predicted.chunk(2)
-            predicted = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
-    final: Float32 = latents.numpy()
-    return final
 
 
-def _rehearse(scheduler: Any, steps: int, channels: int) -> list[float]:
-    """Raises what the scheduler raises, and ValueError for what a DiT cannot take."""
-    with silent():
-        scheduler.set_timesteps(steps)
-    timesteps = [float(timestep) for timestep in scheduler.timesteps]
-    if not timesteps:
-        raise ValueError("it sends no timestep")
-    for timestep in timesteps:
-        if timestep != int(timestep):
-            raise ValueError(f"it sends the fractional timestep {timestep:g}, and DiT takes integers")
-        if timestep < 0:
-            raise ValueError(f"it sends the timestep {timestep:g}")
-    loop = sample(
-        scheduler, np.ones((1, channels, 2, 2), dtype=np.float32), np.zeros(1, dtype=np.int64), null=0, steps=steps, guidance=2.0
-    )
-    feed, done = next(loop), 0
-    while np.isfinite(states := np.asarray(feed["hidden_states"])).all():
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """A trajectory with a network that gives zeros, before any work.
+
+    Args:
+        draw: samples a picture with a scheduler in a number of steps; raises what the scheduler raises, and ValueError for
+            timesteps that the network does not take.
+        state: name of the input that the sampler moves.
+    """
+
+    draw: Callable[[Any, int, Network], Float32]
+    state: str
+
+    def timesteps(self, scheduler: Any, steps: int) -> list[float]:
+        """The timesteps of the trajectory, one for each call.
+
+        Raises:
+            ModelError: the scheduler fails, sends timesteps that the network does not take, or gives NaN or Inf; the
+                message says what to change, and that was tried.
+        """
         try:
-            feed, done = loop.send(np.zeros_like(states)), done + 1
-        except StopIteration as end:
-            if not np.isfinite(end.value).all():
-                break
-            return timesteps
-    raise ValueError(f"step {done + 1} of {len(timesteps)} gives numbers that are not finite")
+            return self._rehearse(scheduler, steps)
+        except ModelError as error:  # of `set_steps`
+            problem = reason_of(error.__cause__ or error)
+        except RAISED as error:
+            problem = reason_of(error)
+        raise ModelError(
+            f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps ({problem}); {self._remedy(scheduler, steps)}"
+        )
 
+    def _rehearse(self, scheduler: Any, steps: int) -> list[float]:
+        timesteps: list[float] = []
 
-def _remedy(scheduler: Any, steps: int, channels: int) -> str:
-    """The first change with which the scheduler runs, by running it."""
-    import diffusers
+        def zeros(feed: Feed) -> Float32:
+            states, timestep = np.asarray(feed[self.state], dtype=np.float32), float(feed["timestep"][0])
+            if timestep < 0:
+                raise ValueError(f"it sends the timestep {timestep:g}")
+            if not np.isfinite(states).all():
+                raise ValueError(f"step {len(timesteps) + 1} of {steps} gives numbers that are not finite")
+            timesteps.append(timestep)
+            return np.zeros_like(states)
 
-    made = type(scheduler)
-    # Without diffusers' list of keys that were not in the file, whose values it would put back to the class's own.
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    limit = int(config.get("num_train_timesteps", steps))
-    if steps > limit and _runs(made, config, limit, channels):
-        return f"change --steps to {limit} or less"
-    changes = CHANGES
-    if str(config.get("variance_type")).startswith("learned"):  # the loop gives a sampler the noise alone
-        changes = (("variance_type", inspect.signature(made.__init__).parameters["variance_type"].default), *CHANGES)
-    for key, value in changes:
-        if key in config and config[key] != value and _runs(made, {**config, key: value}, steps, channels):
-            return f"set {key} to {'null' if value is None else str(value).lower()} in its configuration"
-    for count in (50, 20, 10, 4):
-        if count < steps and _runs(made, config, count, channels):
-            return f"change --steps, for example to {count}"
-    if _runs(diffusers.DDIMScheduler, config, min(steps, limit), channels):
-        return "put DDIMScheduler in its place, which takes the same keys"
-    return "put another scheduler in its place, for example DDIMScheduler with the values that the network was trained with"
+        latents = self.draw(scheduler, steps, zeros)
+        if not timesteps:
+            raise ValueError("it sends no timestep")
+        if not np.isfinite(latents).all():
+            raise ValueError(f"the last of {len(timesteps)} steps gives numbers that are not finite")
+        return timesteps
 
+    def _remedy(self, scheduler: Any, steps: int) -> str:
+        """The first change with which the scheduler runs, by running it."""
+        import diffusers
 
-def _runs(scheduler: Any, config: Mapping[str, Any], steps: int, channels: int) -> bool:
-    """Whether a diffusers class with a configuration runs."""
-    try:
-        with silent():
-            _rehearse(scheduler.from_config(config), steps, channels)
-    except RAISED:
-        return False
-    return True
+        kind = type(scheduler)
+        # Without diffusers' list of keys that were not in the file, whose values it would put back to the class's own.
+        config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+        limit = int(config.get("num_train_timesteps", steps))
+        if steps > limit and self._runs(kind, config, limit):
+            return f"change --steps to {limit} or less"
+        changes = CHANGES
+        if str(config.get("variance_type")).startswith("learned"):  # the loop gives a sampler the noise alone
+            changes = (("variance_type", inspect.signature(kind.__init__).parameters["variance_type"].default), *CHANGES)
+        for key, value in changes:
+            if key in config and config[key] != value and self._runs(kind, {**config, key: value}, steps):
+                return f"set {key} to {'null' if value is None else str(value).lower()} in its configuration"
+        for count in (50, 20, 10, 4):
+            if count < steps and self._runs(kind, config, count):
+                return f"change --steps, for example to {count}"
+        if self._runs(diffusers.DDIMScheduler, config, min(steps, limit)):
+            return "put DDIMScheduler in its place, which takes the same keys"
+        return "put another scheduler in its place, for example DDIMScheduler with the values that the network was trained with"
+
+    def _runs(self, kind: Any, config: Mapping[str, Any], steps: int) -> bool:
+        """Whether a diffusers class with a configuration runs."""
+        try:
+            with silent():
+                self._rehearse(kind.from_config(config), steps)
+        except (ModelError, *RAISED):
+            return False
+        return True

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, architecture_of, network_config, open_checkp
 from .family import Family
 from .hub import fetch, snapshot
 from .reference import ModelError, Reference
+from .torch_network import TorchNetwork
 
 PACKAGED = Path(__file__).parent.parent / "models"
 NAMED: dict[str, tuple[str, float]] = {
@@ -66,7 +67,7 @@ def load(source: Source, progress: Advance = unwatched) -> Reference:
         ModelError: the checkpoint cannot be used.
     """
     family = _family(source.checkpoint.config, source.checkpoint.folder)
-    return family.load(source.checkpoint, source.guidance or family.default_guidance, progress)
+    return TorchNetwork.load(family, source.checkpoint, source.guidance, progress)
 
 
 def pin(recipe: Recipe) -> tuple[Recipe, Source]:
@@ -130,9 +131,9 @@ def _source(folder: Path, model: str, revision: str | None, variant: str, guidan
 def _family(config: Mapping[str, Any], folder: Path) -> Family:
     architecture = architecture_of(config)
     for family in FAMILIES:
-        if architecture == family.architecture:
+        if architecture in family.architectures:
             return family
-    known = ", ".join(f"{family.architecture} (family {family.name})" for family in FAMILIES)
+    known = ", ".join(f"{', '.join(family.architectures)} (family {family.name})" for family in FAMILIES)
     raise ModelError(f"{shown_path(folder)}: architecture {shown(architecture)} is not supported; supported: {known}")
 
 

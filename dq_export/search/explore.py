@@ -225,16 +225,17 @@ def _label(rule: Rule) -> str:
 
 
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
-    """The same judge on other noise and labels, which no choice saw."""
+    """The same judge on other noise and conditions, which no choice saw."""
     journal = folder / f"held-back-{EVALUATIONS}"
+    reference, count = trials.reference, len(trials.conditions)
     other = replace(
         trials,
-        noise=trials.reference.noise(len(trials.labels), trials.recipe.seed + 2 * HELD_OUT),
-        labels=(trials.labels + len(trials.labels)) % trials.reference.classes,
+        noise=reference.noise(count, trials.recipe.seed + 2 * HELD_OUT),
+        conditions=(trials.conditions + count) % len(reference.conditions),
         known={},
         journal=journal,
     )
-    return replace(other, exact=other.latents(trials.reference.forward))
+    return replace(other, exact=other.latents(reference.forward))
 
 
 def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str, float, float, float], ...]:

@@ -25,10 +25,10 @@ from dq_export.passes.canonical.insert_qdq import InsertQdq
 from dq_export.passes.canonical.quantize_weights import QuantizeWeights
 from dq_export.passes.match import ROOT, SCOPES
 
-from ..families.reference import Feed, Float32, Reference
+from ..families.reference import Float32, Reference
 from .space import Space
 
-LINEAR, LATENTS = "linear", "hidden_states"
+LINEAR, STATE = "linear", "state"
 RANGE = 4.0
 """Of the random inputs."""
 
@@ -57,17 +57,12 @@ def time_space(space: Space, reference: Reference, backend: Backend, watch: Prog
 def _rows(reference: Reference) -> dict[str, int]:
     """Rows of each site's input at a call of batch 2."""
     found: dict[str, int] = {}
-    feed: Feed = {
-        "hidden_states": reference.noise(2, 0),
-        "timestep": np.asarray([500], dtype=np.int64),
-        "class_labels": np.zeros(2, dtype=np.int64),
-    }
 
     def watch(name: str, value: Any) -> None:
         found[name] = len(value)
 
     with reference.observe(watch):
-        reference.forward(feed)
+        reference.forward({item.name: item.zeros(2) for item in reference.inputs})
     return found
 
 
@@ -82,7 +77,7 @@ def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Rul
         for number, rule in enumerate(choices):
             engines[str(number)] = backend.load(build_linear(backend, weight, rows, rule, Path(folder) / str(number)))
         values = np.random.default_rng(0).uniform(-RANGE, RANGE, (1, rows, weight.shape[1])).astype(np.float32)
-        taken = measure(engines, {LATENTS: values, "timestep": np.asarray([1], dtype=np.int64)}, rounds=rounds)
+        taken = measure(engines, {STATE: values, "timestep": np.asarray([1], dtype=np.int64)}, rounds=rounds)
         return [taken[str(number)].median for number in range(len(choices))]
 
 
@@ -96,7 +91,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
     """
     folder.mkdir()
     out, width = weight.shape
-    x = ir.Value(name=LATENTS, shape=ir.Shape([1, rows, width]), type=ir.TensorType(ir.DataType.FLOAT))
+    x = ir.Value(name=STATE, shape=ir.Shape([1, rows, width]), type=ir.TensorType(ir.DataType.FLOAT))
     t = ir.Value(name="timestep", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     stored = ir.Value(name="weight", const_value=ir.tensor(np.ascontiguousarray(weight.T), name="weight"))
     stored.shape, stored.dtype = ir.Shape([width, out]), ir.DataType.FLOAT

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dq_export.calibration.simulation import Simulation
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.compare import decibels
 from dq_export.core.documents import DocumentError, parse_json, read_text
+from dq_export.core.network import Feed
 from dq_export.core.recipe import Recipe, Rule
 
-from ..families.reference import Feed, Float32, Network, Reference
+from ..families.reference import Float32, Network, Reference
 from ..output_folder import OutputError, write_text
 from .space import Genome, Space
 
@@ -34,6 +36,7 @@ class Trajectories:
         simulations: by choice, of the whole network quantized so.
         exact: the latents before every network call and at the end, of every batch.
         journal: file that keeps each result.
+        conditions: int64[pictures], the index of each picture's condition.
         known: results so far.
     """
 
@@ -42,7 +45,7 @@ class Trajectories:
     recipe: Recipe
     simulations: tuple[Simulation, ...]
     noise: Float32
-    labels: np.ndarray[tuple[int], np.dtype[np.int64]]
+    conditions: npt.NDArray[np.int64]
     exact: Float32
     journal: Path
     known: dict[Genome, float] = field(default_factory=dict)
@@ -64,10 +67,10 @@ class Trajectories:
             else:
                 assigned = uniform(recipe, space, rule).assign(reference.linears)
                 simulations.append(Simulation.of(reference, calibrated[rule], assigned))
-        noise, labels = reference.noise(size, seed), np.arange(size, dtype=np.int64) % reference.classes
+        noise, conditions = reference.noise(size, seed), np.arange(size, dtype=np.int64) % len(reference.conditions)
         made = Trajectories(
-            reference=reference, space=space, recipe=recipe, simulations=tuple(simulations), noise=noise, labels=labels,
-            exact=np.zeros(0, dtype=np.float32), journal=journal,
+            reference=reference, space=space, recipe=recipe, simulations=tuple(simulations), noise=noise,
+            conditions=conditions, exact=np.zeros(0, dtype=np.float32), journal=journal,
         )  # fmt: skip
         object.__setattr__(made, "exact", made.latents(reference.forward))
         made._read([reference.digest, recipe.model_dump(mode="json"), [rule.model_dump() for rule in space.choices], seed, size])
@@ -98,22 +101,22 @@ class Trajectories:
     def latents(self, network: Network) -> Float32:
         """float32[calls + 1, pictures, ...]: what the sampler holds before each call and at the end."""
         batches = []
-        for start in range(0, len(self.labels), self.reference.batch):
+        for start in range(0, len(self.conditions), self.reference.batch):
             part = slice(start, start + self.reference.batch)
             batches.append(self._batch(network, part))
         return np.concatenate(batches, axis=1)
 
     def _batch(self, network: Network, part: slice) -> Float32:
         seen: list[Float32] = []
-        labels = self.labels[part]
+        conditions, state = self.conditions[part], self.reference.inputs[0].name
 
         def watched(feed: Feed) -> Float32:
-            states: Float32 = np.array(feed["hidden_states"][: len(labels)], dtype=np.float32)
+            states: Float32 = np.array(feed[state][: len(conditions)], dtype=np.float32)
             seen.append(states)
             return network(feed)
 
         draw: Callable[..., Float32] = self.reference.draw
-        final = draw(watched, self.noise[part], labels, steps=self.recipe.steps, guidance=self.recipe.guidance_scale or 1.0)
+        final = draw(watched, self.noise[part], conditions, steps=self.recipe.steps, guidance=self.recipe.guidance_scale or 1.0)
         return np.stack([*seen, final])
 
     def _read(self, key: list[object]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.documents import DocumentError, shown_path
+from dq_export.core.network import Feed, batch_of
 from dq_export.core.progress import Advance
 from dq_export.core.recipe import Recipe
 from dq_export.core.scales import TimestepBins
@@ -16,7 +17,7 @@ from dq_export.core.tensor_file import load_tensors, save_tensors
 from dq_export.deploy.parity import pick_calls
 from dq_export.deploy.replay import load_replay, save_replay
 
-from ..families.reference import Feed, Float32, ModelError, Network, Reference
+from ..families.reference import Float32, ModelError, Network, Reference
 from ..output_folder import OutputError
 
 HELD_OUT = 1_000_000
@@ -30,7 +31,7 @@ class Recording:
 
     Args:
         feeds: inputs of the chosen calls, as the graph takes them; `outputs`: PyTorch's.
-        pictures: float32[N, C, H, W], the latents that PyTorch sampled.
+        pictures: float32[N, ...], the latents that PyTorch sampled.
     """
 
     feeds: list[Feed]
@@ -47,8 +48,8 @@ class Recording:
         try:
             feeds, outputs = load_replay(folder)
             pictures = load_tensors(folder / PICTURES)[0].get("pictures", np.zeros(0))
-            if pictures.dtype != np.float32 or pictures.ndim != 4 or not np.isfinite(pictures).all():
-                raise DocumentError(f"{shown_path(folder / PICTURES)}: expected finite pictures float32[N, C, H, W]")
+            if pictures.dtype != np.float32 or pictures.ndim < 2 or not np.isfinite(pictures).all():
+                raise DocumentError(f"{shown_path(folder / PICTURES)}: expected finite pictures float32[N, ...]")
         except DocumentError as error:
             raise OutputError(f"{error}; delete {shown_path(folder)} and run the same command again") from error
         return Recording(feeds=feeds, outputs=outputs, pictures=pictures)
@@ -87,13 +88,13 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
 
 def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:
     """Sample the recording's pictures with another network, from the same noise."""
-    labels = np.arange(recipe.parity_size, dtype=np.int64) % reference.classes
+    conditions = np.arange(recipe.parity_size, dtype=np.int64) % len(reference.conditions)
     noise = reference.noise(recipe.parity_size, recipe.seed + HELD_OUT)
     parts: list[npt.NDArray[np.float32]] = []
     for start in range(0, recipe.parity_size, reference.batch):
         part = slice(start, start + reference.batch)
         parts.append(
-            reference.draw(network, noise[part], labels[part], steps=recipe.steps, guidance=recipe.guidance_scale or 1.0)
+            reference.draw(network, noise[part], conditions[part], steps=recipe.steps, guidance=recipe.guidance_scale or 1.0)
         )
     return np.concatenate(parts)
 
@@ -102,4 +103,4 @@ def feed_of(feed: Feed, recipe: Recipe) -> Feed:
     """The feed with a timestep for each sample, where the graph takes one."""
     if recipe.timesteps == "shared":
         return feed
-    return {**feed, "timestep": np.repeat(feed["timestep"], len(feed["hidden_states"]))}
+    return {**feed, "timestep": np.repeat(feed["timestep"], batch_of(feed))}

@@ -12,7 +12,7 @@ from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.model_config import MOST_ROWS, Served
 from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, PROXY, README, SERVED, write_repository
 
-from ..families.reference import Reference
+from ..families.reference import ModelError, Reference
 from ..ledger import file_digest
 from ..report.report import StageResult
 
@@ -20,6 +20,8 @@ REPOSITORY = "triton"
 """Its folder in an output folder."""
 FEW_STEPS = 12
 """Tables of so many steps show whether a sampler has any: its order, its noise, its clipping. Larger ones take seconds."""
+SERVED_INPUTS = ("hidden_states", "timestep", "class_labels")
+"""Of the networks that the server's requests are for."""
 MOST_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
@@ -31,12 +33,18 @@ def inputs(reference: Reference, recipe: Recipe) -> list[Any]:
     return [reference.digest, recipe.steps, recipe.guidance_scale, *map(file_digest, (*vae, *served))]
 
 
-def require_samplers(reference: Reference) -> None:
-    """Ask for the server's samplers before anything is computed.
+def require_served(reference: Reference) -> None:
+    """Ask for what the server needs before anything is computed.
 
     Raises:
-        ModelError: no sampler of the checkpoint can be served.
+        ModelError: the network has other inputs than the server's requests, or no sampler of the checkpoint can be served.
     """
+    names = tuple(item.name for item in reference.inputs)
+    if names != SERVED_INPUTS:
+        raise ModelError(
+            f"--triton: the server's requests hold class labels, for a network with {', '.join(SERVED_INPUTS)}; this one has "
+            f"{', '.join(names)}. Leave --triton out"
+        )
     reference.samplers(FEW_STEPS)
 
 
@@ -64,7 +72,7 @@ def write(
         decoder=decoder if decoder.exists() else None,
         pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
         most_rows=backend.greatest_batch(out / "model.onnx") or MOST_ROWS,
-        classes=reference.classes,
+        classes=len(reference.conditions),
         steps=recipe.steps,
         guidance=recipe.guidance_scale or 1.0,
         scheduler=samplers.own,

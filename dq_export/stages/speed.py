@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import Backend, BackendError, Feed
@@ -33,7 +34,7 @@ def bench(
         BackendError: the float graph or the engine cannot be loaded or run.
     """
     feed = _feed(folder)
-    rows = len(feed["hidden_states"])
+    rows = batch_of(feed)
     pytorch, skipped = _pytorch(recipe, rows) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
@@ -84,7 +85,7 @@ def _report(feed: Feed, timings: dict[str, Timing], backend: Backend, skipped: d
     }
     float_ms, engine_ms = engines["float"].median_ms, engines["engine"].median_ms
     return LatencyReport(
-        batch=len(feed["hidden_states"]),
+        batch=batch_of(feed),
         baseline=f"the float graph on {backend.title} in {backend.dtype}",
         float_ms=float_ms,
         engine_ms=engine_ms,

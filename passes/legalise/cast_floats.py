@@ -27,22 +27,20 @@ class CastFloats(GraphPass):
     The graph's inputs and outputs keep their types.
 
     It does not act where
-        1. a node depends on the timestep and the labels alone and no GEMM with a quantized weight lies before it: the
-           sines of the timestep, the embedders' MLPs and the bin of the timestep need float32 and cost nothing,
+        1. a node depends on no input but the timestep and the conditions and no GEMM with a quantized weight lies before
+           it: the sines of the timestep, the embedders' MLPs and the bin of the timestep need float32 and cost nothing,
         2. the operator is a LayerNormalization.
 
     Exactness: rounds every intermediate value to `dtype`: relative error 2^-11 (float16) or 2^-8 (bfloat16) each.
 
     Args:
         dtype: FLOAT16 or BFLOAT16.
-        latents: the graph input of which everything else depends.
     """
 
     name: ClassVar[str] = "cast_floats"
     # What they insert is float32.
     after: ClassVar[tuple[str, ...]] = ("insert_qdq", "widen_codes", "quantize_attention", "factor_scale", "clip_codes")
     dtype: ir.DataType
-    latents: str = "hidden_states"
 
     def rewrite(self, model: ir.Model) -> PassReport:
         graph = model.graph
@@ -74,8 +72,8 @@ class CastFloats(GraphPass):
         return PassReport(name=self.name, changed=(f"{len(small)} nodes in {self.dtype.name}, {kept} as they are",))
 
     def _small(self, graph: ir.Graph) -> set[ir.Node]:
-        """Nodes behind the latents or behind a quantized weight, and the scales' gathers."""
-        behind: set[ir.Value] = {value for value in graph.inputs if value.name == self.latents}
+        """Nodes behind the state, the graph's first input, or behind a quantized weight, and the scales' gathers."""
+        behind: set[ir.Value] = set(graph.inputs[:1])
         found: set[ir.Node] = set()
         for node in graph:
             quantized = node.op_type == "DequantizeLinear"

@@ -128,7 +128,7 @@ def test_progress_counts_every_network_call_input_and_weight_once(
     tiny: Reference, method: str, passes: int, tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
-    sampling = Sampling(calib_size=9, steps=3, seed=0, guidance=2.0, classes=tiny.classes)
+    sampling = Sampling(calib_size=9, steps=3, seed=0, guidance=2.0, conditions=len(tiny.conditions))
     seen: list[tuple[int, int]] = []
     assigned = recipe.assign(tiny.linears)
     calibrate(tiny, recipe, assigned, sampling, {}, lambda done, total: seen.append((done, total)), tmp_path)

@@ -15,17 +15,16 @@ from dq_export.core.artifacts import CalibrationError, CalibrationResult
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
-SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, classes=5)
+SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, conditions=5)
 
 
 def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, np.ndarray]]:
     """Every input of every site, all at once."""
     kept: dict[str, dict[float, list[np.ndarray]]] = {}
-    now = 0.0
-    with reference.observe(lambda name, value: kept.setdefault(name, {}).setdefault(now, []).append(value.numpy().copy())):
-        for labels, seed in map(sampling.pictures, range(sampling.batches)):
-            for timestep in reference.trajectory(labels, steps=sampling.steps, seed=seed, guidance=sampling.guidance):
-                now = timestep
+    times: list[float] = []
+    with reference.observe(lambda name, value: kept.setdefault(name, {}).setdefault(times[-1], []).append(value.numpy().copy())):
+        for conditions, seed in map(sampling.pictures, range(sampling.batches)):
+            reference.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=sampling.guidance, before=times.append)
     return {name: {t: np.concatenate(parts) for t, parts in by.items()} for name, by in kept.items()}
 
 

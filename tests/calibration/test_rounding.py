@@ -93,7 +93,7 @@ def test_a_hessian_of_another_size_or_not_finite_is_refused(hessian: np.ndarray)
 
 
 def sampling_of(reference: Reference, recipe: Recipe) -> Sampling:
-    return Sampling(calib_size=recipe.calib_size, steps=recipe.steps, seed=0, guidance=2.0, classes=reference.classes)
+    return Sampling(calib_size=recipe.calib_size, steps=recipe.steps, seed=0, guidance=2.0, conditions=len(reference.conditions))
 
 
 def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
@@ -109,8 +109,7 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
     order = tiny.timesteps(recipe.steps)
     times.append(order[0])
     with tiny.observe(watch):
-        for timestep in tiny.trajectory(np.arange(4), steps=recipe.steps, seed=0, guidance=2.0):
-            times.append(timestep)
+        tiny.trajectory(np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=times.append)
     reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
 
     def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
@@ -160,8 +159,7 @@ def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny
     )
     rows: dict[str, list[np.ndarray]] = {name: [] for name in result.sites}
     with tiny.observe(lambda name, value: rows[name].append(value.numpy().copy())):
-        for _ in tiny.trajectory(np.arange(8) % 5, steps=5, seed=99, guidance=2.0):
-            pass
+        tiny.trajectory(np.arange(8) % 5, steps=5, seed=99, guidance=2.0, before=lambda timestep: None)
     left, taken = 0.0, 0.0
     for name, plan in result.sites.items():
         seen = np.concatenate(rows[name])

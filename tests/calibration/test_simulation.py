@@ -81,16 +81,15 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
     uniform, assigned = calibrated(tiny, "w4a4", **options)
     progressive, _ = calibrated(tiny, "w4a4", calibration="progressive", **options)
     seen: dict[str, dict[float, float]] = {name: {} for name in uniform.sites}
-    now = [0.0]
+    times: list[float] = []
 
     def watch(name: str, value: Any) -> None:
         plan = uniform.sites[name]
         amax = float(np.abs((value.numpy() - plan.in_shift) / plan.in_scale).max())
-        seen[name][now[0]] = max(seen[name].get(now[0], 0.0), amax)
+        seen[name][times[-1]] = max(seen[name].get(times[-1], 0.0), amax)
 
     with Simulation.of(tiny, uniform, assigned).on(tiny), tiny.observe(watch):
-        for timestep in tiny.trajectory(np.arange(4), steps=5, seed=0, guidance=2.0):
-            now[0] = timestep  # of the call that follows
+        tiny.trajectory(np.arange(4), steps=5, seed=0, guidance=2.0, before=times.append)
     for name, plan in progressive.sites.items():
         np.testing.assert_array_equal(plan.in_scale, uniform.sites[name].in_scale)
         for timestep, amax in seen[name].items():
@@ -101,6 +100,6 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
 
 def test_progressive_calibration_does_not_share_its_pictures(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, calibration="progressive")
-    sampling = Sampling(calib_size=2, steps=2, seed=0, guidance=2.0, classes=5)
+    sampling = Sampling(calib_size=2, steps=2, seed=0, guidance=2.0, conditions=5)
     with pytest.raises(CalibrationError, match="start it without torchrun, or take uniform"):
         calibrate(tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda done, total: None, tmp_path, TorchGroup(0, 2))

@@ -14,7 +14,7 @@ import pytest
 from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sqnr
 from safetensors.numpy import load_file, save_file
 
-from dq_export.families import dit
+from dq_export.families import torch_export
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
@@ -40,7 +40,7 @@ def test_repeated_blocks_are_those_of_tracing_them_all(deep: Path, tmp_path: Pat
     feed = feed_of(load_reference(str(deep)))
     repeated = exported(deep, tmp_path / "repeated")
     with monkeypatch.context() as patch:
-        patch.setattr(dit, "repeat_block", lambda *arguments: False)  # as for a network whose blocks are not alike
+        patch.setattr(torch_export, "repeat_block", lambda *arguments: False)  # as for a network whose blocks are not alike
         traced = exported(deep, tmp_path / "traced")
     assert [node.op_type for node in repeated.graph] == [node.op_type for node in traced.graph]
     names = {name for name in traced.graph.initializers if name.startswith("transformer.")}

@@ -12,13 +12,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_export.families.reference import ModelError
-from dq_export.families.sampling import SCHEDULERS, load_scheduler, rehearsed_timesteps, sample
+from dq_export.core.network import Feed
+from dq_export.families.dit import DIT
+from dq_export.families.family import Pictures
+from dq_export.families.reference import Float32, ModelError, Network
+from dq_export.families.sampling import SCHEDULERS, Rehearsal, load_scheduler
 
 
 def saved(folder: Path, name: Any, **values: Any) -> Path:
     (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **values}))
     return folder
+
+
+def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance: float) -> Float32:
+    """A picture of ones, as a DiT draws it."""
+    label, null = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    pictures = Pictures(
+        noise=np.ones((1, channels, 4, 4), dtype=np.float32), conditions={"class_labels": label}, null={"class_labels": null}
+    )
+    return DIT.draw(network, scheduler, pictures, steps=steps, guidance=guidance)
+
+
+def rehearsed_timesteps(scheduler: Any, steps: int, channels: int) -> list[float]:
+    """The timesteps of a DiT's trajectory."""
+    rehearsal = Rehearsal(draw=lambda made, count, network: drawn(network, made, count, channels, 2.0), state="hidden_states")
+    return rehearsal.timesteps(scheduler, steps)
 
 
 def all_schedulers() -> list[str]:
@@ -119,20 +137,13 @@ def test_what_diffusers_ignores_or_writes_itself_is_accepted(tmp_path: Path) -> 
 def test_a_rehearsal_leaves_the_scheduler_as_it_was(tmp_path: Path) -> None:
     """A second trajectory of a solver that remembers earlier steps is the first one's."""
     scheduler = load_scheduler(saved(tmp_path, "UniPCMultistepScheduler", timestep_spacing="trailing"), {})
-    noise, labels = np.ones((1, 2, 4, 4), dtype=np.float32), np.zeros(1, dtype=np.int64)
 
-    def drawn() -> Any:
-        loop = sample(scheduler, noise, labels, null=1, steps=6, guidance=1.0)
-        feed = next(loop)
-        while True:
-            try:
-                feed = loop.send(0.1 * np.asarray(feed["hidden_states"]))
-            except StopIteration as end:
-                return end.value
+    def tenth(feed: Feed) -> Float32:
+        return np.asarray(0.1 * feed["hidden_states"], dtype=np.float32)
 
-    first = drawn()
+    first = drawn(tenth, scheduler, 6, 2, 1.0)
     rehearsed_timesteps(scheduler, 9, 2)
-    np.testing.assert_array_equal(first, drawn())
+    np.testing.assert_array_equal(first, drawn(tenth, scheduler, 6, 2, 1.0))
 
 
 JSON = st.one_of(

@@ -40,8 +40,8 @@ def sampled(
     """What a server would draw, with the float network."""
     watcher, labels = Watcher(), np.array([1, 3])
     job = Job(
-        client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7), labels=labels, null=reference.classes,
-        guidance=guidance, every=every,
+        client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7), labels=labels,
+        null=len(reference.conditions), guidance=guidance, every=every,
     )  # fmt: skip
     while job.at < steps:
         states, timestep, rows = job.feed()

@@ -1,0 +1,73 @@
+"""The ONNX graph of a torch network: its inputs by name, equal blocks traced once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dq_export.core.network import Axis, Input
+from dq_export.passes.match import ROOT
+
+from .float_graph import trace
+from .repeat_block import repeat_block
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+TRACED = 3
+"""Blocks; see `repeat_block`."""
+
+
+def export_graph(model: Any, inputs: Sequence[Input], output: str, blocks: str, *, shared: bool) -> ir.Model:
+    """Trace a network, `TRACED` of its blocks where they are equal and all of them where they are not.
+
+    Args:
+        model: a diffusers network, which takes `inputs` by name.
+        output: name of its output.
+        blocks: name of its list of blocks; empty: trace them all.
+        shared: the timestep has one row for all samples.
+    """
+    listed = getattr(model, blocks) if blocks else ()
+    if len(listed) <= TRACED:
+        return _traced(model, inputs, output, shared)
+    state = {f"{ROOT}{name}": value for name, value in model.state_dict().items()}
+    try:
+        setattr(model, blocks, listed[:TRACED])
+        graph = _traced(model, inputs, output, shared)
+    finally:
+        setattr(model, blocks, listed)
+    if repeat_block(graph, f"{ROOT}{blocks}", len(listed), state):
+        return graph
+    return _traced(model, inputs, output, shared)
+
+
+def _traced(model: Any, inputs: Sequence[Input], output: str, shared: bool) -> ir.Model:
+    import torch
+
+    axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis)}
+    dims = {axis.name: torch.export.Dim(axis.name, min=1, max=axis.limit) for axis in axes.values()}
+    example, dynamic = [], []
+    for item in inputs:
+        one = shared and item.role == "timestep"
+        example.append(torch.from_numpy(item.zeros(1) if one else item.zeros()))
+        changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
+        dynamic.append(None if one else changing)
+    names = [item.name for item in inputs]
+    return trace(_named_wrapper(model, names), tuple(example), names, output, {"values": tuple(dynamic)})
+
+
+def _named_wrapper(model: Any, names: Sequence[str]) -> Any:
+    """The network with its named inputs as positional arguments; its module bears the name that `ROOT` is."""
+    import torch
+
+    class Wrapper(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = model
+
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.transformer(**dict(zip(names, values, strict=True)), return_dict=False)[0]
+            return output
+
+    return Wrapper().eval()

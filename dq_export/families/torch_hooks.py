@@ -1,0 +1,82 @@
+"""Watching and changing the linears of a torch network while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dq_export.core.network import Float32, InputSite, Observer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def observed(model: Any, sites: Sequence[InputSite], observer: Observer) -> Iterator[None]:
+    """See `Denoiser.observe`."""
+
+    def watch(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            observer(name, inputs[0].detach().flatten(0, -2))
+
+        return hook
+
+    handles = [model.get_submodule(site.linears[0]).register_forward_pre_hook(watch(site.name), prepend=True) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def parameters_replaced(model: Any, weights: Mapping[str, Float32], biases: Mapping[str, Float32]) -> Iterator[None]:
+    """While active, linears have other weights and biases. A linear without a bias gets one, as in the graph."""
+    import torch
+
+    changes = [(name, "weight", value) for name, value in weights.items()]
+    changes += [(name, "bias", value) for name, value in biases.items()]
+    before = [getattr(model.get_submodule(name), kind) for name, kind, _ in changes]
+    try:
+        for name, kind, value in changes:
+            module = model.get_submodule(name)
+            new = torch.from_numpy(value).to(module.weight.device)
+            setattr(module, kind, torch.nn.Parameter(new, requires_grad=False))
+        yield
+    finally:
+        for (name, kind, _), parameter in zip(changes, before, strict=True):
+            setattr(model.get_submodule(name), kind, parameter)
+
+
+@contextmanager
+def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[str, Float32, float], Float32]) -> Iterator[None]:
+    """While active, every site's readers read `rounded(site.name, float32[rows, K], timestep)`."""
+    import torch
+
+    timestep = 0.0
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def learn(module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal timestep
+        timestep = float(named["timestep"][0])
+        seen.clear()
+
+    def swap(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            value = inputs[0]
+            if name not in seen or seen[name][0] is not value:  # readers of one tensor get one rounding of it
+                found = rounded(name, value.detach().flatten(0, -2).cpu().numpy(), timestep)
+                seen[name] = value, torch.from_numpy(found).to(value.device).reshape(value.shape)
+            return (seen[name][1],)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(learn, with_kwargs=True)]
+    for site in sites:
+        handles += [model.get_submodule(name).register_forward_pre_hook(swap(site.name)) for name in site.linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

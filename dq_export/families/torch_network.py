@@ -1,0 +1,206 @@
+"""A diffusers network under torch with its sampler: what the networks of every family share."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.documents import shown_path
+from dq_export.core.network import Axis, Feed, Linear, LinearKind, Observer
+from dq_export.core.progress import Advance, unwatched
+from dq_export.passes.match import ROOT
+
+from .checkpoint import Checkpoint, architecture_of, broken_weights, digest
+from .family import Family, Pictures
+from .float_graph import save
+from .network import load_network
+from .reference import Float32, ModelError, Network, Samplers
+from .sampling import Rehearsal, load_scheduler
+from .schedules import tabulate
+from .torch_export import export_graph
+from .torch_hooks import inputs_replaced, observed, parameters_replaced
+
+if TYPE_CHECKING:
+    import torch
+
+ACTIVATION_BYTES = 16 << 20
+"""Of the largest activation; a network call holds about four such."""
+
+
+class TorchNetwork:
+    """A loaded network of a family. See `Reference` for every member."""
+
+    def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
+        self.family = family
+        self.model = model
+        self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler)
+        self.guidance = guidance
+        self.weights = checkpoint.weights
+        self.inputs = family.inputs(model)
+        self.conditions = family.conditions(model)
+        self.sampler = type(self.scheduler).__name__
+        self.rules = family.rules
+        self.decoder = checkpoint.vae
+        self.feed_shape = tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
+        self.sites = family.sites(model)
+        self.attention = tuple(site.linears for site in self.sites if len(site.linears) == 3)
+        guided = 2 * 4 * family.largest_activation(model)  # bytes, of one picture
+        self.batch = min(max(ACTIVATION_BYTES // guided, 1), 8)
+        self.digest = digest(model, self.scheduler, progress)
+        self.host: dict[str, torch.Tensor] = {}
+        self.linears: Mapping[str, Linear] = _linears(model, family.kind)
+
+    @staticmethod
+    def load(family: Family, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> TorchNetwork:
+        """Load a checkpoint of one of the family's architectures, in float32.
+
+        Args:
+            guidance: the scale that suits it; 0: its family's.
+            progress: called with (tensors read, tensors in all).
+
+        Raises:
+            ModelError: its files are damaged or do not fit each other, or weights that are not finite.
+        """
+        architecture = family.network_class(str(architecture_of(checkpoint.config)))
+        model = load_network(architecture, checkpoint.folder, checkpoint.config, checkpoint.weights)
+        broken = broken_weights(model)
+        if broken:
+            raise ModelError(
+                f"{shown_path(checkpoint.folder)}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint "
+                "is damaged"
+            )
+        family.prepare(model, checkpoint.folder)
+        return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress)
+
+    def weight(self, linear: str) -> Float32:
+        name = f"{linear}.weight"
+        weight: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
+        return weight
+
+    def bias(self, linear: str) -> Float32:
+        if self.model.get_submodule(linear).bias is None:
+            return np.zeros(len(self.weight(linear)), dtype=np.float32)
+        name = f"{linear}.bias"
+        bias: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
+        return bias
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[None]:
+        if device == "cpu":
+            yield
+            return
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.host = {name: tensor.data for name, tensor in tensors.items()}  # stays mapped from the checkpoint
+        try:
+            for tensor in tensors.values():
+                tensor.data = tensor.data.to(device)
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                tensor.data = self.host[name]
+            self.host = {}
+
+    def forward(self, feed: Feed) -> Float32:
+        return _call(self.model, feed)
+
+    def in_dtype(self, dtype: str) -> Network:
+        import torch
+
+        # torch's own `to`: diffusers' warns of modules that an architecture does not have.
+        model = torch.nn.Module.to(copy.deepcopy(self.model), {"bf16": torch.bfloat16}[dtype])
+        return lambda feed: _call(model, feed)
+
+    def timesteps(self, steps: int) -> list[float]:
+        def rehearsed(scheduler: Any, count: int, network: Network) -> Float32:
+            noise = np.ones((1, *self.feed_shape), dtype=np.float32)
+            return self._draw(network, scheduler, noise, np.zeros(1, dtype=np.int64), steps=count, guidance=2.0)
+
+        return Rehearsal(draw=rehearsed, state=self.inputs[0].name).timesteps(self.scheduler, steps)
+
+    def release(self) -> None:
+        import torch
+
+        for parameter in self.model.parameters():  # the exporter's caches may still know the modules
+            parameter.data = torch.empty(0)
+        del self.model
+        gc.collect()
+
+    def noise(self, samples: int, seed: int) -> Float32:
+        import torch
+
+        # One generator for each sample: picture i does not depend on how many are drawn with it. PyTorch takes 64 bits.
+        seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]
+        each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
+        noise: Float32 = torch.stack(each).numpy()
+        return noise
+
+    def trajectory(
+        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[float], None]
+    ) -> None:
+        def watched(feed: Feed) -> Float32:
+            before(float(feed["timestep"][0]))
+            return self.forward(feed)
+
+        self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
+
+    def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
+        return tabulate(self.scheduler, most, progress)
+
+    def draw(
+        self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Float32:
+        return self._draw(network, self.scheduler, noise, conditions, steps=steps, guidance=guidance)
+
+    def _draw(
+        self, network: Network, scheduler: Any, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
+    ) -> Float32:
+        rows, null = self.conditions.rows(conditions), self.conditions.null_rows(len(noise))
+        pictures = Pictures(noise=noise, conditions=rows, null=null)
+        return self.family.draw(network, scheduler, pictures, steps=steps, guidance=guidance)
+
+    @contextmanager
+    def replace(
+        self, weights: Mapping[str, Float32], biases: Mapping[str, Float32], rounded: Callable[[str, Float32, float], Float32]
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(parameters_replaced(self.model, weights, biases))
+            stack.enter_context(inputs_replaced(self.model, self.sites, rounded))
+            yield
+
+    def observe(self, observer: Observer) -> AbstractContextManager[None]:
+        return observed(self.model, self.sites, observer)
+
+    def export_onnx(self, path: Path, *, shared: bool) -> None:
+        graph = export_graph(self.model, self.inputs, self.family.output, self.family.blocks, shared=shared)
+        save(graph, path, self.weights.files, ROOT)
+
+
+def _call(model: Any, feed: Feed) -> Float32:
+    """One call, in the model's own floating type; a timestep keeps its type, which the network's sines need."""
+    import torch
+
+    tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
+    timestep = tensors.pop("timestep")
+    batch = max(map(len, tensors.values()))
+    floats = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    with torch.inference_mode():
+        output = model(**floats, timestep=timestep.expand(batch), return_dict=False)[0]
+    sample: Float32 = output.float().cpu().numpy()
+    return sample
+
+
+def _linears(model: Any, kind: Callable[[str], LinearKind]) -> dict[str, Linear]:
+    import torch
+
+    return {
+        name: Linear(name=name, kind=kind(name), width=module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }

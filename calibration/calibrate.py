@@ -133,6 +133,7 @@ def _plans(
             site=site,
             method=scaling.method,
             error=scaling.error,
+            alternatives=scaling.alternatives,
             in_scale=scaling.in_scale,
             in_shift=scaling.in_shift,
             activation=_activation(

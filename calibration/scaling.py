@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +31,19 @@ EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaling:
-    """A candidate: x becomes (x - in_shift) / in_scale, of whose range the share `clip` has codes. `error` is its measured
-    relative output error, NaN if unmeasured."""
+    """A candidate: x becomes (x - in_shift) / in_scale, of whose range the share `clip` has codes.
+
+    Args:
+        error: the measured relative output error; NaN if unmeasured.
+        alternatives: the errors of all candidates that were measured, by method; empty where there was no choice.
+    """
 
     method: str
     in_scale: Float32
     in_shift: Float32
     clip: float = 1.0
     error: float = float("nan")
+    alternatives: Mapping[str, float] = field(default_factory=dict)
 
 
 def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
@@ -163,14 +169,20 @@ def choose_scaling(
         ],
     }[recipe.scaling]  # fmt: skip
     first = shifts[0] if recipe.shift else unshifted
-    best_rule, best = min(((rule, trial.measure(rule, first)) for rule in rules), key=lambda pair: pair[1].error)
-    shift = first
+    candidates = [(rule, trial.measure(rule, first)) for rule in rules]
+    best_rule, best = min(candidates, key=lambda pair: pair[1].error)
+    shift, measured = first, [scaling for _, scaling in candidates]
     if recipe.scaling == "auto" and recipe.shift is not False and scheme.activation is not None:
         tried = [(first, best), *((other, trial.measure(best_rule, other)) for other in shifts if other is not first)]
         shift, best = min(tried, key=lambda pair: pair[1].error)
+        measured += [scaling for _, scaling in tried[1:]]
     if recipe.scaling == "auto" and recipe.method == "minmax" and scheme.graph_type and scheme.graph_type.bits < 8:
-        best = min([best, *(trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP)], key=lambda item: item.error)
-    return best
+        clipped = [trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP]
+        best = min([best, *clipped], key=lambda item: item.error)
+        measured += clipped
+    if recipe.scaling != "auto":
+        return best
+    return replace(best, alternatives={item.method: item.error for item in measured if np.isfinite(item.error)})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -131,24 +131,10 @@ def bench_again(out: Path, progress: Advance) -> LatencyReport:
     return bench(out, backend, progress, recipe=recipe)
 
 
-def explain_linear(out: Path, name: str) -> dict[str, str]:
-    """Label -> text of what was decided for a linear.
+def read_report(out: Path) -> Report:
+    """The report of a finished export.
 
     Raises:
-        OutputError: `out` is no finished export, or has no such linear.
+        OutputError: `out` is none.
     """
-    report = FinishedFolder.open(out, REPORT).report()
-    found = {linear.name: linear for linear in report.linears}
-    if name not in found:
-        raise OutputError(f"no linear '{name}' in {out}.{nearest(name, list(found))}")
-    linear = found[name]
-    kernels = [gemm.kernel for gemm in report.audit.gemms if gemm.name == name] if report.audit else []
-    return {
-        "action": linear.action,
-        "rule": f"'{linear.rule}'{' (' + linear.reason + ')' if linear.reason else ''}",
-        "input": linear.site or "not quantized",
-        "scaling": linear.scaling or "none",
-        "bins": str(linear.bins),
-        "error": "not measured" if linear.error is None else f"{linear.error:.2e} of the output's power",
-        "kernel": ", ".join(kernels) or "merged with an identical linear, or not built",
-    }
+    return FinishedFolder.open(out, REPORT).report()

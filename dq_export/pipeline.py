@@ -409,7 +409,7 @@ class Export:
         size = SizeReport(float_bytes=_bytes(source.parent), engine_bytes=_bytes(partial))
         return StageResult(
             summary=f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB",
-            passes=[f"{item.name}: {len(item.changed)}" for item in reports],
+            passes=reports,
             size=size,
         )
 
@@ -479,6 +479,7 @@ class Export:
             reason=rule.reason,
             site=plan.site.name if plan else "",
             scaling=plan.method if plan else "",
+            fold=plan.site.fold if plan and plan.scaled else "",
             bins=len(plan.activation.bins) if plan and plan.activation else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
             sqnr=_finite(calibration.sqnr.get(name)) if calibration else [],
@@ -495,9 +496,11 @@ def table_report(plan: SitePlan) -> TableReport:
     scale = plan.activation
     if isinstance(scale, ScaleTable):
         edges, scales = list(scale.bins.edges), [float(value) for value in scale.scale]
-        return TableReport(site=plan.site.name, granularity="tensor", edges=edges, scales=scales)
+        return TableReport(
+            site=plan.site.name, granularity="tensor", edges=edges, scales=scales, alternatives=dict(plan.alternatives)
+        )
     found = "float" if scale is None else "token-group" if scale.group else "token"
-    return TableReport(site=plan.site.name, granularity=found, edges=[], scales=[])
+    return TableReport(site=plan.site.name, granularity=found, edges=[], scales=[], alternatives=dict(plan.alternatives))
 
 
 def _finite(values: npt.NDArray[np.float32] | None) -> list[float | None]:

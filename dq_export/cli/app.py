@@ -21,11 +21,11 @@ import typer
 
 from .progress import Lines
 from .tables import (
-    one_line,
     print_audit,
     print_faults,
     print_findings,
     print_latency,
+    print_linears,
     print_search,
     print_verification,
     summarize,
@@ -403,12 +403,21 @@ def _check_repository(folder: Path) -> None:
 
 
 @app.command()
-def explain(out: Folder, name: Annotated[str, typer.Argument(help="module name of a linear", show_default=False)]) -> None:
-    """Why a linear is quantized as it is."""
-    from ..finished import explain_linear
+def explain(
+    out: Folder,
+    name: Annotated[str, typer.Argument(help="module name of a linear, or a part of several names", show_default=False)] = "",
+) -> None:
+    """Why a linear is quantized as it is; without its whole name, a few lines for each linear."""
+    from dq_export.core.recipe import nearest
 
-    for label, value in explain_linear(out, name).items():
-        print(f"{label:10} {one_line(value)}")
+    from ..finished import read_report
+    from ..output_folder import OutputError
+
+    report = read_report(out)
+    names = [linear.name for linear in report.linears]
+    print_linears(report, name)
+    if not any(name in item for item in names):
+        raise OutputError(f"no linear '{name}' in {out}.{nearest(name, names)}")
 
 
 def _statuses() -> dict[type[Exception], int]:

@@ -61,6 +61,18 @@ def print_audit(report: AuditReport, required: float) -> None:
     print(f"{report.coverage:.1%} of the quantized GEMMs', required {required:.1%}")
 
 
+def print_linears(report: Report, name: str) -> None:
+    """All about the linear of that name; else a few lines for each whose name contains it, or for all if there is none."""
+    from ..report.explain import explain_linear, linear_lines
+
+    exact = next((linear for linear in report.linears if linear.name == name), None)
+    if exact is not None:
+        print_table(["", ""], explain_linear(report, exact).items())
+        return
+    for lines in linear_lines(report, name) or linear_lines(report, ""):
+        print("\n  ".join(map(one_line, lines)))
+
+
 def print_verification(done: Verification) -> None:
     """Whether the recorded calls keep the limit, by the worst of them."""
     sqnr, timestep = done.worst
@@ -118,7 +130,8 @@ def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
 
     rows = [*_verdict_rows(report), *_measured_rows(report)]
     rows += [("not quantized", f"{count} linears, {reason}") for reason, count in report.skipped()]
-    rows += [("pass", line) for line in report.passes] if verbose else []
+    if verbose:
+        rows += [("pass", f"{item.name}: {len(item.changed)} changed, {len(item.skipped)} left alone") for item in report.passes]
     rows += [("seconds", f"{stage}: {seconds}") for stage, seconds in report.seconds.items()] if verbose else []
     print_table(["", ""], rows, title=f"{report.model} -> {folder}")
     print(f"report: {one_line(folder / 'report.html')}")

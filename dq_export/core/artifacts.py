@@ -20,7 +20,7 @@ from .scales import ScaleTable, TimestepBins, TokenScale
 from .tensor_file import load_tensors, save_tensors
 
 Float32 = npt.NDArray[np.float32]
-FORMAT = "dq-export calibration 3"
+FORMAT = "dq-export calibration 4"
 TYPES = {qtype.name: qtype for qtype in QUANT_TYPES}
 KINDS = {"scale": np.float32, "multiplier": np.int8, "codes": np.int8, "correction": np.float32, "sqnr": np.float32}
 """What a file holds for a linear, and its element type."""
@@ -44,6 +44,7 @@ class SitePlan:
         in_shift: float32[K], finite; all zeros where nothing is shifted.
         activation: the scale table, or the rule that finds a scale for each token; None where the input stays float.
         error: the measured relative output error of the choice (noise power / signal power), or NaN if not measured.
+        alternatives: that error of every candidate that `auto` measured, by method; empty where the recipe chose.
     """
 
     site: InputSite
@@ -52,6 +53,7 @@ class SitePlan:
     in_shift: Float32
     activation: ScaleTable | TokenScale | None
     error: float = float("nan")
+    alternatives: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for label, vector in (("in_scale", self.in_scale), ("in_shift", self.in_shift)):
@@ -128,6 +130,7 @@ class CalibrationResult:
             tensors[f"{name}.in_scale"] = plan.in_scale
             tensors[f"{name}.in_shift"] = plan.in_shift
             entry: dict[str, Any] = {"site": asdict(plan.site), "method": plan.method, "error": plan.error}
+            entry |= {"alternatives": dict(plan.alternatives)}
             if isinstance(plan.activation, ScaleTable):
                 tensors[f"{name}.activation.scale"] = plan.activation.scale
                 entry |= {"edges": plan.activation.bins.edges, "type": plan.activation.qtype.name}
@@ -209,6 +212,7 @@ class _Entry(BaseModel):
     site: InputSite
     method: str
     error: float
+    alternatives: dict[str, float]
     edges: tuple[float, ...] | None = None
     type: str | None = None
     token: _Token | None = None
@@ -226,8 +230,15 @@ class _Entry(BaseModel):
             activation = ScaleTable(scale=tensors[f"{name}.activation.scale"], bins=bins, qtype=TYPES[self.type])
         elif self.token is not None:
             activation = TokenScale(**{**self.token.model_dump(), "qtype": TYPES[self.token.qtype]})
-        vectors = {part: tensors[f"{name}.{part}"] for part in ("in_scale", "in_shift")}
-        return SitePlan(site=self.site, method=self.method, error=self.error, activation=activation, **vectors)
+        return SitePlan(
+            site=self.site,
+            method=self.method,
+            error=self.error,
+            alternatives=self.alternatives,
+            activation=activation,
+            in_scale=tensors[f"{name}.in_scale"],
+            in_shift=tensors[f"{name}.in_shift"],
+        )
 
 
 class _Header(BaseModel):

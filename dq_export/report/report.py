@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dq_export.core.scheme import PRESETS
+from dq_export.passes.base import PassReport
 
 if TYPE_CHECKING:
     from dq_export.deploy.audit import Audit
@@ -33,6 +34,7 @@ class LinearReport(_Part):
     reason: str = Field(description="why it is weight-only or float; empty where it is not")
     site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
     scaling: str = Field(description="equivalent scaling of its input")
+    fold: str = Field(description="what takes up that scaling; empty where nothing is scaled")
     bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
     sqnr: list[float | None] = Field(default=[], description="dB of its output at each of the timesteps; null: not measured")
     error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
@@ -45,6 +47,7 @@ class TableReport(_Part):
     granularity: str = Field(description="tensor: the table below; token or token-group: found when the engine runs")
     edges: list[float] = Field(description="timesteps between bins")
     scales: list[Annotated[float, Field(gt=0)]] = Field(description="one a bin; empty where none is stored")
+    alternatives: dict[str, float] = Field(description="noise power / signal power of each scaling that auto measured")
 
     @model_validator(mode="after")
     def _one_a_bin(self) -> TableReport:
@@ -155,7 +158,7 @@ class StageResult(_Part):
 
     seconds: float = 0.0
     summary: str = Field(default="", description="for the progress line")
-    passes: list[str] = []
+    passes: list[PassReport] = []
     size: SizeReport | None = None
     audit: AuditReport | None = None
     parity: ParityReport | None = None
@@ -165,7 +168,7 @@ class StageResult(_Part):
 class Report(_Part):
     """Everything that an export did and proved. Parts are null until their stage has run."""
 
-    version: int = Field(default=2, description="of this schema")
+    version: int = Field(default=3, description="of this schema")
     verdict: Verdict | None = Field(default=None, description="null where the run stopped before the engine was audited")
     model: str
     digest: str = Field(description="sha256 of the checkpoint")
@@ -179,7 +182,7 @@ class Report(_Part):
     measured_at: list[float] = Field(default=[], description="at which linears were measured")
     tables: list[TableReport] = Field(default=[], description="by site")
     linears: list[LinearReport]
-    passes: list[str] = Field(description="pass: how many places it changed")
+    passes: list[PassReport] = Field(description="what each rewrite of the graph changed, and what it left alone with the reason")
     size: SizeReport | None = None
     audit: AuditReport | None = None
     parity: ParityReport | None = None
@@ -227,6 +230,15 @@ class Report(_Part):
     def heat(self) -> list[LinearReport]:
         """Linears with something measured."""
         return [linear for linear in self.linears if any(value is not None for value in linear.sqnr)]
+
+    def left_alone(self) -> list[tuple[str, str, list[str]]]:
+        """(pass, reason, places) of what looked like a pass's business and was not."""
+        places: dict[tuple[str, str], list[str]] = {}
+        for item in self.passes:
+            for line in item.skipped:
+                place, _, reason = line.partition(": ")
+                places.setdefault((item.name, reason), []).append(place.strip("'"))
+        return [(name, reason, found) for (name, reason), found in places.items()]
 
     def skipped(self) -> list[tuple[str, int]]:
         """Reasons for linears that stay float or weight-only, and how many have each."""

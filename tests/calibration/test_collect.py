@@ -195,5 +195,5 @@ def test_a_file_cut_short_or_of_something_else_is_an_error(tiny_calibrated: Any,
     with pytest.raises(CalibrationError, match="not a readable calibration file"):
         CalibrationResult.load(path)
     save_file({"x": np.ones(2)}, path)
-    with pytest.raises(CalibrationError, match="expected 'dq-export calibration 3'"):
+    with pytest.raises(CalibrationError, match="expected 'dq-export calibration 4'"):
         CalibrationResult.load(path)

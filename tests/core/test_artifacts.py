@@ -33,11 +33,16 @@ def result(*plans: SitePlan) -> CalibrationResult:
 
 
 def test_a_result_reads_back_with_its_errors_weights_and_provenance(tmp_path: Path) -> None:
-    saved = result(plan("z", error=0.25, method="smooth(0.5)+shift"), plan("a", (1.5, 7.0)))
+    saved = result(
+        plan("z", error=0.25, method="smooth(0.5)+shift", alternatives={"none": 0.5, "smooth(0.5)+shift": 0.25}),
+        plan("a", (1.5, 7.0)),
+    )
     saved.save(tmp_path / "c")
     loaded = CalibrationResult.load(tmp_path / "c")
     assert list(loaded.sites) == ["z", "a"], "execution order, not the alphabet's"
     assert (loaded.sites["z"].method, loaded.sites["z"].error) == ("smooth(0.5)+shift", 0.25)
+    assert loaded.sites["z"].alternatives == {"none": 0.5, "smooth(0.5)+shift": 0.25}
+    assert loaded.sites["a"].alternatives == {}
     assert np.isnan(loaded.sites["a"].error), "not measured stays not measured"
     assert loaded.sites["a"].site == saved.sites["a"].site
     assert loaded.sites["a"].activation == saved.sites["a"].activation

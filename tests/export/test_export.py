@@ -20,8 +20,9 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.parity import ParityError
 from dq_export.families.reference import ModelError
-from dq_export.finished import audit_again, explain_linear
+from dq_export.finished import audit_again
 from dq_export.pipeline import run
+from dq_export.report.explain import explain_linear
 from dq_export.report.report import Report
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
@@ -136,7 +137,7 @@ def test_excluded_linears_stay_float_and_say_why(tiny_folder: Path, tmp_path: Pa
     assert report.audit is not None
     assert report.audit.coverage == 1
     assert {gemm.kernel for gemm in report.audit.gemms if gemm.name in excluded} <= {"MatMul", "FusedMatMul"}
-    assert explain_linear(tmp_path, "transformer_blocks.0.attn1.to_q")["action"] == "float"
+    assert explain_linear(report, excluded["transformer_blocks.0.attn1.to_q"])["action"] == "float"
     with pytest.raises(RecipeError, match="matches none"):
         dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "x", exclude=("nothing",), **QUICK)
     assert not (tmp_path / "x").exists()

@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scheme import Scheme
 from dq_export.passes.base import GraphPass
 
 from .audit import Audit
-from .lowerings import Target, require_lowerings
+from .lowerings import Lowering, Refusal
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[np.generic]]
@@ -70,8 +71,6 @@ class Backend(ABC):
     """The value of --format."""
     provider: ClassVar[str | None] = None
     """The value of --provider, for formats that have several."""
-    target: ClassVar[Target]
-    """Its column of the table of lowerings."""
     title: ClassVar[str]
     """What runs its engine, for people."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -104,16 +103,23 @@ class Backend(ABC):
             BackendError: a library is missing, or does not serve this machine.
         """
 
-    def require_rules(self, rules: Iterable[Rule]) -> None:
-        """Check that it runs every rule.
+    @abstractmethod
+    def supports(self, scheme: Scheme) -> Lowering | Refusal:
+        """How it runs a scheme, or why it does not."""
 
-        Args:
-            rules: completed, as `Recipe.assign` gives them.
+    def require_schemes(self, schemes: Iterable[Scheme]) -> None:
+        """Check that it runs every scheme.
 
         Raises:
-            RecipeError: it does not run some of them; the message names the nearest that it runs.
+            RecipeError: it does not run some of them; the message has a line for each reason, with the nearest that it runs.
         """
-        require_lowerings(self.target, rules)
+        refused: dict[str, Scheme] = {}
+        for scheme in schemes:
+            answer = self.supports(scheme)
+            if isinstance(answer, Refusal):
+                refused.setdefault(str(answer), scheme)
+        if refused:
+            raise RecipeError("\n".join(f"{scheme} on {self.title}: {reason}" for reason, scheme in refused.items()))
 
     def shared_timesteps(self, wanted: str) -> bool:
         """Whether `auto`, `shared` or `per-sample` means one timestep for the batch.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
 
 from .backend import Backend
-from .lowerings import require_lowerings
 from .onnxruntime.cpu import ORT
 from .openvino.backend import OpenVino
 from .tensorrt.backend import TensorRt, TensorRtRtx
@@ -34,12 +33,13 @@ def backend_of(recipe: Recipe) -> Backend | None:
         known = "; ".join(_flags(b.provider, b.dtype) for b in named)
         asked = _flags(provider, recipe.dtype)
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
-    if recipe.rules is None:  # rules decide, where a recipe has them
-        require_lowerings(fitting[0].target, [recipe.complete(Rule(match="", action=recipe.bits))])
     if recipe.attention not in fitting[0].attention:
         others = dict.fromkeys(backend.name for backend in BACKENDS if recipe.attention in backend.attention)
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")
-    return fitting[0].configured(recipe)
+    backend = fitting[0].configured(recipe)
+    if recipe.rules is None:  # the family's rules then say `bits`, which is refused before its weights are downloaded
+        backend.require_schemes([recipe.scheme])
+    return backend
 
 
 def _flags(provider: str | None, dtype: str | None) -> str:

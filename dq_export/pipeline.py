@@ -110,7 +110,7 @@ def run(
     resolved = resolve(recipe, exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     if backend:
-        backend.require_rules(assigned.values())
+        backend.require_schemes(rule.scheme for rule in assigned.values())
     _require_shapes(resolved, reference)
     reference.timesteps(resolved.steps)  # this and the next for their errors, before all work
     if resolved.triton and "triton" in stages:

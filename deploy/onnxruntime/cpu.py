@@ -19,6 +19,7 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
+from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.raise_biases import RaiseBiases
@@ -27,7 +28,7 @@ from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_ort
 from ..backend import Backend, BackendError, Built, Feed, Float32
-from ..lowerings import Target
+from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..packages import require_packages
 
 PROFILED = 5
@@ -86,13 +87,26 @@ class Ort(Backend):
 
     name: ClassVar[str] = "ort"
     provider: ClassVar[str | None] = "cpu"
-    target: ClassVar[Target] = "ort"
     title: ClassVar[str] = "ONNX Runtime's CPU provider"
     triton: ClassVar[str] = "onnxruntime"
 
     def require(self) -> None:
         """Check that the library is installed."""
         require_packages(["onnxruntime"], "--format ort")
+
+    def supports(self, scheme: Scheme) -> Lowering | Refusal:
+        """See `Backend.supports`."""
+        weight, codes = scheme.weight, scheme.graph_type
+        if weight is None or not scheme.low_precision:
+            return ANY_KERNEL
+        if weight.qtype.mantissa:
+            return Refusal("no CPU kernel takes float8; --format trt has one", PRESETS["w8a8"])
+        if codes is not None:
+            return integer_gemm(scheme, "MatMulIntegerToFloat")
+        if weight.size is not None and weight.size not in BLOCK_SIZES:
+            size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
+            return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
+        return Lowering("MatMulNBits: blocks unpacked inside the GEMM, which rounds its input to 8 bits a block", "MatMulNBits")
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both, and

@@ -19,12 +19,13 @@ from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Rule
+from dq_export.core.scheme import PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_graph
 from ..backend import Backend, BackendError, Built, Engine, Feed
-from ..lowerings import Target
+from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..onnxruntime.cpu import OrtEngine, onnxruntime, session_errors
 from ..packages import require_packages
 from .engine import OpenVinoEngine, load_engine, openvino
@@ -45,7 +46,6 @@ class OpenVino(Backend):
 
     name: ClassVar[str] = "ort"
     provider: ClassVar[str | None] = "openvino"
-    target: ClassVar[Target] = "openvino"
     title: ClassVar[str] = "OpenVINO"
     packages: ClassVar[tuple[str, ...]] = ("openvino", "onnxruntime-ep-openvino")
 
@@ -61,6 +61,14 @@ class OpenVino(Backend):
         """
         require_packages(["openvino", "onnxruntime_ep_openvino", "onnxruntime"], "--provider openvino")
         _devices(onnxruntime())
+
+    def supports(self, scheme: Scheme) -> Lowering | Refusal:
+        """See `Backend.supports`."""
+        if not scheme.low_precision:
+            return ANY_KERNEL
+        if scheme == PRESETS["w8a8"]:
+            return integer_gemm(scheme, "FullyConnected")
+        return Refusal("not measured there", PRESETS["w8a8"])
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: OpenVINO has no integer kernel for a scale that is computed at run time."""

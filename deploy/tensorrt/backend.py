@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,9 @@ import onnx_ir as ir
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 from dq_export.core.progress import Advance, unwatched
+from dq_export.core.qtypes import FP8, INT4, QuantType
 from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.scheme import PRESETS, Scheme, scheme_of
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.legalise.cast_floats import CastFloats
 from dq_export.passes.legalise.quantize_attention import QuantizeAttention
@@ -31,7 +33,7 @@ from ..check import Finding, check
 from ..check import Target as CheckTarget
 from ..check.operand import shape_of
 from ..check.rules_nvidia import TARGETS
-from ..lowerings import Target
+from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..packages import require_packages
 from .builder import PlanRequest, build_plan
 from .layers import kernel_of, read_layers
@@ -44,8 +46,8 @@ LAYERS_LIMIT = 256 << 20
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest float16."""
-SINCE = {"fp8": "sm89", "w4a16": "sm80", "bf16": "sm80"}
-"""The first target that has the element types of an action, a dtype or an attention."""
+SINCE = {FP8.name: "sm89", INT4.name: "sm80", "bf16": "sm80"}
+"""The first target whose GEMMs take an element type."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class TensorRt(Backend):
 
     name: ClassVar[str] = "trt"
     title: ClassVar[str] = "TensorRT"
-    target: ClassVar[Target] = "trt"
     packages: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
     triton: ClassVar[str] = "tensorrt"
     attention: ClassVar[tuple[str, ...]] = ("float", "fp8")
@@ -89,6 +90,35 @@ class TensorRt(Backend):
     def shared_timesteps(self, wanted: str) -> bool:
         """Whether the batch shares one timestep; `auto` is one for each sample: it costs nothing, and a batch may mix steps."""
         return wanted == "shared"
+
+    def supports(self, scheme: Scheme) -> Lowering | Refusal:
+        """How it runs a scheme on every target, or why it does not."""
+        weight, activation = scheme.weight, scheme.activation
+        if weight is None or not scheme.low_precision:
+            return ANY_KERNEL
+        if activation is None:
+            return self._unpacked(scheme, weight.qtype)
+        if activation.granularity == "token-group":
+            return Refusal("an integer GEMM has one scale a token", scheme_of(scheme.name, "token"))
+        if not activation.qtype.mantissa:
+            return integer_gemm(scheme, "Int8xInt8")
+        if activation.granularity == "token":
+            return Refusal("float8 keeps its precision over 15 octaves and needs no scale for each token", PRESETS[scheme.name])
+        problem = self._too_old(scheme.name, activation.qtype.name)
+        return Refusal(problem, PRESETS["w8a8"]) if problem else Lowering("one float8 GEMM", "FP8xFP8")
+
+    def _unpacked(self, scheme: Scheme, qtype: QuantType) -> Lowering | Refusal:
+        """The same for weights alone."""
+        if qtype != INT4:
+            return Refusal(f"{qtype.name} blocks are unpacked by a kernel of their own", PRESETS["w4a16"])
+        problem = self._too_old(scheme.name, qtype.name)
+        return Refusal(problem, PRESETS["w4a8"]) if problem else Lowering("int4 blocks unpacked inside the GEMM", "Int4")
+
+    def _too_old(self, what: str, element_type: str) -> str:
+        """Why the oldest target does not run GEMMs of an element type; empty if it does."""
+        lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
+        since = SINCE.get(element_type, TARGETS[0])
+        return f"{what} needs --target {since} or later, found {lowest}" if TARGETS.index(lowest) < TARGETS.index(since) else ""
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: a scale that is computed at run time builds, and runs in half precision."""
@@ -240,30 +270,14 @@ class TensorRtRtx(TensorRt):
                 raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
         shapes = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
         configured = replace(self, targets=targets, shapes=shapes)
-        bits = [f"--bits {recipe.bits}"] if recipe.rules is None else []  # rules decide, where a recipe has them
-        configured._require_targets([*bits, f"--attention {recipe.attention}", f"--dtype {self.dtype}"])
+        attention = configured._too_old(f"--attention {recipe.attention}", {"fp8": FP8.name}.get(recipe.attention, ""))
+        if problem := attention or configured._too_old(f"--dtype {self.dtype}", self.dtype):
+            raise RecipeError(problem)
         return configured
 
     def require(self) -> None:
         """Check that the library is installed."""
         require_packages([self.module], f"--format {self.name}")
-
-    def require_rules(self, rules: Iterable[Rule]) -> None:
-        """Check every rule, and that the oldest target has its element types.
-
-        Raises:
-            RecipeError: it does not run some of the rules.
-        """
-        needed = list(rules)
-        super().require_rules(needed)
-        self._require_targets(f"action {rule.action}" for rule in needed)
-
-    def _require_targets(self, needs: Iterable[str]) -> None:
-        lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
-        for need in dict.fromkeys(needs):
-            since = SINCE.get(need.split()[-1], TARGETS[0])
-            if TARGETS.index(lowest) < TARGETS.index(since):
-                raise RecipeError(f"--target {lowest}: {need} needs {since} or later")
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

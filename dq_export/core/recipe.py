@@ -150,9 +150,12 @@ class Recipe(BaseModel):
         """What `bits`, `granularity` and `group_size` name, which rules with the action `bits` give their linears.
 
         Raises:
-            ValueError: no kernel can exist for the three together; see `Scheme`.
+            RecipeError: no kernel can exist for the three together; see `Scheme`.
         """
-        return scheme_of(self.bits, self.granularity, self.group_size)
+        try:
+            return scheme_of(self.bits, self.granularity, self.group_size)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
     @field_validator("bins")
     @classmethod

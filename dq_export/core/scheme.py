@@ -105,14 +105,19 @@ class Scheme:
         fewest = 2 if size is None and self.weight.qtype.stored_bits < 8 else 1
         fitting = next((size for size in tried if width % size == 0 and width // size >= fewest), None)
         if fitting is not None:
-            activation = self.activation
-            if activation is not None and activation.granularity == "token-group":
-                activation = replace(activation, size=fitting)
-            return replace(self, weight=replace(self.weight, size=fitting), activation=activation)
+            return self.resized(fitting)
         if self.for_memory and size is None:
             return replace(self, weight=TensorScheme(qtype=self.weight.qtype, granularity="channel"))
         sizes, other = ", ".join(str(size) for size in sorted(tried)), self._without_blocks()
         raise ValueError(f"its {width} inputs are not divided by {sizes}; {other}, or leave it float with --exclude")
+
+    def resized(self, size: int | None) -> Scheme:
+        """The scheme with blocks, and groups of a token, of another size."""
+        assert self.weight is not None
+        weight, activation = replace(self.weight, granularity="blocks", size=size), self.activation
+        if activation is not None and activation.granularity == "token-group":
+            activation = replace(activation, size=size)
+        return replace(self, weight=weight, activation=activation)
 
     def block_size(self, width: int) -> int:
         """Inputs that share a weight scale, of `width` in all; 0: one scale for each output channel.
@@ -145,7 +150,7 @@ class Scheme:
         if self.activation.granularity == "token-group":
             if self.activation.qtype != INT8:
                 return "kernels round each token's groups to 8 bits; use w4a8, w8a8 or token"
-            return "" if self._has_blocks else "group_size 0 leaves no groups: give them a size, or use granularity token"
+            return "" if self._has_blocks else "group_size 0 leaves no groups; give the groups a size, or use granularity token"
         if self._has_blocks and not self.two_level:
             return (
                 "an 8-bit integer GEMM has one weight scale an output channel; use group_size 0, int4 weights (w4a8), or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dq_export.core.recipe import Recipe
+from dq_export.core.scheme import PRESETS
 from dq_export.deploy.audit import AuditError
 from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.parity import FLOAT_SQNR, ParityError
@@ -84,8 +85,8 @@ def _advice(call: CallReport, recipe: Recipe) -> str:
             "The float graph differs from PyTorch before anything is quantized: its weights amplify float32 rounding, or an "
             "operator was exported wrongly; no option of quantization helps."
         )
-    weight, activation = recipe.scheme.weight, recipe.scheme.activation
-    table = activation is not None and activation.granularity == "tensor"
+    weight, activation = PRESETS[recipe.bits].weight, PRESETS[recipe.bits].activation
+    table = activation is not None and recipe.granularity == "tensor"
     integers = weight is not None and not weight.qtype.mantissa
     fitting = [
         ("--granularity token", table and integers and recipe.provider != "openvino"),

@@ -94,7 +94,7 @@ def explore(
     base = resolve(recipe, (), reference, backend)
     for steps in (base.steps, request.steps):  # of calibration, and of the pictures that judge a mix
         reference.timesteps(steps)
-    space = space_of(reference, base, choices, backend.target if backend else None)
+    space = space_of(reference, base, choices, backend)
     if request.max_size is not None:
         require_possible(space, goal_of(space, request), request)
     each = f"{evaluations_of(space)} evaluations measure each alone"

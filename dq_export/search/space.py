@@ -10,7 +10,8 @@ import numpy as np
 
 from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.core.scheme import Scheme
-from dq_export.deploy.lowerings import Target, require_lowerings
+from dq_export.deploy.backend import Backend
+from dq_export.deploy.lowerings import Lowering
 
 from ..families.reference import Reference
 
@@ -82,19 +83,19 @@ class Space:
         return tuple(found)
 
 
-def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], target: Target | None) -> Space:
+def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], backend: Backend | None) -> Space:
     """The space of a model.
 
     Args:
         recipe: resolved; its rules decide what is not chosen.
-        target: leaves out what it does not run; None: nothing.
+        backend: choices that it does not run are left out; None: none is.
 
     Raises:
         RecipeError: fewer than two choices are left.
     """
     assigned = recipe.assign(reference.linears)
     sites = [site for site in reference.sites if assigned[site.linears[0]].scheme.activation]
-    usable = tuple(rule for rule in choices if target is None or _runs(target, rule))
+    usable = tuple(rule for rule in choices if backend is None or isinstance(backend.supports(rule.scheme), Lowering))
     shape = (len(sites), len(usable))
     allowed, size = np.zeros(shape, dtype=bool), np.zeros(shape)
     for i, site in enumerate(sites):
@@ -138,13 +139,5 @@ def _fits(scheme: Scheme, width: int) -> bool:
     try:
         scheme.fitted(width)
     except ValueError:
-        return False
-    return True
-
-
-def _runs(target: Target, rule: Rule) -> bool:
-    try:
-        require_lowerings(target, [rule])
-    except RecipeError:
         return False
     return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,33 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
+from dq_export.core.qtypes import INT4
 from dq_export.core.recipe import Recipe, RecipeError, Rule
-from dq_export.deploy.backends import backend_of
-from dq_export.deploy.lowerings import FLOAT8, INT4_GEMM, LOWERINGS, UNPACKED, Lowering, require_lowerings
+from dq_export.core.scheme import PRESETS, Scheme, TensorScheme, all_schemes, scheme_of
+from dq_export.deploy.backend import Backend
+from dq_export.deploy.backends import BACKENDS, backend_of
+from dq_export.deploy.lowerings import Lowering
 from dq_export.deploy.onnxruntime.cpu import ORT, open_graph
+from dq_export.deploy.support_table import support_table
 from dq_export.deploy.tensorrt.backend import TensorRtRtx
 from dq_export.families.reference import Reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes, factoring_passes
 
 RTX = TensorRtRtx("fp16", targets=("sm89",))
-CELLS = [(row, bits) for row in LOWERINGS for bits in row.bits]
+SCHEMES = tuple(all_schemes())
 # dB of the output of a network of two blocks, each GEMM's error about that of its codes: 6 dB a bit, from 8 bits' 40 dB on.
 LEAST = {"w8a8": 33, "w8a16": 33, "w6a6": 22, "w4a8": 17, "w4a16": 17, "w4a4": 7, "fp8": 22}
+SOMETHING_ELSE = (PRESETS["float"], PRESETS["weight-only"])
+Calibrate = Callable[[Scheme], Any]
 README = Path(__file__).parents[2] / "README.md"
 
 
-def name_of(cell: Any) -> str:
-    row, bits = cell
-    return f"{bits}-{row.granularity}-{row.weights}"
-
-
-def recipe_for(row: Lowering, bits: str, reference: Reference, **options: Any) -> Recipe:
-    size = 0 if row.weights == "channel" and bits.startswith("w4") else None
-    chosen = {} if row.granularity is None else {"granularity": row.granularity}
-    return recipe_of(reference, bits=bits, group_size=size, scaling="smooth", bins="per-step", **chosen, **options)
+def recipe_for(scheme: Scheme, reference: Reference) -> Recipe:
+    """The recipe whose quantized linears have a scheme."""
+    size = 0 if scheme.weight == TensorScheme(qtype=INT4, granularity="channel") else None
+    chosen = {} if scheme.activation is None else {"granularity": scheme.activation.granularity}
+    return recipe_of(reference, bits=scheme.name, group_size=size, scaling="smooth", bins="per-step", **chosen)
 
 
 def quantized_graph(calibrated: Any, source: Path, backend: Any, target: Path, *, shared: bool) -> Path:
@@ -48,59 +51,62 @@ def quantized_graph(calibrated: Any, source: Path, backend: Any, target: Path, *
 
 
 @pytest.fixture(scope="module")
-def calibrations(tiny: Reference) -> dict[str, Any]:
-    return {name_of(cell): calibrate_tiny(tiny, recipe_for(*cell, tiny)) for cell in CELLS}
+def calibrate_as(tiny: Reference) -> Calibrate:
+    return cache(lambda scheme: calibrate_tiny(tiny, recipe_for(scheme, tiny)))
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-def test_onnx_runtime_runs_every_form_on_its_kernel(
-    cell: Any, tiny: Reference, tiny_onnx: Path, calibrations: Mapping[str, Any], tmp_path: Path
-) -> None:
-    row, bits = cell
-    calibrated = calibrations[name_of(cell)]
-    if row.ort.startswith("no: "):
-        with pytest.raises(RecipeError, match=re.escape(f" on ort: {row.ort.removeprefix('no: ')}")):
-            require_lowerings("ort", calibrated[1].values())
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: f"{backend.title}-{backend.dtype}")
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_refusal_names_a_scheme_that_the_backend_runs(scheme: Scheme, backend: Backend) -> None:
+    answer = backend.supports(scheme)
+    if isinstance(answer, Lowering):
+        backend.require_schemes([scheme, scheme.fitted(1152), *SOMETHING_ELSE])
         return
-    require_lowerings("ort", calibrated[1].values())
+    assert isinstance(backend.supports(answer.nearest), Lowering)
+    with pytest.raises(RecipeError, match=re.escape(f"{scheme} on {backend.title}: {answer.reason}; the nearest is ")) as caught:
+        backend.require_schemes([scheme, answer.nearest, scheme.fitted(1152)])
+    assert len(str(caught.value).splitlines()) == 1  # one line a reason, whatever the widths
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if isinstance(ORT.supports(s), Lowering)], ids=str)
+def test_onnx_runtime_runs_every_form_on_its_kernel(
+    scheme: Scheme, tiny: Reference, tiny_onnx: Path, calibrate_as: Calibrate, tmp_path: Path
+) -> None:
+    calibrated, lowering = calibrate_as(scheme), ORT.supports(scheme)
+    assert isinstance(lowering, Lowering)
+    ORT.require_schemes(rule.scheme for rule in calibrated[1].values())
     model = quantized_graph(calibrated, tiny_onnx, ORT, tmp_path / "model.onnx", shared=True)
     audit = ORT.audit(ORT.build(model, tmp_path / "engine"), calibrated[1])
     assert audit.coverage == 1
-    kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
-    assert kernels == {"MatMulNBits" if row.ort == UNPACKED else "MatMulIntegerToFloat"}
+    assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == scheme.name} == {lowering.kernel}
     feed = feed_of(tiny)
     found = open_graph(model)(feed)
-    assert sqnr(tiny.forward(feed), found) > LEAST[bits]
+    assert sqnr(tiny.forward(feed), found) > LEAST[scheme.name]
     # Inside a kernel that unpacks, inputs are rounded to 8 bits; elsewhere the two run the same codes, and one float32
     # difference in a sum may move a code by one.
-    assert sqnr(run_onnx(model, feed), found) > (33 if row.ort == UNPACKED else 40)
+    assert sqnr(run_onnx(model, feed), found) > (33 if scheme.graph_type is None else 40)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if isinstance(RTX.supports(s), Lowering)], ids=str)
 def test_tensorrt_rtx_runs_every_form_on_its_kernel(
-    cell: Any, tiny: Reference, tiny_onnx_per_sample: Path, calibrations: Mapping[str, Any], tmp_path: Path
+    scheme: Scheme, tiny: Reference, tiny_onnx_per_sample: Path, calibrate_as: Calibrate, tmp_path: Path
 ) -> None:
-    row, bits = cell
-    calibrated = calibrations[name_of(cell)]
-    if row.trt.startswith("no: "):
-        with pytest.raises(RecipeError, match=re.escape(f" on trt: {row.trt.removeprefix('no: ')}")):
-            require_lowerings("trt", calibrated[1].values())
-        return
+    calibrated, lowering = calibrate_as(scheme), RTX.supports(scheme)
+    assert isinstance(lowering, Lowering)
     model = quantized_graph(calibrated, tiny_onnx_per_sample, RTX, tmp_path / "model.onnx", shared=False)
     audit = RTX.audit(RTX.build(model, tmp_path / "engine"), calibrated[1])
     assert audit.coverage == 1
-    kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
-    expected = {FLOAT8: "FP8xFP8", INT4_GEMM: "Int4"}.get(row.trt, "Int8xInt8")
-    assert all(expected in kernel for kernel in kernels), kernels
+    kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == scheme.name}
+    assert all(lowering.kernel in kernel for kernel in kernels), kernels
     feed = feed_of(tiny, [500, 500, 500])
-    assert sqnr(tiny.forward(feed), run_onnx(model, feed)) > LEAST[bits]
+    assert sqnr(tiny.forward(feed), run_onnx(model, feed)) > LEAST[scheme.name]
 
 
-def test_codes_keep_to_their_bits(tiny: Reference, tiny_onnx: Path, calibrations: Mapping[str, Any]) -> None:
+def test_codes_keep_to_their_bits(tiny: Reference, tiny_onnx: Path, calibrate_as: Calibrate) -> None:
     """What the graph's own codes are, on inputs far beyond the calibrated range."""
     for bits, qmax in (("w6a6", 31), ("w4a4", 7)):
-        calibrated = next(calibrations[name_of(cell)] for cell in CELLS if cell[1] == bits and cell[0].granularity == "tensor")
+        calibrated = calibrate_as(PRESETS[bits])
         graph = load_graph(tiny_onnx)
         run_passes(graph, (*canonical_passes(*calibrated), *factoring_passes(calibrated[0])))
         codes = [node.outputs[0] for node in graph.graph if node.op_type == "QuantizeLinear"]
@@ -122,10 +128,9 @@ def run_all(model: ir.Model, feed: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibrations: Mapping[str, Any]) -> None:
-    cell = next(cell for cell in CELLS if cell[0].granularity == "token" and cell[1] == "w8a8")
+def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibrate_as: Calibrate) -> None:
     graph = load_graph(tiny_onnx)
-    run_passes(graph, canonical_passes(*calibrations[name_of(cell)]))
+    run_passes(graph, canonical_passes(*calibrate_as(scheme_of("w8a8", "token"))))
     feed = feed_of(tiny)
     feed["hidden_states"] = feed["hidden_states"] * 0
     assert sqnr(tiny.forward(feed), run_onnx(graph, feed)) > 30
@@ -134,11 +139,11 @@ def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "its kernel unpacks blocks of 128, 64, 32, 16"),
-        ({"bits": "fp8"}, "fp8 granularity tensor on ort: no CPU kernel for float8; w8a8, or --format trt"),
-        ({"bits": "w8a16", "format": "trt-rtx"}, "w8a16 on trt: int8 blocks are unpacked by a kernel of their own; w4a16"),
-        ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "granularity token"),
-        ({"bits": "w4a8", "provider": "openvino"}, "only --bits w8a8 with granularity tensor"),
+        ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "16; the nearest is .* token-group group_size 16"),
+        ({"bits": "fp8"}, "no CPU kernel takes float8; --format trt has one; the nearest is w8a8 granularity tensor"),
+        ({"bits": "w8a16", "format": "trt-rtx"}, "w8a16 on TensorRT-RTX: int8 blocks .*; the nearest is w4a16"),
+        ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "one scale a token; the nearest is w4a8 .* token"),
+        ({"bits": "w4a8", "provider": "openvino"}, "not measured there; the nearest is w8a8 granularity tensor"),
     ],
 )  # fmt: skip
 def test_a_form_that_a_backend_refuses_names_the_nearest(options: dict[str, Any], message: str) -> None:
@@ -158,6 +163,8 @@ def test_a_form_that_a_backend_refuses_names_the_nearest(options: dict[str, Any]
 def test_a_form_that_contradicts_itself_is_refused_by_the_recipe(options: dict[str, Any], message: str, tiny: Reference) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_of(tiny, **options).assign(tiny.linears)
+    with pytest.raises(RecipeError, match=message):  # before the model is known
+        backend_of(Recipe.parse({"model": "tiny", **options}, "test"))
 
 
 def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -178,11 +185,4 @@ def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_
 
 
 def test_the_readme_shows_the_table() -> None:
-    rows = [
-        "| bits | activation scale | weight scale | ONNX Runtime, CPU | OpenVINO | TensorRT, TensorRT-RTX |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in LOWERINGS:
-        cells = [", ".join(row.bits), row.granularity or "float", row.weights, row.ort, row.openvino, row.trt]
-        rows.append(f"| {' | '.join(cells)} |")
-    assert "\n".join(rows) in README.read_text(encoding="utf-8"), "\n".join(rows)
+    assert support_table() in README.read_text(encoding="utf-8"), support_table()

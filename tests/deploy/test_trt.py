@@ -241,9 +241,12 @@ def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: A
     ("options", "message"),
     [
         ({"target": "sm90"}, "--target 'sm90': TensorRT-RTX builds for sm75, sm80, sm86, sm89, sm120, sm121"),
-        ({"target": "sm86", "bits": "fp8"}, "--target sm86: --bits fp8 needs sm89 or later"),
-        ({"target": "sm75", "dtype": "bf16"}, "--target sm75: --dtype bf16 needs sm80 or later"),
-        ({"target": "sm80", "attention": "fp8"}, "--target sm80: --attention fp8 needs sm89 or later"),
+        (
+            {"target": "sm86", "bits": "fp8"},
+            "on TensorRT-RTX: fp8 needs --target sm89 or later, found sm86; the nearest is w8a8",
+        ),
+        ({"target": "sm75", "dtype": "bf16"}, "--dtype bf16 needs --target sm80 or later, found sm75"),
+        ({"target": "sm80", "attention": "fp8"}, "--attention fp8 needs --target sm89 or later, found sm80"),
         ({"format": "ort", "attention": "fp8"}, "--format ort does not run --attention fp8; trt and trt-rtx do"),
         ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
     ],
@@ -266,9 +269,9 @@ def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: s
         recipe = Recipe.parse({"model": "m", "format": "trt-rtx", "target": target, "bits": bits, "rules": rules}, "test")
         backend = backend_of(recipe)
         assert backend is not None
-        backend.require_rules(recipe.assign(tiny.linears).values())
+        backend.require_schemes(rule.scheme for rule in recipe.assign(tiny.linears).values())
 
-    with pytest.raises(RecipeError, match=f"--target {lowest}: action {action} needs {since} or later"):
+    with pytest.raises(RecipeError, match=f"{action} needs --target {since} or later, found {lowest}; the nearest is w.a8"):
         require(edges, one, quantized)
     require(edges, one, quantized, target=since)
     require(edges, {"match": r"0\.attn1", "action": "float"}, one, quantized)
@@ -276,7 +279,10 @@ def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: s
 
 
 def test_bits_that_a_format_does_not_run_are_an_error() -> None:
-    with pytest.raises(RecipeError, match="fp8 granularity tensor on ort: no CPU kernel for float8; w8a8, or --format trt"):
+    with pytest.raises(
+        RecipeError,
+        match=r"fp8 .* on ONNX Runtime's CPU provider: no CPU kernel takes float8; --format trt has one",
+    ):
         backend_of(Recipe.parse({"model": "m", "bits": "fp8"}, "test"))
 
 

@@ -15,6 +15,9 @@ from conftest import save_tiny
 
 from dq_export.core.recipe import Recipe, RecipeError, Rule
 from dq_export.core.scheme import PRESETS, scheme_of
+from dq_export.deploy.onnxruntime.cpu import ORT
+from dq_export.deploy.openvino.backend import OpenVino
+from dq_export.deploy.tensorrt.backend import TensorRt
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.output_folder import OutputError
@@ -297,14 +300,16 @@ def test_a_search_by_latency_times_every_shape_and_choice(folder: Path, tmp_path
 def test_the_space_leaves_out_what_does_not_divide_or_run(folder: Path) -> None:
     reference = load_reference(str(folder))
     recipe = resolve(recipe_for(folder), (), reference, None)
-    space = space_of(reference, recipe, KNOWN, "ort")
+    space = space_of(reference, recipe, KNOWN, ORT)
     sizes = [rule.group_size for rule in space.choices]
     narrow = space.allowed[space.sites.index("transformer_blocks.0.attn1.to_q")]
     assert not narrow[sizes.index(64)]
     assert narrow[sizes.index(32)]
-    assert all(rule.granularity != "token-group" for rule in space_of(reference, recipe, (*KNOWN, *Q_DIT), "trt").choices)
+    assert all(
+        rule.granularity != "token-group" for rule in space_of(reference, recipe, (*KNOWN, *Q_DIT), TensorRt("fp16")).choices
+    )
     with pytest.raises(RecipeError, match="nothing to search"):
-        space_of(reference, recipe, Q_DIT, "openvino")
+        space_of(reference, recipe, Q_DIT, OpenVino("fp32"))
 
 
 def test_bytes_of_a_weight() -> None:

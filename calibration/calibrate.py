@@ -183,7 +183,7 @@ def _activation(
         return None
     if qtype is None:
         return TokenScale(constant=1.0, group=activation.size or 0)
-    if activation.granularity == "token":
+    if scheme.per_token:
         constant = float(f"{float(np.median(amax)) / qtype.qmax:.6g}")
         return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
     scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)

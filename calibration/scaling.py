@@ -249,12 +249,12 @@ class _Trial:
             return _product(moved, grid.nearest(folded))
         if qtype is None:
             return _product(TokenScale(constant=1.0, group=activation.size or 0).nearest(moved), grid.nearest(folded))
-        if activation.granularity == "token":
+        if scheme.per_token:
             return _product(TokenScale(constant=1.0, clip=clip, qtype=qtype).nearest(moved), grid.nearest(folded))
         limit = amax / qtype.qmax
         scale = np.where(limit > 0, limit, 1.0)[self.statistics.row_step][:, None].astype(np.float32)
         codes = qtype.round(moved / scale)
-        if qtype.mantissa or grid.scale.ndim > 1 or grid.multiplier is not None:
+        if qtype.is_float or grid.scale.ndim > 1 or grid.multiplier is not None:
             scaled: Float64 = _product(codes, grid.nearest(folded)) * scale
             return scaled
         exact: Float64 = _code_product(codes, grid.codes(folded)) * (scale * grid.steps(folded.shape[1]).T)

@@ -89,6 +89,6 @@ def round_weights(
 
 
 def _stored(codes: Float32, scheme: Scheme) -> npt.NDArray[np.int8]:
-    if scheme.weight is None or scheme.weight.qtype.mantissa:
+    if scheme.weight is None or scheme.weight.qtype.is_float:
         raise CalibrationError(f"{scheme.name} keeps no codes of its own; take rounding rtn, and no plug-in")
     return codes.astype(np.int8)

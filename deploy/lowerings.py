@@ -46,7 +46,7 @@ ANY_KERNEL = Lowering("any kernel that the runtime chooses", "")
 def integer_gemm(scheme: Scheme, kernel: str) -> Lowering:
     """The lowering of a scheme whose GEMM multiplies 8-bit codes; narrower types are held in them."""
     how = "one integer GEMM"
-    if scheme.activation is not None and scheme.activation.granularity == "token":
+    if scheme.per_token:
         how += " between two Muls by the token's scale"
     if scheme.two_level:
         how += "; int4 codes are widened to 8 bits when the engine is loaded"

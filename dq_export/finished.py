@@ -8,7 +8,8 @@ from typing import get_args
 
 from dq_export.core.documents import printable, shown_path
 from dq_export.core.progress import Advance, Progress
-from dq_export.core.recipe import RecipeError, nearest
+from dq_export.core.recipe import RecipeError
+from dq_export.core.violations import nearest
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
 from dq_export.deploy.onnxruntime.cpu import ORT

@@ -84,7 +84,7 @@ class FinishedFolder:
 
         Raises:
             OutputError: the graph is damaged.
-            RecipeError: no rule for a linear.
+            RecipeError: no rule for a linear, or one that no kernel can run.
         """
         from google.protobuf.message import DecodeError
 
@@ -92,7 +92,7 @@ class FinishedFolder:
             graph = ir.load(self.path / MODEL)
         except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
             raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
-        return {name: recipe.complete(recipe.decide(name)) for name in linears(graph)}
+        return {name: recipe.rule_of(name) for name in linears(graph)}
 
     def calls(self) -> tuple[list[Feed], list[Float32]]:
         """The recorded network calls: inputs, and what PyTorch put out.

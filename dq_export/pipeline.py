@@ -273,7 +273,7 @@ class Export:
         self.reference.release()
         self._stage(
             "quantize", "passes on the graph", ("model.onnx", "model.onnx.data"), self._quantize,
-            lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._small_dtype(), self._actions()],
+            lambda: [digest("float"), digest("calibrate"), r.format, r.provider, self._small_dtype(), self._schemes()],
             until,
         )  # fmt: skip
         if self.backend:
@@ -367,10 +367,10 @@ class Export:
         ignored |= {"revision", "variant"}  # the reference's digest is of what they choose
         ignored |= {"bits", "granularity", "group_size", "min_coverage", "min_sqnr", "parity_size", "timesteps", "triton"}
         dumped = self.recipe.model_dump(mode="json", exclude=ignored)
-        return [self.reference.digest, self._actions(), dumped, *filter(None, [self.plugin.name])]
+        return [self.reference.digest, self._schemes(), dumped, *filter(None, [self.plugin.name])]
 
-    def _actions(self) -> dict[str, list[Any]]:
-        return {name: [rule.action, rule.granularity, rule.group_size] for name, rule in self.assigned.items()}
+    def _schemes(self) -> dict[str, str]:
+        return {name: str(rule.scheme) for name, rule in self.assigned.items()}
 
     def _calibrate(self, partial: Path) -> StageResult:
         from dq_export.calibration.calibrate import calibrate

@@ -99,7 +99,7 @@ class Ort(Backend):
         weight, codes = scheme.weight, scheme.graph_type
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL
-        if weight.qtype.mantissa:
+        if weight.qtype.is_float:
             return Refusal("no CPU kernel takes float8; --format trt has one", PRESETS["w8a8"])
         if codes is not None:
             return integer_gemm(scheme, "MatMulIntegerToFloat")

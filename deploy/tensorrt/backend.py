@@ -100,9 +100,9 @@ class TensorRt(Backend):
             return self._unpacked(scheme, weight.qtype)
         if activation.granularity == "token-group":
             return Refusal("an integer GEMM has one scale a token", scheme_of(scheme.name, "token"))
-        if not activation.qtype.mantissa:
+        if not activation.qtype.is_float:
             return integer_gemm(scheme, "Int8xInt8")
-        if activation.granularity == "token":
+        if scheme.per_token:
             return Refusal("float8 keeps its precision over 15 octaves and needs no scale for each token", PRESETS[scheme.name])
         problem = self._too_old(scheme.name, activation.qtype.name)
         return Refusal(problem, PRESETS["w8a8"]) if problem else Lowering("one float8 GEMM", "FP8xFP8")

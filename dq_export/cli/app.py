@@ -408,7 +408,7 @@ def explain(
     name: Annotated[str, typer.Argument(help="module name of a linear, or a part of several names", show_default=False)] = "",
 ) -> None:
     """Why a linear is quantized as it is; without its whole name, a few lines for each linear."""
-    from dq_export.core.recipe import nearest
+    from dq_export.core.violations import nearest
 
     from ..finished import read_report
     from ..output_folder import OutputError

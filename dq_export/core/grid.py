@@ -33,6 +33,17 @@ class WeightGrid:
     qtype: QuantType
     multiplier: Int8 | None = None
 
+    @property
+    def blocks(self) -> int:
+        """Blocks along the input; 1 for a scale for each output channel."""
+        if self.multiplier is not None:
+            return len(self.multiplier)
+        return len(self.scale) if self.scale.ndim == 2 else 1
+
+    def fits(self, outputs: int, width: int) -> bool:
+        """Whether it is a grid of weights [outputs, width]."""
+        return self.scale.shape[-1] == outputs and width % self.blocks == 0
+
     def steps(self, width: int) -> Float32:
         """float32[out, width], broadcast where possible: the step of every element."""
         if self.multiplier is not None:

@@ -1,4 +1,4 @@
-"""Element types of quantized tensors and the granularities of their scales: one table, no ifs elsewhere."""
+"""Element types of quantized tensors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,18 @@ class QuantType:
     least: int = 0
 
     @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.mantissa > 0
+
+    @property
     def stored_bits(self) -> int:
         """Bits that a code takes in a file: ONNX packs types of up to 4 bits, and every other one here has a byte."""
         return 4 if self.bits <= 4 else 8
 
     def round(self, values: Float32) -> Float32:
         """float32: each value (already divided by its scale) as the nearest code, ties to even, clipped."""
-        if self.mantissa:
+        if self.is_float:
             exponent = np.maximum(np.frexp(values)[1] - 1, self.least) - self.mantissa
             rounded = np.ldexp(np.rint(np.ldexp(values, -exponent)), exponent)
         else:
@@ -55,34 +60,3 @@ INT6 = QuantType(name="int6", bits=6, qmin=-31, qmax=31)
 INT4 = QuantType(name="int4", bits=4, qmin=-7, qmax=7)
 FP8 = QuantType(name="float8_e4m3fn", bits=8, qmin=-448, qmax=448, mantissa=3, least=-6)
 QUANT_TYPES = (INT8, UINT8, INT6, INT4, FP8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerAxis:
-    """One scale for each index of `axis`."""
-
-    axis: int
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tensor shape -> `(shape[axis],)`."""
-        return (shape[self.axis],)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocked:
-    """One scale for each run of `block_size` elements along `axis` (ONNX opset 21 blocked quantization)."""
-
-    axis: int
-    block_size: int
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tensor shape -> the same shape with `axis` divided by `block_size`.
-
-        Raises:
-            ValueError: `block_size` does not divide `shape[axis]`; runtimes then disagree on the blocks.
-        """
-        if self.block_size < 1 or shape[self.axis] % self.block_size:
-            raise ValueError(f"block_size {self.block_size} must divide axis {self.axis} of shape {shape}")
-        divided = list(shape)
-        divided[self.axis] //= self.block_size
-        return tuple(divided)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,25 +9,15 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .documents import DocumentError, printable, read_yaml, shown, shown_path
+from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
 from .patterns import require_pattern, search
 from .scheme import BLOCK_SIZES, Action, Bits, Granularity, Scheme, scheme_of
-
-LONGEST_NAME = 200
-"""Characters of a word that is compared with the valid ones."""
-ERRORS = 10
-"""Violations that one message lists."""
+from .violations import nearest, violations
 
 
 class RecipeError(Exception):
     """A recipe, or an option that becomes part of one, asks for something that does not exist or cannot be done."""
-
-
-def nearest(word: str, valid: list[str]) -> str:
-    """` Did you mean 'x'?` for a misspelt word, or nothing if no valid word is near."""
-    close = difflib.get_close_matches(word[:LONGEST_NAME], valid, n=1, cutoff=0.5)  # its time grows with the square
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 class Rule(BaseModel):
@@ -174,10 +162,8 @@ class Recipe(BaseModel):
         try:
             return Recipe.model_validate(dict(values))
         except ValidationError as error:
-            violations = error.errors(include_url=False)
-            lines = [_explain(item, source) for item in violations[:ERRORS]]
-            more = len(violations) - ERRORS
-            raise RecipeError("\n".join(lines + [f"{source}: {more} more"] * (more > 0))) from error
+            fields = {"": list(Recipe.model_fields), "rules": list(Rule.model_fields)}
+            raise RecipeError(violations(error, source, fields)) from error
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
@@ -248,6 +234,19 @@ class Recipe(BaseModel):
             raise RecipeError(reason)
         return fitted
 
+    def rule_of(self, linear: str) -> Rule:
+        """The completed rule of a linear.
+
+        Raises:
+            RecipeError: no rule matches, or no kernel can exist for the one that does.
+        """
+        rule = self.complete(self.decide(linear))
+        try:
+            scheme_of(rule.action, rule.granularity, rule.group_size)
+        except ValueError as error:
+            raise RecipeError(f"'{linear}' to {error}") from error
+        return rule
+
     def complete(self, rule: Rule) -> Rule:
         """The rule with the recipe's bits, granularity and group size where it has none of its own."""
         action = self.bits if rule.action == "bits" else rule.action
@@ -261,7 +260,7 @@ class Recipe(BaseModel):
     def _unusable(self, schemes: list[Scheme]) -> str:
         """Why the schemes of all linears together cannot be; empty if they can."""
         weights = [scheme.weight for scheme in schemes if scheme.weight is not None]
-        if self.rounding == "gptq" and any(weight.qtype.mantissa for weight in weights):
+        if self.rounding == "gptq" and any(weight.qtype.is_float for weight in weights):
             return "fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse"
         if not any(scheme.low_precision for scheme in schemes):
             return f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less"
@@ -298,19 +297,3 @@ def _unfit(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[s
             unfit.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
     lines = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
     return [*impossible, *lines]
-
-
-def _explain(item: Any, source: str) -> str:
-    """One line for one of pydantic's violations."""
-    where = printable(".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int"))), 100)
-    value = item.get("input")
-    if item["type"] == "extra_forbidden":
-        fields = list(Rule.model_fields) if where.startswith("rules") else list(Recipe.model_fields)
-        return f"{source}: unknown key '{where}'.{nearest(where.split('.')[-1], fields)} Valid: {', '.join(fields)}"
-    if item["type"] == "literal_error":
-        expected = item["ctx"]["expected"]
-        hint = nearest(value, re.findall("'([^']+)'", expected)) if isinstance(value, str) else ""
-        return f"{source}: {where} = {shown(value)}: expected {expected}.{hint}"
-    if item["type"] == "missing":
-        return f"{source}: '{where}' is missing"
-    return f"{source}: {where} = {shown(value)}: {item['msg'].removeprefix('Value error, ')}"

@@ -71,6 +71,11 @@ class Scheme:
         return self.activation.qtype
 
     @property
+    def per_token(self) -> bool:
+        """Whether the graph computes a scale for each token."""
+        return self.activation is not None and self.activation.granularity == "token"
+
+    @property
     def two_level(self) -> bool:
         """Whether int4 codes become the 8-bit codes of one integer GEMM: in blocks times a whole multiplier each."""
         return self.graph_type is not None and self.weight is not None and self.weight.qtype.stored_bits < 8

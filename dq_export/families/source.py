@@ -11,7 +11,8 @@ from typing import Any
 
 from dq_export.core.documents import shown, shown_path
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, nearest
+from dq_export.core.recipe import Recipe
+from dq_export.core.violations import nearest
 
 from . import FAMILIES
 from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint

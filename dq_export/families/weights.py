@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dq_export.core.documents import DocumentError, read_json, shown, shown_path
-from dq_export.core.recipe import nearest
+from dq_export.core.violations import nearest
 
 from .reference import ModelError
 

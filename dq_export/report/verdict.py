@@ -87,7 +87,7 @@ def _advice(call: CallReport, recipe: Recipe) -> str:
         )
     weight, activation = PRESETS[recipe.bits].weight, PRESETS[recipe.bits].activation
     table = activation is not None and recipe.granularity == "tensor"
-    integers = weight is not None and not weight.qtype.mantissa
+    integers = weight is not None and not weight.qtype.is_float
     fitting = [
         ("--granularity token", table and integers and recipe.provider != "openvino"),
         ("--rounding gptq", integers and recipe.rounding != "gptq"),

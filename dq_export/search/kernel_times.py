@@ -115,7 +115,7 @@ def _calibrated(weight: Float32, rule: Rule) -> CalibrationResult:
     width, scheme, grid = weight.shape[1], rule.scheme, cover(weight, rule.scheme)
     activation: ScaleTable | TokenScale | None = None
     qtype = scheme.graph_type
-    if qtype is not None and scheme.activation is not None and scheme.activation.granularity == "token":
+    if qtype is not None and scheme.per_token:
         activation = TokenScale(constant=RANGE / qtype.qmax, qtype=qtype)
     elif qtype is not None:
         scale = np.asarray([RANGE / qtype.qmax] * 2, dtype=np.float32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dq_export.core.recipe import RecipeError, nearest
+from dq_export.core.recipe import RecipeError
+from dq_export.core.violations import nearest
 
 from .strategies import SEARCHES
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
-from dq_export.core.qtypes import QuantType
+from dq_export.core.qtypes import INT4, QuantType
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
@@ -185,8 +185,8 @@ def _insert_token(graph: ir.Graph, site: str, token: TokenScale, gemms: list[ir.
 
 
 def _stored_type(qtype: QuantType) -> ir.DataType:
-    """Integer activations are stored as int8, whatever their bits."""
-    return element_type(qtype) if qtype.mantissa else ir.DataType.INT8
+    """ONNX's element type for codes of an activation: int4's are stored as int8, which integer GEMMs take."""
+    return ir.DataType.INT8 if qtype == INT4 else element_type(qtype)
 
 
 def _prepend(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.grid import WeightGrid
-from dq_export.core.qtypes import Blocked, PerAxis
 from dq_export.core.recipe import Rule
 
 from ..base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
@@ -68,13 +67,8 @@ def _quantize(
         raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
     read, (width, depth) = linear.weight_reader(), linear.shape
     blocked = grid.scale.ndim == 2
-    blocks = len(grid.scale) if blocked else 1 if grid.multiplier is None else len(grid.multiplier)
-    granularity = Blocked(axis=0, block_size=depth // blocks) if blocked else PerAxis(axis=1)
-    expected = granularity.scale_shape((depth, width))
-    if grid.scale.shape != expected or (codes is not None and codes.shape != (width, depth)):
-        raise GraphError(
-            f"'{name}': expected scales {expected} for a weight {(depth, width)}, found {grid.scale.shape}; calibrate again"
-        )
+    if not grid.fits(width, depth) or (codes is not None and codes.shape != (width, depth)):
+        raise GraphError(f"'{name}': scales {grid.scale.shape} do not fit a weight {(depth, width)}; calibrate again")
 
     def compute() -> npt.NDArray[np.generic]:
         found: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
@@ -86,7 +80,7 @@ def _quantize(
     steps = initializer(graph, f"{name}.weight_scale", grid.scale)
     assert value.dtype is not None
     zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(grid.scale.shape, dtype=value.dtype.numpy()))
-    attributes = {"axis": 0, "block_size": depth // blocks} if blocked else {"axis": 1}
+    attributes = {"axis": 0, "block_size": depth // grid.blocks} if blocked else {"axis": 1}
     node = ir.node("DequantizeLinear", [value, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
     node.outputs[0].shape, node.outputs[0].dtype = ir.Shape((depth, width)), ir.DataType.FLOAT
     graph.insert_before(gemm, node)

@@ -78,3 +78,13 @@ def test_blocks_that_do_not_divide_are_named(action: str, size: int | None) -> N
 )
 def test_the_default_block_is_the_first_that_divides(action: str, width: int, block: int) -> None:
     assert scheme_of(action).block_size(width) == block
+
+
+def test_a_grid_fits_weights_of_its_channels_and_blocks() -> None:
+    weight = np.ones((4, 96), dtype=np.float32)
+    for words in (("w8a8",), ("w4a16", None, 32), ("w4a8", None, 32)):
+        grid = cover(weight, scheme_of(*words))  # type: ignore[arg-type]
+        assert grid.blocks == (1 if words == ("w8a8",) else 3)
+        assert grid.fits(4, 96)
+        assert not grid.fits(5, 96)
+        assert grid.fits(4, 100) == (grid.blocks == 1)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_export.core.qtypes import FP8, INT8, QUANT_TYPES, UINT8, Blocked, PerAxis, QuantType
+from dq_export.core.qtypes import FP8, INT8, QUANT_TYPES, UINT8, QuantType
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
@@ -35,24 +33,6 @@ def test_the_two_types_hold_the_same_numbers() -> None:
     assert range(int8.qmin - int8.zero_point, int8.qmax + 1) == range(
         uint8.qmin - uint8.zero_point, uint8.qmax - uint8.zero_point + 1
     )
-
-
-@given(SHAPES, st.data())
-def test_blocks_cover_the_tensor_exactly(shape: tuple[int, ...], data: st.DataObject) -> None:
-    axis = data.draw(st.integers(0, len(shape) - 1))
-    block_size = data.draw(st.integers(1, 7))
-    if shape[axis] % block_size:
-        with pytest.raises(ValueError, match=f"block_size {block_size} must divide axis {axis}"):
-            Blocked(axis=axis, block_size=block_size).scale_shape(shape)
-    else:
-        assert prod(Blocked(axis=axis, block_size=block_size).scale_shape(shape)) * block_size == prod(shape)
-    assert PerAxis(axis=axis).scale_shape(shape) == (shape[axis],)
-
-
-@pytest.mark.parametrize("block_size", [0, -1])
-def test_a_block_has_elements(block_size: int) -> None:
-    with pytest.raises(ValueError, match=f"block_size {block_size} must divide"):
-        Blocked(axis=0, block_size=block_size).scale_shape((6,))
 
 
 @given(st.lists(st.floats(-2000, 2000, width=32), min_size=1, max_size=50))

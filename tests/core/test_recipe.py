@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dq_export.core.network import Linear
 from dq_export.core.recipe import Recipe, RecipeError, Rule
-from dq_export.core.scheme import scheme_of
+from dq_export.core.scheme import PRESETS, scheme_of
 
 LINEARS = {
     name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
@@ -237,3 +237,17 @@ def test_a_rule_with_the_action_bits_takes_the_recipes_own() -> None:
     rule = asked.assign(LINEARS)["blocks.0.q"]
     assert (rule.action, rule.scheme) == ("w4a8", scheme_of("w4a8", "token", 32))
     assert Recipe.parse(yaml.safe_load(asked.dump()), "here") == asked  # the file keeps the word
+
+
+def test_a_rule_that_no_kernel_can_run_is_refused_for_a_finished_graph_too() -> None:
+    impossible = recipe(Rule(match="q", action="w8a8", group_size=16), *GOOD)
+    with pytest.raises(
+        RecipeError, match=r"'blocks\.0\.q' to w8a8 granularity tensor group_size 16: an 8-bit integer GEMM has one"
+    ):
+        impossible.rule_of("blocks.0.q")
+    assert impossible.rule_of("blocks.0.mod").scheme == PRESETS["weight-only"]
+
+
+def test_an_unknown_key_beside_the_rules_is_compared_with_the_recipes_own() -> None:
+    with pytest.raises(RecipeError, match=r"unknown key 'ruless'\. Did you mean 'rules'"):
+        Recipe.parse({"model": "m", "ruless": []}, "here")

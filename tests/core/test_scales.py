@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_export.core.qtypes import QUANT_TYPES, Blocked, PerAxis
+from dq_export.core.qtypes import QUANT_TYPES
 from dq_export.core.scales import ScaleTable, TimestepBins
 
 EDGES = st.lists(st.integers(0, 1000), unique=True, max_size=8).map(
@@ -77,13 +77,6 @@ def test_tables_are_equal_by_content_and_cannot_be_written() -> None:
     assert hash(one) == hash(two)
     with pytest.raises(ValueError, match="read-only"):
         one.scale[0] = 2
-
-
-def test_granularities_know_their_scale_shape() -> None:
-    assert PerAxis(axis=1).scale_shape((6, 4)) == (4,)
-    assert Blocked(axis=0, block_size=3).scale_shape((6, 4)) == (2, 4)
-    with pytest.raises(ValueError, match="block_size 4 must divide axis 0"):
-        Blocked(axis=0, block_size=4).scale_shape((6, 4))
 
 
 def test_codes_are_symmetric_about_the_zero_point() -> None:

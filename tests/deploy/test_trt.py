@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
+import dq_export
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError, NotHereError, unwatched
 from dq_export.deploy.backends import backend_of
@@ -276,6 +277,18 @@ def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: s
     require(edges, one, quantized, target=since)
     require(edges, {"match": r"0\.attn1", "action": "float"}, one, quantized)
     require(edges, quantized, bits=action)
+
+
+@RTX
+def test_a_rule_that_a_target_does_not_run_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
+    rules = [
+        {"match": r"0\.attn1\.to_q", "action": "fp8"},
+        {"match": "attn1|ff", "action": "bits"},
+        {"match": "", "action": "float"},
+    ]
+    with pytest.raises(RecipeError, match="fp8 needs --target sm89 or later, found sm80; the nearest is w8a8"):
+        dq_export.build(model=str(tiny_folder), output_dir=tmp_path / "out", format="trt-rtx", target="sm80,sm120", rules=rules)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bits_that_a_format_does_not_run_are_an_error() -> None:

@@ -1,29 +1,27 @@
-"""The whole calibration: collect, choose the scaling, choose the scales, merge the bins."""
+"""The whole calibration, phase by phase."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
-from dq_export.core.folding import work_bytes
-from dq_export.core.network import Denoiser, InputSite
-from dq_export.core.progress import Advance
+from dq_export.core.network import InputSite
 from dq_export.core.recipe import Recipe, Rule
 from dq_export.core.scales import ScaleTable, TokenScale
 from dq_export.core.scheme import Scheme
 
 from .bins import build_table
-from .collect import Sampling, SiteStatistics, Statistics, collect_histograms, collect_ranges
-from .group import ALONE, ProcessGroup
-from .hessians import SPACE, stream_hessians
+from .collect.histograms import collect_histograms
+from .collect.statistics import Statistics, collect_ranges
+from .context import Calibration
+from .hessians import stream_hessians
 from .measures import attention_scales, mean_errors, reach_of, sqnr_by_timestep
-from .parallel import parallel
-from .plugin import UNCHANGED, WeightPlugin
+from .plugin import UNCHANGED
 from .ranges import METHODS
 from .scaling import Scaling, choose_scaling
 from .simulation import Simulation
@@ -33,114 +31,143 @@ Float32 = npt.NDArray[np.float32]
 NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
 
 
-def calibrate(
-    denoiser: Denoiser,
-    recipe: Recipe,
-    assigned: Mapping[str, Rule],
-    sampling: Sampling,
-    provenance: Mapping[str, str],
-    progress: Advance,
-    folder: Path,
-    group: ProcessGroup = ALONE,
-    plugin: WeightPlugin = UNCHANGED,
-    space: int = SPACE,
-) -> CalibrationResult | None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """How a site's input is scaled, and `amax`: float32[T], the range that is left at each timestep."""
+
+    site: InputSite
+    scheme: Scheme
+    scaling: Scaling
+    amax: Float32
+
+
+def calibrate(calibration: Calibration) -> CalibrationResult | None:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
-    Args:
-        assigned: the deciding rule of every linear, from `Recipe.assign`.
-        progress: called with (done, in all) of each phase in turn: network calls, inputs, weights. Methods that clip
-            sample the same pictures twice.
-        folder: where statistics lie meanwhile; the caller's to delete.
-        group: the processes that share the sampling. The first gets the result, bit for bit that of one process alone;
-            the others get None.
-        plugin: the user's own weights and Hessians.
-        space: bytes of second moments and of rounding by them, see `stream_hessians`; more of it saves runs over the
-            pictures.
+    Phases: collect the ranges, choose the scalings, decide the scales, round the weights, collect the ranges of the
+    quantized network (`progressive`), and measure what it all costs.
+
+    Returns:
+        On the first process the result, bit for bit that of one process alone; on the others None.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
+    recipe, group = calibration.recipe, calibration.group
     if recipe.calibration == "progressive" and group.size > 1:
         raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or take uniform")
-    schemes = site_schemes(denoiser.sites, assigned)
-    sites = tuple(site for site in denoiser.sites if site.name in schemes) if samples(recipe, assigned) else ()
-    if not sites:  # only weights are quantized, which the first process does alone
-        if group.rank > 0:
-            return None
-        return round_weights(denoiser, recipe, {}, assigned, (), provenance, progress, plugin, space)
-    names = tuple(site.name for site in sites)
-    statistics = collect_ranges(denoiser, names, sampling, progress, folder, group)
+    schemes = site_schemes(calibration.denoiser.sites, calibration.assigned)
+    if not samples(recipe, calibration.assigned) or not schemes:  # weights alone, which the first process rounds
+        return round_weights(calibration, {}, ()) if group.rank == 0 else None
+    statistics = collect_ranges(calibration.calls, tuple(schemes), calibration.folder)
     if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
         return None
-
-    def decide(site: InputSite) -> tuple[Scaling, Float32]:
-        item = statistics[site.name]
-        scaling = _choose(site, item, denoiser, recipe, assigned, schemes[site.name])
-        return scaling, item.amax(scaling.in_scale, scaling.in_shift)
-
-    decided = dict(zip(names, parallel(decide, sites, progress, work_bytes(denoiser)), strict=True))
-    amax = {name: limit for name, (_, limit) in decided.items()}
-    _refuse_constant(amax)
-    plans = _plans(sites, schemes, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
-    hessians: Iterable[dict[str, Float32]] = ()
-    if recipe.rounding != "rtn":
-        reach, order = {name: float(limit.max()) for name, limit in amax.items()}, statistics.timesteps.tolist()
-        diagonal = recipe.rounding == "mse" and plugin is UNCHANGED
-        hessians = stream_hessians(denoiser, plans, reach, order, sampling, progress, space, group, diagonal=diagonal)
+    decisions = _choose_scalings(calibration, schemes, statistics)
+    plans = _plans(calibration, decisions, statistics.timesteps, calibration.folder)
+    hessians = _hessians(calibration, decisions, plans, statistics.timesteps)
     if group.rank > 0:
         for part in hessians:
             part.clear()
         return None
-    result = round_weights(denoiser, recipe, plans, assigned, hessians, provenance, progress, plugin, space)
+    result = round_weights(calibration, plans, hessians)
     if recipe.calibration == "progressive":
-        with Simulation.of(denoiser, result, assigned).on(denoiser):
-            statistics = collect_ranges(denoiser, names, sampling, progress, folder / "progressive")
-            amax = {name: statistics[name].amax(plan.in_scale, plan.in_shift) for name, plan in plans.items()}
-            decided = {name: (scaling, amax[name]) for name, (scaling, _) in decided.items()}
-            plans = _plans(sites, schemes, decided, statistics, denoiser, recipe, sampling, progress, folder, group)
-        result = replace(result, sites=plans)
-    reached = reach_of(denoiser, statistics, assigned, result, progress)
-    attention = attention_scales(denoiser, plans, statistics, progress) if recipe.attention == "fp8" else {}
-    correction = mean_errors(denoiser, statistics, assigned, result, progress) if recipe.bias_correction else {}
-    result = replace(result, reach=reached, attention=attention, correction=correction)
-    sqnr = sqnr_by_timestep(denoiser, statistics, assigned, result, progress)
-    return replace(result, sqnr=sqnr, timesteps=tuple(statistics.timesteps.tolist()))
+        statistics, result = _refined(calibration, decisions, result)
+    return _measured(calibration, statistics, result)
+
+
+def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], statistics: Statistics) -> list[Decision]:
+    """The scaling of every site.
+
+    Raises:
+        CalibrationError: an input that a shift takes away entirely.
+    """
+    denoiser, assigned = calibration.denoiser, calibration.assigned
+
+    def decide(site: InputSite) -> Decision:
+        item, scheme = statistics[site.name], schemes[site.name]
+        weights = [denoiser.weight(name) for name in site.linears]
+        quantized = np.concatenate(
+            [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(site.linears, weights, strict=True)]
+        )
+        scaling = choose_scaling(item, np.concatenate(weights), calibration.recipe, quantized=quantized, scheme=scheme)
+        return Decision(site=site, scheme=scheme, scaling=scaling, amax=item.amax(scaling.in_scale, scaling.in_shift))
+
+    decisions = calibration.each(decide, [site for site in denoiser.sites if site.name in schemes])
+    constant = [decision.site.name for decision in decisions if not decision.amax.any()]
+    if constant:
+        raise CalibrationError(
+            "\n".join(
+                f"the input of '{name}' never changes, so a shift leaves no scale; pass --no-shift, or exclude it: "
+                f"--exclude '{name}'"
+                for name in constant
+            )
+        )
+    return decisions
 
 
 def _plans(
-    sites: Sequence[InputSite],
-    schemes: Mapping[str, Scheme],
-    decided: Mapping[str, tuple[Scaling, Float32]],
-    statistics: Statistics,
-    denoiser: Denoiser,
-    recipe: Recipe,
-    sampling: Sampling,
-    progress: Advance,
-    folder: Path,
-    group: ProcessGroup,
+    calibration: Calibration, decisions: Sequence[Decision], timesteps: npt.NDArray[np.float64], folder: Path
 ) -> dict[str, SitePlan]:
     """A plan for every site, from its scaling and the range at each timestep."""
     counts: Mapping[str, npt.NDArray[np.int64]] = {}
-    if recipe.method != "minmax":
-        transforms = {name: (scaling.in_scale, scaling.in_shift) for name, (scaling, _) in decided.items()}
-        amax = {name: limit for name, (_, limit) in decided.items()}
-        counts = collect_histograms(denoiser, transforms, amax, sampling, progress, folder, group)
-    plans = {}
-    for site in sites:
-        name, (scaling, limit) = site.name, decided[site.name]
-        plans[name] = SitePlan(
-            site=site,
-            method=scaling.method,
-            error=scaling.error,
-            alternatives=scaling.alternatives,
-            in_scale=scaling.in_scale,
-            in_shift=scaling.in_shift,
-            activation=_activation(
-                schemes[name], recipe, statistics.timesteps, limit, counts[name] if counts else NO_COUNTS, scaling
-            ),
+    if calibration.recipe.method != "minmax":
+        transforms = {item.site.name: (item.scaling.in_scale, item.scaling.in_shift) for item in decisions}
+        counts = collect_histograms(calibration.calls, transforms, {item.site.name: item.amax for item in decisions}, folder)
+    return {
+        item.site.name: SitePlan(
+            site=item.site,
+            method=item.scaling.method,
+            error=item.scaling.error,
+            alternatives=item.scaling.alternatives,
+            in_scale=item.scaling.in_scale,
+            in_shift=item.scaling.in_shift,
+            activation=_activation(item, calibration.recipe, timesteps, counts[item.site.name] if counts else NO_COUNTS),
         )
-    return plans
+        for item in decisions
+    }
+
+
+def _hessians(
+    calibration: Calibration,
+    decisions: Sequence[Decision],
+    plans: Mapping[str, SitePlan],
+    timesteps: npt.NDArray[np.float64],
+) -> Iterable[dict[str, Float32]]:
+    """The second moments that the weights are rounded by; none where each goes to its nearest code."""
+    rounding = calibration.recipe.rounding
+    if rounding == "rtn":
+        return ()
+    reach = {item.site.name: float(item.amax.max()) for item in decisions}
+    diagonal = rounding == "mse" and calibration.plugin is UNCHANGED
+    return stream_hessians(calibration.calls, plans, reach, timesteps.tolist(), calibration.space, diagonal=diagonal)
+
+
+def _refined(
+    calibration: Calibration, decisions: Sequence[Decision], result: CalibrationResult
+) -> tuple[Statistics, CalibrationResult]:
+    """The statistics of the quantized network's inputs, and the result with scales from them."""
+    with Simulation.of(calibration.denoiser, result, calibration.assigned).on(calibration.denoiser):
+        statistics = collect_ranges(calibration.calls, tuple(result.sites), calibration.folder / "progressive")
+        again = []
+        for item in decisions:
+            amax = statistics[item.site.name].amax(item.scaling.in_scale, item.scaling.in_shift)
+            again.append(replace(item, amax=amax))
+        plans = _plans(calibration, again, statistics.timesteps, calibration.folder)
+    return statistics, replace(result, sites=plans)
+
+
+def _measured(calibration: Calibration, statistics: Statistics, result: CalibrationResult) -> CalibrationResult:
+    """The result with what the kept rows show of it: reaches, float8 scales, corrections, and errors."""
+    denoiser, assigned, progress = calibration.denoiser, calibration.assigned, calibration.progress
+    reached = reach_of(denoiser, statistics, assigned, result, progress)
+    attention, correction = {}, {}
+    if calibration.recipe.attention == "fp8":
+        attention = attention_scales(denoiser, result.sites, statistics, progress)
+    if calibration.recipe.bias_correction:
+        correction = mean_errors(denoiser, statistics, assigned, result, progress)
+    result = replace(result, reach=reached, attention=attention, correction=correction)
+    sqnr = sqnr_by_timestep(denoiser, statistics, assigned, result, progress)
+    return replace(result, sqnr=sqnr, timesteps=tuple(statistics.timesteps.tolist()))
 
 
 def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
@@ -170,14 +197,10 @@ def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> di
 
 
 def _activation(
-    scheme: Scheme,
-    recipe: Recipe,
-    timesteps: npt.NDArray[np.float64],
-    amax: Float32,
-    counts: npt.NDArray[np.int64],
-    scaling: Scaling,
+    decision: Decision, recipe: Recipe, timesteps: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
 ) -> ScaleTable | TokenScale | None:
-    """How a site's input is quantized. `amax`: at each timestep, of the scaled input."""
+    """How a site's input is quantized. `counts`: see `collect_histograms`; without rows where no method asks for them."""
+    scheme, scaling, amax = decision.scheme, decision.scaling, decision.amax
     activation, qtype = scheme.activation, scheme.graph_type
     if activation is None:
         return None
@@ -188,30 +211,3 @@ def _activation(
         return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
     scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)
     return build_table(timesteps, scale, recipe.bins, qtype)
-
-
-def _refuse_constant(amax: Mapping[str, Float32]) -> None:
-    constant = [name for name, limit in amax.items() if not limit.any()]
-    if constant:
-        raise CalibrationError(
-            "\n".join(
-                f"the input of '{name}' never changes, so a shift leaves no scale; pass --no-shift, or exclude it: "
-                f"--exclude '{name}'"
-                for name in constant
-            )
-        )
-
-
-def _choose(
-    site: InputSite,
-    statistics: SiteStatistics,
-    denoiser: Denoiser,
-    recipe: Recipe,
-    assigned: Mapping[str, Rule],
-    scheme: Scheme,
-) -> Scaling:
-    weights = [denoiser.weight(name) for name in site.linears]
-    quantized = np.concatenate(
-        [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(site.linears, weights, strict=True)]
-    )
-    return choose_scaling(statistics, np.concatenate(weights), recipe, quantized=quantized, scheme=scheme)

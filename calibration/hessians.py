@@ -6,18 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from dq_export.core.artifacts import SitePlan
-from dq_export.core.network import Denoiser
-from dq_export.core.progress import Advance
 
-from .collect import Sampling, watch_calls
-from .group import ALONE, ProcessGroup
+from .collect.calls import Call, Calls
 from .parallel import threads_for
+
+if TYPE_CHECKING:
+    import torch
 
 Float32 = npt.NDArray[np.float32]
 SPACE = 1 << 30
@@ -31,14 +32,11 @@ TILE = 64
 
 
 def stream_hessians(
-    denoiser: Denoiser,
+    calls: Calls,
     plans: Mapping[str, SitePlan],
     reach: Mapping[str, float],
     timesteps: Sequence[float],
-    sampling: Sampling,
-    progress: Advance,
     space: int,
-    group: ProcessGroup = ALONE,
     *,
     diagonal: bool = False,
 ) -> Iterator[dict[str, Float32]]:
@@ -54,33 +52,30 @@ def stream_hessians(
         space: bytes of sums that are held at once; one site at the least.
         diagonal: only the mean of x^2, float32[K].
     """
-    units = {name: HEADROOM / (sampling.calls * ROWS * reach[name] ** 2) for name in plans}
+    units = {name: HEADROOM / (calls.sampling.calls * ROWS * reach[name] ** 2) for name in plans}
     shapes = {name: (len(plan.in_scale),) * (1 if diagonal else 2) for name, plan in plans.items()}
     for names in _batches(shapes, space):
         sums = {name: np.zeros(shapes[name], dtype=np.int64) for name in names}
-        yield _fill(sums, plans, units, denoiser, timesteps, sampling, progress, group)
+        yield _fill(calls, sums, plans, units, timesteps)
 
 
 def _fill(
+    calls: Calls,
     sums: dict[str, npt.NDArray[np.int64]],
     plans: Mapping[str, SitePlan],
     units: Mapping[str, float],
-    denoiser: Denoiser,
     timesteps: Sequence[float],
-    sampling: Sampling,
-    progress: Advance,
-    group: ProcessGroup,
 ) -> dict[str, Float32]:
     names = list(sums)
     rows = dict.fromkeys(names, 0)
     tile = 20 * TILE * max(len(total) for total in sums.values())  # bytes: a product in float32, float64 and int64
     libraries, pool = ThreadpoolController(), ThreadPoolExecutor(threads_for(tile))
 
-    def collect(record: int, name: str, value: Float32) -> None:
+    def collect(call: Call, name: str, value: torch.Tensor) -> None:
         if name not in sums:
             return
-        chosen = value[:: -(-len(value) // ROWS)]
-        quantized = plans[name].quantized(chosen, timesteps[record])
+        chosen = value[:: -(-len(value) // ROWS)].cpu().numpy()
+        quantized = plans[name].quantized(chosen, timesteps[call.record])
         if sums[name].ndim == 1:
             sums[name] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
         else:
@@ -91,11 +86,11 @@ def _fill(
         rows[name] += len(chosen)
 
     with pool:
-        watch_calls(denoiser, sampling, collect, progress, group)
+        calls.watch(collect)
     found = {}
     for name in names:
-        total = group.total(sums.pop(name)).astype(np.int64, copy=False)
-        count = int(group.total(np.asarray([rows[name]]))[0])
+        total = calls.group.total(sums.pop(name)).astype(np.int64, copy=False)
+        count = int(calls.group.total(np.asarray([rows[name]]))[0])
         unit = 1 / (units[name] * count)
         found[name] = (total * unit).astype(np.float32) if total.ndim == 1 else _symmetric(total, unit)
     return found

@@ -16,7 +16,7 @@ from dq_export.core.qtypes import FP8
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable
 
-from .collect import SiteStatistics, Statistics
+from .collect.statistics import SiteStatistics, Statistics
 from .parallel import parallel
 from .scaling import OUTPUTS
 

@@ -14,7 +14,7 @@ from dq_export.core.recipe import Recipe
 from dq_export.core.scales import TokenScale
 from dq_export.core.scheme import Scheme
 
-from .collect import SiteStatistics
+from .collect.statistics import SiteStatistics
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -12,13 +12,11 @@ import numpy.typing as npt
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
 from dq_export.core.folding import folded_weight, touching_plans, work_bytes
 from dq_export.core.grid import WeightGrid
-from dq_export.core.network import Denoiser
-from dq_export.core.progress import Advance
-from dq_export.core.recipe import Recipe, Rule
 from dq_export.core.scheme import Scheme
 
+from .context import Calibration
 from .parallel import parallel
-from .plugin import UNCHANGED, WeightPlugin
+from .plugin import UNCHANGED
 from .rounding import ROUNDINGS
 
 Float32 = npt.NDArray[np.float32]
@@ -32,25 +30,18 @@ def factor_bytes(width: int) -> int:
 
 
 def round_weights(
-    denoiser: Denoiser,
-    recipe: Recipe,
-    plans: Mapping[str, SitePlan],
-    assigned: Mapping[str, Rule],
-    hessians: Iterable[dict[str, Float32]],
-    provenance: Mapping[str, str],
-    progress: Advance,
-    plugin: WeightPlugin,
-    space: int,
+    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Float32]]
 ) -> CalibrationResult:
     """Grids and codes of every quantized weight as it will be once all scalings are folded in.
 
     Args:
         hessians: by site, of `stream_hessians`; each part is used and emptied before the next is asked for.
-        space: bytes that the threads may take.
 
     Raises:
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
+    denoiser, assigned, plugin = calibration.denoiser, calibration.assigned, calibration.plugin
+    rounding = ROUNDINGS[calibration.recipe.rounding]
     touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
@@ -60,7 +51,7 @@ def round_weights(
         in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
         try:
             hessian = plugin.hessian(name, part.get(site), in_scale)
-            grid, codes = ROUNDINGS[recipe.rounding](weight, assigned[name].scheme, hessian)
+            grid, codes = rounding(weight, assigned[name].scheme, hessian)
         except ValueError as error:
             return f"'{name}': {error}"
         if codes is None and plugin is not UNCHANGED:
@@ -68,23 +59,24 @@ def round_weights(
         return grid, None if codes is None else _stored(codes, assigned[name].scheme)
 
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
-    made: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
-    widths = [len(plan.in_scale) for plan in plans.values()] if recipe.rounding == "gptq" else []
+    results: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
+    widths = [len(plan.in_scale) for plan in plans.values()] if calibration.recipe.rounding == "gptq" else []
     each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
     for part in chain(hessians, [dict[str, Float32]()]):
-        now = [name for name in names if name not in made and (not part or site_of.get(name) in part)]
-        made |= zip(now, parallel(partial(measure, part), now, progress, each, space), strict=True)
+        now = [name for name in names if name not in results and (not part or site_of.get(name) in part)]
+        measured = parallel(partial(measure, part), now, calibration.progress, each, calibration.space)
+        results |= zip(now, measured, strict=True)
         part.clear()
-    wrong = [item for item in made.values() if isinstance(item, str)]
+    wrong = [item for item in results.values() if isinstance(item, str)]
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    found = {name: item for name in names if not isinstance(item := made[name], str)}
+    found = {name: item for name in names if not isinstance(item := results[name], str)}
     return CalibrationResult(
         sites=plans,
         weight_scale={name: grid.scale for name, (grid, _) in found.items()},
         multiplier={name: grid.multiplier for name, (grid, _) in found.items() if grid.multiplier is not None},
         codes={name: codes for name, (_, codes) in found.items() if codes is not None},
-        provenance=provenance,
+        provenance=calibration.provenance,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from dq_export.calibration.collect import Sampling
+from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.group import ALONE, ProcessGroup
 from dq_export.calibration.hessians import SPACE
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
@@ -216,11 +216,19 @@ def assist(
 ) -> None:
     """Sample this process's share of the calibration, if the first process finds that it is to be done."""
     from dq_export.calibration.calibrate import calibrate
+    from dq_export.calibration.context import Calibration
 
     if group.largest(NOTHING).any():
-        progress = Silent().advance
         calibrate(
-            reference, recipe, assigned, sampling_of(recipe, reference), {}, progress, folder / GATHERED, group, space=space
+            Calibration(
+                denoiser=reference,
+                recipe=recipe,
+                assigned=assigned,
+                sampling=sampling_of(recipe, reference),
+                folder=folder / GATHERED,
+                group=group,
+                space=space,
+            )
         )
 
 
@@ -374,20 +382,29 @@ class Export:
 
     def _calibrate(self, partial: Path) -> StageResult:
         from dq_export.calibration.calibrate import calibrate
+        from dq_export.calibration.context import Calibration
 
         r = self.recipe
         provenance = {"model": self.reference.digest, "sampler": self.reference.sampler, **versions()}
         provenance |= {key: str(getattr(r, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
-        gathered, sampling = self.folder / GATHERED, sampling_of(r, self.reference)
+        calibration = Calibration(
+            denoiser=self.reference,
+            recipe=r,
+            assigned=self.assigned,
+            sampling=sampling_of(r, self.reference),
+            folder=self.folder / GATHERED,
+            provenance=provenance,
+            progress=self.progress.advance,
+            group=self.group,
+            plugin=self.plugin,
+            space=self.space,
+        )
         self.group.largest(WORK)
-        progress = self.progress.advance
         with self.reference.on(self.device):
-            result = calibrate(
-                self.reference, r, self.assigned, sampling, provenance, progress, gathered, self.group, self.plugin, self.space
-            )
+            result = calibrate(calibration)
         assert result is not None  # the first process gets it
         result.save(partial / "calibration.safetensors")
-        shutil.rmtree(gathered, ignore_errors=True)  # there is none where only weights are quantized
+        shutil.rmtree(calibration.folder, ignore_errors=True)  # there is none where only weights are quantized
         scaled = sum(plan.scaled for plan in result.sites.values())
         return StageResult(summary=f"{len(result.sites)} inputs, {scaled} scaled, {len(result.bins())} timestep bins")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import server
 from hypothesis import settings
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.collect import Sampling
+from dq_export.calibration.collect.sampling import Sampling
+from dq_export.calibration.context import Calibration
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe, Rule
 from dq_export.families.float_graph import load
@@ -112,20 +113,26 @@ def recipe_of(reference: Reference, **options: Any) -> Recipe:
     return Recipe.parse({"model": "tiny", "steps": 5, "calib_size": 4, **options}, "test").model_copy(update={"rules": rules})
 
 
-def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationResult, dict[str, Rule]]:
-    """The calibration of a tiny model, and its assigned rules."""
-    assigned = recipe.assign(reference.linears)
+def calibration_of(reference: Reference, recipe: Recipe, folder: Path, **more: Any) -> Calibration:
+    """What a calibration of a tiny model works on; `more` are other fields of it."""
     sampling = Sampling(
         calib_size=recipe.calib_size, steps=recipe.steps, seed=recipe.seed, guidance=2.0, conditions=len(reference.conditions)
     )
+    assigned = recipe.assign(reference.linears)
+    return Calibration(denoiser=reference, recipe=recipe, assigned=assigned, sampling=sampling, folder=folder, **more)
+
+
+def calibrate_tiny(reference: Reference, recipe: Recipe) -> tuple[CalibrationResult, Mapping[str, Rule]]:
+    """The calibration of a tiny model, and its assigned rules."""
     with tempfile.TemporaryDirectory() as folder:
-        result = calibrate(reference, recipe, assigned, sampling, {}, lambda done, total: None, Path(folder))
+        calibration = calibration_of(reference, recipe, Path(folder))
+        result = calibrate(calibration)
     assert result is not None
-    return result, assigned
+    return result, calibration.assigned
 
 
 @pytest.fixture(scope="session")
-def tiny_calibrated(tiny: Reference) -> tuple[CalibrationResult, dict[str, Rule]]:
+def tiny_calibrated(tiny: Reference) -> tuple[CalibrationResult, Mapping[str, Rule]]:
     """Smooth with shift, so that every fold of the graph has work to do."""
     return calibrate_tiny(tiny, recipe_of(tiny, scaling="smooth", shift=True, bins="per-step", method="minmax"))
 

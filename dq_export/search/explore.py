@@ -196,6 +196,7 @@ def _unmet(outcome: Outcome, request: SearchRequest) -> str:
 def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress) -> dict[Rule, CalibrationResult]:
     """Every choice everywhere: the pictures are sampled once and kept beside the evaluations."""
     from dq_export.calibration.calibrate import calibrate
+    from dq_export.calibration.context import Calibration
 
     found = {}
     for rule in [rule for rule in space.choices if rule.scheme.low_precision]:
@@ -207,8 +208,16 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
             found[rule] = CalibrationResult.load(path)
             watch.end(0.0, "", kept=True)
             continue
-        assigned, sampling = recipe.assign(reference.linears), sampling_of(recipe, reference)
-        result = calibrate(reference, recipe, assigned, sampling, {}, watch.advance, folder / "statistics")
+        result = calibrate(
+            Calibration(
+                denoiser=reference,
+                recipe=recipe,
+                assigned=recipe.assign(reference.linears),
+                sampling=sampling_of(recipe, reference),
+                folder=folder / "statistics",
+                progress=watch.advance,
+            )
+        )
         assert result is not None
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".new")

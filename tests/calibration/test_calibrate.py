@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import calibrate_tiny, feed_of, recipe_of, save_tiny
+from conftest import calibrate_tiny, calibration_of, feed_of, recipe_of, save_tiny
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.collect import Sampling
 from dq_export.core.artifacts import CalibrationError, CalibrationResult
 from dq_export.core.folding import folded_weight
 from dq_export.core.recipe import Rule
@@ -128,12 +127,11 @@ def test_progress_counts_every_network_call_input_and_weight_once(
     tiny: Reference, method: str, passes: int, tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
-    sampling = Sampling(calib_size=9, steps=3, seed=0, guidance=2.0, conditions=len(tiny.conditions))
     seen: list[tuple[int, int]] = []
-    assigned = recipe.assign(tiny.linears)
-    calibrate(tiny, recipe, assigned, sampling, {}, lambda done, total: seen.append((done, total)), tmp_path)
+    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    calibrate(calibration)
     calls = [(done, 6) for done in range(7)]  # 9 pictures are two batches of 3 steps
-    weights = sum(rule.action != "float" for rule in assigned.values())
+    weights = sum(rule.action != "float" for rule in calibration.assigned.values())
     inputs = [(done, len(tiny.sites)) for done in range(1, len(tiny.sites) + 1)]
     expected = [*calls, *inputs, *(calls if passes == 2 else []), *((done, weights) for done in range(1, weights + 1))]
     assert list(dict.fromkeys(seen)) == list(dict.fromkeys(expected))

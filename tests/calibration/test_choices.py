@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq_export.calibration.bins import TOLERANCE, build_table, partition
-from dq_export.calibration.collect import SiteStatistics
+from dq_export.calibration.collect.statistics import SiteStatistics
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
 from dq_export.calibration.scaling import choose_scaling, dilate, smooth
 from dq_export.core.grid import cover

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 from conftest import calibrate_tiny, recipe_of, save_tiny
 
-from dq_export.calibration.collect import Sampling, collect_histograms, collect_ranges
+from dq_export.calibration.collect.calls import Calls
+from dq_export.calibration.collect.histograms import collect_histograms
+from dq_export.calibration.collect.sampling import Sampling
+from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.artifacts import CalibrationError, CalibrationResult
+from dq_export.core.progress import unwatched
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
 SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, conditions=5)
+
+
+def calls_of(reference: Reference, sampling: Sampling, seen: list[tuple[int, int]] | None = None) -> Calls:
+    """The network calls of a sampling; their progress goes to `seen`."""
+    return Calls(denoiser=reference, sampling=sampling, progress=unwatched if seen is None else lambda *place: seen.append(place))
 
 
 def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, np.ndarray]]:
@@ -31,7 +40,7 @@ def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, 
 def test_streamed_statistics_equal_those_of_everything_at_once(tiny: Reference, tmp_path: Path) -> None:
     names = tuple(site.name for site in tiny.sites)
     calls = []
-    found = collect_ranges(tiny, names, SAMPLING, lambda done, total: calls.append((done, total)), tmp_path)
+    found = collect_ranges(calls_of(tiny, SAMPLING, calls), names, tmp_path)
     everything = recorded(tiny, SAMPLING)
     assert calls[-1] == (6, 6)  # 2 batches of 3 steps
     for name in names:
@@ -46,7 +55,7 @@ def test_streamed_statistics_equal_those_of_everything_at_once(tiny: Reference, 
 
 def ranges(reference: Reference, folder: Path, **changes: int) -> Any:
     name = reference.sites[2].name
-    return collect_ranges(reference, (name,), replace(SAMPLING, **changes), lambda done, total: None, folder)[name]
+    return collect_ranges(calls_of(reference, replace(SAMPLING, **changes)), (name,), folder)[name]
 
 
 def test_more_pictures_only_add_to_what_was_seen(tiny: Reference, tmp_path: Path) -> None:
@@ -70,7 +79,7 @@ def test_as_many_rows_are_kept_whatever_the_pictures_and_steps(tiny: Reference, 
     def kept(calib_size: int, steps: int) -> int:
         sampling = replace(SAMPLING, calib_size=calib_size, steps=steps)
         folder = tmp_path / f"{calib_size}-{steps}"
-        found = collect_ranges(tiny, (tiny.sites[0].name,), sampling, lambda d, t: None, folder, rows_kept=24)
+        found = collect_ranges(calls_of(tiny, sampling), (tiny.sites[0].name,), folder, rows_kept=24)
         return len(found[tiny.sites[0].name].rows)
 
     assert kept(8, 3) == kept(16, 3) == kept(32, 3) == kept(8, 24) == 24  # 3, 6, 12 and 24 network calls
@@ -79,33 +88,31 @@ def test_as_many_rows_are_kept_whatever_the_pictures_and_steps(tiny: Reference, 
 
 def test_only_the_named_sites_are_watched_and_none_is_afterwards(tiny: Any, tmp_path: Path) -> None:
     names = (tiny.sites[1].name, tiny.sites[3].name)
-    assert set(collect_ranges(tiny, names, SAMPLING, lambda done, total: None, tmp_path)) == set(names)
+    assert set(collect_ranges(calls_of(tiny, SAMPLING), names, tmp_path)) == set(names)
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
 
 
 def test_every_row_in_the_histogram_is_counted_once_for_each_channel(tiny: Reference, tmp_path: Path) -> None:
     name = tiny.sites[3].name
-    found = collect_ranges(tiny, (name,), SAMPLING, lambda done, total: None, tmp_path)[name]
+    found = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
     width = found.low.shape[1]
     ones, zeros = np.ones(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
     amax = {name: found.amax(ones, zeros)}
-    counts = collect_histograms(tiny, {name: (ones, zeros)}, amax, SAMPLING, lambda done, total: None, tmp_path)[name]
+    counts = collect_histograms(calls_of(tiny, SAMPLING), {name: (ones, zeros)}, amax, tmp_path)[name]
     # 16 tokens a picture, twice with guidance: batches of 8 and 2 bring 256 and 64 rows, of which every 2nd and all count.
     assert counts.sum(axis=1).tolist() == [(128 + 64) * width] * 3
 
 
 def test_amax_is_that_of_the_scaled_input(tiny: Reference, tmp_path: Path) -> None:
     name = tiny.sites[0].name
-    found = collect_ranges(tiny, (name,), SAMPLING, lambda done, total: None, tmp_path)[name]
+    found = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
     width = found.low.shape[1]
     in_scale, in_shift = np.linspace(0.5, 2, width, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
     rows = recorded(tiny, SAMPLING)[name]
     exact = [np.abs((r - in_shift) / in_scale).max() for r in rows.values()]
     np.testing.assert_allclose(found.amax(in_scale, in_shift), exact, rtol=1e-6)  # one division's rounding
     amax = found.amax(in_scale, in_shift)
-    counts = collect_histograms(tiny, {name: (in_scale, in_shift)}, {name: amax}, SAMPLING, lambda done, total: None, tmp_path)[
-        name
-    ]
+    counts = collect_histograms(calls_of(tiny, SAMPLING), {name: (in_scale, in_shift)}, {name: amax}, tmp_path)[name]
     share = (counts * (np.arange(2048) >= 1024)).sum() / counts.sum()
     scaled = np.concatenate([(np.abs((r - in_shift) / in_scale) / a).ravel() for r, a in zip(rows.values(), amax, strict=True)])
     assert share == pytest.approx((scaled >= 0.5).mean(), abs=0.02)  # about 128 of each call's rows are counted
@@ -154,7 +161,7 @@ def test_all_inputs_that_cannot_be_measured_are_named_at_once(tmp_path: Path) ->
     reference = broken(tmp_path, spoil)
     names = tuple(site.name for site in reference.sites)
     with pytest.raises(CalibrationError) as caught:
-        collect_ranges(reference, names, replace(SAMPLING, steps=1), lambda d, t: None, tmp_path)
+        collect_ranges(calls_of(reference, replace(SAMPLING, steps=1)), names, tmp_path)
     assert [line.split("'")[1] for line in str(caught.value).splitlines()] == [
         "transformer_blocks.0.attn1.to_out.0",
         "transformer_blocks.1.attn1.to_out.0",

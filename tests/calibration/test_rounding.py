@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
+from conftest import calibrate_tiny, calibration_of, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.collect import Sampling
 from dq_export.calibration.hessians import stream_hessians
 from dq_export.calibration.parallel import SPACE, parallel
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.core.folding import folded_weight
 from dq_export.core.grid import cover
-from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.recipe import RecipeError
 from dq_export.core.scales import TokenScale
 from dq_export.core.scheme import scheme_of
 from dq_export.families.reference import Reference
@@ -92,14 +91,10 @@ def test_a_hessian_of_another_size_or_not_finite_is_refused(hessian: np.ndarray)
         compensate(weight, cover(weight, W4), hessian.astype(np.float32))
 
 
-def sampling_of(reference: Reference, recipe: Recipe) -> Sampling:
-    return Sampling(calib_size=recipe.calib_size, steps=recipe.steps, seed=0, guidance=2.0, conditions=len(reference.conditions))
-
-
 def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
     recipe = recipe_of(tiny, bits="w4a8", granularity="token", scaling="smooth")
     plans = calibrate_tiny(tiny, recipe)[0].sites
-    sampling = sampling_of(tiny, recipe)
+    calls = calibration_of(tiny, recipe, Path()).calls
     seen: dict[str, list[np.ndarray]] = {name: [] for name in plans}
     times: list[float] = []
 
@@ -114,7 +109,7 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
 
     def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
-        for part in stream_hessians(tiny, plans, reach, order, sampling, lambda done, total: None, space, **words):
+        for part in stream_hessians(calls, plans, reach, order, space, **words):
             found |= part
         return found
 
@@ -217,17 +212,18 @@ class Watched:
 def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int, dict[str, np.ndarray]]:
     """Of a calibration with GPTQ: runs over the pictures, the most Hessians at once, and the codes."""
     recipe = recipe_of(tiny, bits="w4a8", rounding="gptq", scaling="none")
-    assigned, sampling, plugin = recipe.assign(tiny.linears), sampling_of(tiny, recipe), Watched()
+    plugin = Watched()
     runs, most = 0, 0
 
     def watch(done: int, total: int) -> None:
         nonlocal runs, most
-        if total == sampling.calls:  # one of the pictures' network calls
+        if total == calibration.sampling.calls:  # one of the pictures' network calls
             assert plugin.alive() == 0
             runs += done == total
         most = max(most, plugin.alive())
 
-    result = calibrate(tiny, recipe, assigned, sampling, {}, watch, folder, plugin=plugin, space=space)
+    calibration = calibration_of(tiny, recipe, folder, progress=watch, plugin=plugin, space=space)
+    result = calibrate(calibration)
     assert result is not None
     return runs, most, dict(result.codes)
 
@@ -244,11 +240,11 @@ def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_pa
 
 def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, bits="w4a8", rounding="mse", scaling="none")
-    sampling, seen = sampling_of(tiny, recipe), []
-    calibrate(
-        tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda *place: seen.append(place), tmp_path, space=8 * 32 * 32
-    )
-    assert seen.count((sampling.calls, sampling.calls)) == 2  # the ranges, and all second moments at once
+    seen: list[tuple[int, ...]] = []
+    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda *place: seen.append(place), space=8 * 32 * 32)
+    calibrate(calibration)
+    calls = calibration.sampling.calls
+    assert seen.count((calls, calls)) == 2  # the ranges, and all second moments at once
     weight, rows = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32), correlated(500, 0)
     hessian = (rows * np.linspace(0.1, 10, 64, dtype=np.float32)).T @ rows
     whole, diagonal, none = (ROUNDINGS["mse"](weight, W4, item)[0].scale for item in (hessian, np.diagonal(hessian), None))
@@ -300,9 +296,8 @@ def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
     rounding: str, tiny: Reference, tiny_onnx: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny, bits="w4a16", rounding=rounding, scaling="none")
-    assigned = recipe.assign(tiny.linears)
-    watch = lambda done, total: None  # noqa: E731
-    result = calibrate(tiny, recipe, assigned, sampling_of(tiny, recipe), {}, watch, tmp_path, plugin=Halved())
+    calibration = calibration_of(tiny, recipe, tmp_path, plugin=Halved())
+    result, assigned = calibrate(calibration), calibration.assigned
     assert result is not None
     graph = load_graph(tiny_onnx)
     run_passes(graph, canonical_passes(result, assigned))

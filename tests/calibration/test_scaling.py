@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dq_export.calibration.collect import SiteStatistics
+from dq_export.calibration.collect.statistics import SiteStatistics
 from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, balance, choose_scaling, dilate, equalize, smooth
 from dq_export.core.recipe import Recipe
 from dq_export.core.scheme import PRESETS

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
+from conftest import calibrate_tiny, calibration_of, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.collect import Sampling
 from dq_export.calibration.group import TorchGroup
 from dq_export.calibration.simulation import Simulation
 from dq_export.core.artifacts import CalibrationError
@@ -100,6 +99,5 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
 
 def test_progressive_calibration_does_not_share_its_pictures(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, calibration="progressive")
-    sampling = Sampling(calib_size=2, steps=2, seed=0, guidance=2.0, conditions=5)
     with pytest.raises(CalibrationError, match="start it without torchrun, or take uniform"):
-        calibrate(tiny, recipe, recipe.assign(tiny.linears), sampling, {}, lambda done, total: None, tmp_path, TorchGroup(0, 2))
+        calibrate(calibration_of(tiny, recipe, tmp_path, group=TorchGroup(0, 2)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +80,12 @@ class RecordFile:
         while content:
             written = os.pwrite(self._file, content, place)
             content, place = content[written:], place + written
+
+
+def merge(
+    file: RecordFile, written: list[bool], reduce: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], absent: float
+) -> None:
+    """Reduce every record over the processes; `written` says which this process has, `absent` stands for the others."""
+    for record, here in enumerate(written):
+        values = file.read_record(record) if here else np.full(file.length, absent, dtype=file.dtype)
+        file.write_record(record, reduce(values))

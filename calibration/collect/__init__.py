@@ -1,0 +1,1 @@
+"""Statistics of every site's input, gathered on disk while the float reference samples pictures."""

@@ -1,0 +1,111 @@
+"""The network calls that draw a calibration's pictures, and who watches them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dq_export.core.network import Denoiser
+from dq_export.core.progress import Advance, unwatched
+
+from ..group import ALONE, ProcessGroup
+from .journal import Journal
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One network call.
+
+    Args:
+        number: over all batches, `steps` to a batch; `place` in its batch.
+        record: index of its timestep among the distinct ones.
+        seen: whether this process has finished a call at that timestep.
+    """
+
+    number: int
+    place: int
+    steps: int
+    record: int
+    seen: bool
+
+    def kept(self, stride: int) -> bool:
+        """Whether rows of it are kept. Samplers may call the network more often than they have steps."""
+        return self.place < self.steps and self.number % stride == 0
+
+
+Collect = Callable[[Call, str, "torch.Tensor"], None]
+"""Called with each site's input float32[rows, K] at each network call: (call, site, input)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calls:
+    """The network calls that draw a calibration's pictures, on the float reference.
+
+    Args:
+        progress: called with (network calls done, network calls in all) of each run over the pictures.
+        group: the processes that share the pictures; each draws whole batches.
+    """
+
+    denoiser: Denoiser
+    sampling: Sampling
+    progress: Advance = unwatched
+    group: ProcessGroup = ALONE
+
+    def watch(self, collect: Collect, journal: Journal | None = None) -> list[float]:
+        """Draw this process's batches, and hand each site's input to `collect` as it passes.
+
+        Args:
+            journal: of the batches that an earlier run has finished, which are left out; None: all are drawn.
+
+        Returns:
+            The timesteps of one batch's calls, in order, on every process.
+        """
+        sampling, group = self.sampling, self.group
+        journal = journal or Journal(None, group.rank, {})
+        call = Call(number=0, place=0, steps=sampling.steps, record=0, seen=False)
+        batches = range(group.rank, sampling.batches, group.size)
+        done, total = journal.done * sampling.steps, len(batches) * sampling.steps
+        timesteps: list[float] = []
+
+        def start_call(batch: int, timestep: float) -> None:
+            nonlocal call
+            if timesteps:
+                self.progress(done + min(len(timesteps), sampling.steps), total)
+            place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
+            call = Call(
+                number=batch * sampling.steps + place,
+                place=place,
+                steps=sampling.steps,
+                record=known.index(timestep),
+                seen=journal.done > 0 or timestep in timesteps,
+            )
+            timesteps.append(timestep)
+
+        with self.denoiser.observe(lambda name, value: collect(call, name, value)):
+            for batch in batches[journal.done :]:
+                conditions, seed = sampling.pictures(batch)
+                timesteps.clear()
+                self.progress(done, total)
+                before, guidance = partial(start_call, batch), sampling.guidance
+                self.denoiser.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=guidance, before=before)
+                journal.finish([*timesteps])
+                done += sampling.steps
+        self.progress(total, total)
+        return _shared(group, journal.timesteps)
+
+
+def _shared(group: ProcessGroup, timesteps: list[float]) -> list[float]:
+    """The timesteps on every process: one without a batch learns them from the others."""
+    length = int(group.largest(np.asarray([len(timesteps)]))[0])
+    known = np.full(length, -np.inf)
+    known[: len(timesteps)] = timesteps
+    shared: list[float] = group.largest(known).tolist()
+    return shared

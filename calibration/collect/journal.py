@@ -1,0 +1,44 @@
+"""How many of its batches a process has finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dq_export.core.documents import DocumentError, read_json
+
+
+class Journal:
+    """How many of its batches a process has finished, in a file; in memory only without a folder."""
+
+    def __init__(self, folder: Path | None, rank: int, key: Mapping[str, object]) -> None:
+        self._path = folder / f"journal.{rank}.json" if folder else None
+        self._key = json.loads(json.dumps(key))
+        self.done = 0
+        self.timesteps: list[float] = []
+        if folder and self._path:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.done, self.timesteps = self._kept(self._path)
+
+    def _kept(self, path: Path) -> tuple[int, list[float]]:
+        """What the file says of the same key; nothing is finished where it is damaged."""
+        try:
+            kept = read_json(path, links=False)
+        except DocumentError:
+            return 0, []
+        if not isinstance(kept, dict) or kept.get("key") != self._key:
+            return 0, []
+        done, timesteps = kept.get("done"), kept.get("timesteps")
+        if not isinstance(done, int) or done < 0 or not isinstance(timesteps, list):
+            return 0, []
+        return (done, timesteps) if all(isinstance(item, int | float) for item in timesteps) else (0, [])
+
+    def finish(self, timesteps: list[float]) -> None:
+        """Another batch is finished; `timesteps` of its calls."""
+        self.done, self.timesteps = self.done + 1, timesteps
+        if self._path:
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps({"key": self._key, "done": self.done, "timesteps": timesteps}))
+            os.replace(new, self._path)

@@ -1,0 +1,36 @@
+"""Which pictures a calibration samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which pictures calibration samples: `calib_size` of them, of each condition in turn, from one seed, `batch` to a call."""
+
+    calib_size: int
+    steps: int
+    seed: int
+    guidance: float
+    conditions: int
+    batch: int = 8
+
+    @property
+    def batches(self) -> int:
+        """Runs of the sampler."""
+        return -(-self.calib_size // self.batch)
+
+    @property
+    def calls(self) -> int:
+        """Network calls in all."""
+        return self.steps * self.batches
+
+    def pictures(self, batch: int) -> tuple[npt.NDArray[np.int64], int]:
+        """(index of each picture's condition, seed) of a batch. They do not depend on how many batches follow it."""
+        start = batch * self.batch
+        conditions = np.arange(start, min(start + self.batch, self.calib_size), dtype=np.int64) % self.conditions
+        return conditions, self.seed + start

@@ -1,0 +1,135 @@
+"""Statistics of every site's input, gathered on disk while the float reference samples pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.artifacts import CalibrationError
+
+from .calls import Call, Calls
+from .journal import Journal
+from .records import RecordFile, merge
+
+if TYPE_CHECKING:
+    import torch
+
+Float32 = npt.NDArray[np.float32]
+ROWS_KEPT = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SiteStatistics:
+    """What one site's input looked like.
+
+    Args:
+        timesteps: float64[T], in the order in which they were sampled.
+        low, high: float32[T, K], the least and greatest value of each channel at each timestep.
+        rows: float32[R, K], rows kept to measure the output error of a choice, and row_step: int64[R], each row's index
+            into `timesteps`.
+    """
+
+    timesteps: npt.NDArray[np.float64]
+    low: Float32
+    high: Float32
+    rows: Float32
+    row_step: npt.NDArray[np.int64]
+
+    def amax(self, in_scale: Float32, in_shift: Float32) -> Float32:
+        """float32[T]: max |(x - in_shift) / in_scale| at each timestep. Exactness: exact, from the channels' extremes."""
+        extreme = np.maximum(np.abs(self.high - in_shift), np.abs(self.low - in_shift))
+        return np.asarray((extreme / in_scale).max(axis=1), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics(Mapping[str, SiteStatistics]):
+    """What was gathered, by site; read from disk each time it is asked for."""
+
+    timesteps: npt.NDArray[np.float64]
+    row_step: npt.NDArray[np.int64]
+    records: int
+    ranges: RecordFile
+    rows: RecordFile
+
+    def __getitem__(self, name: str) -> SiteStatistics:
+        if name not in self.ranges.sizes:
+            raise KeyError(name)
+        steps = len(self.timesteps)
+        both = np.stack([self.ranges.read(step, name) for step in range(steps)]).reshape(steps, 2, -1)
+        rows = [self.rows.read(i, name) for i in range(self.records)]
+        kept = np.concatenate(rows).reshape(-1, both.shape[2])
+        return SiteStatistics(timesteps=self.timesteps, low=-both[:, 0], high=both[:, 1], rows=kept, row_step=self.row_step)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ranges.sizes)
+
+    def __len__(self) -> int:
+        return len(self.ranges.sizes)
+
+
+def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept: int = ROWS_KEPT) -> Statistics:
+    """Statistics by site. They lie in `folder`: memory grows neither with the pictures nor with the timesteps.
+
+    A run that ends early leaves its finished batches there, and a later call with the same arguments goes on behind
+    them. Each batch is sampled by one process; extremes and kept rows do not depend on the order, so the result is the
+    same, bit for bit, for any number of processes and interruptions.
+
+    Args:
+        sites: names of the sites to watch.
+        folder: of this calibration only, made if it is not there.
+        rows_kept: how many rows of each site are kept at most, spread evenly over batches and timesteps.
+
+    Raises:
+        CalibrationError: an input with NaN or Inf, one that is zero throughout, or another process has ended.
+    """
+    import torch
+
+    sampling, group, denoiser = calls.sampling, calls.group, calls.denoiser
+    each, stride = max(1, rows_kept // sampling.calls), -(-sampling.calls // rows_kept)
+    widths = {site.name: denoiser.weight(site.linears[0]).shape[1] for site in denoiser.sites if site.name in sites}
+    journal = Journal(folder, group.rank, {"sites": widths, "sampling": asdict(sampling), "rows": rows_kept, "size": group.size})
+    # (-low, high), so that both merge by the maximum. A record of `rows` holds the rows of one call.
+    ranges = RecordFile(folder / f"ranges.{group.rank}", {name: 2 * width for name, width in widths.items()}, np.float32)
+    rows = RecordFile(folder / f"rows.{group.rank}", {name: each * width for name, width in widths.items()}, np.float32)
+    random = torch.Generator()
+
+    def collect(call: Call, name: str, value: torch.Tensor) -> None:
+        if name not in widths:
+            return
+        low, high = torch.aminmax(value, dim=0)
+        found = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        ranges.write(call.record, name, np.maximum(found, ranges.read(call.record, name)) if call.seen else found)
+        if call.kept(stride):
+            random.manual_seed((sampling.seed * 1_000_003 + call.number) % 2**64)
+            chosen = torch.randint(len(value), (each,), generator=random)
+            rows.write(call.number // stride, name, value[chosen.to(value.device)].cpu().numpy())
+
+    timesteps = calls.watch(collect, journal)
+    order = list(dict.fromkeys(timesteps))
+    kept = [call for call in range(0, sampling.calls, stride) if call % sampling.steps < len(timesteps)]
+    if group.size > 1:
+        here = [call // sampling.steps % group.size == group.rank for call in kept]
+        merge(ranges, [journal.done > 0] * len(order), group.largest, -np.inf)
+        merge(rows, here, group.total, 0.0)
+    row_step = np.repeat([order.index(timesteps[call % sampling.steps]) for call in kept], each)
+    result = Statistics(timesteps=np.asarray(order), row_step=row_step, records=len(kept), ranges=ranges, rows=rows)
+    _check(result)
+    return result
+
+
+def _check(statistics: Statistics) -> None:
+    wrong = []
+    for name, item in statistics.items():
+        finite = np.isfinite(item.low).all(axis=1) & np.isfinite(item.high).all(axis=1)
+        if not finite.all():
+            step = int(finite.argmin())
+            wrong.append(f"the input of '{name}' has NaN or Inf at timestep {item.timesteps[step]:g}; check the checkpoint")
+        elif not (item.low.any() or item.high.any()):
+            wrong.append(f"the input of '{name}' is zero at every timestep, so it has no scale; exclude it: --exclude '{name}'")
+    if wrong:
+        raise CalibrationError("\n".join(wrong))

@@ -1,0 +1,59 @@
+"""What a calibration works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from dq_export.core.folding import work_bytes
+from dq_export.core.network import Denoiser, InputSite
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import Recipe, Rule
+
+from .collect.calls import Calls
+from .collect.sampling import Sampling
+from .group import ALONE, ProcessGroup
+from .hessians import SPACE
+from .parallel import parallel
+from .plugin import UNCHANGED, WeightPlugin
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """What a calibration works on.
+
+    Args:
+        assigned: the deciding rule of every linear, from `Recipe.assign`.
+        folder: where statistics lie meanwhile; the caller's to delete.
+        provenance: what the artifacts were made of, stored with them.
+        progress: called with (done, in all) of each phase in turn: network calls, inputs, weights. Methods that clip
+            sample the same pictures twice.
+        group: the processes that share the sampling.
+        plugin: the user's own weights and Hessians.
+        space: bytes of second moments and of rounding by them, see `stream_hessians`; more of it saves runs over the
+            pictures.
+    """
+
+    denoiser: Denoiser
+    recipe: Recipe
+    assigned: Mapping[str, Rule]
+    sampling: Sampling
+    folder: Path
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    progress: Advance = unwatched
+    group: ProcessGroup = ALONE
+    plugin: WeightPlugin = UNCHANGED
+    space: int = SPACE
+
+    @property
+    def calls(self) -> Calls:
+        """The network calls of its pictures."""
+        return Calls(denoiser=self.denoiser, sampling=self.sampling, progress=self.progress, group=self.group)
+
+    def each(self, work: Callable[[InputSite], Result], sites: Sequence[InputSite]) -> list[Result]:
+        """`work` of every site, in order, on several threads."""
+        return parallel(work, sites, self.progress, work_bytes(self.denoiser))

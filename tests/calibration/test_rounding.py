@@ -160,10 +160,10 @@ def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny
         seen = np.concatenate(rows[name])
         exact, rounded = (seen - plan.in_shift) / plan.in_scale, plan.quantized(seen, 0.0)
         for linear in plan.site.linears:
-            qtype = assigned[linear].weight
-            assert qtype is not None
+            weights = assigned[linear].scheme.weight
+            assert weights is not None
             weight = folded_weight(tiny.weight(linear), linear, list(result.sites.values()))
-            error = (exact @ weight.T - rounded @ result.grid(linear, qtype).nearest(weight).T).mean(axis=0)
+            error = (exact @ weight.T - rounded @ result.grid(linear, weights.qtype).nearest(weight).T).mean(axis=0)
             taken += float(np.square(error).sum())
             left += float(np.square(error - result.correction[linear]).sum())
     assert left < 0.8 * taken  # of 256 kept rows; a mean over them has a noise of its own

@@ -12,7 +12,6 @@ from dq_export.core.compare import MAX_SQNR, decibels
 
 from .backend import Engine, Feed, Float32
 
-OUTPUT = "sample"
 FLOAT_SQNR = 80.0
 """dB that the float graph must keep: float32 rounding costs about 130 dB, a wrong export is below 40."""
 
@@ -76,7 +75,7 @@ def compare_calls(
     rows = []
     with engine.runner(stage) as runner:
         for feed, reference, index in zip(feeds, references, bins, strict=True):
-            output = runner.infer(dict(feed), check_inputs=False)[OUTPUT]
+            (output,) = runner.infer(dict(feed), check_inputs=False).values()
             timestep = float(np.asarray(feed["timestep"]).ravel()[0])
             rows.append(CallParity(stage=stage, timestep=timestep, bin=index, difference=difference(reference, output)))
             count()

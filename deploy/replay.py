@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from dq_export.core.compare import MAX_SQNR
 from dq_export.core.documents import DocumentError, parse_json, read_text, shown, shown_path
+from dq_export.core.network import output_name
 
 from .backend import Engine, Feed, Float32
-from .parity import OUTPUT
 
 INPUTS, OUTPUTS, COMMAND = "inputs.json", "outputs.json", "command.txt"
 LIMIT = 1 << 30
@@ -36,7 +36,7 @@ def save_replay(folder: Path, feeds: Sequence[Feed], references: Sequence[Float3
 
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         save_json([dict(feed) for feed in feeds], str(folder / INPUTS), description="parity inputs")
-        _run_results("pytorch", references).save(str(folder / OUTPUTS))
+        _run_results("pytorch", references, output_name(feeds[0])).save(str(folder / OUTPUTS))
 
 
 def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
@@ -53,7 +53,8 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
             {str(name): _array(value, inputs) for name, value in call.items()} for call in _list(_json(inputs), inputs)
         ]
         ((_, calls),) = _json(outputs)["lst"]
-        references = [_array(call["outputs"][OUTPUT]["values"], outputs) for call in _list(calls, outputs)]
+        recorded = [value for call in _list(calls, outputs) for value in call["outputs"].values()]
+        references = [_array(value["values"], outputs) for value in recorded]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DocumentError(f"{shown_path(folder)}: {INPUTS} and {OUTPUTS} are not what an export writes there") from error
     if len(feeds) != len(references) or not feeds:
@@ -73,7 +74,7 @@ def polygraphy_command(limit: float, model: str) -> str:
     """
     return (
         f"polygraphy run {model} --onnxrt --load-inputs parity/{INPUTS} --load-outputs parity/{OUTPUTS} "
-        f"--compare snr --snr-threshold {OUTPUT}:{limit:.2f}"
+        f"--compare snr --snr-threshold {limit:.2f}"
     )
 
 
@@ -91,25 +92,26 @@ def replay(engine: Engine, feeds: Sequence[Feed], references: Sequence[Float32],
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
+    output = output_name(feeds[0])
     with G_LOGGER.verbosity(G_LOGGER.INFO if verbose else G_LOGGER.CRITICAL):
         try:
-            results = _run_results("pytorch", references)  # first: the signal is the first one's
+            results = _run_results("pytorch", references, output)  # first: the signal is the first one's
             results.extend(Comparator.run([engine.runner("engine")], data_loader=[dict(feed) for feed in feeds]))
-            (compared,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc(snr_threshold={OUTPUT: limit}))
+            (compared,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc(snr_threshold={output: limit}))
         except PolygraphyException as error:
             raise DocumentError(f"the recorded calls do not fit the graph ({str(error).splitlines()[0]})") from error
     ((_, calls),) = compared.items()
-    found = [call.get(OUTPUT) for call in calls]
+    found = [call.get(output) for call in calls]
     if len(found) != len(feeds) or not all(hasattr(item, "snr") for item in found):
-        raise DocumentError(f"the graph gives no '{OUTPUT}' of the shape that was recorded")
+        raise DocumentError(f"the graph gives no '{output}' of the shape that was recorded")
     return [-MAX_SQNR if math.isnan(item.snr) else float(np.clip(item.snr, -MAX_SQNR, MAX_SQNR)) for item in found]
 
 
-def _run_results(name: str, outputs: Sequence[Float32]) -> Any:
+def _run_results(name: str, values: Sequence[Float32], output: str) -> Any:
     from polygraphy.comparator import IterationResult, RunResults
 
     results = RunResults()
-    results.append((name, [IterationResult(outputs={OUTPUT: output}, runtime=0.0, runner_name=name) for output in outputs]))
+    results.append((name, [IterationResult(outputs={output: value}, runtime=0.0, runner_name=name) for value in values]))
     return results
 
 

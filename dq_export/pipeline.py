@@ -186,7 +186,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
 
 
 def _require_shapes(recipe: Recipe, reference: Reference) -> None:
-    """Read the shapes before the work, of the inputs that the graph will have.
+    """Read the shapes before the work, of the inputs that the graph will have: a plan needs them, others may name them.
 
     Raises:
         BackendError: see `profiles`.
@@ -197,7 +197,9 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
     inputs = {item.name: tuple(size if isinstance(size, int) else None for size in item.shape) for item in reference.inputs}
     if shared:
         inputs["timestep"] = (1,)
-    profiles(inputs, (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
+    named = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
+    if recipe.format in ("trt", "trt-rtx") or any(named):
+        profiles(inputs, named)
 
 
 def _require_servable(recipe: Recipe, backend: Backend | None) -> None:

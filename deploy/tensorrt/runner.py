@@ -33,7 +33,8 @@ class PlanEngine:
         return runner
 
     def __call__(self, feed: Feed) -> Float32:
-        result: Float32 = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)["sample"]
+        outputs: dict[str, Float32] = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)
+        (result,) = outputs.values()
         return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -83,6 +83,11 @@ class Conditions:
     def null_rows(self, count: int) -> dict[str, npt.NDArray[Any]]:
         """The inputs of `count` pictures without a condition."""
         return {name: np.repeat(row, count, axis=0) for name, row in self.null.items()}
+
+
+def output_name(inputs: Iterable[str]) -> str:
+    """The graph's name of the network's output: diffusers' `sample`, or `out_sample` where an input is called so."""
+    return "out_sample" if "sample" in inputs else "sample"
 
 
 def batch_of(feed: Feed) -> int:

@@ -14,8 +14,6 @@ from dq_export.core.documents import printable, shown, shown_path
 
 from .reference import ModelError
 
-POSITIONS = 2**25
-"""Numbers of a position embedding, which is computed when a network is made: 170 x 170 patches of width 1152."""
 STEPS = 10_000
 """Training timesteps of a scheduler. Published checkpoints have 1000, a few 4000; every one of them costs time and memory."""
 RAISED = (
@@ -36,47 +34,6 @@ class Values(BaseModel):
     """Keys of a configuration with their types, ranges and diffusers' defaults; other keys are ignored, as diffusers does."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class TransformerValues(Values):
-    """Of `DiTTransformer2DModel`."""
-
-    num_attention_heads: int = Field(16, ge=1, le=1024)
-    attention_head_dim: int = Field(72, ge=1, le=4096)
-    in_channels: Channels = 4
-    out_channels: Channels | None = None
-    num_layers: int = Field(28, ge=1, le=512)
-    dropout: Share = 0.0
-    norm_num_groups: Channels = 32
-    attention_bias: bool = True
-    sample_size: int = Field(32, ge=1, le=8192)
-    patch_size: int = Field(2, ge=1, le=1024)
-    activation_fn: Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"] = "gelu-approximate"
-    num_embeds_ada_norm: int = Field(1000, ge=1, le=10_000_000)
-    upcast_attention: bool = False
-    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
-    norm_elementwise_affine: bool = False
-    norm_eps: float = Field(1e-5, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _fit_each_other(self) -> TransformerValues:
-        width, side = self.num_attention_heads * self.attention_head_dim, self.sample_size // self.patch_size
-        if self.sample_size % self.patch_size:
-            raise ValueError(f"sample_size {self.sample_size}: expected a multiple of patch_size {self.patch_size}")
-        if width % 4:
-            raise ValueError(
-                f"attention_head_dim {self.attention_head_dim} times num_attention_heads {self.num_attention_heads}: expected a "
-                "multiple of 4, for sine and cosine of rows and columns"
-            )
-        if side * side * width > POSITIONS:
-            raise ValueError(
-                f"sample_size {self.sample_size}: expected at most {POSITIONS // width} patches at width {width}, found {side**2}"
-            )
-        if self.out_channels not in (None, self.in_channels, 2 * self.in_channels):
-            raise ValueError(
-                f"out_channels {self.out_channels}: expected in_channels {self.in_channels}, or twice as many for a learned sigma"
-            )
-        return self
 
 
 class VaeValues(Values):
@@ -176,21 +133,17 @@ class SchedulerValues(Values):
         return self
 
 
-VALUES: Mapping[str, type[Values]] = {"DiTTransformer2DModel": TransformerValues, "AutoencoderKL": VaeValues}
-"""By the diffusers class of a network."""
-
-
-def require_values(architecture: Any, config: Mapping[str, Any], path: Path) -> None:
+def require_values(architecture: Any, values: type[Values], config: Mapping[str, Any], path: Path) -> None:
     """Let a configuration pass whose values the class takes, as far as they can be told without making one.
 
     Args:
         architecture: a diffusers class; keys that it does not take are not looked at.
+        values: what its keys may be.
         path: of the file, for messages.
 
     Raises:
         ModelError: every key whose value is of another type or out of range, up to three of them.
     """
-    values = VALUES.get(architecture.__name__, SchedulerValues)
     taken = inspect.signature(architecture.__init__).parameters
     try:
         values.model_validate({key: value for key, value in config.items() if key in taken})

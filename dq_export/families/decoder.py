@@ -11,7 +11,7 @@ import onnx_ir as ir
 from dq_export.core.documents import shown_path
 
 from .checkpoint import CONFIG, broken_weights
-from .config_values import refused
+from .config_values import VaeValues, refused
 from .float_graph import trace
 from .network import load_network, read_config
 from .reference import ModelError
@@ -56,7 +56,7 @@ def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
     config = read_config(vae / CONFIG)
     if config.get("_class_name") != ARCHITECTURE or config.get("latent_channels", 4) != shape[0]:
         return None
-    model = load_network(AutoencoderKL, vae, config, find_weights(vae, variant, required=False), todays_name)
+    model = load_network(AutoencoderKL, VaeValues, vae, config, find_weights(vae, variant, required=False), todays_name)
     if broken_weights(model):
         raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
     _require_pictures(model, vae / CONFIG)

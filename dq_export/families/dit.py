@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dq_export.core.documents import shown_path
 from dq_export.core.network import BATCH, Conditions, Input, InputSite, LinearKind
 from dq_export.core.recipe import Rule
 
+from .dit_values import DiTValues
 from .embeddings import settle_positions, settle_timesteps
 from .family import Family, Pictures
-from .reference import Float32, ModelError, Network
+from .reference import Float32, Network
 from .sampling import set_steps
 
 ROW_REASON = "works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory"
@@ -34,6 +33,7 @@ class DiT(Family):
 
     name = "dit"
     architectures = ("DiTTransformer2DModel",)
+    values = DiTValues
     blocks = "transformer_blocks"
     default_guidance = 4.0  # DiTPipeline's
     default_scheduler = DEFAULT_SCHEDULER
@@ -43,10 +43,8 @@ class DiT(Family):
         Rule(match=r"\.emb\.|^proj_out_[12]$|^pos_embed", action="float", reason=EDGE_REASON),
     )
 
-    def prepare(self, model: Any, folder: Path) -> None:
+    def prepare(self, model: Any) -> None:
         """See `Family.prepare`."""
-        if model.config.norm_type != "ada_norm_zero":
-            raise ModelError(f"{shown_path(folder)}: norm_type '{model.config.norm_type}'; family dit supports 'ada_norm_zero'")
         settle_positions(model)
         settle_timesteps(model)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dq_export.core.network import Conditions, Feed, Input, InputSite, LinearKind
 from dq_export.core.recipe import Rule
 
+from .config_values import Values
 from .reference import Float32, Network
 
 
@@ -35,7 +35,7 @@ class Family(ABC):
     Attributes:
         name: as in the report.
         architectures: the diffusers classes of its networks, as `architecture_of` gives them.
-        output: the graph's name of the network's output.
+        values: what their configurations may hold.
         blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
         default_guidance: guidance scale for a checkpoint that has no better one.
         default_scheduler: DDIM's configuration for a folder without a scheduler.
@@ -44,7 +44,7 @@ class Family(ABC):
 
     name: str
     architectures: tuple[str, ...]
-    output: str = "sample"
+    values: type[Values]
     blocks: str = ""
     default_guidance: float
     default_scheduler: Mapping[str, Any]
@@ -57,15 +57,8 @@ class Family(ABC):
         return getattr(diffusers, architecture)
 
     @abstractmethod
-    def prepare(self, model: Any, folder: Path) -> None:
-        """Replace in a loaded network what would export badly or compute differently on another machine.
-
-        Args:
-            folder: the checkpoint's, for messages.
-
-        Raises:
-            ModelError: a configuration of the class that this family does not support.
-        """
+    def prepare(self, model: Any) -> None:
+        """Replace in a loaded network what would export badly or compute differently on another machine."""
 
     @abstractmethod
     def inputs(self, model: Any) -> tuple[Input, ...]:

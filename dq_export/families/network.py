@@ -9,7 +9,7 @@ from typing import Any
 
 from dq_export.core.documents import DocumentError, printable, read_json, shown, shown_path
 
-from .config_values import refused, require_values
+from .config_values import Values, refused, require_values
 from .reference import ModelError
 from .tensors import read_tensors
 from .weights import Weights
@@ -34,19 +34,25 @@ def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
 
 
 def load_network(
-    architecture: Any, folder: Path, config: Mapping[str, Any], weights: Weights, rename: Callable[[str], str] = str
+    architecture: Any,
+    values: type[Values],
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Weights,
+    rename: Callable[[str], str] = str,
 ) -> Any:
     """An instance of a diffusers class in evaluation mode, its parameters those of the files.
 
     Args:
         architecture: the class; its old names are not looked at any more.
+        values: what the configuration may hold.
         folder: of config.json, for messages.
         rename: today's name of a tensor from the file's.
 
     Raises:
         ModelError: no such network can be made of the configuration, a file is damaged, or both do not fit each other.
     """
-    require_values(architecture, config, folder / "config.json")
+    require_values(architecture, values, config, folder / "config.json")
     state = _state(weights, rename)
     model = _empty(architecture, folder / "config.json", config)
     _require_same(model.state_dict(), state, shown_path(folder))

@@ -14,7 +14,7 @@ from dq_export.core.documents import shown, shown_path
 from dq_export.core.network import Feed
 
 from .checkpoint import SCHEDULER_CONFIG
-from .config_values import RAISED, reason_of, refused, require_values
+from .config_values import RAISED, SchedulerValues, reason_of, refused, require_values
 from .network import read_config, silent
 from .reference import Float32, ModelError, Network
 
@@ -52,7 +52,7 @@ def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
     if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ModelError(f"{shown_path(path)}: {shown(name)} is not a scheduler of diffusers {diffusers.__version__}")
     require_sampler(str(name), shown_path(path))
-    require_values(scheduler, config, path)
+    require_values(scheduler, SchedulerValues, config, path)
     with silent(), refused(f"{shown_path(path)}: makes no {name}", "correct its values, or download it again"):
         return scheduler.from_config(config)  # type: ignore[attr-defined]
 

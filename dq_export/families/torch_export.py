@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dq_export.core.network import Axis, Input
+from dq_export.core.network import Axis, Input, output_name
 from dq_export.passes.match import ROOT
 
 from .float_graph import trace
@@ -19,30 +19,29 @@ TRACED = 3
 """Blocks; see `repeat_block`."""
 
 
-def export_graph(model: Any, inputs: Sequence[Input], output: str, blocks: str, *, shared: bool) -> ir.Model:
+def export_graph(model: Any, inputs: Sequence[Input], blocks: str, *, shared: bool) -> ir.Model:
     """Trace a network, `TRACED` of its blocks where they are equal and all of them where they are not.
 
     Args:
         model: a diffusers network, which takes `inputs` by name.
-        output: name of its output.
         blocks: name of its list of blocks; empty: trace them all.
         shared: the timestep has one row for all samples.
     """
     listed = getattr(model, blocks) if blocks else ()
     if len(listed) <= TRACED:
-        return _traced(model, inputs, output, shared)
+        return _traced(model, inputs, shared)
     state = {f"{ROOT}{name}": value for name, value in model.state_dict().items()}
     try:
         setattr(model, blocks, listed[:TRACED])
-        graph = _traced(model, inputs, output, shared)
+        graph = _traced(model, inputs, shared)
     finally:
         setattr(model, blocks, listed)
     if repeat_block(graph, f"{ROOT}{blocks}", len(listed), state):
         return graph
-    return _traced(model, inputs, output, shared)
+    return _traced(model, inputs, shared)
 
 
-def _traced(model: Any, inputs: Sequence[Input], output: str, shared: bool) -> ir.Model:
+def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
     import torch
 
     axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis)}
@@ -54,7 +53,7 @@ def _traced(model: Any, inputs: Sequence[Input], output: str, shared: bool) -> i
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append(None if one else changing)
     names = [item.name for item in inputs]
-    return trace(_named_wrapper(model, names), tuple(example), names, output, {"values": tuple(dynamic)})
+    return trace(_named_wrapper(model, names), tuple(example), names, output_name(names), {"values": tuple(dynamic)})
 
 
 def _named_wrapper(model: Any, names: Sequence[str]) -> Any:

@@ -69,14 +69,14 @@ class TorchNetwork:
             ModelError: its files are damaged or do not fit each other, or weights that are not finite.
         """
         architecture = family.network_class(str(architecture_of(checkpoint.config)))
-        model = load_network(architecture, checkpoint.folder, checkpoint.config, checkpoint.weights)
+        model = load_network(architecture, family.values, checkpoint.folder, checkpoint.config, checkpoint.weights)
         broken = broken_weights(model)
         if broken:
             raise ModelError(
                 f"{shown_path(checkpoint.folder)}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint "
                 "is damaged"
             )
-        family.prepare(model, checkpoint.folder)
+        family.prepare(model)
         return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress)
 
     def weight(self, linear: str) -> Float32:
@@ -178,7 +178,7 @@ class TorchNetwork:
         return observed(self.model, self.sites, observer)
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
-        graph = export_graph(self.model, self.inputs, self.family.output, self.family.blocks, shared=shared)
+        graph = export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
         save(graph, path, self.weights.files, ROOT)
 
 

@@ -18,6 +18,16 @@ def test_shapes_are_read_for_the_inputs_that_change() -> None:
     }
 
 
+def test_sizes_beside_the_batch_are_those_of_the_best_shape() -> None:
+    inputs = {"sample": (None, 4, None, None), "timestep": (1,)}
+    assert profiles(inputs, ("", "sample:2x4x64x32", ""))["sample"] == ((1, 4, 64, 32), (2, 4, 64, 32), (16, 4, 64, 32))
+    assert profiles(inputs, ("sample:2x4x8x8", "sample:2x4x64x32", ""))["sample"][0] == (2, 4, 8, 8)
+    with pytest.raises(BackendError, match=r"'sample' is Bx4x\?x\?: name its shape with --opt-shapes sample:AxBxC"):
+        profiles(inputs, ("", "", ""))
+    with pytest.raises(BackendError, match=r"'sample' is Bx4x\?x\?, found 2x5x8x8"):
+        profiles(inputs, ("", "sample:2x5x8x8", ""))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -14,8 +14,10 @@ from conftest import TINY, feed_of, recipe_of, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_export.families.config_values import VALUES, SchedulerValues, require_values
+from dq_export.families import FAMILIES
+from dq_export.families.config_values import SchedulerValues, VaeValues, require_values
 from dq_export.families.decoder import load_vae
+from dq_export.families.dit_values import DiTValues
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 
@@ -92,8 +94,8 @@ def test_a_value_that_no_network_has_is_refused_by_file_and_key(
 def test_the_published_configurations_are_accepted() -> None:
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
-    require_values(DiTTransformer2DModel, HUB, Path("config.json"))
-    require_values(AutoencoderKL, VAE, Path("config.json"))
+    require_values(DiTTransformer2DModel, DiTValues, HUB, Path("config.json"))
+    require_values(AutoencoderKL, VaeValues, VAE, Path("config.json"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,8 @@ def test_every_key_that_diffusers_takes_has_a_type() -> None:
     from dq_export.families.sampling import SCHEDULERS
 
     untyped = {"latents_mean", "latents_std"}  # of the encoder's statistics, which a decoder does not read
-    for name, values in VALUES.items():
+    networks = [(name, family.values) for family in FAMILIES for name in family.architectures]
+    for name, values in [*networks, ("AutoencoderKL", VaeValues)]:
         taken = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
         assert taken - untyped == set(values.model_fields), name
     keys: set[str] = set()
@@ -142,7 +145,7 @@ JSON = st.recursive(
 )
 
 
-@given(key=st.sampled_from(sorted(VALUES["DiTTransformer2DModel"].model_fields)), value=JSON)
+@given(key=st.sampled_from(sorted(DiTValues.model_fields)), value=JSON)
 def test_any_value_is_refused_or_makes_a_network(key: str, value: Any) -> None:
     """Without memory for parameters: what is accepted here must not fail there."""
     import torch
@@ -150,7 +153,7 @@ def test_any_value_is_refused_or_makes_a_network(key: str, value: Any) -> None:
 
     config = {**TINY, key: value}
     try:
-        require_values(DiTTransformer2DModel, config, Path("config.json"))
+        require_values(DiTTransformer2DModel, DiTValues, config, Path("config.json"))
     except ModelError as error:
         named = key in str(error)
     else:

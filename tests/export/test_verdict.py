@@ -128,5 +128,5 @@ def test_the_replay_command_names_the_graph_and_a_limit_that_the_export_itself_m
     assert done.parity is not None
     assert done.parity.replay == (
         f"polygraphy run {model} --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
-        f"--compare snr --snr-threshold sample:{limit}"
+        f"--compare snr --snr-threshold {limit}"
     )

@@ -1,0 +1,346 @@
+"""What calibration, passes and parity rely on in every model family, on tiny models, against diffusers itself.
+
+A family of the product, and one that is no DiT and that the product does not know, pass the same tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import feed_of, recipe_of, run_onnx, save_tiny, sqnr
+from toy import TOY, ToyPipeline, save_toy
+
+from dq_export.calibration.collect import Sampling, collect_ranges
+from dq_export.core.network import BATCH, Axis, Float32
+from dq_export.core.recipe import Recipe
+from dq_export.deploy.openvino.engine import load_engine
+from dq_export.families import FAMILIES, source
+from dq_export.families.checkpoint import digest
+from dq_export.families.family import Family
+from dq_export.families.reference import ModelError, Reference
+from dq_export.families.source import load_reference
+from dq_export.pipeline import run
+from dq_export.stages.repository import require_served
+
+SEED = 7
+SAME = 100
+"""dB of float32 rounding: 120 to 130 are seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family, a tiny checkpoint of it, and what diffusers' own pipeline draws from that.
+
+    Args:
+        save: writes a pipeline folder.
+        changes: values of config.json that the same weights fit.
+        draw: latents float32[P, ...] of a pipeline folder, conditions and guidance in 4 steps, from the noise of SEED.
+    """
+
+    family: Family
+    save: Callable[[Path], Path]
+    changes: Mapping[str, Any]
+    draw: Callable[[Path, Any, Any, float], Float32]
+
+
+def drawn_by_dit_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
+    """DiTPipeline takes no latents and gives pictures: its generators draw our noise, and what stands for its decoder keeps
+    the latents."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    class Kept:
+        config = SimpleNamespace(scaling_factor=1.0)
+
+        def decode(self, latents: torch.Tensor) -> Any:
+            self.latents = latents
+            return SimpleNamespace(sample=latents)
+
+    network, kept = DiTTransformer2DModel.from_pretrained(folder / "transformer"), Kept()
+    pipeline = DiTPipeline(network, kept, DDIMScheduler.from_pretrained(folder / "scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(SEED * 100_003 + i) for i in range(len(chosen))]
+    pipeline(chosen.tolist(), guidance, generators, num_inference_steps=4, output_type="np")
+    return kept.latents.numpy()
+
+
+def drawn_by_toy_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
+    from diffusers import EulerDiscreteScheduler
+
+    network = TOY.network_class("ToyNetwork").from_pretrained(folder / "transformer")
+    pipeline = ToyPipeline(network, EulerDiscreteScheduler.from_pretrained(folder / "scheduler"))
+    conditions = reference.conditions
+    context, null = conditions.rows(chosen)["context"], conditions.null_rows(len(chosen))["context"]
+    tensors = map(torch.from_numpy, (context, null, reference.noise(len(chosen), SEED)))
+    return np.asarray(pipeline(*tensors, 4, guidance))
+
+
+CASES = {
+    "dit": Case(
+        family=FAMILIES[0],
+        # DiTPipeline has ImageNet's null label, 1000, written into it.
+        save=lambda folder: save_tiny(folder, num_embeds_ada_norm=1000, out_channels=4),
+        changes={"norm_eps": 1e-4},
+        draw=drawn_by_dit_pipeline,
+    ),
+    "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def families() -> Iterator[None]:
+    """The product's families and the toy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "FAMILIES", (*FAMILIES, TOY))
+        yield
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.save(tmp_path_factory.mktemp(case.family.name))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return load_reference(str(folder))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "per-sample"])
+def graph(request: pytest.FixtureRequest, reference: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+    """The float graph, and whether one timestep is all samples'."""
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    reference.export_onnx(path, shared=request.param)
+    return path, request.param
+
+
+def timesteps_of(reference: Any) -> list[float]:
+    """The ends and some between; a fractional one where the network takes such."""
+    fractional = np.issubdtype(np.dtype(reference.inputs[1].dtype), np.floating)
+    return [0, 1, 749.25 if fractional else 749, 999]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {family.name for family in FAMILIES} < set(CASES)
+
+
+def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any) -> None:
+    import inspect
+
+    taken = inspect.signature(type(reference.model).forward).parameters
+    state, timestep, *conditions = reference.inputs
+    assert {item.name for item in reference.inputs} <= set(taken)
+    assert (state.role, timestep.role, timestep.name) == ("state", "timestep", "timestep")
+    assert {item.role for item in conditions} <= {"condition"}
+    assert all(item.shape[0] is BATCH for item in reference.inputs)
+    assert reference.noise(2, 0).shape == state.zeros(2).shape == (2, *reference.feed_shape)
+    rows, null = reference.conditions.rows(np.asarray([0])), reference.conditions.null_rows(1)
+    for item in conditions:
+        for found in (rows[item.name], null[item.name]):
+            assert (found.shape, found.dtype) == (item.zeros(1).shape, item.dtype)
+
+
+def test_the_rules_match_every_linear_and_say_why_one_is_skipped(reference: Any) -> None:
+    assigned = recipe_of(reference).assign(reference.linears)
+    quantized = {name for name, rule in assigned.items() if rule.scheme.activation is not None}
+    assert quantized == {linear for site in reference.sites for linear in site.linears}
+    assert all(rule.reason for name, rule in assigned.items() if name not in quantized)
+
+
+def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) -> None:
+    read = [linear for site in reference.sites for linear in site.linears]
+    assert sorted(read) == sorted(name for name, linear in reference.linears.items() if linear.kind == "gemm")
+    for site in reference.sites:
+        assert site.name == site.linears[0]
+        width = {reference.weight(linear).shape[1] for linear in site.linears}
+        assert len(width) == 1, "readers of one tensor have one width"
+        if site.fold == "explicit":
+            assert site.producer == ""
+            continue
+        rows = reference.weight(site.producer).shape[0]
+        if site.fold == "value":
+            assert {rows} == width
+        else:
+            spans = (site.shift_rows, site.scale_rows)
+            assert all({stop - start} == width and start >= 0 and stop <= rows for start, stop in spans)
+    seen = []
+    with reference.observe(lambda name, value: seen.append(name)):
+        reference.forward(feed_of(reference))
+    assert seen == [site.name for site in reference.sites]
+
+
+def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
+    observed: dict[str, Any] = {}
+    read: dict[str, Any] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs: read.__setitem__(name, inputs[0].detach().clone())
+
+    handles = [reference.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in reference.linears]
+    with reference.observe(lambda name, value: observed.__setitem__(name, value.clone())):
+        reference.forward(feed_of(reference))
+    for handle in handles:
+        handle.remove()
+    for site in reference.sites:
+        assert observed[site.name].ndim == 2
+        assert observed[site.name].dtype == torch.float32
+        for linear in site.linears:
+            assert torch.equal(observed[site.name], read[linear].flatten(0, -2))
+
+
+def test_observing_ends_also_when_the_network_fails(reference: Any) -> None:
+    def fail(name: str, value: Any) -> None:
+        raise KeyError(name)
+
+    with pytest.raises(KeyError), reference.observe(fail):
+        reference.forward(feed_of(reference))
+    assert not any(module._forward_pre_hooks for module in reference.model.modules())
+
+
+def test_loading_tells_how_far_it_is(folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    load_reference(str(folder), lambda done, total: calls.append((done, total)))
+    assert len(calls) > 10
+    assert calls == [(i + 1, len(calls)) for i in range(len(calls))]
+
+
+def test_the_digest_is_of_configuration_and_weights(case: Case, reference: Any, folder: Path, tmp_path: Path) -> None:
+    assert load_reference(str(folder)).digest == reference.digest
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **case.changes}))
+    assert load_reference(str(tmp_path / "other")).digest != reference.digest
+    other: Any = load_reference(str(folder))
+    other.model.get_submodule(next(iter(other.linears))).bias.data[0] += 1e-3
+    assert digest(other.model, other.scheduler) != reference.digest
+
+
+def test_the_graph_has_the_networks_inputs(graph: tuple[Path, bool], reference: Any) -> None:
+    import onnx_ir as ir
+
+    path, shared = graph
+    found, taken = ir.load(path).graph, [item.name for item in reference.inputs]
+    assert [value.name for value in found.inputs] == taken
+    assert [value.dtype.numpy() for value in found.inputs if value.dtype] == [item.dtype for item in reference.inputs]
+    assert [value.name for value in found.outputs] == ["out_sample" if "sample" in taken else "sample"]
+    for value, item in zip(found.inputs, reference.inputs, strict=True):
+        sizes = [axis.name if isinstance(axis, Axis) else axis for axis in item.shape]
+        if shared and item.role == "timestep":
+            sizes = [1]
+        assert value.shape is not None
+        assert [size if isinstance(size, int) else str(size.value) for size in value.shape] == sizes
+    assert found.opset_imports == {"": 21}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_graph_is_the_network_at_every_timestep(batch: int, graph: tuple[Path, bool], reference: Any) -> None:
+    path, shared = graph
+    for timestep in timesteps_of(reference):
+        feed = feed_of(reference, timestep if shared else [timestep] * batch, samples=batch)
+        assert sqnr(reference.forward(feed), run_onnx(path, feed)) > SAME
+
+
+def test_samples_of_one_call_may_have_their_own_timesteps(graph: tuple[Path, bool], reference: Any) -> None:
+    path, shared = graph
+    timesteps = timesteps_of(reference)
+    feed = feed_of(reference, timesteps, samples=4)
+    mixed = reference.forward(feed)
+    if not shared:
+        assert sqnr(mixed, run_onnx(path, feed)) > SAME
+    for i, timestep in enumerate(timesteps):
+        one = {name: rows[i : i + 1] for name, rows in feed.items()}
+        assert sqnr(reference.forward(one), mixed[i : i + 1]) > SAME, timestep  # sums run in an order that depends on the batch
+
+
+def test_the_graph_takes_other_sizes(graph: tuple[Path, bool], reference: Any) -> None:
+    """Also on OpenVINO with a fixed batch, which leaves the other sizes open."""
+    path, shared = graph
+    feed = feed_of(reference, 500 if shared else [500] * 3)
+    changed = dict(feed)
+    for item in reference.inputs:
+        sizes = [axis.size + 3 if isinstance(axis, Axis) else axis for axis in item.shape[1:]]
+        if sizes != list(item.zeros().shape[1:]):
+            changed[item.name] = np.random.default_rng(0).normal(size=(3, *sizes)).astype(item.dtype)
+    exact = reference.forward(changed)
+    assert sqnr(exact, run_onnx(path, changed)) > SAME
+    assert sqnr(exact, load_engine(path, {"INFERENCE_PRECISION_HINT": "f32"}, 3)(changed)) > SAME
+
+
+def test_the_network_is_diffusers_own(case: Case, folder: Path, reference: Any) -> None:
+    network = case.family.network_class(case.family.architectures[0]).from_pretrained(folder / "transformer").eval()
+    for timestep in timesteps_of(reference):
+        feed = feed_of(reference, [timestep] * 3)
+        with torch.no_grad():
+            exact = network(**{name: torch.from_numpy(rows) for name, rows in feed.items()}, return_dict=False)[0].numpy()
+        assert sqnr(exact, reference.forward(feed)) > 90  # a settled embedding's last bit is multiplied by the timestep
+
+
+@pytest.mark.parametrize("guidance", [1.5, 4.0])
+def test_pictures_are_those_of_diffusers_own_pipeline(guidance: float, case: Case, folder: Path, reference: Any) -> None:
+    chosen = np.asarray([1, 3])
+    exact = case.draw(folder, reference, chosen, guidance)
+    found = reference.draw(reference.forward, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
+    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+    assert exact.std() > 0.05, "a picture that is one colour would prove nothing"
+
+
+def test_drawing_again_gives_the_same_bits(folder: Path, reference: Any) -> None:
+    chosen = np.asarray([1, 2])
+    drawn = []
+    sent: list[float] = []
+    for one in (reference, load_reference(str(folder))):
+        one.timesteps(5)  # a rehearsal changes nothing
+        drawn.append(one.draw(one.forward, one.noise(2, SEED), chosen, steps=4, guidance=2.0))
+    np.testing.assert_array_equal(*drawn)
+    reference.trajectory(chosen, steps=4, seed=SEED, guidance=2.0, before=sent.append)
+    assert sent == reference.timesteps(4)
+
+
+def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(reference: Any, tmp_path: Path) -> None:
+    sampling = Sampling(calib_size=3, steps=2, seed=0, guidance=2.0, conditions=len(reference.conditions), batch=1)
+    names = tuple(site.name for site in reference.sites)
+    whole = collect_ranges(reference, names, sampling, lambda done, total: None, tmp_path / "whole")
+
+    def die(done: int, total: int) -> None:
+        if done == 3:  # in the second picture
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_ranges(reference, names, sampling, die, tmp_path / "part")
+    seen: list[int] = []
+    rest = collect_ranges(reference, names, sampling, lambda done, total: seen.append(done), tmp_path / "part")
+    assert seen[0] == 2, "the first picture is not sampled again"
+    for name in names:
+        np.testing.assert_array_equal(rest[name].low, whole[name].low)
+        np.testing.assert_array_equal(rest[name].high, whole[name].high)
+        np.testing.assert_array_equal(rest[name].rows, whole[name].rows)
+
+
+def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Path) -> None:
+    """Calibrated, quantized, compared on ONNX Runtime: no stage knows a name of DiT's."""
+    folder = save_toy(tmp_path / "toy", width=32)
+    recipe = Recipe.parse({"model": str(folder), "steps": 5, "calib_size": 3, "parity_size": 2, "format": "ort"}, "test")
+    report = run(recipe, tmp_path / "out", until="verify")
+    assert report is not None
+    assert report.sampler == "EulerDiscreteScheduler"
+    assert report.measured_at == load_reference(str(folder)).timesteps(5)
+    assert any(timestep != int(timestep) for timestep in report.measured_at)
+    assert report.parity is not None
+    assert report.audit is not None
+
+
+def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context\. Leave --triton out"):
+        require_served(load_reference(str(save_toy(tmp_path))))

@@ -1,0 +1,159 @@
+"""A family that is no DiT: other names, fractional timesteps, text, any size, and a pipeline that samples it.
+
+This file and a line in `FAMILIES` are all that a new family takes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from pydantic import Field
+
+from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input, InputSite, LinearKind
+from dq_export.core.recipe import Rule
+from dq_export.families.config_values import Values
+from dq_export.families.family import Family, Pictures
+from dq_export.families.reference import Network
+
+PROMPTS, TOKENS, WIDTH = 4, 5, 8
+
+
+class ToyBlock(torch.nn.Module):
+    """x -> x + fc2(gelu(fc1(norm(x) * (1 + scale) + shift)))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = torch.nn.Linear(width, 2 * width)
+        self.norm = torch.nn.LayerNorm(width, elementwise_affine=False)
+        self.fc1, self.fc2 = torch.nn.Linear(width, 2 * width), torch.nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
+        modulated = self.norm(x) * (1 + scale[:, None]) + shift[:, None]
+        changed: torch.Tensor = self.fc2(torch.nn.functional.gelu(self.fc1(modulated)))
+        return x + changed
+
+
+class ToyNetwork(ModelMixin, ConfigMixin):
+    """Predicts the noise of `sample` [B, C, H, W] from fractional timesteps and `context` [B, L, 8]; every pixel by itself."""
+
+    @register_to_config
+    def __init__(self, channels: int = 3, width: int = 16, depth: int = 4, size: int = 6) -> None:
+        super().__init__()
+        self.embed, self.text, self.out = (
+            torch.nn.Linear(a, b) for a, b in ((channels, width), (WIDTH, width), (width, channels))
+        )
+        self.layers = torch.nn.ModuleList([ToyBlock(width) for _ in range(depth)])
+
+    def forward(self, sample: Any, timestep: Any, context: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+        angles = timestep[:, None] * torch.logspace(0, -3, self.config.width // 2)
+        embedding = self.text(context.mean(dim=1)) + torch.cat([angles.cos(), angles.sin()], dim=-1)
+        x = self.embed(sample.flatten(2).transpose(1, 2))
+        for layer in self.layers:
+            x = layer(x, embedding)
+        return (self.out(x).transpose(1, 2).reshape(sample.shape),)
+
+
+class ToyPipeline(DiffusionPipeline):
+    """Samples latents with classifier-free guidance, the null prompt first."""
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, context: torch.Tensor, null: torch.Tensor, latents: torch.Tensor, steps: int, guidance: float) -> Any:
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        prompts = torch.cat([null, context])
+        for t in self.scheduler.timesteps:
+            states = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
+            without, with_prompt = self.transformer(states, t.expand(len(states)), context=prompts, return_dict=False)[0].chunk(2)
+            latents = self.scheduler.step(without + guidance * (with_prompt - without), t, latents).prev_sample
+        return latents
+
+
+class StandIn:
+    """A network of arrays where a pipeline expects a torch module."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def __call__(self, sample: Any, timestep: Any, *, context: Any, return_dict: bool) -> tuple[torch.Tensor]:
+        feed: Feed = {"sample": sample.numpy(), "timestep": timestep[:1].numpy(), "context": context.numpy()}
+        return (torch.from_numpy(self.network(feed)),)
+
+
+class ToyValues(Values):
+    """Of `ToyNetwork`."""
+
+    channels: int = Field(3, ge=1, le=64)
+    depth: int = Field(4, ge=1, le=64)
+
+
+class Toy(Family):
+    """The family."""
+
+    name = "toy"
+    architectures = ("ToyNetwork",)
+    values = ToyValues
+    blocks = "layers"
+    default_guidance = 3.0
+    default_scheduler = {"num_train_timesteps": 1000}  # noqa: RUF012
+    rules = (
+        Rule(match=r"\.fc[12]$", action="bits"),
+        Rule(match=r"\.modulation$", action="weight-only", reason="one row per sample"),
+        Rule(match=r"^(embed|text|out)$", action="float", reason="edges"),
+    )
+
+    def network_class(self, architecture: str) -> Any:
+        return ToyNetwork
+
+    def prepare(self, model: Any) -> None:
+        return
+
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        height, width = Axis("height", model.config.size, 64), Axis("width", model.config.size, 64)
+        return (
+            Input(name="sample", role="state", dtype="float32", shape=(BATCH, model.config.channels, height, width)),
+            Input(name="timestep", role="timestep", dtype="float32"),
+            Input(name="context", role="condition", dtype="float32", shape=(BATCH, Axis("length", TOKENS, 64), WIDTH)),
+        )
+
+    def conditions(self, model: Any) -> Conditions:
+        prompts = np.random.default_rng(0).normal(size=(PROMPTS, TOKENS, WIDTH)).astype(np.float32)
+        return Conditions(arrays={"context": prompts}, null={"context": np.zeros_like(prompts[:1])})
+
+    def sites(self, model: Any) -> tuple[InputSite, ...]:
+        names = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("fc1", "fc2")]
+        return tuple(InputSite(name=name, linears=(name,), fold="explicit") for name in names)
+
+    def kind(self, linear: str) -> LinearKind:
+        return "gemm" if ".fc" in linear else "modulation" if linear.endswith("modulation") else "edge"
+
+    def largest_activation(self, model: Any) -> int:
+        return int(2 * model.config.width * model.config.size**2)
+
+    def draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        pipeline = ToyPipeline(StandIn(network), scheduler)
+        context, null = (torch.from_numpy(rows["context"]) for rows in (pictures.conditions, pictures.null))
+        latents: Float32 = pipeline(context, null, torch.from_numpy(pictures.noise), steps, guidance).numpy()
+        return latents
+
+
+def save_toy(folder: Path, **changes: Any) -> Path:
+    """A tiny pipeline folder of the family, with seeded random weights."""
+    torch.manual_seed(0)
+    ToyNetwork(**changes).save_pretrained(folder / "transformer")
+    EulerDiscreteScheduler(timestep_spacing="linspace").save_pretrained(folder / "scheduler")  # fractional timesteps
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
+    return folder
+
+
+TOY = Toy()

@@ -19,7 +19,9 @@ import torch
 from conftest import feed_of, recipe_of, run_onnx, save_tiny, sqnr
 from toy import TOY, ToyPipeline, save_toy
 
-from dq_export.calibration.collect import Sampling, collect_ranges
+from dq_export.calibration.collect.calls import Calls
+from dq_export.calibration.collect.sampling import Sampling
+from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.network import BATCH, Axis, Float32
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.openvino.engine import load_engine
@@ -311,16 +313,17 @@ def test_drawing_again_gives_the_same_bits(folder: Path, reference: Any) -> None
 def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(reference: Any, tmp_path: Path) -> None:
     sampling = Sampling(calib_size=3, steps=2, seed=0, guidance=2.0, conditions=len(reference.conditions), batch=1)
     names = tuple(site.name for site in reference.sites)
-    whole = collect_ranges(reference, names, sampling, lambda done, total: None, tmp_path / "whole")
+    whole = collect_ranges(Calls(denoiser=reference, sampling=sampling), names, tmp_path / "whole")
 
     def die(done: int, total: int) -> None:
         if done == 3:  # in the second picture
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_ranges(reference, names, sampling, die, tmp_path / "part")
+        collect_ranges(Calls(denoiser=reference, sampling=sampling, progress=die), names, tmp_path / "part")
     seen: list[int] = []
-    rest = collect_ranges(reference, names, sampling, lambda done, total: seen.append(done), tmp_path / "part")
+    watched = Calls(denoiser=reference, sampling=sampling, progress=lambda done, total: seen.append(done))
+    rest = collect_ranges(watched, names, tmp_path / "part")
     assert seen[0] == 2, "the first picture is not sampled again"
     for name in names:
         np.testing.assert_array_equal(rest[name].low, whole[name].low)

@@ -129,14 +129,15 @@ def attention_scales(
 
     Sites that stay float keep no rows; their attention stays float, too.
     """
-    value = {plan.site.producer: plan for plan in plans.values() if plan.site.fold == "value"}
+    touching = touching_plans(plans)
     names = [(site, name) for group in denoiser.attention for name in group for site in _site_of(plans, name)]
 
     def measure(pair: tuple[str, str]) -> float:
         site, name = pair
         result = statistics[site].rows @ denoiser.weight(name).T + denoiser.bias(name)
-        if name in value:
-            result = (result - value[name].in_shift) / value[name].in_scale
+        for plan in touching[name]:
+            for part in plan.site.fold.rows_of(name):
+                result = part.moved(result, plan.in_scale, plan.in_shift)
         return float(f"{MARGIN * float(np.abs(result).max()) / FP8.qmax:.6g}")
 
     return dict(zip([name for _, name in names], parallel(measure, names, progress, work_bytes(denoiser)), strict=True))

@@ -498,7 +498,7 @@ class Export:
             reason=rule.reason,
             site=plan.site.name if plan else "",
             scaling=plan.method if plan else "",
-            fold=plan.site.fold if plan and plan.scaled else "",
+            fold=plan.site.target if plan and plan.scaled else "",
             bins=len(plan.activation.bins) if plan and plan.activation else 0,
             error=plan.error if plan and np.isfinite(plan.error) else None,
             sqnr=_finite(calibration.sqnr.get(name)) if calibration else [],

@@ -17,7 +17,6 @@ from .base import GraphError, computed_initializer, constant, like, redirect, st
 from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-ROOT = "transformer."
 Float32 = npt.NDArray[np.float32]
 ELEMENT_TYPES = {
     "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
@@ -26,14 +25,15 @@ ELEMENT_TYPES = {
 
 
 def module_of(node: ir.Node) -> str:
-    """The torch module that a node was exported from, relative to the network; empty if unknown."""
+    """The torch module that a node was exported from, relative to the network, whatever its wrapper calls that; empty if
+    unknown."""
     return _last_module(node.metadata_props.get(SCOPES, "[]"))
 
 
 @cache
 def _last_module(scopes: str) -> str:
     parsed = ast.literal_eval(scopes)
-    return str(parsed[-2]).removeprefix(ROOT) if len(parsed) > 1 else ""
+    return str(parsed[-2]).partition(".")[2] if len(parsed) > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)

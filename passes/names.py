@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 PASSES = (
-    "absorb_one",
     "cast_floats",
     "clip_codes",
     "correct_bias",

@@ -9,7 +9,6 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Rule
 
 from .base import GraphPass
-from .canonical.absorb_one import AbsorbOne
 from .canonical.correct_bias import CorrectBias
 from .canonical.fold_scaling import FoldScaling
 from .canonical.fold_transpose import FoldTranspose
@@ -26,7 +25,6 @@ def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) ->
     return (
         FoldTranspose(),
         MergeDuplicates(),
-        AbsorbOne(),
         FoldScaling(result=result),
         LiftModulation(assigned=assigned),
         CorrectBias(result=result),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.folds import explicit
 from dq_export.core.network import InputSite
 from dq_export.core.recipe import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins
-from dq_export.passes.base import GraphPass, initializer
+from dq_export.passes.analysis.sites import graph_sites
+from dq_export.passes.base import GraphPass, initializer, run_passes
+from dq_export.passes.canonical.fold_scaling import FoldScaling
 from dq_export.passes.match import SCOPES
 
 RANDOM = np.random.default_rng(0)
@@ -25,6 +30,13 @@ class Builder:
         values = [ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(t)) for n, (t, s) in inputs.items()]
         self.graph = ir.Graph(values, [], nodes=[], name="g", opset_imports={"": 21})
         self.value = {str(v.name): v for v in values}
+
+    @staticmethod
+    def of(model: ir.Model) -> Builder:
+        """A graph to go on with."""
+        b = Builder()
+        b.graph, b.value = model.graph, {str(v.name): v for v in model.graph.inputs}
+        return b
 
     def weight(self, name: str, *shape: int) -> ir.Value:
         return initializer(self.graph, name, RANDOM.normal(size=shape).astype(np.float32))
@@ -45,6 +57,12 @@ class Builder:
                 out.shape = ir.Shape(shape)
         self.graph.append(made)
         return made.outputs[0] if outputs == 1 else made.outputs
+
+    def shaped(self, *outputs: ir.Value) -> ir.Model:
+        """The model, with the shape of every value."""
+        model = self.model(*outputs)
+        ShapeInferencePass()(model)
+        return model
 
     def model(self, *outputs: ir.Value) -> ir.Model:
         self.graph.outputs.extend(outputs)
@@ -84,18 +102,16 @@ def result_of(site: InputSite, width: int, *, scaled: bool = True, bins: int = 2
     return CalibrationResult(sites={site.name: plan}, weight_scale=weights, provenance={})
 
 
-def modulated(*, constant: float = 1.0, second_reader: bool = False, linear: bool = True) -> ir.Model:
+def modulated() -> ir.Model:
     """x * (1 + scale) + shift with [shift, scale] = linear(c)."""
     b = Builder(c=(ir.DataType.FLOAT, ["B", 4]), x=(ir.DataType.FLOAT, ["B", 3, 8]))
     c = b.value["c"]
-    made = b.node("Gemm", c, b.weight("w", 16, 4), b.weight("bias", 16), module="norm1.linear", transB=1) if linear else None
-    source = made if made is not None else b.node("Concat", c, c, c, c, axis=1)
-    shift, scale = b.node("Split", source, outputs=2, axis=1, num_outputs=2)
+    made = b.node("Gemm", c, b.weight("w", 16, 4), b.weight("bias", 16), module="norm1.linear", transB=1)
+    shift, scale = b.node("Split", made, outputs=2, axis=1, num_outputs=2)
     axis = b.const("axis", np.asarray([1]))
     scale3, shift3 = b.node("Unsqueeze", scale, axis), b.node("Unsqueeze", shift, axis)
-    plus = b.node("Add", scale3, b.const("one", np.float32(constant)))
-    y = b.node("Add", b.node("Mul", b.value["x"], plus), shift3, shape=["B", 3, 8])
-    return b.model(y, b.node("Neg", scale3, shape=["B", 1, 8])) if second_reader else b.model(y)
+    plus = b.node("Add", scale3, b.const("one", np.float32(1)))
+    return b.model(b.node("Add", b.node("Mul", b.value["x"], plus), shift3, shape=["B", 3, 8]))
 
 
 def modulation_feed() -> dict[str, Any]:
@@ -111,4 +127,23 @@ def linear_model(timestep: list[Any], readers: int = 1) -> ir.Model:
 
 
 def site_of(readers: int = 1) -> InputSite:
-    return InputSite(name="fc0", linears=tuple(f"fc{i}" for i in range(readers)), fold="explicit")
+    return InputSite(name="fc0", linears=tuple(f"fc{i}" for i in range(readers)), fold=explicit("fc0", 8))
+
+
+def folded_at_random(model: ir.Model, names: Sequence[str], *, convolutions: bool = False) -> None:
+    """Fold random scalings, and shifts where the fold takes one, at some sites of a graph, in place."""
+    rng = np.random.default_rng(11)
+    plans: dict[str, SitePlan] = {}
+    for item in graph_sites(model, convolutions=convolutions):
+        site, width = item.site, item.readers[0].width
+        if site.name not in names:
+            continue
+        if site.shares:
+            in_scale, in_shift = plans[site.shares].in_scale, plans[site.shares].in_shift
+        else:
+            in_scale = np.exp(rng.normal(size=width)).astype(np.float32)
+            in_shift = rng.normal(size=width).astype(np.float32) * np.float32(site.fold.shifts)
+        plans[site.name] = SitePlan(site=site, method="random", in_scale=in_scale, in_shift=in_shift, activation=None)
+    assert list(plans) == list(names)
+    result = CalibrationResult(sites=plans, weight_scale={}, provenance={})
+    run_passes(model, [FoldScaling(result=result, convolutions=convolutions)])

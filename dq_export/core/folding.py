@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .artifacts import SitePlan
+from .folds import read_weight
 from .network import Denoiser
 
 Float32 = npt.NDArray[np.float32]
@@ -17,20 +18,13 @@ TEMPORARIES = 5
 
 def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
     """float32[out, in]: a linear's weight after every scaling that touches it: columns times the in_scale of its own
-    input, rows divided by the in_scale of the input that it produces."""
+    input, rows divided by the in_scale of the inputs that it produces."""
     for plan in plans:
         if linear in plan.site.linears:
-            weight = weight * plan.in_scale
+            weight = read_weight(weight, plan.in_scale).astype(np.float32, copy=False)
     for plan in plans:
-        site = plan.site
-        if site.producer != linear:
-            continue
-        if site.fold == "value":
-            weight = weight / plan.in_scale[:, None]
-        elif site.fold == "modulation":
-            weight = weight.copy()
-            for start, stop in (site.shift_rows, site.scale_rows):
-                weight[start:stop] /= plan.in_scale[:, None]
+        for part in plan.site.fold.rows_of(linear):
+            weight = part.divided(weight, plan.in_scale).astype(np.float32, copy=False)
     return weight
 
 
@@ -43,6 +37,7 @@ def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
     """By linear: the plans whose scaling is folded into its weight."""
     found: dict[str, list[SitePlan]] = {}
     for plan in plans.values():
-        for name in {*plan.site.linears, plan.site.producer} - {""}:
+        producers = (part.name for part in plan.site.fold.of_kind("linear"))
+        for name in {*plan.site.linears, *producers}:
             found.setdefault(name, []).append(plan)
     return found

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .folds import Fold
+
 if TYPE_CHECKING:
     import torch
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
 """Inputs of one network call by name. All of them have a row for each sample, except a timestep that all samples share."""
-Fold = Literal["modulation", "value", "explicit"]
-LinearKind = Literal["gemm", "modulation", "edge"]
+Role = Literal["gemm", "vector", "edge", "static"]
 Observer = Callable[[str, "torch.Tensor"], None]
 
 
@@ -102,18 +103,19 @@ class InputSite:
     Args:
         name: unique, stable: the first reader's module name.
         linears: module names of all readers; they share one activation scale, in_scale and in_shift.
-        fold: `modulation`: into the rows of an adaLN linear (rule F1); `value`: into the rows of the value projection
-            (F2); `explicit`: stays in the graph as (x - in_shift) / in_scale (F3).
-        producer: module name of the linear whose rows absorb the scaling; empty for `explicit`.
-        shift_rows, scale_rows: for `modulation`, the producer's output rows that make b and g of x * (1 + g) + b.
+        fold: what takes up (x - in_shift) / in_scale.
+        shares: the site whose in_scale and in_shift this one takes, since one fold scales both; empty if it has a fold.
     """
 
     name: str
     linears: tuple[str, ...]
     fold: Fold
-    producer: str = ""
-    shift_rows: tuple[int, int] = (0, 0)
-    scale_rows: tuple[int, int] = (0, 0)
+    shares: str = ""
+
+    @property
+    def target(self) -> str:
+        """What takes up the scaling, in words."""
+        return f"what '{self.shares}' folds into" if self.shares else self.fold.target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +124,13 @@ class Linear:
 
     Args:
         name: its module name; the quantized GEMM's node bears it.
-        kind: `gemm`: works on all tokens; `modulation`: works on one vector per sample; `edge`: embedders and final layers.
+        kind: `gemm`: works on all tokens; `vector`: on one row a sample; `edge`: embedders and final layers; `static`: on tokens
+            that are the same throughout a trajectory.
         width: number of its inputs.
     """
 
     name: str
-    kind: LinearKind
+    kind: Role
     width: int
 
 

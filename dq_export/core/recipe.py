@@ -272,7 +272,7 @@ def _misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> li
     wrong = []
     for name, rule in decided.items():
         kind, preset = linears[name].kind, scheme_of(rule.action)
-        if preset.activation is not None and kind == "modulation":
+        if preset.activation is not None and kind == "vector":
             wrong.append(
                 f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dq_export.core.network import BATCH, Conditions, Input, InputSite, LinearKind
+from dq_export.core.network import BATCH, Conditions, Input
 from dq_export.core.recipe import Rule
 
 from .dit_values import DiTValues
@@ -63,16 +63,6 @@ class DiT(Family):
         labels = np.arange(classes + 1, dtype=np.int64)
         return Conditions(arrays={"class_labels": labels[:-1]}, null={"class_labels": labels[-1:]})
 
-    def sites(self, model: Any) -> tuple[InputSite, ...]:
-        """See `Family.sites`."""
-        return tuple(site for i in range(len(model.transformer_blocks)) for site in _sites(i, model.inner_dim))
-
-    def kind(self, linear: str) -> LinearKind:
-        """See `Family.kind`."""
-        if ".emb." in linear or not linear.startswith("transformer_blocks."):
-            return "edge"
-        return "modulation" if linear.endswith(".norm1.linear") else "gemm"
-
     def largest_activation(self, model: Any) -> int:
         """The MLP's inner one."""
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
@@ -112,28 +102,3 @@ class DiT(Family):
 
 
 DIT = DiT()
-
-
-def _sites(block: int, width: int) -> tuple[InputSite, ...]:
-    """The four quantized inputs of one block. adaLN's rows are shift, scale, gate of attention, then of the MLP."""
-    prefix = f"transformer_blocks.{block}"
-    query, key, value = (f"{prefix}.attn1.to_{letter}" for letter in "qkv")
-    proj, fc1, fc2 = f"{prefix}.attn1.to_out.0", f"{prefix}.ff.net.0.proj", f"{prefix}.ff.net.2"
-    modulation = f"{prefix}.norm1.linear"
-
-    def rows(chunk: int) -> tuple[int, int]:
-        return (chunk * width, (chunk + 1) * width)
-
-    return (
-        InputSite(
-            name=query,
-            linears=(query, key, value),
-            fold="modulation",
-            producer=modulation,
-            shift_rows=rows(0),
-            scale_rows=rows(1),
-        ),
-        InputSite(name=proj, linears=(proj,), fold="value", producer=value),
-        InputSite(name=fc1, linears=(fc1,), fold="modulation", producer=modulation, shift_rows=rows(3), scale_rows=rows(4)),
-        InputSite(name=fc2, linears=(fc2,), fold="explicit"),
-    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dq_export.core.network import Conditions, Feed, Input, InputSite, LinearKind
+from dq_export.core.network import Conditions, Feed, Input
 from dq_export.core.recipe import Rule
 
 from .config_values import Values
@@ -67,14 +67,6 @@ class Family(ABC):
     @abstractmethod
     def conditions(self, model: Any) -> Conditions:
         """What the network draws."""
-
-    @abstractmethod
-    def sites(self, model: Any) -> tuple[InputSite, ...]:
-        """Inputs of all `gemm` linears, in execution order."""
-
-    @abstractmethod
-    def kind(self, linear: str) -> LinearKind:
-        """What the linear of a module name works on."""
 
     @abstractmethod
     def largest_activation(self, model: Any) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dq_export.core.network import Axis, Input, output_name
-from dq_export.passes.match import ROOT
 
 from .float_graph import trace
 from .repeat_block import repeat_block
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+ROOT = "transformer."
+"""What precedes the network's names of modules and parameters in its graph."""
 TRACED = 3
 """Blocks; see `repeat_block`."""
 

@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Feed, Linear, LinearKind, Observer
+from dq_export.core.network import Axis, Feed, InputSite, Linear, Observer
 from dq_export.core.progress import Advance, unwatched
-from dq_export.passes.match import ROOT
+from dq_export.passes.analysis.sites import Structure
 
 from .checkpoint import Checkpoint, architecture_of, broken_weights, digest
 from .family import Family, Pictures
@@ -24,10 +25,12 @@ from .network import load_network
 from .reference import Float32, ModelError, Network, Samplers
 from .sampling import Rehearsal, load_scheduler
 from .schedules import tabulate
-from .torch_export import export_graph
+from .structure import structure_of
+from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 ACTIVATION_BYTES = 16 << 20
@@ -49,13 +52,11 @@ class TorchNetwork:
         self.rules = family.rules
         self.decoder = checkpoint.vae
         self.feed_shape = tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
-        self.sites = family.sites(model)
-        self.attention = tuple(site.linears for site in self.sites if len(site.linears) == 3)
+        self.graphs: dict[bool, ir.Model] = {}
         guided = 2 * 4 * family.largest_activation(model)  # bytes, of one picture
         self.batch = min(max(ACTIVATION_BYTES // guided, 1), 8)
         self.digest = digest(model, self.scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
-        self.linears: Mapping[str, Linear] = _linears(model, family.kind)
 
     @staticmethod
     def load(family: Family, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> TorchNetwork:
@@ -78,6 +79,28 @@ class TorchNetwork:
             )
         family.prepare(model)
         return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the network's graph is made of. The graph is kept for `export_onnx`."""
+
+        def graph() -> ir.Model:
+            self.graphs[True] = self._graph(shared=True)
+            return self.graphs[True]
+
+        return structure_of(self.model, self.inputs, graph)
+
+    @property
+    def sites(self) -> tuple[InputSite, ...]:
+        return self.structure.sites
+
+    @property
+    def linears(self) -> Mapping[str, Linear]:
+        return self.structure.linears
+
+    @property
+    def attention(self) -> tuple[tuple[str, str, str], ...]:
+        return self.structure.attention
 
     def weight(self, linear: str) -> Float32:
         name = f"{linear}.weight"
@@ -130,6 +153,7 @@ class TorchNetwork:
         for parameter in self.model.parameters():  # the exporter's caches may still know the modules
             parameter.data = torch.empty(0)
         del self.model
+        self.graphs.clear()
         gc.collect()
 
     def noise(self, samples: int, seed: int) -> Float32:
@@ -178,8 +202,11 @@ class TorchNetwork:
         return observed(self.model, self.sites, observer)
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
-        graph = export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
+        graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
         save(graph, path, self.weights.files, ROOT)
+
+    def _graph(self, *, shared: bool) -> ir.Model:
+        return export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
 
 
 def _call(model: Any, feed: Feed) -> Float32:
@@ -194,13 +221,3 @@ def _call(model: Any, feed: Feed) -> Float32:
         output = model(**floats, timestep=timestep.expand(batch), return_dict=False)[0]
     sample: Float32 = output.float().cpu().numpy()
     return sample
-
-
-def _linears(model: Any, kind: Callable[[str], LinearKind]) -> dict[str, Linear]:
-    import torch
-
-    return {
-        name: Linear(name=name, kind=kind(name), width=module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }

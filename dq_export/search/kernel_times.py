@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.folds import explicit
 from dq_export.core.grid import cover
 from dq_export.core.network import InputSite
 from dq_export.core.progress import Progress
@@ -23,7 +24,7 @@ from dq_export.deploy.latency import measure
 from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.insert_qdq import InsertQdq
 from dq_export.passes.canonical.quantize_weights import QuantizeWeights
-from dq_export.passes.match import ROOT, SCOPES
+from dq_export.passes.match import SCOPES
 
 from ..families.reference import Float32, Reference
 from .space import Space
@@ -95,7 +96,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
     t = ir.Value(name="timestep", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     stored = ir.Value(name="weight", const_value=ir.tensor(np.ascontiguousarray(weight.T), name="weight"))
     stored.shape, stored.dtype = ir.Shape([width, out]), ir.DataType.FLOAT
-    scopes = {SCOPES: str(["", f"{ROOT}{LINEAR}", "op"])}
+    scopes = {SCOPES: str(["", f"network.{LINEAR}", "op"])}
     gemm = ir.node("MatMul", [x, stored], name=LINEAR, metadata_props=scopes)
     gemm.outputs[0].name, gemm.outputs[0].shape = "sample", ir.Shape([1, rows, out])
     gemm.outputs[0].dtype = ir.DataType.FLOAT
@@ -120,7 +121,7 @@ def _calibrated(weight: Float32, rule: Rule) -> CalibrationResult:
     elif qtype is not None:
         scale = np.asarray([RANGE / qtype.qmax] * 2, dtype=np.float32)
         activation = ScaleTable(scale=scale, bins=TimestepBins(edges=(500.0,)), qtype=qtype)
-    site = InputSite(name=LINEAR, linears=(LINEAR,), fold="explicit")
+    site = InputSite(name=LINEAR, linears=(LINEAR,), fold=explicit(LINEAR, width))
     ones, zeros = np.ones(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
     plan = SitePlan(site=site, method="none", in_scale=ones, in_shift=zeros, activation=activation)
     multiplier = {} if grid.multiplier is None else {LINEAR: grid.multiplier}

@@ -1,7 +1,8 @@
-"""Fold the equivalent scaling of every site into weights and biases."""
+"""Fold the equivalent scaling of every site into what can take it up."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,30 +11,37 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.folds import Float, read_bias, read_weight
 
-from ..base import GraphError, GraphPass, PassReport, initializer, like, stored
-from ..match import LinearNode, find_linear, linears
+from ..analysis.sites import GraphSite, Reader, graph_sites
+from ..analysis.walk import Place
+from ..base import GraphError, GraphPass, PassReport, computed_initializer, initializer, like, stored
+from ..match import LinearNode, linears
 from ..names import FOLDED
+
+ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FoldScaling(GraphPass):
-    """h -> W h + b  becomes  (h - m) / s -> (W diag(s)) h' + (b + W m), and (h - m) / s is folded into h's producer.
+    """x -> W x + b  becomes  (x - m) / s -> (W diag(s)) x' + (b + W m), and (x - m) / s goes into what makes x.
 
-    F1 `modulation`: h = x * G + B with G, B rows of an adaLN linear: rows of G: W /= s, b /= s; rows of B: W /= s,
-       b = (b - m) / s. Needs the "1 +" absorbed.
-    F2 `value`: rows of the value projection: W /= s, b = (b - m) / s; softmax rows sum to 1, so m passes through.
-    F3 `explicit`: Mul(h, 1 / s), and Add(-m / s) where there is a shift: GELU does not commute with s.
+    The places are those of `graph_sites`, the algebra is that of `Part`. Rows of a linear or convolution: W /= s and
+    b = (b - m) / s; gain and bias of a normalization and stored operands likewise. Where nothing stored can take it:
+    Mul(v, 1 / s), and Add(-m / s) where there is a shift. A number that the graph adds to a linear's rows, as the "1 +" of
+    adaLN, moves into its bias, whether there is a scaling or not.
 
     It does not act where
         1. the plan has no scaling,
         2. the site was folded before (stamped on its first reader).
 
     Exactness: exact in real arithmetic; the float output changes by reordering only, relative 1e-5 at the most.
-    Source: SmoothQuant (arXiv 2211.10438) section 4 for the principle; F1 and F2 as in DiTAS (arXiv 2409.07756).
+    Source: SmoothQuant (arXiv 2211.10438) section 4 for the principle; modulation and value as in DiTAS (arXiv 2409.07756).
 
     Args:
         result: the calibration, whose sites are folded.
+        convolutions: whether there are sites that convolutions read.
     """
 
     name: ClassVar[str] = "fold_scaling"
@@ -41,86 +49,156 @@ class FoldScaling(GraphPass):
     after: ClassVar[tuple[str, ...]] = ("fold_transpose", "merge_duplicates")
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
+    convolutions: bool = False
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
-        found = linears(model)
+        named = linears(model)
+        sites = {item.site.name: item for item in graph_sites(model, convolutions=self.convolutions)}
         for plan in self.result.sites.values():
-            site = plan.site
-            readers = [find_linear(found, name) for name in site.linears]
-            if not plan.scaled:
-                skipped.append(f"'{site.name}': nothing to scale (case 1)")
-            elif FOLDED.read(readers[0].gemm):
-                skipped.append(f"'{site.name}': folded before (case 2)")
+            item = sites.get(plan.site.name)
+            name = plan.site.name
+            if item is None:
+                raise GraphError(f"the graph has no input of '{name}'; was it exported from another model?")
+            if not plan.scaled and not any(part.plus for part in plan.site.fold.parts):
+                skipped.append(f"'{name}': nothing to scale (case 1)")
+            elif FOLDED.read(item.readers[0].node):
+                skipped.append(f"'{name}': folded before (case 2)")
             else:
-                _fold_producer(model, plan, found, readers)
-                for reader in readers:
-                    _fold_reader(reader, plan)
-                FOLDED.write(readers[0].gemm, plan.method)
-                changed.append(f"'{site.name}': {plan.method} into {site.producer or 'an explicit Mul'}")
+                self._require_same(item, plan)
+                for place in item.places:
+                    _change(model.graph, named, place, plan)
+                for reader in item.readers:
+                    _undo(model.graph, named, reader, plan)
+                FOLDED.write(item.readers[0].node, plan.method)
+                changed.append(f"'{name}': {plan.method} into {plan.site.target}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
+    def _require_same(self, item: GraphSite, plan: SitePlan) -> None:
+        """What was calibrated must be what the graph has."""
+        site, here = plan.site, item.site
+        same = (site.linears, site.shares, site.fold.of_kind("linear")) == (
+            here.linears,
+            here.shares,
+            here.fold.of_kind("linear"),
+        )
+        if not same or (site.shares and site.shares not in self.result.sites):
+            raise GraphError(
+                f"'{site.name}': expected its scaling to go into {plan.site.target}, found another place in the graph; "
+                "calibrate again"
+            )
 
-def _fold_reader(reader: LinearNode, plan: SitePlan) -> None:
-    in_scale, in_shift, weight = plan.in_scale, plan.in_shift, reader.weight_reader()
-    if in_shift.any():
-        reader.change_bias(lambda bias: bias + weight().astype(np.float64) @ in_shift)
-    reader.change_weight(lambda weight: weight * in_scale)
 
-
-def _fold_producer(model: ir.Model, plan: SitePlan, found: dict[str, LinearNode], readers: list[LinearNode]) -> None:
-    site = plan.site
-    if site.fold == "explicit":
-        _scale_explicitly(model, plan, readers)
-        return
-    producer = find_linear(found, site.producer)
+def _undo(graph: ir.Graph, named: Mapping[str, LinearNode], reader: Reader, plan: SitePlan) -> None:
+    """Make a reader of x read (x - m) / s."""
     in_scale, in_shift = plan.in_scale, plan.in_shift
-    if site.fold == "value":
-        producer.change_weight(lambda weight: weight / in_scale[:, None])
-        producer.change_bias(lambda bias: (bias - in_shift) / in_scale)
+    if reader.node.op_type == "Conv":
+        _replace(graph, reader.node, 1, f"{reader.name}.weight", lambda weight: read_weight(weight, in_scale))
         return
-    _require_absorbed(producer, site.scale_rows)
-    shift, scale = slice(*site.shift_rows), slice(*site.scale_rows)
-
-    def divided(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        weight = weight.copy()
-        weight[shift] /= in_scale[:, None]
-        weight[scale] /= in_scale[:, None]
-        return weight
-
-    def moved(bias: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        bias[shift] = (bias[shift] - in_shift) / in_scale
-        bias[scale] /= in_scale
-        return bias
-
-    producer.change_weight(divided)
-    producer.change_bias(moved)
+    linear = named[reader.name]
+    weight = linear.weight_reader()
+    if in_shift.any():
+        linear.change_bias(lambda bias: read_bias(bias, weight(), in_shift))
+    linear.change_weight(lambda weight: read_weight(weight, in_scale))
 
 
-def _scale_explicitly(model: ir.Model, plan: SitePlan, readers: list[LinearNode]) -> None:
-    source = readers[0].input
-    inverse = (1.0 / plan.in_scale).astype(np.float32)
-    factor = initializer(model.graph, f"{plan.site.name}.inverse_in_scale", inverse)
-    node = ir.node("Mul", [source, factor])
-    nodes = [node]
-    if plan.in_shift.any():
-        offset = initializer(model.graph, f"{plan.site.name}.scaled_in_shift", -plan.in_shift * inverse)
-        nodes.append(ir.node("Add", [node.outputs[0], offset]))
+def _change(graph: ir.Graph, named: Mapping[str, LinearNode], place: Place, plan: SitePlan) -> None:
+    """Bring (x - m) / s about at one place."""
+    part, in_scale, in_shift = place.part, plan.in_scale, plan.in_shift
+
+    def divided(gain: Float) -> Float:
+        return part.divided(gain, in_scale)
+
+    def moved(bias: Float) -> Float:
+        return part.moved(bias, in_scale, in_shift)
+
+    if part.kind == "linear":
+        named[part.name].change_weight(divided)
+        named[part.name].change_bias(moved)
+        if place.skip is not None:
+            _skip(place.skip)
+    elif part.kind in ("convolution", "norm"):
+        node = place.value.producer()
+        assert node is not None
+        _replace(graph, node, 1, f"{part.name}.weight", divided)
+        if len(node.inputs) > 2 or (part.shift and in_shift.any()):
+            _replace(graph, node, 2, f"{part.name}.bias", moved)
+    elif part.kind == "constant":
+        _change_constant(graph, place, moved)
+    else:
+        _leave(graph, place, plan)
+
+
+def _skip(add: ir.Node) -> None:
+    source = next(value for value in add.inputs if stored(value) is None)
+    for user, index in list(add.outputs[0].uses()):
+        user.replace_input_with(index, source)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, name: str, change: Callable[[Float], Float]) -> None:
+    """Let a node read `change` of a stored tensor, of zeros where it reads none; other nodes may share the old one."""
+    before = stored(node.inputs[index]) if index < len(node.inputs) else None
+    gain = stored(node.inputs[1])
+    assert gain is not None
+    shape = tuple((before or gain).shape.numpy()) if before is not None else (int(gain.shape.numpy()[0]),)
+
+    def compute() -> Float32:
+        content = np.zeros(shape) if before is None else before.numpy().astype(np.float64)
+        return change(content).astype(np.float32)
+
+    made = computed_initializer(graph, name, ir.DataType.FLOAT, shape, compute)
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, made)
+
+
+def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Float]) -> None:
+    """Store a constant operand with all channels, changed."""
+    (node, index), axes = place.uses[0], place.axes
+    before, result = stored(node.inputs[index]), node.outputs[0]
+    assert before is not None
+    shape = [int(dim) for dim in before.shape.numpy()]
+    if node.op_type in ELEMENTWISE:
+        assert result.shape is not None
+        shape = [1] * (len(result.shape) - len(shape)) + shape
+        for axis in axes:
+            dim = result.shape[axis]
+            assert isinstance(dim, int)
+            shape[axis] = dim
+
+    def compute() -> Float32:
+        whole = np.broadcast_to(before.numpy().astype(np.float64), shape)
+        others = [axis for axis in range(len(shape)) if axis not in axes]
+        turned = whole.transpose(*others, *axes)
+        changed = moved(turned.reshape(*turned.shape[: len(others)], -1)).reshape(turned.shape)
+        back: Float32 = changed.transpose(np.argsort([*others, *axes])).astype(np.float32)
+        return back
+
+    made = computed_initializer(graph, f"{place.part.name}.operand", ir.DataType.FLOAT, tuple(shape), compute)
+    node.replace_input_with(index, made)
+
+
+def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:
+    """Put Mul(1 / s), and Add(-m / s) where there is a shift, on a value."""
+    first, index = place.uses[0]
+    source = first.inputs[index]
+    assert source is not None
+    assert source.shape is not None
+    sizes = [1] * len(source.shape)
+    for axis in place.axes:
+        dim = source.shape[axis]
+        assert isinstance(dim, int)
+        sizes[axis] = dim
+    shape = sizes[min(place.axes) :]
+    channels = slice(*place.part.channels)
+    inverse = (1.0 / plan.in_scale[channels]).astype(np.float32)
+    nodes = [ir.node("Mul", [source, initializer(graph, f"{plan.site.name}.inverse_in_scale", inverse.reshape(shape))])]
+    if place.part.shift and plan.in_shift.any():
+        offset = (-plan.in_shift[channels] * inverse).reshape(shape)
+        added = initializer(graph, f"{plan.site.name}.scaled_in_shift", offset)
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], added]))
     for made in nodes:
         like(made.outputs[0], source)
-    model.graph.insert_before(readers[0].gemm, nodes)
-    for reader in readers:
-        reader.gemm.replace_input_with(0, nodes[-1].outputs[0])
-
-
-def _require_absorbed(producer: LinearNode, rows: tuple[int, int]) -> None:
-    """The chunk that makes G must reach its Mul without a "1 +" on the way."""
-    split = next((user for user, _ in producer.output.uses() if user.op_type == "Split"), None)
-    if split is None:
-        raise GraphError(f"'{producer.name}': expected a Split of its output into adaLN's chunks")
-    width = rows[1] - rows[0]
-    value = split.outputs[rows[0] // width]
-    for user, _ in value.uses():
-        ends = [user] if user.op_type != "Unsqueeze" else [end for end, _ in user.outputs[0].uses()]
-        if any(end.op_type == "Add" and any(stored(v) is not None for v in end.inputs) for end in ends):
-            raise GraphError(f"'{producer.name}': the '1 +' of adaLN is not absorbed; run pass absorb_one before fold_scaling")
+    graph.insert_before(first, nodes)
+    for user, position in place.uses:
+        user.replace_input_with(position, nodes[-1].outputs[0])

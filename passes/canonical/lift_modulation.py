@@ -33,7 +33,7 @@ class LiftModulation(GraphPass):
     """
 
     name: ClassVar[str] = "lift_modulation"
-    # Fold_scaling looks for the Split of the Gemm; only a MatMul is quantized.
+    # Fold_scaling expects the Gemm and the Split as they were exported; only a MatMul is quantized.
     after: ClassVar[tuple[str, ...]] = ("fold_scaling",)
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     assigned: Mapping[str, Rule]

@@ -71,13 +71,14 @@ def test_folded_weights_are_those_of_a_network_that_computes_the_same(tiny_folde
         )
     for plan in result.sites.values():  # biases by hand: weights are what calibration has to know
         site, s = plan.site, torch.from_numpy(plan.in_scale.copy())
-        if site.fold == "modulation":  # (x (1 + g) + b) / s = x (1 + g') + b' with b' = b / s and g' = (1 + g) / s - 1
-            bias = folded.model.get_submodule(site.producer).bias.data
-            bias[slice(*site.shift_rows)] /= s
-            bias[slice(*site.scale_rows)] = (bias[slice(*site.scale_rows)] + 1) / s - 1
-        elif site.fold == "value":  # rows of softmax sum to 1, so the value's bias passes through unchanged
-            folded.model.get_submodule(site.producer).bias.data /= s
-        else:
+        for part in site.fold.of_kind("linear"):
+            # (x (1 + g) + b) / s = x (1 + g') + b' with b' = b / s and g' = (1 + g) / s - 1; rows of softmax sum to 1, so the
+            # value's bias passes through unchanged.
+            bias = folded.model.get_submodule(part.name).bias.data[slice(*part.rows)]
+            bias += part.plus
+            bias /= s
+            bias -= part.plus
+        if site.fold.kind == "token":
             folded.model.get_submodule(site.linears[0]).register_forward_pre_hook(lambda _, x, s=s: (x[0] / s,))
     feed = feed_of(reference)
     exact, found = reference.forward(feed), folded.forward(feed)

@@ -168,15 +168,10 @@ def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) ->
         assert site.name == site.linears[0]
         width = {reference.weight(linear).shape[1] for linear in site.linears}
         assert len(width) == 1, "readers of one tensor have one width"
-        if site.fold == "explicit":
-            assert site.producer == ""
-            continue
-        rows = reference.weight(site.producer).shape[0]
-        if site.fold == "value":
-            assert {rows} == width
-        else:
-            spans = (site.shift_rows, site.scale_rows)
-            assert all({stop - start} == width and start >= 0 and stop <= rows for start, stop in spans)
+        for part in site.fold.of_kind("linear"):
+            (start, stop), (first, last) = part.rows, part.channels
+            assert 0 <= start < stop <= len(reference.weight(part.name))
+            assert stop - start == last - first <= max(width)
     seen = []
     with reference.observe(lambda name, value: seen.append(name)):
         reference.forward(feed_of(reference))

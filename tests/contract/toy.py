@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from pydantic import Field
 
-from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input, InputSite, LinearKind
+from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input
 from dq_export.core.recipe import Rule
 from dq_export.families.config_values import Values
 from dq_export.families.family import Family, Pictures
@@ -129,13 +129,6 @@ class Toy(Family):
     def conditions(self, model: Any) -> Conditions:
         prompts = np.random.default_rng(0).normal(size=(PROMPTS, TOKENS, WIDTH)).astype(np.float32)
         return Conditions(arrays={"context": prompts}, null={"context": np.zeros_like(prompts[:1])})
-
-    def sites(self, model: Any) -> tuple[InputSite, ...]:
-        names = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("fc1", "fc2")]
-        return tuple(InputSite(name=name, linears=(name,), fold="explicit") for name in names)
-
-    def kind(self, linear: str) -> LinearKind:
-        return "gemm" if ".fc" in linear else "modulation" if linear.endswith("modulation") else "edge"
 
     def largest_activation(self, model: Any) -> int:
         return int(2 * model.config.width * model.config.size**2)

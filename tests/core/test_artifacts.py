@@ -11,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
+from dq_export.core.folds import Fold, Part
 from dq_export.core.network import InputSite
 from dq_export.core.scales import ScaleTable, TimestepBins
 
+SCALE = Part(kind="linear", name="m", rows=(3, 6), channels=(0, 3), plus=1.0)
+SHIFT = Part(kind="linear", name="m", rows=(0, 3), channels=(0, 3), shift=True)
 ONES, ZEROS = np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
 
 
 def plan(name: str = "a", edges: tuple[float, ...] = (), **changes: Any) -> SitePlan:
     table = ScaleTable(scale=np.arange(1, len(edges) + 2, dtype=np.float32), bins=TimestepBins(edges=edges))
-    site = InputSite(name=name, linears=(name, "b"), fold="modulation", producer="m", shift_rows=(0, 3), scale_rows=(3, 6))
+    site = InputSite(name=name, linears=(name, "b"), fold=Fold(parts=(SCALE, SHIFT), shifts=True))
     values = {"site": site, "method": "none", "in_scale": ONES, "in_shift": ZEROS, "activation": table}
     return SitePlan(**{**values, **changes})
 

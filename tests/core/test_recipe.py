@@ -17,7 +17,7 @@ from dq_export.core.scheme import PRESETS, scheme_of
 
 LINEARS = {
     name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
-    for name, kind in (("blocks.0.q", "gemm"), ("blocks.0.mod", "modulation"), ("embed", "edge"))
+    for name, kind in (("blocks.0.q", "gemm"), ("blocks.0.mod", "vector"), ("embed", "edge"))
 }
 GOOD = (
     Rule(match=r"\.q$", action="w8a8"),

@@ -14,6 +14,26 @@ from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import NAMED, load_reference
 
 
+def test_the_scaling_of_a_dit_goes_into_its_modulation_and_its_value_projection_and_stays_behind_gelu(tiny: Reference) -> None:
+    """The rows are those of adaLN-zero: shift, scale, gate of attention, then of the MLP. 1 is what adaLN adds to a scale."""
+    block, width = "transformer_blocks.1", 32
+    found = {
+        site.name.removeprefix(f"{block}."): [
+            (part.kind, part.name.removeprefix(f"{block}."), part.rows[0] // width, part.shift, part.plus)
+            for part in site.fold.parts
+        ]
+        for site in tiny.sites
+        if site.name.startswith(block)
+    }
+    assert found == {
+        "attn1.to_q": [("linear", "norm1.linear", 1, False, 1.0), ("linear", "norm1.linear", 0, True, 0.0)],
+        "attn1.to_out.0": [("linear", "attn1.to_v", 0, True, 0.0)],
+        "ff.net.0.proj": [("linear", "norm1.linear", 4, False, 1.0), ("linear", "norm1.linear", 3, True, 0.0)],
+        "ff.net.2": [("token", "gelu_1", 0, True, 0.0)],
+    }
+    assert tiny.sites[4].linears == tuple(f"{block}.attn1.to_{letter}" for letter in "qkv") == tiny.attention[1]
+
+
 def test_weights_are_the_modules(tiny: Any) -> None:
     name = "transformer_blocks.1.ff.net.0.proj"
     np.testing.assert_array_equal(tiny.weight(name), tiny.model.transformer_blocks[1].ff.net[0].proj.weight.detach().numpy())

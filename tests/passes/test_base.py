@@ -106,20 +106,20 @@ def test_a_taken_initializer_name_gets_a_number() -> None:
 @dataclass(frozen=True, kw_only=True)
 class Later(Good):
     name: ClassVar[str] = "later"
-    after: ClassVar[tuple[str, ...]] = ("restless", "absorb_one")
+    after: ClassVar[tuple[str, ...]] = ("restless", "correct_bias")
     before: ClassVar[tuple[str, ...]] = ("renamer",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patient(Good):
     name: ClassVar[str] = "patient"
-    after: ClassVar[tuple[str, ...]] = ("absorb_one",)
+    after: ClassVar[tuple[str, ...]] = ("correct_bias",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Misspelt(Good):
     name: ClassVar[str] = "misspelt"
-    after: ClassVar[tuple[str, ...]] = ("absorb_two",)
+    after: ClassVar[tuple[str, ...]] = ("correct_biases",)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ class Misspelt(Good):
     [
         ((Later(), Restless()), "pass later must come after restless; the list is later, restless"),
         ((Renamer(), Later()), "pass later must come before renamer"),
-        ((Misspelt(),), "pass misspelt declares its place by 'absorb_two', and no pass is called that"),
+        ((Misspelt(),), "pass misspelt declares its place by 'correct_biases', and no pass is called that"),
         ((Renamer(), Later(), Restless()), "after restless; pass later must come before renamer"),
     ],
 )

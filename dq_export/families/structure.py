@@ -1,0 +1,29 @@
+"""The structure of a network, from its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dq_export.core.network import Input
+from dq_export.passes.analysis.sites import Structure, structure
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+KNOWN: dict[tuple[str, str], Structure] = {}
+"""By architecture and configuration, which together decide the graph but for its weights."""
+
+
+def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Model]) -> Structure:
+    """The structure of a diffusers network; of equal ones in a process only the first one's graph is traced for it.
+
+    Args:
+        inputs: the network's.
+        graph: gives its float graph, which stays as it is.
+    """
+    options = {name: value for name, value in model.config.items() if not name.startswith("_")}  # diffusers' notes
+    key = (type(model).__name__, str(options))
+    if key not in KNOWN:
+        KNOWN[key] = structure(graph(), [item.name for item in inputs if item.role == "condition"])
+    return KNOWN[key]

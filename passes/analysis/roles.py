@@ -1,0 +1,67 @@
+"""What part each linear plays, by the shape of its input and its place in the network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from dq_export.core.network import Role
+
+from ..match import LinearNode
+from .axes import dims
+
+
+def roles(model: ir.Model, linears: Mapping[str, LinearNode], conditions: Collection[str] = ()) -> dict[str, Role]:
+    """The role of every linear.
+
+    `edge`: outside the lists of blocks, as embedders and final projections are; and embedders inside of them, whose results
+    reach no tokens but through other linears that work on one row a sample. `vector`: works on one row a sample.
+    `static`: on tokens of the conditions alone, so that its result is the same throughout a trajectory. `gemm`: on all else.
+
+    Args:
+        conditions: the graph inputs that do not change along a trajectory.
+    """
+    vectors = {name for name, linear in linears.items() if _is_vector(linear.input)}
+    moving = _behind([value for value in model.graph.inputs if value.name not in conditions])
+    gemms = {linear.gemm for linear in linears.values()}
+    found: dict[str, Role] = {}
+    for name, linear in linears.items():
+        embeds = name in vectors and not _reaches_tokens(linear.output, gemms)
+        if embeds or not any(part.isdigit() for part in name.split(".")):
+            found[name] = "edge"
+        elif name in vectors:
+            found[name] = "vector"
+        else:
+            found[name] = "gemm" if linear.input in moving else "static"
+    return found
+
+
+def _is_vector(value: ir.Value) -> bool:
+    shape = dims(value)
+    return shape is not None and all(dim == 1 for dim in shape[1:-1])
+
+
+def _behind(values: Collection[ir.Value]) -> set[ir.Value]:
+    """All values that depend on some."""
+    found, todo = set(values), list(values)
+    while todo:
+        for node, _ in todo.pop().uses():
+            new = [value for value in node.outputs if value not in found]
+            found.update(new)
+            todo += new
+    return found
+
+
+def _reaches_tokens(value: ir.Value, gemms: Collection[ir.Node]) -> bool:
+    """Whether a vector meets tokens, or leaves the graph, before another linear reads it."""
+    seen, todo = {value}, [value]
+    while todo:
+        current = todo.pop()
+        if current.is_graph_output() or not _is_vector(current):
+            return True
+        for node, _ in current.uses():
+            new = [output for output in node.outputs if node not in gemms and output not in seen]
+            seen.update(new)
+            todo += new
+    return False

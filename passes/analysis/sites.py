@@ -1,0 +1,198 @@
+"""The sites of a float graph: values that linears read, and where the scaling of each one goes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from dq_export.core.folds import Fold
+from dq_export.core.network import InputSite, Linear
+
+from ..base import stored
+from ..canonical.fold_transpose import FoldTranspose
+from ..match import LinearNode, linears, module_of
+from .axes import dims
+from .roles import roles
+from .walk import Place, Scaled, Walk, Way
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reader:
+    """A GEMM or a convolution that reads a site.
+
+    Args:
+        name: its module.
+        node: the MatMul, Gemm or Conv; input 0 is the site's value.
+        width: channels that it reads.
+        axis: of its input, which holds them.
+    """
+
+    name: str
+    node: ir.Node
+    width: int
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GraphSite:
+    """A site with its places in the graph."""
+
+    site: InputSite
+    readers: tuple[Reader, ...]
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Structure:
+    """What an exported float network is made of.
+
+    Args:
+        linears: by module name, in execution order.
+        sites: inputs of the linears whose role is `gemm` or `static`, in execution order.
+        attention: the query, key and value projection of every attention that reads them directly.
+    """
+
+    linears: dict[str, Linear]
+    sites: tuple[InputSite, ...]
+    attention: tuple[tuple[str, str, str], ...]
+
+
+def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
+    """The structure of a float graph; the graph stays as it is, and no weight is read.
+
+    Args:
+        conditions: the graph inputs that do not change along a trajectory.
+
+    Raises:
+        GraphError: see `linears`.
+    """
+    model = model.clone()
+    FoldTranspose().rewrite(model)
+    found = linears(model)
+    role = roles(model, found, conditions)
+    kept = [item.site for item in graph_sites(model) if any(role[name] in ("gemm", "static") for name in item.site.linears)]
+    described = {name: Linear(name=name, kind=role[name], width=linear.shape[1]) for name, linear in found.items()}
+    return Structure(linears=described, sites=tuple(kept), attention=_attention(model, found))
+
+
+def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSite]:
+    """Every value that linears read, in execution order, and where its scaling goes.
+
+    Of sites that are slices of one value, such as the streams of joint attention, the first one has the fold; the others share
+    its scaling.
+
+    Args:
+        model: after fold_transpose.
+        convolutions: whether convolutions count, too; their input takes no shift, which would be wrong at a padded border.
+    """
+    found = {name: linear for name, linear in linears(model).items() if stored(linear.gemm.inputs[1]) is not None}
+    kernels = _convolutions(model)
+    readers = [Reader(name=n, node=g.gemm, width=g.shape[1], axis=-1) for n, g in found.items()]
+    if convolutions:
+        readers += [Reader(name=n, node=v.producer(), width=_inputs(v), axis=1) for v, n in kernels.items() if _inputs(v)]  # type: ignore[arg-type]
+        order = {node: i for i, node in enumerate(model.graph)}
+        readers.sort(key=lambda reader: order[reader.node])
+    by_value: dict[ir.Value, list[Reader]] = {}
+    for reader in readers:
+        value = reader.node.inputs[0]
+        assert value is not None
+        by_value.setdefault(value, []).append(reader)
+    walk = Walk(
+        linears={linear.output: linear for linear in found.values()},
+        convolutions=kernels,
+        readers={linear.gemm: linear.shape[1] for linear in found.values()},
+    )
+    return _sites(walk, by_value)
+
+
+def _sites(walk: Walk, by_value: dict[ir.Value, list[Reader]]) -> list[GraphSite]:
+    leaders: dict[ir.Node, str] = {}
+    done: list[GraphSite] = []
+    for value, group in by_value.items():
+        name, nodes = group[0].name, {reader.node for reader in group}
+        leader = leaders.get(group[0].node, "")
+        if leader:
+            site = InputSite(name=name, linears=_names(group), fold=Fold(parts=()), shares=leader)
+            done.append(GraphSite(site=site, readers=tuple(group), places=()))
+            continue
+        way, shifts = _cheapest(walk, value, group)
+        partners = {reader.node for item in done for reader in item.readers} & way.readers
+        if partners:  # they are scaled already, on their own
+            way, shifts = _alone(walk, value, group), True
+        leaders |= dict.fromkeys(way.readers - nodes, name)
+        fold = Fold(parts=tuple(place.part for place in way.places), shifts=shifts)
+        done.append(
+            GraphSite(site=InputSite(name=name, linears=_names(group), fold=fold), readers=tuple(group), places=way.places)
+        )
+    return done
+
+
+def _names(group: list[Reader]) -> tuple[str, ...]:
+    return tuple(reader.name for reader in group)
+
+
+def _cheapest(walk: Walk, value: ir.Value, group: list[Reader]) -> tuple[Way, bool]:
+    """The way that costs least, and whether it takes a shift. Ties go to the one that does."""
+    scaled = _scaled(value, group)
+    ways = []
+    for shift in (False,) if group[0].axis == 1 else (True, False):
+        way = walk.best(replace(scaled, shift=shift))
+        if way is not None:
+            ways.append((way, shift))
+    if not ways:
+        return _alone(walk, value, group), group[0].axis != 1
+    return min(ways, key=lambda pair: pair[0].cost[:2])
+
+
+def _alone(walk: Walk, value: ir.Value, group: list[Reader]) -> Way:
+    return walk.stay(_scaled(value, group))
+
+
+def _scaled(value: ir.Value, group: list[Reader]) -> Scaled:
+    rank = len(dims(value) or ()) or 3
+    axis = group[0].axis % rank
+    uses = tuple((reader.node, 0) for reader in group)
+    return Scaled(value=value, uses=uses, axes=(axis,), span=(0, group[0].width), shift=group[0].axis != 1)
+
+
+def _convolutions(model: ir.Model) -> dict[ir.Value, str]:
+    found = {}
+    for node in model.graph:
+        if node.op_type == "Conv" and module_of(node) and stored(node.inputs[1]) is not None:
+            found[node.outputs[0]] = module_of(node)
+    return found
+
+
+def _inputs(value: ir.Value) -> int:
+    """Channels that a convolution reads; 0 where it has groups."""
+    node = value.producer()
+    assert node is not None
+    tensor = stored(node.inputs[1])
+    assert tensor is not None
+    return 0 if node.attributes.get_int("group", 1) != 1 else int(tensor.shape.numpy()[1])
+
+
+def _attention(model: ir.Model, found: dict[str, LinearNode]) -> tuple[tuple[str, str, str], ...]:
+    by_output = {linear.output: name for name, linear in found.items()}
+    triples = []
+    for node in model.graph:
+        scores = node.inputs[0].producer() if node.op_type == "Softmax" and node.inputs[0] is not None else None
+        products = [user for user, index in node.outputs[0].uses() if user.op_type == "MatMul" and index == 0]
+        if scores is None or scores.op_type != "MatMul" or len(products) != 1:
+            continue
+        names = [_projection(value, by_output) for value in (*scores.inputs, products[0].inputs[1])]
+        if all(names):
+            triples.append((names[0], names[1], names[2]))
+    return tuple(triples)
+
+
+def _projection(value: ir.Value | None, by_output: dict[ir.Value, str]) -> str:
+    """The linear whose result, laid out anew or times a number, a value is; empty if there is none."""
+    while value is not None and value not in by_output:
+        node = value.producer()
+        if node is None or node.op_type not in ("Reshape", "Transpose", "Mul", "Cast"):
+            return ""
+        value = node.inputs[0]
+    return by_output[value] if value is not None else ""

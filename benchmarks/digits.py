@@ -19,7 +19,7 @@ from reading import Reader
 import dq_export
 from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.families.source import load_reference
-from dq_export.stages.comparison import save_pictures
+from dq_export.stages.verify import save_pictures
 
 Float32 = npt.NDArray[np.float32]
 BATCH = 50

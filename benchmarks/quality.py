@@ -33,8 +33,8 @@ from dq_export.deploy.parity import difference
 from dq_export.families.reference import Float32, Reference
 from dq_export.families.source import PACKAGED, load_reference
 from dq_export.pipeline import run
-from dq_export.stages.comparison import save_pictures
 from dq_export.stages.recording import Recording, draw
+from dq_export.stages.verify import save_pictures
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from hard_copy import harden_folder

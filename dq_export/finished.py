@@ -19,14 +19,14 @@ from dq_export.deploy.triton.repository import add_plan
 
 from .finished_folder import MODEL, REPORT, FinishedFolder
 from .ledger import RECIPE
+from .machine import installed
 from .output_folder import OutputError, locked, move
 from .pipeline import run
-from .pipeline import versions as installed
 from .report.page import write_report
 from .report.report import AuditReport, LatencyReport, Report
 from .report.verdict import concluded, require
-from .stages.repository import REPOSITORY
-from .stages.speed import bench
+from .stages.bench import bench
+from .stages.triton import REPOSITORY
 
 
 def audit_again(out: Path) -> tuple[AuditReport, float]:

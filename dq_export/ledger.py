@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 
 from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
-from .report.report import StageResult
 
 RECIPE = "recipe.yaml"
 LEDGER = "stages.json"
@@ -23,7 +22,24 @@ LEDGER_LIMIT = 64 << 20
 """Bytes: the ledger holds the audit of every GEMM, and the report is written from it."""
 
 
-class Stage(BaseModel):
+class Result(BaseModel):
+    """What a stage leaves beside its files. A stage that leaves more has a subclass.
+
+    Args:
+        seconds: that the work took.
+        summary: for the progress line.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    seconds: float = 0.0
+    summary: str = ""
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Record(BaseModel):
     """A finished stage."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +48,8 @@ class Stage(BaseModel):
     """sha256 of all that the outputs depend on."""
     outputs: dict[str, str]
     """sha256 of every file that it made, by path in the output folder."""
-    result: StageResult
+    result: dict[str, Any]
+    """What it returned, as JSON."""
 
 
 class Ledger:
@@ -40,7 +57,8 @@ class Ledger:
 
     A stage writes into a folder of its own, from which its outputs are renamed into place; then it is recorded with the
     hashes of its inputs and outputs. A run that was killed leaves no half output that a later run takes for whole.
-    What the file says is not trusted: a stage that is not well described there is done again.
+    The file is not trusted: a stage that it describes badly is done again. So are all stages of a version that described
+    them in another way.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,19 +66,20 @@ class Ledger:
         self.stages = _read(folder / LEDGER)
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], outputs: tuple[str, ...], work: Callable[[Path], StageResult]
-    ) -> tuple[StageResult, bool]:
+        self, name: str, kind: type[R], inputs: Mapping[str, Any], outputs: tuple[str, ...], work: Callable[[Path], R]
+    ) -> tuple[R, bool]:
         """The result of a stage, and whether it was done now rather than before.
 
         Args:
+            kind: the type of its result.
             inputs: all that the outputs depend on, JSON values.
             outputs: files or folders that the stage makes.
-            work: makes them in the folder that it is given.
+            work: makes them in the folder that it gets.
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        done = self.stages.get(name)
-        if done and done.inputs == key and done.outputs == self._hashes(outputs):
-            return done.result, False
+        kept = self._kept(name, kind, key, outputs)
+        if kept is not None:
+            return kept, False
         partial = self.folder / PARTIAL
         remove(partial)
         partial.mkdir()
@@ -72,9 +91,19 @@ class Ledger:
                 move(partial / output, self.folder / output)
         finally:
             remove(partial)
-        self.stages[name] = Stage(inputs=key, outputs=self._hashes(outputs), result=result)
+        self.stages[name] = Record(inputs=key, outputs=self._hashes(outputs), result=result.model_dump(mode="json"))
         self._save()
         return result, True
+
+    def _kept(self, name: str, kind: type[R], key: str, outputs: tuple[str, ...]) -> R | None:
+        """What an earlier run of the stage returned, if its inputs and outputs are the same."""
+        done = self.stages.get(name)
+        if done is None or done.inputs != key or done.outputs != self._hashes(outputs):
+            return None
+        try:
+            return kind.model_validate(done.result)
+        except ValidationError:
+            return None
 
     def digest(self, name: str) -> str:
         """A hash of a finished stage's outputs, for the inputs of later stages."""
@@ -94,7 +123,7 @@ class Ledger:
         return hashes
 
 
-def _read(path: Path) -> dict[str, Stage]:
+def _read(path: Path) -> dict[str, Record]:
     """The stages that the file describes well."""
     stages = {}
     try:
@@ -103,7 +132,7 @@ def _read(path: Path) -> dict[str, Stage]:
         return {}
     for name, value in described.items() if isinstance(described, dict) else ():
         try:
-            stages[name] = Stage.model_validate(value)
+            stages[name] = Record.model_validate(value)
         except ValidationError:
             continue
     return stages

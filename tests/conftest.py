@@ -15,6 +15,7 @@ import pytest
 import server
 from hypothesis import settings
 
+from dq_export import pipeline
 from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.context import Calibration
@@ -23,7 +24,6 @@ from dq_export.core.recipe import Recipe, Rule
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
-from dq_export.pipeline import STAGES
 
 # Hypothesis stops a test at 200 ms an example: on a busy machine that is a timed assertion.
 settings.register_profile("untimed", deadline=None)
@@ -45,6 +45,7 @@ TINY = {
 
 
 SERVED_STEPS = 12
+STAGES = tuple(stage.name for stage in pipeline.STAGES)
 UNSERVED = [stage for stage in STAGES if stage != "triton"]
 """The stages of an export without a repository."""
 

@@ -301,7 +301,7 @@ def verify(
     verbose: Annotated[bool, option("also all that polygraphy prints", "--verbose", "-v")] = False,
 ) -> None:
     """Replay the recorded calls of parity/ on the graph, and judge the worst."""
-    from ..stages.verification import verify_again
+    from ..verification import verify_again
 
     done = verify_again(out, min_sqnr, verbose=verbose)
     print_verification(done)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
 
     from ..report.report import AuditReport, LatencyReport, Report
     from ..search.explore import Outcome
-    from ..stages.verification import Verification
+    from ..verification import Verification
 
 CELL = 2000
 """Characters of a cell."""
@@ -126,7 +126,7 @@ def print_faults(faults: Sequence[Fault]) -> None:
 
 def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
     """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
-    from ..stages.repository import REPOSITORY
+    from ..stages.triton import REPOSITORY
 
     rows = [*_verdict_rows(report), *_measured_rows(report)]
     rows += [("not quantized", f"{count} linears, {reason}") for reason, count in report.skipped()]
@@ -182,7 +182,7 @@ def _measured_rows(report: Report) -> list[tuple[str, str]]:
 
 def warn_if_slower(latency: LatencyReport) -> None:
     """Say on stderr which operators lose, where the float graph is the faster one."""
-    from ..stages.speed import losing
+    from ..stages.bench import losing
 
     if latency.ratio < 1:
         lost = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"

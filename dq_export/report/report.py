@@ -21,11 +21,13 @@ FRONT = "search.svg"
 """The picture of a search beside its winner, and in an export's folder."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of the report."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class LinearReport(_Part):
+class LinearReport(Part):
     """One linear of the network."""
 
     name: str = Field(description="module name")
@@ -40,7 +42,7 @@ class LinearReport(_Part):
     error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
 
 
-class TableReport(_Part):
+class TableReport(Part):
     """The scales of one site's input."""
 
     site: str
@@ -56,7 +58,7 @@ class TableReport(_Part):
         return self
 
 
-class GemmReport(_Part):
+class GemmReport(Part):
     """One GEMM of the engine, as the audit saw it."""
 
     name: str
@@ -68,7 +70,7 @@ class GemmReport(_Part):
     reason: str = Field(description="why not, where it should")
 
 
-class AuditReport(_Part):
+class AuditReport(Part):
     """What the engine really runs."""
 
     coverage: float = Field(description="low-precision FLOPs / FLOPs of the GEMMs that the recipe gives low precision")
@@ -82,7 +84,7 @@ class AuditReport(_Part):
         return AuditReport(coverage=audit.coverage, integer_share=audit.integer_share, gemms=gemms)
 
 
-class CallReport(_Part):
+class CallReport(Part):
     """One network call compared with PyTorch."""
 
     stage: str = Field(description="float-onnx, qdq-onnx or engine")
@@ -93,7 +95,7 @@ class CallReport(_Part):
     max_error: float | None = Field(description="null where an output is not finite")
 
 
-class TrajectoryReport(_Part):
+class TrajectoryReport(Part):
     """Pictures sampled from the same noise as PyTorch's."""
 
     stage: str
@@ -104,7 +106,7 @@ class TrajectoryReport(_Part):
     max_error: float | None = Field(description="null where a picture is not finite")
 
 
-class ParityReport(_Part):
+class ParityReport(Part):
     """How near each stage is to PyTorch."""
 
     calls: list[CallReport]
@@ -112,7 +114,7 @@ class ParityReport(_Part):
     replay: str = Field(default="", description="the polygraphy command, to be run in the output folder")
 
 
-class EngineReport(_Part):
+class EngineReport(Part):
     """One engine's latency."""
 
     median_ms: float
@@ -120,7 +122,7 @@ class EngineReport(_Part):
     memory_mb: float | None = Field(default=None, description="memory that loading and one call added; null where not measured")
 
 
-class LatencyReport(_Part):
+class LatencyReport(Part):
     """One network call; the engines are timed in turn, each in processes of its own."""
 
     batch: int
@@ -133,14 +135,14 @@ class LatencyReport(_Part):
     skipped: dict[str, str] = Field(description="what could not be timed, and why")
 
 
-class SizeReport(_Part):
+class SizeReport(Part):
     """Bytes on disk, weights included."""
 
     float_bytes: int = Field(gt=0, le=2**63)
     engine_bytes: int = Field(gt=0, le=2**63)
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """Whether the export keeps what its recipe requires."""
 
     outcome: Literal["passed", "failed", "unfinished"] = Field(description="unfinished: another machine must build the engine")
@@ -153,19 +155,7 @@ class Verdict(_Part):
     advice: str = Field(default="", description="what to try")
 
 
-class StageResult(_Part):
-    """What a stage leaves in the ledger beside its files."""
-
-    seconds: float = 0.0
-    summary: str = Field(default="", description="for the progress line")
-    passes: list[PassReport] = []
-    size: SizeReport | None = None
-    audit: AuditReport | None = None
-    parity: ParityReport | None = None
-    latency: LatencyReport | None = None
-
-
-class Report(_Part):
+class Report(Part):
     """Everything that an export did and proved. Parts are null until their stage has run."""
 
     version: int = Field(default=3, description="of this schema")

@@ -21,9 +21,10 @@ from ..families.reference import Reference
 from ..families.source import load, pin
 from ..ledger import claim
 from ..output_folder import write_text
-from ..pipeline import resolve, sampling_of
+from ..preparation import resolve
 from ..report.front import Front
 from ..report.report import FRONT
+from ..stages.calibrate import sampling_of
 from ..stages.recording import HELD_OUT
 from .kernel_times import time_space
 from .request import SearchError, SearchRequest

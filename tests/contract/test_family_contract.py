@@ -31,7 +31,7 @@ from dq_export.families.family import Family
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
 from dq_export.pipeline import run
-from dq_export.stages.repository import require_served
+from dq_export.stages.triton import require_served
 
 SEED = 7
 SAME = 100

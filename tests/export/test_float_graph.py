@@ -20,7 +20,8 @@ from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import linears
-from dq_export.stages.quantized_graph import quantize_graph
+from dq_export.passes.pipeline import canonical_passes
+from dq_export.stages.quantize import quantize_graph
 
 BLOCKS = 5
 
@@ -168,4 +169,4 @@ def test_text_that_is_no_utf8_is_refused_when_the_graph_is_written(tiny: Referen
     source = tmp_path / tiny_onnx.name
     source.write_bytes(source.read_bytes().replace(b"node_add", b"node_ad\xcf"))
     with pytest.raises(GraphError, match=r"float\.onnx: not the float graph"):
-        quantize_graph(source, tmp_path / "model.onnx", result, assigned, ())
+        quantize_graph(source, tmp_path / "model.onnx", canonical_passes(result, assigned))

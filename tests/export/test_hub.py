@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save_tiny
+from conftest import STAGES, save_tiny
 from safetensors.numpy import load_file
 from test_checkpoints import as_published, edit, save_vae
 
@@ -24,7 +24,6 @@ import dq_export
 from dq_export.families.hub import wanted
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference, locate
-from dq_export.pipeline import STAGES
 
 STEM = "diffusion_pytorch_model"
 COMMIT = "eab87f77abd5aef071a632f08807fbaab0b704d0"

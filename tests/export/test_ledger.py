@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from dq_export.ledger import Ledger, claim
+from dq_export.ledger import Ledger, Result, claim
 from dq_export.output_folder import OutputError
-from dq_export.report.report import StageResult
+from dq_export.report.report import SizeReport
+from dq_export.stages.quantize import Quantized
 
 
 class Work:
@@ -20,24 +22,24 @@ class Work:
     def __init__(self, text: str, *, fail: bool = False) -> None:
         self.text, self.fail, self.calls = text, fail, 0
 
-    def __call__(self, partial: Path) -> StageResult:
+    def __call__(self, partial: Path) -> Result:
         self.calls += 1
         (partial / "a").write_text(self.text)
         (partial / "b").mkdir()
         (partial / "b" / "c").write_text(self.text)
         if self.fail:
             raise RuntimeError("half way")
-        return StageResult(summary=self.text)
+        return Result(summary=self.text)
 
 
-def stage(folder: Path, work: Work, inputs: str = "x") -> tuple[StageResult, bool]:
-    return Ledger(folder).stage("s", {"in": inputs}, ("a", "b"), work)
+def stage(folder: Path, work: Work, inputs: str = "x") -> tuple[Result, bool]:
+    return Ledger(folder).stage("s", Result, {"in": inputs}, ("a", "b"), work)
 
 
 def test_a_stage_is_done_once(tmp_path: Path) -> None:
     work = Work("one")
-    assert stage(tmp_path, work) == (StageResult(summary="one"), True)
-    assert stage(tmp_path, work) == (StageResult(summary="one"), False)
+    assert stage(tmp_path, work) == (Result(summary="one"), True)
+    assert stage(tmp_path, work) == (Result(summary="one"), False)
     assert work.calls == 1
 
 
@@ -67,6 +69,25 @@ def test_a_damaged_ledger_means_nothing_is_done(tmp_path: Path) -> None:
     stage(tmp_path, Work("one"))
     (tmp_path / "stages.json").write_text("{")
     assert stage(tmp_path, Work("one"))[1] is True
+
+
+@pytest.mark.parametrize("result", [{}, {"size": {"float_bytes": 1, "engine_bytes": 0}}, {"passes": [], "more": 1}])
+def test_a_stage_whose_result_is_described_badly_is_done_again(result: dict[str, Any], tmp_path: Path) -> None:
+    """A hand wrote it, or another version, whose stages returned other things."""
+
+    def work(target: Path) -> Quantized:
+        return Quantized(size=SizeReport(float_bytes=2, engine_bytes=1))
+
+    def again() -> bool:
+        return Ledger(tmp_path).stage("s", Quantized, {}, (), work)[1]
+
+    assert again()
+    assert not again()
+    ledger = json.loads((tmp_path / "stages.json").read_text())
+    ledger["s"]["result"] = result
+    (tmp_path / "stages.json").write_text(json.dumps(ledger))
+    assert again()
+    assert not again()
 
 
 def take(folder: Path, recipe: str = "a: 1\nb: 2\n", *, overwrite: bool = False) -> None:
@@ -102,7 +123,7 @@ def test_foreign_files_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from dq_export.ledger import claim\n"
+        "from pathlib import Path; from dq_export.ledger import Result, claim\n"
         f"with claim(Path({str(tmp_path)!r}), 'a', overwrite=False): print('in', flush=True); input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import STAGES
 
 import dq_export
 from dq_export.core.progress import Silent
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.families.weights import Weights, find_weights
 from dq_export.memory import GIB, MemoryPlan, plan_memory
-from dq_export.pipeline import STAGES
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ class Runs(Silent):
 def test_what_the_limit_leaves_saves_runs_over_the_pictures(
     space: int, runs: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dq_export.pipeline.plan_memory", lambda *given: MemoryPlan(stages=given[3], space=space))
+    monkeypatch.setattr("dq_export.preparation.plan_memory", lambda *given: MemoryPlan(stages=given[3], space=space))
     watch = Runs()
     dq_export.calibrate(
         model=str(tiny_folder), output_dir=tmp_path, rounding="gptq", steps=5, calib_size=1, max_memory=9, progress=watch

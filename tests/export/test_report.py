@@ -20,7 +20,7 @@ from dq_export.pipeline import run
 from dq_export.report.drawing import heat_map, scale_curves, sqnr_plot
 from dq_export.report.page import read_picture, render_html
 from dq_export.report.report import Report
-from dq_export.stages.comparison import save_pictures
+from dq_export.stages.verify import save_pictures
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import UNSERVED, save_tiny
+from conftest import STAGES, UNSERVED, save_tiny
 
 import dq_export
 from dq_export.cli import app as cli
 from dq_export.deploy.onnxruntime.cpu import Ort
-from dq_export.ledger import Ledger
-from dq_export.pipeline import STAGES
-from dq_export.report.report import StageResult
+from dq_export.ledger import Ledger, Result
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 FLAGS = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
@@ -344,31 +342,31 @@ def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_fol
 
 
 def test_a_kill_in_the_middle_of_a_stage_leaves_the_old_outputs_whole(tmp_path: Path) -> None:
-    def work(folder: Path) -> StageResult:
+    def work(folder: Path) -> Result:
         (folder / "a").write_text("one")
-        return StageResult()
+        return Result()
 
-    assert Ledger(tmp_path).stage("s", {"in": 1}, ("a",), work)[1]
+    assert Ledger(tmp_path).stage("s", Result, {"in": 1}, ("a",), work)[1]
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom dq_export.ledger import Ledger\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom dq_export.ledger import Ledger, Result\n"
         "def work(folder):\n    (folder / 'a').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"Ledger(Path({str(tmp_path)!r})).stage('s', {{'in': 2}}, ('a',), work)"
+        f"Ledger(Path({str(tmp_path)!r})).stage('s', Result, {{'in': 2}}, ('a',), work)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_text() == "one"
-    assert Ledger(tmp_path).stage("s", {"in": 1}, ("a",), work)[1] is False
-    assert Ledger(tmp_path).stage("s", {"in": 2}, ("a",), work)[1] is True
+    assert Ledger(tmp_path).stage("s", Result, {"in": 1}, ("a",), work)[1] is False
+    assert Ledger(tmp_path).stage("s", Result, {"in": 2}, ("a",), work)[1] is True
     assert not (tmp_path / ".partial").exists(), "the next stage clears what the kill left"
 
 
 def test_an_output_that_a_stage_forgets_to_write_is_not_recorded(tmp_path: Path) -> None:
-    def work(folder: Path, names: str) -> StageResult:
+    def work(folder: Path, names: str) -> Result:
         for name in names:
             (folder / name).write_text("text")
-        return StageResult()
+        return Result()
 
     with pytest.raises(FileNotFoundError):
-        Ledger(tmp_path).stage("s", {}, ("a", "b"), lambda folder: work(folder, "a"))
+        Ledger(tmp_path).stage("s", Result, {}, ("a", "b"), lambda folder: work(folder, "a"))
     assert Ledger(tmp_path).stages == {}
-    assert Ledger(tmp_path).stage("s", {}, ("a", "b"), lambda folder: work(folder, "ab"))[1]
+    assert Ledger(tmp_path).stage("s", Result, {}, ("a", "b"), lambda folder: work(folder, "ab"))[1]

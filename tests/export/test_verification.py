@@ -18,7 +18,7 @@ import pytest
 
 import dq_export
 from dq_export.cli import app as cli
-from dq_export.stages.verification import verify_again
+from dq_export.verification import verify_again
 
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10, "parity_size": 2}
 Call = Callable[..., tuple[int, str, str]]

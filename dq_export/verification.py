@@ -14,10 +14,10 @@ from dq_export.deploy.backend import BackendError
 from dq_export.deploy.onnxruntime.cpu import open_graph, session_errors
 from dq_export.deploy.replay import replay
 
-from ..finished_folder import MODEL, FinishedFolder, portable_name
-from ..ledger import RECIPE
-from ..output_folder import OutputError
-from ..report.report import REPLAY_MARGIN, Report
+from .finished_folder import MODEL, FinishedFolder, portable_name
+from .ledger import RECIPE
+from .output_folder import OutputError
+from .report.report import REPLAY_MARGIN, Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
-"""How fast an output folder's engine is, beside the float graph on the same runtime and beside PyTorch."""
+"""The stage `bench`: how fast the engine is, beside the float graph on the same runtime and beside PyTorch."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
@@ -13,12 +15,48 @@ from dq_export.deploy.backend import Backend, BackendError, Feed
 from ..families.float_graph import load
 from ..families.reference import ModelError
 from ..finished_folder import engine_of
+from ..ledger import Result
 from ..report.report import EngineReport, LatencyReport
 from ..timing import ROUNDS, Timed, Timing, time_engines, timed
+from .build import BUILD
+from .float_graph import FLOAT
+from .stage import Context, Stage
 
 BATCH = 2
 """Rows of the timed call at most: one guided picture. An unguided picture alone has one row."""
 PYTORCH = {"torch fp32": "fp32", "torch bf16": "bf16"}
+
+
+class Benched(Result):
+    """What was timed."""
+
+    latency: LatencyReport
+
+
+@dataclass(frozen=True)
+class Bench(Stage[Benched]):
+    """Times the engine and the float graph in turn."""
+
+    name: str = "bench"
+    result: type[Benched] = Benched
+    needs: tuple[Stage[Any], ...] = (BUILD, FLOAT)
+
+    def wanted(self, context: Context) -> bool:
+        """Where there is an engine that this machine runs."""
+        return context.backend is not None and BUILD in context.results and context.backend.runs
+
+    def text(self, context: Context) -> str:
+        """What is timed."""
+        return "engine and float graph in turn"
+
+    def run(self, context: Context, target: Path) -> Benched:
+        """Time both; nothing is written."""
+        assert context.backend is not None  # see `wanted`
+        latency = bench(context.folder, context.backend, context.progress.advance)
+        return Benched(summary=f"{latency.ratio:.2f}x the speed of {latency.baseline}", latency=latency)
+
+
+BENCH = Bench()
 
 
 def bench(

@@ -1,0 +1,156 @@
+"""What is checked and resolved before an export works: whatever can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from dq_export.core.progress import Advance
+from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.deploy.backend import Backend
+
+from .families.reference import Reference
+from .memory import plan_memory
+from .stages.stage import Prepared, Stage
+from .stages.triton import TRITON, require_served
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run is asked for beside its recipe.
+
+    Args:
+        exclude: regular expressions of module names that stay float, before all of the recipe's rules.
+        max_memory: GiB that each process may take; None: no limit.
+        device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`.
+    """
+
+    exclude: tuple[str, ...] = ()
+    max_memory: float | None = None
+    device: str = "cpu"
+
+
+def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Advance) -> Prepared:
+    """Load the checkpoint, resolve the recipe, and check everything that the stages need.
+
+    Args:
+        stages: what the run is to do; bench is left out where it alone does not fit into memory.
+        progress: of the loading.
+
+    Raises:
+        ModelError, RecipeError, BackendError: see each part.
+    """
+    from dq_export.deploy.backends import backend_of
+
+    from .families.source import load, pin, require_device
+
+    recipe, source = pin(recipe)
+    memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, tuple(stage.name for stage in stages))
+    require_device(options.device)
+    backend = backend_of(recipe)
+    _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)
+    reference = load(source, progress)
+    _require_decoder(recipe, reference)
+    resolved = resolve(recipe, options.exclude, reference, backend)
+    assigned = resolved.assign(reference.linears)
+    if backend:
+        backend.require_schemes(rule.scheme for rule in assigned.values())
+    _require_shapes(resolved, reference)
+    reference.timesteps(resolved.steps)  # for its errors
+    if resolved.triton and TRITON.name in memory.stages:
+        require_served(reference)
+    return Prepared(
+        recipe=resolved,
+        reference=reference,
+        backend=backend,
+        assigned=assigned,
+        stages=memory.stages,
+        space=memory.space,
+        weight_bytes=sum(reference.weight(name).nbytes for name in reference.linears),
+    )
+
+
+def _require_packages(stages: Iterable[Stage[Any]], recipe: Recipe, backend: Backend | None) -> None:
+    """Ask for all that the stages import, so that none of them fails for it after hours.
+
+    Raises:
+        BackendError: see `require_packages`.
+    """
+    from dq_export.deploy.packages import require_packages
+    from dq_export.deploy.triton.repository import require_triton
+
+    for stage in stages:
+        require_packages(stage.modules(recipe), f"the stage {stage.name} of --format {recipe.format}")
+    if backend and any(stage.name == "build" for stage in stages):
+        backend.require()
+    if recipe.triton:
+        require_triton()
+
+
+def _require_decoder(recipe: Recipe, reference: Reference) -> None:
+    """Load the VAE that the server will decode with.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    from .families.decoder import load_vae
+
+    if recipe.triton and reference.decoder:
+        load_vae(reference.decoder, reference.feed_shape, recipe.variant or "")
+
+
+def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, backend: Backend | None) -> Recipe:
+    """The recipe with every value filled in that depends on the model or the backend.
+
+    Raises:
+        RecipeError: a pattern of `exclude` is no regular expression.
+    """
+    try:
+        front = tuple(Rule(match=pattern, action="float", reason="excluded by --exclude") for pattern in exclude)
+    except ValidationError as error:
+        reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise RecipeError(f"--exclude: {'; '.join(reasons)}") from error
+    shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
+    if recipe.triton:
+        _require_servable(recipe, backend)
+        shared = False
+    return recipe.model_copy(
+        update={
+            "rules": (*front, *(reference.rules if recipe.rules is None else recipe.rules)),
+            "provider": backend.provider if backend else None,
+            "dtype": backend.dtype if backend else "fp32",
+            "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
+            "timesteps": "shared" if shared else "per-sample",
+        }
+    )
+
+
+def _require_servable(recipe: Recipe, backend: Backend | None) -> None:
+    if backend is None or not backend.triton:
+        flags = f"--format {recipe.format}" + (f" --provider {recipe.provider}" if recipe.provider else "")
+        raise RecipeError(f"--triton: no backend of Triton's serves {flags}; --format ort and --format trt are served")
+    if recipe.timesteps == "shared":
+        raise RecipeError(
+            "--triton needs --timesteps per-sample: requests at different steps share one call of the denoiser; export into "
+            "another folder without --timesteps shared"
+        )
+
+
+def _require_shapes(recipe: Recipe, reference: Reference) -> None:
+    """Read the shapes before the work, of the inputs that the graph will have: a plan needs them, others may name them.
+
+    Raises:
+        BackendError: see `profiles`.
+    """
+    from dq_export.deploy.tensorrt.profiles import profiles
+
+    shared = recipe.timesteps == "shared"
+    inputs = {item.name: tuple(size if isinstance(size, int) else None for size in item.shape) for item in reference.inputs}
+    if shared:
+        inputs["timestep"] = (1,)
+    named = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
+    if recipe.format in ("trt", "trt-rtx") or any(named):
+        profiles(inputs, named)

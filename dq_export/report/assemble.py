@@ -1,0 +1,68 @@
+"""The report of a run, from what its stages returned."""
+
+from __future__ import annotations
+
+import platform
+
+from ..machine import cpu_name, installed, versions
+from ..stages.audit import AUDIT
+from ..stages.bench import BENCH
+from ..stages.calibrate import CALIBRATE, Calibrated
+from ..stages.quantize import QUANTIZE
+from ..stages.stage import Context
+from ..stages.verify import VERIFY
+from .report import LinearReport, Report
+from .verdict import concluded
+
+
+def assemble(context: Context) -> Report:
+    """The report on the stages that are done; the parts of the others are empty."""
+    recipe, reference, backend, results = context.recipe, context.reference, context.backend, context.results
+    calibrated = results.get(CALIBRATE) or Calibrated()
+    quantized, audited, verified, benched = (
+        results.get(QUANTIZE), results.get(AUDIT), results.get(VERIFY), results.get(BENCH),
+    )  # fmt: skip
+    report = Report(
+        model=recipe.model,
+        digest=reference.digest,
+        sampler=reference.sampler,
+        guidance_scale=recipe.guidance_scale or 1.0,
+        timesteps=recipe.timesteps,
+        machine=f"{platform.machine()}, {platform.system()}, {cpu_name()}",
+        versions={**versions(), **installed(backend.packages if backend else ())},
+        engine=backend.title if backend else "",
+        seconds=results.seconds(),
+        measured_at=list(calibrated.timesteps),
+        tables=list(calibrated.tables),
+        linears=_linears(context, calibrated),
+        passes=list(quantized.passes) if quantized else [],
+        size=quantized.size if quantized else None,
+        audit=audited.audit if audited else None,
+        parity=verified.parity if verified else None,
+        latency=benched.latency if benched else None,
+    )
+    return concluded(report, recipe, results.unbuilt)
+
+
+def _linears(context: Context, calibrated: Calibrated) -> list[LinearReport]:
+    """Every linear with its rule and what calibration found for its input."""
+    sites = {linear: site for site in calibrated.sites for linear in site.linears}
+    linears = []
+    for name in context.reference.linears:
+        rule = context.assigned[name]
+        site = sites.get(name) if rule.scheme.low_precision else None
+        linears.append(
+            LinearReport(
+                name=name,
+                action=rule.action,
+                rule=rule.match,
+                reason=rule.reason,
+                site=site.name if site else "",
+                scaling=site.scaling if site else "",
+                fold=site.fold if site else "",
+                bins=site.bins if site else 0,
+                error=site.error if site else None,
+                sqnr=calibrated.sqnr.get(name, []),
+            )
+        )
+    return linears

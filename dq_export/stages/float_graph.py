@@ -1,0 +1,48 @@
+"""The stage `float`: the network as a float ONNX graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dq_export.core.recipe import Recipe
+
+from ..ledger import Result
+from .stage import Context, Stage, folder_bytes
+
+
+@dataclass(frozen=True)
+class FloatGraph(Stage[Result]):
+    """Exports the network with PyTorch's exporter."""
+
+    name: str = "float"
+    result: type[Result] = Result
+    fields: tuple[str, ...] = ("timesteps",)
+    network: bool = True
+
+    def modules(self, recipe: Recipe) -> tuple[str, ...]:
+        """PyTorch, the exporter, and what writes the report."""
+        return ("torch", "diffusers", "onnx", "onnxscript", "jinja2")
+
+    def text(self, context: Context) -> str:
+        """With the time that it will take."""
+        return f"PyTorch to ONNX{context.duration}"
+
+    def outputs(self, context: Context) -> tuple[str, ...]:
+        """The folder of the graph and its weights."""
+        return ("float",)
+
+    def also(self, context: Context) -> dict[str, Any]:
+        """The checkpoint."""
+        return {"model": context.reference.digest}
+
+    def run(self, context: Context, target: Path) -> Result:
+        """Write `float/model.onnx`."""
+        folder = target / "float"
+        folder.mkdir()
+        context.reference.export_onnx(folder / "model.onnx", shared=context.shared)
+        return Result(summary=f"{folder_bytes(folder) / 1e6:.1f} MB")
+
+
+FLOAT = FloatGraph()

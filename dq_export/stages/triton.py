@@ -1,0 +1,108 @@
+"""The stage `triton`: a Triton model repository of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dq_export.deploy.tensorrt.backend import PLAN
+from dq_export.deploy.triton.model_config import MOST_ROWS, Served
+from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, PROXY, README, SERVED, write_repository
+
+from ..families.reference import ModelError, Reference
+from ..finished_folder import ENGINE, MODEL
+from ..ledger import Result, file_digest
+from .build import BUILD
+from .quantize import QUANTIZE
+from .stage import Context, Stage, folder_bytes
+
+REPOSITORY = "triton"
+"""Its folder in an output folder."""
+FEW_STEPS = 12
+"""Tables of so many steps show whether a sampler has any: its order, its noise, its clipping. Larger ones take seconds."""
+SERVED_INPUTS = ("hidden_states", "timestep", "class_labels")
+"""Of the networks that the server's requests are for."""
+MOST_STEPS = 100
+"""That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
+
+
+@dataclass(frozen=True)
+class WriteRepository(Stage[Result]):
+    """Writes what Triton needs to serve the engine: models, samplers, decoder, client."""
+
+    name: str = "triton"
+    result: type[Result] = Result
+    fields: tuple[str, ...] = ("steps", "guidance_scale", "variant")
+    needs: tuple[Stage[Any], ...] = (QUANTIZE, BUILD)
+
+    def wanted(self, context: Context) -> bool:
+        """Where the recipe asks for it."""
+        return context.recipe.triton
+
+    def text(self, context: Context) -> str:
+        """What is written."""
+        return "model repository"
+
+    def outputs(self, context: Context) -> tuple[str, ...]:
+        """The repository."""
+        return (REPOSITORY,)
+
+    def also(self, context: Context) -> dict[str, Any]:
+        """The checkpoint, its VAE, and the programs that are copied."""
+        decoder = context.reference.decoder
+        vae = sorted(path for path in decoder.iterdir() if path.is_file()) if decoder else []
+        served = [SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)]
+        return {"model": context.reference.digest, "files": [file_digest(path) for path in (*vae, *served)]}
+
+    def run(self, context: Context, target: Path) -> Result:
+        """Write `triton/`.
+
+        Raises:
+            BackendError: it would not load.
+            ModelError: no sampler of the checkpoint can be served, or its VAE is damaged.
+        """
+        from ..families.decoder import export_decoder
+
+        assert context.backend is not None  # preparation refuses formats that nothing serves
+        recipe, reference, model = context.recipe, context.reference, context.folder / MODEL
+        decoder, undecoded = target / "decoder" / MODEL, ""
+        if reference.decoder:
+            undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "")
+        samplers = reference.samplers(max(MOST_STEPS, recipe.steps), context.progress.advance)
+        plan = context.folder / ENGINE / PLAN
+        served = Served(
+            backend=context.backend.triton,
+            model=model,
+            plan=plan if plan.exists() else None,
+            decoder=decoder if decoder.exists() else None,
+            pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
+            most_rows=context.backend.greatest_batch(model) or MOST_ROWS,
+            classes=len(reference.conditions),
+            steps=recipe.steps,
+            guidance=recipe.guidance_scale or 1.0,
+            scheduler=samplers.own,
+            schedules=samplers.schedules,
+        )
+        faults = write_repository(served, target / REPOSITORY)
+        refused = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
+        parts = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused]
+        return Result(summary="; ".join([*parts, *(f"{item.model}: {item.what}" for item in faults)]))
+
+
+TRITON = WriteRepository()
+
+
+def require_served(reference: Reference) -> None:
+    """Ask for what the server needs before anything is computed.
+
+    Raises:
+        ModelError: the network has other inputs than the server's requests, or no sampler of the checkpoint can be served.
+    """
+    names = tuple(item.name for item in reference.inputs)
+    if names != SERVED_INPUTS:
+        raise ModelError(
+            f"--triton: the server's requests hold class labels, for a network with {', '.join(SERVED_INPUTS)}; this one has "
+            f"{', '.join(names)}. Leave --triton out"
+        )
+    reference.samplers(FEW_STEPS)

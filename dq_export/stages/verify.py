@@ -1,0 +1,176 @@
+"""The stage `verify`: how near each graph and the engine are to what PyTorch computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dq_export.core.recipe import Recipe
+from dq_export.deploy.backend import Engine, Feed
+from dq_export.deploy.onnxruntime.cpu import open_graph
+from dq_export.deploy.parity import CallParity, compare_calls, difference, worst
+from dq_export.deploy.triton.serving.model import images_of
+
+from ..families.reference import Float32
+from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
+from ..ledger import Result
+from ..report.report import CallReport, ParityReport, TrajectoryReport
+from .build import BUILD
+from .calibrate import CALIBRATE
+from .quantize import QUANTIZE
+from .recording import Recording, draw, feed_of
+from .reference import REFERENCE
+from .stage import Context, Stage
+
+PICTURES = f"{REPLAY}/pictures.png"
+
+
+class Verified(Result):
+    """What the comparison found."""
+
+    parity: ParityReport
+
+
+@dataclass(frozen=True)
+class Verify(Stage[Verified]):
+    """Compares graphs and engine with the recording call by call, and the last of them over whole trajectories."""
+
+    name: str = "verify"
+    result: type[Verified] = Verified
+    needs: tuple[Stage[Any], ...] = (QUANTIZE, REFERENCE, BUILD)
+
+    def modules(self, recipe: Recipe) -> tuple[str, ...]:
+        """What runs the graphs, compares, and writes the pictures."""
+        return ("onnxruntime", "polygraphy", "PIL")
+
+    def text(self, context: Context) -> str:
+        """What is compared."""
+        return "PyTorch, float ONNX, Q/DQ ONNX, engine"
+
+    def outputs(self, context: Context) -> tuple[str, ...]:
+        """Pictures where latents are pictures, and a graph for the CPU where the engine's own does not run there."""
+        pictures = (PICTURES,) if context.reference.feed_shape[0] in (1, 3) else ()
+        portable = portable_name(context.recipe)
+        return (*pictures, *((portable, f"{portable}.data") if portable != MODEL else ()))
+
+    def also(self, context: Context) -> dict[str, Any]:
+        """Whether this machine runs the engine."""
+        return {"engine": _runs(context)}
+
+    def run(self, context: Context, target: Path) -> Verified:
+        """Compare with one graph or engine in memory at a time."""
+        (target / REPLAY).mkdir()
+        recording = Recording.load(context.folder / REPLAY)
+        loaders = _loaders(context, target)
+        comparison = _Comparison(context, recording, len(loaders))
+        rows: list[CallParity] = []
+        pictures, last = recording.pictures, list(loaders)[-1]
+        for name, load in loaders.items():
+            engine = load()
+            rows += comparison.calls(name, engine)
+            if name == last:
+                pictures = comparison.pictures(engine)
+            del engine
+        apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
+        save_pictures(target / PICTURES, [recording.pictures, pictures, apart])
+        trajectory, low = _trajectory(last, recording.pictures, pictures), worst(rows, last)
+        summary = f"{last} at worst {low.difference.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"
+        parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory])
+        return Verified(summary=summary, parity=parity)
+
+
+VERIFY = Verify()
+
+
+def _runs(context: Context) -> bool:
+    """Whether there is an engine that this machine runs."""
+    return context.backend is not None and BUILD in context.results and context.backend.runs
+
+
+def _loaders(context: Context, target: Path) -> dict[str, Callable[[], Engine]]:
+    """How to load the float graph, the Q/DQ graph run node by node, and, where it runs on this machine, the engine."""
+    folder, backend = context.folder, context.backend
+    portable = backend.portable(folder / MODEL, target / REPLAY) if backend else folder / MODEL
+    loaders: dict[str, Callable[[], Engine]] = {
+        # Run a few times only: to transpose and pack three gigabytes of weights costs more than it saves.
+        "float-onnx": lambda: open_graph(folder / "float" / MODEL, prepack=False),
+        "qdq-onnx": lambda: open_graph(portable, optimize=False),
+    }
+    if backend and _runs(context):
+        loaders["engine"] = lambda: backend.load(engine_of(folder))
+    return loaders
+
+
+class _Comparison:
+    """The calls and pictures of each engine, with progress over all of them."""
+
+    def __init__(self, context: Context, recording: Recording, engines: int) -> None:
+        self.context, self.recording, self.done = context, recording, 0
+        recipe, reference = context.recipe, context.reference
+        drawn = len(reference.timesteps(recipe.steps)) * -(-recipe.parity_size // reference.batch)
+        self.total = len(recording.feeds) * engines + drawn
+
+    def calls(self, name: str, engine: Engine) -> list[CallParity]:
+        """Every recorded call."""
+        feeds = self.recording.feeds
+        timesteps = [float(np.asarray(feed["timestep"]).ravel()[0]) for feed in feeds]
+        bins = self.context.results.of(CALIBRATE).bins.index(timesteps).tolist()
+        return compare_calls(name, engine, feeds, self.recording.outputs, bins, self._count)
+
+    def pictures(self, engine: Engine) -> Float32:
+        """The recording's pictures, drawn by the engine from the same noise."""
+        recipe = self.context.recipe
+
+        def call(feed: Feed) -> Float32:
+            output = engine(feed_of(feed, recipe))
+            self._count()
+            return output
+
+        return draw(self.context.reference, call, recipe)
+
+    def _count(self) -> None:
+        self.done += 1
+        self.context.progress.advance(self.done, self.total)
+
+
+def save_pictures(path: Path, rows: list[Float32]) -> bool:
+    """One row of pictures for each array float32[N, 1 or 3, H, W] in [-1, 1], enlarged; False for other channels."""
+    from PIL import Image
+
+    if rows[0].shape[1] not in (1, 3):
+        return False
+    framed = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in framed])
+    factor = max(1, 64 // rows[0].shape[-1])
+    large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
+    Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")
+    return True
+
+
+def _trajectory(stage: str, exact: Float32, found: Float32) -> TrajectoryReport:
+    whole = difference(exact, found)
+    each = [difference(a, b).sqnr for a, b in zip(exact, found, strict=True)]
+    return TrajectoryReport(
+        stage=stage,
+        samples=len(exact),
+        sqnr=whole.sqnr,
+        worst_sqnr=min(each),
+        cosine=whole.cosine,
+        max_error=_finite(whole.max_error),
+    )
+
+
+def _call(row: CallParity) -> CallReport:
+    d = row.difference
+    return CallReport(
+        stage=row.stage, timestep=row.timestep, bin=row.bin, sqnr=d.sqnr, cosine=d.cosine, max_error=_finite(d.max_error)
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

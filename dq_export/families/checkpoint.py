@@ -15,7 +15,7 @@ from typing import Any
 from dq_export.core.documents import shown, shown_path
 from dq_export.core.progress import Advance, unwatched
 
-from .network import read_config
+from .loading import read_config
 from .reference import ModelError
 from .weights import Weights, find_weights
 

@@ -13,7 +13,7 @@ from dq_export.core.documents import shown_path
 from .checkpoint import CONFIG, broken_weights
 from .config_values import VaeValues, refused
 from .float_graph import trace
-from .network import load_network, read_config
+from .loading import load_network, read_config
 from .reference import ModelError
 from .weights import find_weights
 

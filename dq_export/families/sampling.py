@@ -15,7 +15,7 @@ from dq_export.core.network import Feed
 
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, SchedulerValues, reason_of, refused, require_values
-from .network import read_config, silent
+from .loading import read_config, silent
 from .reference import Float32, ModelError, Network
 
 SCHEDULERS = frozenset({

@@ -12,7 +12,7 @@ import numpy as np
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Float64, Schedules, Step
 
 from .config_values import RAISED, reason_of
-from .network import silent
+from .loading import silent
 from .reference import ModelError, Samplers
 from .sampling import require_sampler
 

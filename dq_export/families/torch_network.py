@@ -21,7 +21,7 @@ from dq_export.passes.analysis.sites import Structure
 from .checkpoint import Checkpoint, architecture_of, broken_weights, digest
 from .family import Family, Pictures
 from .float_graph import save
-from .network import load_network
+from .loading import load_network
 from .reference import Float32, ModelError, Network, Samplers
 from .sampling import Rehearsal, load_scheduler
 from .schedules import tabulate

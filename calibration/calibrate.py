@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
 from dq_export.core.network import InputSite
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TokenScale
 from dq_export.core.scheme import Scheme
 

@@ -10,7 +10,8 @@ from typing import TypeVar
 from dq_export.core.folding import work_bytes
 from dq_export.core.network import Denoiser, InputSite
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 
 from .collect.calls import Calls
 from .collect.sampling import Sampling

@@ -13,7 +13,7 @@ from dq_export.core.folding import folded_weight, touching_plans, work_bytes
 from dq_export.core.network import Denoiser
 from dq_export.core.progress import Advance
 from dq_export.core.qtypes import FP8
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable
 
 from .collect.statistics import SiteStatistics, Statistics

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.folding import folded_weight, touching_plans
 from dq_export.core.network import Denoiser
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 Float32 = npt.NDArray[np.float32]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
 from dq_export.passes.match import linears
 from dq_export.passes.names import origin

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
 from dq_export.passes.base import GraphPass
 

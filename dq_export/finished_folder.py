@@ -10,7 +10,8 @@ import onnx_ir as ir
 from pydantic import ValidationError
 
 from dq_export.core.documents import DocumentError, printable, read_json, shown_path
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Built, Feed, Float32
 from dq_export.deploy.replay import INPUTS, OUTPUTS, load_replay
 from dq_export.passes.match import linears

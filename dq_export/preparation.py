@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dq_export.core.progress import Advance
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Backend
 
 from .families.reference import Reference

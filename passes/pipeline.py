@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from dq_export.core.artifacts import CalibrationResult
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 from .base import GraphPass
 from .canonical.correct_bias import CorrectBias

@@ -20,7 +20,8 @@ from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.context import Calibration
 from dq_export.core.artifacts import CalibrationResult
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.folds import explicit
 from dq_export.core.network import InputSite
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins
 from dq_export.passes.analysis.sites import graph_sites
 from dq_export.passes.base import GraphPass, initializer, run_passes

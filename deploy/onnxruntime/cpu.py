@@ -18,7 +18,7 @@ import numpy as np
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention

@@ -18,7 +18,7 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.pipeline import factoring_passes

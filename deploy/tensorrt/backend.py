@@ -18,7 +18,8 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.qtypes import FP8, INT4, QuantType
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, Scheme, scheme_of
 from dq_export.passes.base import GraphPass, run_passes
 from dq_export.passes.legalise.cast_floats import CastFloats

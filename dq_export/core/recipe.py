@@ -11,68 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
-from .patterns import require_pattern, search
-from .scheme import BLOCK_SIZES, Action, Bits, Granularity, Scheme, scheme_of
+from .patterns import search
+from .rule import Rule, misplaced, unfit
+from .scheme import Bits, Granularity, Scheme, scheme_of
 from .violations import nearest, violations
 
 
 class RecipeError(Exception):
     """A recipe, or an option that becomes part of one, asks for something that does not exist or cannot be done."""
-
-
-class Rule(BaseModel):
-    """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
-
-    Actions: `bits`: whatever the recipe's `bits` names; `w8a8`: int8 weights (a scale per output channel) and int8
-    activations, integer GEMM; `w6a6`: the same with codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the
-    input, whose scales are whole multiples of the channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as
-    w8a8 in float8 E4M3; `w8a16` and `w4a16`: weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as
-    w8a16, for memory alone, whatever runs it; `float`: left alone.
-
-    Args:
-        granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
-            or for each token and group of inputs; the last two are measured as the engine runs. null: the recipe's.
-        group_size: inputs that share a weight scale; 0: all. null: the recipe's.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    match: str
-    action: Action
-    reason: str = ""
-    granularity: Granularity | None = None
-    group_size: int | None = Field(default=None, ge=0, le=65536)
-
-    @property
-    def scheme(self) -> Scheme:
-        """How the linears are quantized.
-
-        Raises:
-            KeyError: the action is `bits`; `Recipe.complete` puts the recipe's in its place.
-            ValueError: no kernel can exist for the rule; see `Scheme`.
-        """
-        return scheme_of(self.action, self.granularity, self.group_size)
-
-    def fitted(self, width: int) -> Rule:
-        """The rule for a linear of `width` inputs, with the size of its blocks.
-
-        Raises:
-            ValueError: see `Scheme` and `Scheme.fitted`.
-        """
-        scheme, fitted = self.scheme, self.scheme.fitted(width)
-        if fitted == scheme or fitted.weight is None:
-            return self
-        reasons = [self.reason]
-        if fitted.weight.granularity == "channel":
-            sizes = f"{min(BLOCK_SIZES)} to {max(BLOCK_SIZES)}"
-            reasons.append(f"no block of {sizes} divides its {width} inputs: one scale for each channel")
-        return self.model_copy(update={"group_size": fitted.weight.size or 0, "reason": "; ".join(filter(None, reasons))})
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        require_pattern(value)
-        return value
 
 
 class Recipe(BaseModel):
@@ -225,8 +171,8 @@ class Recipe(BaseModel):
             names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
         decided = {name: self.complete(self.decide(name)) for name in linears if name not in left}
-        wrong += _misplaced(decided, linears)
-        wrong += _unfit(decided, linears)
+        wrong += misplaced(decided, linears)
+        wrong += unfit(decided, linears)
         if wrong:
             raise RecipeError("\n".join(wrong))
         fitted = {name: rule.fitted(linears[name].width) for name, rule in decided.items()}
@@ -265,35 +211,3 @@ class Recipe(BaseModel):
         if not any(scheme.low_precision for scheme in schemes):
             return f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less"
         return ""
-
-
-def _misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
-    """Rules that a linear cannot have for its place in the network."""
-    wrong = []
-    for name, rule in decided.items():
-        kind, preset = linears[name].kind, scheme_of(rule.action)
-        if preset.activation is not None and kind == "vector":
-            wrong.append(
-                f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
-            )
-        if preset.weight is not None and kind == "edge":
-            wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
-    return wrong
-
-
-def _unfit(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
-    """Rules that no kernel can run, or whose blocks do not divide the width of their linear; one line for each reason."""
-    impossible: dict[str, None] = {}
-    unfit: dict[str, list[str]] = {}
-    for name, rule in decided.items():
-        try:
-            scheme = rule.scheme
-        except ValueError as error:
-            impossible[str(error)] = None
-            continue
-        try:
-            scheme.fitted(linears[name].width)
-        except ValueError as error:
-            unfit.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
-    lines = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in unfit.items()]
-    return [*impossible, *lines]

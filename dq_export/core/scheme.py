@@ -85,6 +85,18 @@ class Scheme:
         """The preset with the same element types."""
         return next(name for name, preset in PRESETS.items() if _types(preset) == _types(self))
 
+    @property
+    def words(self) -> dict[str, str | int | None]:
+        """The fields of a rule that gives the scheme whatever the recipe says; blocks without a size take the recipe's."""
+        granularity = None if self.activation is None else self.activation.granularity
+        size = None if self.weight is None else self.weight.size if self._has_blocks else 0
+        return {"action": self.name, "granularity": granularity, "group_size": size}
+
+    @property
+    def label(self) -> str:
+        """In short, for a drawing or a line of progress: `w4a8 token 32`."""
+        return " ".join(str(word) for word in self.words.values() if word not in (None, 0))
+
     def __str__(self) -> str:
         """In the words of a recipe: `w4a8 granularity token group_size 32`."""
         words, preset = [self.name], PRESETS[self.name]

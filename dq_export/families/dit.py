@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dq_export.core.network import BATCH, Conditions, Input
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 from .dit_values import DiTValues
 from .embeddings import settle_positions, settle_timesteps

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dq_export.core.network import Conditions, Feed, Input
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 from .config_values import Values
 from .reference import Float32, Network

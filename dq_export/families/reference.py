@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dq_export.core.network import Conditions, Denoiser, Feed, Input
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.deploy.triton.serving.schedules import Schedules
 
 Float32 = npt.NDArray[np.float32]

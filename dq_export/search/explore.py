@@ -12,7 +12,8 @@ import numpy as np
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.progress import Progress, Silent
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.scheme import Scheme
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.packages import require_packages
@@ -66,7 +67,7 @@ def explore(
     folder: Path,
     request: SearchRequest,
     *,
-    choices: Sequence[Rule] = KNOWN,
+    choices: Sequence[Scheme] = KNOWN,
     progress: Progress | None = None,
 ) -> Outcome:
     """Search how each input of a model is quantized.
@@ -194,19 +195,21 @@ def _unmet(outcome: Outcome, request: SearchRequest) -> str:
     )
 
 
-def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress) -> dict[Rule, CalibrationResult]:
+def _calibrate(
+    reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress
+) -> dict[Scheme, CalibrationResult]:
     """Every choice everywhere: the pictures are sampled once and kept beside the evaluations."""
     from dq_export.calibration.calibrate import calibrate
     from dq_export.calibration.context import Calibration
 
     found = {}
-    for rule in [rule for rule in space.choices if rule.scheme.low_precision]:
-        name = str(rule.scheme).replace(" ", "-")
+    for scheme in [scheme for scheme in space.choices if scheme.low_precision]:
+        name = scheme.label.replace(" ", "-")
         path = folder / "choices" / f"{name}.safetensors"
-        recipe, start = uniform(base, space, rule), time.monotonic()
-        watch.begin("calibrate", _label(rule))
+        recipe, start = uniform(base, space, scheme), time.monotonic()
+        watch.begin("calibrate", scheme.label)
         if path.exists():
-            found[rule] = CalibrationResult.load(path)
+            found[scheme] = CalibrationResult.load(path)
             watch.end(0.0, "", kept=True)
             continue
         result = calibrate(
@@ -224,14 +227,9 @@ def _calibrate(reference: Reference, base: Recipe, space: Space, folder: Path, w
         partial = path.with_suffix(".new")
         result.save(partial)
         partial.rename(path)
-        found[rule] = result
+        found[scheme] = result
         watch.end(time.monotonic() - start, f"{len(result.sites)} inputs", kept=False)
     return found
-
-
-def _label(rule: Rule) -> str:
-    """A choice in words: `w4a8 token 64`."""
-    return " ".join(str(part) for part in (rule.action, rule.granularity, rule.group_size) if part not in (None, 0))
 
 
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
@@ -250,9 +248,9 @@ def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
 
 def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str, float, float, float], ...]:
     rows = []
-    for rule in space.choices:
-        genome = space.everywhere(rule)
-        rows.append((_label(rule), space.bytes_of(genome) / MEGABYTE, space.milliseconds_of(genome), fresh.sqnr(genome)))
+    for scheme in space.choices:
+        genome = space.everywhere(scheme)
+        rows.append((scheme.label, space.bytes_of(genome) / MEGABYTE, space.milliseconds_of(genome), fresh.sqnr(genome)))
     return tuple(rows)
 
 
@@ -267,13 +265,13 @@ def _write(outcome: Outcome, search: Search, folder: Path, request: SearchReques
         "reached": outcome.reached,
         "evaluations": outcome.evaluations,
         "unit": unit,
-        "choices": [_label(rule) for rule in space.choices],
+        "choices": [scheme.label for scheme in space.choices],
         "sites": list(space.sites),
         "uniform": [{"choice": n, "megabytes": mb, "sqnr": db} for n, mb, _, db in outcome.uniform],
         "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],
     }
     write_text(folder / "search.json", json.dumps(described, indent=1) + "\n")
-    alike = [(_label(rule), space.everywhere(rule)) for rule in space.choices]
+    alike = [(scheme.label, space.everywhere(scheme)) for scheme in space.choices]
     picture = Front(
         unit=unit,
         mixes=tuple((cost, sqnr) for cost, sqnr, _ in outcome.front),

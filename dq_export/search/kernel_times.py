@@ -17,8 +17,9 @@ from dq_export.core.folds import explicit
 from dq_export.core.grid import cover
 from dq_export.core.network import InputSite
 from dq_export.core.progress import Progress
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
+from dq_export.core.scheme import Scheme
 from dq_export.deploy.backend import Backend, Built
 from dq_export.deploy.latency import measure
 from dq_export.passes.base import run_passes
@@ -67,23 +68,23 @@ def _rows(reference: Reference) -> dict[str, int]:
     return found
 
 
-def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Rule], *, rounds: int = 15) -> list[float]:
-    """Median milliseconds of `float32[1, rows, in] @ weight.T` under each rule, by the backend, interleaved.
+def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Scheme], *, rounds: int = 15) -> list[float]:
+    """Median milliseconds of `float32[1, rows, in] @ weight.T` under each scheme, by the backend, interleaved.
 
     Args:
         weight: float32[out, in]; its values do not matter.
     """
     with tempfile.TemporaryDirectory() as folder:
         engines: dict[str, Callable[..., Float32]] = {}
-        for number, rule in enumerate(choices):
-            engines[str(number)] = backend.load(build_linear(backend, weight, rows, rule, Path(folder) / str(number)))
+        for number, scheme in enumerate(choices):
+            engines[str(number)] = backend.load(build_linear(backend, weight, rows, scheme, Path(folder) / str(number)))
         values = np.random.default_rng(0).uniform(-RANGE, RANGE, (1, rows, weight.shape[1])).astype(np.float32)
         taken = measure(engines, {STATE: values, "timestep": np.asarray([1], dtype=np.int64)}, rounds=rounds)
         return [taken[str(number)].median for number in range(len(choices))]
 
 
-def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folder: Path) -> Built:
-    """Write a graph of one linear under a rule as the backend runs it, and build its engine.
+def build_linear(backend: Backend, weight: Float32, rows: int, scheme: Scheme, folder: Path) -> Built:
+    """Write a graph of one linear under a scheme as the backend runs it, and build its engine.
 
     Args:
         weight: float32[out, in].
@@ -102,8 +103,8 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
     gemm.outputs[0].dtype = ir.DataType.FLOAT
     graph = ir.Graph([x, t], [gemm.outputs[0]], nodes=[gemm], initializers=[stored], opset_imports={"": 21}, name="linear")
     model = ir.Model(graph, ir_version=10)
-    if rule.scheme.weight is not None:
-        result, assigned = _calibrated(weight, rule), {LINEAR: rule}
+    if scheme.weight is not None:
+        result, assigned = _calibrated(weight, scheme), {LINEAR: Rule.of("", scheme)}
         canonical = (QuantizeWeights(result=result, assigned=assigned), InsertQdq(result=result, assigned=assigned))
         run_passes(model, (*canonical, *backend.legalise(shared=True, result=result)))
         ir.save(model, folder / "model.onnx")
@@ -112,8 +113,8 @@ def build_linear(backend: Backend, weight: Float32, rows: int, rule: Rule, folde
     return backend.baseline(folder / "float.onnx", ir.load, folder)
 
 
-def _calibrated(weight: Float32, rule: Rule) -> CalibrationResult:
-    width, scheme, grid = weight.shape[1], rule.scheme, cover(weight, rule.scheme)
+def _calibrated(weight: Float32, scheme: Scheme) -> CalibrationResult:
+    width, grid = weight.shape[1], cover(weight, scheme)
     activation: ScaleTable | TokenScale | None = None
     qtype = scheme.graph_type
     if qtype is not None and scheme.per_token:

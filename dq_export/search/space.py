@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dq_export.core.recipe import Recipe, RecipeError, Rule
-from dq_export.core.scheme import Scheme
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
+from dq_export.core.scheme import Scheme, scheme_of
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.lowerings import Lowering
 
@@ -18,16 +19,16 @@ from ..families.reference import Reference
 FLOAT = 4
 """Bytes of a weight that is not quantized, of a scale and of a bias."""
 KNOWN = (
-    Rule(match="", action="float", reason="chosen by the search"),
-    Rule(match="", action="w8a8", granularity="token", group_size=0),
-    Rule(match="", action="w8a8", granularity="tensor", group_size=0),
-    Rule(match="", action="w4a8", granularity="token", group_size=32),
-    Rule(match="", action="w4a8", granularity="token", group_size=64),
-    Rule(match="", action="w4a8", granularity="tensor", group_size=32),
-    Rule(match="", action="w4a8", granularity="tensor", group_size=64),
-    Rule(match="", action="w4a8", granularity="tensor", group_size=128),
+    scheme_of("float"),
+    scheme_of("w8a8", "token"),
+    scheme_of("w8a8", "tensor"),
+    scheme_of("w4a8", "token", 32),
+    scheme_of("w4a8", "token", 64),
+    scheme_of("w4a8", "tensor", 32),
+    scheme_of("w4a8", "tensor", 64),
+    scheme_of("w4a8", "tensor", 128),
 )
-Q_DIT = tuple(Rule(match="", action="w4a8", granularity="token-group", group_size=size) for size in (32, 64, 128, 192, 288))
+Q_DIT = tuple(scheme_of("w4a8", "token-group", size) for size in (32, 64, 128, 192, 288))
 """Q-DiT's space: int4 weights and 8-bit activations, both in groups of one size (arXiv 2406.17343, section 4.2)."""
 Genome = tuple[int, ...]
 
@@ -39,7 +40,7 @@ class Space:
     Args:
         sites: names.
         linears: by site, module names of its readers.
-        choices: completed rules, the same for every site.
+        choices: the same for every site.
         allowed: bool[sites, choices]: whether the choice's groups divide the site's width.
         size: float64[sites, choices], bytes of the readers' weights with their scales.
         time: float64[sites, choices], milliseconds of the readers' GEMMs with what stands around them; None: not timed.
@@ -48,7 +49,7 @@ class Space:
 
     sites: tuple[str, ...]
     linears: Mapping[str, tuple[str, ...]]
-    choices: tuple[Rule, ...]
+    choices: tuple[Scheme, ...]
     allowed: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     size: np.ndarray[tuple[int, int], np.dtype[np.float64]]
     time: np.ndarray[tuple[int, int], np.dtype[np.float64]] | None = None
@@ -66,12 +67,12 @@ class Space:
 
     def quantizes(self, genome: Genome) -> bool:
         """Whether any site is quantized."""
-        return any(self.choices[choice].scheme.low_precision for choice in genome)
+        return any(self.choices[choice].low_precision for choice in genome)
 
-    def everywhere(self, rule: Rule) -> Genome:
+    def everywhere(self, scheme: Scheme) -> Genome:
         """One choice wherever its groups fit; elsewhere the first other that quantizes and fits."""
-        index = self.choices.index(rule)
-        quantizes = np.asarray([choice.scheme.low_precision for choice in self.choices])
+        index = self.choices.index(scheme)
+        quantizes = np.asarray([choice.low_precision for choice in self.choices])
         return tuple(index if row[index] else int(np.argmax(row & quantizes)) for row in self.allowed)
 
     def rules(self, genome: Genome) -> tuple[Rule, ...]:
@@ -79,11 +80,12 @@ class Space:
         found = []
         for site, chosen in zip(self.sites, genome, strict=True):
             names = "|".join(name.replace(".", r"\.") for name in self.linears[site])
-            found.append(self.choices[chosen].model_copy(update={"match": f"^({names})$"}))
+            reason = "" if self.choices[chosen].low_precision else "chosen by the search"
+            found.append(Rule.of(f"^({names})$", self.choices[chosen], reason))
         return tuple(found)
 
 
-def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], backend: Backend | None) -> Space:
+def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Scheme], backend: Backend | None) -> Space:
     """The space of a model.
 
     Args:
@@ -95,15 +97,15 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Rule], back
     """
     assigned = recipe.assign(reference.linears)
     sites = [site for site in reference.sites if assigned[site.linears[0]].scheme.activation]
-    usable = tuple(rule for rule in choices if backend is None or isinstance(backend.supports(rule.scheme), Lowering))
+    usable = tuple(scheme for scheme in choices if backend is None or isinstance(backend.supports(scheme), Lowering))
     shape = (len(sites), len(usable))
     allowed, size = np.zeros(shape, dtype=bool), np.zeros(shape)
     for i, site in enumerate(sites):
         width = reference.weight(site.linears[0]).shape[1]
         outputs = sum(len(reference.weight(name)) for name in site.linears)
-        for j, rule in enumerate(usable):
-            allowed[i, j] = _fits(rule.scheme, width)
-            size[i, j] = weight_bytes(rule.scheme, outputs, width) if allowed[i, j] else np.inf
+        for j, scheme in enumerate(usable):
+            allowed[i, j] = _fits(scheme, width)
+            size[i, j] = weight_bytes(scheme, outputs, width) if allowed[i, j] else np.inf
     if len(usable) < 2 or not sites:
         raise RecipeError(f"{len(usable)} choices for {len(sites)} inputs: nothing to search; choose another --format or model")
     chosen = {name for site in sites for name in site.linears}

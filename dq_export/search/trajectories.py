@@ -17,7 +17,8 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.compare import decibels
 from dq_export.core.documents import DocumentError, parse_json, read_text
 from dq_export.core.network import Feed
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.scheme import Scheme
 
 from ..families.reference import Float32, Network, Reference
 from ..output_folder import OutputError, write_text
@@ -52,8 +53,8 @@ class Trajectories:
 
     @staticmethod
     def of(
-        reference: Reference, space: Space, recipe: Recipe, calibrated: Mapping[Rule, CalibrationResult], *, seed: int, size: int,
-        journal: Path,
+        reference: Reference, space: Space, recipe: Recipe, calibrated: Mapping[Scheme, CalibrationResult], *,
+        seed: int, size: int, journal: Path,
     ) -> Trajectories:  # fmt: skip
         """Sample `size` float pictures, and read what an earlier search with the same arguments found.
 
@@ -61,19 +62,19 @@ class Trajectories:
             OutputError: the journal is of another search.
         """
         simulations = []
-        for rule in space.choices:
-            if not rule.scheme.low_precision:
+        for scheme in space.choices:
+            if not scheme.low_precision:
                 simulations.append(Simulation(weights={}, biases={}, plans={}))
             else:
-                assigned = uniform(recipe, space, rule).assign(reference.linears)
-                simulations.append(Simulation.of(reference, calibrated[rule], assigned))
+                assigned = uniform(recipe, space, scheme).assign(reference.linears)
+                simulations.append(Simulation.of(reference, calibrated[scheme], assigned))
         noise, conditions = reference.noise(size, seed), np.arange(size, dtype=np.int64) % len(reference.conditions)
         made = Trajectories(
             reference=reference, space=space, recipe=recipe, simulations=tuple(simulations), noise=noise,
             conditions=conditions, exact=np.zeros(0, dtype=np.float32), journal=journal,
         )  # fmt: skip
         object.__setattr__(made, "exact", made.latents(reference.forward))
-        made._read([reference.digest, recipe.model_dump(mode="json"), [rule.model_dump() for rule in space.choices], seed, size])
+        made._read([reference.digest, recipe.model_dump(mode="json"), [str(scheme) for scheme in space.choices], seed, size])
         return made
 
     def sqnr(self, genome: Genome) -> float:
@@ -151,9 +152,9 @@ def _evaluation(line: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def uniform(recipe: Recipe, space: Space, rule: Rule) -> Recipe:
+def uniform(recipe: Recipe, space: Space, scheme: Scheme) -> Recipe:
     """The recipe with one choice wherever its groups fit."""
-    return recipe.model_copy(update={"rules": (*space.rules(space.everywhere(rule)), *(recipe.rules or ()))})
+    return recipe.model_copy(update={"rules": (*space.rules(space.everywhere(scheme)), *(recipe.rules or ()))})
 
 
 def _rounded(simulation: Simulation | None, site: str, rows: Float32, timestep: float) -> Float32:

@@ -11,7 +11,8 @@ from typing import Any, Generic
 from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.plugin import WeightPlugin
 from dq_export.core.progress import Progress
-from dq_export.core.recipe import Recipe, Rule
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Backend
 
 from ..families.reference import Reference

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.qtypes import INT4, QuantType
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
 from ..base import GraphError, GraphPass, PassReport, initializer, like

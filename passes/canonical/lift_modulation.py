@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 from ..base import GraphPass, PassReport, computed_initializer, initializer, like
 from ..match import LinearNode, linears, only_user

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.grid import WeightGrid
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 
 from ..base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
 from ..match import LinearNode, element_type, linears

@@ -13,7 +13,7 @@ from conftest import calibrate_tiny, calibration_of, feed_of, recipe_of, save_ti
 from dq_export.calibration.calibrate import calibrate
 from dq_export.core.artifacts import CalibrationError, CalibrationResult
 from dq_export.core.folding import folded_weight
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 

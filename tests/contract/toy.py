@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from pydantic import Field
 
 from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input
-from dq_export.core.recipe import Rule
+from dq_export.core.rule import Rule
 from dq_export.families.config_values import Values
 from dq_export.families.family import Family, Pictures
 from dq_export.families.reference import Network

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_export.core.network import Linear
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, scheme_of
 
 LINEARS = {

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_export.core.qtypes import FP8, INT4, INT8, QuantType
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, Action, Bits, Scheme, TensorScheme, all_schemes, scheme_of
 
 SCHEMES = tuple(all_schemes())
@@ -93,3 +95,10 @@ def test_int4_weights_under_codes_of_the_graph_have_two_levels(
 ) -> None:
     scheme = scheme_of(*words)  # type: ignore[arg-type]
     assert (scheme.two_level, scheme.graph_type) == (two_level, graph_type)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *PRESETS.values()], ids=str)
+def test_a_rule_of_a_scheme_gives_it_whatever_the_recipe_says(scheme: Scheme) -> None:
+    recipe = Recipe.parse({"model": "m", "bits": "w4a4", "granularity": "token", "group_size": 32}, "here")
+    fitted = scheme.fitted(1152)
+    assert recipe.complete(Rule.of("", fitted)).scheme == fitted

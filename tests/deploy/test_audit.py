@@ -125,7 +125,7 @@ def test_a_missing_gemm_counts_against_the_coverage(tiny_onnx: Path, tiny_calibr
 
 
 def test_a_two_dimensional_gemm_is_explained(tmp_path: Path) -> None:
-    from dq_export.core.recipe import Rule
+    from dq_export.core.rule import Rule
     from dq_export.passes.match import SCOPES
 
     x = ir.Value(name="x", shape=ir.Shape([4, 16]), type=ir.TensorType(ir.DataType.FLOAT))

@@ -15,7 +15,8 @@ import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.core.qtypes import INT4
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, Scheme, TensorScheme, all_schemes, scheme_of
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.backends import BACKENDS, backend_of

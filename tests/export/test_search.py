@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import save_tiny
 
-from dq_export.core.recipe import Recipe, RecipeError, Rule
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import PRESETS, scheme_of
 from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.deploy.openvino.backend import OpenVino
@@ -37,9 +37,9 @@ SIZE = np.asarray([4.0, 2.0, 1.0, 0.5]) * RANDOM.uniform(0.5, 2, (SITES, 1))
 
 def problem() -> Space:
     names = tuple(f"s{i}" for i in range(SITES))
-    rules = tuple(Rule(match=str(i), action="w8a8") for i in range(CHOICES))
+    schemes = tuple(scheme_of("w4a8", "token", 16 * (1 + i)) for i in range(CHOICES))
     allowed = np.ones((SITES, CHOICES), dtype=bool)
-    return Space(sites=names, linears={name: (name,) for name in names}, choices=rules, allowed=allowed, size=SIZE)
+    return Space(sites=names, linears={name: (name,) for name in names}, choices=schemes, allowed=allowed, size=SIZE)
 
 
 def truth(genome: Genome) -> float:
@@ -98,7 +98,7 @@ def test_however_few_evaluations_the_winner_is_within_the_limit_and_beaten_by_no
     best = search.best()
     assert best is not None
     assert goal.legal(best)
-    alike = [(truth(g), space.bytes_of(g)) for rule in space.choices if goal.legal(g := space.everywhere(rule))]
+    alike = [(truth(g), space.bytes_of(g)) for scheme in space.choices if goal.legal(g := space.everywhere(scheme))]
     assert len(alike) == 2
     if evaluations >= len(alike):
         assert truth(best) >= max(alike)[0]
@@ -301,13 +301,12 @@ def test_the_space_leaves_out_what_does_not_divide_or_run(folder: Path) -> None:
     reference = load_reference(str(folder))
     recipe = resolve(recipe_for(folder), (), reference, None)
     space = space_of(reference, recipe, KNOWN, ORT)
-    sizes = [rule.group_size for rule in space.choices]
+    sizes = [scheme.words["group_size"] for scheme in space.choices]
     narrow = space.allowed[space.sites.index("transformer_blocks.0.attn1.to_q")]
     assert not narrow[sizes.index(64)]
     assert narrow[sizes.index(32)]
-    assert all(
-        rule.granularity != "token-group" for rule in space_of(reference, recipe, (*KNOWN, *Q_DIT), TensorRt("fp16")).choices
-    )
+    on_trt = space_of(reference, recipe, (*KNOWN, *Q_DIT), TensorRt("fp16")).choices
+    assert on_trt == KNOWN
     with pytest.raises(RecipeError, match="nothing to search"):
         space_of(reference, recipe, Q_DIT, OpenVino("fp32"))
 

@@ -185,7 +185,7 @@ def test_a_search_by_latency_builds_the_plans_that_it_will_load(tmp_path: Path) 
 
     backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    for number, rule in enumerate((KNOWN[0], KNOWN[2], KNOWN[3])):
-        built = build_linear(backend, weight, 32, rule, tmp_path / str(number))
+    for number, scheme in enumerate((KNOWN[0], KNOWN[2], KNOWN[3])):
+        built = build_linear(backend, weight, 32, scheme, tmp_path / str(number))
         assert (built.folder / "model.plan").exists()
-        assert ("Int8" in (built.folder / "layers.txt").read_text()) == (rule.action != "float")
+        assert ("Int8" in (built.folder / "layers.txt").read_text()) == scheme.low_precision

@@ -1,0 +1,103 @@
+"""A rule of a recipe: what happens to the linears that it matches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from .network import Linear
+from .patterns import require_pattern
+from .scheme import BLOCK_SIZES, Action, Granularity, Scheme, scheme_of
+
+
+class Rule(BaseModel):
+    """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
+
+    Actions: `bits`: whatever the recipe's `bits` names; `w8a8`: int8 weights (a scale per output channel) and int8
+    activations, integer GEMM; `w6a6`: the same with codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the
+    input, whose scales are whole multiples of the channel's, under activations of 8 or 4 bits, 8-bit integer GEMM; `fp8`: as
+    w8a8 in float8 E4M3; `w8a16` and `w4a16`: weights in blocks along the input, unpacked inside the GEMM; `weight-only`: as
+    w8a16, for memory alone, whatever runs it; `float`: left alone.
+
+    Args:
+        granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
+            or for each token and group of inputs; the last two are measured as the engine runs. null: the recipe's.
+        group_size: inputs that share a weight scale; 0: all. null: the recipe's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    action: Action
+    reason: str = ""
+    granularity: Granularity | None = None
+    group_size: int | None = Field(default=None, ge=0, le=65536)
+
+    @staticmethod
+    def of(match: str, scheme: Scheme, reason: str = "") -> Rule:
+        """The rule that gives linears a scheme; see `Scheme.words`."""
+        return Rule.model_validate({"match": match, "reason": reason, **scheme.words})
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the linears are quantized.
+
+        Raises:
+            KeyError: the action is `bits`; `Recipe.complete` puts the recipe's in its place.
+            ValueError: no kernel can exist for the rule; see `Scheme`.
+        """
+        return scheme_of(self.action, self.granularity, self.group_size)
+
+    def fitted(self, width: int) -> Rule:
+        """The rule for a linear of `width` inputs, with the size of its blocks.
+
+        Raises:
+            ValueError: see `Scheme` and `Scheme.fitted`.
+        """
+        scheme, fitted = self.scheme, self.scheme.fitted(width)
+        if fitted == scheme or fitted.weight is None:
+            return self
+        reasons = [self.reason]
+        if fitted.weight.granularity == "channel":
+            sizes = f"{min(BLOCK_SIZES)} to {max(BLOCK_SIZES)}"
+            reasons.append(f"no block of {sizes} divides its {width} inputs: one scale for each channel")
+        return self.model_copy(update={"group_size": fitted.weight.size or 0, "reason": "; ".join(filter(None, reasons))})
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        require_pattern(value)
+        return value
+
+
+def misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Rules that a linear cannot have for its place in the network."""
+    wrong = []
+    for name, rule in decided.items():
+        kind, preset = linears[name].kind, scheme_of(rule.action)
+        if preset.activation is not None and kind == "vector":
+            wrong.append(
+                f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
+            )
+        if preset.weight is not None and kind == "edge":
+            wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
+    return wrong
+
+
+def unfit(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Rules that no kernel can run, or whose blocks do not divide the width of their linear; one line for each reason."""
+    impossible: dict[str, None] = {}
+    blocks: dict[str, list[str]] = {}
+    for name, rule in decided.items():
+        try:
+            scheme = rule.scheme
+        except ValueError as error:
+            impossible[str(error)] = None
+            continue
+        try:
+            scheme.fitted(linears[name].width)
+        except ValueError as error:
+            blocks.setdefault(f"{rule.action}: {error}", []).append(f"'{name}'")
+    lines = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} to {text}" for text, names in blocks.items()]
+    return [*impossible, *lines]

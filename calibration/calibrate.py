@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from dq_export.core.network import InputSite
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TokenScale
-from dq_export.core.scheme import Scheme
+from dq_export.core.scheme import Scheme, scheme_of
 
 from .bins import build_table
 from .collect.histograms import collect_histograms
-from .collect.statistics import Statistics, collect_ranges
+from .collect.statistics import SiteStatistics, Statistics, collect_ranges
 from .context import Calibration
 from .hessians import stream_hessians
 from .measures import attention_scales, mean_errors, reach_of, sqnr_by_timestep
@@ -77,23 +78,39 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
 
 
 def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], statistics: Statistics) -> list[Decision]:
-    """The scaling of every site.
+    """The scaling of every site; sites that share one are judged together.
 
     Raises:
         CalibrationError: an input that a shift takes away entirely.
     """
-    denoiser, assigned = calibration.denoiser, calibration.assigned
+    denoiser, assigned, recipe = calibration.denoiser, calibration.assigned, calibration.recipe
+    groups: dict[str, list[InputSite]] = {}
+    for site in denoiser.sites:
+        if site.name in schemes:
+            groups.setdefault(site.shares or site.name, []).append(site)
 
-    def decide(site: InputSite) -> Decision:
-        item, scheme = statistics[site.name], schemes[site.name]
-        weights = [denoiser.weight(name) for name in site.linears]
+    def decide(group: list[InputSite]) -> list[Decision]:
+        items = [statistics[site.name] for site in group]
+        linears = [name for site in group for name in site.linears]
+        weights = [denoiser.weight(name) for name in linears]
         quantized = np.concatenate(
-            [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(site.linears, weights, strict=True)]
+            [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(linears, weights, strict=True)]
         )
-        scaling = choose_scaling(item, np.concatenate(weights), calibration.recipe, quantized=quantized, scheme=scheme)
-        return Decision(site=site, scheme=scheme, scaling=scaling, amax=item.amax(scaling.in_scale, scaling.in_shift))
+        scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
+        scaling = choose_scaling(
+            reduce(SiteStatistics.joined, items),
+            np.concatenate(weights),
+            recipe if group[0].fold.shifts else recipe.model_copy(update={"shift": False}),
+            quantized=quantized,
+            scheme=scheme,
+        )
+        return [
+            Decision(site=site, scheme=schemes[site.name], scaling=scaling, amax=item.amax(scaling.in_scale, scaling.in_shift))
+            for site, item in zip(group, items, strict=True)
+        ]
 
-    decisions = calibration.each(decide, [site for site in denoiser.sites if site.name in schemes])
+    decided = {item.site.name: item for group in calibration.each(decide, list(groups.values())) for item in group}
+    decisions = [decided[site.name] for site in denoiser.sites if site.name in decided]
     constant = [decision.site.name for decision in decisions if not decision.amax.any()]
     if constant:
         raise CalibrationError(
@@ -178,7 +195,8 @@ def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
 
 
 def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, Scheme]:
-    """By site: how its readers are quantized; sites whose readers are float or weight-only are left out.
+    """By site: how its readers are quantized. Sites whose readers are float or weight-only are left out, but for those that
+    share the scaling of a quantized one.
 
     Raises:
         CalibrationError: readers of one input want different things; all of them in one message.
@@ -194,7 +212,8 @@ def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> di
             found[site.name] = scheme
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    return found
+    scaled = {site.shares or site.name for site in sites if site.name in found}
+    return {site.name: found.get(site.name, scheme_of("float")) for site in sites if (site.shares or site.name) in scaled}
 
 
 def _activation(

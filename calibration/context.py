@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dq_export.core.folding import work_bytes
-from dq_export.core.network import Denoiser, InputSite
+from dq_export.core.network import Denoiser
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
@@ -20,6 +20,7 @@ from .hessians import SPACE
 from .parallel import parallel
 from .plugin import UNCHANGED, WeightPlugin
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -55,6 +56,6 @@ class Calibration:
         """The network calls of its pictures."""
         return Calls(denoiser=self.denoiser, sampling=self.sampling, progress=self.progress, group=self.group)
 
-    def each(self, work: Callable[[InputSite], Result], sites: Sequence[InputSite]) -> list[Result]:
-        """`work` of every site, in order, on several threads."""
-        return parallel(work, sites, self.progress, work_bytes(self.denoiser))
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work` of every item, in order, on several threads; an item is worth one linear's weight of memory."""
+        return parallel(work, items, self.progress, work_bytes(self.denoiser))

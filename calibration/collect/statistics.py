@@ -40,6 +40,16 @@ class SiteStatistics:
     rows: Float32
     row_step: npt.NDArray[np.int64]
 
+    def joined(self, other: SiteStatistics) -> SiteStatistics:
+        """Those of two tensors that are scaled as one."""
+        return SiteStatistics(
+            timesteps=self.timesteps,
+            low=np.minimum(self.low, other.low),
+            high=np.maximum(self.high, other.high),
+            rows=np.concatenate([self.rows, other.rows]),
+            row_step=np.concatenate([self.row_step, other.row_step]),
+        )
+
     def amax(self, in_scale: Float32, in_shift: Float32) -> Float32:
         """float32[T]: max |(x - in_shift) / in_scale| at each timestep. Exactness: exact, from the channels' extremes."""
         extreme = np.maximum(np.abs(self.high - in_shift), np.abs(self.low - in_shift))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from conftest import calibrate_tiny, calibration_of, feed_of, recipe_of, save_ti
 from dq_export.calibration.calibrate import calibrate
 from dq_export.core.artifacts import CalibrationError, CalibrationResult
 from dq_export.core.folding import folded_weight
+from dq_export.core.folds import Fold
 from dq_export.core.rule import Rule
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
@@ -49,6 +52,56 @@ def content(result: CalibrationResult) -> bytes:
 def test_every_option_has_an_effect(tiny: Reference, one: dict[str, Any], two: dict[str, Any]) -> None:
     first, second = (content(calibrate_tiny(tiny, recipe_of(tiny, **{**BASE, **options}))[0]) for options in (one, two))
     assert first != second
+
+
+def tied(folder: Path, *, shifts: bool = True) -> Reference:
+    """A reference whose first and third site share one scaling, as the streams of joint attention do."""
+    reference: Any = load_reference(str(folder))
+    first, second, third, *rest = reference.sites
+    first = replace(first, fold=replace(first.fold, shifts=shifts))
+    third = replace(third, fold=Fold(parts=()), shares=first.name)
+    reference.structure = replace(reference.structure, sites=(first, second, third, *rest))
+    tied_reference: Reference = reference
+    return tied_reference
+
+
+def test_sites_that_share_a_fold_share_one_scaling_and_have_their_own_scales(tiny_folder: Path) -> None:
+    reference = tied(tiny_folder)
+    result, _ = calibrate_tiny(reference, recipe_of(reference, scaling="smooth", shift=True))
+    first, _, third = list(result.sites.values())[:3]
+    np.testing.assert_array_equal(first.in_scale, third.in_scale)
+    np.testing.assert_array_equal(first.in_shift, third.in_shift)
+    assert third.site.shares == first.site.name
+    assert not np.array_equal(first.activation.scale, third.activation.scale)
+    alone, _ = calibrate_tiny(load_reference(str(tiny_folder)), recipe_of(reference, scaling="smooth", shift=True))
+    assert not np.array_equal(first.in_scale, alone.sites[first.site.name].in_scale), "both are judged"
+    weight = reference.weight(third.site.name)
+    expected = weight * third.in_scale
+    np.testing.assert_array_equal(folded_weight(weight, third.site.name, list(result.sites.values())), expected)
+
+
+def test_a_float_site_that_shares_a_scaling_is_scaled_too(tiny_folder: Path) -> None:
+    reference = tied(tiny_folder)
+    name = reference.sites[2].name
+    rules = (Rule(match=rf"^{re.escape(name)}$", action="float", reason="test"), *reference.rules)
+    result, _ = calibrate_tiny(reference, recipe_of(reference, rules=rules, scaling="smooth"))
+    plan = result.sites[name]
+    assert plan.activation is None
+    assert plan.scaled
+    np.testing.assert_array_equal(plan.in_scale, result.sites[reference.sites[0].name].in_scale)
+    assert name not in result.weight_scale
+
+
+@pytest.mark.parametrize(
+    "options", [{"scaling": "auto", "shift": None}, {"scaling": "smooth", "shift": True}], ids=["auto", "shift"]
+)
+def test_what_takes_no_shift_gets_none(options: dict[str, Any], tiny_folder: Path) -> None:
+    reference = tied(tiny_folder, shifts=False)
+    result, _ = calibrate_tiny(reference, recipe_of(reference, **options))
+    first, second, third = list(result.sites.values())[:3]
+    assert not first.in_shift.any()
+    assert not third.in_shift.any()
+    assert second.in_shift.any()
 
 
 def test_bins_are_as_many_as_asked_for(tiny: Reference) -> None:

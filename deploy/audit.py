@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class AuditError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
-    """One GEMM of the graph.
+    """One GEMM of the graph. The bounds are those of a report that is read back.
 
     Args:
         name: module name, or the node's name where no weight is involved (attention).
@@ -38,7 +38,7 @@ class Gemm:
     """
 
     name: str
-    flops: int
+    flops: int = field(metadata={"ge": 0, "le": 2**63})
     wanted: str
     required: bool
     kernel: str
@@ -48,20 +48,27 @@ class Gemm:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """All GEMMs of an engine."""
+    """What an engine really runs.
 
+    Args:
+        coverage: FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels.
+        integer_share: FLOPs in low-precision kernels / FLOPs of all GEMMs of the network, attention included.
+        gemms: all GEMMs of the network.
+    """
+
+    coverage: float
+    integer_share: float
     gemms: tuple[Gemm, ...]
 
-    @property
-    def coverage(self) -> float:
-        """FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels."""
-        wanted = [gemm for gemm in self.gemms if gemm.required]
-        return sum(g.flops for g in wanted if g.integer) / max(sum(g.flops for g in wanted), 1)
+    @staticmethod
+    def of(gemms: Iterable[Gemm]) -> Audit:
+        """The audit of these GEMMs."""
+        found = tuple(gemms)
+        return Audit(coverage=_low_share([g for g in found if g.required]), integer_share=_low_share(found), gemms=found)
 
-    @property
-    def integer_share(self) -> float:
-        """FLOPs in low-precision kernels / FLOPs of all GEMMs of the network, attention included."""
-        return sum(g.flops for g in self.gemms if g.integer) / max(sum(g.flops for g in self.gemms), 1)
+
+def _low_share(gemms: Sequence[Gemm]) -> float:
+    return sum(g.flops for g in gemms if g.integer) / max(sum(g.flops for g in gemms), 1)
 
 
 def audit_graph(
@@ -106,7 +113,7 @@ def audit_graph(
         Gemm(name=name, flops=1, wanted=action, required=True, kernel="none", integer=False, reason="the graph has no such GEMM")
         for name, action in missing
     ]
-    return Audit(gemms=tuple(gemms))
+    return Audit.of(gemms)
 
 
 def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Audit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -16,44 +16,86 @@ FLOAT_SQNR = 80.0
 """dB that the float graph must keep: float32 rounding costs about 130 dB, a wrong export is below 40."""
 
 
+DECIBELS = {"ge": -MAX_SQNR, "le": MAX_SQNR}
+"""The bounds of a number of dB in a report that is read back."""
+
+
 class ParityError(Exception):
     """A stage's output is too far from the reference's; names the stage and the worst timestep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far one output is from the reference's.
+    """How far an output is from PyTorch's.
 
     Args:
-        sqnr: signal to noise, dB, at most 200.
+        sqnr: signal to noise, dB; -200 where an output is not finite.
         cosine: cosine similarity of the flattened outputs.
-        max_error: greatest absolute difference.
+        max_error: greatest absolute difference; None where an output is not finite.
     """
 
-    sqnr: float
+    sqnr: float = field(metadata=DECIBELS)
     cosine: float
-    max_error: float
+    max_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallParity:
-    """One network call of one stage against the reference."""
+class CallParity(Difference):
+    """How far one network call is from PyTorch's.
+
+    Args:
+        stage: float-onnx, qdq-onnx or engine.
+        bin: index into the union of all tables' bins.
+    """
 
     stage: str
     timestep: float
     bin: int
-    difference: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryParity(Difference):
+    """How far pictures are from PyTorch's that were sampled from the same noise.
+
+    Args:
+        stage: what drew them, as in `CallParity`.
+        samples: number of pictures. `sqnr` is over all of them together.
+        worst_sqnr: dB of the worst picture.
+    """
+
+    stage: str
+    samples: int
+    worst_sqnr: float = field(metadata=DECIBELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How near each stage is to PyTorch.
+
+    Args:
+        replay: the polygraphy command that compares the calls again, to be run in the output folder.
+    """
+
+    calls: tuple[CallParity, ...]
+    trajectories: tuple[TrajectoryParity, ...]
+    replay: str = ""
 
 
 def difference(reference: Float32, other: Float32) -> Difference:
     """Compare two outputs of the same shape. A NaN or Inf gives -200 dB."""
     if not np.isfinite(other).all():
-        return Difference(sqnr=-MAX_SQNR, cosine=0.0, max_error=float("inf"))
+        return Difference(sqnr=-MAX_SQNR, cosine=0.0, max_error=None)
     exact, found = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     noise, signal = float(np.square(exact - found).sum()), float(np.square(exact).sum())
     norm = float(np.linalg.norm(exact) * np.linalg.norm(found))
     cosine = float(exact @ found) / norm if norm else 1.0
     return Difference(sqnr=float(decibels(signal, noise)), cosine=cosine, max_error=float(np.abs(exact - found).max()))
+
+
+def compare_pictures(stage: str, references: Float32, pictures: Float32) -> TrajectoryParity:
+    """Compare pictures float32[N, ...] that a stage drew."""
+    each = [difference(exact, drawn).sqnr for exact, drawn in zip(references, pictures, strict=True)]
+    return TrajectoryParity(stage=stage, samples=len(each), worst_sqnr=min(each), **vars(difference(references, pictures)))
 
 
 def compare_calls(
@@ -77,14 +119,14 @@ def compare_calls(
         for feed, reference, index in zip(feeds, references, bins, strict=True):
             (output,) = runner.infer(dict(feed), check_inputs=False).values()
             timestep = float(np.asarray(feed["timestep"]).ravel()[0])
-            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, difference=difference(reference, output)))
+            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, **vars(difference(reference, output))))
             count()
     return rows
 
 
 def worst(rows: Sequence[CallParity], stage: str) -> CallParity:
     """The stage's call of the least SQNR."""
-    return min((row for row in rows if row.stage == stage), key=lambda row: row.difference.sqnr)
+    return min((row for row in rows if row.stage == stage), key=lambda row: row.sqnr)
 
 
 def pick_calls(bins: npt.NDArray[np.int64], least: int = 25) -> list[int]:

@@ -10,6 +10,7 @@ from dq_export.core.documents import printable, shown_path
 from dq_export.core.progress import Advance, Progress
 from dq_export.core.recipe import RecipeError
 from dq_export.core.violations import nearest
+from dq_export.deploy.audit import Audit
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
 from dq_export.deploy.onnxruntime.cpu import ORT
@@ -23,13 +24,13 @@ from .machine import installed
 from .output_folder import OutputError, locked, move
 from .pipeline import run
 from .report.page import write_report
-from .report.report import AuditReport, LatencyReport, Report
+from .report.report import LatencyReport, Report
 from .report.verdict import concluded, require
 from .stages.bench import bench
 from .stages.triton import REPOSITORY
 
 
-def audit_again(out: Path) -> tuple[AuditReport, float]:
+def audit_again(out: Path) -> tuple[Audit, float]:
     """Build the engine on this machine and audit it: the audit, and the coverage that the recipe requires.
 
     Raises:
@@ -43,7 +44,7 @@ def audit_again(out: Path) -> tuple[AuditReport, float]:
     with tempfile.TemporaryDirectory() as folder:
         built = backend.build(out / MODEL, Path(folder))  # first: it says what is wrong with a damaged file
         audit = backend.audit(built, finished.assigned(recipe))
-    return AuditReport.of(audit), recipe.min_coverage
+    return audit, recipe.min_coverage
 
 
 def finish(out: Path, progress: Advance) -> Report:
@@ -65,7 +66,7 @@ def finish(out: Path, progress: Advance) -> Report:
     with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
         engine = Path(folder) / "engine"
         built = backend.build(out / MODEL, engine, progress)
-        audit = AuditReport.of(backend.audit(built, finished.assigned(recipe)))
+        audit = backend.audit(built, finished.assigned(recipe))
         move(engine, out / "engine")
         plan = out / "engine" / PLAN
         if plan.is_file() and (out / REPOSITORY).is_dir():  # other repositories hold the graph itself

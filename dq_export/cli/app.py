@@ -316,7 +316,7 @@ def audit(out: Folder, as_json: Json = False) -> None:
 
     report, required = audit_again(out)
     if as_json:
-        print(report.model_dump_json(indent=1))
+        print(json.dumps(asdict(report), indent=1))
     else:
         print_audit(report, required)
     if report.coverage < required:

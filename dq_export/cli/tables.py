@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
+    from dq_export.deploy.audit import Audit
     from dq_export.deploy.check import Finding
     from dq_export.deploy.triton.model_folder import Fault
 
-    from ..report.report import AuditReport, LatencyReport, Report
+    from ..report.report import LatencyReport, Report
     from ..search.explore import Outcome
     from ..verification import Verification
 
@@ -53,7 +54,7 @@ def print_search(found: Outcome) -> None:
     print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and labels than the search's")
 
 
-def print_audit(report: AuditReport, required: float) -> None:
+def print_audit(report: Audit, required: float) -> None:
     """The kernel of every GEMM."""
     rows = [(gemm.name, gemm.wanted, gemm.kernel, gemm.reason) for gemm in report.gemms]
     print_table(["GEMM", "wanted", "kernel", "why not"], rows)

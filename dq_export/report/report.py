@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dq_export.core.scheme import PRESETS
+from dq_export.deploy.audit import Audit
+from dq_export.deploy.parity import CallParity, Parity
 from dq_export.passes.base import PassReport
-
-if TYPE_CHECKING:
-    from dq_export.deploy.audit import Audit
 
 FLOAT_STAGE = "float-onnx"
 REPLAY_MARGIN = 1.0
@@ -58,62 +56,6 @@ class TableReport(Part):
         return self
 
 
-class GemmReport(Part):
-    """One GEMM of the engine, as the audit saw it."""
-
-    name: str
-    flops: int = Field(ge=0, le=2**63, description="for one sample")
-    wanted: str = Field(description="the recipe's action; none for attention")
-    required: bool = Field(description="whether the recipe asks for a low-precision kernel")
-    kernel: str = Field(description="the runtime's operator")
-    integer: bool = Field(description="whether the operator has the precision that the recipe asks for")
-    reason: str = Field(description="why not, where it should")
-
-
-class AuditReport(Part):
-    """What the engine really runs."""
-
-    coverage: float = Field(description="low-precision FLOPs / FLOPs of the GEMMs that the recipe gives low precision")
-    integer_share: float = Field(description="low-precision FLOPs / FLOPs of all GEMMs")
-    gemms: list[GemmReport]
-
-    @staticmethod
-    def of(audit: Audit) -> AuditReport:
-        """The report of a backend's audit."""
-        gemms = [GemmReport(**asdict(gemm)) for gemm in audit.gemms]
-        return AuditReport(coverage=audit.coverage, integer_share=audit.integer_share, gemms=gemms)
-
-
-class CallReport(Part):
-    """One network call compared with PyTorch."""
-
-    stage: str = Field(description="float-onnx, qdq-onnx or engine")
-    timestep: float
-    bin: int = Field(description="index into the union of all tables' bins")
-    sqnr: float = Field(ge=-200, le=200, description="dB; -200 where an output is not finite")
-    cosine: float
-    max_error: float | None = Field(description="null where an output is not finite")
-
-
-class TrajectoryReport(Part):
-    """Pictures sampled from the same noise as PyTorch's."""
-
-    stage: str
-    samples: int
-    sqnr: float = Field(ge=-200, le=200, description="dB over all samples together")
-    worst_sqnr: float = Field(ge=-200, le=200, description="dB of the worst sample")
-    cosine: float
-    max_error: float | None = Field(description="null where a picture is not finite")
-
-
-class ParityReport(Part):
-    """How near each stage is to PyTorch."""
-
-    calls: list[CallReport]
-    trajectories: list[TrajectoryReport]
-    replay: str = Field(default="", description="the polygraphy command, to be run in the output folder")
-
-
 class EngineReport(Part):
     """One engine's latency."""
 
@@ -150,7 +92,7 @@ class Verdict(Part):
     min_coverage: float = Field(description="the recipe's: least share of the quantized GEMMs' FLOPs in low precision")
     coverage: float | None = Field(default=None, description="that share; null where no engine was audited")
     min_sqnr: float = Field(description="the recipe's: dB that every call of a quantized stage must keep")
-    worst: CallReport | None = Field(default=None, description="the quantized call of the least SQNR; null: none was compared")
+    worst: CallParity | None = Field(default=None, description="the quantized call of the least SQNR; null: none was compared")
     reasons: list[str] = Field(default=[], description="what is not kept or not done, a sentence each; empty where it passed")
     advice: str = Field(default="", description="what to try")
 
@@ -174,8 +116,8 @@ class Report(Part):
     linears: list[LinearReport]
     passes: list[PassReport] = Field(description="what each rewrite of the graph changed, and what it left alone with the reason")
     size: SizeReport | None = None
-    audit: AuditReport | None = None
-    parity: ParityReport | None = None
+    audit: Audit | None = None
+    parity: Parity | None = None
     latency: LatencyReport | None = None
 
     @model_validator(mode="after")
@@ -207,7 +149,7 @@ class Report(Part):
         labels = {"engine": self.engine, "qdq-onnx": "the Q/DQ graph on ONNX Runtime's CPU provider, operator by operator"}
         return labels.get(self.stages()[-1], self.stages()[-1]) if self.stages() else ""
 
-    def worst_call(self, stage: str) -> CallReport | None:
+    def worst_call(self, stage: str) -> CallParity | None:
         """The stage's network call of the least SQNR."""
         calls = [call for call in self.parity.calls if call.stage == stage] if self.parity else []
         return min(calls, key=lambda call: call.sqnr) if calls else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dq_export.core.recipe import Recipe
 from dq_export.core.scheme import PRESETS
-from dq_export.deploy.audit import AuditError
+from dq_export.deploy.audit import Audit, AuditError
 from dq_export.deploy.backend import NotHereError
-from dq_export.deploy.parity import FLOAT_SQNR, ParityError
+from dq_export.deploy.parity import FLOAT_SQNR, CallParity, ParityError
 from dq_export.deploy.replay import polygraphy_command
 
 from ..finished_folder import portable_name
-from .report import FLOAT_STAGE, AuditReport, CallReport, Report, Verdict
+from .report import FLOAT_STAGE, Report, Verdict
 
 IN_FLOAT, TOO_FAR, ELSEWHERE = 3, 4, 5
 ERRORS: dict[int, type[Exception]] = {IN_FLOAT: AuditError, TOO_FAR: ParityError, ELSEWHERE: NotHereError}
@@ -46,7 +48,7 @@ def concluded(report: Report, recipe: Recipe, unbuilt: str = "") -> Report:
     parity = report.parity
     if parity:
         command = polygraphy_command(report.replay_floor(recipe.min_sqnr), portable_name(recipe))
-        parity = parity.model_copy(update={"replay": command})
+        parity = replace(parity, replay=command)
     return report.model_copy(update={"parity": parity, "verdict": judge(report, recipe, unbuilt)})
 
 
@@ -61,11 +63,11 @@ def require(verdict: Verdict | None) -> None:
         raise ERRORS[verdict.status]("\n".join(filter(None, [*verdict.reasons, verdict.advice])))
 
 
-def _floor(call: CallReport, recipe: Recipe) -> float:
+def _floor(call: CallParity, recipe: Recipe) -> float:
     return FLOAT_SQNR if call.stage == FLOAT_STAGE else recipe.min_sqnr
 
 
-def _in_float(audit: AuditReport, least: float) -> list[str]:
+def _in_float(audit: Audit, least: float) -> list[str]:
     """Too little in low precision, and each GEMM that should be; nothing where the share is kept."""
     if audit.coverage >= least:
         return []
@@ -74,11 +76,11 @@ def _in_float(audit: AuditReport, least: float) -> list[str]:
     return [f"{share}. In float:", *(f"  {line}" for line in lost)]
 
 
-def _too_far(call: CallReport, recipe: Recipe) -> str:
+def _too_far(call: CallParity, recipe: Recipe) -> str:
     return f"{call.stage}: {call.sqnr:.1f} dB at timestep {call.timestep:g}, required {_floor(call, recipe):.1f} dB"
 
 
-def _advice(call: CallReport, recipe: Recipe) -> str:
+def _advice(call: CallParity, recipe: Recipe) -> str:
     """What to try for a call that is too far from PyTorch, of what this recipe has not used and can use."""
     if call.stage == FLOAT_STAGE:
         return (

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dq_export.deploy.audit import Audit
+
 from ..finished_folder import engine_of
 from ..ledger import Result
-from ..report.report import AuditReport
 from .build import BUILD
 from .stage import Context, Stage
 
@@ -16,7 +17,7 @@ from .stage import Context, Stage
 class Audited(Result):
     """What the engine runs."""
 
-    audit: AuditReport
+    audit: Audit
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class AuditEngine(Stage[Audited]):
     def run(self, context: Context, target: Path) -> Audited:
         """Audit the engine; nothing is written."""
         assert context.backend is not None  # an engine was built
-        audit = AuditReport.of(context.backend.audit(engine_of(context.folder), context.assigned))
+        audit = context.backend.audit(engine_of(context.folder), context.assigned)
         return Audited(summary=f"{audit.coverage:.1%} of the quantized FLOPs in low precision", audit=audit)
 
 

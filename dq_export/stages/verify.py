@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ import numpy as np
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import Engine, Feed
 from dq_export.deploy.onnxruntime.cpu import open_graph
-from dq_export.deploy.parity import CallParity, compare_calls, difference, worst
+from dq_export.deploy.parity import CallParity, Parity, compare_calls, compare_pictures, worst
 from dq_export.deploy.triton.serving.model import images_of
 
 from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
 from ..ledger import Result
-from ..report.report import CallReport, ParityReport, TrajectoryReport
 from .build import BUILD
 from .calibrate import CALIBRATE
 from .quantize import QUANTIZE
@@ -33,7 +31,7 @@ PICTURES = f"{REPLAY}/pictures.png"
 class Verified(Result):
     """What the comparison found."""
 
-    parity: ParityReport
+    parity: Parity
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,9 @@ class Verify(Stage[Verified]):
             del engine
         apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
         save_pictures(target / PICTURES, [recording.pictures, pictures, apart])
-        trajectory, low = _trajectory(last, recording.pictures, pictures), worst(rows, last)
-        summary = f"{last} at worst {low.difference.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"
-        parity = ParityReport(calls=[_call(row) for row in rows], trajectories=[trajectory])
-        return Verified(summary=summary, parity=parity)
+        trajectory, low = compare_pictures(last, recording.pictures, pictures), worst(rows, last)
+        summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"
+        return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)))
 
 
 VERIFY = Verify()
@@ -150,27 +147,3 @@ def save_pictures(path: Path, rows: list[Float32]) -> bool:
     large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")
     return True
-
-
-def _trajectory(stage: str, exact: Float32, found: Float32) -> TrajectoryReport:
-    whole = difference(exact, found)
-    each = [difference(a, b).sqnr for a, b in zip(exact, found, strict=True)]
-    return TrajectoryReport(
-        stage=stage,
-        samples=len(exact),
-        sqnr=whole.sqnr,
-        worst_sqnr=min(each),
-        cosine=whole.cosine,
-        max_error=_finite(whole.max_error),
-    )
-
-
-def _call(row: CallParity) -> CallReport:
-    d = row.difference
-    return CallReport(
-        stage=row.stage, timestep=row.timestep, bin=row.bin, sqnr=d.sqnr, cosine=d.cosine, max_error=_finite(d.max_error)
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

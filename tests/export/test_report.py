@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,8 @@ def test_the_page_says_what_drew_and_that_a_plan_was_not_run(exported: Any) -> N
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "drawn by PyTorch, by ONNX Runtime&#39;s CPU provider, and four" in page
     assert "not run here" not in page
-    calls = [call for call in report.parity.calls if call.stage != "engine"]
-    planned = report.model_copy(
-        update={"engine": "TensorRT-RTX", "parity": report.parity.model_copy(update={"calls": calls, "trajectories": []})}
-    )
+    calls = tuple(call for call in report.parity.calls if call.stage != "engine")
+    planned = report.model_copy(update={"engine": "TensorRT-RTX", "parity": replace(report.parity, calls=calls, trajectories=())})
     page = render_html(planned, b"png")
     assert "drawn by PyTorch, by the Q/DQ graph on ONNX Runtime&#39;s CPU provider, operator by operator, and four" in page
     assert "Plan not run here: TensorRT-RTX needs its GPU." in page
@@ -192,8 +191,8 @@ def test_the_page_says_what_drew_and_that_a_plan_was_not_run(exported: Any) -> N
 
 def test_an_output_that_is_not_finite_still_makes_a_report_that_loads(exported: Any) -> None:
     _, report = exported
-    lost = report.parity.calls[-1].model_copy(update={"sqnr": -200.0, "cosine": 0.0, "max_error": None})
-    broken = report.model_copy(update={"parity": report.parity.model_copy(update={"calls": [*report.parity.calls[:-1], lost]})})
+    lost = replace(report.parity.calls[-1], sqnr=-200.0, cosine=0.0, max_error=None)
+    broken = report.model_copy(update={"parity": replace(report.parity, calls=(*report.parity.calls[:-1], lost))})
     assert Report.model_validate_json(broken.model_dump_json()) == broken
     assert "not finite" in render_html(broken, None)
 

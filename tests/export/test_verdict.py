@@ -7,26 +7,26 @@ from typing import Any
 import pytest
 
 from dq_export.core.recipe import Recipe
-from dq_export.deploy.audit import AuditError
+from dq_export.deploy.audit import Audit, AuditError, Gemm
 from dq_export.deploy.backend import NotHereError
-from dq_export.deploy.parity import ParityError
-from dq_export.report.report import AuditReport, CallReport, GemmReport, ParityReport, Report
+from dq_export.deploy.parity import CallParity, Parity, ParityError
+from dq_export.report.report import Report
 from dq_export.report.verdict import concluded, judge, require
 
 
-def call(stage: str, sqnr: float, timestep: float = 1) -> CallReport:
-    return CallReport(stage=stage, timestep=timestep, bin=0, sqnr=sqnr, cosine=1, max_error=0)
+def call(stage: str, sqnr: float, timestep: float = 1) -> CallParity:
+    return CallParity(stage=stage, timestep=timestep, bin=0, sqnr=sqnr, cosine=1, max_error=0)
 
 
-def report(*calls: CallReport, integer: bool = True) -> Report:
-    gemm = GemmReport(
+def report(*calls: CallParity, integer: bool = True) -> Report:
+    gemm = Gemm(
         name="blocks.0.to_q", flops=8, wanted="w8a8", required=True, kernel="MatMul", integer=integer, reason="no zero point"
     )
-    other = GemmReport(name="attention", flops=8, wanted="none", required=False, kernel="MatMul", integer=False, reason="")
-    audit = AuditReport(coverage=float(integer), integer_share=integer / 2, gemms=[gemm, other])
+    other = Gemm(name="attention", flops=8, wanted="none", required=False, kernel="MatMul", integer=False, reason="")
+    audit = Audit.of([gemm, other])
     return Report(
         model="m", digest="0" * 64, sampler="s", guidance_scale=1, timesteps="shared", machine="", versions={}, seconds={},
-        linears=[], passes=[], audit=audit, parity=ParityReport(calls=list(calls), trajectories=[]),
+        linears=[], passes=[], audit=audit, parity=Parity(calls=calls, trajectories=()),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ EXTRAS = {
     "tritonclient": "triton",
 }
 """Of dq-export, by the module that it brings; all other modules come with dq-export itself."""
-PROJECTS = {"onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}
+PROJECTS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}
 """The package of a module of another name."""
 
 

@@ -65,15 +65,16 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
     return feeds, [np.asarray(reference, dtype=np.float32) for reference in references]
 
 
-def polygraphy_command(limit: float, model: str) -> str:
+def polygraphy_command(limit: float, model: str, folder: str = "parity") -> str:
     """The command that replays the recorded calls from the output folder, for people and CIs. Nothing here reads it back.
 
     Args:
         limit: dB that every call must keep.
         model: the graph, from the output folder.
+        folder: of the recorded calls.
     """
     return (
-        f"polygraphy run {model} --onnxrt --load-inputs parity/{INPUTS} --load-outputs parity/{OUTPUTS} "
+        f"polygraphy run {model} --onnxrt --load-inputs {folder}/{INPUTS} --load-outputs {folder}/{OUTPUTS} "
         f"--compare snr --snr-threshold {limit:.2f}"
     )
 

@@ -75,25 +75,18 @@ def check_order(passes: Sequence[GraphPass]) -> None:
         raise GraphError("; ".join(wrong) + f"; the list is {', '.join(place)}")
 
 
-def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "") -> list[PassReport]:
+def run_passes(model: ir.Model, passes: Iterable[GraphPass]) -> list[PassReport]:
     """Apply passes in order; each is checked for what it may not do.
 
     After each pass: the graph's inputs and outputs are unchanged, every value is produced, node names are unique, and
     a second application changes nothing. New nodes are stamped with the pass's name. Unused nodes and initializers are
     removed and the nodes sorted.
 
-    Args:
-        stop_after: stop behind the pass of this name.
-
     Raises:
-        GraphError: the order is not what the passes declare, or `stop_after` names no pass of the list, before anything
-            runs; a pass broke the contract.
+        GraphError: the order is not what the passes declare, before anything runs; a pass broke the contract.
     """
     passes = list(passes)
     check_order(passes)
-    names = [item.name for item in passes]
-    if stop_after and stop_after not in names:
-        raise GraphError(f"no pass is called '{stop_after}'; the passes are {names}")
     reports = []
     interface = _interface(model)
     for item in passes:
@@ -111,8 +104,6 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass], stop_after: str = "
         if again.changed:
             raise GraphError(f"pass {item.name} is not idempotent: a second run changed {again.changed[0]}")
         reports.append(report)
-        if item.name == stop_after:
-            break
     return reports
 
 

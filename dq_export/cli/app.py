@@ -22,6 +22,7 @@ import typer
 from .progress import Lines
 from .tables import (
     print_audit,
+    print_bisection,
     print_faults,
     print_findings,
     print_latency,
@@ -306,6 +307,22 @@ def verify(
     done = verify_again(out, min_sqnr, verbose=verbose)
     print_verification(done)
     if not done.passed:
+        raise typer.Exit(PARITY)
+
+
+@app.command()
+def bisect(
+    out: Folder,
+    min_sqnr: Annotated[float | None, option("dB that every call must keep (default the recipe's)", "--min-sqnr")] = None,
+) -> None:
+    """Name the pass and the linear that break parity; cut out the graph that fails."""
+    from ..stages.bisection import bisect_passes
+
+    with _watching(quiet=False, then="nothing was changed") as watch:
+        watch.begin("bisect", "the passes one by one, on the recorded calls")
+        found = bisect_passes(out, min_sqnr, watch.advance)
+    print_bisection(found)
+    if found.broken:
         raise typer.Exit(PARITY)
 
 

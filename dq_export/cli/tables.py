@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
 
     from ..report.report import LatencyReport, Report
     from ..search.explore import Outcome
+    from ..stages.bisection import Bisection
     from ..verification import Verification
 
 CELL = 2000
@@ -60,6 +61,21 @@ def print_audit(report: Audit, required: float) -> None:
     print_table(["GEMM", "wanted", "kernel", "why not"], rows)
     print(f"{report.integer_share:.1%} of all GEMM FLOPs run on low-precision kernels;")
     print(f"{report.coverage:.1%} of the quantized GEMMs', required {required:.1%}")
+
+
+def print_bisection(found: Bisection) -> None:
+    """The worst recorded call after each pass, and where parity breaks."""
+    rows = [(step.name, f"{step.sqnr:.1f}", step.call) for step in found.steps]
+    print_table(["after", "worst dB", "of call"], rows)
+    if found.broken is None:
+        print(f"every call keeps {found.limit:g} dB after every pass")
+        return
+    print(f"parity breaks in pass {found.broken.name}{f', at linear {one_line(found.linear)}' if found.linear else ''}")
+    print(f"the worst call has {found.broken.sqnr:.1f} dB, required {found.limit:g}")
+    if found.command:
+        print(f"the failing part is in bisect/; this shows it, run in the output folder:\n{found.command}")
+    else:
+        print("no linear's result shows it: the error adds up, or is outside of linears")
 
 
 def print_linears(report: Report, name: str) -> None:

@@ -86,12 +86,6 @@ def test_a_pass_that_breaks_the_contract_is_named(bad: GraphPass, message: str) 
         run_passes(small(), [bad])
 
 
-def test_it_can_stop_after_a_pass() -> None:
-    assert [r.name for r in run_passes(small(), [Good(), Restless()], stop_after="good")] == ["good"]
-    with pytest.raises(GraphError, match="no pass is called 'god'"):
-        run_passes(small(), [Good()], stop_after="god")
-
-
 def test_unused_initializers_are_removed() -> None:
     model = small()
     initializer(model.graph, "unused", np.zeros(3, dtype=np.float32))

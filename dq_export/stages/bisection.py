@@ -1,0 +1,162 @@
+"""Which pass, and in which linear, moves a finished export's graph away from PyTorch: the passes replayed one by one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.documents import shown_path
+from dq_export.core.progress import Advance, unwatched
+from dq_export.deploy.backend import Feed, Float32
+from dq_export.deploy.backends import backend_of
+from dq_export.deploy.onnxruntime.cpu import open_graph
+from dq_export.deploy.packages import require_packages
+from dq_export.deploy.parity import difference
+from dq_export.deploy.replay import polygraphy_command, save_replay
+from dq_export.passes.base import GraphPass
+from dq_export.passes.legalise.widen_floats import WidenFloats
+from dq_export.passes.pipeline import canonical_passes
+
+from ..finished_folder import MODEL, FinishedFolder
+from ..ledger import RECIPE
+from ..output_folder import OutputError, locked, move
+from .quantized_graph import quantize_graph
+from .subgraph import cut, first_broken
+
+FOLDER = "bisect"
+"""In the output folder: the smallest failing graph and its calls."""
+FLOAT = "float graph"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The graph after a pass.
+
+    Args:
+        name: of the pass.
+        sqnr: dB of the worst recorded call.
+        call: its index.
+    """
+
+    name: str
+    sqnr: float
+    call: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bisection:
+    """What replaying the passes showed.
+
+    Args:
+        steps: the float graph and each pass, up to the first after which a call falls below the limit.
+        limit: dB that every call must keep.
+        linear: the first, as the graph runs, whose result that pass moves beyond the limit; empty if none does.
+        command: the polygraphy command that shows it, to be run in the output folder; empty where parity holds.
+    """
+
+    steps: tuple[Step, ...]
+    limit: float
+    linear: str = ""
+    command: str = ""
+
+    @property
+    def broken(self) -> Step | None:
+        """The step after which a call falls below the limit."""
+        return self.steps[-1] if self.steps[-1].sqnr < self.limit else None
+
+
+def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatched) -> Bisection:
+    """Replay the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
+
+    Args:
+        min_sqnr: dB that every recorded call must keep; None: what the recipe requires.
+
+    Raises:
+        OutputError: `out` holds no whole export, or it is damaged.
+        BackendError: a library is missing.
+        GraphError: a pass refuses the graph.
+    """
+    require_packages(("onnxruntime", "polygraphy", "onnx_graphsurgeon"), "dq-export bisect")
+    finished = FinishedFolder.open(out, RECIPE, MODEL, "float/model.onnx", "calibration.safetensors")
+    recipe = finished.recipe()
+    feeds, references = finished.calls()
+    calibration, backend = CalibrationResult.load(out / "calibration.safetensors"), backend_of(recipe)
+    legalise = backend.legalise(shared=recipe.timesteps == "shared", result=calibration) if backend else ()
+    replay = Replay(
+        out=out,
+        passes=(*canonical_passes(calibration, finished.assigned(recipe)), *legalise),
+        calibration=calibration,
+        feeds=feeds,
+        references=references,
+        limit=recipe.min_sqnr if min_sqnr is None else min_sqnr,
+    )
+    with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
+        try:
+            return replay.run(Path(folder), progress)
+        except KeyError as error:
+            raise OutputError(f"{shown_path(out)}: float/model.onnx has {error}, which {MODEL} has not; export again") from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Replay:
+    """Passes that are applied one by one to the float graph of `out`, and the calls that judge the graph after each.
+
+    Args:
+        calibration: what the passes apply.
+        feeds, references: the recorded calls and PyTorch's results.
+        limit: dB that every call must keep.
+    """
+
+    out: Path
+    passes: Sequence[GraphPass]
+    calibration: CalibrationResult
+    feeds: Sequence[Feed]
+    references: Sequence[Float32]
+    limit: float
+
+    def run(self, folder: Path, progress: Advance = unwatched) -> Bisection:
+        """Stop at the first pass that breaks parity, and cut out what fails. `folder`: for the graphs."""
+        steps: list[Step] = []
+        for number in range(len(self.passes) + 1):
+            graph = folder / str(number) / MODEL
+            graph.parent.mkdir()
+            # For ONNX Runtime's CPU provider, which has no bfloat16; of a graph without any it changes nothing.
+            quantize_graph(self.out / "float" / MODEL, graph, (*self.passes[:number], WidenFloats()))
+            steps.append(self._measured(self.passes[number - 1].name if number else FLOAT, graph))
+            progress(number + 1, len(self.passes) + 1)
+            if steps[-1].sqnr < self.limit:
+                linear = self._located(steps[-1], folder / str(number - 1) / MODEL, graph) if number else ""
+                command = polygraphy_command(self.limit, f"{FOLDER}/{MODEL}", FOLDER) if linear else ""
+                return Bisection(steps=tuple(steps), limit=self.limit, linear=linear, command=command)
+            if number:
+                shutil.rmtree(folder / str(number - 1))
+        return Bisection(steps=tuple(steps), limit=self.limit)
+
+    def _measured(self, name: str, graph: Path) -> Step:
+        engine = open_graph(graph, optimize=False, prepack=False)
+        wrong = next(filter(None, map(engine.misfit, self.feeds)), "")
+        if wrong:
+            raise OutputError(f"{shown_path(self.out)}: the float graph does not take the recorded calls: {wrong}; export again")
+        pairs = zip(self.feeds, self.references, strict=True)
+        found = [difference(reference, engine(feed)).sqnr for feed, reference in pairs]
+        call = int(np.argmin(found))
+        return Step(name=name, sqnr=found[call], call=call)
+
+    def _located(self, step: Step, before: Path, after: Path) -> str:
+        """The first linear that the step breaks; what fails of it goes to `out/bisect`. Empty where no linear does."""
+        feed, folded = self.feeds[step.call], self.calibration if step.name == "fold_scaling" else None
+        graphs = (before, after)
+        found = first_broken(graphs, feed, self.limit, folded)
+        if found is None:
+            return ""
+        target = after.parent / FOLDER
+        target.mkdir()
+        save_replay(target, *cut(graphs, found, feed, self.limit, target / MODEL))
+        move(target, self.out / FOLDER)
+        return found.linear

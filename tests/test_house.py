@@ -33,7 +33,7 @@ LAZY = {
     "deploy/triton/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
     "dq_export": {"PIL", "google", "jinja2", "safetensors"},
     "dq_export/search": {"google", "onnxruntime"},
-    "dq_export/stages": {"PIL", "google", "onnx", "onnx_graphsurgeon", "safetensors"},
+    "dq_export/bisection": {"onnx", "onnx_graphsurgeon"},
     "dq_export/families": {"accelerate", "google", "torch", "diffusers", "safetensors", "huggingface_hub"},
 }
 """What functions may import beyond `THIRD_PARTY`."""

@@ -36,8 +36,8 @@ def test_every_option_and_command_of_the_readme_exists() -> None:
     assert len(options) > 5
     for option in options:
         assert re.search(rf"{option}\b", known), option
-    for command in re.findall(r"`(?:dq-export )?(verify|audit|bench|explain) OUT", TEXT):
-        assert f"\n  {command} " in known
+    for command in re.findall(r"`(?:dq-export )?(verify|audit|bench|bisect|explain) OUT", TEXT):
+        assert re.search(rf"^\W*{command} ", known, re.MULTILINE)
 
 
 def test_the_python_example_compiles_and_names_what_exists() -> None:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
     from dq_export.deploy.check import Finding
     from dq_export.deploy.triton.model_folder import Fault
 
+    from ..bisection.bisect import Bisection
     from ..report.report import LatencyReport, Report
     from ..search.explore import Outcome
-    from ..stages.bisection import Bisection
     from ..verification import Verification
 
 CELL = 2000

@@ -16,9 +16,11 @@ import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
+from dq_export.bisection.bisect import Bisection, Bisector, bisect_passes
+from dq_export.bisection.subgraph import first_broken
 from dq_export.cli.app import app
 from dq_export.core.artifacts import CalibrationResult
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.finished_folder import FinishedFolder
 from dq_export.output_folder import OutputError
 from dq_export.passes.base import GraphPass, PassReport
@@ -26,9 +28,7 @@ from dq_export.passes.match import linears
 from dq_export.passes.names import SITE, Property
 from dq_export.passes.pipeline import canonical_passes, factoring_passes
 from dq_export.pipeline import run
-from dq_export.stages.bisection import Bisection, Replay, bisect_passes
-from dq_export.stages.quantized_graph import quantize_graph
-from dq_export.stages.subgraph import first_broken
+from dq_export.stages.quantize import quantize_graph
 
 LIMIT = 36.0
 """dB. The intact graph of the tiny model keeps about 45."""
@@ -87,10 +87,10 @@ def replayed(out: Path, folder: Path, change: Callable[[list[GraphPass]], list[G
     calibration = CalibrationResult.load(out / "calibration.safetensors")
     feeds, references = finished.calls()
     passes = [*canonical_passes(calibration, finished.assigned(finished.recipe())), *factoring_passes(calibration)]
-    replay = Replay(
+    bisector = Bisector(
         out=out, passes=change(passes), calibration=calibration, feeds=feeds, references=references, limit=LIMIT
     )  # fmt: skip
-    return replay.run(folder)
+    return bisector.run(folder)
 
 
 def behind(name: str, broken: GraphPass) -> Callable[[list[GraphPass]], list[GraphPass]]:
@@ -176,6 +176,11 @@ def test_a_limit_that_the_codes_do_not_keep(finished: Path) -> None:
     assert "parity breaks in pass quantize_weights, at linear" in " ".join(done.stdout.split())
     command = next(line for line in done.stdout.splitlines() if line.startswith("polygraphy run bisect/model.onnx"))
     assert polygraphy(finished, command) == 1
+
+
+def test_a_limit_that_is_no_number_is_refused(finished: Path) -> None:
+    with pytest.raises(RecipeError, match="--min-sqnr nan: expected a number of dB"):
+        bisect_passes(finished, float("nan"))
 
 
 def test_a_folder_without_its_recording_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import shown_path
 from dq_export.core.progress import Advance, unwatched
+from dq_export.core.recipe import RecipeError
 from dq_export.deploy.backend import Feed, Float32
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.onnxruntime.cpu import open_graph
@@ -26,7 +28,7 @@ from dq_export.passes.pipeline import canonical_passes
 from ..finished_folder import MODEL, FinishedFolder
 from ..ledger import RECIPE
 from ..output_folder import OutputError, locked, move
-from .quantized_graph import quantize_graph
+from ..stages.quantize import quantize_graph
 from .subgraph import cut, first_broken
 
 FOLDER = "bisect"
@@ -72,23 +74,26 @@ class Bisection:
 
 
 def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatched) -> Bisection:
-    """Replay the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
+    """Bisector the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
 
     Args:
         min_sqnr: dB that every recorded call must keep; None: what the recipe requires.
 
     Raises:
         OutputError: `out` holds no whole export, or it is damaged.
+        RecipeError: its recipe is damaged, or `min_sqnr` is not finite.
         BackendError: a library is missing.
         GraphError: a pass refuses the graph.
     """
+    if min_sqnr is not None and not math.isfinite(min_sqnr):
+        raise RecipeError(f"--min-sqnr {min_sqnr}: expected a number of dB")
     require_packages(("onnxruntime", "polygraphy", "onnx_graphsurgeon"), "dq-export bisect")
     finished = FinishedFolder.open(out, RECIPE, MODEL, "float/model.onnx", "calibration.safetensors")
     recipe = finished.recipe()
     feeds, references = finished.calls()
     calibration, backend = CalibrationResult.load(out / "calibration.safetensors"), backend_of(recipe)
     legalise = backend.legalise(shared=recipe.timesteps == "shared", result=calibration) if backend else ()
-    replay = Replay(
+    bisector = Bisector(
         out=out,
         passes=(*canonical_passes(calibration, finished.assigned(recipe)), *legalise),
         calibration=calibration,
@@ -98,13 +103,13 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
     )
     with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
         try:
-            return replay.run(Path(folder), progress)
+            return bisector.run(Path(folder), progress)
         except KeyError as error:
             raise OutputError(f"{shown_path(out)}: float/model.onnx has {error}, which {MODEL} has not; export again") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Replay:
+class Bisector:
     """Passes that are applied one by one to the float graph of `out`, and the calls that judge the graph after each.
 
     Args:

@@ -1,0 +1,1 @@
+"""Which pass, and which linear, moves a graph away from PyTorch."""

@@ -1,0 +1,98 @@
+"""How a command ends: exit statuses, one message for an error of the user's, and interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from .progress import Lines
+
+FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, UNMET, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LINE_LENGTH, LINES = 1000, 40
+"""Characters of a line, and lines, of an error."""
+
+
+@contextmanager
+def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
+    """Progress of a long command, which an interrupt ends with status 130 and a line that says how to go on."""
+    watch = Lines(quiet=quiet)
+    signal.signal(signal.SIGINT, watch.interrupt)
+    try:
+        yield watch
+    except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
+        if not watch.interrupted:
+            raise
+        watch.stop()
+        print(f"\ninterrupted; {then}", file=sys.stderr)
+        end(INTERRUPTED)
+    finally:
+        watch.stop()
+
+
+def end(status: int) -> NoReturn:
+    """End the process at once, all being on disk, whatever its libraries would make of its end.
+
+    Python itself ends by SIGINT, not with a status, where the interrupt struck code that a library compiled from a string.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(status)
+
+
+def statuses() -> dict[type[Exception], int]:
+    """Every error that is the user's to mend, with its exit status."""
+    from dq_export.core.artifacts import CalibrationError
+    from dq_export.core.recipe import RecipeError
+    from dq_export.deploy.audit import AuditError
+    from dq_export.deploy.backend import BackendError, NotHereError
+    from dq_export.deploy.parity import ParityError
+    from dq_export.passes.base import GraphError
+
+    from ..families.reference import ModelError
+    from ..output_folder import OutputError
+    from ..search.request import SearchError
+
+    return {
+        ModelError: USAGE,
+        RecipeError: USAGE,
+        OutputError: USAGE,
+        CalibrationError: FAILED,
+        GraphError: FAILED,
+        BackendError: FAILED,
+        NotHereError: ELSEWHERE,
+        AuditError: AUDIT,
+        ParityError: PARITY,
+        SearchError: UNMET,
+    }
+
+
+def reason_of(error: ImportError | MemoryError | OSError) -> str:
+    """What the system or the interpreter refused, and what to do."""
+    if isinstance(error, ImportError):
+        if error.name is None:
+            return f"a package cannot be imported: {error}"
+        return f"the package '{error.name}' is missing; pip install 'dq-export[cpu]'"
+    if isinstance(error, MemoryError):
+        return "not enough memory; --max-memory GIB says before the work starts what does not fit"
+    if error.errno in NO_SPACE:
+        place = error.filename or "the output folder"
+        return f"no space left for {place}; free some and run the same command again: finished stages are kept"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def print_error(message: str) -> None:
+    """Print lines on stderr: what names and files of others hold cannot steer the terminal, or flood it."""
+    from dq_export.core.documents import printable
+
+    lines = [printable(line, LINE_LENGTH) for line in message.splitlines()]
+    print("error: " + "\n".join(lines[:LINES]), file=sys.stderr)
+    if len(lines) > LINES:
+        print(f"… and {len(lines) - LINES} more lines", file=sys.stderr)

@@ -1,0 +1,125 @@
+"""The commands that export: the whole, or up to a stage."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import FAILED, end, watching
+from .options import NOT_GIVEN, RUN, option, parameters_of, path_option, recipe_options, with_options
+from .tables import summarize
+
+if TYPE_CHECKING:
+    from dq_export.core.recipe import Recipe
+
+
+def run_options(
+    recipe: Annotated[Path | None, path_option("YAML with these options and rules; flags win", "--recipe", group=RUN)] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="linears to leave float; repeatable", metavar="REGEX", rich_help_panel="Quantization"),
+    ] = None,
+    output_dir: Annotated[
+        Path, path_option("new, or an earlier run to continue (default out)", "--output-dir", "-o", group=RUN)
+    ] = Path("out"),
+    device: Annotated[str, option("where PyTorch samples: cpu or cuda (default cpu)", "--device", group=RUN)] = "cpu",
+    max_memory: Annotated[
+        float | None, option("GiB; what cannot fit is said before it starts", "--max-memory", group=RUN)
+    ] = None,
+    overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite", group=RUN)] = False,
+    as_json: Annotated[bool, option("print report.json instead of the summary", "--json", group=RUN)] = False,
+    verbose: Annotated[bool, option("also what each pass and stage did", "--verbose", "-v", group=RUN)] = False,
+    quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q", group=RUN)] = False,
+) -> None:
+    """The options of every command that exports, beside the recipe's."""
+
+
+def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -> Callable[..., None]:
+    """A command with the export's options that stops after a stage.
+
+    Args:
+        more: parameters that typer sees and the export does not need.
+    """
+
+    def command(context: typer.Context, **options: Any) -> None:
+        for item in more:
+            options.pop(item.name)
+        if context.invoked_subcommand is None:
+            _export(until, options)
+
+    return with_options(command, (*recipe_options(), *parameters_of(run_options), *more), text)
+
+
+def _export(until: str, options: dict[str, Any]) -> None:
+    from ..pipeline import run
+    from ..report.report import FRONT
+    from ..report.verdict import require
+
+    folder, path = options.pop("output_dir"), options.pop("recipe")
+    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
+    exclude = tuple(options.pop("exclude") or ())
+    given: dict[str, Any] = {key: value for key, value in options.items() if value not in NOT_GIVEN}
+    for key in ("bits", "format", "provider", "dtype"):
+        if key in given:
+            given[key] = given[key].lower()
+    if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):
+        given["bins"] = int(given["bins"])
+    recipe = recipe_of(path, given)
+    group = _group(until)
+    quiet = how["quiet"] or how["as_json"] or group.rank > 0
+    with watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
+        more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
+        if path:
+            more["front"] = path.parent / FRONT
+        report = run(recipe, folder, until=until, progress=watch, group=group, **more)
+    if report is not None and how["as_json"]:
+        print(report.model_dump_json(indent=1))
+    elif report is not None:
+        summarize(report, folder, verbose=how["verbose"])
+    if group.size > 1:
+        group.leave()
+        end(0)  # gloo's threads sometimes abort a process that ends by itself
+    require(report.verdict if report else None)
+
+
+def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own."""
+    from dq_export.core.recipe import Recipe, RecipeError
+
+    base = Recipe.read(path) if path else {}
+    if given.get("model", base.get("model")) != base.get("model"):
+        base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
+    values = {**base, **given}
+    if "model" not in values:
+        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+    return Recipe.parse(values, f"recipe {path} with flags" if path else "option")
+
+
+def _group(until: str) -> Any:
+    """The processes that torchrun started; one alone without it."""
+    from dq_export.calibration.group import ALONE, join_group
+    from dq_export.core.recipe import RecipeError
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return ALONE
+    if until != "calibrate":
+        raise RecipeError(
+            f"{processes} processes share only a calibration: run `torchrun … -m dq_export calibrate …`, then dq-export alone"
+        )
+
+    def end(number: int, frame: object) -> None:
+        print("error: ended because another process of the run did; the same command continues", file=sys.stderr)
+        os._exit(FAILED)
+
+    signal.signal(signal.SIGTERM, end)
+    return join_group()

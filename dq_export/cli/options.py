@@ -1,0 +1,117 @@
+"""The options of the commands that export: those of the recipe, made from its fields, and those of the run itself."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from dq_export.core.recipe import Recipe
+
+GROUPS = {
+    "Model": ("model", "revision", "variant"),
+    "Engine": (
+        "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
+    ),
+    "Quantization": ("bits", "granularity", "group_size", "attention", "rounding", "bias_correction"),
+    "Calibration": (
+        "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
+        "guidance_scale", "seed",
+    ),
+    "Proof": ("parity_size", "min_coverage", "min_sqnr"),
+}  # fmt: skip
+"""The recipe's fields in the order and under the headings of `--help`."""
+RUN = "Run"
+NAMES = {"model": ("--model", "-m"), "triton": ("--triton",)}
+"""Options with other names than their field's alone."""
+NOT_GIVEN = ("", None)
+UNIONS, NONE = (Union, UnionType), type(None)
+
+
+def option(text: str, *names: str, group: str | None = None) -> Any:
+    """A typer option whose default, where it has one, is in its text: recipe files may set another."""
+    return typer.Option(*names, help=text, show_default=False, rich_help_panel=group)
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` replaced, which shells leave alone behind `--option=`."""
+    return Path(os.path.expanduser(path))
+
+
+def path_option(text: str, *names: str, group: str | None = None) -> Any:
+    """Like `option`, of a path."""
+    return typer.Option(*names, help=text, show_default=False, parser=expanded, metavar="PATH", rich_help_panel=group)
+
+
+def path_argument(text: str) -> Any:
+    """A typer argument that is a path."""
+    return typer.Argument(help=text, show_default=False, parser=expanded)
+
+
+def recipe_options(*fields: str) -> list[inspect.Parameter]:
+    """Parameters of a command, one for each of the recipe's fields of these names; without names, for all.
+
+    None, or an empty text, stands for an option that was not given. Values are judged by the recipe, which also judges files.
+    """
+    known = {name: group for group, names in GROUPS.items() for name in names}
+    return [_parameter(name, Recipe.model_fields[name], known[name]) for name in fields or known]
+
+
+def with_options(command: Callable[..., None], parameters: Iterable[inspect.Parameter], text: str) -> Callable[..., None]:
+    """Let typer see a command that takes `**options` as one with these parameters.
+
+    Args:
+        text: for `--help`.
+    """
+    own = [item for item in inspect.signature(command, eval_str=True).parameters.values() if item.kind is not item.VAR_KEYWORD]
+    signature = inspect.Signature([*own, *(item.replace(kind=item.KEYWORD_ONLY) for item in parameters)])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: item.annotation for name, item in signature.parameters.items()}
+    command.__doc__ = text
+    return command
+
+
+def parameters_of(options: Callable[..., None]) -> list[inspect.Parameter]:
+    """The parameters of a function that stands for the options of several commands."""
+    return list(inspect.signature(options, eval_str=True).parameters.values())
+
+
+def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    kind, choices = _kind(field.annotation)
+    names = NAMES.get(name) or ((f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,))
+    made = typer.Option(
+        *names,
+        help=_text(field, choices),
+        show_default=False,
+        rich_help_panel=group,
+        autocompletion=(lambda: list(choices)) if choices else None,
+    )
+    annotation: Any = Annotated[str, made] if kind is str else Annotated[kind | None, made]
+    default = "" if kind is str else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(annotation: Any) -> tuple[type, tuple[str, ...]]:
+    """What the command line reads, and the words that a text can be."""
+    parts = [part for part in (get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)) if part is not NONE]
+    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    kinds = [part for part in parts if part in (bool, int, float)]
+    return (kinds[0] if kinds and not words else str), words
+
+
+def _text(field: FieldInfo, words: tuple[str, ...]) -> str:
+    """The field's description, its words where the description does not have them all, and its default."""
+    text, _, absent = (field.description or "").partition("; null: ")
+    if set(words) - set(re.split(r"[^\w-]+", text)):
+        text += f": {', '.join(words)}"
+    plain = field.is_required() or field.default is None or field.default is False or field.default == ""
+    default = absent or ("" if plain else str(field.default))
+    return f"{text} (default {default})" if default else text

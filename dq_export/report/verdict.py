@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import PRESETS
 from dq_export.deploy.audit import Audit, AuditError
 from dq_export.deploy.backend import NotHereError
+from dq_export.deploy.backends import backend_of
 from dq_export.deploy.parity import FLOAT_SQNR, CallParity, ParityError
 from dq_export.deploy.replay import polygraphy_command
 
@@ -91,7 +92,7 @@ def _advice(call: CallParity, recipe: Recipe) -> str:
     table = activation is not None and recipe.granularity == "tensor"
     integers = weight is not None and not weight.qtype.is_float
     fitting = [
-        ("--granularity token", table and integers and recipe.provider != "openvino"),
+        ("--granularity token", table and integers and _runs(recipe, granularity="token")),
         ("--rounding gptq", integers and recipe.rounding != "gptq"),
         ("--scaling auto", recipe.scaling != "auto"),
         ("--bins per-step", table and recipe.bins != "per-step"),
@@ -102,3 +103,12 @@ def _advice(call: CallParity, recipe: Recipe) -> str:
         f"Try {', '.join([*options, '--exclude for the linears with the largest error in report.json'])}; or, if the pictures "
         "are good enough, a lower --min-sqnr."
     )
+
+
+def _runs(recipe: Recipe, **changes: str) -> bool:
+    """Whether the recipe's backend runs its bits with some options changed."""
+    try:
+        backend_of(recipe.model_copy(update={"rules": None, **changes}))
+    except RecipeError:
+        return False
+    return True

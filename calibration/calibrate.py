@@ -179,7 +179,7 @@ def _measured(calibration: Calibration, statistics: Statistics, result: Calibrat
     denoiser, assigned, progress = calibration.denoiser, calibration.assigned, calibration.progress
     reached = reach_of(denoiser, statistics, assigned, result, progress)
     attention, correction = {}, {}
-    if calibration.recipe.attention == "fp8":
+    if calibration.recipe.attention_type is not None:
         attention = attention_scales(denoiser, result.sites, statistics, progress)
     if calibration.recipe.bias_correction:
         correction = mean_errors(denoiser, statistics, assigned, result, progress)

@@ -271,7 +271,8 @@ class TensorRtRtx(TensorRt):
                 raise RecipeError(f"--target '{target}': TensorRT-RTX builds for {', '.join(TARGETS)}")
         shapes = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
         configured = replace(self, targets=targets, shapes=shapes)
-        attention = configured._too_old(f"--attention {recipe.attention}", {"fp8": FP8.name}.get(recipe.attention, ""))
+        codes = recipe.attention_type
+        attention = configured._too_old(f"--attention {recipe.attention}", codes.name) if codes is not None else ""
         if problem := attention or configured._too_old(f"--dtype {self.dtype}", self.dtype):
             raise RecipeError(problem)
         return configured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
 from .patterns import search
+from .qtypes import QuantType
 from .rule import Rule, misplaced, unfit
-from .scheme import Bits, Granularity, Scheme, scheme_of
+from .scheme import ATTENTION_TYPES, PRESETS, Attention, Bits, Granularity, Scheme, scheme_of
 from .violations import nearest, violations
 
 
@@ -47,7 +48,7 @@ class Recipe(BaseModel):
     group_size: int | None = Field(
         default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
     )
-    attention: Literal["float", "fp8"] = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
+    attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
@@ -78,6 +79,11 @@ class Recipe(BaseModel):
         20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
     )
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
+
+    @property
+    def attention_type(self) -> QuantType | None:
+        """The codes of the operands of attention's matmuls; None: they stay float."""
+        return ATTENTION_TYPES[self.attention]
 
     @property
     def scheme(self) -> Scheme:
@@ -209,5 +215,6 @@ class Recipe(BaseModel):
         if self.rounding == "gptq" and any(weight.qtype.is_float for weight in weights):
             return "fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse"
         if not any(scheme.low_precision for scheme in schemes):
-            return f"the rules leave no linear to quantize to {', '.join(get_args(Bits))}; exclude less"
+            names = ", ".join(name for name, preset in PRESETS.items() if preset.low_precision)
+            return f"the rules leave no linear to quantize to {names}; exclude less"
         return ""

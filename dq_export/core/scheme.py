@@ -15,6 +15,10 @@ Action = Literal[Bits, "bits", "weight-only", "float"]
 """What a rule takes: any preset, or `bits`, which stands for the recipe's own."""
 Granularity = Literal["tensor", "token", "token-group"]
 """What --granularity takes: the elements of an activation that share a scale."""
+Attention = Literal["float", "fp8"]
+"""What --attention takes."""
+ATTENTION_TYPES: dict[str, QuantType | None] = {"float": None, "fp8": FP8}
+"""By the name of Attention: the codes of the operands of its two matmuls."""
 BLOCK_SIZES = (128, 64, 32, 16)
 """Sizes of blocks that kernels unpack themselves. Without a requested size the first that divides the width is taken."""
 GROUP_SIZES = (64, 32, 16, 96, 128, 192, 288)

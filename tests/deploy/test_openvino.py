@@ -13,8 +13,10 @@ import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 
 from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.scheme import PRESETS
 from dq_export.deploy.backend import BackendError, Built
 from dq_export.deploy.backends import backend_of
+from dq_export.deploy.lowerings import Lowering
 from dq_export.deploy.openvino.backend import ALONE, OpenVino
 from dq_export.deploy.openvino.engine import OpenVinoEngine, load_engine
 from dq_export.passes.base import run_passes
@@ -41,7 +43,11 @@ def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPa
 def test_every_quantized_gemm_runs_in_integers(built: Built, tiny_calibrated: Any) -> None:
     audit = BACKEND.audit(built, tiny_calibrated[1])
     assert audit.coverage == 1
-    assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == "w8a8"} <= {"FullyConnected i8", "FullyConnected u8"}
+    kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == "w8a8"}
+    assert kernels <= {"FullyConnected i8", "FullyConnected u8"}
+    lowering = BACKEND.supports(PRESETS["w8a8"])
+    assert isinstance(lowering, Lowering)
+    assert all(lowering.kernel in kernel for kernel in kernels)
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted != "w8a8")
 
 

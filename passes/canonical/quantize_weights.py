@@ -64,7 +64,7 @@ def _quantize(
 ) -> None:
     name, gemm, dtype = linear.name, linear.gemm, element_type(grid.qtype)
     if gemm.op_type == "Gemm":
-        raise GraphError(f"'{name}' is a Gemm; only a MatMul is quantized. Run pass lift_modulation before, or make it float")
+        raise GraphError(f"'{name}' is a Gemm, which reads one row a sample; make it weight-only or float")
     read, (width, depth) = linear.weight_reader(), linear.shape
     blocked = grid.scale.ndim == 2
     if not grid.fits(width, depth) or (codes is not None and codes.shape != (width, depth)):

@@ -34,8 +34,8 @@ class ToyBlock(torch.nn.Module):
         self.fc1, self.fc2 = torch.nn.Linear(width, 2 * width), torch.nn.Linear(2 * width, width)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
-        modulated = self.norm(x) * (1 + scale[:, None]) + shift[:, None]
+        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)
+        modulated = self.norm(x) * (1 + scale) + shift
         changed: torch.Tensor = self.fc2(torch.nn.functional.gelu(self.fc1(modulated)))
         return x + changed
 

@@ -15,6 +15,7 @@ from ..canonical.fold_transpose import FoldTranspose
 from ..match import LinearNode, linears, module_of
 from .axes import dims
 from .roles import roles
+from .rules import RULES
 from .walk import Place, Scaled, Walk, Way
 
 
@@ -103,6 +104,7 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
         linears={linear.output: linear for linear in found.values()},
         convolutions=kernels,
         readers={linear.gemm: linear.shape[1] for linear in found.values()},
+        rules=RULES,
     )
     return _sites(walk, by_value)
 

@@ -18,7 +18,7 @@ def network() -> ir.Model:
     modulation = b.node("Gemm", b.node("Sigmoid", embedded), b.weight("w2", 8, 8), module="blocks.0.norm.linear", transB=1)
     x = b.node("MatMul", b.value["x"], b.weight("w3", 8, 8), module="embed")
     x = b.node("Mul", x, b.node("Unsqueeze", modulation, axis))
-    query = b.node("MatMul", x, b.weight("w4", 8, 8), module="blocks.0.to_q")
+    query = b.node("MatMul", x, b.node("Transpose", b.weight("w4", 8, 8), perm=[1, 0]), module="blocks.0.to_q")
     key = b.node("MatMul", b.value["text"], b.weight("w5", 8, 8), module="blocks.0.to_k")
     scores = b.node("MatMul", query, b.node("Transpose", key, perm=[0, 2, 1]))
     return b.shaped(b.node("Softmax", scores, axis=-1, shape=["B", 3, 5]))

@@ -129,6 +129,11 @@ def behind_slices_of_a_linear(b: Builder) -> ir.Value:
     return last
 
 
+def behind_a_number_that_is_added(b: Builder) -> ir.Value:
+    made: ir.Value = b.node("Add", linear(b, b.value["x"], "up", 8, 8), b.const("half", np.float32(0.5)))
+    return made
+
+
 def behind_a_part_by_part_concat(b: Builder) -> ir.Value:
     made: ir.Value = b.node(
         "Concat", linear(b, b.value["x"], "one", 8, 3), b.node("Gelu", linear(b, b.value["x"], "two", 8, 5)), axis=2
@@ -139,6 +144,7 @@ def behind_a_part_by_part_concat(b: Builder) -> ir.Value:
 Rule = Callable[[Builder], ir.Value]
 FREE: list[tuple[Rule, list[tuple[str, str, tuple[int, int], bool]]]] = [
     (behind_a_linear, [("linear", "up", (0, 8), True)]),
+    (behind_a_number_that_is_added, [("linear", "up", (0, 8), True)]),
     (behind_a_linear_without_bias, [("linear", "up", (0, 8), True)]),
     (behind_an_affine_norm, [("norm", "", (0, 8), True)]),
     (behind_a_norm_without_bias, [("norm", "", (0, 8), True)]),
@@ -213,13 +219,31 @@ def overlapping(b: Builder) -> ir.Value:
     return last
 
 
-def unknown_head(b: Builder) -> ir.Value:
-    """Only some of the joined axes hold channels of the reader."""
-    made: ir.Value = b.node("Reshape", linear(b, b.value["x"], "up", 8, 16), b.const("shape", np.asarray([0, 6, 8])))
+def rows_that_are_read_whole(b: Builder) -> ir.Value:
+    whole = linear(b, b.value["x"], "proj", 8, 16)
+    first, _ = b.node("Split", whole, outputs=2, axis=2, num_outputs=2)
+    b.graph.outputs.append(b.node("Neg", whole, shape=["B", 3, 16]))
+    made: ir.Value = first
     return made
 
 
-@pytest.mark.parametrize("rule", [residual, output, gelu, silu, overlapping, unknown_head], ids=lambda rule: rule.__name__)
+def channels_in_another_order(b: Builder) -> ir.Value:
+    cut = b.node("Reshape", linear(b, b.value["x"], "up", 8, 8), b.const("cut", np.asarray([0, 0, 2, 4])))
+    made: ir.Value = b.node("Reshape", b.node("Transpose", cut, perm=[0, 1, 3, 2]), b.const("joined", np.asarray([0, 0, 8])))
+    return made
+
+
+def rows_that_become_tokens(b: Builder) -> ir.Value:
+    """A scaling of 8 channels would repeat along the 16 rows."""
+    made: ir.Value = b.node("Reshape", gemm(b, b.value["c"], "up", 4, 16), b.const("shape", np.asarray([0, 2, 8])))
+    return made
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [residual, output, gelu, silu, overlapping, rows_that_are_read_whole, channels_in_another_order, rows_that_become_tokens],
+    ids=lambda rule: rule.__name__,
+)
 def test_the_scaling_stays_in_front_of_the_reader_where_nothing_can_take_it(rule: Rule) -> None:
     model, feed = modelled(rule)
     site = next(item.site for item in graph_sites(model) if item.site.name == "reader")
@@ -237,13 +261,15 @@ def test_a_shift_passes_attention_only_where_the_weights_sum_to_one() -> None:
     assert (fold.kind, fold.shifts) == ("free", False)
 
 
-def test_streams_that_are_slices_of_one_attention_share_one_scaling() -> None:
+@pytest.mark.parametrize("moved", [False, True], ids=["plain", "moved"])
+def test_streams_that_are_slices_of_one_attention_share_one_scaling(moved: bool) -> None:
     b = tokens(y=["B", 2, 8])
     mixed = behind_attention_to_both_streams(b)
     one, two = b.node("Split", mixed, b.const("sizes", np.asarray([3, 2])), outputs=2, axis=1)
+    one = b.node("Add", one, b.weight("offset", 8)) if moved else one
     model = b.shaped(linear(b, one, "to_out", 8, 6), linear(b, two, "to_add_out", 8, 6))
     first, second = graph_sites(model)[-2:]
-    assert [part.name for part in first.site.fold.parts] == ["v_x", "v_y"]
+    assert [part.name for part in first.site.fold.of_kind("linear")] == ["v_x", "v_y"]
     assert (second.site.shares, second.site.fold.parts) == ("to_out", ())
     feed = {"x": RANDOM.normal(size=(2, 3, 8)).astype(np.float32), "y": RANDOM.normal(size=(2, 2, 8)).astype(np.float32)}
     feed["c"] = np.zeros((2, 4), dtype=np.float32)

@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,12 +153,12 @@ def output_of(model: ir.Model, feed: Arrays) -> np.ndarray[Any, Any]:
     return found
 
 
-def fold_at_random(model: ir.Model, chosen: Callable[[GraphSite], bool], *, convolutions: bool) -> None:
-    """Fold random scalings at some sites, and shifts where their folds take any."""
+def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: bool = False) -> None:
+    """Fold random scalings at the sites of these names, and shifts where their folds take any, in place."""
     rng, plans = np.random.default_rng(2), dict[str, SitePlan]()
     for item in graph_sites(model, convolutions=convolutions):
         site, width = item.site, item.readers[0].width
-        if not chosen(item):
+        if site.name not in names:
             continue
         if site.shares:
             in_scale, in_shift = plans[site.shares].in_scale, plans[site.shares].in_shift
@@ -166,6 +166,7 @@ def fold_at_random(model: ir.Model, chosen: Callable[[GraphSite], bool], *, conv
             in_scale = np.exp(0.5 * rng.normal(size=width)).astype(np.float32)
             in_shift = (0.5 * rng.normal(size=width)).astype(np.float32) * np.float32(site.fold.shifts)
         plans[site.name] = SitePlan(site=site, method="random", in_scale=in_scale, in_shift=in_shift, activation=None)
+    assert set(plans) == set(names)
     result = CalibrationResult(sites=plans, weight_scale={}, provenance={})
     run_passes(model, [FoldScaling(result=result, convolutions=convolutions)])
 
@@ -195,7 +196,7 @@ def measure(case: Case) -> Found:
 
     sites = {item.site.name: item for item in graph_sites(model, convolutions=True) if chosen(item)}
     kinds = {name: sites[item.site.shares or name].site.fold.kind for name, item in sites.items()}
-    fold_at_random(model, chosen, convolutions=True)
+    fold_at_random(model, sites, convolutions=True)
     return Found(
         gemms=Counter(kind for name, kind in kinds.items() if sites[name].readers[0].axis < 0),
         convolutions=Counter(kind for name, kind in kinds.items() if sites[name].readers[0].axis > 0),

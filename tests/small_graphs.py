@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from dq_export.core.folds import explicit
 from dq_export.core.network import InputSite
 from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins
-from dq_export.passes.analysis.sites import graph_sites
-from dq_export.passes.base import GraphPass, initializer, run_passes
-from dq_export.passes.canonical.fold_scaling import FoldScaling
+from dq_export.passes.base import GraphPass, initializer
 from dq_export.passes.match import SCOPES
 
 RANDOM = np.random.default_rng(0)
@@ -128,22 +125,3 @@ def linear_model(timestep: list[Any], readers: int = 1) -> ir.Model:
 
 def site_of(readers: int = 1) -> InputSite:
     return InputSite(name="fc0", linears=tuple(f"fc{i}" for i in range(readers)), fold=explicit("fc0", 8))
-
-
-def folded_at_random(model: ir.Model, names: Sequence[str], *, convolutions: bool = False) -> None:
-    """Fold random scalings, and shifts where the fold takes one, at some sites of a graph, in place."""
-    rng = np.random.default_rng(11)
-    plans: dict[str, SitePlan] = {}
-    for item in graph_sites(model, convolutions=convolutions):
-        site, width = item.site, item.readers[0].width
-        if site.name not in names:
-            continue
-        if site.shares:
-            in_scale, in_shift = plans[site.shares].in_scale, plans[site.shares].in_shift
-        else:
-            in_scale = np.exp(rng.normal(size=width)).astype(np.float32)
-            in_shift = rng.normal(size=width).astype(np.float32) * np.float32(site.fold.shifts)
-        plans[site.name] = SitePlan(site=site, method="random", in_scale=in_scale, in_shift=in_shift, activation=None)
-    assert list(plans) == list(names)
-    result = CalibrationResult(sites=plans, weight_scale={}, provenance={})
-    run_passes(model, [FoldScaling(result=result, convolutions=convolutions)])

@@ -203,6 +203,7 @@ class TorchNetwork:
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
+        self.graphs.clear()
         save(graph, path, self.weights.files, ROOT)
 
     def _graph(self, *, shared: bool) -> ir.Model:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sqnr
+from folds import fold_at_random
 from toy import TOY, ToyPipeline, save_toy
 
 from dq_export.calibration.collect.calls import Calls
@@ -181,6 +182,25 @@ def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) ->
     with reference.observe(lambda name, value: seen.append(name)):
         reference.forward(feed_of(reference))
     assert seen == [site.name for site in reference.sites]
+
+
+def test_the_graph_shows_every_linear_of_the_network(reference: Any) -> None:
+    """What the analysis did not find would stay float without a word."""
+    modules = {name: module for name, module in reference.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name: linear.width for name, linear in reference.linears.items()} == {
+        name: module.in_features for name, module in modules.items()
+    }
+
+
+def test_folding_random_scalings_leaves_the_float_output_unchanged(graph: tuple[Path, bool], reference: Any) -> None:
+    path, shared = graph
+    model = load(path)
+    model.ir_version = 10
+    run_passes(model, [FoldTranspose(), MergeDuplicates()])
+    fold_at_random(model, [site.name for site in reference.sites])
+    feed = feed_of(reference, 500 if shared else [500, 3, 999])
+    exact, found = reference.forward(feed), run_onnx(model, feed)
+    assert 0 < np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import run_onnx
-from small_graphs import Builder, folded_at_random
+from folds import fold_at_random
+from small_graphs import Builder
 
 from dq_export.passes.analysis.sites import graph_sites
 
@@ -181,7 +182,7 @@ def test_the_scaling_goes_where_it_is_cheapest_and_the_output_stays(rule: Rule, 
     assert parts == expected
     assert site.fold.shifts == any(part.shift for part in site.fold.parts)
     before = run_onnx(model, feed)
-    folded_at_random(model, ("reader",))
+    fold_at_random(model, ("reader",))
     after = run_onnx(model, feed)
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
@@ -249,7 +250,7 @@ def test_the_scaling_stays_in_front_of_the_reader_where_nothing_can_take_it(rule
     site = next(item.site for item in graph_sites(model) if item.site.name == "reader")
     assert [(part.kind, part.channels, part.shift) for part in site.fold.parts] == [("token", (0, 8), True)]
     before = run_onnx(model, feed)
-    folded_at_random(model, ("reader",))
+    fold_at_random(model, ("reader",))
     np.testing.assert_allclose(run_onnx(model, feed), before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
@@ -274,7 +275,7 @@ def test_streams_that_are_slices_of_one_attention_share_one_scaling(moved: bool)
     feed = {"x": RANDOM.normal(size=(2, 3, 8)).astype(np.float32), "y": RANDOM.normal(size=(2, 2, 8)).astype(np.float32)}
     feed["c"] = np.zeros((2, 4), dtype=np.float32)
     before = run_onnx(model, feed)
-    folded_at_random(model, ("to_out", "to_add_out"))
+    fold_at_random(model, ("to_out", "to_add_out"))
     np.testing.assert_allclose(run_onnx(model, feed), before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
@@ -303,5 +304,5 @@ def test_a_convolution_takes_no_shift_and_folds_into_a_group_norm_or_a_convoluti
     }
     feed = {"x": RANDOM.normal(size=(1, 8, 5, 5)).astype(np.float32)}
     before = run_onnx(model, feed)
-    folded_at_random(model, tuple(found), convolutions=True)
+    fold_at_random(model, tuple(found), convolutions=True)
     np.testing.assert_allclose(run_onnx(model, feed), before, rtol=0, atol=1e-5 * np.abs(before).max())

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.network import Feed as Feed
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
@@ -23,7 +24,6 @@ from .audit import Audit
 from .lowerings import Lowering, Refusal
 
 Float32 = npt.NDArray[np.float32]
-Feed = Mapping[str, npt.NDArray[np.generic]]
 Reader = Callable[[Path], ir.Model]
 
 

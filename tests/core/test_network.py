@@ -1,0 +1,41 @@
+"""A network's inputs and what is drawn with them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dq_export.core.network import BATCH, Axis, Conditions, Input, batch_of, output_name
+
+
+def test_an_inputs_zeros_have_its_type_and_the_sizes_of_the_pictures() -> None:
+    state = Input(name="x", role="state", dtype="float32", shape=(BATCH, 3, Axis("height", 6), Axis("width", 8)))
+    assert (state.zeros().shape, state.zeros(5).shape, state.zeros().dtype) == ((2, 3, 6, 8), (5, 3, 6, 8), np.float32)
+    assert Input(name="timestep", role="timestep", dtype="int64").zeros(4).tolist() == [0, 0, 0, 0]
+
+
+def test_a_condition_is_an_index_into_every_conditional_input() -> None:
+    text, size = np.arange(12.0).reshape(3, 2, 2), np.asarray([[1], [2], [3]])
+    conditions = Conditions(arrays={"text": text, "size": size}, null={"text": np.full((1, 2, 2), -1.0)})
+    assert len(conditions) == 3
+    rows = conditions.rows(np.asarray([2, 0, 2]))
+    np.testing.assert_array_equal(rows["text"], text[[2, 0, 2]])
+    assert rows["size"].tolist() == [[3], [1], [3]]
+    null = conditions.null_rows(2)
+    assert null.keys() == {"text"}
+    np.testing.assert_array_equal(null["text"], np.full((2, 2, 2), -1.0))
+
+
+def test_a_network_without_conditions_draws_one_thing() -> None:
+    nothing = Conditions(arrays={}, null={})
+    assert (len(nothing), nothing.rows(np.zeros(4, dtype=np.int64)), nothing.null_rows(4)) == (1, {}, {})
+
+
+def test_the_batch_is_that_of_the_inputs_beside_a_shared_timestep() -> None:
+    states, one = np.zeros((6, 2)), np.zeros(1)
+    assert batch_of({"timestep": one, "x": states}) == 6
+    assert batch_of({"x": states[:1], "timestep": one}) == 1
+
+
+def test_the_output_never_bears_an_inputs_name() -> None:
+    assert output_name(["hidden_states", "timestep"]) == "sample"
+    assert output_name(["sample", "timestep"]) == "out_sample"

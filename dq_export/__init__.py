@@ -23,7 +23,8 @@ def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:
         model: `dit`, `dit-digits`, a hub id or a local diffusers folder.
         output_dir: a new folder, or one that holds an earlier run of the same options, which is then continued.
         options: every key of the recipe (`format`, `bits`, `method`, `scaling`, `steps` …), and `exclude` (a tuple of
-            regular expressions), `overwrite`, `max_memory`, `device`, `plugin`, `progress` as in `dq_export.pipeline.run`.
+            regular expressions), `overwrite`, `max_memory`, `device`, `plugin` as in `dq_export.preparation.Options`, and
+            `progress`.
 
     Returns:
         The report, also written to `output_dir/report.json`.
@@ -56,12 +57,13 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     from dq_export.core.recipe import Recipe
 
     from .pipeline import run
+    from .preparation import Options
     from .report.verdict import require
 
-    mine = ("exclude", "overwrite", "progress", "max_memory", "device", "plugin")
-    how = {key: options.pop(key) for key in mine if key in options}
+    progress = options.pop("progress", None)
+    more = {key: options.pop(key) for key in ("exclude", "overwrite", "max_memory", "device", "plugin") if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
-    report = run(recipe, Path(os.path.expanduser(output_dir)), until=until, **how)
+    report = run(recipe, Path(os.path.expanduser(output_dir)), Options(**more), until=until, progress=progress)
     assert report is not None  # one process does everything
     require(report.verdict)
     return report

@@ -23,6 +23,7 @@ from .ledger import RECIPE
 from .machine import installed
 from .output_folder import OutputError, locked, move
 from .pipeline import run
+from .preparation import Options
 from .report.page import write_report
 from .report.report import LatencyReport, Report
 from .report.verdict import concluded, require
@@ -93,7 +94,7 @@ def serve_again(out: Path, progress: Progress) -> Path:
             f"{out} takes one timestep for a whole batch, so requests at different steps could not share a call; export anew: "
             f"dq-export --recipe {out / RECIPE} --timesteps per-sample --triton -o {out}-triton"
         )
-    report = run(recipe.model_copy(update={"triton": True}), out, until="triton", overwrite=True, progress=progress)
+    report = run(recipe.model_copy(update={"triton": True}), out, Options(overwrite=True), until="triton", progress=progress)
     require(report.verdict if report else None)
     return out / REPOSITORY
 

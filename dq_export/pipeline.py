@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dq_export.calibration.group import ALONE, ProcessGroup
-from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.core.progress import Progress, Silent
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import NotHereError
@@ -16,7 +15,7 @@ from .heap import return_freed_memory
 from .ledger import R, claim, require_usable
 from .machine import versions
 from .output_folder import write_bytes
-from .preparation import Options, prepare
+from .preparation import DEFAULT, Options, prepare
 from .report.assemble import assemble
 from .report.page import read_picture, write_report
 from .report.report import FRONT, Report
@@ -38,54 +37,49 @@ STAGES: tuple[Stage[Any], ...] = (FLOAT, CALIBRATE, REFERENCE, QUANTIZE, BUILD, 
 def run(
     recipe: Recipe,
     folder: Path,
+    options: Options = DEFAULT,
     *,
-    exclude: tuple[str, ...] = (),
     until: str = STAGES[-1].name,
-    overwrite: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup = ALONE,
-    max_memory: float | None = None,
-    device: str = "cpu",
-    front: Path | None = None,
-    plugin: WeightPlugin = UNCHANGED,
 ) -> Report | None:
     """Export a model into `folder`; stages that are done already, with the same inputs, are kept.
 
     Args:
-        exclude: regular expressions of module names that stay float, before all of the recipe's rules.
         until: name of the last stage to run.
-        overwrite: accept a folder that holds a run of another recipe.
-        group: the processes that share the calibration. The first does all else and gets the report, the others None.
-        device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
-        plugin: the user's own weights and Hessians; not together with torchrun.
-        front: the picture of the search that found the recipe, for the report.
-        max_memory: GiB that each process may take; bench is left out where it alone does not fit.
+        group: the processes that share the calibration. The first does everything else and gets the report, the others None.
 
     Raises:
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, OutputError: see each. An engine that runs in float
             or is too far from PyTorch is no exception: the report's verdict says so.
     """
     watch = progress or Silent()
-    picture = read_picture(front) if front else None
+    picture = read_picture(options.front) if options.front else None
     if group.rank == 0:  # it alone holds the lock, and the others write only after it has called them
         require_usable(folder)
     watch.begin("load", recipe.model)
     start = time.monotonic()
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
-    prepared = prepare(recipe, stages, Options(exclude=exclude, max_memory=max_memory, device=device), watch.advance)
+    prepared = prepare(recipe, stages, options, watch.advance)
     reference = prepared.reference
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
         if CALIBRATE.name in prepared.stages:
-            assist(prepared, folder, group, device)
+            assist(prepared, folder, group, options.device)
         return None
-    with claim(folder, prepared.recipe.dump(), overwrite=overwrite) as ledger:
+    with claim(folder, prepared.recipe.dump(), overwrite=options.overwrite) as ledger:
         context = Context(
-            **vars(prepared), folder=folder, ledger=ledger, progress=watch, group=group, device=device, plugin=plugin
+            **vars(prepared),
+            folder=folder,
+            ledger=ledger,
+            progress=watch,
+            group=group,
+            device=options.device,
+            plugin=options.plugin,
         )
         run_stages(context)
         if prepared.stages[-1] != until:
-            watch.begin(until, f"left out: it does not fit in {max_memory:g} GiB")
+            watch.begin(until, f"left out: it does not fit in {options.max_memory:g} GiB")
         report = assemble(context)
         if picture is not None:
             write_bytes(folder / FRONT, picture)

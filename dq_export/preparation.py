@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.core.progress import Advance
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
@@ -21,17 +23,26 @@ from .stages.triton import TRITON, require_served
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a run is asked for beside its recipe.
+    """What decides a run beside its recipe.
 
     Args:
         exclude: regular expressions of module names that stay float, before all of the recipe's rules.
-        max_memory: GiB that each process may take; None: no limit.
-        device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`.
+        overwrite: accept a folder that holds a run of another recipe.
+        max_memory: GiB that each process may take; bench is left out where it alone does not fit. None: no limit.
+        device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
+        front: the picture of the search that found the recipe, for the report.
+        plugin: the user's own weights and Hessians; not together with torchrun.
     """
 
     exclude: tuple[str, ...] = ()
+    overwrite: bool = False
     max_memory: float | None = None
     device: str = "cpu"
+    front: Path | None = None
+    plugin: WeightPlugin = UNCHANGED
+
+
+DEFAULT = Options()
 
 
 def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Advance) -> Prepared:

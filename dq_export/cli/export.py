@@ -60,6 +60,7 @@ def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -
 
 def _export(until: str, options: dict[str, Any]) -> None:
     from ..pipeline import run
+    from ..preparation import Options
     from ..report.report import FRONT
     from ..report.verdict import require
 
@@ -80,7 +81,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
         more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
         if path:
             more["front"] = path.parent / FRONT
-        report = run(recipe, folder, until=until, progress=watch, group=group, **more)
+        report = run(recipe, folder, Options(**more), until=until, progress=watch, group=group)
     if report is not None and how["as_json"]:
         print(report.model_dump_json(indent=1))
     elif report is not None:

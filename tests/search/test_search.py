@@ -21,7 +21,8 @@ from dq_export.deploy.tensorrt.backend import TensorRt
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.output_folder import OutputError
-from dq_export.pipeline import resolve, run
+from dq_export.pipeline import run
+from dq_export.preparation import Options, resolve
 from dq_export.report.front import EXACT, Front, apart
 from dq_export.search.explore import WINNER, explore
 from dq_export.search.request import SearchError, SearchRequest
@@ -171,7 +172,7 @@ def test_the_winner_exports_at_the_size_that_was_foretold(folder: Path, searched
     out, found = searched
     assert found.reached
     assert found.size <= 0.085
-    report = run(Recipe.load(out / WINNER), tmp_path / "engine", front=out / "search.svg")
+    report = run(Recipe.load(out / WINNER), tmp_path / "engine", Options(front=out / "search.svg"))
     assert report is not None
     assert report.audit is not None
     assert report.audit.coverage == 1

@@ -18,6 +18,7 @@ from conftest import save_tiny
 from dq_export.core.recipe import Recipe
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
+from dq_export.preparation import Options
 from dq_export.report.drawing import heat_map, scale_curves, sqnr_plot
 from dq_export.report.page import read_picture, render_html
 from dq_export.report.report import Report
@@ -147,7 +148,7 @@ def test_what_is_no_picture_beside_a_recipe_is_refused_before_work(make: Any, me
     (tmp_path / "recipe.yaml").write_text("model: dit-digits\n")
     make(tmp_path / "search.svg", tmp_path / "secret")
     with pytest.raises(OutputError, match=rf"search\.svg: .*{message}"):
-        run(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "out", front=tmp_path / "search.svg")
+        run(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "out", Options(front=tmp_path / "search.svg"))
     assert not (tmp_path / "out").exists()
     assert read_picture(tmp_path / "none.svg") is None
 

@@ -14,6 +14,7 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
+from dq_export.preparation import Options
 from dq_export.report.report import Report
 
 Q, OUT = "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_out.0"
@@ -25,7 +26,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """`auto` chose the scalings; one linear is excluded."""
     out = tmp_path_factory.mktemp("explained") / "out"
     recipe = Recipe.parse({"model": str(tiny_folder), "timesteps": "per-sample", **QUICK}, "test")
-    run(recipe, out, exclude=(re.escape(OUT) + "$",), until="audit")
+    run(recipe, out, Options(exclude=(re.escape(OUT) + "$",)), until="audit")
     return out
 
 

@@ -24,7 +24,7 @@ from .context import Calibration
 from .hessians import stream_hessians
 from .measures import attention_scales, mean_errors, reach_of, sqnr_by_timestep
 from .plugin import UNCHANGED
-from .ranges import METHODS
+from .ranges import method_of
 from .scaling import Scaling, choose_scaling
 from .simulation import Simulation
 from .weights import round_weights
@@ -229,5 +229,5 @@ def _activation(
     if scheme.per_token:
         constant = float(f"{float(np.median(amax)) / qtype.qmax:.6g}")
         return TokenScale(constant=constant, clip=scaling.clip, qtype=qtype)
-    scale = METHODS[recipe.method](amax * np.float32(scaling.clip), counts, recipe, qtype)
+    scale = method_of(recipe.method)(amax * np.float32(scaling.clip), counts, recipe, qtype)
     return build_table(timesteps, scale, recipe.bins, qtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.core.plugins import PluginError, load_plugins
 from dq_export.core.qtypes import INT8, QuantType
 from dq_export.core.recipe import Recipe
 
@@ -51,9 +52,28 @@ def mse(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -
     return scale
 
 
-METHODS: dict[str, Callable[[Float32, Int64, Recipe, QuantType], Float32]] = {
-    "minmax": minmax,
-    "percentile": percentile,
-    "mse": mse,
-}
-"""By name: (amax float32[T], counts int64[T, cells] of |x| over [0, amax], recipe, element type) -> scale float32[T]."""
+Method = Callable[[Float32, Int64, Recipe, QuantType], Float32]
+"""(amax float32[T], counts int64[T, cells] of |x| over [0, amax], recipe, element type) -> scale float32[T]."""
+METHODS: dict[str, Method] = {"minmax": minmax, "percentile": percentile, "mse": mse}
+
+
+def method_of(name: str) -> Method:
+    """The method of a name, of dq-export or of a plug-in, whose scales are checked.
+
+    Raises:
+        PluginError: a plug-in cannot be used.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    method: Method = load_plugins("methods", Callable, METHODS)[name]
+
+    def checked(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType) -> Float32:
+        scale = np.asarray(method(amax, counts, recipe, qtype))
+        if scale.shape != amax.shape or scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
+            raise PluginError(
+                f"plug-in method '{name}': expected float32{list(amax.shape)}, finite and > 0, found {scale.dtype}"
+                f"{list(scale.shape)} from {scale.min() if scale.size else 'nothing'}"
+            )
+        return scale
+
+    return checked

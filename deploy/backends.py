@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dq_export.core.plugins import PluginError, load_plugins
 from dq_export.core.recipe import Recipe, RecipeError
 
 from .backend import Backend
@@ -18,6 +19,21 @@ BACKENDS: tuple[Backend, ...] = (
 """The first of a format is its default."""
 
 
+def all_backends() -> tuple[Backend, ...]:
+    """dq-export's own backends and those of plug-ins.
+
+    Raises:
+        PluginError: a plug-in cannot be used, or is called otherwise than its --format.
+    """
+    added = load_plugins("backends", Backend, [backend.name for backend in BACKENDS])
+    wrong = next((name for name, backend in added.items() if backend.name != name), None)
+    if wrong is not None:
+        raise PluginError(
+            f"plug-in '{wrong}' (dq_export.backends): its backend is called '{added[wrong].name}'; give both one name"
+        )
+    return (*BACKENDS, *added.values())
+
+
 def backend_of(recipe: Recipe) -> Backend | None:
     """The backend of a recipe; None for format `onnx`, which builds nothing.
 
@@ -26,7 +42,8 @@ def backend_of(recipe: Recipe) -> Backend | None:
     """
     if recipe.format == "onnx":
         return None
-    named = [backend for backend in BACKENDS if backend.name == recipe.format]
+    backends = all_backends()
+    named = [backend for backend in backends if backend.name == recipe.format]
     provider = recipe.provider or named[0].provider
     fitting = [backend for backend in named if backend.provider == provider and recipe.dtype in (None, backend.dtype)]
     if not fitting:
@@ -34,7 +51,7 @@ def backend_of(recipe: Recipe) -> Backend | None:
         asked = _flags(provider, recipe.dtype)
         raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
     if recipe.attention not in fitting[0].attention:
-        others = dict.fromkeys(backend.name for backend in BACKENDS if recipe.attention in backend.attention)
+        others = dict.fromkeys(backend.name for backend in backends if recipe.attention in backend.attention)
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")
     backend = fitting[0].configured(recipe)
     if recipe.rules is None:  # the family's rules then say `bits`, which is refused before its weights are downloaded

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.documents import printable
+from dq_export.core.plugins import PluginError, load_plugins
 from dq_export.core.rule import Rule
 
 from .base import GraphPass
@@ -43,3 +45,30 @@ def factoring_passes(result: CalibrationResult, *, shared: bool = False, limit: 
     """
     narrow = any(plan.activation and plan.activation.qtype.bits < EIGHT for plan in result.sites.values())
     return (FactorScale(result=result, tables=narrow or not shared, limit=limit), ClipCodes(result=result))
+
+
+def with_plugins(passes: Sequence[GraphPass], result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
+    """A list of passes with those of plug-ins, each at the place that it declares.
+
+    A plug-in is a function of `result` and `assigned` that returns a pass. The pass stands directly after the last of those
+    that it comes after; without them before the first that it comes before; else at the end.
+
+    Raises:
+        PluginError: a plug-in cannot be used.
+    """
+    listed = list(passes)
+    for name, make in load_plugins("passes", Callable).items():
+        try:
+            item: object = make(result=result, assigned=assigned)
+        except Exception as error:  # of a stranger's function, which may raise anything
+            raise PluginError(f"plug-in '{name}' (dq_export.passes): {type(error).__name__}: {printable(str(error))}") from error
+        if not isinstance(item, GraphPass):
+            raise PluginError(f"plug-in '{name}' (dq_export.passes): expected a pass, found {type(item).__name__}")
+        listed.insert(_place(listed, item), item)
+    return tuple(listed)
+
+
+def _place(passes: Sequence[GraphPass], item: GraphPass) -> int:
+    after = [index for index, other in enumerate(passes) if other.name in item.after]
+    before = [index for index, other in enumerate(passes) if other.name in item.before]
+    return after[-1] + 1 if after else before[0] if before else len(passes)

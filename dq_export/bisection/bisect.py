@@ -23,7 +23,7 @@ from dq_export.deploy.parity import difference
 from dq_export.deploy.replay import polygraphy_command, save_replay
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.widen_floats import WidenFloats
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, with_plugins
 
 from ..finished_folder import MODEL, FinishedFolder
 from ..ledger import RECIPE
@@ -93,9 +93,10 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
     feeds, references = finished.calls()
     calibration, backend = CalibrationResult.load(out / "calibration.safetensors"), backend_of(recipe)
     legalise = backend.legalise(shared=recipe.timesteps == "shared", result=calibration) if backend else ()
+    assigned = finished.assigned(recipe)
     bisector = Bisector(
         out=out,
-        passes=(*canonical_passes(calibration, finished.assigned(recipe)), *legalise),
+        passes=with_plugins((*canonical_passes(calibration, assigned), *legalise), calibration, assigned),
         calibration=calibration,
         feeds=feeds,
         references=references,

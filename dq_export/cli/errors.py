@@ -50,6 +50,7 @@ def end(status: int) -> NoReturn:
 def statuses() -> dict[type[Exception], int]:
     """Every error that is the user's to mend, with its exit status."""
     from dq_export.core.artifacts import CalibrationError
+    from dq_export.core.plugins import PluginError
     from dq_export.core.recipe import RecipeError
     from dq_export.deploy.audit import AuditError
     from dq_export.deploy.backend import BackendError, NotHereError
@@ -65,6 +66,7 @@ def statuses() -> dict[type[Exception], int]:
         RecipeError: USAGE,
         OutputError: USAGE,
         CalibrationError: FAILED,
+        PluginError: FAILED,
         GraphError: FAILED,
         BackendError: FAILED,
         NotHereError: ELSEWHERE,

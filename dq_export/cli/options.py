@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from dq_export.core.plugins import OneOf
 from dq_export.core.recipe import Recipe
 
 GROUPS = {
@@ -85,7 +86,7 @@ def parameters_of(options: Callable[..., None]) -> list[inspect.Parameter]:
 
 def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
-    kind, choices = _kind(field.annotation)
+    kind, choices = _kind(field)
     names = NAMES.get(name) or ((f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,))
     made = typer.Option(
         *names,
@@ -99,8 +100,13 @@ def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _kind(annotation: Any) -> tuple[type, tuple[str, ...]]:
+def _kind(field: FieldInfo) -> tuple[type, tuple[str, ...]]:
     """What the command line reads, and the words that a text can be."""
+    annotation: Any = field.annotation
+    checks = (getattr(item, "func", None) for item in field.metadata)
+    open_ended = next((check for check in checks if isinstance(check, OneOf)), None)
+    if open_ended:
+        return str, open_ended.words()
     parts = [part for part in (get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)) if part is not NONE]
     words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
     kinds = [part for part in parts if part in (bool, int, float)]

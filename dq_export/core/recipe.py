@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
 from .patterns import search
+from .plugins import OneOf
 from .qtypes import QuantType
 from .rule import Rule, misplaced, unfit
 from .scheme import ATTENTION_TYPES, PRESETS, Attention, Bits, Granularity, Scheme, scheme_of
@@ -20,6 +21,10 @@ from .violations import nearest, violations
 
 class RecipeError(Exception):
     """A recipe, or an option that becomes part of one, asks for something that does not exist or cannot be done."""
+
+
+FORMATS = OneOf("backends", ("onnx", "ort", "trt", "trt-rtx"))
+METHODS = OneOf("methods", ("minmax", "percentile", "mse"))
 
 
 class Recipe(BaseModel):
@@ -32,7 +37,7 @@ class Recipe(BaseModel):
         default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
     )
     variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
-    format: Literal["onnx", "ort", "trt", "trt-rtx"] = Field("ort", description="what to build")
+    format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: the graph alone")
     provider: Literal["cpu", "openvino"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"
     )
@@ -49,7 +54,7 @@ class Recipe(BaseModel):
         default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
     )
     attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
-    method: Literal["minmax", "percentile", "mse"] = Field("minmax", description="how a scale follows from the values seen")
+    method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
     percentile: float = Field(

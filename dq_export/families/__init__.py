@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dq_export.core.plugins import load_plugins
+
 from .dit import DIT
 from .family import Family
 
 FAMILIES: tuple[Family, ...] = (DIT,)
+
+
+def all_families() -> tuple[Family, ...]:
+    """dq-export's own families and those of plug-ins.
+
+    Raises:
+        PluginError: a plug-in cannot be used.
+    """
+    return (*FAMILIES, *load_plugins("families", Family, [family.name for family in FAMILIES]).values())

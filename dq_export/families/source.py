@@ -14,7 +14,7 @@ from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe
 from dq_export.core.violations import nearest
 
-from . import FAMILIES
+from . import all_families
 from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint
 from .family import Family
 from .hub import fetch, snapshot
@@ -131,10 +131,11 @@ def _source(folder: Path, model: str, revision: str | None, variant: str, guidan
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family:
     architecture = architecture_of(config)
-    for family in FAMILIES:
+    families = all_families()
+    for family in families:
         if architecture in family.architectures:
             return family
-    known = ", ".join(f"{', '.join(family.architectures)} (family {family.name})" for family in FAMILIES)
+    known = ", ".join(f"{', '.join(family.architectures)} (family {family.name})" for family in families)
     raise ModelError(f"{shown_path(folder)}: architecture {shown(architecture)} is not supported; supported: {known}")
 
 

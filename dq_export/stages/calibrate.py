@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.group import ProcessGroup
 from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.plugins import described_plugins
 from dq_export.core.recipe import Recipe
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
@@ -112,8 +113,10 @@ class Calibrate(Stage[Calibrated]):
         return (CALIBRATION,)
 
     def also(self, context: Context) -> dict[str, Any]:
-        """The checkpoint, what the rules decide, and the user's own plugin."""
-        return {"model": context.reference.digest, "schemes": context.schemes, "plugin": context.plugin.name}
+        """The checkpoint, what the rules decide, the user's own plugin, and the package of another's method."""
+        methods = [text for text in described_plugins("methods") if text.startswith(f"{context.recipe.method} (")]
+        decisive = {"model": context.reference.digest, "schemes": context.schemes, "plugin": context.plugin.name}
+        return {**decisive, "method": methods}
 
     def run(self, context: Context, target: Path) -> Calibrated:
         """Call the other processes to the work, calibrate, and write `calibration.safetensors`."""

@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import shown_path
+from dq_export.core.plugins import described_plugins
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe
 from dq_export.passes.base import GraphError, GraphPass, PassReport, run_passes
-from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.pipeline import canonical_passes, with_plugins
 
 from ..families.float_graph import DAMAGED, load
 from ..finished_folder import MODEL
@@ -65,16 +66,19 @@ class Quantize(Stage[Quantized]):
         return (MODEL, f"{MODEL}.data")
 
     def also(self, context: Context) -> dict[str, Any]:
-        """What the rules decide, and the float type for formats whose graph holds it; OpenVINO gets it when it compiles."""
+        """What the rules decide, the passes of plug-ins, and the float type for formats whose graph holds it.
+
+        OpenVINO gets it when it compiles.
+        """
         dtype = context.recipe.dtype if context.recipe.format in ("trt", "trt-rtx") else None
-        return {"schemes": context.schemes, "dtype": dtype}
+        return {"schemes": context.schemes, "dtype": dtype, "passes": described_plugins("passes")}
 
     def run(self, context: Context, target: Path) -> Quantized:
         """Write `model.onnx`; no other stage loads the calibration, so its codes are in memory here alone."""
         source = context.folder / "float" / MODEL
         result = CalibrationResult.load(context.folder / CALIBRATION)
         legalise = context.backend.legalise(shared=context.shared, result=result) if context.backend else ()
-        passes = (*canonical_passes(result, context.assigned), *legalise)
+        passes = with_plugins((*canonical_passes(result, context.assigned), *legalise), result, context.assigned)
         reports = quantize_graph(source, target / MODEL, passes, context.progress.advance)
         gc.collect()  # the graph ties its mapped weights into cycles
         size = SizeReport(float_bytes=folder_bytes(source.parent), engine_bytes=folder_bytes(target))

@@ -20,13 +20,14 @@ from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sq
 from folds import fold_at_random
 from toy import TOY, ToyPipeline, save_toy
 
+import dq_export.families as families_package
 from dq_export.calibration.collect.calls import Calls
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.network import BATCH, Axis, Float32
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.openvino.engine import load_engine
-from dq_export.families import FAMILIES, source
+from dq_export.families import FAMILIES
 from dq_export.families.checkpoint import digest
 from dq_export.families.family import Family
 from dq_export.families.float_graph import load
@@ -107,7 +108,7 @@ CASES = {
 def families() -> Iterator[None]:
     """The product's families and the toy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "FAMILIES", (*FAMILIES, TOY))
+        patch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
         yield
 
 

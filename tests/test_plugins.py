@@ -1,0 +1,199 @@
+"""What a package adds by entry points works as if it were dq-export's own, and a broken one ends in one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.plugins import PluginError, described_plugins, plugin_names
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.scales import ScaleTable
+from dq_export.deploy.backends import all_backends, backend_of
+from dq_export.families import all_families
+from dq_export.passes.base import GraphError
+from dq_export.pipeline import run
+
+HERE = Path(__file__).parent
+QUICK: dict[str, Any] = {"calib_size": 2, "steps": 4, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
+
+
+def recipe(**values: Any) -> Recipe:
+    return Recipe.parse({**QUICK, **values}, "test")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of tests/plugin is installed: its metadata and its modules are found."""
+    for folder in ("contract", "plugin"):
+        monkeypatch.syspath_prepend(HERE / folder)
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Installs a package with one entry point whose module has the given text."""
+
+    def install(kind: str, text: str, name: str = "wild", target: str = "wild_plugin:thing") -> None:
+        folder = tmp_path / "wild_plugin-2.1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: wild-plugin\nVersion: 2.1\n")
+        (folder / "entry_points.txt").write_text(f"[dq_export.{kind}]\n{name} = {target}\n")
+        (tmp_path / "wild_plugin.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "wild_plugin", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+
+    return install
+
+
+def test_without_packages_there_is_nothing_but_our_own() -> None:
+    kinds = ("families", "methods", "passes", "backends")
+    assert [plugin_names(kind) for kind in kinds] == [()] * 4  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_method(tiny_folder: Path, tmp_path: Path) -> None:
+    for method in ("headroom", "minmax"):
+        run(recipe(model=str(tiny_folder), method=method), tmp_path / method, until="calibrate")
+    ours, theirs = (CalibrationResult.load(tmp_path / name / "calibration.safetensors").sites for name in ("minmax", "headroom"))
+    for name, plan in ours.items():
+        table, wider = plan.activation, theirs[name].activation
+        assert isinstance(table, ScaleTable)
+        assert isinstance(wider, ScaleTable)
+        np.testing.assert_allclose(wider.scale.max(), 1.25 * table.scale.max(), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_pass_and_a_backend(tiny_folder: Path, tmp_path: Path) -> None:
+    report = run(recipe(model=str(tiny_folder), format="plain"), tmp_path / "out", until="verify")
+    assert report is not None
+    names = [item.name for item in report.passes]
+    assert names.index("name_softmax") == names.index("insert_qdq") + 1, "where it says"
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    assert not any(node.op_type == "Softmax" for node in graph), "it came before fuse_attention"
+    assert next(item for item in report.passes if item.name == "name_softmax").changed == ("'attention.0'", "'attention.1'")
+    assert report.engine == "ONNX Runtime, node by node"
+    calls = {stage: report.mean_sqnr(stage) for stage in report.stages()}
+    assert calls["engine"] == calls["qdq-onnx"] > 25, "both run node by node"
+    assert (tmp_path / "out" / "recipe.yaml").read_text().count("format: plain") == 1
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_family(tmp_path: Path) -> None:
+    from toy import save_toy
+
+    assert [family.name for family in all_families()] == ["dit", "toy"]
+    report = run(recipe(model=str(save_toy(tmp_path / "model"))), tmp_path / "out", until="quantize")
+    assert report is not None
+    assert {linear.action for linear in report.linears if linear.name.endswith("fc1")} == {"w8a8"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_command_line_knows_them() -> None:
+    path = os.pathsep.join([*(str(HERE / name) for name in ("contract", "plugin")), str(HERE.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "dq_export", "--help"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )  # fmt: skip
+    text = " ".join(done.stdout.split())
+    assert "onnx, ort, trt, trt-rtx, plain (default ort)" in text
+    assert "minmax, percentile, mse, headroom (default minmax)" in text
+    with pytest.raises(RecipeError, match=r"method = 'headrom': expected .* or 'headroom'\. Did you mean 'headroom'\?"):
+        recipe(model="m", method="headrom")
+    assert described_plugins("passes") == ["name_softmax (dq-export-toy 1.0)"]
+
+
+def test_a_method_of_a_package_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="method = 'headroom': expected 'minmax', 'percentile' or 'mse'"):
+        recipe(model="m", method="headroom")
+
+
+WILD = r"plug-in 'wild' \(dq_export\.{}\) of wild-plugin 2\.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import no_such_module", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("thing = (", "cannot be imported: SyntaxError: '\\(' was never closed"),
+        ("other = 1", "cannot be imported: AttributeError: module 'wild_plugin' has no attribute 'thing'"),
+        ("raise RuntimeError('first\\nsecond')", r"cannot be imported: RuntimeError: first\\nsecond"),
+        ("thing = 3", "expected an object of Family, found wild_plugin:thing of int"),
+    ],
+)
+def test_a_broken_plug_in_is_one_line(text: str, message: str, broken: Any) -> None:
+    broken("families", text)
+    with pytest.raises(PluginError, match=WILD.format("families") + ":? " + message) as error:
+        all_families()
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_taken_is_refused(broken: Any) -> None:
+    broken("backends", "from dq_export.deploy.onnxruntime.cpu import ORT as thing", name="ort")
+    with pytest.raises(PluginError, match=r"plug-in 'ort' \(dq_export\.backends\) of wild-plugin 2\.1: there is another of that"):
+        backend_of(recipe(model="m"))
+
+
+def test_a_backend_of_another_name_is_refused(broken: Any) -> None:
+    broken("backends", "from dq_export.deploy.onnxruntime.cpu import ORT as thing")
+    with pytest.raises(PluginError, match=r"plug-in 'wild' .* its backend is called 'ort'; give both one name"):
+        all_backends()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("def thing(*, result, assigned): return 7", PluginError, "expected a pass, found int"),
+        ("def thing(): ...", PluginError, "TypeError: thing\\(\\) got an unexpected keyword argument"),
+        (
+            "from dq_export.passes.base import GraphPass\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\n"
+            "class P(GraphPass):\n    name = 'wild'\n    after = ('insert_qqd',)\n    def rewrite(self, model): ...\n"
+            "def thing(*, result, assigned): return P()",
+            GraphError,
+            "pass wild declares its place by 'insert_qqd', and no pass is called that",
+        ),
+    ],
+)
+def test_a_wrong_pass_is_refused_before_anything_runs(
+    text: str, error: type[Exception], message: str, broken: Any, tiny_calibrated: Any
+) -> None:
+    from dq_export.passes.base import check_order
+    from dq_export.passes.pipeline import canonical_passes, with_plugins
+
+    broken("passes", text)
+    with pytest.raises(error, match=message):
+        check_order(with_plugins(canonical_passes(*tiny_calibrated), *tiny_calibrated))
+
+
+@pytest.mark.parametrize("given", ["amax[:1]", "amax * 0", "(amax / qtype.qmax).astype(float)", "amax * np.nan"])
+def test_scales_that_cannot_be_are_refused(given: str, broken: Any) -> None:
+    from dq_export.calibration.ranges import method_of
+    from dq_export.core.qtypes import INT8
+
+    broken("methods", f"import numpy as np\ndef thing(amax, counts, recipe, qtype): return {given}")
+    method = method_of("wild")
+    with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], finite and > 0, found float"):
+        method(np.ones(3, dtype=np.float32), np.zeros((3, 4), dtype=np.int64), recipe(model="m"), INT8)
+
+
+def test_the_page_shows_the_package_as_it_is() -> None:
+    page = (HERE.parent / "docs" / "extending.md").read_text()
+    package = (HERE / "plugin" / "dq_export_toy.py").read_text()
+    parts = package.split("\n\n\n# --- ")[1:]
+    assert [part.split("\n", 1)[0] for part in parts] == ["method", "pass", "backend"]
+    for part in parts:
+        assert f"```python\n{part.split(chr(10), 1)[1].strip()}\n```" in page
+    points = (HERE / "plugin" / "dq_export_toy-1.0.dist-info" / "entry_points.txt").read_text()
+    for line in points.splitlines():
+        assert line.replace(" = ", " = ") in page
+    family = (HERE / "contract" / "toy.py").read_text()
+    shown = family[family.index("class Toy(Family):") : family.index("def save_toy")].strip()
+    assert f"```python\n{shown}\n```" in page

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sqnr
+from conftest import feed_of, recipe_of, run_onnx, save_tiny, sqnr
 from folds import fold_at_random
 from toy import TOY, ToyPipeline, save_toy
 
@@ -34,7 +34,6 @@ from dq_export.families.float_graph import load
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
-from dq_export.passes.canonical.fold_scaling import FoldScaling
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
 from dq_export.pipeline import run
@@ -299,18 +298,6 @@ def test_the_graph_takes_other_sizes(graph: tuple[Path, bool], reference: Any) -
     exact = reference.forward(changed)
     assert sqnr(exact, run_onnx(path, changed)) > SAME
     assert sqnr(exact, load_engine(path, {"INFERENCE_PRECISION_HINT": "f32"}, 3)(changed)) > SAME
-
-
-def test_folding_every_scaling_leaves_the_float_output(graph: tuple[Path, bool], reference: Any) -> None:
-    path, shared = graph
-    result, _ = calibrate_tiny(reference, recipe_of(reference, scaling="smooth", shift=True, method="minmax"))
-    assert any(plan.in_shift.any() for plan in result.sites.values())
-    model = load(path)
-    run_passes(model, (FoldTranspose(), MergeDuplicates(), FoldScaling(result=result)))
-    for timestep in timesteps_of(reference):
-        feed = feed_of(reference, timestep if shared else [timestep] * 3)
-        exact = reference.forward(feed)
-        assert np.abs(run_onnx(model, feed) - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 def test_the_network_is_diffusers_own(case: Case, folder: Path, reference: Any) -> None:

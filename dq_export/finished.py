@@ -38,13 +38,13 @@ def audit_again(out: Path) -> tuple[Audit, float]:
         OutputError: `out` is no finished export.
         BackendError: the graph is damaged.
     """
-    finished = FinishedFolder.open(out, RECIPE, MODEL)
+    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT)
     recipe = finished.recipe()
     backend = backend_of(recipe) or ORT
     backend.require()
     with tempfile.TemporaryDirectory() as folder:
         built = backend.build(out / MODEL, Path(folder))  # first: it says what is wrong with a damaged file
-        audit = backend.audit(built, finished.assigned(recipe))
+        audit = backend.audit(built, finished.assigned())
     return audit, recipe.min_coverage
 
 
@@ -67,7 +67,7 @@ def finish(out: Path, progress: Advance) -> Report:
     with locked(out), tempfile.TemporaryDirectory(dir=out) as folder:
         engine = Path(folder) / "engine"
         built = backend.build(out / MODEL, engine, progress)
-        audit = backend.audit(built, finished.assigned(recipe))
+        audit = backend.audit(built, finished.assigned())
         move(engine, out / "engine")
         plan = out / "engine" / PLAN
         if plan.is_file() and (out / REPOSITORY).is_dir():  # other repositories hold the graph itself

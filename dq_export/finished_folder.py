@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from dq_export.core.documents import DocumentError, printable, read_json, shown_path
+from dq_export.core.documents import DocumentError, printable, read_json, shown, shown_path
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Built, Feed, Float32
@@ -80,12 +80,11 @@ class FinishedFolder:
                 f"{shown_path(path)}: not a report of this version of dq-export ({where}: {first['msg']}); export again"
             ) from error
 
-    def assigned(self, recipe: Recipe) -> dict[str, Rule]:
-        """The completed rule of every linear of the graph.
+    def assigned(self) -> dict[str, Rule]:
+        """The rule of every linear, as the report has it.
 
         Raises:
-            OutputError: the graph is damaged.
-            RecipeError: no rule for a linear, or one that no kernel can run.
+            OutputError: the graph or the report is damaged, or the report is of another graph.
         """
         from google.protobuf.message import DecodeError
 
@@ -93,7 +92,11 @@ class FinishedFolder:
             graph = ir.load(self.path / MODEL)
         except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
             raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
-        return {name: recipe.rule_of(name) for name in linears(graph)}
+        assigned = {linear.name: linear.decided for linear in self.report().linears}
+        unknown = [name for name in linears(graph) if name not in assigned]
+        if unknown:
+            raise OutputError(f"{shown_path(self.path / REPORT)}: no linear {shown(unknown[0])}, which {MODEL} has; export again")
+        return assigned
 
     def calls(self) -> tuple[list[Feed], list[Float32]]:
         """The recorded network calls: inputs, and what PyTorch put out.

@@ -25,7 +25,7 @@ from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.widen_floats import WidenFloats
 from dq_export.passes.pipeline import canonical_passes, with_plugins
 
-from ..finished_folder import MODEL, FinishedFolder
+from ..finished_folder import MODEL, REPORT, FinishedFolder
 from ..ledger import RECIPE
 from ..output_folder import OutputError, locked, move
 from ..stages.quantize import quantize_graph
@@ -88,12 +88,12 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
     if min_sqnr is not None and not math.isfinite(min_sqnr):
         raise RecipeError(f"--min-sqnr {min_sqnr}: expected a number of dB")
     require_packages(("onnxruntime", "polygraphy", "onnx_graphsurgeon"), "dq-export bisect")
-    finished = FinishedFolder.open(out, RECIPE, MODEL, "float/model.onnx", "calibration.safetensors")
+    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT, "float/model.onnx", "calibration.safetensors")
     recipe = finished.recipe()
     feeds, references = finished.calls()
     calibration, backend = CalibrationResult.load(out / "calibration.safetensors"), backend_of(recipe)
     legalise = backend.legalise(shared=recipe.timesteps == "shared", result=calibration) if backend else ()
-    assigned = finished.assigned(recipe)
+    assigned = finished.assigned()
     bisector = Bisector(
         out=out,
         passes=with_plugins((*canonical_passes(calibration, assigned), *legalise), calibration, assigned),

@@ -11,12 +11,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
-from .patterns import search
 from .plugins import OneOf
 from .qtypes import QuantType
-from .rule import Rule, misplaced, unfit
+from .rule import Rule, misplaced, unfit, unmatched
 from .scheme import ATTENTION_TYPES, PRESETS, Attention, Bits, Granularity, Scheme, scheme_of
-from .violations import nearest, violations
+from .violations import violations
 
 
 class RecipeError(Exception):
@@ -153,16 +152,9 @@ class Recipe(BaseModel):
         """YAML that `load` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def decide(self, linear: str) -> Rule:
-        """The deciding rule for a linear.
-
-        Raises:
-            RecipeError: no rule matches.
-        """
-        for rule in self.rules or ():
-            if search(rule.match, linear):
-                return rule
-        raise RecipeError(f"no rule matches '{linear}'; add a last rule such as {{match: '', action: float}}")
+    def decide(self, linear: Linear) -> Rule | None:
+        """The first rule that matches a linear; None: none does."""
+        return next((rule for rule in self.rules or () if rule.matches(linear)), None)
 
     def assign(self, linears: Mapping[str, Linear]) -> dict[str, Rule]:
         """The deciding rule of every linear.
@@ -171,38 +163,14 @@ class Recipe(BaseModel):
             RecipeError: a rule that matches no linear at all, a linear that no rule matches, an action that a linear cannot
                 have, or nothing left to quantize; all of them in one message.
         """
-        wrong = []
-        for rule in self.rules or ():
-            if not any(search(rule.match, name) for name in linears):
-                example = next(iter(linears))
-                hint = nearest(rule.match, list(linears)) or f" Names look like '{example}'."
-                wrong.append(f"rule {shown(rule.match)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
-        left = [name for name in linears if not any(search(rule.match, name) for rule in self.rules or ())]
-        if left:
-            names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
-        decided = {name: self.complete(self.decide(name)) for name in linears if name not in left}
-        wrong += misplaced(decided, linears)
-        wrong += unfit(decided, linears)
+        decided = {name: self.complete(rule) for name, linear in linears.items() if (rule := self.decide(linear)) is not None}
+        wrong = [*unmatched(self.rules or (), linears), *misplaced(decided, linears), *unfit(decided, linears)]
         if wrong:
             raise RecipeError("\n".join(wrong))
         fitted = {name: rule.fitted(linears[name].width) for name, rule in decided.items()}
         if reason := self._unusable([rule.scheme for rule in fitted.values()]):
             raise RecipeError(reason)
         return fitted
-
-    def rule_of(self, linear: str) -> Rule:
-        """The completed rule of a linear.
-
-        Raises:
-            RecipeError: no rule matches, or no kernel can exist for the one that does.
-        """
-        rule = self.complete(self.decide(linear))
-        try:
-            scheme_of(rule.action, rule.granularity, rule.group_size)
-        except ValueError as error:
-            raise RecipeError(f"'{linear}' to {error}") from error
-        return rule
 
     def complete(self, rule: Rule) -> Rule:
         """The rule with the recipe's bits, granularity and group size where it has none of its own."""

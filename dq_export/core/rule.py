@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .network import Linear
-from .patterns import require_pattern
+from .documents import shown
+from .network import Linear, Role
+from .patterns import require_pattern, search
 from .scheme import BLOCK_SIZES, Action, Granularity, Scheme, scheme_of
+from .violations import nearest
 
 
 class Rule(BaseModel):
-    """What happens to the linears whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
+    """What happens to linears of a role whose module name `match` finds, in RE2's syntax. The first rule that matches decides.
 
     Actions: `bits`: whatever the recipe's `bits` names; `w8a8`: int8 weights (a scale per output channel) and int8
     activations, integer GEMM; `w6a6`: the same with codes of 6 bits; `w4a8` and `w4a4`: int4 weights in groups along the
@@ -21,6 +23,8 @@ class Rule(BaseModel):
     w8a16, for memory alone, whatever runs it; `float`: left alone.
 
     Args:
+        match: empty: any name.
+        role: what the linears work on, see `Linear`. null: any.
         granularity: of the activation's scale: one for the `tensor` (from the table of its timestep), one for each `token`,
             or for each token and group of inputs; the last two are measured as the engine runs. null: the recipe's.
         group_size: inputs that share a weight scale; 0: all. null: the recipe's.
@@ -28,11 +32,21 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    match: str
+    match: str = ""
+    role: Role | None = None
     action: Action
     reason: str = ""
     granularity: Granularity | None = None
     group_size: int | None = Field(default=None, ge=0, le=65536)
+
+    def matches(self, linear: Linear) -> bool:
+        """Whether it is for a linear."""
+        return self.role in (None, linear.kind) and search(self.match, linear.name)
+
+    @property
+    def what(self) -> str:
+        """What it matches, in words: `role gemm`, a regular expression, or both."""
+        return " ".join(filter(None, [self.role and f"role {self.role}", self.match]))
 
     @staticmethod
     def of(match: str, scheme: Scheme, reason: str = "") -> Rule:
@@ -69,6 +83,33 @@ class Rule(BaseModel):
     def _compiles(cls, value: str) -> str:
         require_pattern(value)
         return value
+
+
+DEFAULT_RULES = (
+    Rule(role="gemm", action="bits"),
+    Rule(role="static", action="bits"),
+    Rule(
+        role="vector",
+        action="weight-only",
+        reason="works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory",
+    ),
+    Rule(role="edge", action="float", reason="embedders and final projection stay float"),
+)
+"""The rules of a family that has none of its own."""
+
+
+def unmatched(rules: Sequence[Rule], linears: Mapping[str, Linear]) -> list[str]:
+    """Rules whose names are those of no linear, and linears that no rule matches. A role may have no linear."""
+    wrong = []
+    for rule in rules:
+        if (rule.match or rule.role is None) and not any(rule.matches(linear) for linear in linears.values()):
+            hint = nearest(rule.match, list(linears)) or f" Names look like '{next(iter(linears))}'."
+            wrong.append(f"rule {shown(rule.what)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
+    left = [name for name, linear in linears.items() if not any(rule.matches(linear) for rule in rules)]
+    if left:
+        names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        wrong.append(f"no rule matches {names}; add a last rule such as {{match: '', action: float}}")
+    return wrong
 
 
 def misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> list[str]:

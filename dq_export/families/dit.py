@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dq_export.core.network import BATCH, Conditions, Input
-from dq_export.core.rule import Rule
 
 from .dit_values import DiTValues
 from .embeddings import settle_positions, settle_timesteps
@@ -16,8 +15,6 @@ from .family import Family, Pictures
 from .reference import Float32, Network
 from .sampling import set_steps
 
-ROW_REASON = "works on one row per sample: integer GEMMs gain nothing there, 8-bit blocks save memory"
-EDGE_REASON = "embedders and final projection stay float"
 DEFAULT_SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -37,11 +34,6 @@ class DiT(Family):
     blocks = "transformer_blocks"
     default_guidance = 4.0  # DiTPipeline's
     default_scheduler = DEFAULT_SCHEDULER
-    rules = (
-        Rule(match=r"^transformer_blocks\.\d+\.(attn1|ff)\.", action="bits"),
-        Rule(match=r"\.norm1\.linear$", action="weight-only", reason=ROW_REASON),
-        Rule(match=r"\.emb\.|^proj_out_[12]$|^pos_embed", action="float", reason=EDGE_REASON),
-    )
 
     def prepare(self, model: Any) -> None:
         """See `Family.prepare`."""

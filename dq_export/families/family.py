@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dq_export.core.network import Conditions, Feed, Input
-from dq_export.core.rule import Rule
+from dq_export.core.rule import DEFAULT_RULES, Rule
 
 from .config_values import Values
 from .reference import Float32, Network
@@ -39,7 +39,7 @@ class Family(ABC):
         blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
         default_guidance: guidance scale for a checkpoint that has no better one.
         default_scheduler: DDIM's configuration for a folder without a scheduler.
-        rules: the default recipe rules; together they match every linear.
+        rules: the default recipe rules; together they match every linear. By role, where a family has none of its own.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Family(ABC):
     blocks: str = ""
     default_guidance: float
     default_scheduler: Mapping[str, Any]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = DEFAULT_RULES
 
     def network_class(self, architecture: str) -> Any:
         """The class of one of `architectures`; diffusers' own of that name."""

@@ -55,7 +55,9 @@ def _linears(context: Context, calibrated: Calibrated) -> list[LinearReport]:
             LinearReport(
                 name=name,
                 action=rule.action,
-                rule=rule.match,
+                granularity=rule.granularity,
+                group_size=rule.group_size,
+                rule=rule.what,
                 reason=rule.reason,
                 site=site.name if site else "",
                 scaling=site.scaling if site else "",

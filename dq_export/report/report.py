@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dq_export.core.scheme import PRESETS
+from dq_export.core.rule import Rule
+from dq_export.core.scheme import PRESETS, Action, Granularity, scheme_of
 from dq_export.deploy.audit import Audit
 from dq_export.deploy.parity import CallParity, Parity
 from dq_export.passes.base import PassReport
@@ -29,8 +30,10 @@ class LinearReport(Part):
     """One linear of the network."""
 
     name: str = Field(description="module name")
-    action: str = Field(description="what the deciding rule says: w8a8, w4a8, fp8 … as --bits, weight-only or float")
-    rule: str = Field(description="the deciding rule's regular expression")
+    action: Action = Field(description="what the deciding rule says: w8a8, w4a8, fp8 … as --bits, weight-only or float")
+    granularity: Granularity | None = Field(description="of the scales of its input; null where it stays float")
+    group_size: int | None = Field(ge=0, description="inputs that share a weight scale; 0 or null: all of an output channel's")
+    rule: str = Field(description="what the deciding rule matches: a role, a regular expression, or both")
     reason: str = Field(description="why it is weight-only or float; empty where it is not")
     site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
     scaling: str = Field(description="equivalent scaling of its input")
@@ -38,6 +41,19 @@ class LinearReport(Part):
     bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
     sqnr: list[float | None] = Field(default=[], description="dB of its output at each of the timesteps; null: not measured")
     error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
+
+    @property
+    def decided(self) -> Rule:
+        """The completed rule that decided."""
+        return Rule(action=self.action, granularity=self.granularity, group_size=self.group_size, reason=self.reason)
+
+    @model_validator(mode="after")
+    def _names_a_scheme(self) -> LinearReport:
+        try:
+            scheme_of(self.action, self.granularity, self.group_size)
+        except KeyError as error:
+            raise ValueError("the report has the recipe's own bits in their place") from error
+        return self
 
 
 class TableReport(Part):

@@ -16,7 +16,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from pydantic import Field
 
 from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input
-from dq_export.core.rule import Rule
 from dq_export.families.config_values import Values
 from dq_export.families.family import Family, Pictures
 from dq_export.families.reference import Network
@@ -106,11 +105,6 @@ class Toy(Family):
     blocks = "layers"
     default_guidance = 3.0
     default_scheduler = {"num_train_timesteps": 1000}  # noqa: RUF012
-    rules = (
-        Rule(match=r"\.fc[12]$", action="bits"),
-        Rule(match=r"\.modulation$", action="weight-only", reason="one row per sample"),
-        Rule(match=r"^(embed|text|out)$", action="float", reason="edges"),
-    )
 
     def network_class(self, architecture: str) -> Any:
         return ToyNetwork

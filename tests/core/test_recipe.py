@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dq_export.core.network import Linear
 from dq_export.core.recipe import Recipe, RecipeError
-from dq_export.core.rule import Rule
-from dq_export.core.scheme import PRESETS, scheme_of
+from dq_export.core.rule import DEFAULT_RULES, Rule
+from dq_export.core.scheme import scheme_of
 
 LINEARS = {
     name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
@@ -84,13 +84,16 @@ NAMES = st.text("abq.0", min_size=1, max_size=4)
 @given(st.lists(NAMES, min_size=1, max_size=4), NAMES)
 def test_rules_decide_in_order(matches: list[str], linear: str) -> None:
     rules = [Rule(match=re.escape(match), action="float", reason=str(i)) for i, match in enumerate(matches)]
-    decided = recipe(*rules, Rule(match="", action="float", reason="last")).decide(linear)
+    named = Linear(name=linear, kind="gemm", width=64)
+    decided = recipe(*rules, Rule(action="float", reason="last")).decide(named)
+    assert decided is not None
     assert decided.reason == next((str(i) for i, match in enumerate(matches) if match in linear), "last")
 
 
 def test_the_first_matching_rule_decides() -> None:
-    value = recipe(Rule(match="q", action="float", reason="mine"), *GOOD, Rule(match="q", action="w8a8"))
-    assert value.decide("blocks.0.q").reason == "mine"
+    decided = recipe(Rule(match="q", action="float", reason="mine"), *GOOD).decide(LINEARS["blocks.0.q"])
+    assert decided is not None
+    assert decided.reason == "mine"
     assert recipe(*GOOD).assign(LINEARS)["blocks.0.mod"].action == "weight-only"
 
 
@@ -240,15 +243,23 @@ def test_a_rule_with_the_action_bits_takes_the_recipes_own() -> None:
     assert Recipe.parse(yaml.safe_load(asked.dump()), "here") == asked  # the file keeps the word
 
 
-def test_a_rule_that_no_kernel_can_run_is_refused_for_a_finished_graph_too() -> None:
-    impossible = recipe(Rule(match="q", action="w8a8", group_size=16), *GOOD)
-    with pytest.raises(
-        RecipeError, match=r"'blocks\.0\.q' to w8a8 granularity tensor group_size 16: an 8-bit integer GEMM has one"
-    ):
-        impossible.rule_of("blocks.0.q")
-    assert impossible.rule_of("blocks.0.mod").scheme == PRESETS["weight-only"]
-
-
 def test_an_unknown_key_beside_the_rules_is_compared_with_the_recipes_own() -> None:
     with pytest.raises(RecipeError, match=r"unknown key 'ruless'\. Did you mean 'rules'"):
         Recipe.parse({"model": "m", "ruless": []}, "here")
+
+
+def test_default_rules_decide_by_role_and_may_match_nothing() -> None:
+    assigned = recipe(*DEFAULT_RULES).assign(LINEARS)
+    assert [rule.action for rule in assigned.values()] == ["w8a8", "weight-only", "float"]
+    assert all(rule.reason for name, rule in assigned.items() if name != "blocks.0.q")
+    text = Linear(name="text.k", kind="static", width=64)
+    assert recipe(*DEFAULT_RULES).assign({**LINEARS, "text.k": text})["text.k"].action == "w8a8"
+    first = recipe(Rule(match=r"^text", role="static", action="float", reason="mine"), *DEFAULT_RULES)
+    assert first.assign({"text.k": text, **LINEARS})["text.k"].reason == "mine"
+    with pytest.raises(RecipeError, match=r"rule 'role static .text' .float. matches none of 3 linears"):
+        first.assign(LINEARS)
+
+
+def test_an_unknown_role_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"rules.0.role = 'gem': expected .* or 'static'. Did you mean 'gemm'"):
+        Recipe.parse({"model": "m", "rules": [{"role": "gem", "action": "bits"}]}, "here")

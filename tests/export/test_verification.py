@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import dq_export
 from dq_export.cli import app as cli
@@ -256,7 +257,7 @@ def test_no_command_follows_a_link_in_a_finished_folder(words: tuple[str, ...], 
         b'{"version": 2, "model": NaN}', b"1" * 5000,
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("words", [("explain", "x"), ("finish",), ("verify",)], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("explain", "x"), ("finish",), ("verify",), ("audit",)], ids=lambda words: words[0])
 def test_a_damaged_report_is_one_line(words: tuple[str, ...], content: bytes, out: Path, call: Call) -> None:
     (out / "report.json").write_bytes(content)
     status, _, error = call(words[0], out, *words[1:])
@@ -288,6 +289,9 @@ def at(*path: Any, value: Any) -> Callable[[Any], None]:
         at("parity", "calls", 0, "sqnr", value=1e18),
         at("latency", "engine_ms", value=0),
         at("linears", value=3),
+        at("linears", 0, "action", value="w3a3"),
+        at("linears", 0, "action", value="bits"),
+        lambda report: next(item for item in report["linears"] if item["action"] == "w8a8").update(group_size=16),
         at("verdict", value={"outcome": "passed"}),
         at("more", value=1),
     ],
@@ -340,3 +344,19 @@ def test_files_of_an_export_have_the_mode_that_the_system_gives(finished: Path, 
     ours = [path for path in finished.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
     assert len(ours) > 15
     assert [path.name for path in ours if path.stat().st_mode != mode] == []
+
+
+def test_a_report_of_another_graph_is_refused(out: Path, call: Call) -> None:
+    rewrite(out / "report.json", lambda report: report.update(linears=report["linears"][:-1]))
+    status, _, error = call("audit", out)
+    assert status == 2
+    assert f"{out / 'report.json'}: no linear 'proj_out_2', which model.onnx has; export again" in error
+
+
+def test_an_audit_asks_for_what_the_export_decided(out: Path, call: Call) -> None:
+    """A recipe that was edited afterwards decides nothing."""
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "rules": [{"match": "", "action": "float"}]}))
+    status, printed, _ = call("audit", out)
+    assert status == 0
+    assert "w8a8" in printed

@@ -20,7 +20,7 @@ SPACE = 1 << 29
 
 
 def parallel(
-    work: Callable[[Item], Result], items: Sequence[Item], progress: Advance, each: int, space: int = SPACE
+    work: Callable[[Item], Result], items: Sequence[Item], progress: Advance, each: int, space: int = SPACE, unit: str = "inputs"
 ) -> list[Result]:
     """`work` of every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock.
 
@@ -29,12 +29,13 @@ def parallel(
     Args:
         each: bytes that an item takes while it is worked on.
         space: bytes that all of them may take: so many cores are used as that allows, one at the least.
+        unit: what the items are, for `progress`.
     """
     results = []
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads_for(each, space)) as pool:
         for result in pool.map(work, items):
             results.append(result)
-            progress(len(results), len(items))
+            progress(len(results), len(items), unit)
     return results
 
 

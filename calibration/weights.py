@@ -64,7 +64,7 @@ def round_weights(
     each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
     for part in chain(hessians, [dict[str, Float32]()]):
         now = [name for name in names if name not in results and (not part or site_of.get(name) in part)]
-        measured = parallel(partial(measure, part), now, calibration.progress, each, calibration.space)
+        measured = parallel(partial(measure, part), now, calibration.progress, each, calibration.space, "weights")
         results |= zip(now, measured, strict=True)
         part.clear()
     wrong = [item for item in results.values() if isinstance(item, str)]

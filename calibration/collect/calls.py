@@ -78,7 +78,7 @@ class Calls:
         def start_call(batch: int, timestep: float) -> None:
             nonlocal call
             if timesteps:
-                self.progress(done + min(len(timesteps), sampling.steps), total)
+                self.progress(done + min(len(timesteps), sampling.steps), total, "calls")
             place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
             call = Call(
                 number=batch * sampling.steps + place,
@@ -93,12 +93,12 @@ class Calls:
             for batch in batches[journal.done :]:
                 conditions, seed = sampling.pictures(batch)
                 timesteps.clear()
-                self.progress(done, total)
+                self.progress(done, total, "calls")
                 before, guidance = partial(start_call, batch), sampling.guidance
                 self.denoiser.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=guidance, before=before)
                 journal.finish([*timesteps])
                 done += sampling.steps
-        self.progress(total, total)
+        self.progress(total, total, "calls")
         return _shared(group, journal.timesteps)
 
 

@@ -135,7 +135,7 @@ class Bisector:
             # For ONNX Runtime's CPU provider, which has no bfloat16; of a graph without any it changes nothing.
             quantize_graph(self.out / "float" / MODEL, graph, (*self.passes[:number], WidenFloats()))
             steps.append(self._measured(self.passes[number - 1].name if number else FLOAT, graph))
-            progress(number + 1, len(self.passes) + 1)
+            progress(number + 1, len(self.passes) + 1, "graphs")
             if steps[-1].sqnr < self.limit:
                 linear = self._located(steps[-1], folder / str(number - 1) / MODEL, graph) if number else ""
                 command = polygraphy_command(self.limit, f"{FOLDER}/{MODEL}", FOLDER) if linear else ""

@@ -7,19 +7,30 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
 
 EVERY = 5.0
 """Seconds between two plain lines of a stage."""
+AVERAGED = 3600.0
+"""Seconds of the past that the bar's estimate is from; one call of a large network takes many."""
 INDENT = " " * 10
 """Under the text of a stage's line, which stands behind its name."""
 
 
 class Lines:
-    """Where a run says what it does; see `pipeline.Progress`.
+    """Where a run says what it does; see `core.progress.Progress`.
 
-    On a terminal the running stage has a bar below the lines of those that are done. Elsewhere it has a line every 5
-    seconds. No line is wider than the terminal (80 columns where there is none), and none breaks inside a word.
+    On a terminal the running stage has rich's bar below the lines of those that are done: what is done of what there is, in
+    its unit, the time since the stage began, and the time that is left. Elsewhere it has a line every 5 seconds. No line is
+    wider than the terminal (80 columns where there is none), and none breaks inside a word.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -41,31 +52,35 @@ class Lines:
             raise KeyboardInterrupt
         self.stage, self.done, self.total = stage, 0, 0
         self.first: tuple[float, int] | None = None
-        self.printed = time.monotonic()
+        self.started = self.printed = time.monotonic()
         if shown:
             self._print(f"{stage:9} {what}")
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         """Say how far the stage is and, from the second piece of work on, how long it will take.
 
         The first piece is not counted: it also loads libraries, and compiles.
         """
         now = time.monotonic()
-        if total != self.total or done < self.done:  # another phase of the stage
-            self.first = None
+        another = total != self.total or done < self.done  # phase of the stage
         self.done, self.total = done, total
-        if not done or self.quiet:
+        if self.quiet:
+            return
+        if self.console.is_terminal:
+            self._draw(unit, another=another)
+            return
+        if another:
+            self.first = None
+        if not done:
             return
         left = ""
         if self.first is None:
             self.first = now, done
         elif done > self.first[1]:
             left = ", " + duration((now - self.first[0]) / (done - self.first[1]) * (total - done)) + " left"
-        if self.console.is_terminal:
-            self._draw(f"{done}/{total}{left}")
-        elif now - self.printed >= EVERY:
+        if now - self.printed >= EVERY:
             self.printed = now
-            self._print(f"{self.stage:9} {done}/{total}{left}")
+            self._print(f"{self.stage:9} {done}/{total}{f' {unit}' if unit else ''}{left}")
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
         """Say what came out."""
@@ -79,13 +94,29 @@ class Lines:
             self.bar.stop()
             self.bar = None
 
-    def _draw(self, text: str) -> None:
+    def _draw(self, unit: str, *, another: bool) -> None:
         if self.bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task(escape(f"{self.stage:9}"), total=self.total, text="")
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("elapsed,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self.console,
+                transient=True,
+                expand=True,
+                get_time=lambda: time.monotonic(),
+                speed_estimate_period=AVERAGED,
+            )
+            self.task = self.bar.add_task(escape(f"{self.stage:9}"), total=self.total, unit=unit)
             self.bar.start()
-        self.bar.update(self.task, completed=self.done, total=self.total, text=text)
+        elif another:
+            self.bar.reset(self.task, total=self.total, unit=unit)
+        self.bar.tasks[0].start_time = self.started
+        self.bar.update(self.task, completed=self.done)
 
     def _print(self, text: str) -> None:
         if not self.quiet:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-Advance = Callable[[int, int], None]
-"""Called with what is done and what there is in all."""
+
+class Advance(Protocol):
+    """Called with what is done and what there is in all."""
+
+    def __call__(self, done: int, total: int, unit: str = "") -> None:
+        """`unit`: what is counted, in the plural."""
 
 
 class Progress(Protocol):
@@ -15,14 +18,14 @@ class Progress(Protocol):
     def begin(self, stage: str, what: str) -> None:
         """A stage starts."""
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         """Work done and in all of the running stage."""
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
         """The running stage is finished; `kept`: its results were there already."""
 
 
-def unwatched(done: int, total: int) -> None:
+def unwatched(done: int, total: int, unit: str = "") -> None:
     """An `Advance` that shows nothing."""
 
 
@@ -32,7 +35,7 @@ class Silent:
     def begin(self, stage: str, what: str) -> None:
         """Nothing."""
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         """Nothing."""
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:

@@ -160,7 +160,7 @@ def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: 
         "search", f"{request.strategy}, {request.evaluations} mixes by {request.pictures} pictures of {request.steps} steps"
     )
     goal = goal_of(space, request)
-    search = Search(space, goal, trials.sqnr, request.evaluations, lambda done, total, best: watch.advance(done, total))
+    search = Search(space, goal, trials.sqnr, request.evaluations, lambda done, total, best: watch.advance(done, total, "mixes"))
     SEARCHES[request.strategy](search, np.random.default_rng(seed))
     best = search.best()
     assert best is not None  # at least one is evaluated
@@ -203,11 +203,12 @@ def _calibrate(
     from dq_export.calibration.context import Calibration
 
     found = {}
-    for scheme in [scheme for scheme in space.choices if scheme.low_precision]:
+    schemes = [scheme for scheme in space.choices if scheme.low_precision]
+    for number, scheme in enumerate(schemes, start=1):
         name = scheme.label.replace(" ", "-")
         path = folder / "choices" / f"{name}.safetensors"
         recipe, start = uniform(base, space, scheme), time.monotonic()
-        watch.begin("calibrate", scheme.label)
+        watch.begin("calibrate", f"{scheme.label} {number}/{len(schemes)}")
         if path.exists():
             found[scheme] = CalibrationResult.load(path)
             watch.end(0.0, "", kept=True)

@@ -51,7 +51,7 @@ def time_space(space: Space, reference: Reference, backend: Backend, watch: Prog
                 known[key] = time_choices(backend, weight, tokens[site], [space.choices[j] for j in usable])
             before = np.where(np.isinf(taken[i, usable]), 0.0, taken[i, usable])
             taken[i, usable] = before + np.asarray(known[key])
-        watch.advance(i + 1, len(space.sites))
+        watch.advance(i + 1, len(space.sites), "inputs")
     watch.end(time.monotonic() - start, f"{len(known)} shapes", kept=False)
     return replace(space, time=taken)
 

@@ -112,7 +112,7 @@ def quantize_graph(source: Path, target: Path, passes: Sequence[GraphPass], prog
             target,
             external_data=f"{target.name}.data",
             size_threshold_bytes=1024,
-            callback=lambda tensor, info: progress(info.index, info.total),
+            callback=lambda tensor, info: progress(info.index, info.total, "tensors"),
             max_workers=os.cpu_count(),
             max_in_flight_bytes=IN_FLIGHT,
         )

@@ -77,7 +77,7 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
             feeds.append(feed_of(feed, recipe))
             outputs.append(output)
         calls += 1
-        progress(calls, len(timesteps) * -(-recipe.parity_size // reference.batch))
+        progress(calls, len(timesteps) * -(-recipe.parity_size // reference.batch), "calls")
         return output
 
     pictures = draw(reference, recorded, recipe)

@@ -132,7 +132,7 @@ class _Comparison:
 
     def _count(self) -> None:
         self.done += 1
-        self.context.progress.advance(self.done, self.total)
+        self.context.progress.advance(self.done, self.total, "calls")
 
 
 def save_pictures(path: Path, rows: list[Float32]) -> bool:

@@ -215,7 +215,7 @@ def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int,
     plugin = Watched()
     runs, most = 0, 0
 
-    def watch(done: int, total: int) -> None:
+    def watch(done: int, total: int, unit: str = "") -> None:
         nonlocal runs, most
         if total == calibration.sampling.calls:  # one of the pictures' network calls
             assert plugin.alive() == 0
@@ -241,7 +241,9 @@ def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_pa
 def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, bits="w4a8", rounding="mse", scaling="none")
     seen: list[tuple[int, ...]] = []
-    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda *place: seen.append(place), space=8 * 32 * 32)
+    calibration = calibration_of(
+        tiny, recipe, tmp_path, progress=lambda done, total, unit="": seen.append((done, total)), space=8 * 32 * 32
+    )
     calibrate(calibration)
     calls = calibration.sampling.calls
     assert seen.count((calls, calls)) == 2  # the ranges, and all second moments at once

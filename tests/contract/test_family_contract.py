@@ -335,14 +335,14 @@ def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(referenc
     names = tuple(site.name for site in reference.sites)
     whole = collect_ranges(Calls(denoiser=reference, sampling=sampling), names, tmp_path / "whole")
 
-    def die(done: int, total: int) -> None:
+    def die(done: int, total: int, unit: str = "") -> None:
         if done == 3:  # in the second picture
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         collect_ranges(Calls(denoiser=reference, sampling=sampling, progress=die), names, tmp_path / "part")
     seen: list[int] = []
-    watched = Calls(denoiser=reference, sampling=sampling, progress=lambda done, total: seen.append(done))
+    watched = Calls(denoiser=reference, sampling=sampling, progress=lambda done, total, unit="": seen.append(done))
     rest = collect_ranges(watched, names, tmp_path / "part")
     assert seen[0] == 2, "the first picture is not sampled again"
     for name in names:

@@ -40,7 +40,7 @@ class Watch:
     def begin(self, stage: str, what: str) -> None:
         self.stage = stage
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         assert 0 <= done <= total
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:

@@ -82,7 +82,7 @@ class Runs(Silent):
     def __init__(self) -> None:
         self.count = 0
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         self.count += done == total == 5
 
 

@@ -103,7 +103,7 @@ class Watch:
     def begin(self, stage: str, what: str) -> None:
         self.stage = stage
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, unit: str = "") -> None:
         pass
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:

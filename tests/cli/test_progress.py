@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -28,10 +29,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def ticks(lines: Lines, clock: Clock, *steps: tuple[float, int, int]) -> None:
+def ticks(lines: Lines, clock: Clock, *steps: tuple[float, int, int], unit: str = "calls") -> None:
     for second, done, total in steps:
         clock.now = 100 + second
-        lines.advance(done, total)
+        lines.advance(done, total, unit)
 
 
 def test_the_first_piece_of_work_which_also_imports_is_not_in_the_estimate(
@@ -41,16 +42,16 @@ def test_the_first_piece_of_work_which_also_imports_is_not_in_the_estimate(
     lines.begin("float", "PyTorch to ONNX")
     ticks(lines, clock, (70, 1, 51), (78, 5, 51), (86, 9, 51))
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "float     1/51",
-        "float     5/51, 92 s left",
-        "float     9/51, 84 s left",
+        "float     1/51 calls",
+        "float     5/51 calls, 92 s left",
+        "float     9/51 calls, 84 s left",
     ]
 
 
 def test_each_phase_of_a_stage_has_an_estimate_of_its_own(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(quiet=False)
     lines.begin("calibrate", "4 calls, then 8 weights, then the 8 again")
-    ticks(lines, clock, (10, 1, 4), (40, 3, 4), (50, 1, 8), (120, 8, 8), (130, 1, 8), (140, 2, 8))
+    ticks(lines, clock, (10, 1, 4), (40, 3, 4), (50, 1, 8), (120, 8, 8), (130, 1, 8), (140, 2, 8), unit="")
     shown = [line.removeprefix("calibrate ") for line in capsys.readouterr().err.splitlines()[1:]]
     assert shown == ["1/4", "3/4, 15 s left", "1/8", "8/8, 0 s left", "1/8", "2/8, 60 s left"]
 
@@ -98,8 +99,15 @@ def test_a_terminal_gets_a_bar_that_is_gone_when_the_stage_ends(clock: Clock) ->
     ticks(lines, clock, (10, 1, 4), (13, 2, 4))
     assert lines.bar is not None
     lines.bar.refresh()
-    assert "2/4, 6 s left" in screen.getvalue()
-    assert "━" in screen.getvalue()
+    last = screen.getvalue().replace("\r", "\n").splitlines()[-1]
+    assert re.search(r"verify\W.*━.* 2/4 +calls +0:00:13 +elapsed, +0:00:06 +left", re.sub(r"\x1b\[[\d;]*[mK]", "", last))
+    for second, done in ((20, 1), (30, 2), (40, 3)):  # another phase: its first piece is not in its estimate, either
+        clock.now = 100 + second
+        lines.advance(done, 8, "weights")
+    lines.bar.refresh()
+    last = re.sub(r"\x1b\[[\d;]*[mK]", "", screen.getvalue().replace("\r", "\n").splitlines()[-1])
+    assert re.search(r"3/8 +weights +0:00:40 +elapsed, +0:00:50 +left", last)
+    assert len(last.rstrip()) <= 80
     lines.end(16, "", kept=False)
     assert lines.bar is None
     assert screen.getvalue().endswith("verify    done: 16 s\n")

@@ -86,7 +86,7 @@ def replayed(out: Path, folder: Path, change: Callable[[list[GraphPass]], list[G
     finished = FinishedFolder.open(out)
     calibration = CalibrationResult.load(out / "calibration.safetensors")
     feeds, references = finished.calls()
-    passes = [*canonical_passes(calibration, finished.assigned(finished.recipe())), *factoring_passes(calibration)]
+    passes = [*canonical_passes(calibration, finished.assigned()), *factoring_passes(calibration)]
     bisector = Bisector(
         out=out, passes=change(passes), calibration=calibration, feeds=feeds, references=references, limit=LIMIT
     )  # fmt: skip
@@ -150,7 +150,7 @@ def test_folded_results_are_told_from_broken_ones(finished: Path, tmp_path: Path
     """What takes up a scaling gives other results, which are right."""
     calibration = CalibrationResult.load(finished / "calibration.safetensors")
     folder = FinishedFolder.open(finished)
-    passes = canonical_passes(calibration, folder.assigned(folder.recipe()))
+    passes = canonical_passes(calibration, folder.assigned())
     place = [item.name for item in passes].index("fold_scaling")
     graphs = (tmp_path / "before" / "model.onnx", tmp_path / "after" / "model.onnx")
     for path, count in zip(graphs, (place, place + 1), strict=True):

@@ -120,9 +120,9 @@ def exported(case: Case) -> tuple[ir.Model, Arrays]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(Wrapper().eval(), tuple(map(torch.from_numpy, feed.values())), strict=False)
-        made = torch.onnx.export(program, dynamo=True, opset_version=21, input_names=list(feed), verbose=False)
-    assert made is not None
-    graph = made.model
+        written = torch.onnx.export(program, dynamo=True, opset_version=21, input_names=list(feed), verbose=False)
+    assert written is not None
+    graph = written.model
     graph.ir_version = 10
     _bypass_squeeze(graph)
     named = {str(value.name) for value in graph.graph.inputs}
@@ -149,8 +149,8 @@ def output_of(model: ir.Model, feed: Arrays) -> np.ndarray[Any, Any]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), options, ["CPUExecutionProvider"])
-    found: np.ndarray[Any, Any] = session.run(None, feed)[0]
-    return found
+    output: np.ndarray[Any, Any] = session.run(None, feed)[0]
+    return output
 
 
 def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: bool = False) -> None:
@@ -211,11 +211,12 @@ def main(names: list[str]) -> None:
     print("| network | GEMM sites: free / vector / token | convolutions: free / vector / pixels | shared | relative change |")
     print("|---|---|---|---|---|")
     for name in names or CASES:
-        found = measure(CASES[name])
+        result = measure(CASES[name])
         gemms, convolutions = (
-            " / ".join(str(counts[kind]) for kind in ("free", "vector", "token")) for counts in (found.gemms, found.convolutions)
+            " / ".join(str(counts[kind]) for kind in ("free", "vector", "token"))
+            for counts in (result.gemms, result.convolutions)
         )
-        print(f"| {name} | {gemms} | {convolutions} | {found.shared} | {found.change:.1e} |", flush=True)
+        print(f"| {name} | {gemms} | {convolutions} | {result.shared} | {result.change:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

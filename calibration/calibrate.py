@@ -201,7 +201,7 @@ def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> di
     Raises:
         CalibrationError: readers of one input want different things; all of them in one message.
     """
-    found: dict[str, Scheme] = {}
+    by_site: dict[str, Scheme] = {}
     wrong = []
     for site in sites:
         schemes = dict.fromkeys(assigned[name].scheme for name in site.linears if assigned[name].scheme.low_precision)
@@ -209,11 +209,11 @@ def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> di
             both = " and ".join(str(scheme) for scheme in schemes)
             wrong.append(f"{', '.join(site.linears)} read one input, which cannot be {both}; give them one action")
         for scheme in schemes:
-            found[site.name] = scheme
+            by_site[site.name] = scheme
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    scaled = {site.shares or site.name for site in sites if site.name in found}
-    return {site.name: found.get(site.name, scheme_of("float")) for site in sites if (site.shares or site.name) in scaled}
+    scaled = {site.shares or site.name for site in sites if site.name in by_site}
+    return {site.name: by_site.get(site.name, scheme_of("float")) for site in sites if (site.shares or site.name) in scaled}
 
 
 def _activation(

@@ -35,9 +35,9 @@ def work_bytes(denoiser: Denoiser) -> int:
 
 def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
     """By linear: the plans whose scaling is folded into its weight."""
-    found: dict[str, list[SitePlan]] = {}
+    touching: dict[str, list[SitePlan]] = {}
     for plan in plans.values():
         producers = (part.name for part in plan.site.fold.of_kind("linear"))
         for name in {*plan.site.linears, *producers}:
-            found.setdefault(name, []).append(plan)
-    return found
+            touching.setdefault(name, []).append(plan)
+    return touching

@@ -1,1 +1,1 @@
-"""What is found in an exported float graph: its linears with their roles, its sites, and where each site's scaling goes."""
+"""What an export knows of a network from its float graph: linears and their roles, sites, and where their scalings go."""

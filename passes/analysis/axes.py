@@ -73,7 +73,7 @@ def _squeezed(node: ir.Node, axes: Axes, near: int, far: int) -> Axes | None:
 
 def _reshaped(near: tuple[Dim, ...], far: tuple[Dim, ...], axes: Axes) -> Axes | None:
     parts = _aligned(near, far)
-    found: list[int] = []
+    across: list[int] = []
     rest = list(axes)
     while rest:
         part = next(((a, b) for a, b in parts if rest[0] in a), None)
@@ -82,9 +82,9 @@ def _reshaped(near: tuple[Dim, ...], far: tuple[Dim, ...], axes: Axes) -> Axes |
         inner = [axis for axis in part[0] if near[axis] != 1 or axis in rest]
         if rest[: len(inner)] != inner:
             return None  # only some of the axes that are joined hold channels
-        found += part[1]
+        across += part[1]
         rest = rest[len(inner) :]
-    return tuple(axis for axis in found if far[axis] != 1) or tuple(found[:1])
+    return tuple(axis for axis in across if far[axis] != 1) or tuple(across[:1])
 
 
 def _aligned(near: tuple[Dim, ...], far: tuple[Dim, ...]) -> list[tuple[list[int], list[int]]]:

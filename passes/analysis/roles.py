@@ -25,16 +25,16 @@ def roles(model: ir.Model, linears: Mapping[str, LinearNode], conditions: Collec
     vectors = {name for name, linear in linears.items() if _is_vector(linear.input)}
     moving = _behind([value for value in model.graph.inputs if value.name not in conditions])
     gemms = {linear.gemm for linear in linears.values()}
-    found: dict[str, Role] = {}
+    by_name: dict[str, Role] = {}
     for name, linear in linears.items():
         embeds = name in vectors and not _reaches_tokens(linear.output, gemms)
         if embeds or not any(part.isdigit() for part in name.split(".")):
-            found[name] = "edge"
+            by_name[name] = "edge"
         elif name in vectors:
-            found[name] = "vector"
+            by_name[name] = "vector"
         else:
-            found[name] = "gemm" if linear.input in moving else "static"
-    return found
+            by_name[name] = "gemm" if linear.input in moving else "static"
+    return by_name
 
 
 def _is_vector(value: ir.Value) -> bool:
@@ -44,13 +44,13 @@ def _is_vector(value: ir.Value) -> bool:
 
 def _behind(values: Collection[ir.Value]) -> set[ir.Value]:
     """All values that depend on some."""
-    found, todo = set(values), list(values)
+    dependent, todo = set(values), list(values)
     while todo:
         for node, _ in todo.pop().uses():
-            new = [value for value in node.outputs if value not in found]
-            found.update(new)
+            new = [value for value in node.outputs if value not in dependent]
+            dependent.update(new)
             todo += new
-    return found
+    return dependent
 
 
 def _reaches_tokens(value: ir.Value, gemms: Collection[ir.Node]) -> bool:

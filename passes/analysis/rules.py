@@ -142,15 +142,15 @@ def _sum(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
     choices = (
         [(False, False)] if not scaled.shift else [(True, False)] if node.op_type == "Sub" else [(True, False), (False, True)]
     )
-    found = []
+    ways_up = []
     for choice in choices:
         ways = [_operand(walk, scaled, node, index, shift=shift) for index, shift in enumerate(choice)]
         pair = [way for way in ways if way is not None]
         if len(pair) == 2:
-            found.append(_joined(pair))
+            ways_up.append(_joined(pair))
             absorbed = _absorbed(node, scaled, pair) if node.op_type == "Add" else None
-            found += [absorbed] if absorbed is not None else []
-    return min(found, key=lambda way: way.cost, default=None)
+            ways_up += [absorbed] if absorbed is not None else []
+    return min(ways_up, key=lambda way: way.cost, default=None)
 
 
 def _absorbed(node: ir.Node, scaled: Scaled, pair: list[Way]) -> Way | None:

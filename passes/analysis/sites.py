@@ -71,11 +71,11 @@ def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
     """
     model = model.clone()
     FoldTranspose().rewrite(model)
-    found = linears(model)
-    role = roles(model, found, conditions)
+    by_name = linears(model)
+    role = roles(model, by_name, conditions)
     kept = [item.site for item in graph_sites(model) if any(role[name] in ("gemm", "static") for name in item.site.linears)]
-    described = {name: Linear(name=name, kind=role[name], width=linear.shape[1]) for name, linear in found.items()}
-    return Structure(linears=described, sites=tuple(kept), attention=_attention(model, found))
+    described = {name: Linear(name=name, kind=role[name], width=linear.shape[1]) for name, linear in by_name.items()}
+    return Structure(linears=described, sites=tuple(kept), attention=_attention(model, by_name))
 
 
 def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSite]:
@@ -88,9 +88,9 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
         model: after fold_transpose.
         convolutions: whether convolutions count, too; their input takes no shift, which would be wrong at a padded border.
     """
-    found = {name: linear for name, linear in linears(model).items() if stored(linear.gemm.inputs[1]) is not None}
+    by_name = {name: linear for name, linear in linears(model).items() if stored(linear.gemm.inputs[1]) is not None}
     kernels = _convolutions(model)
-    readers = [Reader(name=n, node=g.gemm, width=g.shape[1], axis=-1) for n, g in found.items()]
+    readers = [Reader(name=n, node=g.gemm, width=g.shape[1], axis=-1) for n, g in by_name.items()]
     if convolutions:
         readers += [Reader(name=n, node=v.producer(), width=_inputs(v), axis=1) for v, n in kernels.items() if _inputs(v)]  # type: ignore[arg-type]
         order = {node: i for i, node in enumerate(model.graph)}
@@ -101,9 +101,9 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
         assert value is not None
         by_value.setdefault(value, []).append(reader)
     walk = Walk(
-        linears={linear.output: linear for linear in found.values()},
+        linears={linear.output: linear for linear in by_name.values()},
         convolutions=kernels,
-        readers={linear.gemm: linear.shape[1] for linear in found.values()},
+        readers={linear.gemm: linear.shape[1] for linear in by_name.values()},
         rules=RULES,
     )
     return _sites(walk, by_value)
@@ -136,7 +136,7 @@ def _names(group: list[Reader]) -> tuple[str, ...]:
 
 
 def _cheapest(walk: Walk, value: ir.Value, group: list[Reader]) -> tuple[Way, bool]:
-    """The way that costs least, and whether it takes a shift. Ties go to the one that does."""
+    """The cheapest way, and whether it takes a shift. In a tie it is one that does."""
     scaled = _scaled(value, group)
     ways = []
     for shift in (False,) if group[0].axis == 1 else (True, False):
@@ -160,11 +160,11 @@ def _scaled(value: ir.Value, group: list[Reader]) -> Scaled:
 
 
 def _convolutions(model: ir.Model) -> dict[ir.Value, str]:
-    found = {}
+    kernels = {}
     for node in model.graph:
         if node.op_type == "Conv" and module_of(node) and stored(node.inputs[1]) is not None:
-            found[node.outputs[0]] = module_of(node)
-    return found
+            kernels[node.outputs[0]] = module_of(node)
+    return kernels
 
 
 def _inputs(value: ir.Value) -> int:
@@ -176,8 +176,8 @@ def _inputs(value: ir.Value) -> int:
     return 0 if node.attributes.get_int("group", 1) != 1 else int(tensor.shape.numpy()[1])
 
 
-def _attention(model: ir.Model, found: dict[str, LinearNode]) -> tuple[tuple[str, str, str], ...]:
-    by_output = {linear.output: name for name, linear in found.items()}
+def _attention(model: ir.Model, by_name: dict[str, LinearNode]) -> tuple[tuple[str, str, str], ...]:
+    by_output = {linear.output: name for name, linear in by_name.items()}
     triples = []
     for node in model.graph:
         scores = node.inputs[0].producer() if node.op_type == "Softmax" and node.inputs[0] is not None else None

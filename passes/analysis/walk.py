@@ -20,7 +20,7 @@ from .axes import LAYOUT, Axes, after, dims, size
 Use = tuple[ir.Node, int]
 Span = tuple[int, int]
 DEPTH = 64
-"""Nodes that a walk goes up at most."""
+"""The greatest number of nodes that a walk goes up."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,14 +155,14 @@ class Walk:
         """The GEMMs behind all other reads of the value; None if one of those cannot undo the scaling."""
         if scaled.value.is_graph_output():
             return None
-        found: set[ir.Node] = set()
+        readers: set[ir.Node] = set()
         for node, index in scaled.value.uses():
             if (node, index) not in scaled.uses:
                 behind = self.behind(node, index, scaled.axes, scaled.span)
                 if behind is None:
                     return None
-                found |= behind
-        return frozenset(found)
+                readers |= behind
+        return frozenset(readers)
 
     def behind(self, node: ir.Node, index: int, axes: Axes, span: Span) -> set[ir.Node] | None:
         """The GEMMs that read input `index` of a node, through layout and slices of tokens; None if anything else does."""
@@ -179,18 +179,18 @@ class Walk:
         moved = after(node, axes) if node.op_type in LAYOUT else axes
         if moved is None:
             return None
-        found: set[ir.Node] = set()
+        readers: set[ir.Node] = set()
         for output in node.outputs:
             for user, place in output.uses():
                 behind = None if output.is_graph_output() else self.behind(user, place, moved, span)
                 if behind is None:
                     return None
-                found |= behind
-        return found
+                readers |= behind
+        return readers
 
 
 def place(kind: str, name: str, scaled: Scaled, rows: Span | None = None) -> Place:
-    """The place of a scaled value: rows of `name`, all of them in order if it is not said which."""
+    """The place of a scaled value: rows of `name`, all of them in order without `rows`."""
     width = scaled.span[1] - scaled.span[0]
     part = Part(kind=kind, name=name, rows=rows or (0, width), channels=scaled.span, shift=scaled.shift)  # type: ignore[arg-type]
     return Place(part=part, value=scaled.value, axes=scaled.axes, uses=scaled.uses)

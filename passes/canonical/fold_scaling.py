@@ -36,7 +36,7 @@ class FoldScaling(GraphPass):
         1. the plan has no scaling,
         2. the site was folded before (stamped on its first reader).
 
-    Exactness: exact in real arithmetic; the float output changes by reordering only, relative 1e-5 at the most.
+    Exactness: exact in real arithmetic; the float output changes by reordering only, by less than 1e-5 of its largest value.
     Source: SmoothQuant (arXiv 2211.10438) section 4 for the principle; modulation and value as in DiTAS (arXiv 2409.07756).
 
     Args:
@@ -146,10 +146,10 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, name: str, change: Call
         content = np.zeros(shape) if before is None else before.numpy().astype(np.float64)
         return change(content).astype(np.float32)
 
-    made = computed_initializer(graph, name, ir.DataType.FLOAT, shape, compute)
+    stored_anew = computed_initializer(graph, name, ir.DataType.FLOAT, shape, compute)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
-    node.replace_input_with(index, made)
+    node.replace_input_with(index, stored_anew)
 
 
 def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Float]) -> None:
@@ -174,8 +174,8 @@ def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Flo
         back: Float32 = changed.transpose(np.argsort([*others, *axes])).astype(np.float32)
         return back
 
-    made = computed_initializer(graph, f"{place.part.name}.operand", ir.DataType.FLOAT, tuple(shape), compute)
-    node.replace_input_with(index, made)
+    stored_anew = computed_initializer(graph, f"{place.part.name}.operand", ir.DataType.FLOAT, tuple(shape), compute)
+    node.replace_input_with(index, stored_anew)
 
 
 def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:
@@ -197,8 +197,8 @@ def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:
         offset = (-plan.in_shift[channels] * inverse).reshape(shape)
         added = initializer(graph, f"{plan.site.name}.scaled_in_shift", offset)
         nodes.append(ir.node("Add", [nodes[0].outputs[0], added]))
-    for made in nodes:
-        like(made.outputs[0], source)
+    for node in nodes:
+        like(node.outputs[0], source)
     graph.insert_before(first, nodes)
     for user, position in place.uses:
         user.replace_input_with(position, nodes[-1].outputs[0])

@@ -26,15 +26,15 @@ def network() -> ir.Model:
 
 @pytest.mark.parametrize(("conditions", "text"), [((), "gemm"), (("text",), "static")])
 def test_roles_follow_from_shape_and_place(conditions: tuple[str, ...], text: str) -> None:
-    found = structure(network(), conditions)
-    assert {name: linear.kind for name, linear in found.linears.items()} == {
+    result = structure(network(), conditions)
+    assert {name: linear.kind for name, linear in result.linears.items()} == {
         "blocks.0.norm.emb.linear_1": "edge",
         "blocks.0.norm.linear": "vector",
         "embed": "edge",
         "blocks.0.to_q": "gemm",
         "blocks.0.to_k": text,
     }
-    assert [site.name for site in found.sites] == ["blocks.0.to_q", "blocks.0.to_k"]
+    assert [site.name for site in result.sites] == ["blocks.0.to_q", "blocks.0.to_k"]
 
 
 def test_the_graph_stays_as_it_is() -> None:

@@ -25,22 +25,22 @@ def tokens(**more: list[Any]) -> Builder:
 
 
 def linear(b: Builder, x: ir.Value, name: str, inputs: int, outputs: int, *, bias: bool = True) -> ir.Value:
-    made: ir.Value = b.node("MatMul", x, b.weight(f"{name}.w", inputs, outputs), module=name)
-    return b.node("Add", made, b.weight(f"{name}.b", outputs), module=name) if bias else made
+    value: ir.Value = b.node("MatMul", x, b.weight(f"{name}.w", inputs, outputs), module=name)
+    return b.node("Add", value, b.weight(f"{name}.b", outputs), module=name) if bias else value
 
 
 def gemm(b: Builder, x: ir.Value, name: str, inputs: int, outputs: int) -> ir.Value:
-    made: ir.Value = b.node(
+    value: ir.Value = b.node(
         "Gemm", x, b.weight(f"{name}.w", outputs, inputs), b.weight(f"{name}.b", outputs), module=name, transB=1
     )
-    return made
+    return value
 
 
 def heads(b: Builder, x: ir.Value, name: str) -> ir.Value:
     """[B, T, 8] -> [B, 2, T, 4]."""
     shape = b.node("Reshape", x, b.const(f"{name}.shape", np.asarray([0, -1, 2, 4])))
-    made: ir.Value = b.node("Transpose", shape, perm=[0, 2, 1, 3])
-    return made
+    value: ir.Value = b.node("Transpose", shape, perm=[0, 2, 1, 3])
+    return value
 
 
 def attention(b: Builder, source: ir.Value, values: ir.Value, *, softmax: bool = True) -> ir.Value:
@@ -50,8 +50,8 @@ def attention(b: Builder, source: ir.Value, values: ir.Value, *, softmax: bool =
     scores = b.node("MatMul", queries, keys)
     scores = b.node("Softmax", scores, axis=-1) if softmax else b.node("Sigmoid", scores)
     mixed = b.node("Transpose", b.node("MatMul", scores, values), perm=[0, 2, 1, 3])
-    made: ir.Value = b.node("Reshape", mixed, b.const("flat", np.asarray([0, -1, 8])))
-    return made
+    value: ir.Value = b.node("Reshape", mixed, b.const("flat", np.asarray([0, -1, 8])))
+    return value
 
 
 def chunks(b: Builder, source: ir.Value, count: int) -> list[ir.Value]:
@@ -61,8 +61,8 @@ def chunks(b: Builder, source: ir.Value, count: int) -> list[ir.Value]:
 
 
 def norm(b: Builder, x: ir.Value) -> ir.Value:
-    made: ir.Value = b.node("LayerNormalization", x, b.const("ones", np.ones(8, dtype=np.float32)), axis=-1)
-    return made
+    normed: ir.Value = b.node("LayerNormalization", x, b.const("ones", np.ones(8, dtype=np.float32)), axis=-1)
+    return normed
 
 
 def behind_a_linear(b: Builder) -> ir.Value:
@@ -74,8 +74,8 @@ def behind_a_linear_without_bias(b: Builder) -> ir.Value:
 
 
 def behind_an_affine_norm(b: Builder) -> ir.Value:
-    made: ir.Value = b.node("LayerNormalization", b.value["x"], b.weight("gain", 8), b.weight("bias", 8), axis=-1)
-    return made
+    normed: ir.Value = b.node("LayerNormalization", b.value["x"], b.weight("gain", 8), b.weight("bias", 8), axis=-1)
+    return normed
 
 
 def behind_a_norm_without_bias(b: Builder) -> ir.Value:
@@ -85,16 +85,16 @@ def behind_a_norm_without_bias(b: Builder) -> ir.Value:
 def behind_adaln(b: Builder) -> ir.Value:
     shift, scale = chunks(b, gemm(b, b.value["c"], "mod", 4, 16), 2)
     gain = b.node("Add", scale, b.const("one", np.float32(1)))
-    made: ir.Value = b.node("Add", b.node("Mul", norm(b, b.value["x"]), gain), shift)
-    return made
+    result: ir.Value = b.node("Add", b.node("Mul", norm(b, b.value["x"]), gain), shift)
+    return result
 
 
 def behind_shared_modulation(b: Builder) -> ir.Value:
     shift, scale = chunks(b, gemm(b, b.value["c"], "mod", 4, 16), 2)
     b.graph.outputs.append(b.node("Neg", b.node("Concat", shift, scale, axis=1), shape=["B", 2, 8]))
     gain = b.node("Add", b.node("Add", scale, b.weight("table", 1, 1, 8)), b.const("one", np.float32(1)))
-    made: ir.Value = b.node("Add", b.node("Mul", norm(b, b.value["x"]), gain), shift)
-    return made
+    result: ir.Value = b.node("Add", b.node("Mul", norm(b, b.value["x"]), gain), shift)
+    return result
 
 
 def behind_attention(b: Builder) -> ir.Value:
@@ -109,16 +109,16 @@ def behind_attention_to_both_streams(b: Builder) -> ir.Value:
 
 def behind_a_gated_linear(b: Builder) -> ir.Value:
     value, gate = b.node("Split", linear(b, b.value["x"], "proj", 8, 16), outputs=2, axis=2, num_outputs=2)
-    made: ir.Value = b.node("Mul", value, b.node("Gelu", gate))
-    return made
+    result: ir.Value = b.node("Mul", value, b.node("Gelu", gate))
+    return result
 
 
 def behind_a_root_mean_square_norm(b: Builder) -> ir.Value:
     normed = b.node(
         "Mul", b.value["x"], b.node("Reciprocal", b.node("ReduceMax", b.value["x"], b.const("last", np.asarray([-1]))))
     )
-    made: ir.Value = b.node("Mul", normed, b.weight("gain", 8))
-    return made
+    result: ir.Value = b.node("Mul", normed, b.weight("gain", 8))
+    return result
 
 
 def behind_slices_of_a_linear(b: Builder) -> ir.Value:
@@ -131,15 +131,15 @@ def behind_slices_of_a_linear(b: Builder) -> ir.Value:
 
 
 def behind_a_number_that_is_added(b: Builder) -> ir.Value:
-    made: ir.Value = b.node("Add", linear(b, b.value["x"], "up", 8, 8), b.const("half", np.float32(0.5)))
-    return made
+    result: ir.Value = b.node("Add", linear(b, b.value["x"], "up", 8, 8), b.const("half", np.float32(0.5)))
+    return result
 
 
 def behind_a_part_by_part_concat(b: Builder) -> ir.Value:
-    made: ir.Value = b.node(
+    result: ir.Value = b.node(
         "Concat", linear(b, b.value["x"], "one", 8, 3), b.node("Gelu", linear(b, b.value["x"], "two", 8, 5)), axis=2
     )
-    return made
+    return result
 
 
 Rule = Callable[[Builder], ir.Value]
@@ -164,10 +164,10 @@ FREE: list[tuple[Rule, list[tuple[str, str, tuple[int, int], bool]]]] = [
 def modelled(rule: Rule) -> tuple[ir.Model, dict[str, Any]]:
     """A graph whose linear `reader` reads what the rule makes, and its inputs."""
     b = tokens(y=["B", 2, 8])
-    made = rule(b)
+    result = rule(b)
     others = list(b.graph.outputs)
     b.graph.outputs.clear()
-    model = b.shaped(linear(b, made, "reader", 8, 6), *others)
+    model = b.shaped(linear(b, result, "reader", 8, 6), *others)
     for name, rank in (("x", 3), ("c", 2), ("y", 3)):
         assert len(b.value[name].shape or ()) == rank
     shapes = {"x": (2, 3, 8), "c": (2, 4), "y": (2, 2, 8)}
@@ -188,27 +188,27 @@ def test_the_scaling_goes_where_it_is_cheapest_and_the_output_stays(rule: Rule, 
 
 
 def residual(b: Builder) -> ir.Value:
-    made = linear(b, b.value["x"], "up", 8, 8)
-    b.graph.outputs.append(b.node("Neg", made, shape=["B", 3, 8]))
-    return made
+    result = linear(b, b.value["x"], "up", 8, 8)
+    b.graph.outputs.append(b.node("Neg", result, shape=["B", 3, 8]))
+    return result
 
 
 def output(b: Builder) -> ir.Value:
-    made = linear(b, b.value["x"], "up", 8, 8)
-    made.shape = ir.Shape(["B", 3, 8])
-    b.graph.outputs.append(made)
-    return made
+    result = linear(b, b.value["x"], "up", 8, 8)
+    result.shape = ir.Shape(["B", 3, 8])
+    b.graph.outputs.append(result)
+    return result
 
 
 def gelu(b: Builder) -> ir.Value:
-    made: ir.Value = b.node("Gelu", linear(b, b.value["x"], "up", 8, 8))
-    return made
+    result: ir.Value = b.node("Gelu", linear(b, b.value["x"], "up", 8, 8))
+    return result
 
 
 def silu(b: Builder) -> ir.Value:
     value = linear(b, b.value["x"], "up", 8, 8)
-    made: ir.Value = b.node("Mul", value, b.node("Sigmoid", value))
-    return made
+    result: ir.Value = b.node("Mul", value, b.node("Sigmoid", value))
+    return result
 
 
 def overlapping(b: Builder) -> ir.Value:
@@ -224,20 +224,20 @@ def rows_that_are_read_whole(b: Builder) -> ir.Value:
     whole = linear(b, b.value["x"], "proj", 8, 16)
     first, _ = b.node("Split", whole, outputs=2, axis=2, num_outputs=2)
     b.graph.outputs.append(b.node("Neg", whole, shape=["B", 3, 16]))
-    made: ir.Value = first
-    return made
+    result: ir.Value = first
+    return result
 
 
 def channels_in_another_order(b: Builder) -> ir.Value:
     cut = b.node("Reshape", linear(b, b.value["x"], "up", 8, 8), b.const("cut", np.asarray([0, 0, 2, 4])))
-    made: ir.Value = b.node("Reshape", b.node("Transpose", cut, perm=[0, 1, 3, 2]), b.const("joined", np.asarray([0, 0, 8])))
-    return made
+    result: ir.Value = b.node("Reshape", b.node("Transpose", cut, perm=[0, 1, 3, 2]), b.const("joined", np.asarray([0, 0, 8])))
+    return result
 
 
 def rows_that_become_tokens(b: Builder) -> ir.Value:
     """A scaling of 8 channels would repeat along the 16 rows."""
-    made: ir.Value = b.node("Reshape", gemm(b, b.value["c"], "up", 4, 16), b.const("shape", np.asarray([0, 2, 8])))
-    return made
+    result: ir.Value = b.node("Reshape", gemm(b, b.value["c"], "up", 4, 16), b.const("shape", np.asarray([0, 2, 8])))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ def test_a_convolution_takes_no_shift_and_folds_into_a_group_norm_or_a_convoluti
     second = b.node("Conv", first, b.weight("w2", 8, 8, 3, 3), module="blocks.0.conv2", pads=[1, 1, 1, 1])
     active = b.node("Mul", second, b.node("Sigmoid", second))
     model = b.shaped(b.node("Conv", active, b.weight("w3", 8, 8, 1, 1), module="blocks.0.conv3"))
-    found = {item.site.name: item.site.fold for item in graph_sites(model, convolutions=True)}
-    kinds = {name: ([part.kind for part in fold.parts], fold.shifts) for name, fold in found.items()}
+    folds = {item.site.name: item.site.fold for item in graph_sites(model, convolutions=True)}
+    kinds = {name: ([part.kind for part in fold.parts], fold.shifts) for name, fold in folds.items()}
     assert kinds == {
         "blocks.0.conv1": (["norm"], False),
         "blocks.0.conv2": (["convolution"], False),
@@ -304,5 +304,5 @@ def test_a_convolution_takes_no_shift_and_folds_into_a_group_norm_or_a_convoluti
     }
     feed = {"x": RANDOM.normal(size=(1, 8, 5, 5)).astype(np.float32)}
     before = run_onnx(model, feed)
-    fold_at_random(model, tuple(found), convolutions=True)
+    fold_at_random(model, tuple(folds), convolutions=True)
     np.testing.assert_allclose(run_onnx(model, feed), before, rtol=0, atol=1e-5 * np.abs(before).max())

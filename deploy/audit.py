@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -178,17 +179,33 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values for a batch of one, without reading any weight."""
+    """Shapes of all values for a batch of one, without reading any weight; every other size that may change is one, too.
+
+    Sizes that a graph computes from its inputs' are not all found anew; there the exporter's own shapes stand.
+    """
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
-    for value in proto.graph.input:
+    exported = list(proto.graph.value_info)
+    del proto.graph.value_info[:]
+    for value in (*proto.graph.input, *exported):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_value = 1
-    del proto.graph.value_info[:]
     for output in proto.graph.output:
         output.type.tensor_type.ClearField("shape")
+    known = _inferred(proto)
+    computed = [value for value in exported if value.name not in known]
+    if not computed:
+        return known
+    proto.graph.value_info.extend(computed)
+    return _inferred(proto)
+
+
+def _inferred(proto: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that follow from those in the graph."""
+    import onnx
+
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     known = {}
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):

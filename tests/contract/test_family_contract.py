@@ -362,6 +362,7 @@ def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Pat
     assert any(timestep != int(timestep) for timestep in report.measured_at)
     assert report.parity is not None
     assert report.audit is not None
+    assert report.audit.coverage == 1, "FLOPs of sizes that may change count, too"
 
 
 def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:

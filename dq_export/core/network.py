@@ -139,7 +139,7 @@ class Denoiser(Protocol):
 
     @property
     def sites(self) -> tuple[InputSite, ...]:
-        """Inputs of all `gemm` linears, in execution order."""
+        """Inputs of all `gemm` and `static` linears, in execution order."""
 
     @property
     def linears(self) -> Mapping[str, Linear]:

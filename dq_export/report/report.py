@@ -116,7 +116,7 @@ class Verdict(Part):
 class Report(Part):
     """Everything that an export did and proved. Parts are null until their stage has run."""
 
-    version: int = Field(default=3, description="of this schema")
+    version: Literal[3] = Field(default=3, description="of this schema")
     verdict: Verdict | None = Field(default=None, description="null where the run stopped before the engine was audited")
     model: str
     digest: str = Field(description="sha256 of the checkpoint")

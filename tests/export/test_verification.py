@@ -294,6 +294,7 @@ def at(*path: Any, value: Any) -> Callable[[Any], None]:
         lambda report: next(item for item in report["linears"] if item["action"] == "w8a8").update(group_size=16),
         at("verdict", value={"outcome": "passed"}),
         at("more", value=1),
+        at("version", value=2),
     ],
 )
 def test_a_report_with_numbers_that_cannot_be_is_refused(change: Callable[[Any], None], out: Path, call: Call) -> None:

@@ -182,7 +182,7 @@ def test_progress_counts_every_network_call_input_and_weight_once(
 ) -> None:
     recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
     seen: list[tuple[int, int]] = []
-    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda done, total, unit="": seen.append((done, total)))
     calibrate(calibration)
     calls = [(done, 6) for done in range(7)]  # 9 pictures are two batches of 3 steps
     weights = sum(rule.action != "float" for rule in calibration.assigned.values())

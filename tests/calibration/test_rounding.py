@@ -271,7 +271,7 @@ def most_at_once(each: int, wanted: int) -> int:
         return item
 
     items = list(range(2 * wanted))
-    assert parallel(work, items, lambda done, total: None, each) == items
+    assert parallel(work, items, lambda done, total, unit="": None, each) == items
     return most
 
 

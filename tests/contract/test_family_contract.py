@@ -7,100 +7,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import feed_of, recipe_of, run_onnx, save_tiny, sqnr
+from cases import CASES, SEED, Case
+from conftest import feed_of, recipe_of, run_onnx, sqnr
 from folds import fold_at_random
-from toy import TOY, ToyPipeline, save_toy
+from toy import TOY
 
 import dq_export.families as families_package
 from dq_export.calibration.collect.calls import Calls
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.collect.statistics import collect_ranges
-from dq_export.core.network import BATCH, Axis, Float32
-from dq_export.core.recipe import Recipe
+from dq_export.core.network import BATCH, Axis
 from dq_export.deploy.openvino.engine import load_engine
 from dq_export.families import FAMILIES
 from dq_export.families.checkpoint import digest
-from dq_export.families.family import Family
 from dq_export.families.float_graph import load
-from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
-from dq_export.pipeline import run
-from dq_export.stages.triton import require_served
 
-SEED = 7
 SAME = 100
 """dB of float32 rounding: 120 to 130 are seen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A family, a tiny checkpoint of it, and what diffusers' own pipeline draws from that.
-
-    Args:
-        save: writes a pipeline folder.
-        changes: values of config.json that the same weights fit.
-        draw: latents float32[P, ...] of a pipeline folder, conditions and guidance in 4 steps, from the noise of SEED.
-    """
-
-    family: Family
-    save: Callable[[Path], Path]
-    changes: Mapping[str, Any]
-    draw: Callable[[Path, Any, Any, float], Float32]
-
-
-def drawn_by_dit_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
-    """DiTPipeline takes no latents and gives pictures: its generators draw our noise, and what stands for its decoder keeps
-    the latents."""
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    class Kept:
-        config = SimpleNamespace(scaling_factor=1.0)
-
-        def decode(self, latents: torch.Tensor) -> Any:
-            self.latents = latents
-            return SimpleNamespace(sample=latents)
-
-    network, kept = DiTTransformer2DModel.from_pretrained(folder / "transformer"), Kept()
-    pipeline = DiTPipeline(network, kept, DDIMScheduler.from_pretrained(folder / "scheduler"))
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(SEED * 100_003 + i) for i in range(len(chosen))]
-    pipeline(chosen.tolist(), guidance, generators, num_inference_steps=4, output_type="np")
-    return kept.latents.numpy()
-
-
-def drawn_by_toy_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
-    from diffusers import EulerDiscreteScheduler
-
-    network = TOY.network_class("ToyNetwork").from_pretrained(folder / "transformer")
-    pipeline = ToyPipeline(network, EulerDiscreteScheduler.from_pretrained(folder / "scheduler"))
-    conditions = reference.conditions
-    context, null = conditions.rows(chosen)["context"], conditions.null_rows(len(chosen))["context"]
-    tensors = map(torch.from_numpy, (context, null, reference.noise(len(chosen), SEED)))
-    return np.asarray(pipeline(*tensors, 4, guidance))
-
-
-CASES = {
-    "dit": Case(
-        family=FAMILIES[0],
-        # DiTPipeline has ImageNet's null label, 1000, written into it.
-        save=lambda folder: save_tiny(folder, num_embeds_ada_norm=1000, out_channels=4),
-        changes={"norm_eps": 1e-4},
-        draw=drawn_by_dit_pipeline,
-    ),
-    "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -349,22 +283,3 @@ def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(referenc
         np.testing.assert_array_equal(rest[name].low, whole[name].low)
         np.testing.assert_array_equal(rest[name].high, whole[name].high)
         np.testing.assert_array_equal(rest[name].rows, whole[name].rows)
-
-
-def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Path) -> None:
-    """Calibrated, quantized, compared on ONNX Runtime: no stage knows a name of DiT's."""
-    folder = save_toy(tmp_path / "toy", width=32)
-    recipe = Recipe.parse({"model": str(folder), "steps": 5, "calib_size": 3, "parity_size": 2, "format": "ort"}, "test")
-    report = run(recipe, tmp_path / "out", until="verify")
-    assert report is not None
-    assert report.sampler == "EulerDiscreteScheduler"
-    assert report.measured_at == load_reference(str(folder)).timesteps(5)
-    assert any(timestep != int(timestep) for timestep in report.measured_at)
-    assert report.parity is not None
-    assert report.audit is not None
-    assert report.audit.coverage == 1, "FLOPs of sizes that may change count, too"
-
-
-def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context\. Leave --triton out"):
-        require_served(load_reference(str(save_toy(tmp_path))))

@@ -1,0 +1,80 @@
+"""The families that the contract is held to: a tiny checkpoint of each, and what diffusers' own pipeline draws from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import save_tiny
+from toy import TOY, ToyPipeline, save_toy
+
+from dq_export.core.network import Float32
+from dq_export.families import FAMILIES
+from dq_export.families.family import Family
+from dq_export.families.reference import Reference
+
+SEED = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family, a tiny checkpoint of it, and what diffusers' own pipeline draws from that.
+
+    Args:
+        save: writes a pipeline folder.
+        changes: values of config.json that the same weights fit.
+        draw: latents float32[P, ...] of a pipeline folder, conditions and guidance in 4 steps, from the noise of SEED.
+    """
+
+    family: Family
+    save: Callable[[Path], Path]
+    changes: Mapping[str, Any]
+    draw: Callable[[Path, Any, Any, float], Float32]
+
+
+def drawn_by_dit_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
+    """DiTPipeline takes no latents and gives pictures: its generators draw our noise, and what stands for its decoder keeps
+    the latents."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    class Kept:
+        config = SimpleNamespace(scaling_factor=1.0)
+
+        def decode(self, latents: torch.Tensor) -> Any:
+            self.latents = latents
+            return SimpleNamespace(sample=latents)
+
+    network, kept = DiTTransformer2DModel.from_pretrained(folder / "transformer"), Kept()
+    pipeline = DiTPipeline(network, kept, DDIMScheduler.from_pretrained(folder / "scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(SEED * 100_003 + i) for i in range(len(chosen))]
+    pipeline(chosen.tolist(), guidance, generators, num_inference_steps=4, output_type="np")
+    return kept.latents.numpy()
+
+
+def drawn_by_toy_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:
+    from diffusers import EulerDiscreteScheduler
+
+    network = TOY.network_class("ToyNetwork").from_pretrained(folder / "transformer")
+    pipeline = ToyPipeline(network, EulerDiscreteScheduler.from_pretrained(folder / "scheduler"))
+    conditions = reference.conditions
+    context, null = conditions.rows(chosen)["context"], conditions.null_rows(len(chosen))["context"]
+    tensors = map(torch.from_numpy, (context, null, reference.noise(len(chosen), SEED)))
+    return np.asarray(pipeline(*tensors, 4, guidance))
+
+
+CASES = {
+    "dit": Case(
+        family=FAMILIES[0],
+        # DiTPipeline has ImageNet's null label, 1000, written into it.
+        save=lambda folder: save_tiny(folder, num_embeds_ada_norm=1000, out_channels=4),
+        changes={"norm_eps": 1e-4},
+        draw=drawn_by_dit_pipeline,
+    ),
+    "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
+}

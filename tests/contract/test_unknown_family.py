@@ -1,0 +1,41 @@
+"""A family that the product does not know goes through every stage, or is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toy import TOY, save_toy
+
+import dq_export.families as families_package
+from dq_export.core.recipe import Recipe
+from dq_export.families import FAMILIES
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference
+from dq_export.pipeline import run
+from dq_export.stages.triton import require_served
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's families and the toy."""
+    monkeypatch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
+
+
+def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Path) -> None:
+    """Calibrated, quantized, compared on ONNX Runtime: no stage knows a name of DiT's."""
+    folder = save_toy(tmp_path / "toy", width=32)
+    recipe = Recipe.parse({"model": str(folder), "steps": 5, "calib_size": 3, "parity_size": 2, "format": "ort"}, "test")
+    report = run(recipe, tmp_path / "out", until="verify")
+    assert report is not None
+    assert report.sampler == "EulerDiscreteScheduler"
+    assert report.measured_at == load_reference(str(folder)).timesteps(5)
+    assert any(timestep != int(timestep) for timestep in report.measured_at)
+    assert report.parity is not None
+    assert report.audit is not None
+    assert report.audit.coverage == 1, "FLOPs of sizes that may change count, too"
+
+
+def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context\. Leave --triton out"):
+        require_served(load_reference(str(save_toy(tmp_path))))

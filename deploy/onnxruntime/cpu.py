@@ -95,7 +95,7 @@ class Ort(Backend):
         require_packages(["onnxruntime"], "--format ort")
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """See `Backend.supports`."""
+        """The kernel that runs a scheme, or why there is none."""
         weight, codes = scheme.weight, scheme.graph_type
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL

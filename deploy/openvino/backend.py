@@ -63,7 +63,7 @@ class OpenVino(Backend):
         _devices(onnxruntime())
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """See `Backend.supports`."""
+        """The kernel that runs a scheme, or why there is none."""
         if not scheme.low_precision:
             return ANY_KERNEL
         if scheme == PRESETS["w8a8"]:

@@ -60,7 +60,7 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
         raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or take uniform")
     schemes = site_schemes(calibration.denoiser.sites, calibration.assigned)
     if not samples(recipe, calibration.assigned) or not schemes:  # weights alone, which the first process rounds
-        return round_weights(calibration, {}, ()) if group.rank == 0 else None
+        return _rounded(calibration, {}, ()) if group.rank == 0 else None
     statistics = collect_ranges(calibration.calls, tuple(schemes), calibration.folder)
     if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
         return None
@@ -71,7 +71,7 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
         for part in hessians:
             part.clear()
         return None
-    result = round_weights(calibration, plans, hessians)
+    result = _rounded(calibration, plans, hessians)
     if recipe.calibration == "progressive":
         statistics, result = _refined(calibration, decisions, result)
     return _measured(calibration, statistics, result)
@@ -121,6 +121,33 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             )
         )
     return decisions
+
+
+def _rounded(
+    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Float32]]
+) -> CalibrationResult:
+    """The codes of all weights.
+
+    Raises:
+        CalibrationError: see `round_weights`; or the graph's float16 rounds a scale to 0. All of them in one message.
+    """
+    result = round_weights(calibration, plans, hessians)
+    if calibration.recipe.dtype != "fp16":
+        return result
+    scales = {name: scale.min() for name, scale in result.weight_scale.items()}
+    scales |= {
+        name: min(scales.get(name, np.inf), plan.activation.scale.min())
+        for name, plan in result.sites.items()
+        if isinstance(plan.activation, ScaleTable)
+    }
+    wrong = [
+        f"'{name}': float16 rounds its scale of {scale:.1g} to 0; pass --dtype bf16 or fp32, or leave it float with --exclude"
+        for name, scale in scales.items()
+        if np.float16(scale) == 0
+    ]
+    if wrong:
+        raise CalibrationError("\n".join(wrong))
+    return result
 
 
 def _plans(

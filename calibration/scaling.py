@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.core.grid import cover
+from dq_export.core.grid import WeightGrid, cover
 from dq_export.core.qtypes import INT8
 from dq_export.core.recipe import Recipe
 from dq_export.core.scales import TokenScale
@@ -23,6 +23,9 @@ AUTO_RHO = (1.0, 2.0, 4.0)
 AUTO_CLIP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of amax that `auto` tries below 8 bits; with 8 bits pictures got worse where calls got better."""
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
+SMALLEST_HALF = 2.0**-17
+"""Of scales that `auto` considers for a graph in float16, whose numbers lie 2^-24 apart there: rounding moves such a scale by
+0.4 % at most, which is half a code of 8 bits."""
 OUTPUTS = 256
 """Outputs of a site that a candidate is measured on."""
 EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
@@ -151,7 +154,8 @@ def choose_scaling(
         quantized: bool[out], the rows that will be quantized.
         scheme: how weights and activation are quantized.
     """
-    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], scheme)
+    smallest = SMALLEST_HALF if recipe.dtype == "fp16" else 0.0
+    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], scheme, smallest)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -194,6 +198,7 @@ class _Trial:
         column_amax, column_range: float32[K], max |W| of each column, and max W - min W.
         weight: float32[at most 256, K], the outputs that are computed.
         exact: float64[rows, outputs], W x of the kept rows.
+        smallest: the least scale of an input or a weight that the graph's float type holds well.
     """
 
     statistics: SiteStatistics
@@ -203,9 +208,10 @@ class _Trial:
     weight: Float32
     exact: Float64
     scheme: Scheme
+    smallest: float
 
     @staticmethod
-    def of(statistics: SiteStatistics, weight: Float32, scheme: Scheme) -> _Trial:
+    def of(statistics: SiteStatistics, weight: Float32, scheme: Scheme, smallest: float) -> _Trial:
         """For the stacked weights float32[out, K] of all quantized readers."""
         magnitude = np.abs(weight)
         chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
@@ -218,6 +224,7 @@ class _Trial:
             weight=few,
             exact=_product(statistics.rows, few),
             scheme=scheme,
+            smallest=smallest,
         )
 
     def measure(self, rule: tuple[str, float], shift: tuple[str, Float32], clip: float = 1.0) -> Scaling:
@@ -225,25 +232,34 @@ class _Trial:
         site's scheme says, weights to nearest.
 
         The shift's own output, W m, is added exactly: it is folded into the bias. Infinite where the shift takes away a
-        constant input entirely, so that nothing is left to have a scale.
+        constant input entirely, so that nothing is left to have a scale, and where a scale is below `smallest`.
         """
         (name, strength), (suffix, shifted_by) = rule, shift
         label = (f"{name}({strength:g})" if strength else name) + suffix + (f"*{clip:g}" if clip < 1 else "")
         in_shift, in_scale = shifted_by.astype(np.float32), self._in_scale(name, strength, shifted_by)
-        limit = self.statistics.amax(in_scale, in_shift)
+        limit = self.statistics.amax(in_scale, in_shift) * np.float32(clip)
+        grid = cover(self.weight * in_scale, self.scheme)
         candidate = {"method": label, "in_scale": in_scale, "in_shift": in_shift, "clip": clip}
-        if not limit.any():
+        if not limit.any() or self._underflows(limit, grid):
             return Scaling(**candidate, error=float("inf"))  # type: ignore[arg-type]
         moved = ((self.statistics.rows - in_shift) / in_scale).astype(np.float32)
-        product = self._product(moved, self.weight * in_scale, limit * np.float32(clip), clip)
+        product = self._product(moved, self.weight * in_scale, grid, limit, clip)
         error = self.exact - _product(in_shift[None], self.weight) - product
         relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
         # Six digits: the order of the sums above, which threads change, is far below them.
         return Scaling(**candidate, error=float(f"{relative:.6g}"))  # type: ignore[arg-type]
 
-    def _product(self, moved: Float32, folded: Float32, amax: Float32, clip: float) -> Float64:
-        """Q(W) Q(x), float64[rows, outputs]. `amax`: of the input at each timestep."""
-        scheme, grid = self.scheme.fitted(folded.shape[1]), cover(folded, self.scheme)
+    def _underflows(self, amax: Float32, grid: WeightGrid) -> bool:
+        """Whether a scale is below `smallest`. `amax`: of the input at each timestep; one of zeros has no scale."""
+        qtype = self.scheme.graph_type
+        least = float(grid.scale.min())
+        if qtype is not None:
+            least = min(least, float(amax[amax > 0].min()) / qtype.qmax)
+        return least < self.smallest
+
+    def _product(self, moved: Float32, folded: Float32, grid: WeightGrid, amax: Float32, clip: float) -> Float64:
+        """Q(W) Q(x), float64[rows, outputs]. `grid`: of the folded weight; `amax`: of the input at each timestep."""
+        scheme = self.scheme.fitted(folded.shape[1])
         activation, qtype = scheme.activation, scheme.graph_type
         if activation is None:
             return _product(moved, grid.nearest(folded))

@@ -113,10 +113,11 @@ class Calibrate(Stage[Calibrated]):
         return (CALIBRATION,)
 
     def also(self, context: Context) -> dict[str, Any]:
-        """The checkpoint, what the rules decide, the user's own plugin, and the package of another's method."""
+        """The checkpoint, what the rules decide, the user's own plugin, the package of another's method, and whether the
+        graph's scales are float16."""
         methods = [text for text in described_plugins("methods") if text.startswith(f"{context.recipe.method} (")]
         decisive = {"model": context.reference.digest, "schemes": context.schemes, "plugin": context.plugin.name}
-        return {**decisive, "method": methods}
+        return {**decisive, "method": methods, "half": context.recipe.dtype == "fp16"}
 
     def run(self, context: Context, target: Path) -> Calibrated:
         """Call the other processes to the work, calibrate, and write `calibration.safetensors`."""

@@ -213,3 +213,19 @@ def test_a_constant_input_is_quantized_where_no_shift_is_asked_for(tmp_path: Pat
     reference = constant_input(tmp_path)
     result, _ = calibrate_tiny(reference, recipe_of(reference, scaling=scaling))
     assert np.isfinite(result.sites["transformer_blocks.0.ff.net.2"].error)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a16"])
+def test_a_scale_that_float16_rounds_to_zero_is_refused_with_the_dtypes_that_hold_it(bits: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path / "model")
+    path = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["transformer_blocks.0.attn1.to_q.weight"].mul_(1e-7)
+    save_file(tensors, path, metadata={"format": "pt"})
+    reference = load_reference(str(folder))
+    recipe = recipe_of(reference, bits=bits, scaling="none", dtype="fp16", format="trt")
+    with pytest.raises(CalibrationError, match=r"0\.attn1\.to_q': float16 rounds its scale of .* to 0; pass --dtype bf16"):
+        calibrate(calibration_of(reference, recipe, tmp_path / "half"))
+    calibrate(calibration_of(reference, recipe.model_copy(update={"dtype": "bf16"}), tmp_path / "whole"))

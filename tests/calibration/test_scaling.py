@@ -198,3 +198,15 @@ def test_auto_never_shifts_a_constant_input_away() -> None:
     result = choose(statistics(rows), np.eye(3, dtype=np.float32), scaling="auto")
     assert np.isfinite(result.error)
     assert statistics(rows).amax(result.in_scale, result.in_shift).all()
+
+
+def test_scales_that_float16_rounds_to_nothing_are_no_choice() -> None:
+    """An input that hardly moves: its middle taken away leaves 1e-6, whose scales are of the same size."""
+    random = np.random.default_rng(0)
+    rows = (random.normal(size=8) + 1e-6 * random.normal(size=(32, 8))).astype(np.float32)
+    found, weight = statistics(rows, rows), random.normal(size=(6, 8)).astype(np.float32)
+    assert choose(found, weight).method.endswith(("+shift", "+mean"))
+    half = choose(found, weight, dtype="fp16", format="trt")
+    smallest = min(found.amax(half.in_scale, half.in_shift).min(), np.abs(weight * half.in_scale).max(axis=1).min()) / 127
+    assert smallest > 2**-17
+    assert np.isfinite(half.error)

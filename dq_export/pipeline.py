@@ -60,7 +60,7 @@ def run(
     watch.begin("load", recipe.model)
     start = time.monotonic()
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
-    prepared = prepare(recipe, stages, options, watch.advance)
+    prepared = prepare(recipe, stages, options, watch)
     reference = prepared.reference
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
-from dq_export.core.progress import Advance
+from dq_export.core.progress import Progress
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Backend
@@ -43,14 +43,16 @@ class Options:
 
 
 DEFAULT = Options()
+TRACING = "the network's graph, for its linears and folds"
+"""What follows the reading of the weights."""
 
 
-def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Advance) -> Prepared:
+def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Progress) -> Prepared:
     """Load the checkpoint, resolve the recipe, and check everything that the stages need.
 
     Args:
         stages: what the run is to do; bench is left out where it alone does not fit into memory.
-        progress: of the loading.
+        progress: its running stage loads the checkpoint.
 
     Raises:
         ModelError, RecipeError, BackendError: see each part.
@@ -64,7 +66,8 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     require_device(options.device)
     backend = backend_of(recipe)
     _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)
-    reference = load(source, progress)
+    reference = load(source, progress.advance)
+    progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
     resolved = resolve(recipe, options.exclude, reference, backend)
     assigned = resolved.assign(reference.linears)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,10 @@ import onnx_ir as ir
 import pytest
 
 from dq_export.core.artifacts import CalibrationResult
-from dq_export.core.plugins import PluginError, described_plugins, plugin_names
+from dq_export.core.plugins import PluginError, described_plugins, fault_of_plugin, plugin_names
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scales import ScaleTable
+from dq_export.core.scheme import scheme_of
 from dq_export.deploy.backends import all_backends, backend_of
 from dq_export.families import all_families
 from dq_export.passes.base import GraphError
@@ -116,6 +119,15 @@ def test_a_method_of_a_package_that_is_gone_is_named(tmp_path: Path) -> None:
         recipe(model="m", method="headroom")
 
 
+WILD_PASS = """
+from dataclasses import dataclass
+from dq_export.passes.base import GraphPass
+@dataclass(frozen=True)
+class P(GraphPass):
+    name = 'wild'
+    def rewrite(self, model): return [][0]
+def thing(*, result, assigned): return P()
+"""
 WILD = r"plug-in 'wild' \(dq_export\.{}\) of wild-plugin 2\.1"
 
 
@@ -182,6 +194,61 @@ def test_scales_that_cannot_be_are_refused(given: str, broken: Any) -> None:
     method = method_of("wild")
     with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], finite and > 0, found float"):
         method(np.ones(3, dtype=np.float32), np.zeros((3, 4), dtype=np.int64), recipe(model="m"), INT8)
+
+
+FAILS = r"error: plug-in 'wild' \(dq_export\.families\) of wild-plugin 2\.1 fails: {} \(wild_plugin\.py, line \d+\)\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("prepare(self, model): return model.gone", "AttributeError: 'ToyNetwork' object has no attribute 'gone'"),
+        ("inputs(self, model): return open('/no/such')", r"FileNotFoundError: \[Errno 2\] No such file or directory: '/no/such'"),
+        ("conditions(self, model): import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "largest_activation(self, model): return int('1\\n2')",
+            r"ValueError: invalid literal for int\(\) with base 10: '1\\n2'",
+        ),
+        ("draw(self, network, scheduler, pictures, *, steps, guidance): return 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_plug_in_that_fails_at_work_is_one_line(
+    method: str, message: str, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dq_export.cli.app import main
+
+    monkeypatch.syspath_prepend(HERE / "contract")
+    from toy import save_toy
+
+    broken("families", f"from toy import Toy\nclass Wild(Toy):\n    def {method}\nthing = Wild()\n")
+    model = save_toy(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["dq-export", "calibrate", "--model", str(model), "-o", str(tmp_path / "out"), "--quiet"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 1
+    assert re.fullmatch(FAILS.format(message), capsys.readouterr().err)
+
+
+def test_a_pass_that_fails_is_named(broken: Any, tiny_calibrated: Any, tiny_onnx: Path) -> None:
+    from dq_export.passes.base import run_passes
+    from dq_export.passes.pipeline import with_plugins
+
+    broken("passes", WILD_PASS)
+    with pytest.raises(IndexError) as raised:
+        run_passes(ir.load(tiny_onnx), with_plugins((), *tiny_calibrated))
+    fault = fault_of_plugin(raised.value)
+    assert str(fault) == (
+        "plug-in 'wild' (dq_export.passes) of wild-plugin 2.1 fails: IndexError: list index out of range (wild_plugin.py, line 7)"
+    )
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_error_of_our_own_is_no_plug_ins() -> None:
+    with pytest.raises(KeyError) as raised:
+        scheme_of("bits")
+    assert fault_of_plugin(raised.value) is None
 
 
 def test_the_page_shows_the_package_as_it_is() -> None:

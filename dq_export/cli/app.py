@@ -93,9 +93,12 @@ def main() -> None:
         raise
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         end(FAILED)
-    except (ImportError, MemoryError, OSError) as error:
-        print_error(reason_of(error))
-        sys.exit(FAILED)
     except tuple(statuses()) as error:
         print_error(str(error))
         sys.exit(statuses()[type(error)])
+    except Exception as error:
+        reason = reason_of(error)
+        if not reason:
+            raise
+        print_error(reason)
+        sys.exit(FAILED)

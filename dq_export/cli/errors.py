@@ -76,14 +76,20 @@ def statuses() -> dict[type[Exception], int]:
     }
 
 
-def reason_of(error: ImportError | MemoryError | OSError) -> str:
-    """What the system or the interpreter refused, and what to do."""
+def reason_of(error: Exception) -> str:
+    """What a plug-in, the system or the interpreter refused, and what to do; empty for an error of dq-export's own."""
+    from dq_export.core.plugins import fault_of_plugin
+
+    if fault := fault_of_plugin(error):
+        return str(fault)
     if isinstance(error, ImportError):
         if error.name is None:
             return f"a package cannot be imported: {error}"
         return f"the package '{error.name}' is missing; pip install 'dq-export[cpu]'"
     if isinstance(error, MemoryError):
         return "not enough memory; --max-memory GIB says before the work starts what does not fit"
+    if not isinstance(error, OSError):
+        return ""
     if error.errno in NO_SPACE:
         place = error.filename or "the output folder"
         return f"no space left for {place}; free some and run the same command again: finished stages are kept"

@@ -50,6 +50,7 @@ class Lines:
         """Say which stage starts."""
         if self.interrupted:
             raise KeyboardInterrupt
+        self.stop()
         self.stage, self.done, self.total = stage, 0, 0
         self.first: tuple[float, int] | None = None
         self.started = self.printed = time.monotonic()

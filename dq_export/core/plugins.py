@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .documents import printable
 from .violations import nearest
 
 Kind = Literal["families", "methods", "passes", "backends"]
+
+
+REASON = 400
+"""Characters of what a plug-in's error says."""
 
 
 class PluginError(Exception):
@@ -52,6 +57,26 @@ def load_plugins(kind: Kind, expected: Any, taken: Collection[str] = ()) -> dict
             raise PluginError(f"{_title(kind, point)}: expected {wanted}, found {point.value} of {type(loaded).__name__}")
         found[point.name] = loaded
     return found
+
+
+def fault_of_plugin(error: Exception, *, within: bool = False) -> PluginError | None:
+    """What to say of an error that came up while a plug-in's code ran; None where none ran.
+
+    The message names the plug-in whose code ran last, and the line of it.
+
+    Args:
+        within: only of an error that its own code raised, not a library that it calls.
+    """
+    points = [(kind, point) for kind in get_args(Kind) for point in _points(kind)]
+    frames = list(traceback.walk_tb(error.__traceback__))[::-1]
+    for frame, line in frames[:1] if within else frames:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for kind, point in points:
+            if package == point.module.partition(".")[0] != __name__.partition(".")[0]:
+                place = f"{frame.f_code.co_filename.rpartition('/')[2]}, line {line}"
+                text = printable(" ".join(str(error).split()), REASON)
+                return PluginError(f"{_title(kind, point)} fails: {type(error).__name__}: {text} ({printable(place)})")
+    return None
 
 
 @dataclass(frozen=True)

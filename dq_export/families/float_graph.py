@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +173,14 @@ def _link(file: Path, target: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's chatter, and without the garbage collector, which walks its graphs for a third of the time."""
-    chatter = logging.getLogger("torch.onnx")
-    level, collected = chatter.level, gc.isenabled()
-    chatter.setLevel(logging.ERROR)  # it warns of every optional package that is not installed
+    disabled, collected = logging.root.manager.disable, gc.isenabled()
+    logging.disable(logging.ERROR)  # it warns of every optional package that is not installed
     gc.disable()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # of a network that it cannot trace it prints a listing
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             yield
     finally:
-        chatter.setLevel(level)
+        logging.disable(disabled)
         if collected:
             gc.enable()

@@ -12,6 +12,7 @@ import numpy as np
 
 from dq_export.core.documents import shown, shown_path
 from dq_export.core.network import Feed
+from dq_export.core.plugins import fault_of_plugin
 
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, SchedulerValues, reason_of, refused, require_values
@@ -99,12 +100,15 @@ class Rehearsal:
         Raises:
             ModelError: the scheduler fails, sends timesteps that the network does not take, or gives NaN or Inf; the
                 message says what to change, and that was tried.
+            PluginError: the loop of a plug-in's family fails.
         """
         try:
             return self._rehearse(scheduler, steps)
         except ModelError as error:  # of `set_steps`
             problem = reason_of(error.__cause__ or error)
         except RAISED as error:
+            if fault := fault_of_plugin(error, within=True):  # of a family's loop, not of the scheduler
+                raise fault from error
             problem = reason_of(error)
         raise ModelError(
             f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps ({problem}); {self._remedy(scheduler, steps)}"

@@ -19,6 +19,7 @@ from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 
 from .checkpoint import Checkpoint, architecture_of, broken_weights, digest
+from .config_values import reason_of
 from .family import Family, Pictures
 from .float_graph import save
 from .loading import load_network
@@ -207,7 +208,15 @@ class TorchNetwork:
         save(graph, path, self.weights.files, ROOT)
 
     def _graph(self, *, shared: bool) -> ir.Model:
-        return export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
+        try:
+            return export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
+        except (ImportError, MemoryError, OSError):  # the machine's, not the network's
+            raise
+        except Exception as error:  # of the exporter, which runs the network's code and has exceptions of many bases
+            raise ModelError(
+                f"PyTorch's exporter makes no graph of {type(self.model).__name__} ({reason_of(error)}); try another version of "
+                "PyTorch or diffusers"
+            ) from error
 
 
 def _call(model: Any, feed: Feed) -> Float32:

@@ -22,7 +22,7 @@ from ..families.reference import Reference
 from ..families.source import load, pin
 from ..ledger import claim
 from ..output_folder import write_text
-from ..preparation import resolve
+from ..preparation import TRACING, resolve
 from ..report.front import Front
 from ..report.report import FRONT
 from ..stages.calibrate import sampling_of
@@ -84,7 +84,7 @@ def explore(
         ModelError, CalibrationError, OutputError: see each.
     """
     request.require_valid()
-    require_packages(("torch", "diffusers", "safetensors"), "dq-export search")
+    require_packages(("torch", "diffusers", "safetensors", "onnx", "onnxscript"), "dq-export search")
     backend = backend_of(recipe)
     if request.max_latency is not None:
         _require_timing(backend, recipe)
@@ -93,6 +93,7 @@ def explore(
     start = time.monotonic()
     recipe, source = pin(recipe)
     reference = load(source, watch.advance)
+    watch.begin("load", TRACING)
     base = resolve(recipe, (), reference, backend)
     for steps in (base.steps, request.steps):  # of calibration, and of the pictures that judge a mix
         reference.timesteps(steps)

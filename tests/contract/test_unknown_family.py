@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from toy import TOY, save_toy
+from toy import TOY, Toy, ToyNetwork, save_toy
 
 import dq_export.families as families_package
+from dq_export.cli.progress import Lines
 from dq_export.core.recipe import Recipe
 from dq_export.families import FAMILIES
 from dq_export.families.reference import ModelError
@@ -34,6 +36,33 @@ def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Pat
     assert report.parity is not None
     assert report.audit is not None
     assert report.audit.coverage == 1, "FLOPs of sizes that may change count, too"
+
+
+class Stubborn(ToyNetwork):
+    """What it computes depends on a number that it computes, which no graph can hold."""
+
+    def forward(self, sample: Any, timestep: Any, context: Any, return_dict: bool = True) -> Any:
+        return super().forward(sample if sample.sum() > 0 else -sample, timestep, context, return_dict)
+
+
+class StubbornFamily(Toy):
+    """Of the network that cannot be traced."""
+
+    def network_class(self, architecture: str) -> Any:
+        return Stubborn
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(families_package, "FAMILIES", (StubbornFamily(),))
+    recipe = Recipe.parse({"model": str(save_toy(tmp_path / "toy", depth=2))}, "test")
+    with pytest.raises(ModelError, match=r"^PyTorch's exporter makes no graph of Stubborn \(.+\); try another version") as error:
+        run(recipe, tmp_path / "out", progress=Lines(quiet=False))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.endswith("load the network's graph, for its linears and folds"), "what takes the time is said"
 
 
 def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:

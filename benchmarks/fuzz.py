@@ -73,7 +73,7 @@ class Tally:
 
 def stop_before_float() -> None:
     """End the run where the float graph would be made, which takes seconds whatever the input."""
-    from dq_export.cli import app as cli
+    from dq_export.cli import errors
     from dq_export.cli.progress import Lines
 
     class Stopping(Lines):
@@ -85,7 +85,7 @@ def stop_before_float() -> None:
                 raise SystemExit(0)
             super().begin(stage, what, shown=shown)
 
-    vars(cli)["Lines"] = Stopping
+    vars(errors)["Lines"] = Stopping
 
 
 def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> None:

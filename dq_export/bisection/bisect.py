@@ -13,11 +13,12 @@ import numpy as np
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import shown_path
+from dq_export.core.plugins import fault_of_plugin
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import RecipeError
-from dq_export.deploy.backend import Feed, Float32
+from dq_export.deploy.backend import BackendError, Feed, Float32
 from dq_export.deploy.backends import backend_of
-from dq_export.deploy.onnxruntime.cpu import open_graph
+from dq_export.deploy.onnxruntime.cpu import OrtEngine, open_graph
 from dq_export.deploy.packages import require_packages
 from dq_export.deploy.parity import difference
 from dq_export.deploy.replay import polygraphy_command, save_replay
@@ -41,7 +42,7 @@ class Step:
     """The graph after a pass.
 
     Args:
-        name: of the pass.
+        name: of the pass; of several, where ONNX Runtime runs no graph between them.
         sqnr: dB of the worst recorded call.
         call: its index.
     """
@@ -74,7 +75,7 @@ class Bisection:
 
 
 def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatched) -> Bisection:
-    """Bisector the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
+    """Replay the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
 
     Args:
         min_sqnr: dB that every recorded call must keep; None: what the recipe requires.
@@ -106,6 +107,8 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
         try:
             return bisector.run(Path(folder), progress)
         except KeyError as error:
+            if fault_of_plugin(error):
+                raise
             raise OutputError(f"{shown_path(out)}: float/model.onnx has {error}, which {MODEL} has not; export again") from error
 
 
@@ -129,34 +132,50 @@ class Bisector:
     def run(self, folder: Path, progress: Advance = unwatched) -> Bisection:
         """Stop at the first pass that breaks parity, and cut out what fails. `folder`: for the graphs."""
         steps: list[Step] = []
-        for number in range(len(self.passes) + 1):
+        names, before = [FLOAT, *(item.name for item in self.passes)], None
+        first = 0  # the first pass since the last graph that ran
+        for number in range(len(names)):
             graph = folder / str(number) / MODEL
             graph.parent.mkdir()
             # For ONNX Runtime's CPU provider, which has no bfloat16; of a graph without any it changes nothing.
             quantize_graph(self.out / "float" / MODEL, graph, (*self.passes[:number], WidenFloats()))
-            steps.append(self._measured(self.passes[number - 1].name if number else FLOAT, graph))
-            progress(number + 1, len(self.passes) + 1, "graphs")
+            progress(number + 1, len(names), "graphs")
+            try:
+                engine = open_graph(graph, optimize=False, prepack=False)
+            except BackendError:
+                if number == len(self.passes):
+                    raise
+                shutil.rmtree(graph.parent)  # a form that a later pass replaces, such as a table of float8 zero points
+                continue
+            steps.append(self._measured(", ".join(names[first : number + 1]), engine))
             if steps[-1].sqnr < self.limit:
-                linear = self._located(steps[-1], folder / str(number - 1) / MODEL, graph) if number else ""
+                linear = self._located(steps[-1], before, graph) if before else ""
                 command = polygraphy_command(self.limit, f"{FOLDER}/{MODEL}", FOLDER) if linear else ""
                 return Bisection(steps=tuple(steps), limit=self.limit, linear=linear, command=command)
-            if number:
-                shutil.rmtree(folder / str(number - 1))
+            if before:
+                shutil.rmtree(before.parent)
+            first, before = number + 1, graph
         return Bisection(steps=tuple(steps), limit=self.limit)
 
-    def _measured(self, name: str, graph: Path) -> Step:
-        engine = open_graph(graph, optimize=False, prepack=False)
+    def _measured(self, name: str, engine: OrtEngine) -> Step:
         wrong = next(filter(None, map(engine.misfit, self.feeds)), "")
         if wrong:
             raise OutputError(f"{shown_path(self.out)}: the float graph does not take the recorded calls: {wrong}; export again")
-        pairs = zip(self.feeds, self.references, strict=True)
-        found = [difference(reference, engine(feed)).sqnr for feed, reference in pairs]
+        found = []
+        for feed, reference in zip(self.feeds, self.references, strict=True):
+            result = engine(feed)
+            if result.shape != reference.shape:
+                raise OutputError(
+                    f"{shown_path(self.out)}: the float graph gives {list(result.shape)} for a recorded call, and "
+                    f"{list(reference.shape)} was recorded; export again"
+                )
+            found.append(difference(reference, result).sqnr)
         call = int(np.argmin(found))
         return Step(name=name, sqnr=found[call], call=call)
 
     def _located(self, step: Step, before: Path, after: Path) -> str:
         """The first linear that the step breaks; what fails of it goes to `out/bisect`. Empty where no linear does."""
-        feed, folded = self.feeds[step.call], self.calibration if step.name == "fold_scaling" else None
+        feed, folded = self.feeds[step.call], self.calibration if "fold_scaling" in step.name.split(", ") else None
         graphs = (before, after)
         found = first_broken(graphs, feed, self.limit, folded)
         if found is None:

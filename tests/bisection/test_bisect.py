@@ -21,6 +21,7 @@ from dq_export.bisection.subgraph import first_broken
 from dq_export.cli.app import app
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.deploy.replay import load_replay, save_replay
 from dq_export.finished_folder import FinishedFolder
 from dq_export.output_folder import OutputError
 from dq_export.passes.base import GraphPass, PassReport
@@ -191,4 +192,33 @@ def test_a_folder_without_its_recording_is_refused(finished: Path, tmp_path: Pat
         bisect_passes(copy, None)
     (copy / "calibration.safetensors").unlink()
     with pytest.raises(OutputError, match=r"no calibration\.safetensors"):
+        bisect_passes(copy, None)
+
+
+def test_graphs_that_onnx_runtime_does_not_run_are_passed_over(tiny_folder: Path, tmp_path: Path) -> None:
+    """A table of float8 zero points is in no graph that ONNX Runtime takes, and factor_scale replaces it."""
+    out = tmp_path / "out"
+    fp8 = {"model": str(tiny_folder), **QUICK, "format": "trt", "bits": "fp8"}
+    run(Recipe.parse(fp8, "test"), out, until="verify")
+    found = bisect_passes(out, 45.0)
+    assert found.broken is not None
+    assert found.broken.name == "insert_qdq, widen_codes, quantize_attention, factor_scale"
+    assert found.linear
+    assert polygraphy(out, found.command) == 1
+
+
+def test_a_recorded_result_of_another_shape_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(finished, copy)
+    feeds, references = load_replay(copy / "parity")
+    save_replay(copy / "parity", feeds, [references[0][:1], *references[1:]])
+    with pytest.raises(OutputError, match=r"gives \[2, 2, 8, 8\] for a recorded call, and \[1, 2, 8, 8\] was recorded; export"):
+        bisect_passes(copy, None)
+
+
+def test_a_file_where_the_failing_part_goes_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("bisect"))
+    (copy / "bisect").write_text("mine")
+    with pytest.raises(OutputError, match="bisect: a file where an export has a folder"):
         bisect_passes(copy, None)

@@ -4,7 +4,7 @@
 
 Q-DiT's own space is the group size of int4 weights and 8-bit activations of each linear, searched by evolution. Ours adds bits,
 granularity and leaving out, and descends by measured errors; evolution in our space stands between the two. All round weights to
-nearest and judge a mix by the error of sampled trajectories. dB are of trajectories of other noise and labels.
+nearest and judge a mix by the error of sampled trajectories. dB are of trajectories of other noise and conditions.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def print_search(found: Outcome) -> None:
         (name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
         for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform)
     ]
-    print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and labels than the search's")
+    print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and conditions than the search's")
 
 
 def print_audit(report: Audit, required: float) -> None:

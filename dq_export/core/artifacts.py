@@ -144,7 +144,6 @@ class CalibrationResult:
             "format": FORMAT,
             "sites": described,
             "provenance": dict(self.provenance),
-            "reach": dict(self.reach),
         }
         header |= {"reach": dict(self.reach), "attention": dict(self.attention), "timesteps": list(self.timesteps)}
         plan_text = json.dumps(header, sort_keys=True)

@@ -124,13 +124,13 @@ class Linear:
 
     Args:
         name: its module name; the quantized GEMM's node bears it.
-        kind: `gemm`: works on all tokens; `vector`: on one row a sample; `edge`: embedders and final layers; `static`: on tokens
+        role: `gemm`: works on all tokens; `vector`: on one row a sample; `edge`: embedders and final layers; `static`: on tokens
             that are the same throughout a trajectory.
         width: number of its inputs.
     """
 
     name: str
-    kind: Role
+    role: Role
     width: int
 
 
@@ -139,7 +139,7 @@ class Denoiser(Protocol):
 
     @property
     def sites(self) -> tuple[InputSite, ...]:
-        """Inputs of all `gemm` and `static` linears, in execution order."""
+        """Inputs of the linears whose role is `gemm` or `static`, in execution order."""
 
     @property
     def linears(self) -> Mapping[str, Linear]:

@@ -41,7 +41,7 @@ class Rule(BaseModel):
 
     def matches(self, linear: Linear) -> bool:
         """Whether it is for a linear."""
-        return self.role in (None, linear.kind) and search(self.match, linear.name)
+        return self.role in (None, linear.role) and search(self.match, linear.name)
 
     @property
     def what(self) -> str:
@@ -116,12 +116,12 @@ def misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> lis
     """Rules that a linear cannot have for its place in the network."""
     wrong = []
     for name, rule in decided.items():
-        kind, preset = linears[name].kind, scheme_of(rule.action)
-        if preset.activation is not None and kind == "vector":
+        role, preset = linears[name].role, scheme_of(rule.action)
+        if preset.activation is not None and role == "vector":
             wrong.append(
                 f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
             )
-        if preset.weight is not None and kind == "edge":
+        if preset.weight is not None and role == "edge":
             wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")
     return wrong
 

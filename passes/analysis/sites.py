@@ -74,7 +74,7 @@ def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
     by_name = linears(model)
     role = roles(model, by_name, conditions)
     kept = [item.site for item in graph_sites(model) if any(role[name] in ("gemm", "static") for name in item.site.linears)]
-    described = {name: Linear(name=name, kind=role[name], width=linear.shape[1]) for name, linear in by_name.items()}
+    described = {name: Linear(name=name, role=role[name], width=linear.shape[1]) for name, linear in by_name.items()}
     return Structure(linears=described, sites=tuple(kept), attention=_attention(model, by_name))
 
 

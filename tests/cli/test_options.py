@@ -44,7 +44,7 @@ def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> 
     text = re.sub(r"[\s│]+", " ", helped())
     assert "how a scale follows from the values seen: minmax, percentile, mse (default minmax)" in text
     assert "inputs that share a weight scale; 0: all (default by bits)" in text
-    assert "of noise and labels (default 0)" in text
+    assert "of noise and conditions (default 0)" in text
     for choice in get_args(Recipe.model_fields["bits"].annotation):
         assert choice in text
 

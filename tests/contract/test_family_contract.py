@@ -103,7 +103,7 @@ def test_the_rules_match_every_linear_and_say_why_one_is_skipped(reference: Any)
 
 def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) -> None:
     read = [linear for site in reference.sites for linear in site.linears]
-    assert sorted(read) == sorted(name for name, linear in reference.linears.items() if linear.kind in ("gemm", "static"))
+    assert sorted(read) == sorted(name for name, linear in reference.linears.items() if linear.role in ("gemm", "static"))
     for site in reference.sites:
         assert site.name == site.linears[0]
         width = {reference.weight(linear).shape[1] for linear in site.linears}

@@ -17,7 +17,7 @@ from dq_export.core.rule import DEFAULT_RULES, Rule
 from dq_export.core.scheme import scheme_of
 
 LINEARS = {
-    name: Linear(name=name, kind=kind, width=64)  # type: ignore[arg-type]
+    name: Linear(name=name, role=kind, width=64)  # type: ignore[arg-type]
     for name, kind in (("blocks.0.q", "gemm"), ("blocks.0.mod", "vector"), ("embed", "edge"))
 }
 GOOD = (
@@ -84,7 +84,7 @@ NAMES = st.text("abq.0", min_size=1, max_size=4)
 @given(st.lists(NAMES, min_size=1, max_size=4), NAMES)
 def test_rules_decide_in_order(matches: list[str], linear: str) -> None:
     rules = [Rule(match=re.escape(match), action="float", reason=str(i)) for i, match in enumerate(matches)]
-    named = Linear(name=linear, kind="gemm", width=64)
+    named = Linear(name=linear, role="gemm", width=64)
     decided = recipe(*rules, Rule(action="float", reason="last")).decide(named)
     assert decided is not None
     assert decided.reason == next((str(i) for i, match in enumerate(matches) if match in linear), "last")
@@ -174,7 +174,7 @@ def test_all_rules_that_cannot_be_followed_come_at_once() -> None:
         Rule(match="neither", action="weight-only"),
         Rule(match="mod", action="w8a8"),
     )
-    many = {f"other.{i}": Linear(name=f"other.{i}", kind="edge", width=64) for i in range(5)}
+    many = {f"other.{i}": Linear(name=f"other.{i}", role="edge", width=64) for i in range(5)}
     with pytest.raises(RecipeError) as caught:
         recipe(*several).assign({**LINEARS, **many})
     unmatched, wrong_rule, uncovered, modulation = str(caught.value).splitlines()
@@ -196,7 +196,7 @@ def test_unreadable_files_are_errors(tmp_path: Path, text: str | None, message: 
 
 
 def of_width(width: int) -> dict[str, Linear]:
-    return {name: Linear(name=name, kind=linear.kind, width=width) for name, linear in LINEARS.items()}
+    return {name: Linear(name=name, role=linear.role, width=width) for name, linear in LINEARS.items()}
 
 
 def test_weight_only_without_blocks_that_divide_the_width_has_a_scale_for_each_channel() -> None:
@@ -252,7 +252,7 @@ def test_default_rules_decide_by_role_and_may_match_nothing() -> None:
     assigned = recipe(*DEFAULT_RULES).assign(LINEARS)
     assert [rule.action for rule in assigned.values()] == ["w8a8", "weight-only", "float"]
     assert all(rule.reason for name, rule in assigned.items() if name != "blocks.0.q")
-    text = Linear(name="text.k", kind="static", width=64)
+    text = Linear(name="text.k", role="static", width=64)
     assert recipe(*DEFAULT_RULES).assign({**LINEARS, "text.k": text})["text.k"].action == "w8a8"
     first = recipe(Rule(match=r"^text", role="static", action="float", reason="mine"), *DEFAULT_RULES)
     assert first.assign({"text.k": text, **LINEARS})["text.k"].reason == "mine"

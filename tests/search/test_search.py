@@ -202,7 +202,7 @@ def test_a_search_tries_every_choice_alone_and_is_no_worse(searched: Any) -> Non
     assert alike
     assert found.sqnr >= min(alike)
     least = max((sqnr for _, size, _, sqnr in found.uniform if size <= 0.085), default=-99.0)
-    assert found.held_back > least - 2  # on other noise and labels
+    assert found.held_back > least - 2  # on other noise and conditions
 
 
 def test_a_killed_search_goes_on_from_its_evaluations(folder: Path, searched: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def network() -> ir.Model:
 @pytest.mark.parametrize(("conditions", "text"), [((), "gemm"), (("text",), "static")])
 def test_roles_follow_from_shape_and_place(conditions: tuple[str, ...], text: str) -> None:
     result = structure(network(), conditions)
-    assert {name: linear.kind for name, linear in result.linears.items()} == {
+    assert {name: linear.role for name, linear in result.linears.items()} == {
         "blocks.0.norm.emb.linear_1": "edge",
         "blocks.0.norm.linear": "vector",
         "embed": "edge",

@@ -148,7 +148,7 @@ def require_values(architecture: Any, values: type[Values], config: Mapping[str,
     try:
         values.model_validate({key: value for key, value in config.items() if key in taken})
     except ValidationError as error:
-        problems = [_problem(item, config) for item in error.errors()[:3]]
+        problems = [_problem(item) for item in error.errors()[:3]]
         raise ModelError(f"{shown_path(path)}: {'; '.join(dict.fromkeys(problems))}; correct it, or download it again") from error
 
 
@@ -171,7 +171,7 @@ def reason_of(error: BaseException) -> str:
     return printable(str(error).strip().split("\n")[0], 200) or type(error).__name__
 
 
-def _problem(item: Any, config: Mapping[str, Any]) -> str:
+def _problem(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
     if not item["loc"]:
         return printable(message)

@@ -181,7 +181,7 @@ def _outcome(search: Search, base: Recipe, trials: Trajectories, folder: Path) -
         size=space.bytes_of(best) / MEGABYTE,
         milliseconds=space.milliseconds_of(best),
         evaluations=len(search.found),
-        uniform=_uniform(space, fresh, base),
+        uniform=_uniform(space, fresh),
         front=tuple(search.front()),
         reached=search.goal.met(best, search.found[best]),
     )
@@ -248,7 +248,7 @@ def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
     return replace(other, exact=other.latents(reference.forward))
 
 
-def _uniform(space: Space, fresh: Trajectories, base: Recipe) -> tuple[tuple[str, float, float, float], ...]:
+def _uniform(space: Space, fresh: Trajectories) -> tuple[tuple[str, float, float, float], ...]:
     rows = []
     for scheme in space.choices:
         genome = space.everywhere(scheme)

@@ -56,7 +56,7 @@ class CastFloats(GraphPass):
                     assert value is not None
                     key = (value, wanted)
                     if key not in cast:
-                        cast[key] = _converted(graph, node, value, wanted)
+                        cast[key] = _converted(graph, value, wanted)
                         types[cast[key]] = wanted
                     node.replace_input_with(index, cast[key])
             if node.op_type == "Cast" or not any(value in types for value in node.inputs):
@@ -104,7 +104,7 @@ def _float_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
     return found
 
 
-def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     tensor = stored(value)
     if tensor is not None:
         shape = tuple(tensor.shape.numpy())

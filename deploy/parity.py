@@ -76,7 +76,7 @@ class Parity:
         replay: the polygraphy command that compares the calls again, to be run in the output folder.
     """
 
-    calls: tuple[CallParity, ...]
+    calls: tuple[CallParity, ...] = field(metadata={"min_length": 1})
     trajectories: tuple[TrajectoryParity, ...]
     replay: str = ""
 

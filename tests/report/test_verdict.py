@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.audit import Audit, AuditError, Gemm
@@ -28,6 +29,14 @@ def report(*calls: CallParity, integer: bool = True) -> Report:
         model="m", digest="0" * 64, sampler="s", guidance_scale=1, timesteps="shared", machine="", versions={}, seconds={},
         linears=[], passes=[], audit=audit, parity=Parity(calls=calls, trajectories=()),
     )  # fmt: skip
+
+
+def test_a_comparison_without_a_call_is_in_no_report() -> None:
+    written = report(call("engine", 30)).model_dump(mode="json")
+    assert Report.model_validate(written).ran()
+    written["parity"]["calls"] = []
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        Report.model_validate(written)
 
 
 def recipe(**values: Any) -> Recipe:

@@ -22,6 +22,8 @@ from dq_export.core.scales import ScaleTable
 from dq_export.core.scheme import scheme_of
 from dq_export.deploy.backends import all_backends, backend_of
 from dq_export.families import all_families
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference
 from dq_export.passes.base import GraphError
 from dq_export.pipeline import run
 
@@ -229,6 +231,19 @@ def test_a_plug_in_that_fails_at_work_is_one_line(
     signal.signal(signal.SIGINT, before)
     assert ended.value.code == 1
     assert re.fullmatch(FAILS.format(message), capsys.readouterr().err)
+
+
+def test_timesteps_that_a_plug_ins_network_does_not_take_are_the_schedulers_fault(
+    broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(HERE / "contract")
+    from toy import save_toy
+
+    refuses = "def draw(self, *most, steps, guidance): raise ValueError('it sends fractions')"
+    broken("families", f"from toy import Toy\nclass Wild(Toy):\n    {refuses}\nthing = Wild()\n")
+    reference = load_reference(str(save_toy(tmp_path / "model")))
+    with pytest.raises(ModelError, match=r"EulerDiscreteScheduler cannot sample in 4 steps \(it sends fractions\); put another"):
+        reference.timesteps(4)
 
 
 def test_a_pass_that_fails_is_named(broken: Any, tiny_calibrated: Any, tiny_onnx: Path) -> None:

@@ -107,7 +107,9 @@ class Rehearsal:
         except ModelError as error:  # of `set_steps`
             problem = reason_of(error.__cause__ or error)
         except RAISED as error:
-            if fault := fault_of_plugin(error, within=True):  # of a family's loop, not of the scheduler
+            # A family's loop has ValueError for timesteps that its network does not take; what else it raises is its fault.
+            fault = None if isinstance(error, ValueError) else fault_of_plugin(error, within=True)
+            if fault:
                 raise fault from error
             problem = reason_of(error)
         raise ModelError(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import commands
-from .errors import FAILED, end, print_error, reason_of, statuses
+from .errors import FAILED, USAGE, end, print_error, print_misuse, reason_of, statuses
 from .export import exporting
 from .search import search
 
@@ -23,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
+"""The class of all errors of usage, ClickException. It has no public name: typer holds a copy of click."""
 EVERYTHING = """Diffusion transformers to quantized engines that provably run on low-precision kernels.
 
 Without a command: calibrate, quantize, build, audit, verify against PyTorch and bench, into one folder.
@@ -88,11 +90,14 @@ def main() -> None:
     """Run the command line; user errors become one message and a status, never a traceback."""
     _order_sums()
     try:
-        app()
+        status = app(standalone_mode=False)
     except SystemExit:  # first: looking up the errors below would load libraries that --help does without
         raise
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         end(FAILED)
+    except MISUSE as error:
+        print_misuse(error)
+        sys.exit(USAGE)
     except tuple(statuses()) as error:
         print_error(str(error))
         sys.exit(statuses()[type(error)])
@@ -102,3 +107,4 @@ def main() -> None:
             raise
         print_error(reason)
         sys.exit(FAILED)
+    sys.exit(status if isinstance(status, int) else 0)  # a status is what `typer.Exit` holds

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .progress import Lines
 
@@ -94,6 +94,16 @@ def reason_of(error: Exception) -> str:
         place = error.filename or "the output folder"
         return f"no space left for {place}; free some and run the same command again: finished stages are kept"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def print_misuse(error: Any) -> None:
+    """Print typer's error of usage as one of ours; where a command has no arguments at all, it is the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    help_of = error.ctx.command_path if getattr(error, "ctx", None) else "dq-export"
+    message = error.format_message().rstrip(".")
+    print_error(f"{message} See {help_of} --help" if message.endswith("?") else f"{message}; see {help_of} --help")
 
 
 def print_error(message: str) -> None:

@@ -42,7 +42,8 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
     model = load_vae(vae, shape, variant)
     if model is None:
         return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
-    batch = torch.export.Dim("batch", min=1, max=1024)
+    # diffusers' upsampling copies its input from 64 samples on, which changes no number: the graph takes any batch.
+    batch = torch.export.Dim("batch", min=1, max=63)
     graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", ({0: batch},))
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)

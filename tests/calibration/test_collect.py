@@ -24,7 +24,11 @@ SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, conditions=5)
 
 def calls_of(reference: Reference, sampling: Sampling, seen: list[tuple[int, int]] | None = None) -> Calls:
     """The network calls of a sampling; their progress goes to `seen`."""
-    return Calls(denoiser=reference, sampling=sampling, progress=unwatched if seen is None else lambda *place: seen.append(place))
+    return Calls(
+        denoiser=reference,
+        sampling=sampling,
+        progress=unwatched if seen is None else lambda done, total, unit="": seen.append((done, total)),
+    )
 
 
 def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, np.ndarray]]:

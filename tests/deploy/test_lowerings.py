@@ -88,8 +88,21 @@ def test_onnx_runtime_runs_every_form_on_its_kernel(
     assert sqnr(run_onnx(model, feed), found) > (33 if scheme.graph_type is None else 40)
 
 
+def rtx_cells() -> list[Any]:
+    """Every scheme that TensorRT-RTX runs; those of a kernel that an earlier one shows are slow."""
+    cells: list[Any] = []
+    kernels: set[object] = set()
+    for scheme in SCHEMES:
+        lowering = RTX.supports(scheme)
+        if isinstance(lowering, Lowering):
+            kind = (lowering.kernel, scheme.per_token, scheme.two_level)
+            cells.append(pytest.param(scheme, marks=pytest.mark.slow) if kind in kernels else scheme)
+            kernels.add(kind)
+    return cells
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if isinstance(RTX.supports(s), Lowering)], ids=str)
+@pytest.mark.parametrize("scheme", rtx_cells(), ids=str)
 def test_tensorrt_rtx_runs_every_form_on_its_kernel(
     scheme: Scheme, tiny: Reference, tiny_onnx_per_sample: Path, calibrate_as: Calibrate, tmp_path: Path
 ) -> None:

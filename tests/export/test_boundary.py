@@ -11,7 +11,7 @@ from typing import Any
 import command_line
 import pytest
 
-from dq_export.cli import app as cli
+from dq_export.cli.errors import LINE_LENGTH, LINES, print_error, reason_of
 
 
 def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -75,19 +75,19 @@ def test_a_recipe_that_is_no_file_of_text(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_the_system_refuses_becomes_a_reason() -> None:
-    assert cli._reason(OSError(36, "File name too long", "xxx")) == "xxx: File name too long"
-    assert "no space left for f" in cli._reason(OSError(28, "No space left on device", "f"))
-    assert "'onnxruntime' is missing" in cli._reason(ImportError("no", name="onnxruntime"))
-    assert "cannot be imported: circular" in cli._reason(ImportError("circular"))
-    assert "--max-memory" in cli._reason(MemoryError())
+    assert reason_of(OSError(36, "File name too long", "xxx")) == "xxx: File name too long"
+    assert "no space left for f" in reason_of(OSError(28, "No space left on device", "f"))
+    assert "'onnxruntime' is missing" in reason_of(ImportError("no", name="onnxruntime"))
+    assert "cannot be imported: circular" in reason_of(ImportError("circular"))
+    assert "--max-memory" in reason_of(MemoryError())
 
 
 def test_an_error_cannot_steer_or_flood_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_error("a \x1b[2J\n" + "x" * 100_000 + "\n" * 200)
+    print_error("a \x1b[2J\n" + "x" * 100_000 + "\n" * 200)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: a \\x1b[2J"
-    assert len(lines[1]) == cli.LINE_LENGTH - 1
-    assert len(lines) == cli.LINES + 1
+    assert len(lines[1]) == LINE_LENGTH - 1
+    assert len(lines) == LINES + 1
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:

@@ -280,12 +280,12 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(
 
 
 def test_one_flag_for_another_model_leaves_out_the_files_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dq_export.cli import app as cli
+    from dq_export.cli.export import recipe_of
 
     (tmp_path / "recipe.yaml").write_text("model: owner/name\nrevision: abc\nvariant: fp16\n")
-    same = cli._recipe(tmp_path / "recipe.yaml", {})
+    same = recipe_of(tmp_path / "recipe.yaml", {})
     assert (same.revision, same.variant) == ("abc", "fp16")
-    other = cli._recipe(tmp_path / "recipe.yaml", {"model": "owner/other", "variant": "bf16"})
+    other = recipe_of(tmp_path / "recipe.yaml", {"model": "owner/other", "variant": "bf16"})
     assert (other.model, other.revision, other.variant) == ("owner/other", None, "bf16")
 
 

@@ -200,6 +200,7 @@ def mean_sqnr(model: Path, out: Path, **options: Any) -> float:
     return report.mean_sqnr("engine")
 
 
+@pytest.mark.slow
 def test_the_hard_copy_collapses_without_scaling_and_recovers_with_auto(tmp_path: Path) -> None:
     from dq_export.families.source import PACKAGED
 
@@ -224,9 +225,9 @@ def test_a_model_without_biases_and_with_learned_sigma_exports(tmp_path: Path) -
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": "w4a8", "granularity": "token-group"},
         {"bits": "w4a8", "granularity": "token", "rounding": "gptq", "bias_correction": True},
-        {"bits": "w4a4", "calibration": "progressive"},
+        pytest.param({"bits": "w4a8", "granularity": "token-group"}, marks=pytest.mark.slow),
+        pytest.param({"bits": "w4a4", "calibration": "progressive"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )

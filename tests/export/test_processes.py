@@ -79,6 +79,7 @@ def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_calibration_that_was_killed_goes_on_behind_its_finished_batches(tmp_path: Path) -> None:
     words = ("--calib-size", "40", "--steps", "12")
     process = calibrate(tmp_path / "out", *words)

@@ -68,7 +68,9 @@ def method_of(name: str) -> Method:
     method: Method = load_plugins("methods", Callable, METHODS)[name]
 
     def checked(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType) -> Float32:
-        scale = np.asarray(method(amax, counts, recipe, qtype))
+        scale: object = method(amax, counts, recipe, qtype)
+        if not isinstance(scale, np.ndarray):
+            raise PluginError(f"plug-in method '{name}': expected float32{list(amax.shape)}, found {type(scale).__name__}")
         if scale.shape != amax.shape or scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
             raise PluginError(
                 f"plug-in method '{name}': expected float32{list(amax.shape)}, finite and > 0, found {scale.dtype}"

@@ -91,7 +91,9 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass]) -> list[PassReport]
     interface = _interface(model)
     for item in passes:
         before = set(model.graph)
-        report = item.rewrite(model)
+        report: object = item.rewrite(model)
+        if not isinstance(report, PassReport):
+            raise GraphError(f"pass {item.name} returned {type(report).__name__}; expected a PassReport")
         RemoveUnusedNodesPass()(model)
         TopologicalSortPass()(model)
         for node in model.graph:

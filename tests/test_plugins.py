@@ -15,8 +15,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dq_export.calibration.ranges import method_of
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.plugins import PluginError, described_plugins, fault_of_plugin, plugin_names
+from dq_export.core.qtypes import INT8
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scales import ScaleTable
 from dq_export.core.scheme import scheme_of
@@ -24,7 +26,8 @@ from dq_export.deploy.backends import all_backends, backend_of
 from dq_export.families import all_families
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
-from dq_export.passes.base import GraphError
+from dq_export.passes.base import GraphError, check_order, run_passes
+from dq_export.passes.pipeline import canonical_passes, with_plugins
 from dq_export.pipeline import run
 
 HERE = Path(__file__).parent
@@ -179,9 +182,6 @@ def test_a_backend_of_another_name_is_refused(broken: Any) -> None:
 def test_a_wrong_pass_is_refused_before_anything_runs(
     text: str, error: type[Exception], message: str, broken: Any, tiny_calibrated: Any
 ) -> None:
-    from dq_export.passes.base import check_order
-    from dq_export.passes.pipeline import canonical_passes, with_plugins
-
     broken("passes", text)
     with pytest.raises(error, match=message):
         check_order(with_plugins(canonical_passes(*tiny_calibrated), *tiny_calibrated))
@@ -189,9 +189,6 @@ def test_a_wrong_pass_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize("given", ["amax[:1]", "amax * 0", "(amax / qtype.qmax).astype(float)", "amax * np.nan"])
 def test_scales_that_cannot_be_are_refused(given: str, broken: Any) -> None:
-    from dq_export.calibration.ranges import method_of
-    from dq_export.core.qtypes import INT8
-
     broken("methods", f"import numpy as np\ndef thing(amax, counts, recipe, qtype): return {given}")
     method = method_of("wild")
     with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], finite and > 0, found float"):
@@ -247,9 +244,6 @@ def test_timesteps_that_a_plug_ins_network_does_not_take_are_the_schedulers_faul
 
 
 def test_a_pass_that_fails_is_named(broken: Any, tiny_calibrated: Any, tiny_onnx: Path) -> None:
-    from dq_export.passes.base import run_passes
-    from dq_export.passes.pipeline import with_plugins
-
     broken("passes", WILD_PASS)
     with pytest.raises(IndexError) as raised:
         run_passes(ir.load(tiny_onnx), with_plugins((), *tiny_calibrated))
@@ -264,6 +258,20 @@ def test_an_error_of_our_own_is_no_plug_ins() -> None:
     with pytest.raises(KeyError) as raised:
         scheme_of("bits")
     assert fault_of_plugin(raised.value) is None
+
+
+@pytest.mark.parametrize("given", ["None", "['a'] * 3", "[[1], 2, 3]"])
+def test_scales_that_are_no_array_are_refused(given: str, broken: Any) -> None:
+    broken("methods", f"def thing(amax, counts, recipe, qtype): return {given}")
+    method = method_of("wild")
+    with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], found (NoneType|list)"):
+        method(np.ones(3, dtype=np.float32), np.zeros((3, 4), dtype=np.int64), recipe(model="m"), INT8)
+
+
+def test_a_pass_that_reports_nothing_is_refused(broken: Any, tiny_calibrated: Any, tiny_onnx: Path) -> None:
+    broken("passes", WILD_PASS.replace("return [][0]", "model.graph.name = 'mine'"))
+    with pytest.raises(GraphError, match="pass wild returned NoneType; expected a PassReport"):
+        run_passes(ir.load(tiny_onnx), with_plugins((), *tiny_calibrated))
 
 
 def test_the_page_shows_the_package_as_it_is() -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .canonical import canonical
 from .elsewhere import MULTIPLY, alone, around
-from .gemm import Gemm, Judgement, Rule, Verdict, gemm_of, readers
+from .gemm import Gemm, GemmRule, Judgement, Verdict, gemm_of, readers
 from .integer_operators import QUANTIZE, is_quantized, judged, multiplies
 from .operand import VIEWS, operand_of
 from .rules_cuda import CUDA
@@ -19,7 +19,7 @@ from .rules_ort import ORT
 from .structure import unbuildable
 
 Target = Literal["trt", "trt-rtx", "ort", "ort-cuda"]
-RULES: dict[str, tuple[Rule, ...]] = {"trt": TRT, "trt-rtx": TRT_RTX, "ort": ORT, "ort-cuda": CUDA}
+RULES: dict[str, tuple[GemmRule, ...]] = {"trt": TRT, "trt-rtx": TRT_RTX, "ort": ORT, "ort-cuda": CUDA}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ class Gemm:
         return axis
 
 
-Rule = Callable[[Gemm], Judgement | None]
+GemmRule = Callable[[Gemm], Judgement | None]
 """Judges a GEMM, or leaves it to the next rule."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .gemm import Gemm, Judgement, Rule
+from .gemm import Gemm, GemmRule, Judgement
 from .ort_unpacking import direct, unpacked
 
 ELSEWHERE = (
@@ -24,4 +24,4 @@ def _unpacked(gemm: Gemm) -> Judgement | None:
     return ("float", why, "blocks of 16, 32, 64 … along axis 0 of a weight [in, out]") if why else None
 
 
-CUDA: tuple[Rule, ...] = (_integer, _unpacked)
+CUDA: tuple[GemmRule, ...] = (_integer, _unpacked)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dq_export.passes.match import only_user
 
-from .gemm import CONVOLUTIONS, Gemm, Judgement, Rule, readers
+from .gemm import CONVOLUTIONS, Gemm, GemmRule, Judgement, readers
 from .operand import Operand, shape_of
 
 INT8, UINT8, INT4, FP8 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
@@ -220,7 +220,7 @@ def _split(gemm: Gemm) -> Judgement | None:
     return None
 
 
-COMMON: tuple[Rule, ...] = (_operands, _compute, _float_types, _shared_blocks, _mixed)
-KERNELS: tuple[Rule, ...] = (_kernels, _one_sided, _granularity, _split)
-TRT_RTX: tuple[Rule, ...] = (*COMMON, _run_time, *KERNELS)
-TRT: tuple[Rule, ...] = (*COMMON, _run_time_trt, *KERNELS)
+COMMON: tuple[GemmRule, ...] = (_operands, _compute, _float_types, _shared_blocks, _mixed)
+KERNELS: tuple[GemmRule, ...] = (_kernels, _one_sided, _granularity, _split)
+TRT_RTX: tuple[GemmRule, ...] = (*COMMON, _run_time, *KERNELS)
+TRT: tuple[GemmRule, ...] = (*COMMON, _run_time_trt, *KERNELS)

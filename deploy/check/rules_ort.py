@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .gemm import Gemm, Judgement, Rule
+from .gemm import Gemm, GemmRule, Judgement
 from .operand import Operand, shape_of
 from .ort_result import becomes_gemm, bias_of, requantizes, result
 from .ort_unpacking import direct, unpacked
@@ -185,6 +185,6 @@ def _is_gemm(gemm: Gemm) -> bool:
     return gemm.node.op_type == "Gemm" or becomes_gemm(gemm) is not None
 
 
-ORT: tuple[Rule, ...] = (
+ORT: tuple[GemmRule, ...] = (
     _loads, _counts, _kernels, _one_sided, _types, _views, _granularity, _joined, _signed, _zero_points, _bias, result,
 )  # fmt: skip

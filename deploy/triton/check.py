@@ -15,8 +15,8 @@ from .file_rules import onnx_graph, stray, versions
 from .model_folder import Fault, Model, content
 from .sampling_rule import probing, sampling
 
-Rule = Callable[[Model], Iterator[Fault]]
-RULES: tuple[Rule, ...] = (
+RepositoryRule = Callable[[Model], Iterator[Fault]]
+REPOSITORY_RULES: tuple[RepositoryRule, ...] = (
     identity, versions, instances, batching, bounds, parameters, warm_up, onnx_graph, ensemble, sampling, probing,
 )  # fmt: skip
 CONFIG_LIMIT = 256 << 10
@@ -54,7 +54,7 @@ def _faults(folder: Path) -> Iterator[Fault]:
     for path in folders:
         if configs[path.name] is not None:
             model = Model(folder=path, config=configs[path.name], names=configs)
-            for rule in RULES:
+            for rule in REPOSITORY_RULES:
                 yield from rule(model)
 
 

@@ -24,8 +24,8 @@ from .family import Family, Pictures
 from .float_graph import save
 from .loading import load_network
 from .reference import Float32, ModelError, Network, Samplers
+from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
-from .schedules import tabulate
 from .structure import structure_of
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced

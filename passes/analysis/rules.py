@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..base import constant, stored
 from .axes import LAYOUT, before, dims, size
-from .walk import Rule, Scaled, Walk, Way, cut_axis, place
+from .walk import FoldRule, Scaled, Walk, Way, cut_axis, place
 
 
 def _layout(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
@@ -182,7 +182,7 @@ def _attention(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
     return None if above is None or stored(above.value) is not None else walk.best(above)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, FoldRule] = {
     **dict.fromkeys(LAYOUT, _layout),
     **dict.fromkeys(("LayerNormalization", "GroupNormalization", "InstanceNormalization"), _norm),
     **dict.fromkeys(("Mul", "Div"), _product),

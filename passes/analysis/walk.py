@@ -105,7 +105,7 @@ class Walk:
     linears: Mapping[ir.Value, LinearNode]
     convolutions: Mapping[ir.Value, str]
     readers: Mapping[ir.Node, int]
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, FoldRule]
 
     def best(self, scaled: Scaled) -> Way | None:
         """The cheapest way; None where the value's channels are not known."""
@@ -207,5 +207,5 @@ def cut_axis(node: ir.Node) -> int | None:
     return int(axes.reshape(-1)[0]) % len(shape) if axes is not None and axes.size == 1 else None
 
 
-Rule = Callable[[Walk, Scaled, ir.Node], "Way | None"]
+FoldRule = Callable[[Walk, Scaled, ir.Node], "Way | None"]
 """From a scaled result of a node to a way beyond the node."""

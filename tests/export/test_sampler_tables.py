@@ -13,7 +13,7 @@ from conftest import Nobody, save_tiny
 from dq_export.deploy.triton.serving.sampler import Job
 from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
 from dq_export.families.reference import ModelError, Reference
-from dq_export.families.schedules import KINDS, CurvedError, probe, table_of, tabulate
+from dq_export.families.sampler_tables import KINDS, CurvedError, probe, table_of, tabulate
 from dq_export.families.source import load_reference
 
 
@@ -123,7 +123,7 @@ def test_a_sampler_that_is_refused_is_named_and_another_takes_its_place() -> Non
 
 
 def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dq_export.families.schedules.KINDS", {"ddim": KINDS["ddim"]})
+    monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {"ddim": KINDS["ddim"]})
     with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: DDIMScheduler clips"):
         tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
 

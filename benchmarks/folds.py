@@ -191,7 +191,7 @@ def measure(case: Case) -> Found:
 
     def chosen(item: GraphSite) -> bool:
         return item.readers[0].name not in roles or any(
-            roles[reader.name].kind in ("gemm", "static") for reader in item.readers if reader.name in roles
+            roles[reader.name].role in ("gemm", "static") for reader in item.readers if reader.name in roles
         )
 
     sites = {item.site.name: item for item in graph_sites(model, convolutions=True) if chosen(item)}

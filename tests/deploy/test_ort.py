@@ -206,6 +206,7 @@ def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, t
     assert 15 < sqnr(tiny.forward(feed), found) < 45
 
 
+@pytest.mark.slow
 def test_before_1_24_the_graph_has_opset_21_and_the_same_integer_kernels(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

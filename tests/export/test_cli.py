@@ -226,16 +226,22 @@ def interrupt(words: list[str | Path], stage: str, number: signal.Signals) -> tu
     return process.wait(), said
 
 
-def test_interrupted_or_killed_in_every_stage_the_same_command_gives_the_same_bytes(
-    tiny_folder: Path, finished: Path, tmp_path: Path
+EVERY = (("load", "float", "calibrate", "build"), ("float", "calibrate", "reference", "quantize", "build", "verify"))
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "killed"), [(("calibrate",), ("float", "calibrate")), pytest.param(*EVERY, marks=pytest.mark.slow)]
+)
+def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
+    interrupted: tuple[str, ...], killed: tuple[str, ...], tiny_folder: Path, finished: Path, tmp_path: Path
 ) -> None:
     words = export(tiny_folder, tmp_path / "out")
-    for stage in ("load", "float", "calibrate", "build"):
+    for stage in interrupted:
         status, said = interrupt(words, stage, signal.SIGINT)
         assert status == 130, said
         assert "interrupted; the same command continues" in said
         assert "Traceback" not in said
-    for stage in ("float", "calibrate", "reference", "quantize", "build", "verify"):
+    for stage in killed:
         status, said = interrupt(words, stage, signal.SIGKILL)
         assert status == -signal.SIGKILL, f"not killed in {stage}: {said}"
     done = call(*words)
@@ -246,7 +252,7 @@ def test_interrupted_or_killed_in_every_stage_the_same_command_gives_the_same_by
     assert not (tmp_path / "out" / ".partial").exists()
 
 
-@pytest.mark.parametrize("limit", [100_000, 285_000], ids=["in-float", "in-the-graph"])
+@pytest.mark.parametrize("limit", [pytest.param(100_000, marks=pytest.mark.slow), 285_000], ids=["in-float", "in-the-graph"])
 def test_no_space_left_is_said_and_loses_nothing(limit: int, tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for a full disk: the same error class from the same write calls."""
     words = export(tiny_folder, tmp_path / "out")

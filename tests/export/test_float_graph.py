@@ -37,6 +37,7 @@ def exported(folder: Path, target: Path) -> ir.Model:
     return load(target / "model.onnx")
 
 
+@pytest.mark.slow
 def test_repeated_blocks_are_those_of_tracing_them_all(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = feed_of(load_reference(str(deep)))
     repeated = exported(deep, tmp_path / "repeated")

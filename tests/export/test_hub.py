@@ -274,6 +274,7 @@ def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: tuple[
     assert sorted(handler.asked) == sorted(PLAIN[:4]), "no weights of a model that cannot be used"
 
 
+@pytest.mark.slow
 def test_what_a_hub_has_not_is_said(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, _ = hub
     assert "it has no revision 'v9'; give a branch, a tag or a commit" in fetched(address, tmp_path, "owner/name", "v9").stderr

@@ -86,7 +86,7 @@ class Runs(Silent):
         self.count += done == total == 5
 
 
-@pytest.mark.parametrize(("space", "runs"), [(GIB, 2), (8 * 32 * 32, 9)])
+@pytest.mark.parametrize(("space", "runs"), [(GIB, 2), pytest.param(8 * 32 * 32, 9, marks=pytest.mark.slow)])
 def test_what_the_limit_leaves_saves_runs_over_the_pictures(
     space: int, runs: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

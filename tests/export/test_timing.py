@@ -89,6 +89,7 @@ def test_one_engine_is_in_memory_at_a_time_each_turn_in_a_process_of_its_own(tin
     assert helpers() == []
 
 
+@pytest.mark.slow
 def test_pytorch_is_timed_as_well_and_a_missing_checkpoint_says_why(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
     engines = [
         engine("fp32", tiny_folder, runs_on=("torch", None, "fp32")),
@@ -141,6 +142,7 @@ def test_nothing_is_imported_from_the_folder_that_a_command_runs_in(
 
 
 @OPENVINO
+@pytest.mark.slow
 def test_the_baseline_of_openvino_is_the_float_graph_on_openvino(tiny_folder: Path, tmp_path: Path) -> None:
     report = dq_export.export(
         model=str(tiny_folder), output_dir=tmp_path, provider="openvino", steps=4, calib_size=2, parity_size=1, min_sqnr=10

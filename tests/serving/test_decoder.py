@@ -87,6 +87,7 @@ def test_without_its_decoder_a_client_gets_latents_or_the_reason(latent_client: 
     assert np.array_equal(ask(latent_client, class_labels=[1], seed=3)["images"], exact["images"])
 
 
+@pytest.mark.slow
 def test_another_vae_is_written_anew_and_the_same_is_kept(out: Path, latent: Path, tmp_path: Path) -> None:
     copy = tmp_path / "out"
     shutil.copytree(out, copy)

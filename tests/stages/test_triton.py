@@ -103,6 +103,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_done(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is here")
+@pytest.mark.slow
 def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Path) -> None:
     shapes = "hidden_states:8x2x8x8,class_labels:8,timestep:8"
     done = call("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
@@ -147,6 +148,7 @@ def test_without_the_client_library_the_pip_line_is_told(tiny_folder: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_engine_for_one_row_cannot_draw_guided_pictures(tiny_folder: Path, tmp_path: Path) -> None:
     shapes = "hidden_states:1x2x8x8,class_labels:1,timestep:1"
     words = ("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)

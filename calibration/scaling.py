@@ -238,12 +238,13 @@ class _Trial:
         label = (f"{name}({strength:g})" if strength else name) + suffix + (f"*{clip:g}" if clip < 1 else "")
         in_shift, in_scale = shifted_by.astype(np.float32), self._in_scale(name, strength, shifted_by)
         limit = self.statistics.amax(in_scale, in_shift) * np.float32(clip)
-        grid = cover(self.weight * in_scale, self.scheme)
+        folded = self.weight * in_scale
+        grid = cover(folded, self.scheme)
         candidate = {"method": label, "in_scale": in_scale, "in_shift": in_shift, "clip": clip}
         if not limit.any() or self._underflows(limit, grid):
             return Scaling(**candidate, error=float("inf"))  # type: ignore[arg-type]
         moved = ((self.statistics.rows - in_shift) / in_scale).astype(np.float32)
-        product = self._product(moved, self.weight * in_scale, grid, limit, clip)
+        product = self._product(moved, folded, grid, limit, clip)
         error = self.exact - _product(in_shift[None], self.weight) - product
         relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
         # Six digits: the order of the sums above, which threads change, is far below them.

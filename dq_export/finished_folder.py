@@ -21,6 +21,8 @@ from .output_folder import OutputError, require_plain
 from .report.report import Report
 
 REPORT, MODEL, ENGINE, REPLAY = "report.json", "model.onnx", "engine", "parity"
+FLOAT_CONFIG = "float/config.json"
+"""The configuration of the network, from which `load` makes what a diffusers pipeline asks its denoiser."""
 REPORT_LIMIT = 64 << 20
 """Bytes. The report of DiT-XL/2, 282 linears at 50 timesteps, has 300,000."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -36,6 +36,13 @@ class Axis:
     size: int
     limit: int = 1024
 
+    def __str__(self) -> str:
+        return f"{self.name} up to {self.limit}"
+
+    def takes(self, size: int) -> bool:
+        """Whether the graph takes a size."""
+        return 1 <= size <= self.limit
+
 
 BATCH = Axis("batch", 2)
 
@@ -49,12 +56,14 @@ class Input:
         role: `state` is what a sampler moves, the first input of every network; `timestep` is the input of that name;
             `condition` is what a picture is drawn of.
         dtype: numpy's name of the element type.
+        within: the dictionary argument of the network's `forward` that holds the input; empty where it is an argument itself.
     """
 
     name: str
     role: Literal["state", "timestep", "condition"]
     dtype: str
     shape: tuple[int | Axis, ...] = (BATCH,)
+    within: str = ""
 
     def zeros(self, batch: int = BATCH.size) -> npt.NDArray[Any]:
         """An array of the input's shape and type."""
@@ -84,6 +93,14 @@ class Conditions:
     def null_rows(self, count: int) -> dict[str, npt.NDArray[Any]]:
         """The inputs of `count` pictures without a condition."""
         return {name: np.repeat(row, count, axis=0) for name, row in self.null.items()}
+
+
+def arguments(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the network's `forward`, from the values of its inputs by name."""
+    found: dict[str, Any] = {}
+    for item in inputs:
+        (found.setdefault(item.within, {}) if item.within else found)[item.name] = values[item.name]
+    return found
 
 
 def output_name(inputs: Iterable[str]) -> str:

@@ -138,6 +138,13 @@ def _instead(folder: Path) -> str:
     return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {NETWORK}"
 
 
+def configuration(model: Any) -> Any:
+    """The configuration of a diffusers model with its class, as a config.json has it; keys are attributes, too."""
+    from diffusers.configuration_utils import FrozenDict
+
+    return FrozenDict({"_class_name": type(model).__name__, **_taken(model)})
+
+
 def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
     """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
 

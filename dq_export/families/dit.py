@@ -12,8 +12,9 @@ from dq_export.core.network import BATCH, Conditions, Input
 from .dit_values import DiTValues
 from .embeddings import settle_positions, settle_timesteps
 from .family import Family, Pictures
-from .reference import Float32, Network
+from .reference import Float32
 from .sampling import set_steps
+from .stand_in import StandIn
 
 DEFAULT_SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -60,14 +61,11 @@ class DiT(Family):
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
         return int(tokens * 4 * model.inner_dim)
 
-    def draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: with its label, then with the null label."""
         import torch
 
         set_steps(scheduler, steps)
-        if any(timestep != int(timestep) for timestep in scheduler.timesteps):
-            fraction = next(float(timestep) for timestep in scheduler.timesteps if timestep != int(timestep))
-            raise ValueError(f"it sends the fractional timestep {fraction:g}, and DiT takes integers")
         latents = torch.from_numpy(pictures.noise) * scheduler.init_noise_sigma
         guided = guidance > 1
         labels = pictures.conditions["class_labels"]
@@ -78,13 +76,9 @@ class DiT(Family):
             extra["generator"] = torch.Generator().manual_seed(0)
         for timestep in scheduler.timesteps:
             scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-            feed = {
-                "hidden_states": scaled.numpy(),
-                "timestep": np.asarray([int(timestep)], dtype=np.int64),
-                "class_labels": labels,
-            }
+            feed = {"hidden_states": scaled.numpy(), "timestep": np.asarray([float(timestep)]), "class_labels": labels}
             # A learned sigma doubles the channels; the samplers use the first half, the noise.
-            predicted = torch.from_numpy(network(feed))[:, : latents.shape[1]]
+            predicted = torch.from_numpy(network.run(feed))[:, : latents.shape[1]]
             if guided:
                 conditional, unconditional = predicted.chunk(2)
                 predicted = unconditional + guidance * (conditional - unconditional)

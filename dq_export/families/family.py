@@ -11,7 +11,8 @@ from dq_export.core.network import Conditions, Feed, Input
 from dq_export.core.rule import DEFAULT_RULES, Rule
 
 from .config_values import Values
-from .reference import Float32, Network
+from .reference import Float32
+from .stand_in import StandIn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,8 +74,10 @@ class Family(ABC):
         """Elements of the largest activation of one sample."""
 
     @abstractmethod
-    def draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """The latents that a scheduler samples with a network, float32 of the shape of the noise.
+
+        A diffusers pipeline takes `network` in its denoiser's place; a loop of one's own calls `network.run`.
 
         Called before any other work with a network that gives zeros, to see whether the scheduler runs: what the
         scheduler raises, and ValueError for timesteps that the network does not take, becomes the user's error.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ class Reference(Denoiser, Protocol):
     @property
     def inputs(self) -> tuple[Input, ...]:
         """The network's inputs, in the graph's order."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What a config.json holds of the network: its diffusers class as `_class_name`, and the values that it takes."""
 
     @property
     def conditions(self) -> Conditions:

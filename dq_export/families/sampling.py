@@ -89,10 +89,12 @@ class Rehearsal:
         draw: samples a picture with a scheduler in a number of steps; raises what the scheduler raises, and ValueError for
             timesteps that the network does not take.
         state: name of the input that the sampler moves.
+        channels: of the network's output.
     """
 
     draw: Callable[[Any, int, Network], Float32]
     state: str
+    channels: int
 
     def timesteps(self, scheduler: Any, steps: int) -> list[float]:
         """The timesteps of the trajectory, one for each call.
@@ -126,7 +128,7 @@ class Rehearsal:
             if not np.isfinite(states).all():
                 raise ValueError(f"step {len(timesteps) + 1} of {steps} gives numbers that are not finite")
             timesteps.append(timestep)
-            return np.zeros_like(states)
+            return np.zeros((len(states), self.channels, *states.shape[2:]), dtype=np.float32)
 
         latents = self.draw(scheduler, steps, zeros)
         if not timesteps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dq_export.core.network import Axis, Input, output_name
+from dq_export.core.network import Axis, Input, arguments, output_name
 
 from .float_graph import trace
 from .repeat_block import repeat_block
@@ -54,10 +54,10 @@ def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append(None if one else changing)
     names = [item.name for item in inputs]
-    return trace(_named_wrapper(model, names), tuple(example), names, output_name(names), {"values": tuple(dynamic)})
+    return trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), {"values": tuple(dynamic)})
 
 
-def _named_wrapper(model: Any, names: Sequence[str]) -> Any:
+def _named_wrapper(model: Any, inputs: Sequence[Input]) -> Any:
     """The network with its named inputs as positional arguments; its module bears the name that `ROOT` is."""
     import torch
 
@@ -67,7 +67,8 @@ def _named_wrapper(model: Any, names: Sequence[str]) -> Any:
             self.transformer = model
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.transformer(**dict(zip(names, values, strict=True)), return_dict=False)[0]
+            named = {item.name: value for item, value in zip(inputs, values, strict=True)}
+            output: torch.Tensor = self.transformer(**arguments(inputs, named), return_dict=False)[0]
             return output
 
     return Wrapper().eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Feed, InputSite, Linear, Observer
+from dq_export.core.network import Axis, Feed, Input, InputSite, Linear, Observer, arguments
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 
-from .checkpoint import Checkpoint, architecture_of, broken_weights, digest
+from .checkpoint import Checkpoint, architecture_of, broken_weights, configuration, digest
 from .config_values import reason_of
 from .family import Family, Pictures
 from .float_graph import save
@@ -26,6 +26,7 @@ from .loading import load_network
 from .reference import Float32, ModelError, Network, Samplers
 from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
+from .stand_in import StandIn
 from .structure import structure_of
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
@@ -44,6 +45,8 @@ class TorchNetwork:
     def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
         self.family = family
         self.model = model
+        self.architecture = type(model)
+        self.config = configuration(model)
         self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler)
         self.guidance = guidance
         self.weights = checkpoint.weights
@@ -132,21 +135,22 @@ class TorchNetwork:
             self.host = {}
 
     def forward(self, feed: Feed) -> Float32:
-        return _call(self.model, feed)
+        return _call(self.model, self.inputs, feed)
 
     def in_dtype(self, dtype: str) -> Network:
         import torch
 
         # torch's own `to`: diffusers' warns of modules that an architecture does not have.
         model = torch.nn.Module.to(copy.deepcopy(self.model), {"bf16": torch.bfloat16}[dtype])
-        return lambda feed: _call(model, feed)
+        return lambda feed: _call(model, self.inputs, feed)
 
     def timesteps(self, steps: int) -> list[float]:
         def rehearsed(scheduler: Any, count: int, network: Network) -> Float32:
             noise = np.ones((1, *self.feed_shape), dtype=np.float32)
             return self._draw(network, scheduler, noise, np.zeros(1, dtype=np.int64), steps=count, guidance=2.0)
 
-        return Rehearsal(draw=rehearsed, state=self.inputs[0].name).timesteps(self.scheduler, steps)
+        channels = self.config.get("out_channels") or self.feed_shape[0]
+        return Rehearsal(draw=rehearsed, state=self.inputs[0].name, channels=channels).timesteps(self.scheduler, steps)
 
     def release(self) -> None:
         import torch
@@ -188,7 +192,8 @@ class TorchNetwork:
     ) -> Float32:
         rows, null = self.conditions.rows(conditions), self.conditions.null_rows(len(noise))
         pictures = Pictures(noise=noise, conditions=rows, null=null)
-        return self.family.draw(network, scheduler, pictures, steps=steps, guidance=guidance)
+        stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True)
+        return self.family.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 
     @contextmanager
     def replace(
@@ -219,15 +224,15 @@ class TorchNetwork:
             ) from error
 
 
-def _call(model: Any, feed: Feed) -> Float32:
+def _call(model: Any, inputs: Sequence[Input], feed: Feed) -> Float32:
     """One call, in the model's own floating type; a timestep keeps its type, which the network's sines need."""
     import torch
 
     tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
     timestep = tensors.pop("timestep")
     batch = max(map(len, tensors.values()))
-    floats = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    values = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     with torch.inference_mode():
-        output = model(**floats, timestep=timestep.expand(batch), return_dict=False)[0]
+        output = model(**arguments(inputs, {**values, "timestep": timestep.expand(batch)}), return_dict=False)[0]
     sample: Float32 = output.float().cpu().numpy()
     return sample

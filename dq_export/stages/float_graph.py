@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dq_export.core.recipe import Recipe
 
+from ..finished_folder import FLOAT_CONFIG
 from ..ledger import Result
 from .stage import Context, Stage, folder_bytes
 
@@ -35,13 +37,14 @@ class FloatGraph(Stage[Result]):
 
     def also(self, context: Context) -> dict[str, Any]:
         """The checkpoint."""
-        return {"model": context.reference.digest}
+        return {"model": context.reference.digest, "config": context.reference.config}
 
     def run(self, context: Context, target: Path) -> Result:
-        """Write `float/model.onnx`."""
+        """Write `float/model.onnx`, and the network's configuration beside it."""
         folder = target / "float"
         folder.mkdir()
         context.reference.export_onnx(folder / "model.onnx", shared=context.shared)
+        (target / FLOAT_CONFIG).write_text(json.dumps(context.reference.config, indent=1, sort_keys=True) + "\n")
         return Result(summary=f"{folder_bytes(folder) / 1e6:.1f} MB")
 
 

@@ -41,8 +41,8 @@ def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Pat
 class Stubborn(ToyNetwork):
     """What it computes depends on a number that it computes, which no graph can hold."""
 
-    def forward(self, sample: Any, timestep: Any, context: Any, return_dict: bool = True) -> Any:
-        return super().forward(sample if sample.sum() > 0 else -sample, timestep, context, return_dict)
+    def forward(self, sample: Any, timestep: Any, context: Any, added: Any = None, return_dict: bool = True) -> Any:
+        return super().forward(sample if sample.sum() > 0 else -sample, timestep, context, added, return_dict)
 
 
 class StubbornFamily(Toy):
@@ -66,5 +66,5 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_written(
 
 
 def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context\. Leave --triton out"):
+    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context, strength\. Leave --triton out"):
         require_served(load_reference(str(save_toy(tmp_path))))

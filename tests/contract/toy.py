@@ -15,12 +15,12 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from pydantic import Field
 
-from dq_export.core.network import BATCH, Axis, Conditions, Feed, Float32, Input
+from dq_export.core.network import BATCH, Axis, Conditions, Float32, Input
 from dq_export.families.config_values import Values
 from dq_export.families.family import Family, Pictures
-from dq_export.families.reference import Network
+from dq_export.families.stand_in import StandIn
 
-PROMPTS, TOKENS, WIDTH = 4, 5, 8
+PROMPTS, TOKENS, WIDTH, STRENGTH = 4, 5, 8, 1.5
 
 
 class ToyBlock(torch.nn.Module):
@@ -40,7 +40,8 @@ class ToyBlock(torch.nn.Module):
 
 
 class ToyNetwork(ModelMixin, ConfigMixin):
-    """Predicts the noise of `sample` [B, C, H, W] from fractional timesteps and `context` [B, L, 8]; every pixel by itself."""
+    """Predicts the noise of `sample` [B, C, H, W] from fractional timesteps, `context` [B, L, 8] and `strength` [B, 1]; every
+    pixel by itself."""
 
     @register_to_config
     def __init__(self, channels: int = 3, width: int = 16, depth: int = 4, size: int = 6) -> None:
@@ -50,9 +51,11 @@ class ToyNetwork(ModelMixin, ConfigMixin):
         )
         self.layers = torch.nn.ModuleList([ToyBlock(width) for _ in range(depth)])
 
-    def forward(self, sample: Any, timestep: Any, context: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+    def forward(
+        self, sample: Any, timestep: Any, context: Any, added: Any = None, return_dict: bool = True
+    ) -> tuple[torch.Tensor]:
         angles = timestep[:, None] * torch.logspace(0, -3, self.config.width // 2)
-        embedding = self.text(context.mean(dim=1)) + torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedding = self.text(context.mean(dim=1)) * added["strength"] + torch.cat([angles.cos(), angles.sin()], dim=-1)
         x = self.embed(sample.flatten(2).transpose(1, 2))
         for layer in self.layers:
             x = layer(x, embedding)
@@ -70,23 +73,14 @@ class ToyPipeline(DiffusionPipeline):
     def __call__(self, context: torch.Tensor, null: torch.Tensor, latents: torch.Tensor, steps: int, guidance: float) -> Any:
         self.scheduler.set_timesteps(steps)
         latents = latents * self.scheduler.init_noise_sigma
-        prompts = torch.cat([null, context])
+        prompts, added = torch.cat([null, context]), {"strength": torch.full((2 * len(context), 1), STRENGTH)}
         for t in self.scheduler.timesteps:
             states = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
-            without, with_prompt = self.transformer(states, t.expand(len(states)), context=prompts, return_dict=False)[0].chunk(2)
+            timesteps = t.expand(len(states))
+            predicted = self.transformer(states, timesteps, context=prompts, added=added, return_dict=False)[0]
+            without, with_prompt = predicted.chunk(2)
             latents = self.scheduler.step(without + guidance * (with_prompt - without), t, latents).prev_sample
         return latents
-
-
-class StandIn:
-    """A network of arrays where a pipeline expects a torch module."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-
-    def __call__(self, sample: Any, timestep: Any, *, context: Any, return_dict: bool) -> tuple[torch.Tensor]:
-        feed: Feed = {"sample": sample.numpy(), "timestep": timestep[:1].numpy(), "context": context.numpy()}
-        return (torch.from_numpy(self.network(feed)),)
 
 
 class ToyValues(Values):
@@ -118,17 +112,20 @@ class Toy(Family):
             Input(name="sample", role="state", dtype="float32", shape=(BATCH, model.config.channels, height, width)),
             Input(name="timestep", role="timestep", dtype="float32"),
             Input(name="context", role="condition", dtype="float32", shape=(BATCH, Axis("length", TOKENS, 64), WIDTH)),
+            Input(name="strength", role="condition", dtype="float32", shape=(BATCH, 1), within="added"),
         )
 
     def conditions(self, model: Any) -> Conditions:
         prompts = np.random.default_rng(0).normal(size=(PROMPTS, TOKENS, WIDTH)).astype(np.float32)
-        return Conditions(arrays={"context": prompts}, null={"context": np.zeros_like(prompts[:1])})
+        strength = np.full((PROMPTS, 1), STRENGTH, dtype=np.float32)
+        null = {"context": np.zeros_like(prompts[:1]), "strength": strength[:1]}
+        return Conditions(arrays={"context": prompts, "strength": strength}, null=null)
 
     def largest_activation(self, model: Any) -> int:
         return int(2 * model.config.width * model.config.size**2)
 
-    def draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-        pipeline = ToyPipeline(StandIn(network), scheduler)
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        pipeline = ToyPipeline(network, scheduler)
         context, null = (torch.from_numpy(rows["context"]) for rows in (pictures.conditions, pictures.null))
         latents: Float32 = pipeline(context, null, torch.from_numpy(pictures.noise), steps, guidance).numpy()
         return latents

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input, batch_of, output_name
+from dq_export.core.network import BATCH, Axis, Conditions, Input, arguments, batch_of, output_name
 
 
 def test_an_inputs_zeros_have_its_type_and_the_sizes_of_the_pictures() -> None:
     state = Input(name="x", role="state", dtype="float32", shape=(BATCH, 3, Axis("height", 6), Axis("width", 8)))
     assert (state.zeros().shape, state.zeros(5).shape, state.zeros().dtype) == ((2, 3, 6, 8), (5, 3, 6, 8), np.float32)
     assert Input(name="timestep", role="timestep", dtype="int64").zeros(4).tolist() == [0, 0, 0, 0]
+
+
+def test_a_changing_dimension_takes_sizes_up_to_its_limit() -> None:
+    assert [Axis("length", 5, 7).takes(size) for size in (0, 1, 7, 8)] == [False, True, True, False]
+
+
+def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:
+    inputs = [
+        Input(name="x", role="state", dtype="float32"),
+        Input(name="size", role="condition", dtype="float32", within="added"),
+        Input(name="ratio", role="condition", dtype="float32", within="added"),
+    ]
+    assert arguments(inputs, {"size": 2, "x": 1, "ratio": 3}) == {"x": 1, "added": {"size": 2, "ratio": 3}}
 
 
 def test_a_condition_is_an_index_into_every_conditional_input() -> None:

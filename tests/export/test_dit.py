@@ -94,7 +94,7 @@ def test_a_sampler_of_fractional_timesteps_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     write_scheduler(tmp_path, "EulerDiscreteScheduler", timestep_spacing="linspace")  # 999, 749.25 …
     reference = load_reference(str(tmp_path))
-    with pytest.raises(ModelError, match=r"sends the fractional timestep 749\.25, and DiT takes integers"):
+    with pytest.raises(ModelError, match=r"sends the fractional timestep 749\.25, and the network takes integers"):
         reference.timesteps(5)
 
 

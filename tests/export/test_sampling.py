@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dq_export.families.dit import DIT
 from dq_export.families.family import Pictures
 from dq_export.families.reference import Float32, ModelError, Network
 from dq_export.families.sampling import SCHEDULERS, Rehearsal, load_scheduler
+from dq_export.families.stand_in import StandIn
 
 
 def saved(folder: Path, name: Any, **values: Any) -> Path:
@@ -30,13 +32,16 @@ def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance:
     pictures = Pictures(
         noise=np.ones((1, channels, 4, 4), dtype=np.float32), conditions={"class_labels": label}, null={"class_labels": null}
     )
-    return DIT.draw(network, scheduler, pictures, steps=steps, guidance=guidance)
+    config = SimpleNamespace(in_channels=channels, sample_size=4)
+    stand_in = StandIn(network, DIT.inputs(SimpleNamespace(config=config)), config, DIT.network_class(DIT.architectures[0]), True)
+    return DIT.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 
 
 def rehearsed_timesteps(scheduler: Any, steps: int, channels: int) -> list[float]:
     """The timesteps of a DiT's trajectory."""
-    rehearsal = Rehearsal(draw=lambda made, count, network: drawn(network, made, count, channels, 2.0), state="hidden_states")
-    return rehearsal.timesteps(scheduler, steps)
+    return Rehearsal(
+        draw=lambda made, count, network: drawn(network, made, count, channels, 2.0), state="hidden_states", channels=channels
+    ).timesteps(scheduler, steps)
 
 
 def all_schedulers() -> list[str]:

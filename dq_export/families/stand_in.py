@@ -1,0 +1,177 @@
+"""What takes the denoiser's place in a diffusers pipeline: a network of arrays, called as the diffusers model is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.network import Axis, Feed, Input
+
+from .reference import Float32, Network
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StandIn:
+    """Answers a diffusers pipeline as its denoiser does: `Pipeline(transformer=stand_in, ...)`, `pipe.transformer = stand_in`.
+
+    It is no torch.nn.Module, so a pipeline's `to`, `save_pretrained` and offloading pass it over: its network computes where
+    it was loaded, in its own precision. Tensors may lie on any device and be of any floating type; the result is where the
+    state is, in the state's type.
+
+    Args:
+        network: computes the output, from each input's array by name.
+        inputs: what the network takes, the state first.
+        config: of the diffusers model, its keys also as attributes.
+        architecture: the diffusers class, whose `forward` has the arguments.
+        shared: the network takes a timestep of one row for the whole batch, not one for each sample.
+    """
+
+    network: Network
+    inputs: Sequence[Input]
+    config: Any
+    architecture: Any
+    shared: bool
+
+    @property
+    def dtype(self) -> Any:
+        """torch.float32, in which a pipeline makes its latents."""
+        import torch
+
+        return torch.float32
+
+    @property
+    def device(self) -> Any:
+        """The processor, on which arrays lie."""
+        import torch
+
+        return torch.device("cpu")
+
+    def __repr__(self) -> str:
+        return f"StandIn of {self.architecture.__name__}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One network call with the arguments of the diffusers class's `forward`.
+
+        Arguments that are None, or dictionaries without values, count as left out.
+
+        Returns:
+            Transformer2DModelOutput, or with `return_dict=False` the tuple of its only tensor.
+
+        Raises:
+            TypeError: an argument is missing, or is one that the network does not take.
+            ValueError: see `run`.
+        """
+        import torch
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        given, return_dict = self._given(args, kwargs)
+        output = torch.from_numpy(self.run({name: _array_of(value) for name, value in given.items()}))
+        state = given[self.inputs[0].name]
+        output = output.to(state.device, state.dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def run(self, feed: Feed) -> Float32:
+        """One network call with arrays.
+
+        Args:
+            feed: by input, an array whose values the input's element type holds exactly; floating types are rounded to the
+                input's. A timestep may also have no dimension, one row, or equal rows where the network takes one.
+
+        Raises:
+            TypeError: an input is missing or unknown.
+            ValueError: an input of another shape, a number that is none of the input's type (a fractional timestep), or
+                different timesteps where the network takes one.
+        """
+        self._require(feed.keys(), {item.name for item in self.inputs})
+        arrays = {item.name: _cast(item, feed[item.name]) for item in self.inputs}
+        arrays["timestep"] = self._timesteps(arrays["timestep"], len(np.atleast_1d(arrays[self.inputs[0].name])))
+        sizes: dict[Axis, int] = {}
+        for item in self.inputs:
+            if not (self.shared and item.role == "timestep"):
+                _require_shape(item, arrays[item.name].shape, sizes)
+        return self.network(arrays)
+
+    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """By input, what the pipeline gives for it; and its `return_dict`."""
+        try:
+            bound = inspect.signature(self.architecture.forward).bind(None, *args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{self.architecture.__name__}: {error}; {self._remedy}") from error
+        _, *arguments = bound.items()
+        given: dict[tuple[str, str], Any] = {}
+        for name, value in arguments:
+            entries = {(name, key): entry for key, entry in value.items()} if isinstance(value, Mapping) else {("", name): value}
+            given |= {place: entry for place, entry in entries.items() if entry is not None}
+        return_dict = bool(given.pop(("", "return_dict"), True))
+        self._require(
+            {".".join(filter(None, place)) for place in given},
+            {".".join(filter(None, (item.within, item.name))) for item in self.inputs},
+        )
+        return {name: value for (_, name), value in given.items()}, return_dict
+
+    def _require(self, given: Any, taken: set[str]) -> None:
+        """Raise TypeError unless the inputs are those that the network takes."""
+        for names, problem in ((taken - given, "misses"), (given - taken, "does not take")):
+            if names:
+                raise TypeError(
+                    f"this {self.architecture.__name__} {problem} {', '.join(sorted(names))} (it takes "
+                    f"{', '.join(sorted(taken))}); {self._remedy}"
+                )
+
+    @property
+    def _remedy(self) -> str:
+        return "use a pipeline that is for this network"
+
+    def _timesteps(self, timesteps: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+        """One row for the whole batch, or one for each sample, as the network takes them."""
+        timesteps = np.atleast_1d(timesteps)
+        if not self.shared:
+            return np.repeat(timesteps, rows) if timesteps.shape == (1,) else timesteps
+        if timesteps.shape not in ((1,), (rows,)):
+            raise ValueError(f"timestep has shape {list(timesteps.shape)}, and the network takes [{rows}] or [1]")
+        if (timesteps != timesteps[0]).any():
+            shown = ", ".join(f"{value:g}" for value in np.unique(timesteps)[:3])
+            raise ValueError(
+                f"different timesteps in one call ({shown}), and the network takes one for the whole batch; export it with "
+                "--timesteps per-sample"
+            )
+        return timesteps[:1]
+
+
+def _array_of(value: Any) -> npt.NDArray[Any]:
+    """A tensor of any device and type, or a number, as an array."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    array: npt.NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return array
+
+
+def _cast(item: Input, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An input in its element type; integers and booleans must hold the values exactly."""
+    with np.errstate(invalid="ignore"):
+        cast = value.astype(item.dtype, copy=False)
+    if np.issubdtype(cast.dtype, np.floating) or np.array_equal(cast, value):
+        return cast
+    wrong = float(value[cast != value].flat[0])
+    if item.role == "timestep":
+        raise ValueError(f"the scheduler sends the fractional timestep {wrong:g}, and the network takes integers")
+    raise ValueError(f"{item.name} holds {wrong:g}, and the network takes {item.dtype}")
+
+
+def _require_shape(item: Input, shape: tuple[int, ...], sizes: dict[Axis, int]) -> None:
+    """Raise ValueError unless an input has its shape; `sizes` gets those of the dimensions that may change."""
+    expected = [sizes.get(axis, axis) if isinstance(axis, Axis) else axis for axis in item.shape]
+    if len(shape) == len(expected) and all(
+        wanted.takes(size) if isinstance(wanted, Axis) else wanted == size for wanted, size in zip(expected, shape, strict=True)
+    ):
+        sizes.update({axis: size for axis, size in zip(item.shape, shape, strict=True) if isinstance(axis, Axis)})
+        return
+    raise ValueError(f"{item.name} has shape {list(shape)}, and the network takes [{', '.join(map(str, expected))}]")

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dq_export.core.qtypes import QuantType
 
-from .base import GraphError, computed_initializer, constant, like, redirect, stored
+from .base import GraphError, computed_initializer, like, redirect, stored
 from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -91,10 +91,12 @@ class LinearNode:
         """float32[out, in], computed now."""
         return self.weight_reader()()
 
-    def bias(self) -> Float32:
-        """float32[out], computed now; zeros without a bias."""
-        content = constant(self._bias_value())
-        return np.zeros(self.shape[0], dtype=np.float32) if content is None else content.astype(np.float32, copy=False)
+    def bias_tensor(self) -> ir.TensorProtocol | None:
+        """The stored bias, [out] or with leading ones, its content not computed yet; None without one."""
+        if self.gemm.op_type == "Gemm":
+            return stored(self.gemm.inputs[2]) if len(self.gemm.inputs) > 2 else None
+        bias_add = self.bias_add
+        return None if bias_add is None else next(tensor for value in bias_add.inputs if (tensor := stored(value)) is not None)
 
     def change_weight(self, change: Callable[[Float32], npt.NDArray[np.floating]]) -> None:
         """Replace the weight[out, in] by `change` of it, computed when it is read; others may share the old one."""
@@ -110,7 +112,7 @@ class LinearNode:
 
     def change_bias(self, change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.floating]]) -> None:
         """Replace the bias[out] by `change` of it, computed when it is read; adds an Add where there was no bias."""
-        graph, out, before = _graph(self.gemm), self.shape[0], stored(self._bias_value())
+        graph, out, before = _graph(self.gemm), self.shape[0], self.bias_tensor()
 
         def compute() -> Float32:
             bias = np.zeros(out) if before is None else before.numpy().astype(np.float64)
@@ -136,12 +138,6 @@ class LinearNode:
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             raise GraphError(f"'{self.name}': expected a float32 weight initializer, found {self.gemm.inputs[1]}")
         return tensor
-
-    def _bias_value(self) -> ir.Value | None:
-        if self.gemm.op_type == "Gemm":
-            return self.gemm.inputs[2] if len(self.gemm.inputs) > 2 else None
-        bias_add = self.bias_add
-        return None if bias_add is None else next(value for value in bias_add.inputs if stored(value) is not None)
 
 
 def linears(model: ir.Model) -> dict[str, LinearNode]:

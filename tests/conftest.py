@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import server
+from filelock import FileLock
 from hypothesis import settings
 
 from dq_export import pipeline
@@ -44,7 +46,8 @@ TINY = {
     "norm_elementwise_affine": False,
 }
 
-
+QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
+"""Of an export of the tiny DiT, which takes seconds then."""
 SERVED_STEPS = 12
 STAGES = tuple(stage.name for stage in pipeline.STAGES)
 UNSERVED = [stage for stage in STAGES if stage != "triton"]
@@ -83,9 +86,37 @@ def save_tiny(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process of the tests that asks for it makes for all of them. Tests leave it as it is, or copy it.
+
+    Args:
+        make: writes the folder, which does not exist yet.
+    """
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each process has a folder of its own in it
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed half-way
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
+    return shared(tmp_path_factory, "tiny", save_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an export of the tiny DiT with the flags of `QUICK`."""
+    import dq_export
+
+    def make(folder: Path) -> None:
+        dq_export.export(model=str(tiny_folder), output_dir=folder, **QUICK)
+
+    return shared(tmp_path_factory, "tiny-exported", make)
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +213,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with its repository in `triton/`."""
     import dq_export
 
-    out = tmp_path_factory.mktemp("exported") / "out"
-    dq_export.export(model="dit-digits", output_dir=out, triton=True, calib_size=4, steps=SERVED_STEPS, parity_size=2)
-    return out
+    def make(folder: Path) -> None:
+        dq_export.export(model="dit-digits", output_dir=folder, triton=True, calib_size=4, steps=SERVED_STEPS, parity_size=2)
+
+    return shared(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture

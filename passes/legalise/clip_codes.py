@@ -43,7 +43,7 @@ class ClipCodes(GraphPass):
     def rewrite(self, model: ir.Model) -> PassReport:
         changed = []
         for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
-            site, source, scale = SITE.read(quantize), quantize.inputs[0], constant(quantize.inputs[1])
+            site, source = SITE.read(quantize), quantize.inputs[0]
             plan = self.result.sites.get(site)
             assert source is not None
             producer = source.producer()
@@ -51,6 +51,7 @@ class ClipCodes(GraphPass):
                 continue
             if producer is not None and producer.op_type == "Clip":
                 continue
+            scale = constant(quantize.inputs[1])
             if scale is None:
                 raise GraphError(f"'{quantize.name}': its scale is computed at run time; run pass factor_scale before")
             bound = plan.activation.qtype.qmax * scale.astype(np.float32).reshape(())

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..base import GraphPass, PassReport, initializer, stored
+from ..base import GraphPass, PassReport, computed_initializer, stored
 from ..match import LinearNode, linears
 
 
@@ -39,11 +39,11 @@ class RaiseBiases(GraphPass):
             if case:
                 skipped.append(f"'{name}': {case}")
                 continue
-            product, add, bias = linear.gemm.outputs[0], linear.bias_add, linear.bias()
+            product, add, bias = linear.gemm.outputs[0], linear.bias_add, linear.bias_tensor()
             assert add is not None
+            assert bias is not None
             assert product.shape is not None
-            raised = bias.reshape((1,) * (len(product.shape) - 1) + (-1,))
-            whole = initializer(model.graph, f"{name}.raised_bias", raised)
+            whole = _raised(model.graph, f"{name}.raised_bias", bias, len(product.shape))
             add.replace_input_with(0 if add.inputs[1] is product else 1, whole)
             changed.append(f"'{name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
@@ -54,8 +54,15 @@ def _refusal(linear: LinearNode) -> str:
     product, add = linear.gemm.outputs[0], linear.bias_add
     if product.shape is None or len(product.shape) < 3:
         return "case 1: a result of fewer than three dimensions"
-    if add is None or product not in add.inputs or linear.bias().ndim != 1:
+    bias = linear.bias_tensor()
+    if add is None or product not in add.inputs or bias is None or len(bias.shape) != 1:
         return "case 2: no Add of a stored vector to the result"
     if stored(linear.gemm.inputs[1]) is not None:
         return "case 3: a float weight"
     return ""
+
+
+def _raised(graph: ir.Graph, name: str, bias: ir.TensorProtocol, rank: int) -> ir.Value:
+    """A bias with leading ones, computed when it is read: a shift makes it a product with a whole weight."""
+    shape = (1,) * (rank - 1) + tuple(bias.shape.numpy())
+    return computed_initializer(graph, name, bias.dtype, shape, lambda: bias.numpy().reshape(shape))

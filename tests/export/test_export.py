@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import UNSERVED, save_tiny
+from conftest import QUICK, UNSERVED, save_tiny
 from hard_copy import harden_folder
 
 import dq_export
@@ -25,7 +25,6 @@ from dq_export.pipeline import run
 from dq_export.report.explain import explain_linear
 from dq_export.report.report import Report
 
-QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json", "recipe.yaml")
 
 
@@ -47,17 +46,10 @@ class Watch:
         (self.kept if kept else self.done).append(self.stage)
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "out"
-    dq_export.export(model=str(tiny_folder), output_dir=out, **QUICK)
-    return out
-
-
-def test_the_folder_holds_everything(exported: Path) -> None:
+def test_the_folder_holds_everything(tiny_exported: Path) -> None:
     for name in (*BYTES, "float/model.onnx", "engine/optimized.onnx", "parity/command.txt", "report.json", "report.html"):
-        assert (exported / name).is_file(), name
-    report = Report.model_validate_json((exported / "report.json").read_text())
+        assert (tiny_exported / name).is_file(), name
+    report = Report.model_validate_json((tiny_exported / "report.json").read_text())
     assert report.audit is not None
     assert report.audit.coverage == 1
     assert report.parity is not None
@@ -65,7 +57,7 @@ def test_the_folder_holds_everything(exported: Path) -> None:
     assert report.mean_sqnr("float-onnx") > 100 > report.mean_sqnr("engine") > 30
     assert list(report.seconds) == UNSERVED
     assert all(linear.reason for linear in report.linears if linear.action != "w8a8")
-    page = (exported / "report.html").read_text()
+    page = (tiny_exported / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
     assert "100.0 %" in page
@@ -76,8 +68,8 @@ def test_the_shipped_schema_is_the_reports() -> None:
     assert shipped == Report.model_json_schema()
 
 
-def test_the_graph_is_standard_onnx_with_explicit_zero_points(exported: Path) -> None:
-    graph = ir.load(exported / "model.onnx").graph
+def test_the_graph_is_standard_onnx_with_explicit_zero_points(tiny_exported: Path) -> None:
+    graph = ir.load(tiny_exported / "model.onnx").graph
     assert {node.domain for node in graph} == {""}
     assert all(len(node.inputs) == 3 for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
     assert [value.name for value in graph.inputs] == ["hidden_states", "timestep", "class_labels"]
@@ -101,10 +93,10 @@ def test_a_second_run_keeps_every_stage_and_other_options_redo_what_differs(tiny
     assert watch.kept == ["float", "reference"]  # the timestep bins stayed as they were
 
 
-def test_the_saved_recipe_repeats_the_run_byte_for_byte(exported: Path, tmp_path: Path) -> None:
-    run(Recipe.load(exported / "recipe.yaml"), tmp_path / "again")
+def test_the_saved_recipe_repeats_the_run_byte_for_byte(tiny_exported: Path, tmp_path: Path) -> None:
+    run(Recipe.load(tiny_exported / "recipe.yaml"), tmp_path / "again")
     for name in BYTES:
-        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_exported / name).read_bytes(), name
 
 
 def test_the_canonical_format_has_int8_codes_and_no_engine(tiny_folder: Path, tmp_path: Path) -> None:
@@ -164,9 +156,9 @@ def spoil_scales(out: Path, target: Path) -> None:
     ir.save(model, target / "model.onnx", external_data="model.onnx.data")
 
 
-def test_polygraphy_replays_the_parity_files_and_fails_on_spoilt_scales(exported: Path, tmp_path: Path) -> None:
-    assert replay(exported) == 0
-    spoil_scales(exported, tmp_path / "spoilt")
+def test_polygraphy_replays_the_parity_files_and_fails_on_spoilt_scales(tiny_exported: Path, tmp_path: Path) -> None:
+    assert replay(tiny_exported) == 0
+    spoil_scales(tiny_exported, tmp_path / "spoilt")
     assert replay(tmp_path / "spoilt") != 0
 
 
@@ -176,10 +168,10 @@ def test_an_engine_that_is_too_far_from_pytorch_fails_after_the_report(tiny_fold
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_graph_that_runs_in_float_fails_the_audit(exported: Path, tmp_path: Path) -> None:
+def test_a_graph_that_runs_in_float_fails_the_audit(tiny_exported: Path, tmp_path: Path) -> None:
     import shutil
 
-    shutil.copytree(exported, tmp_path / "out")
+    shutil.copytree(tiny_exported, tmp_path / "out")
     model = ir.load(tmp_path / "out" / "model.onnx")
     for node in model.graph:  # signed codes again: what a naive export would write
         if node.op_type == "QuantizeLinear":

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import STAGES, UNSERVED, save_tiny
+from conftest import QUICK, STAGES, UNSERVED, save_tiny
 
 import dq_export
 from dq_export.cli import app as cli
 from dq_export.deploy.onnxruntime.cpu import Ort
 from dq_export.ledger import Ledger, Result
 
-QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 FLAGS = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
 BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 Call = Callable[..., tuple[int, str, str]]
@@ -52,16 +51,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "out"
-    dq_export.export(model=str(tiny_folder), output_dir=out, **QUICK)
-    return out
-
-
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "out"))
+def copied(tiny_exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_exported, tmp_path / "out"))
 
 
 @pytest.fixture
@@ -111,13 +103,14 @@ class Watch:
 
 
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
-    disk: Callable[[str], Path], call: Call, tiny_folder: Path, finished: Path
+    disk: Callable[[str], Path], call: Call, tiny_folder: Path, tiny_exported: Path
 ) -> None:
     """Sizes from a finished run, so that each of float and calibrate is the first not to fit."""
 
     def size(*names: str) -> int:
         # tmpfs gives whole pages, and a folder or a small file (lock, ledger, recipe) takes one as well.
-        files = [f for name in names for f in ([finished / name] if (finished / name).is_file() else (finished / name).iterdir())]
+        paths = [tiny_exported / name for name in names]
+        files = [file for path in paths for file in ([path] if path.is_file() else path.iterdir())]
         return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
     small = 10 * 4096
@@ -138,7 +131,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     status, _, said = call("--model", tiny_folder, *FLAGS, "-o", disk("size=64m") / "out")
     assert status == 0
     assert any(line.startswith("float ") and "kept from an earlier run" in line for line in said.splitlines())
-    assert digests(out) == digests(finished)
+    assert digests(out) == digests(tiny_exported)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path], call: Call, tiny_folder: Path) -> None:
@@ -252,7 +245,7 @@ def test_another_option_does_again_only_what_depends_on_it(
     assert watch.kept == kept
 
 
-def test_other_weights_do_everything_again(finished: Path, copied: Path, tmp_path: Path) -> None:
+def test_other_weights_do_everything_again(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_tiny(tmp_path / "model")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 EVERY = 0.02
 """Seconds between two samples."""
+GROWTH = 1.01
+"""Of the pages in memory, from one exact sum to the next, which holds up the process that it reads."""
 KIB = 1024
 
 
@@ -18,18 +20,19 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
     Returns:
         Seconds; GB of the whole tree at its peak; GB of the largest single process at its peak, as the kernel counts it.
 
-    The tree's memory is sampled, pages that processes share counted once (their proportional set size). The kernel's figure of
-    one process misses no peak however short, and the larger of the two is returned as the tree's.
+    The tree's memory is sampled, pages that processes share counted once (their proportional set size), to 1 %. The kernel's
+    figure of one process misses no peak however short, and the larger of the two is returned as the tree's.
     """
-    start, peak = time.monotonic(), 0
+    start, peak, largest = time.monotonic(), 0, 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while True:
         found, status, usage = os.wait4(process.pid, os.WNOHANG)
         if found:
             break
         tree = _tree(process.pid)
-        if sum(map(_resident, tree)) > peak:  # only then can the exact sum, which takes longer to read, be above it
-            peak = max(peak, sum(map(_proportional, tree)))
+        resident = sum(map(_resident, tree))
+        if resident > largest * GROWTH:  # only then can the exact sum, which is less, be well above the peak
+            peak, largest = max(peak, sum(map(_proportional, tree))), resident
         time.sleep(EVERY)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")

@@ -14,6 +14,9 @@ EXTRAS = {
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
     "tritonclient": "triton",
+    "transformers": "text",
+    "tokenizers": "text",
+    "sentencepiece": "text",
 }
 """Of dq-export, by the module that it brings; all other modules come with dq-export itself."""
 PROJECTS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}

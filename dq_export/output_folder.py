@@ -18,6 +18,7 @@ from dq_export.core.documents import printable, shown_path
 LOCK, PARTIAL, GATHERED = ".lock", ".partial", ".calibration"
 FOLDERS = frozenset({"float", "engine", "parity", "triton", "bisect", "choices", "statistics", PARTIAL, GATHERED})
 FILES = frozenset({"recipe.yaml", "stages.json", "report.json", "report.html", "search.svg", "calibration.safetensors"})
+FILES |= {"conditions.safetensors"}
 FILES |= {"model.onnx", "model.onnx.data", "winner.yaml", "search.json", "evaluations.jsonl", LOCK}
 """What must be a folder, and what a file, at the top of the output folder of an export or a search."""
 WRITTEN_IN_PLACE = (LOCK, GATHERED, "statistics", "choices", "evaluations.jsonl", "held-back-evaluations.jsonl", "timing.cache")

@@ -23,6 +23,7 @@ from .stages.audit import AUDIT
 from .stages.bench import BENCH
 from .stages.build import BUILD
 from .stages.calibrate import CALIBRATE, assist
+from .stages.conditions import ENCODE
 from .stages.float_graph import FLOAT
 from .stages.quantize import QUANTIZE
 from .stages.reference import REFERENCE
@@ -30,7 +31,7 @@ from .stages.stage import Context, Stage
 from .stages.triton import TRITON
 from .stages.verify import VERIFY
 
-STAGES: tuple[Stage[Any], ...] = (FLOAT, CALIBRATE, REFERENCE, QUANTIZE, BUILD, AUDIT, VERIFY, TRITON, BENCH)
+STAGES: tuple[Stage[Any], ...] = (ENCODE, FLOAT, CALIBRATE, REFERENCE, QUANTIZE, BUILD, AUDIT, VERIFY, TRITON, BENCH)
 """In the order in which they run."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
+from dq_export.core.condition_file import load_conditions, misfit
+from dq_export.core.documents import DocumentError, shown_path
 from dq_export.core.progress import Progress
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
@@ -60,12 +62,15 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     from dq_export.deploy.backends import backend_of
 
     from .families.source import load, pin, require_device
+    from .families.text_encoders import require_prompts
 
     recipe, source = pin(recipe)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, tuple(stage.name for stage in stages))
     require_device(options.device)
     backend = backend_of(recipe)
     _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)
+    if recipe.prompts is not None:
+        require_prompts(source.family, source.checkpoint, recipe.prompts)
     reference = load(source, progress.advance)
     progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
@@ -74,6 +79,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     if backend:
         backend.require_schemes(rule.scheme for rule in assigned.values())
     _require_shapes(resolved, reference)
+    require_conditions(resolved, reference)
     reference.timesteps(resolved.steps)  # for its errors
     if resolved.triton and TRITON.name in memory.stages:
         require_served(reference)
@@ -141,6 +147,23 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
             "timesteps": "shared" if shared else "per-sample",
         }
     )
+
+
+def require_conditions(recipe: Recipe, reference: Reference) -> None:
+    """Look whether the network takes the file of conditions of a resolved recipe.
+
+    Raises:
+        RecipeError: it does not, or it is damaged.
+    """
+    if recipe.conditions is None:
+        return
+    path = Path(recipe.conditions)
+    try:
+        conditions = load_conditions(path)
+    except DocumentError as error:
+        raise RecipeError(f"conditions {error}") from error
+    if reason := misfit(conditions, reference.inputs, guided=(recipe.guidance_scale or 1.0) > 1):
+        raise RecipeError(f"conditions {shown_path(path)}: {reason}")
 
 
 def _require_servable(recipe: Recipe, backend: Backend | None) -> None:

@@ -34,7 +34,16 @@ LAZY = {
     "dq_export": {"PIL", "google", "jinja2", "safetensors"},
     "dq_export/search": {"google", "onnxruntime"},
     "dq_export/bisection": {"onnx", "onnx_graphsurgeon"},
-    "dq_export/families": {"accelerate", "google", "torch", "diffusers", "safetensors", "huggingface_hub"},
+    "dq_export/families": {
+        "accelerate",
+        "google",
+        "torch",
+        "diffusers",
+        "safetensors",
+        "sentencepiece",
+        "huggingface_hub",
+        "transformers",
+    },
 }
 """What functions may import beyond `THIRD_PARTY`."""
 COMMAND_LINE = "dq_export/cli"

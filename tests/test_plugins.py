@@ -203,7 +203,10 @@ FAILS = r"error: plug-in 'wild' \(dq_export\.families\) of wild-plugin 2\.1 fail
     [
         ("prepare(self, model): return model.gone", "AttributeError: 'ToyNetwork' object has no attribute 'gone'"),
         ("inputs(self, model): return open('/no/such')", r"FileNotFoundError: \[Errno 2\] No such file or directory: '/no/such'"),
-        ("conditions(self, model): import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "encode(self, pipeline, parts, prompts): import no_such_module",
+            "ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         (
             "largest_activation(self, model): return int('1\\n2')",
             r"ValueError: invalid literal for int\(\) with base 10: '1\\n2'",
@@ -221,6 +224,7 @@ def test_a_plug_in_that_fails_at_work_is_one_line(
 
     broken("families", f"from toy import Toy\nclass Wild(Toy):\n    def {method}\nthing = Wild()\n")
     model = save_toy(tmp_path / "model")
+    capsys.readouterr()  # transformers shows how far its writing is
     monkeypatch.setattr(sys, "argv", ["dq-export", "calibrate", "--model", str(model), "-o", str(tmp_path / "out"), "--quiet"])
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as ended:

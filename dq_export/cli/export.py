@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import FAILED, end, watching
-from .options import NOT_GIVEN, RUN, option, parameters_of, path_option, recipe_options, with_options
+from .options import NOT_GIVEN, RUN, expanded, option, parameters_of, path_option, recipe_options, with_options
 from .tables import summarize
 
 if TYPE_CHECKING:
@@ -93,10 +93,17 @@ def _export(until: str, options: dict[str, Any]) -> None:
 
 
 def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
-    """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own."""
+    """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own, and one
+    for other prompts what it says of prompts."""
     from dq_export.core.recipe import Recipe, RecipeError
 
+    from ..families.prompts import prompts_of
+
     base = Recipe.read(path) if path else {}
+    if "prompts" in given:
+        given = {**given, "prompts": prompts_of(expanded(given["prompts"]))}
+    if "prompts" in given or "conditions" in given:
+        base = {key: value for key, value in base.items() if key not in ("prompts", "conditions", "conditions_sha256")}
     if given.get("model", base.get("model")) != base.get("model"):
         base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
     values = {**base, **given}

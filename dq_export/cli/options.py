@@ -17,7 +17,7 @@ from dq_export.core.plugins import OneOf
 from dq_export.core.recipe import Recipe
 
 GROUPS = {
-    "Model": ("model", "revision", "variant"),
+    "Model": ("model", "revision", "variant", "prompts", "conditions"),
     "Engine": (
         "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
     ),
@@ -32,6 +32,8 @@ GROUPS = {
 RUN = "Run"
 NAMES = {"model": ("--model", "-m"), "triton": ("--triton",)}
 """Options with other names than their field's alone."""
+FILES = ("prompts", "conditions")
+"""Options whose value is a file; of prompts, what it holds becomes the field's."""
 NOT_GIVEN = ("", None)
 UNIONS, NONE = (Union, UnionType), type(None)
 
@@ -92,6 +94,7 @@ def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
         *names,
         help=_text(field, choices),
         show_default=False,
+        metavar="FILE" if name in FILES else None,
         rich_help_panel=group,
         autocompletion=(lambda: list(choices)) if choices else None,
     )

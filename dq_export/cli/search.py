@@ -10,7 +10,7 @@ from .export import recipe_of
 from .options import NOT_GIVEN, RUN, option, parameters_of, path_option, recipe_options, with_options
 from .tables import print_search
 
-SEARCHED = ("model", "revision", "variant", "rounding", "seed")
+SEARCHED = ("model", "revision", "variant", "prompts", "conditions", "rounding", "seed")
 """The recipe's options that a search takes as flags."""
 GOAL, EFFORT = "Goal", "Effort"
 

@@ -76,15 +76,23 @@ class Conditions:
     """What pictures can be drawn of. A condition is an index into these arrays.
 
     Args:
+        names: of each of the N conditions: the prompt, or the class label as text.
         arrays: by input, [N, ...]: the input's row for each condition; empty where a network takes none.
         null: by input, [1, ...]: the row without a condition, from which guidance leads away; empty where there is none.
     """
 
+    names: tuple[str, ...]
     arrays: Feed
     null: Feed
 
     def __len__(self) -> int:
-        return max((len(rows) for rows in self.arrays.values()), default=1)
+        return len(self.names)
+
+    @staticmethod
+    def blank(inputs: Iterable[Input]) -> Conditions:
+        """One condition of zeros, with a null of zeros: for calls whose results nobody looks at."""
+        rows = {item.name: item.zeros(1) for item in inputs if item.role == "condition"}
+        return Conditions(names=("",), arrays=rows, null=rows)
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """The inputs of pictures, from the index of each one's condition."""

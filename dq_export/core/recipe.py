@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .documents import DocumentError, read_yaml, shown, shown_path
 from .network import Linear
 from .plugins import OneOf
+from .prompts import fault
 from .qtypes import QuantType
 from .rule import Rule, misplaced, unfit, unmatched
 from .scheme import ATTENTION_TYPES, PRESETS, Attention, Bits, Granularity, Scheme, scheme_of
@@ -36,6 +37,15 @@ class Recipe(BaseModel):
         default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
     )
     variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
+    prompts: tuple[str, ...] | None = Field(
+        default=None, description="to draw, one a line; null: of the model's prompts.txt, or dq-export's own"
+    )
+    conditions: str | None = Field(
+        default=None, min_length=1, max_length=4096, description="safetensors with encoded prompts, in place of --prompts"
+    )
+    conditions_sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="of the file of conditions; null: any"
+    )
     format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: the graph alone")
     provider: Literal["cpu", "openvino"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"
@@ -100,6 +110,13 @@ class Recipe(BaseModel):
             return scheme_of(self.bits, self.granularity, self.group_size)
         except ValueError as error:
             raise RecipeError(str(error)) from error
+
+    @field_validator("prompts")
+    @classmethod
+    def _plain(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (reason := fault(value)):
+            raise ValueError(reason)
+        return value
 
     @field_validator("bins")
     @classmethod

@@ -22,6 +22,8 @@ from .weights import Weights, find_weights
 NETWORK, SCHEDULER, VAE = "transformer", "scheduler", "vae"
 """Folders of a pipeline."""
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
+PROMPTS = "prompts.txt"
+"""Beside the index: what the model was made to draw."""
 RENAMED = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
@@ -36,16 +38,26 @@ class Checkpoint:
 
     Args:
         folder: of the network's config.json and weights.
+        home: of the pipeline; the network's own where it is alone.
         config: what config.json says.
+        index: what the pipeline's model_index.json says; empty where there is none.
         scheduler: the folder of the pipeline's scheduler; None where it has none.
         vae: the folder of the pipeline's VAE, which only a server needs: it is not looked at. None where there is none.
     """
 
     folder: Path
+    home: Path
     config: Mapping[str, Any]
+    index: Mapping[str, Any]
     weights: Weights
     scheduler: Path | None
     vae: Path | None
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline's diffusers class; empty where the index names none."""
+        name = self.index.get("_class_name")
+        return name if isinstance(name, str) else ""
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -80,7 +92,9 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
     index = read_config(pipeline / INDEX) if os.path.lexists(pipeline / INDEX) else {}
     return Checkpoint(
         folder=network,
+        home=pipeline,
         config=config,
+        index=index,
         weights=find_weights(network, variant),
         scheduler=_scheduler_folder(pipeline, index),
         vae=pipeline / VAE if os.path.lexists(pipeline / VAE) or _names(index, VAE) else None,

@@ -54,7 +54,8 @@ class DiT(Family):
         """Every class label; the one behind the last is the null label of guidance."""
         classes = model.config.num_embeds_ada_norm
         labels = np.arange(classes + 1, dtype=np.int64)
-        return Conditions(arrays={"class_labels": labels[:-1]}, null={"class_labels": labels[-1:]})
+        names = tuple(map(str, range(classes)))
+        return Conditions(names=names, arrays={"class_labels": labels[:-1]}, null={"class_labels": labels[-1:]})
 
     def largest_activation(self, model: Any) -> int:
         """The MLP's inner one."""

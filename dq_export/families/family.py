@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from dq_export.core.network import Conditions, Feed, Input
@@ -37,6 +38,9 @@ class Family(ABC):
         name: as in the report.
         architectures: the diffusers classes of its networks, as `architecture_of` gives them.
         values: what their configurations may hold.
+        encoders: folders of a pipeline that encode prompts, tokenizers among them; empty: prompts are nothing that it draws.
+        prompt_tokens: by the class of a pipeline, as model_index.json names it, how many tokens a prompt may have; of a
+            family with `encoders`.
         blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
         default_guidance: guidance scale for a checkpoint that has no better one.
         default_scheduler: DDIM's configuration for a folder without a scheduler.
@@ -46,6 +50,8 @@ class Family(ABC):
     name: str
     architectures: tuple[str, ...]
     values: type[Values]
+    encoders: tuple[str, ...] = ()
+    prompt_tokens: Mapping[str, int] = MappingProxyType({})
     blocks: str = ""
     default_guidance: float
     default_scheduler: Mapping[str, Any]
@@ -65,9 +71,20 @@ class Family(ABC):
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """The network's inputs, by the names of its `forward`, the state first."""
 
-    @abstractmethod
     def conditions(self, model: Any) -> Conditions:
-        """What the network draws."""
+        """What the network draws. Of a family without `encoders`."""
+        raise NotImplementedError
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+        """The conditions of prompts. Of a family with `encoders`.
+
+        Called with a few prompts at a time: the arrays' sizes behind the first must not depend on them.
+
+        Args:
+            pipeline: the pipeline's class, one of `prompt_tokens`.
+            parts: by folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def largest_activation(self, model: Any) -> int:

@@ -8,22 +8,24 @@ from pathlib import Path
 
 from dq_export.core.documents import DocumentError, printable, read_text, shown, shown_path
 
-from .checkpoint import CONFIG, INDEX, NETWORK, SCHEDULER, SCHEDULER_CONFIG, VAE
+from .checkpoint import CONFIG, INDEX, NETWORK, PROMPTS, SCHEDULER, SCHEDULER_CONFIG, VAE
 from .reference import ModelError
-from .weights import choose
+from .weights import DIFFUSERS, TRANSFORMERS, choose
 
-SMALL = (INDEX, CONFIG, f"{NETWORK}/{CONFIG}", f"{SCHEDULER}/{SCHEDULER_CONFIG}", f"{VAE}/{CONFIG}")
+SMALL = (INDEX, PROMPTS, CONFIG, f"{NETWORK}/{CONFIG}", f"{SCHEDULER}/{SCHEDULER_CONFIG}", f"{VAE}/{CONFIG}")
 """Files that say what a model is."""
+TEXTS = (".json", ".model", ".txt")
+"""Suffixes of a tokenizer's files and of an encoder's configuration."""
 
 
-def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], object]) -> Path:
+def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], tuple[str, ...]]) -> Path:
     """The folder of a model's files, downloaded where there is a network, as the cache has them where there is none.
 
     Only what an export reads is downloaded: of several formats of the weights the one that `choose` takes.
 
     Args:
         revision: branch, tag or commit; empty: the default branch.
-        approve: looks at the small files, and raises, before gigabytes are downloaded.
+        approve: looks at the small files, and raises, before gigabytes are downloaded; gives the folders that encode prompts.
 
     Raises:
         ModelError: no such model or revision, no access, no weights, or neither network nor cache.
@@ -40,8 +42,8 @@ def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], ob
     try:
         names = HfApi().list_repo_files(hub_id, revision=revision or None)
         folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(SMALL)))
-        approve(folder)
-        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=wanted(names, variant, hub_id)))
+        chosen = wanted(names, variant, hub_id, approve(folder))
+        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=chosen))
     except HFValidationError as error:
         raise ModelError(f"model {shown(hub_id)}: no such folder, and no hub id ({printable(str(error))})") from error
     except GatedRepoError as error:
@@ -56,8 +58,11 @@ def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], ob
         return _from_cache(hub_id, revision, error)
 
 
-def wanted(names: list[str], variant: str, where: str) -> list[str]:
+def wanted(names: list[str], variant: str, where: str, encoders: tuple[str, ...] = ()) -> list[str]:
     """Of a model's files those that an export reads.
+
+    Args:
+        encoders: folders that encode prompts.
 
     Raises:
         ModelError: no weights of the network that fit.
@@ -67,12 +72,20 @@ def wanted(names: list[str], variant: str, where: str) -> list[str]:
     if f"{VAE}/{CONFIG}" in names:
         with suppress(ModelError):  # only a server decodes, and an export for one says what is missing
             found += _weights(names, f"{VAE}/", variant, where, required=False)
+    for part in encoders:
+        found += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]
+        if f"{part}/{CONFIG}" in names:
+            found += _weights(names, f"{part}/", variant, where, required=False, stem=TRANSFORMERS)
     return found
 
 
-def _weights(names: list[str], part: str, variant: str, where: str, *, required: bool = True) -> list[str]:
-    inside = [name.removeprefix(part) for name in names if name.startswith(part) and "/" not in name.removeprefix(part)]
-    entry = choose(inside, variant, f"{where}/{part}".rstrip("/"), required=required)
+def _inside(names: list[str], part: str) -> list[str]:
+    return [name for name in names if name.startswith(part) and "/" not in name.removeprefix(part)]
+
+
+def _weights(names: list[str], part: str, variant: str, where: str, *, required: bool = True, stem: str = DIFFUSERS) -> list[str]:
+    inside = [name.removeprefix(part) for name in _inside(names, part)]
+    entry = choose(inside, variant, f"{where}/{part}".rstrip("/"), required=required, stem=stem)
     return [part + name for name in (entry.name, *(entry.shards(inside) if entry.sharded else ()))]
 
 

@@ -55,7 +55,7 @@ def load_network(
     require_values(architecture, values, config, folder / "config.json")
     state = _state(weights, rename)
     model = _empty(architecture, folder / "config.json", config)
-    _require_same(model.state_dict(), state, shown_path(folder))
+    require_same(model.state_dict(), state, shown_path(folder))
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -89,8 +89,16 @@ def _empty(architecture: Any, path: Path, config: Mapping[str, Any]) -> Any:
         return architecture.from_config(dict(config))
 
 
-def _require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
-    """Raise unless both have the same names and shapes."""
+def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+    """Raise unless both have the same names and shapes.
+
+    Args:
+        expected: the tensors of a network; `state`: those of its files.
+        where: the folder, for messages.
+
+    Raises:
+        ModelError: they differ; the message names the first three differences.
+    """
     problems = []
     for names, text in (
         (expected.keys() - state.keys(), "the weights lack {} of the network's tensors ({})"),

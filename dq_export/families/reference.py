@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,13 @@ class Samplers:
 
 
 class Reference(Denoiser, Protocol):
-    """The float PyTorch network of a checkpoint with its sampler: what every later stage is compared with."""
+    """The float PyTorch network of a checkpoint with its sampler: what every later stage is compared with.
+
+    Attributes:
+        conditions: what it draws. A network that draws prompts has none until somebody sets them.
+    """
+
+    conditions: Conditions
 
     @property
     def digest(self) -> str:
@@ -53,10 +59,6 @@ class Reference(Denoiser, Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """What a config.json holds of the network: its diffusers class as `_class_name`, and the values that it takes."""
-
-    @property
-    def conditions(self) -> Conditions:
-        """What it draws."""
 
     @property
     def guidance(self) -> float:
@@ -80,6 +82,20 @@ class Reference(Denoiser, Protocol):
 
     def on(self, device: str) -> AbstractContextManager[None]:
         """While active the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` are as before."""
+
+    def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
+        """The conditions of prompts; what encodes them is loaded for it, computes on `device`, and is freed.
+
+        Raises:
+            ModelError: a part of the pipeline is missing or damaged, or does not fit the network.
+        """
+
+    def encoding_files(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change of each file that encodes prompts.
+
+        Raises:
+            ModelError: see `encode`.
+        """
 
     def forward(self, feed: Feed) -> Float32:
         """One float network call; a timestep of one row is every sample's."""

@@ -18,6 +18,7 @@ from . import all_families
 from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint
 from .family import Family
 from .hub import fetch, snapshot
+from .prompts import settle
 from .reference import ModelError, Reference
 from .torch_network import TorchNetwork
 
@@ -38,12 +39,14 @@ class Source:
     Args:
         model, revision, variant: what finds it again from any folder; see the recipe's keys.
         guidance: the scale that suits it; 0: its family's.
+        family: of its network.
     """
 
     model: str
     revision: str | None
     variant: str | None
     guidance: float
+    family: Family
     checkpoint: Checkpoint
 
 
@@ -67,22 +70,26 @@ def load(source: Source, progress: Advance = unwatched) -> Reference:
     Raises:
         ModelError: the checkpoint cannot be used.
     """
-    family = _family(source.checkpoint.config, source.checkpoint.folder)
-    return TorchNetwork.load(family, source.checkpoint, source.guidance, progress)
+    return TorchNetwork.load(source.family, source.checkpoint, source.guidance, progress)
 
 
 def pin(recipe: Recipe) -> tuple[Recipe, Source]:
-    """The recipe's model, and the recipe such that it finds the same files from any folder and at any time.
+    """The recipe's model, and the recipe such that it finds the same files and draws the same from any folder and at any time.
 
     Raises:
         ModelError: see `locate`.
+        RecipeError: see `settle`.
     """
-    source = locate(recipe.model, recipe.revision or "", recipe.variant or "")
-    return recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")}), source
+    source = locate(recipe.model, recipe.revision or "", recipe.variant or "", encoders=recipe.conditions is None)
+    found = recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")})
+    return settle(found, source.family, source.checkpoint), source
 
 
-def locate(model: str, revision: str = "", variant: str = "") -> Source:
+def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool = False) -> Source:
     """Find a short name, a folder or a hub id, downloaded if need be.
+
+    Args:
+        encoders: download what encodes prompts, too.
 
     Raises:
         ModelError: nothing by that name, no network, a network that no family knows, or one without weights.
@@ -100,7 +107,12 @@ def locate(model: str, revision: str = "", variant: str = "") -> Source:
         return _source(folder, recorded, None, variant, guidance)
     if not HUB_ID.fullmatch(place) or os.path.lexists(path):
         raise ModelError(f"model {shown(model, 200)}: {_no_folder(model, path)}")
-    folder = fetch(place, revision, variant, lambda found: _family(network_config(found), found))
+
+    def approve(found: Path) -> tuple[str, ...]:
+        family = _family(network_config(found), found)
+        return family.encoders if encoders else ()
+
+    folder = fetch(place, revision, variant, approve)
     return _source(folder, model, folder.name, variant, guidance)
 
 
@@ -123,10 +135,10 @@ def require_device(device: str) -> None:
 
 
 def _source(folder: Path, model: str, revision: str | None, variant: str, guidance: float) -> Source:
-    _family(network_config(folder), folder)  # first: another class's weights may have other names
+    family = _family(network_config(folder), folder)  # first: another class's weights may have other names
     checkpoint = open_checkpoint(folder, variant)
     chosen = checkpoint.weights.variant or None
-    return Source(model=model, revision=revision, variant=chosen, guidance=guidance, checkpoint=checkpoint)
+    return Source(model=model, revision=revision, variant=chosen, guidance=guidance, family=family, checkpoint=checkpoint)
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family:

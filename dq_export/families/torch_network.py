@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Feed, Input, InputSite, Linear, Observer, arguments
+from dq_export.core.network import Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 
@@ -28,6 +29,8 @@ from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
 from .stand_in import StandIn
 from .structure import structure_of
+from .text_encoders import encode_prompts
+from .text_parts import files_of
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
@@ -42,6 +45,8 @@ ACTIVATION_BYTES = 16 << 20
 class TorchNetwork:
     """A loaded network of a family. See `Reference` for every member."""
 
+    conditions: Conditions
+
     def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
         self.family = family
         self.model = model
@@ -49,9 +54,10 @@ class TorchNetwork:
         self.config = configuration(model)
         self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler)
         self.guidance = guidance
-        self.weights = checkpoint.weights
+        self.checkpoint = checkpoint
         self.inputs = family.inputs(model)
-        self.conditions = family.conditions(model)
+        if not family.encoders:
+            self.conditions = family.conditions(model)
         self.sampler = type(self.scheduler).__name__
         self.rules = family.rules
         self.decoder = checkpoint.vae
@@ -144,10 +150,22 @@ class TorchNetwork:
         model = torch.nn.Module.to(copy.deepcopy(self.model), {"bf16": torch.bfloat16}[dtype])
         return lambda feed: _call(model, self.inputs, feed)
 
+    def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
+        conditions = encode_prompts(self.family, self.checkpoint, prompts, device, progress)
+        if reason := misfit(conditions, self.inputs, guided=False):
+            raise ModelError(f"{shown_path(self.checkpoint.home)}: its text encoders do not fit its network: {reason}")
+        return conditions
+
+    def encoding_files(self) -> list[tuple[str, int, int]]:
+        return files_of(self.family, self.checkpoint)
+
     def timesteps(self, steps: int) -> list[float]:
+        blank = Conditions.blank(self.inputs)
+
         def rehearsed(scheduler: Any, count: int, network: Network) -> Float32:
             noise = np.ones((1, *self.feed_shape), dtype=np.float32)
-            return self._draw(network, scheduler, noise, np.zeros(1, dtype=np.int64), steps=count, guidance=2.0)
+            pictures = Pictures(noise=noise, conditions=blank.arrays, null=blank.null)
+            return self._draw(network, scheduler, pictures, steps=count, guidance=2.0)
 
         channels = self.config.get("out_channels") or self.feed_shape[0]
         return Rehearsal(draw=rehearsed, state=self.inputs[0].name, channels=channels).timesteps(self.scheduler, steps)
@@ -185,13 +203,11 @@ class TorchNetwork:
     def draw(
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
     ) -> Float32:
-        return self._draw(network, self.scheduler, noise, conditions, steps=steps, guidance=guidance)
-
-    def _draw(
-        self, network: Network, scheduler: Any, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
-    ) -> Float32:
         rows, null = self.conditions.rows(conditions), self.conditions.null_rows(len(noise))
         pictures = Pictures(noise=noise, conditions=rows, null=null)
+        return self._draw(network, self.scheduler, pictures, steps=steps, guidance=guidance)
+
+    def _draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True)
         return self.family.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 
@@ -210,7 +226,7 @@ class TorchNetwork:
     def export_onnx(self, path: Path, *, shared: bool) -> None:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
         self.graphs.clear()
-        save(graph, path, self.weights.files, ROOT)
+        save(graph, path, self.checkpoint.weights.files, ROOT)
 
     def _graph(self, *, shared: bool) -> ir.Model:
         try:

@@ -1,4 +1,4 @@
-"""Which files of a diffusers folder hold a network's weights: safetensors or pickles, whole or in shards, by variant."""
+"""Which files of a folder hold a network's weights: safetensors or pickles, whole or in shards, by variant."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dq_export.core.violations import nearest
 
 from .reference import ModelError
 
-STEM = "diffusion_pytorch_model"
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "(?:pytorch_)?model"
+"""What the names of weights start with in the folders of either library: regular expressions."""
 SUFFIXES = (".safetensors", ".bin")
 """By preference: a pickle is read only where there are no safetensors of the same variant."""
-SHARD = re.compile(rf"{STEM}(\.[\w-]+?)?-\d+-of-\d+\.(safetensors|bin)")
-WHOLE = re.compile(rf"{STEM}(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)")
-INDEX = re.compile(
-    rf"{STEM}(?P<suffix>\.safetensors|\.bin)(?:\.index\.(?P<variant>[\w-]+)|\.(?P<old>[\w-]+)\.index|\.index)\.json"
-)
+SHARD = r"(\.[\w-]+?)?-\d+-of-\d+\.(safetensors|bin)"
+WHOLE = r"(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)"
+INDEX = r"(?P<suffix>\.safetensors|\.bin)(?:\.index\.(?P<variant>[\w-]+)|\.(?P<old>[\w-]+)\.index|\.index)\.json"
+"""What follows the stem."""
 OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf", ".onnx", ".h5")
 """Suffixes of files that a message about missing weights lists."""
 
@@ -39,8 +39,10 @@ class Entry:
 
     def shards(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that look like shards of this index."""
-        start = f"{STEM}.{self.variant}-" if self.variant else f"{STEM}-"
-        return [name for name in names if SHARD.fullmatch(name) and name.startswith(start) and name.endswith(self.suffix)]
+        stem = self.name.partition(".")[0]
+        start = f"{stem}.{self.variant}-" if self.variant else f"{stem}-"
+        fitting = (name for name in names if name.startswith(start) and name.endswith(self.suffix))
+        return [name for name in fitting if re.fullmatch(re.escape(stem) + SHARD, name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Weights:
     variant: str
 
 
-def choose(names: Iterable[str], variant: str, where: str, *, required: bool = True) -> Entry:
+def choose(names: Iterable[str], variant: str, where: str, *, required: bool = True, stem: str = DIFFUSERS) -> Entry:
     """The file that a network is loaded from, of all files in its folder.
 
     Safetensors go before pickles, an index before a whole file (as in diffusers), files without a variant before others.
@@ -60,16 +62,18 @@ def choose(names: Iterable[str], variant: str, where: str, *, required: bool = T
         variant: that it must be; empty: none, or the only one there is.
         where: the folder, for messages.
         required: else a variant that is not there is as one that is not asked for.
+        stem: DIFFUSERS or TRANSFORMERS.
 
     Raises:
         ModelError: no weights, none of the variant, or several variants and none that is asked for.
     """
     names = list(names)
-    entries = [entry for entry in map(_entry, names) if entry]
+    entries = [entry for name in names if (entry := _entry(name, stem))]
     if not entries:
         others = sorted(name for name in names if name.endswith(OTHERS))
         present = f"; there is {', '.join(others[:3])}" if others else ""
-        raise ModelError(f"{where}: no weights; expected {STEM}.safetensors or {STEM}.bin, whole or with an index{present}")
+        first, second = (DIFFUSERS, DIFFUSERS) if stem == DIFFUSERS else ("model", "pytorch_model")
+        raise ModelError(f"{where}: no weights; expected {first}.safetensors or {second}.bin, whole or with an index{present}")
     variants = sorted({entry.variant for entry in entries})
     listed = ", ".join(item or "one without a variant" for item in variants)
     if variant not in variants and not required:
@@ -83,7 +87,7 @@ def choose(names: Iterable[str], variant: str, where: str, *, required: bool = T
     return min(fitting, key=lambda entry: (SUFFIXES.index(entry.suffix), not entry.sharded, entry.name))
 
 
-def find_weights(folder: Path, variant: str = "", *, required: bool = True) -> Weights:
+def find_weights(folder: Path, variant: str = "", *, required: bool = True, stem: str = DIFFUSERS) -> Weights:
     """The weights in a network's folder. See `choose`.
 
     Raises:
@@ -93,7 +97,7 @@ def find_weights(folder: Path, variant: str = "", *, required: bool = True) -> W
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise ModelError(f"{shown_path(folder)}: cannot be read ({error.strerror})") from error
-    entry = choose(names, variant, shown_path(folder), required=required)
+    entry = choose(names, variant, shown_path(folder), required=required, stem=stem)
     if not entry.sharded:
         return Weights(files=(folder / entry.name,), variant=entry.variant)
     shards = _shards(folder / entry.name)
@@ -106,13 +110,13 @@ def find_weights(folder: Path, variant: str = "", *, required: bool = True) -> W
     return Weights(files=tuple(folder / name for name in shards), variant=entry.variant)
 
 
-def _entry(name: str) -> Entry | None:
-    if SHARD.fullmatch(name):
+def _entry(name: str, stem: str) -> Entry | None:
+    if re.fullmatch(stem + SHARD, name):
         return None
-    if found := INDEX.fullmatch(name):
+    if found := re.fullmatch(stem + INDEX, name):
         variant = found["variant"] or found["old"] or ""
         return Entry(name=name, suffix=found["suffix"], variant=variant, sharded=True)
-    if found := WHOLE.fullmatch(name):
+    if found := re.fullmatch(stem + WHOLE, name):
         return Entry(name=name, suffix=found["suffix"], variant=found["variant"] or "", sharded=False)
     return None
 

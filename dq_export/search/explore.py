@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.progress import Progress, Silent
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import Scheme
@@ -20,12 +21,14 @@ from dq_export.deploy.packages import require_packages
 
 from ..families.reference import Reference
 from ..families.source import load, pin
+from ..families.text_encoders import require_prompts
 from ..ledger import claim
 from ..output_folder import write_text
-from ..preparation import TRACING, resolve
+from ..preparation import TRACING, require_conditions, resolve
 from ..report.front import Front
 from ..report.report import FRONT
 from ..stages.calibrate import sampling_of
+from ..stages.conditions import ENCODING, draws_prompts, set_conditions, write_conditions
 from ..stages.recording import HELD_OUT
 from .kernel_times import time_space
 from .request import SearchError, SearchRequest
@@ -92,9 +95,13 @@ def explore(
     watch.begin("load", recipe.model)
     start = time.monotonic()
     recipe, source = pin(recipe)
+    if recipe.prompts is not None:
+        require_packages(ENCODING, "prompts")
+        require_prompts(source.family, source.checkpoint, recipe.prompts)
     reference = load(source, watch.advance)
     watch.begin("load", TRACING)
     base = resolve(recipe, (), reference, backend)
+    require_conditions(base, reference)
     for steps in (base.steps, request.steps):  # of calibration, and of the pictures that judge a mix
         reference.timesteps(steps)
     space = space_of(reference, base, choices, backend)
@@ -108,6 +115,7 @@ def explore(
             assert kernels is not None  # without the shapes of the network's inputs
             space = time_space(space, reference, kernels, watch)
             require_possible(space, goal_of(space, request), request)
+        _encode(reference, base, folder, watch)
         calibrated = _calibrate(reference, base, space, folder, watch)
         trials = Trajectories.of(
             reference, space, base.model_copy(update={"steps": request.steps}), calibrated, seed=base.seed + HELD_OUT,
@@ -194,6 +202,21 @@ def _unmet(outcome: Outcome, request: SearchRequest) -> str:
         f"{request.option}: none of {outcome.evaluations} mixes that quantize anything meets it; {nearest}. Change the goal, or "
         "give more --evaluations"
     )
+
+
+def _encode(reference: Reference, base: Recipe, folder: Path, watch: Progress) -> None:
+    """Give the network its conditions, where it draws prompts: encoded once and kept beside the evaluations."""
+    if not draws_prompts(base):
+        return
+    path, start = folder / CONDITIONS, time.monotonic()
+    watch.begin("conditions", "for all calibrations and pictures")
+    kept = path.exists()
+    if not kept:
+        partial = path.with_suffix(".new")
+        write_conditions(reference, base, partial, "cpu", watch.advance)
+        partial.rename(path)
+    set_conditions(reference, path)
+    watch.end(time.monotonic() - start, f"{len(reference.conditions)} conditions", kept=kept)
 
 
 def _calibrate(

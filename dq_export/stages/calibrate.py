@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.group import ProcessGroup
 from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.plugins import described_plugins
 from dq_export.core.recipe import Recipe
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
@@ -23,6 +24,7 @@ from ..ledger import Result
 from ..machine import versions
 from ..output_folder import GATHERED
 from ..report.report import Part, TableReport
+from .conditions import ENCODE, draws_prompts, set_conditions
 from .stage import Context, Prepared, Stage
 
 CALIBRATION = "calibration.safetensors"
@@ -97,6 +99,7 @@ class Calibrate(Stage[Calibrated]):
         "attention", "method", "rounding", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
         "calib_size", "calibration", "steps", "guidance_scale", "seed",
     )  # fmt: skip
+    needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
 
     def text(self, context: Context) -> str:
@@ -172,6 +175,8 @@ def assist(prepared: Prepared, folder: Path, group: ProcessGroup, device: str) -
     if not group.largest(np.zeros(1)).any():
         return
     reference, recipe = prepared.reference, prepared.recipe
+    if draws_prompts(recipe):
+        set_conditions(reference, folder / CONDITIONS)
     calibration = Calibration(
         denoiser=reference,
         recipe=recipe,

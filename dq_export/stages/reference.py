@@ -12,6 +12,7 @@ from dq_export.deploy.replay import INPUTS, OUTPUTS
 from ..finished_folder import REPLAY
 from ..ledger import Result
 from .calibrate import CALIBRATE
+from .conditions import ENCODE
 from .recording import PICTURES, record
 from .stage import Context, Stage
 
@@ -26,6 +27,7 @@ class DrawReference(Stage[Result]):
     name: str = "reference"
     result: type[Result] = Result
     fields: tuple[str, ...] = ("parity_size", "steps", "seed", "guidance_scale", "timesteps")
+    needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
 
     def wanted(self, context: Context) -> bool:

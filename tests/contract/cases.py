@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import save_tiny
-from toy import TOY, ToyPipeline, save_toy
+from toy import PROMPTS, TOY, ToyPipeline, save_toy
 
 from dq_export.core.network import Float32
 from dq_export.families import FAMILIES
 from dq_export.families.family import Family
 from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
 
 SEED = 7
 
@@ -35,6 +36,14 @@ class Case:
     save: Callable[[Path], Path]
     changes: Mapping[str, Any]
     draw: Callable[[Path, Any, Any, float], Float32]
+
+
+def loaded(folder: Path, case: Case) -> Any:
+    """The network of a pipeline folder, which knows what it draws."""
+    reference: Any = load_reference(str(folder))
+    if case.family.encoders:
+        reference.conditions = reference.encode(PROMPTS, "cpu")
+    return reference
 
 
 def drawn_by_dit_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:

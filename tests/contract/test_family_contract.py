@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, SEED, Case
+from cases import CASES, SEED, Case, loaded
 from conftest import feed_of, recipe_of, run_onnx, sqnr
 from folds import fold_at_random
 from toy import TOY
@@ -56,8 +56,8 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    return load_reference(str(folder))
+def reference(folder: Path, case: Case) -> Any:
+    return loaded(folder, case)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "per-sample"])
@@ -253,11 +253,11 @@ def test_pictures_are_those_of_diffusers_own_pipeline(guidance: float, case: Cas
     assert exact.std() > 0.05, "a picture that is one colour would prove nothing"
 
 
-def test_drawing_again_gives_the_same_bits(folder: Path, reference: Any) -> None:
+def test_drawing_again_gives_the_same_bits(case: Case, folder: Path, reference: Any) -> None:
     chosen = np.asarray([1, 2])
     drawn = []
     sent: list[float] = []
-    for one in (reference, load_reference(str(folder))):
+    for one in (reference, loaded(folder, case)):
         one.timesteps(5)  # a rehearsal changes nothing
         drawn.append(one.draw(one.forward, one.noise(2, SEED), chosen, steps=4, guidance=2.0))
     np.testing.assert_array_equal(*drawn)

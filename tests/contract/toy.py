@@ -6,6 +6,7 @@ This file and a line in `FAMILIES` are all that a new family takes.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from dq_export.families.config_values import Values
 from dq_export.families.family import Family, Pictures
 from dq_export.families.stand_in import StandIn
 
-PROMPTS, TOKENS, WIDTH, STRENGTH = 4, 5, 8, 1.5
+TOKENS, WIDTH, STRENGTH = 5, 8, 1.5
+WORDS = ("a", "red", "green", "blue", "square", "circle", "beside")
+PROMPTS = ("a red square", "a green circle", "a blue square", "a red circle beside")
 
 
 class ToyBlock(torch.nn.Module):
@@ -65,21 +68,31 @@ class ToyNetwork(ModelMixin, ConfigMixin):
 class ToyPipeline(DiffusionPipeline):
     """Samples latents with classifier-free guidance, the null prompt first."""
 
-    def __init__(self, transformer: Any, scheduler: Any) -> None:
+    def __init__(self, transformer: Any, scheduler: Any, tokenizer: Any = None, text_encoder: Any = None) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
+        parts = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+        self.register_modules(transformer=transformer, scheduler=scheduler, **parts)
 
     @torch.no_grad()
-    def __call__(self, context: torch.Tensor, null: torch.Tensor, latents: torch.Tensor, steps: int, guidance: float) -> Any:
+    def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
+        words = self.tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        states: torch.Tensor = self.text_encoder(words.input_ids, attention_mask=words.attention_mask).last_hidden_state
+        return states * words.attention_mask[..., None]
+
+    @torch.no_grad()
+    def __call__(self, context: torch.Tensor, null: Any, latents: torch.Tensor, steps: int, guidance: float) -> Any:
         self.scheduler.set_timesteps(steps)
         latents = latents * self.scheduler.init_noise_sigma
-        prompts, added = torch.cat([null, context]), {"strength": torch.full((2 * len(context), 1), STRENGTH)}
+        prompts = context if null is None else torch.cat([null, context])
+        added = {"strength": torch.full((len(prompts), 1), STRENGTH)}
         for t in self.scheduler.timesteps:
-            states = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
+            states = self.scheduler.scale_model_input(latents if null is None else torch.cat([latents, latents]), t)
             timesteps = t.expand(len(states))
             predicted = self.transformer(states, timesteps, context=prompts, added=added, return_dict=False)[0]
-            without, with_prompt = predicted.chunk(2)
-            latents = self.scheduler.step(without + guidance * (with_prompt - without), t, latents).prev_sample
+            if null is not None:
+                without, with_prompt = predicted.chunk(2)
+                predicted = without + guidance * (with_prompt - without)
+            latents = self.scheduler.step(predicted, t, latents).prev_sample
         return latents
 
 
@@ -96,6 +109,8 @@ class Toy(Family):
     name = "toy"
     architectures = ("ToyNetwork",)
     values = ToyValues
+    encoders = ("tokenizer", "text_encoder")
+    prompt_tokens = {"ToyPipeline": TOKENS}  # noqa: RUF012
     blocks = "layers"
     default_guidance = 3.0
     default_scheduler = {"num_train_timesteps": 1000}  # noqa: RUF012
@@ -115,18 +130,19 @@ class Toy(Family):
             Input(name="strength", role="condition", dtype="float32", shape=(BATCH, 1), within="added"),
         )
 
-    def conditions(self, model: Any) -> Conditions:
-        prompts = np.random.default_rng(0).normal(size=(PROMPTS, TOKENS, WIDTH)).astype(np.float32)
-        strength = np.full((PROMPTS, 1), STRENGTH, dtype=np.float32)
-        null = {"context": np.zeros_like(prompts[:1]), "strength": strength[:1]}
-        return Conditions(arrays={"context": prompts, "strength": strength}, null=null)
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+        context = ToyPipeline(None, None, **parts).encode_prompt([*prompts, ""]).numpy()
+        strength = np.full((len(context), 1), STRENGTH, dtype=np.float32)
+        rows, null = ({"context": context[part], "strength": strength[part]} for part in (slice(-1), slice(-1, None)))
+        return Conditions(names=tuple(prompts), arrays=rows, null=null)
 
     def largest_activation(self, model: Any) -> int:
         return int(2 * model.config.width * model.config.size**2)
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         pipeline = ToyPipeline(network, scheduler)
-        context, null = (torch.from_numpy(rows["context"]) for rows in (pictures.conditions, pictures.null))
+        context = torch.from_numpy(pictures.conditions["context"])
+        null = torch.from_numpy(pictures.null["context"]) if guidance > 1 else None
         latents: Float32 = pipeline(context, null, torch.from_numpy(pictures.noise), steps, guidance).numpy()
         return latents
 
@@ -136,8 +152,24 @@ def save_toy(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     ToyNetwork(**changes).save_pretrained(folder / "transformer")
     EulerDiscreteScheduler(timestep_spacing="linspace").save_pretrained(folder / "scheduler")  # fractional timesteps
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
+    save_text_encoder(folder)
+    parts = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline", **parts}))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
+
+
+def save_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A T5 of two blocks and its tokenizer of seven words."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -9.0)]
+    vocabulary = [*marks, *((f"\u2581{word}", -1.0) for word in WORDS)]
+    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(1)
+    sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), feed_forward_proj="gated-gelu", **sizes))
+    encoder.to(dtype).save_pretrained(folder / "text_encoder")
 
 
 TOY = Toy()

@@ -16,6 +16,7 @@ DECIDES_NOTHING_BY_ITSELF = {
     "model": "the digest of the checkpoint",
     "revision": "the digest of the checkpoint",
     "variant": "the digest of the checkpoint, and the decoder",
+    "conditions": "the digest of its file",
     "rules": "what they decide for each linear",
     "bits": "what the rules decide",
     "granularity": "what the rules decide",

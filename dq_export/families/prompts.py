@@ -1,0 +1,66 @@
+"""What a run draws: prompts, or a file of conditions, settled before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dq_export.core.condition_file import load_conditions
+from dq_export.core.documents import DocumentError, shown, shown_path
+from dq_export.core.prompts import read_prompts
+from dq_export.core.recipe import Recipe, RecipeError
+
+from ..ledger import file_digest
+from .checkpoint import PROMPTS, Checkpoint
+from .family import Family
+
+PACKAGED = Path(__file__).parent.parent / "models" / PROMPTS
+
+
+def settle(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the texts that are encoded, or with the place and digest of its conditions; none for other families.
+
+    Raises:
+        RecipeError: both are given, the network draws neither, or a file is missing, damaged, or changed since it was recorded.
+    """
+    given = [key for key in ("prompts", "conditions", "conditions_sha256") if getattr(recipe, key) is not None]
+    if given and not family.encoders:
+        raise RecipeError(f"{given[0]}: family {family.name} draws no text; leave it out")
+    if "prompts" in given and "conditions" in given:
+        raise RecipeError("prompts and conditions: give one of them; conditions are prompts that are encoded already")
+    if given == ["conditions_sha256"]:
+        raise RecipeError("conditions_sha256: it is of a file, and conditions names none; add conditions, or leave it out")
+    if not family.encoders:
+        return recipe
+    if recipe.conditions is not None:
+        return _recorded(recipe, Path(os.path.expanduser(recipe.conditions)).absolute())
+    if recipe.prompts is not None:
+        return recipe
+    beside = checkpoint.home / PROMPTS
+    return recipe.model_copy(update={"prompts": prompts_of(beside if os.path.lexists(beside) else PACKAGED)})
+
+
+def prompts_of(path: Path) -> tuple[str, ...]:
+    """The prompts of a file.
+
+    Raises:
+        RecipeError: see `read_prompts`.
+    """
+    try:
+        return read_prompts(path)
+    except DocumentError as error:
+        raise RecipeError(f"prompts {error}") from error
+
+
+def _recorded(recipe: Recipe, path: Path) -> Recipe:
+    try:
+        load_conditions(path)  # for its errors; a missing file is one of them
+    except DocumentError as error:
+        raise RecipeError(f"conditions {error}") from error
+    digest = file_digest(path)
+    if recipe.conditions_sha256 not in (None, digest):
+        raise RecipeError(
+            f"conditions {shown_path(path)}: its sha256 is {digest}, and the recipe has {recipe.conditions_sha256}; put the "
+            f"recipe's file back, or pass the new one with --conditions {shown(str(path), 200)}"
+        )
+    return recipe.model_copy(update={"conditions": str(path), "conditions_sha256": digest})

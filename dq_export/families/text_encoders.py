@@ -1,0 +1,137 @@
+"""Prompts through a pipeline's text encoders, which are loaded for that and then gone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dq_export.core.documents import shown, shown_path
+from dq_export.core.network import Conditions
+from dq_export.core.progress import Advance
+
+from .checkpoint import CONFIG, Checkpoint
+from .config_values import refused
+from .family import Family
+from .loading import require_same
+from .reference import ModelError
+from .tensors import read_tensors
+from .text_parts import INSTEAD, Part, parts_of, silent
+from .weights import TRANSFORMERS, Weights, find_weights
+
+TOGETHER = 8
+"""Prompts to a call."""
+
+
+def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str]) -> None:
+    """Ask for all that encoding needs, without the encoders' weights.
+
+    Raises:
+        ModelError: a part is missing or damaged, or a prompt is longer than its pipeline takes.
+    """
+    parts = parts_of(family, checkpoint)
+    configs = {name: part.config() for name, part in parts.items() if part.encodes}
+    for name in configs:
+        _weights(parts[name], checkpoint)
+    most = family.prompt_tokens[checkpoint.pipeline]
+    for name in parts.keys() - configs.keys():
+        reader = name.replace("tokenizer", "text_encoder")
+        known = configs[reader]["vocab_size"] if reader in configs else 1 << 31
+        for number, tokens in enumerate(_tokens(parts[name], ("", *prompts))):
+            prompt = f"prompt {number} ({shown(prompts[number - 1])})" if number else "the empty prompt"
+            if number and len(tokens) - 1 > most:
+                raise ModelError(f"{prompt}: {len(tokens) - 1} tokens, and {checkpoint.pipeline} takes {most}; shorten it")
+            if max(tokens) >= known:
+                raise ModelError(
+                    f"{shown_path(parts[name].folder)}: makes the token {max(tokens)} of {prompt}, and {reader} knows {known} "
+                    f"tokens; download both again, {INSTEAD}"
+                )
+
+
+def _tokens(part: Part, prompts: Sequence[str]) -> Iterator[list[int]]:
+    """Of each prompt its tokens, and behind them the one that fills rows up."""
+    tokenizer = part.tokenizer()
+    for prompt in prompts:
+        with part.damage():
+            tokens = [int(token) for token in (*tokenizer(prompt).input_ids, tokenizer.pad_token_id)]
+        yield tokens
+
+
+def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str], device: str, progress: Advance) -> Conditions:
+    """The conditions of prompts; the encoders are loaded for it, and freed.
+
+    Args:
+        device: where the encoders compute.
+        progress: called with (prompts encoded, prompts in all).
+
+    Raises:
+        ModelError: a part is missing or damaged.
+    """
+    import torch
+
+    parts = parts_of(family, checkpoint)
+    loaded = {name: _load_encoder(part, checkpoint, device) if part.encodes else part.tokenizer() for name, part in parts.items()}
+    done: list[Conditions] = []
+    for start in range(0, len(prompts), TOGETHER):
+        some = prompts[start : start + TOGETHER]
+        with torch.inference_mode():
+            done.append(family.encode(checkpoint.pipeline, loaded, some))
+        progress(start + len(some), len(prompts), "prompts")
+    loaded.clear()
+    gc.collect()
+    arrays = {name: np.concatenate([some.arrays[name] for some in done]) for name in done[0].arrays}
+    return Conditions(names=tuple(prompts), arrays=arrays, null=done[0].null)
+
+
+def _weights(part: Part, checkpoint: Checkpoint) -> Weights:
+    """Of the network's variant, where the encoder has that."""
+    return find_weights(part.folder, checkpoint.weights.variant, required=False, stem=TRANSFORMERS)
+
+
+def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
+    """The encoder in evaluation mode, its weights mapped, as the files have them; it computes in float32.
+
+    Float16, in which T5 is often stored, is too narrow for the activations of T5, and bfloat16 would lose digits of every
+    condition. So the blocks are converted one at a time, while they run: that takes the memory of one in float32.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    config, kind = part.config(), getattr(transformers, part.kind)
+    makes_none = f"{shown_path(part.folder / CONFIG)}: makes no {part.kind}"
+    with refused(makes_none, f"download it again, {INSTEAD}"), silent(), init_empty_weights():
+        model = kind(kind.config_class.from_dict(config))
+    state: dict[str, Any] = {}
+    for file in _weights(part, checkpoint).files:
+        state |= read_tensors(file)
+    for name, source in model._tied_weights_keys.items():
+        if name in state or source in state:  # files hold one of the two, or both
+            state[name] = state[source] = state.get(source, state.get(name))
+    require_same(model.state_dict(), state, shown_path(part.folder))
+    model.load_state_dict(state, assign=True)
+    _compute_in_float32(model, model.encoder.block, device)
+    return model.eval()
+
+
+def _compute_in_float32(model: Any, blocks: Sequence[Any], device: str) -> None:
+    import torch
+
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.to(device, torch.float32)
+    for block in blocks:
+        stored = [(parameter, parameter.data) for parameter in block.parameters()]
+
+        def convert(module: Any, inputs: Any, stored: Any = stored) -> None:
+            for parameter, data in stored:
+                parameter.data = data.to(device, torch.float32)
+
+        def restore(module: Any, inputs: Any, output: Any, stored: Any = stored) -> None:
+            for parameter, data in stored:
+                parameter.data = data
+
+        block.register_forward_pre_hook(convert)
+        block.register_forward_hook(restore)

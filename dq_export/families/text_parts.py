@@ -1,0 +1,181 @@
+"""Tokenizers and text encoders of a pipeline: found in its index, and looked at before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dq_export.core.documents import DocumentError, read_json, shown, shown_path
+
+from .checkpoint import CONFIG, INDEX, Checkpoint
+from .config_values import Values, reason_of, refused, require_values
+from .family import Family
+from .loading import read_config
+from .reference import ModelError
+
+VOCABULARIES = ("tokenizer.json", "spiece.model")
+"""Files of a tokenizer, one of which it needs; without any, transformers makes an empty one."""
+TOKENIZER_BYTES = 64 << 20
+"""Of a file of a tokenizer; the largest of T5 has 2.4 million."""
+INSTEAD = "or pass --conditions FILE with prompts that are encoded already"
+
+
+class T5Values(Values):
+    """Of `T5Config`."""
+
+    vocab_size: int = Field(ge=1, le=1 << 20)
+    d_model: int = Field(ge=1, le=1 << 16)
+    d_kv: int = Field(ge=1, le=1 << 16)
+    d_ff: int = Field(ge=1, le=1 << 20)
+    num_layers: int = Field(ge=1, le=256)
+    num_heads: int = Field(ge=1, le=4096)
+    relative_attention_num_buckets: int = Field(32, ge=2, le=4096)
+    relative_attention_max_distance: int = Field(128, ge=2, le=1 << 20)
+    layer_norm_epsilon: float = Field(1e-6, gt=0, le=1)
+    feed_forward_proj: str = Field("relu", max_length=40)
+
+
+ENCODERS: Mapping[str, type[Values]] = {"T5EncoderModel": T5Values}
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+"""Classes of transformers that a checkpoint may name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A tokenizer or an encoder of a pipeline.
+
+    Args:
+        kind: its class of transformers.
+    """
+
+    folder: Path
+    kind: str
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it has weights."""
+        return self.kind in ENCODERS
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of an encoder.
+
+        Raises:
+            ModelError: a value is missing, of another type or out of range.
+        """
+        import transformers
+
+        path = self.folder / CONFIG
+        config = read_config(path)
+        require_values(getattr(transformers, self.kind).config_class, ENCODERS[self.kind], config, path)
+        if config.get("quantization_config"):
+            raise ModelError(f"{shown_path(path)}: quantized already (quantization_config); a float encoder is needed, {INSTEAD}")
+        return config
+
+    def tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ModelError: its files are missing or damaged.
+        """
+        import transformers
+
+        _require_vocabulary(self.folder)
+        with self.damage(), silent():
+            return getattr(transformers, self.kind).from_pretrained(str(self.folder), local_files_only=True)
+
+    @contextmanager
+    def damage(self) -> Iterator[None]:
+        """Around calls of transformers and tokenizers on the files: whatever they raise becomes a ModelError of one line."""
+        try:
+            yield
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ModelError(
+                f"{shown_path(self.folder)}: makes no {self.kind} ({reason_of(error)}); download it again, {INSTEAD}"
+            ) from error
+
+
+def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
+    """By folder, what encodes prompts in a pipeline.
+
+    Raises:
+        ModelError: a pipeline of another class, or without one of the family's parts.
+    """
+    where = shown_path(checkpoint.home / INDEX)
+    if not checkpoint.index:
+        raise ModelError(f"{where}: no such file, so nothing says what encodes prompts; pass the pipeline's folder, {INSTEAD}")
+    if checkpoint.pipeline not in family.prompt_tokens:
+        raise ModelError(
+            f"{where}: {shown(checkpoint.index.get('_class_name'))} does not draw with the family {family.name}; expected "
+            f"{' or '.join(family.prompt_tokens)}: correct it, {INSTEAD}"
+        )
+    return {name: _part(checkpoint, name) for name in family.encoders}
+
+
+def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change of each file that encodes prompts. They are gigabytes, which no run reads to compare.
+
+    Raises:
+        ModelError: see `parts_of`.
+    """
+    found = []
+    for name, part in parts_of(family, checkpoint).items():
+        for path in sorted(part.folder.iterdir()):
+            status = path.stat()
+            found.append((f"{name}/{path.name}", status.st_size, status.st_mtime_ns))
+    return found
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without transformers' warnings, of keys that old files have."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _part(checkpoint: Checkpoint, name: str) -> Part:
+    entry, folder = checkpoint.index.get(name), checkpoint.home / name
+    known = (*ENCODERS, *TOKENIZERS)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers" and entry[1] in known):
+        raise ModelError(
+            f"{shown_path(checkpoint.home / INDEX)}: {name} is {shown(entry)}; expected ['transformers', one of "
+            f"{', '.join(known)}]: download the whole pipeline, {INSTEAD}"
+        )
+    if not folder.is_dir():
+        raise ModelError(f"{shown_path(folder)}: no such folder, and it encodes prompts; download it, {INSTEAD}")
+    return Part(folder=folder, kind=entry[1])
+
+
+def _require_vocabulary(folder: Path) -> None:
+    """Read a tokenizer's files before transformers does, which takes some damaged ones for an empty vocabulary.
+
+    Raises:
+        ModelError: none is there, or one is too large or damaged.
+    """
+    present = [name for name in VOCABULARIES if (folder / name).is_file()]
+    if not present:
+        raise ModelError(f"{shown_path(folder)}: no {' and no '.join(VOCABULARIES)}; download it again, {INSTEAD}")
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.suffix == ".json" and not isinstance(read_json(path, TOKENIZER_BYTES, finite=False), dict):
+                raise DocumentError(f"{shown_path(path)}: expected a JSON object")
+    except DocumentError as error:
+        raise ModelError(f"{error}; download it again, {INSTEAD}") from error
+    if present == ["spiece.model"]:
+        import sentencepiece
+
+        with refused(f"{shown_path(folder / 'spiece.model')}: no SentencePiece model", f"download it again, {INSTEAD}"):
+            sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))

@@ -1,0 +1,318 @@
+"""A family that draws prompts: they are encoded once, kept, repeated from the recipe, or refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny
+from toy import PROMPTS, TOKENS, TOY, WIDTH, ToyPipeline, save_text_encoder, save_toy
+
+import dq_export.families as families_package
+from dq_export.core.condition_file import CONDITIONS, load_conditions
+from dq_export.core.progress import Silent
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.tensor_file import load_tensors, save_tensors
+from dq_export.families import FAMILIES
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference
+from dq_export.output_folder import OutputError
+from dq_export.pipeline import run
+from dq_export.preparation import Options
+
+QUICK: dict[str, Any] = {"steps": 3, "calib_size": 2, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
+
+
+class Kept(Silent):
+    """Remembers which stages an earlier run did."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, bool] = {}
+        self.stage = ""
+
+    def begin(self, stage: str, what: str) -> None:
+        self.stage = stage
+
+    def end(self, seconds: float, result: str, *, kept: bool) -> None:
+        self.stages[self.stage] = kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def families() -> Iterator[None]:
+    """The product's families and the toy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def exported(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated, and drawn by PyTorch, on the prompts beside the checkpoint."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    run(recipe(toy), out, until="verify")
+    return out
+
+
+@pytest.fixture
+def model(toy: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return Path(shutil.copytree(toy, tmp_path / "model"))
+
+
+def recipe(model: Path, **values: Any) -> Recipe:
+    return Recipe.parse({"model": str(model), **QUICK, **values}, "test")
+
+
+def file_of_conditions(path: Path, **changes: Any) -> Path:
+    """A file that others may write: three conditions of other lengths than prompts have."""
+    rows = np.random.default_rng(0).normal(size=(3, 4, WIDTH)).astype(np.float32)
+    strength = np.ones((3, 1), np.float32)
+    null = {"null.context": np.zeros_like(rows[:1]), "null.strength": strength[:1]}
+    tensors = {"context": rows, "strength": strength, **null, **changes}
+    save_tensors(path, {name: value for name, value in tensors.items() if value is not None})
+    return path
+
+
+def test_what_is_kept_is_what_the_pipelines_own_encoder_gives(exported: Path, toy: Path) -> None:
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(toy / "tokenizer")
+    pipeline = ToyPipeline(None, None, tokenizer, T5EncoderModel.from_pretrained(toy / "text_encoder").eval())
+    found = load_conditions(exported / CONDITIONS)
+    assert found.names == PROMPTS
+    exact, null = pipeline.encode_prompt(list(PROMPTS)).numpy(), pipeline.encode_prompt([""]).numpy()
+    np.testing.assert_allclose(found.arrays["context"], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(found.null["context"], null, rtol=0, atol=1e-6 * np.abs(exact).max())
+    assert exact.std(axis=0).max() > 0.1, "prompts that are encoded alike would prove nothing"
+
+
+def test_the_pictures_are_of_the_prompts(exported: Path) -> None:
+    """PyTorch's own calls hold them: the null prompt first."""
+    from dq_export.deploy.replay import load_replay
+
+    feeds, _ = load_replay(exported / "parity")
+    conditions = load_conditions(exported / CONDITIONS)
+    np.testing.assert_array_equal(
+        feeds[0]["context"], np.concatenate([conditions.null["context"], conditions.arrays["context"][:1]])
+    )
+
+
+def test_a_run_repeats_from_its_recipe_when_the_prompts_are_gone(exported: Path, toy: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(toy, tmp_path / "model"))
+    (model / "prompts.txt").unlink()
+    again = Recipe.load(exported / "recipe.yaml").model_copy(update={"model": str(model)})
+    assert again.prompts == PROMPTS
+    run(again, tmp_path / "out", until="calibrate")
+    for name in (CONDITIONS, "calibration.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_a_run_that_continues_encodes_nothing(exported: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dq_export.families import torch_network
+
+    def never(*most: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch_network, "encode_prompts", never)
+    watch = Kept()
+    run(recipe(toy), exported, until="verify", progress=watch)
+    assert {stage: watch.stages[stage] for stage in ("conditions", "calibrate", "reference")} == dict.fromkeys(
+        ("conditions", "calibrate", "reference"), True
+    )
+
+
+def test_other_prompts_do_again_what_depends_on_them(exported: Path, toy: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    other = recipe(toy, prompts=["a blue circle", "a green square"])
+    with pytest.raises(OutputError, match=r"holds another run \(.*a red square"):
+        run(other, out, until="verify")
+    watch = Kept()
+    run(other, out, Options(overwrite=True), until="verify", progress=watch)
+    done = {stage: watch.stages[stage] for stage in ("conditions", "float", "calibrate", "reference")}
+    assert done == {"conditions": False, "float": True, "calibrate": False, "reference": False}
+    assert load_conditions(out / CONDITIONS).names == ("a blue circle", "a green square")
+
+
+def test_the_packages_prompts_are_drawn_where_there_are_no_others(model: Path, tmp_path: Path) -> None:
+    (model / "prompts.txt").unlink()
+    from dq_export.families.source import pin
+
+    resolved, _ = pin(recipe(model))
+    assert resolved.prompts is not None
+    assert len(resolved.prompts) == 32
+
+
+def test_a_file_of_conditions_needs_no_encoder(model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer", "text_encoder"):
+        shutil.rmtree(model / name)
+    path = file_of_conditions(tmp_path / "encoded.safetensors")
+    run(recipe(model, conditions=str(path)), tmp_path / "out", until="calibrate")
+    kept = load_conditions(tmp_path / "out" / CONDITIONS)
+    np.testing.assert_array_equal(kept.arrays["context"], load_tensors(path)[0]["context"])
+    assert kept.names == ("1", "2", "3")
+    resolved = Recipe.load(tmp_path / "out" / "recipe.yaml")
+    assert (resolved.conditions, resolved.prompts) == (str(path), None)
+    run(resolved, tmp_path / "again", until="calibrate")
+    for name in (CONDITIONS, "calibration.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    file_of_conditions(path, context=np.ones((3, 4, WIDTH), np.float32))
+    with pytest.raises(RecipeError, match=rf"its sha256 is [0-9a-f]{{64}}, and the recipe has {resolved.conditions_sha256}; put"):
+        run(resolved, tmp_path / "changed", until="calibrate")
+    assert not (tmp_path / "changed").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_encoder_of_half_the_width_computes_in_float32(dtype: torch.dtype, model: Path) -> None:
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    save_text_encoder(model, dtype)
+    found = load_reference(str(model)).encode(PROMPTS, "cpu").arrays["context"]
+    tokenizer = T5Tokenizer.from_pretrained(model / "tokenizer")
+    widened = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
+    exact = ToyPipeline(None, None, tokenizer, widened).encode_prompt(list(PROMPTS)).numpy()
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+def index(model: Path, **entries: Any) -> None:
+    path = model / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def text(path: Path, content: str) -> None:
+    path.write_text(content)
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "encoder gone": (lambda model: shutil.rmtree(model / "text_encoder"), r"text_encoder: no such folder, .* pass --conditions"),
+    "tokenizer gone": (lambda model: shutil.rmtree(model / "tokenizer"), r"tokenizer: no such folder, .* pass --conditions FILE"),
+    "no vocabulary": (
+        lambda model: (model / "tokenizer" / "tokenizer.json").unlink(),
+        r"tokenizer: no tokenizer\.json and no spiece\.model; download it again, or pass --conditions",
+    ),
+    "vocabulary cut": (lambda model: text(model / "tokenizer/tokenizer.json", '{"model": '), r"tokenizer\.json: not readable as"),
+    "vocabulary empty": (lambda model: text(model / "tokenizer/tokenizer.json", "{}"), r"tokenizer: makes no T5Tokenizer \("),
+    "vocabulary wrong": (
+        lambda model: edit(model / "tokenizer/tokenizer.json", model={"type": "Unigram", "vocab": 7, "unk_id": 2}),
+        r"tokenizer: makes no T5Tokenizer \(",
+    ),
+    "piece model": (
+        lambda model: ((model / "tokenizer/tokenizer.json").unlink(), text(model / "tokenizer/spiece.model", "junk")),
+        r"spiece\.model: no SentencePiece model \(",
+    ),
+    "settings": (lambda model: text(model / "tokenizer/tokenizer_config.json", "[]"), r"tokenizer_config\.json: expected a JSON"),
+    "remote code": (lambda model: index(model, text_encoder=["mine", "T5EncoderModel"]), r"text_encoder is \['mine', 'T5Enc"),
+    "other class": (lambda model: index(model, tokenizer=["transformers", "GPT2Tokenizer"]), "expected .'transformers', one of"),
+    "null": (lambda model: index(model, text_encoder=[None, None]), r"text_encoder is \[None, None\]; expected"),
+    "pipeline": (
+        lambda model: index(model, _class_name="FluxPipeline"),
+        r"'FluxPipeline' does not draw with the family toy; expected ToyPipeline",
+    ),
+    "alone": (lambda model: (model / "model_index.json").unlink(), r"model_index\.json: no such file, so nothing says what"),
+    "weights gone": (
+        lambda model: (model / "text_encoder/model.safetensors").unlink(),
+        r"text_encoder: no weights; expected model\.safetensors or pytorch_model\.bin",
+    ),
+    "config gone": (lambda model: (model / "text_encoder/config.json").unlink(), r"text_encoder/config\.json: no such file"),
+    "config wrong": (lambda model: edit(model / "text_encoder/config.json", d_model="8"), r"config\.json: d_model = '8'"),
+    "config huge": (lambda model: edit(model / "text_encoder/config.json", num_layers=10**9), r"config\.json: num_layers = 10"),
+    "quantized": (
+        lambda model: edit(model / "text_encoder/config.json", quantization_config={"bits": 4}),
+        r"quantized already \(quantization_config\)",
+    ),
+    "vocabulary small": (
+        lambda model: edit(model / "text_encoder/config.json", vocab_size=3),
+        r"tokenizer: makes the token \d+ of prompt 1 \('a red square'\), and text_encoder knows 3 tokens",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_text_encoder_is_refused_before_the_network_is_loaded(name: str, model: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    damage(model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ModelError, match=message) as error:
+        run(recipe(model), tmp_path / "out", until="calibrate")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_encoder_are_refused_and_nothing_is_kept(model: Path, tmp_path: Path) -> None:
+    edit(model / "text_encoder" / "config.json", d_ff=24)
+    with pytest.raises(
+        ModelError, match=r"text_encoder: config\.json and weights do not fit each other: .*wi_0\.weight has shape"
+    ):
+        run(recipe(model), tmp_path / "out", until="calibrate")
+    assert not (tmp_path / "out" / CONDITIONS).exists()
+
+
+def test_an_encoder_of_another_width_does_not_fit_the_network(model: Path, tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=11, **sizes)).save_pretrained(model / "text_encoder")
+    with pytest.raises(ModelError, match=r"its text encoders do not fit its network: context has shape \[4, 5, 12\]; expected"):
+        run(recipe(model), tmp_path / "out", until="calibrate")
+
+
+def test_a_prompt_that_is_too_long_is_named(toy: Path, tmp_path: Path) -> None:
+    prompts = ["a red square", "a red square beside a blue circle"]
+    with pytest.raises(ModelError, match=rf"^prompt 2 \('a red .*'\): 8 tokens, and ToyPipeline takes {TOKENS}; shorten it$"):
+        run(recipe(toy, prompts=prompts), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": np.zeros((3, 4, 9), np.float32)}, r"context has shape \[3, 4, 9\]; expected \[3, length up to 64, 8\]"),
+        ({"context": np.full((3, 4, WIDTH), np.nan, np.float32)}, "context has NaN or Inf in row 0"),
+        (
+            {"null.context": None, "null.strength": None},
+            r"no null\.context \[1, \.\.\.\], null\.strength .*, which guidance above 1",
+        ),
+        ({"mask": np.ones((3, 4), np.float32)}, "holds 'context', 'mask', 'strength'; expected 'context', 'strength', the"),
+        ({"strength": np.ones((3, 1))}, "strength is float64; expected float32"),
+    ],
+)
+def test_conditions_that_the_network_does_not_take_are_refused(
+    changes: dict[str, Any], message: str, toy: Path, tmp_path: Path
+) -> None:
+    path = file_of_conditions(tmp_path / "encoded.safetensors", **changes)
+    with pytest.raises(RecipeError, match=message):
+        run(recipe(toy, conditions=str(path)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_guidance_no_null_is_needed(toy: Path, tmp_path: Path) -> None:
+    path = file_of_conditions(tmp_path / "encoded.safetensors", **{"null.context": None, "null.strength": None})
+    run(recipe(toy, conditions=str(path), guidance_scale=1), tmp_path / "out", until="calibrate")
+
+
+def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: Path, tmp_path: Path) -> None:
+    path = file_of_conditions(tmp_path / "encoded.safetensors")
+    with pytest.raises(RecipeError, match="prompts and conditions: give one of them"):
+        run(recipe(toy, conditions=str(path), prompts=["a"]), tmp_path / "out")
+    with pytest.raises(RecipeError, match="conditions_sha256: it is of a file, and conditions names none"):
+        run(recipe(toy, conditions_sha256="0" * 64), tmp_path / "out")
+    tiny = save_tiny(tmp_path / "tiny")
+    for given in ({"prompts": ["a"]}, {"conditions": str(path)}):
+        with pytest.raises(RecipeError, match=rf"^{next(iter(given))}: family dit draws no text; leave it out$"):
+            run(recipe(tiny, **given), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"conditions .*none\.safetensors: no such file"):
+        run(recipe(toy, conditions=str(tmp_path / "none.safetensors")), tmp_path / "out")

@@ -30,18 +30,26 @@ class Axis:
         name: the graph's name of the dimension.
         size: of the pictures that are sampled, and of examples.
         limit: the greatest size that the graph takes.
+        multiple: what every size is a multiple of.
     """
 
     name: str
     size: int
     limit: int = 1024
+    multiple: int = 1
+
+    @property
+    def unit(self) -> str:
+        """The graph's name of the size divided by `multiple`."""
+        return self.name if self.multiple == 1 else f"{self.name}_by_{self.multiple}"
 
     def __str__(self) -> str:
-        return f"{self.name} up to {self.limit}"
+        steps = f" in steps of {self.multiple}" if self.multiple > 1 else ""
+        return f"{self.name} up to {self.limit}{steps}"
 
     def takes(self, size: int) -> bool:
         """Whether the graph takes a size."""
-        return 1 <= size <= self.limit
+        return 1 <= size <= self.limit and size % self.multiple == 0
 
 
 BATCH = Axis("batch", 2)

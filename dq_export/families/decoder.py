@@ -44,7 +44,7 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
         return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
     # diffusers' upsampling copies its input from 64 samples on, which changes no number: the graph takes any batch.
     batch = torch.export.Dim("batch", min=1, max=63)
-    graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", ({0: batch},))
+    graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", [{0: batch}])
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return ""
@@ -89,7 +89,8 @@ def _wrapped(model: Any) -> Any:
             super().__init__()
             self.vae = model
 
-        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            (latents,) = values
             decoded: torch.Tensor = self.vae.decode(latents * factor + shift, return_dict=False)[0]
             return decoded
 

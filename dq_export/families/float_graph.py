@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +24,15 @@ from dq_export.passes.match import SCOPES
 from .tensors import stored
 
 FLOAT = ir.DataType.FLOAT
+Dims = Mapping[int, Any]
+SYMBOL = re.compile(r"\bs\d+\b")
+"""The exporter's own name of a size."""
 INLINE = 1024
 """Bytes up to which a tensor stays in the graph file."""
 DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
-def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Any) -> ir.Model:
+def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Sequence[Dims]) -> ir.Model:
     """Export a torch module with torch's own exporter (opset 21), weights untouched.
 
     torch.export sees the named dimensions first, and the exporter its result: on its own the exporter gives dimensions of
@@ -37,27 +41,24 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     Weights that the exporter's optimiser transposed become their parameter and a Transpose again: nothing is copied.
 
     Args:
-        network: its parameters' names, after `network.state_dict()`, become the initializers' names.
-        example: positional arguments.
-        dynamic: torch.export's dynamic shapes.
+        network: its parameters' names, after `network.state_dict()`, become the initializers' names. Its `forward` takes
+            `*values`.
+        example: the values.
+        dynamic: for each value, the torch.export.Dim of every axis that may change.
     """
     import torch
 
     with _quiet():
-        exported = torch.export.export(network, example, dynamic_shapes=dynamic, strict=False)
+        exported = torch.export.export(network, example, dynamic_shapes={"values": tuple(dynamic)}, strict=False)
         program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=21,
-            input_names=inputs,
-            output_names=[output],
-            dynamic_shapes=dynamic,  # for their names
-            verbose=False,
+            exported, dynamo=True, opset_version=21, input_names=inputs, output_names=[output], verbose=False
         )
     assert program is not None
     model: ir.Model = program.model
+    program.rename_axes(_names_of_sizes(model, dynamic))
     _forget_sources(model)
-    _name_transposed(model, network.state_dict())
+    _drop_idle_squeezes(model)
+    _name_parameters(model, network.state_dict())
     return model
 
 
@@ -135,6 +136,54 @@ def _forget_sources(model: ir.Model) -> None:
         node.metadata_props.clear()
         if scopes is not None:
             node.metadata_props[SCOPES] = scopes
+
+
+def _names_of_sizes(model: ir.Model, dynamic: Sequence[Dims]) -> dict[str, str]:
+    """The names of the dimensions, by the exporter's symbols; of a multiple of a dimension the name of that one as well."""
+    names: dict[str, str] = {}
+    for value, dims in zip(model.graph.inputs, dynamic, strict=True):
+        for axis, dim in dims.items():
+            size = value.shape[axis] if value.shape is not None else None
+            text = size.value if isinstance(size, ir.SymbolicDim) else None
+            if text is not None:
+                root = dim.root if hasattr(dim, "root") else dim  # of a multiple
+                names |= dict.fromkeys(SYMBOL.findall(text), root.__name__) | {text: dim.__name__}
+    return names
+
+
+def _drop_idle_squeezes(model: ir.Model) -> None:
+    """Take out Squeeze of an axis that is longer than 1: PyTorch leaves the axis as it is, and ONNX does not allow it."""
+    for node in [node for node in model.graph if node.op_type == "Squeeze"]:
+        source, result = node.inputs[0], node.outputs[0]
+        ranks = [len(value.shape) if value is not None and value.shape is not None else 0 for value in (source, result)]
+        if source is None or ranks[0] != ranks[1] or not ranks[0] or result.is_graph_output():
+            continue
+        for user, index in list(result.uses()):
+            user.replace_input_with(index, source)
+        model.graph.remove(node, safe=True)
+
+
+def _name_parameters(model: ir.Model, state: Mapping[str, Any]) -> None:
+    """Give constants that are a parameter's memory, laid out otherwise, the parameter's name."""
+    _name_transposed(model, state)
+    _name_lengthened(model, state)
+
+
+def _name_lengthened(model: ir.Model, state: Mapping[str, Any]) -> None:
+    """A constant that is a parameter with axes of 1 before it takes the parameter's name, and keeps its shape."""
+    graph = model.graph
+    at = {value.data_ptr(): name for name, value in state.items() if name not in graph.initializers}
+    for initializer in list(graph.initializers.values()):
+        content = initializer.const_value.numpy() if initializer.const_value is not None else None
+        name = at.get(content.ctypes.data) if content is not None and initializer.name not in state else None
+        if content is None or name is None or name in graph.initializers:
+            continue
+        own = tuple(state[name].shape)
+        added = content.ndim - len(own)
+        if added > 0 and content.shape == (1,) * added + own and content.flags.c_contiguous:
+            del graph.initializers[str(initializer.name)]
+            initializer.name = name
+            graph.register_initializer(initializer)
 
 
 def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:

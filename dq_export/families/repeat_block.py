@@ -77,13 +77,13 @@ class _Copier:
         return copied
 
     def _parameter(self, value: ir.Value, index: int) -> ir.Value:
-        name = str(value.name)
-        if stored(value) is None or not name.startswith(f"{self.prefix}.2."):
+        name, tensor = str(value.name), stored(value)
+        if tensor is None or not name.startswith(f"{self.prefix}.2."):
             return value
         renamed = self._renamed(name, index)
         if renamed not in self.graph.initializers:
-            tensor = ir.tensor(self.state[renamed].numpy(), name=renamed)
-            made = ir.Value(name=renamed, const_value=tensor, shape=value.shape, type=value.type)
+            content = self.state[renamed].numpy().reshape(tensor.shape.numpy())  # the graph may hold it with axes of 1 before it
+            made = ir.Value(name=renamed, const_value=ir.tensor(content, name=renamed), shape=value.shape, type=value.type)
             self.graph.register_initializer(made)
         return self.graph.initializers[renamed]
 

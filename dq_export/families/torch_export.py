@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dq_export.core.network import Axis, Input, arguments, output_name
+from dq_export.core.network import BATCH, Axis, Input, arguments, output_name
+from dq_export.passes.sizes import name_sizes
 
 from .float_graph import trace
 from .repeat_block import repeat_block
@@ -46,15 +47,27 @@ def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
     import torch
 
     axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis)}
-    dims = {axis.name: torch.export.Dim(axis.name, min=1, max=axis.limit) for axis in axes.values()}
-    example, dynamic = [], []
+    dims = {axis.name: _dim(axis) for axis in axes.values()}
+    example: list[torch.Tensor] = []
+    dynamic: list[dict[int, Any]] = []
     for item in inputs:
         one = shared and item.role == "timestep"
         example.append(torch.from_numpy(item.zeros(1) if one else item.zeros()))
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
-        dynamic.append(None if one else changing)
+        dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
-    return trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), {"values": tuple(dynamic)})
+    graph = trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), dynamic)
+    name_sizes(graph, [axis for axis in axes.values() if axis is not BATCH])
+    return graph
+
+
+def _dim(axis: Axis) -> Any:
+    """torch.export's dimension of an axis."""
+    import torch
+
+    if axis.multiple == 1:
+        return torch.export.Dim(axis.name, min=1, max=axis.limit)
+    return axis.multiple * torch.export.Dim(axis.unit, min=1, max=axis.limit // axis.multiple)
 
 
 def _named_wrapper(model: Any, inputs: Sequence[Input]) -> Any:

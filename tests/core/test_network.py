@@ -15,6 +15,9 @@ def test_an_inputs_zeros_have_its_type_and_the_sizes_of_the_pictures() -> None:
 
 def test_a_changing_dimension_takes_sizes_up_to_its_limit() -> None:
     assert [Axis("length", 5, 7).takes(size) for size in (0, 1, 7, 8)] == [False, True, True, False]
+    pairs = Axis("height", 6, 24, multiple=2)
+    assert [size for size in range(30) if pairs.takes(size)] == list(range(2, 25, 2))
+    assert str(pairs) == "height up to 24 in steps of 2"
 
 
 def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:

@@ -1,0 +1,116 @@
+"""The sizes of a graph's inputs that may change beside the batch: the export writes what they are into the file."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection, Iterable, Mapping
+from operator import add, floordiv, mul, sub
+from typing import Any
+
+import onnx_ir as ir
+
+from dq_export.core.documents import DocumentError, parse_json
+from dq_export.core.network import BATCH, Axis
+
+from .base import GraphError
+
+Dims = tuple["int | Axis | None", ...]
+"""An input's dimensions: a number, an axis, or None: the batch where it comes first, else a size of which nothing is known."""
+KEY = "dq_export.sizes"
+"""Metadata property of a model: by axis, its size in pictures, the greatest one, and what each is a multiple of."""
+DAMAGED = f"the property {KEY} of the graph is not what an export writes; export again"
+LARGEST = 1 << 20
+"""Of a size in a file that is read."""
+LONGEST = 200
+"""Characters of a dimension's text that is read."""
+OPERATORS: dict[type[ast.operator], Any] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.FloorDiv: floordiv}
+
+
+def name_sizes(model: ir.Model, axes: Collection[Axis]) -> None:
+    """Call sizes by their axes' names, and write into the model what they may be.
+
+    A size that is a multiple comes out of the exporter as a product, `2*height_by_2`.
+    """
+    written = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
+    products = {f"{axis.multiple}*{axis.unit}": axis.name for axis in axes}
+    for value in _values(model):
+        if value.shape is not None and any(str(dim) in products for dim in _texts(value)):
+            value.shape = ir.Shape([products.get(dim, dim) if isinstance(dim, str) else dim for dim in _texts(value)])
+    if written:
+        model.metadata_props[KEY] = json.dumps(written)
+
+
+def read_sizes(model: ir.Model) -> dict[str, Axis]:
+    """The axes that `name_sizes` wrote, by name; none where it wrote nothing.
+
+    Raises:
+        GraphError: what the file says is damaged.
+    """
+    text = model.metadata_props.get(KEY)
+    if text is None:
+        return {}
+    try:
+        written = parse_json(text, KEY)
+    except DocumentError as error:
+        raise GraphError(DAMAGED) from error
+    if not isinstance(written, dict) or not all(map(_valid, written.values())):
+        raise GraphError(DAMAGED)
+    return {name: Axis(name, *numbers) for name, numbers in written.items()}
+
+
+def input_sizes(model: ir.Model) -> dict[str, Dims]:
+    """The dimensions of every input of a graph.
+
+    Raises:
+        GraphError: see `read_sizes`.
+    """
+    axes = read_sizes(model)
+    return {
+        str(value.name): tuple(dim if isinstance(dim, int) else axes.get(str(dim)) for dim in _texts(value))
+        for value in model.graph.inputs
+    }
+
+
+def size_of(text: str, sizes: Mapping[str, int]) -> int:
+    """The number that a dimension's text (`2*height`, `batch`) stands for; 1 where it has an unknown name or operator."""
+    if len(text) > LONGEST:
+        return 1
+    try:
+        number = _number(ast.parse(text, mode="eval").body, sizes)
+    except (SyntaxError, ValueError, RecursionError, ZeroDivisionError):
+        return 1
+    return number if number > 0 else 1
+
+
+def sizes_of(axes: Mapping[str, Axis]) -> dict[str, int]:
+    """What the graph's names of sizes stand for in a call of one sample with the sizes of the pictures."""
+    units = {axis.unit: axis.size // axis.multiple for axis in axes.values()}
+    return {BATCH.name: 1, **units, **{axis.name: axis.size for axis in axes.values()}}
+
+
+def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in sizes:
+        return sizes[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return int(OPERATORS[type(node.op)](_number(node.left, sizes), _number(node.right, sizes)))
+    raise ValueError(ast.dump(node))
+
+
+def _valid(numbers: object) -> bool:
+    if not isinstance(numbers, list) or [type(number) for number in numbers] != [int, int, int]:
+        return False
+    size, limit, multiple = numbers
+    return bool(1 <= multiple <= size <= limit <= LARGEST and size % multiple == 0)
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def _texts(value: ir.Value) -> tuple[int | str | None, ...]:
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) if value.shape is not None else ()

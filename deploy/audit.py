@@ -15,6 +15,7 @@ from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
 from dq_export.passes.match import linears
 from dq_export.passes.names import origin
+from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
 from .check import check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
@@ -87,7 +88,7 @@ def audit_graph(
         why_float: the reason for a node that should, but does not, given that operator.
     """
     graph = _load(model)
-    sizes = _shapes(model)
+    sizes = _shapes(model, sizes_of(read_sizes(graph)))
     found = linears(graph)
     by_node = {linear.gemm: name for name, linear in found.items()}
     gemms = []
@@ -178,10 +179,13 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
     return 2 * int(np.prod(result)) * left[-1]
 
 
-def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values for a batch of one, without reading any weight; every other size that may change is one, too.
+def _shapes(model: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all values for a batch of one and pictures' sizes, without reading any weight.
 
     Sizes that a graph computes from its inputs' are not all found anew; there the exporter's own shapes stand.
+
+    Args:
+        sizes: of the dimensions by name; others are 1.
     """
     import onnx
 
@@ -191,7 +195,7 @@ def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
     for value in (*proto.graph.input, *exported):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
-                dimension.dim_value = 1
+                dimension.dim_value = size_of(dimension.dim_param, sizes)
     for output in proto.graph.output:
         output.type.tensor_type.ClearField("shape")
     known = _inferred(proto)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
 from dq_export.core.condition_file import load_conditions, misfit
 from dq_export.core.documents import DocumentError, shown_path
+from dq_export.core.network import BATCH
 from dq_export.core.progress import Progress
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
@@ -184,9 +185,12 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
         BackendError: see `profiles`.
     """
     from dq_export.deploy.tensorrt.profiles import profiles
+    from dq_export.passes.sizes import Dims
 
     shared = recipe.timesteps == "shared"
-    inputs = {item.name: tuple(size if isinstance(size, int) else None for size in item.shape) for item in reference.inputs}
+    inputs: dict[str, Dims] = {
+        item.name: tuple(None if size is BATCH else size for size in item.shape) for item in reference.inputs
+    }
     if shared:
         inputs["timestep"] = (1,)
     named = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)

@@ -27,12 +27,12 @@ from dq_export.passes.legalise.quantize_attention import QuantizeAttention
 from dq_export.passes.legalise.widen_codes import WidenCodes
 from dq_export.passes.legalise.widen_floats import WidenFloats
 from dq_export.passes.pipeline import factoring_passes
+from dq_export.passes.sizes import input_sizes
 
 from ..audit import Audit, audit_graph
 from ..backend import Backend, BackendError, Built, Engine, NotHereError, Reader
 from ..check import Finding, check
 from ..check import Target as CheckTarget
-from ..check.operand import shape_of
 from ..check.rules_nvidia import TARGETS
 from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..packages import require_packages
@@ -136,8 +136,7 @@ class TensorRt(Backend):
 
     def greatest_batch(self, model: Path) -> int | None:
         """The smallest of the greatest batches of all inputs."""
-        inputs = {str(value.name): shape_of(value) for value in ir.load(model).graph.inputs}
-        return min(greatest[0] for _, _, greatest in profiles(inputs, self.shapes).values())
+        return min(greatest[0] for _, _, greatest in profiles(input_sizes(ir.load(model)), self.shapes).values())
 
     def portable(self, model: Path, folder: Path) -> Path:
         """`model`; for bf16, which ONNX Runtime's CPU provider does not run, a copy in float32."""
@@ -169,8 +168,7 @@ class TensorRt(Backend):
         refused = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
         if refused:
             raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
-        inputs = {str(value.name): shape_of(value) for value in graph.graph.inputs}
-        wanted = profiles(inputs, self.shapes)
+        wanted = profiles(input_sizes(graph), self.shapes)
         if importlib.util.find_spec(self.module) is None:
             raise NotHereError(
                 f"{self.module} is not installed here; {model.parent} is finished up to the graph. Copy the folder to the "

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 
 from dq_export.core.documents import printable, shown
-from dq_export.core.network import BATCH
+from dq_export.core.network import BATCH, Axis
+from dq_export.passes.sizes import Dims
 
 from ..backend import BackendError
 
@@ -17,23 +18,25 @@ BATCHES = (1, 2, 16)
 """Least, best and greatest batch where the recipe names no shapes."""
 
 
-def profiles(inputs: Mapping[str, tuple[int | None, ...]], given: tuple[str, str, str]) -> dict[str, tuple[Shape, Shape, Shape]]:
+def profiles(inputs: Mapping[str, Dims], given: tuple[str, str, str]) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Input name -> (least, best, greatest) shape, for the inputs with a dimension that may change.
 
+    Sizes beside the batch are the pictures' alone where no shape is named: a plan for one size is the fastest.
+
     Args:
-        inputs: the graph's; None is a dimension that may change: the batch where it comes first.
+        inputs: the graph's.
         given: least, best and greatest in trtexec's syntax, `name:2x4x32x32,other:2`; empty where BATCHES serve.
 
     Raises:
         BackendError: another syntax, an unknown input, a shape that does not fit its input or its neighbours, or none for an
-            input with another size that may change than the batch.
+            input with a size of which nothing is known.
     """
     wanted = [
         _parse(text, flag, inputs) for text, flag in zip(given, ("--min-shapes", "--opt-shapes", "--max-shapes"), strict=True)
     ]
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     for name, dims in inputs.items():
-        if None not in dims:
+        if all(isinstance(size, int) for size in dims):
             continue
         batches = list(BATCHES)
         named = [shapes.get(name) for shapes in wanted]
@@ -48,24 +51,45 @@ def profiles(inputs: Mapping[str, tuple[int | None, ...]], given: tuple[str, str
         if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             raise BackendError(f"'{name}': the shapes must grow from least to best to greatest, found {low}, {best}, {high}")
         found[name] = (low, best, high)
+    _require_alike(inputs, found)
     return found
 
 
-def _unnamed(name: str, dims: tuple[int | None, ...], best: Shape | None, batch: int) -> Shape:
-    """A shape that the recipe does not name: the best one, or the graph's, with another batch."""
-    sizes = best or dims
+def _require_alike(inputs: Mapping[str, Dims], found: Mapping[str, tuple[Shape, Shape, Shape]]) -> None:
+    """Inputs that share an axis must have the same sizes of it."""
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shapes in found.items():
+        for place, axis in enumerate(inputs[name]):
+            if not isinstance(axis, Axis):
+                continue
+            sizes = tuple(shape[place] for shape in shapes)
+            other, expected = first.setdefault(axis.name, (name, sizes))
+            if sizes != expected:
+                raise BackendError(
+                    f"'{name}': its {axis.name} goes {_range(sizes)}, and that of '{other}' {_range(expected)}; name the shapes "
+                    "of both alike"
+                )
+
+
+def _range(sizes: tuple[int, ...]) -> str:
+    return "from {} over {} to {}".format(*sizes)
+
+
+def _unnamed(name: str, dims: Dims, best: Shape | None, batch: int) -> Shape:
+    """A shape that the recipe does not name: the best one, or the graph's with the pictures' sizes, with another batch."""
+    sizes: tuple[int | None, ...] = best or tuple(size.size if isinstance(size, Axis) else size for size in dims)
     rest = tuple(size for size in sizes[1:] if size is not None)
     if len(rest) < len(sizes) - 1:
         raise BackendError(f"'{name}' is {_text(dims)}: name its shape with --opt-shapes {name}:AxBxC, where ? may change")
-    return (dims[0] or batch, *rest)
+    return (dims[0] if isinstance(dims[0], int) else batch, *rest)
 
 
-def _text(dims: tuple[int | None, ...]) -> str:
+def _text(dims: Dims) -> str:
     """`Bx4x?x?`: B is the batch, ? another size that may change."""
-    return "x".join(("?" if i else "B") if size is None else str(size) for i, size in enumerate(dims))
+    return "x".join(str(size) if isinstance(size, int) else "?" if i else "B" for i, size in enumerate(dims))
 
 
-def _parse(text: str, flag: str, inputs: Mapping[str, tuple[int | None, ...]]) -> dict[str, Shape]:
+def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]:
     found = {}
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"'?([^':]+)'?:([0-9]{1,9}(?:x[0-9]{1,9})*)", part.strip())
@@ -75,15 +99,24 @@ def _parse(text: str, flag: str, inputs: Mapping[str, tuple[int | None, ...]]) -
         if name not in inputs:
             raise BackendError(f"{flag}: the graph has no input {shown(name)}; it has {', '.join(inputs)}")
         dims = inputs[name]
-        if len(shape) != len(dims) or any(dim not in (None, number) for dim, number in zip(dims, shape, strict=True)):
+        if len(shape) != len(dims) or any(
+            isinstance(dim, int) and dim != number for dim, number in zip(dims, shape, strict=True)
+        ):
             raise BackendError(f"{flag}: '{name}' is {_text(dims)}, found {printable(match[2], 60)}")
+        for axis, number in zip(dims, shape, strict=True):
+            if isinstance(axis, Axis) and not axis.takes(number):
+                raise BackendError(f"{flag}: '{name}' has a {axis.name} of {number}; the graph takes a {axis}")
         if not 1 <= shape[0] <= MAX_BATCH:
             raise BackendError(f"{flag}: '{name}' has a batch of {shape[0]}; expected 1 to {MAX_BATCH}, as the graph takes")
         found[name] = shape
     return found
 
 
-def _example(inputs: Mapping[str, tuple[int | None, ...]]) -> str:
+def _example(inputs: Mapping[str, Dims]) -> str:
     """The flag's value for a batch of 2 of the inputs that may change."""
-    changing = {name: dims for name, dims in inputs.items() if None in dims}
-    return ",".join(f"{name}:{'x'.join(str(2 if size is None else size) for size in dims)}" for name, dims in changing.items())
+    changing = {name: dims for name, dims in inputs.items() if not all(isinstance(size, int) for size in dims)}
+    sizes = {
+        name: [size.size if isinstance(size, Axis) else 2 if size is None else size for size in dims]
+        for name, dims in changing.items()
+    }
+    return ",".join(f"{name}:{'x'.join(map(str, numbers))}" for name, numbers in sizes.items())

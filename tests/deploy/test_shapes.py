@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from dq_export.core.network import Axis
 from dq_export.deploy.backend import BackendError
 from dq_export.deploy.tensorrt.profiles import MAX_BATCH, profiles
+from dq_export.passes.sizes import Dims
 
-INPUTS = {"hidden_states": (None, 4, 8, 8), "timestep": (1,), "class_labels": (None,)}
+INPUTS: dict[str, Dims] = {"hidden_states": (None, 4, 8, 8), "timestep": (1,), "class_labels": (None,)}
 
 
 def test_shapes_are_read_for_the_inputs_that_change() -> None:
@@ -26,6 +28,38 @@ def test_sizes_beside_the_batch_are_those_of_the_best_shape() -> None:
         profiles(inputs, ("", "", ""))
     with pytest.raises(BackendError, match=r"'sample' is Bx4x\?x\?, found 2x5x8x8"):
         profiles(inputs, ("", "sample:2x5x8x8", ""))
+
+
+LENGTH = Axis("length", 300, 512)
+TEXT: dict[str, Dims] = {
+    "sample": (None, 4, Axis("height", 64, 256, 2), Axis("width", 32, 128, 2)),
+    "text": (None, LENGTH, 8),
+    "mask": (None, LENGTH),
+}
+
+
+def test_a_plan_is_for_the_pictures_sizes_where_no_shape_is_named() -> None:
+    found = profiles(TEXT, ("", "", ""))
+    assert found["sample"] == ((1, 4, 64, 32), (2, 4, 64, 32), (16, 4, 64, 32))
+    assert found["text"] == ((1, 300, 8), (2, 300, 8), (16, 300, 8))
+    wide = profiles(TEXT, ("sample:1x4x16x16", "", "sample:4x4x128x128"))["sample"]
+    assert wide == ((1, 4, 16, 16), (2, 4, 64, 32), (4, 4, 128, 128))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("sample:2x4x65x32", "'sample' has a height of 65; the graph takes a height up to 256 in steps of 2"),
+        ("sample:2x4x64x130", "'sample' has a width of 130; the graph takes a width up to 128 in steps of 2"),
+        ("text:2x0x8", "'text' has a length of 0; the graph takes a length up to 512"),
+        ("text=1", "expected name:AxBxC, for example sample:2x4x64x32,text:2x300x8,mask:2x300"),
+        ("text:2x77x8", "'mask': its length goes from 300 over 300 to 300, and that of 'text' from 77 over 77 to 77"),
+    ],
+)
+def test_a_size_that_the_graph_does_not_take_is_refused(shape: str, message: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        profiles(TEXT, ("", shape, ""))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

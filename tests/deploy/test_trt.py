@@ -30,6 +30,7 @@ from dq_export.families.source import load_reference
 from dq_export.finished_folder import engine_of
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
+from dq_export.passes.sizes import Dims
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 TARGETS = ("sm89", "sm120")
@@ -309,7 +310,7 @@ def test_without_tensorrt_it_says_how_to_go_on(tiny_onnx_per_sample: Path, calib
         backend.build(model, tmp_path / "engine")
 
 
-INPUTS = {"hidden_states": (None, 4, 32, 32), "timestep": (1,), "class_labels": (None,)}
+INPUTS: dict[str, Dims] = {"hidden_states": (None, 4, 32, 32), "timestep": (1,), "class_labels": (None,)}
 
 
 def test_shapes_default_to_batches_of_1_2_and_16() -> None:

@@ -1,6 +1,7 @@
 """dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels.
 
-`export` does everything; `calibrate`, `quantize` and `build` stop after that stage. Importing this package loads neither
+`export` does everything; `calibrate`, `quantize` and `build` stop after that stage. `load` puts the engine of an export into
+a diffusers pipeline. Importing this package loads neither
 torch nor a runtime.
 """
 
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .families.stand_in import StandIn
     from .report.report import Report
 
-__all__ = ["build", "calibrate", "export", "quantize"]
+__all__ = ["build", "calibrate", "export", "load", "quantize"]
 
 
 def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:
@@ -48,6 +50,28 @@ def quantize(*, model: str, output_dir: str | Path, **options: Any) -> Report:
 def build(*, model: str, output_dir: str | Path, **options: Any) -> Report:
     """Like `export`, up to the engine, not audited and not compared."""
     return _run("build", model, output_dir, options)
+
+
+def load(output_dir: str | Path) -> StandIn:
+    """The engine of an export, to take the denoiser's place in a diffusers pipeline: `pipe.transformer = load("out")`.
+
+    It has the `config`, `dtype` and `device` that pipelines ask for, and is called with the arguments of the diffusers
+    model's `forward`. It runs where its runtime does, wherever the pipeline's other parts are.
+
+    Args:
+        output_dir: the folder of a finished export.
+
+    Raises:
+        OutputError: it is none, or its engine is not built yet.
+        RecipeError, ModelError: its recipe or its `float/config.json` is damaged.
+        BackendError: the engine's runtime is missing, or does not load it on this machine.
+    """
+    import os
+    from pathlib import Path
+
+    from .engine import load as load_engine
+
+    return load_engine(Path(os.path.expanduser(output_dir)))
 
 
 def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]) -> Report:

@@ -40,7 +40,10 @@ class OpenVinoEngine:
         return OpenVinoRunner(name=name)
 
     def __call__(self, feed: Feed) -> Float32:
-        result: Float32 = self.request.infer(dict(feed))[0]
+        try:
+            result: Float32 = self.request.infer(dict(feed))[0]
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
         return result
 
     def kernels(self) -> dict[str, list[str]]:

@@ -34,7 +34,9 @@ class PlanEngine:
 
     def __call__(self, feed: Feed) -> Float32:
         outputs: dict[str, Float32] = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)
-        (result,) = outputs.values()
+        # A copy: polygraphy writes the next call's output to the same memory, and samplers of several steps keep outputs.
+        result: Float32
+        (result,) = (output.copy() for output in outputs.values())
         return result
 
 

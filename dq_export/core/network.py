@@ -65,6 +65,7 @@ class Input:
             `condition` is what a picture is drawn of.
         dtype: numpy's name of the element type.
         within: the dictionary argument of the network's `forward` that holds the input; empty where it is an argument itself.
+        limit: the greatest index that the input takes, from 0; None where it holds no indices.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Input:
     dtype: str
     shape: tuple[int | Axis, ...] = (BATCH,)
     within: str = ""
+    limit: int | None = None
 
     def zeros(self, batch: int = BATCH.size) -> npt.NDArray[Any]:
         """An array of the input's shape and type."""

@@ -43,11 +43,11 @@ class DiT(Family):
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """See `Family.inputs`."""
-        side = model.config.sample_size
+        side, null = model.config.sample_size, model.config.num_embeds_ada_norm
         return (
             Input(name="hidden_states", role="state", dtype="float32", shape=(BATCH, model.config.in_channels, side, side)),
             Input(name="timestep", role="timestep", dtype="int64"),
-            Input(name="class_labels", role="condition", dtype="int64"),
+            Input(name="class_labels", role="condition", dtype="int64", limit=null),
         )
 
     def conditions(self, model: Any) -> Conditions:

@@ -52,12 +52,33 @@ def load_network(
     Raises:
         ModelError: no such network can be made of the configuration, a file is damaged, or both do not fit each other.
     """
-    require_values(architecture, values, config, folder / "config.json")
+    model = make_empty(architecture, values, folder / "config.json", config)
     state = _state(weights, rename)
-    model = _empty(architecture, folder / "config.json", config)
     require_same(model.state_dict(), state, shown_path(folder))
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapping[str, Any]) -> Any:
+    """The network without memory for its parameters; buffers that are computed, such as position embeddings, are real.
+
+    Args:
+        architecture, values, config: see `load_network`.
+        path: of the configuration, for messages.
+
+    Raises:
+        ModelError: no such network can be made of the configuration.
+    """
+    from accelerate import init_empty_weights
+
+    require_values(architecture, values, config, path)
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{shown_path(path)}: these weights are quantized already (quantization_config); a float checkpoint is needed"
+        )
+    makes_none = f"{shown_path(path)}: makes no {architecture.__name__}"
+    with refused(makes_none, "a value is missing or wrong"), silent(), init_empty_weights():
+        return architecture.from_config(dict(config))
 
 
 def _state(weights: Weights, rename: Callable[[str], str]) -> dict[str, Any]:
@@ -74,19 +95,6 @@ def _state(weights: Weights, rename: Callable[[str], str]) -> dict[str, Any]:
                 raise ModelError(f"{shown_path(file)}: tensor {shown(name)} is {kind}; expected weights in floating point")
             state[rename(name)] = tensor.to(torch.float32).contiguous()
     return state
-
-
-def _empty(architecture: Any, path: Path, config: Mapping[str, Any]) -> Any:
-    """The network without memory for its parameters; buffers that are computed, such as position embeddings, are real."""
-    from accelerate import init_empty_weights
-
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"{shown_path(path)}: these weights are quantized already (quantization_config); a float checkpoint is needed"
-        )
-    makes_none = f"{shown_path(path)}: makes no {architecture.__name__}"
-    with refused(makes_none, "a value is missing or wrong"), silent(), init_empty_weights():
-        return architecture.from_config(dict(config))
 
 
 def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:

@@ -109,7 +109,7 @@ def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool 
         raise ModelError(f"model {shown(model, 200)}: {_no_folder(model, path)}")
 
     def approve(found: Path) -> tuple[str, ...]:
-        family = _family(network_config(found), found)
+        family = family_of(network_config(found), found)
         return family.encoders if encoders else ()
 
     folder = fetch(place, revision, variant, approve)
@@ -135,13 +135,21 @@ def require_device(device: str) -> None:
 
 
 def _source(folder: Path, model: str, revision: str | None, variant: str, guidance: float) -> Source:
-    family = _family(network_config(folder), folder)  # first: another class's weights may have other names
+    family = family_of(network_config(folder), folder)  # first: another class's weights may have other names
     checkpoint = open_checkpoint(folder, variant)
     chosen = checkpoint.weights.variant or None
     return Source(model=model, revision=revision, variant=chosen, guidance=guidance, family=family, checkpoint=checkpoint)
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> Family:
+def family_of(config: Mapping[str, Any], folder: Path) -> Family:
+    """The family of a network, from its configuration.
+
+    Args:
+        folder: of the network, for messages.
+
+    Raises:
+        ModelError: no family knows its architecture.
+    """
     architecture = architecture_of(config)
     families = all_families()
     for family in families:

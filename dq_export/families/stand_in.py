@@ -84,8 +84,8 @@ class StandIn:
 
         Raises:
             TypeError: an input is missing or unknown.
-            ValueError: an input of another shape, a number that is none of the input's type (a fractional timestep), or
-                different timesteps where the network takes one.
+            ValueError: an input of another shape, a number that is none of the input's type (a fractional timestep) or an
+                index out of range, or different timesteps where the network takes one.
         """
         self._require(feed.keys(), {item.name for item in self.inputs})
         arrays = {item.name: _cast(item, feed[item.name]) for item in self.inputs}
@@ -158,6 +158,10 @@ def _cast(item: Input, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """An input in its element type; integers and booleans must hold the values exactly."""
     with np.errstate(invalid="ignore"):
         cast = value.astype(item.dtype, copy=False)
+    if item.limit is not None and ((cast < 0) | (cast > item.limit)).any():
+        # A runtime may read whatever lies behind a table.
+        outside = cast[(cast < 0) | (cast > item.limit)].flat[0]
+        raise ValueError(f"{item.name} holds {outside}, and the network takes 0 to {item.limit}")
     if np.issubdtype(cast.dtype, np.floating) or np.array_equal(cast, value):
         return cast
     wrong = float(value[cast != value].flat[0])

@@ -32,7 +32,7 @@ def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance:
     pictures = Pictures(
         noise=np.ones((1, channels, 4, 4), dtype=np.float32), conditions={"class_labels": label}, null={"class_labels": null}
     )
-    config = SimpleNamespace(in_channels=channels, sample_size=4)
+    config = SimpleNamespace(in_channels=channels, sample_size=4, num_embeds_ada_norm=1)
     stand_in = StandIn(network, DIT.inputs(SimpleNamespace(config=config)), config, DIT.network_class(DIT.architectures[0]), True)
     return DIT.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 

@@ -14,7 +14,7 @@ from dq_export.core.network import BATCH, Axis, Feed, Float32, Input
 from dq_export.families.dit import DIT
 from dq_export.families.stand_in import StandIn
 
-CONFIG = SimpleNamespace(in_channels=2, sample_size=4)
+CONFIG = SimpleNamespace(in_channels=2, sample_size=4, num_embeds_ada_norm=10)
 LENGTH = Axis("length", 5, 7)
 TEXT = (
     Input(name="hidden_states", role="state", dtype="float32", shape=(BATCH, 2, Axis("height", 4), Axis("width", 4))),
@@ -116,6 +116,7 @@ def test_a_pipeline_of_another_precision_gets_its_own_back(dtype: Any) -> None:
     state = given.pop("hidden_states").to(dtype)
     result = dit(network)(state, **given).sample
     assert network.feeds[0]["hidden_states"].dtype == np.float32
+    assert result.dtype == dtype
     assert torch.equal(result, 2 * state)
 
 
@@ -157,6 +158,8 @@ def test_a_condition_that_this_network_was_not_trained_with_is_refused() -> None
         ({"timestep": torch.full((2,), 857.7)},
          "the scheduler sends the fractional timestep 857.7, and the network takes integers"),
         ({"class_labels": torch.tensor([0.5, 1])}, "class_labels holds 0.5, and the network takes int64"),
+        ({"class_labels": torch.tensor([3, 1000])}, "class_labels holds 1000, and the network takes 0 to 10"),
+        ({"class_labels": torch.tensor([-1, 10])}, "class_labels holds -1, and the network takes 0 to 10"),
         ({"class_labels": torch.arange(3)}, "class_labels has shape [3], and the network takes [2]"),
         ({"timestep": torch.full((3,), 500)}, "timestep has shape [3], and the network takes [2] or [1]"),
         ({"hidden_states": torch.zeros(2, 2, 8, 8)},

@@ -31,7 +31,8 @@ def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:
 
 def test_a_condition_is_an_index_into_every_conditional_input() -> None:
     text, size = np.arange(12.0).reshape(3, 2, 2), np.asarray([[1], [2], [3]])
-    conditions = Conditions(arrays={"text": text, "size": size}, null={"text": np.full((1, 2, 2), -1.0)})
+    null_text = np.full((1, 2, 2), -1.0)
+    conditions = Conditions(names=("a", "b", "c"), arrays={"text": text, "size": size}, null={"text": null_text})
     assert len(conditions) == 3
     rows = conditions.rows(np.asarray([2, 0, 2]))
     np.testing.assert_array_equal(rows["text"], text[[2, 0, 2]])
@@ -42,7 +43,7 @@ def test_a_condition_is_an_index_into_every_conditional_input() -> None:
 
 
 def test_a_network_without_conditions_draws_one_thing() -> None:
-    nothing = Conditions(arrays={}, null={})
+    nothing = Conditions(names=("",), arrays={}, null={})
     assert (len(nothing), nothing.rows(np.zeros(4, dtype=np.int64)), nothing.null_rows(4)) == (1, {}, {})
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dq_export.core.documents import printable
+
 from ..backend import BackendError, Feed, Float32
 
 
@@ -33,7 +35,16 @@ class PlanEngine:
         return runner
 
     def __call__(self, feed: Feed) -> Float32:
-        outputs: dict[str, Float32] = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)
+        from polygraphy.exception import PolygraphyException
+
+        try:
+            outputs: dict[str, Float32] = self._active.infer(dict(feed), check_inputs=False, copy_outputs_to_host=True)
+        except PolygraphyException as error:
+            reason = printable(" ".join(str(error).split()))
+            raise BackendError(
+                f"the plan cannot run on these inputs ({reason}); it takes the sizes that it was built for, which --min-shapes, "
+                "--opt-shapes and --max-shapes name"
+            ) from error
         # A copy: polygraphy writes the next call's output to the same memory, and samplers of several steps keep outputs.
         result: Float32
         (result,) = (output.copy() for output in outputs.values())

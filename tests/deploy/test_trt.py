@@ -24,7 +24,7 @@ from dq_export.deploy.tensorrt.backend import TensorRt, TensorRtRtx
 from dq_export.deploy.tensorrt.builder import PlanRequest, build_plan
 from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
 from dq_export.deploy.tensorrt.profiles import profiles
-from dq_export.deploy.tensorrt.runner import compute_capability
+from dq_export.deploy.tensorrt.runner import PlanEngine, compute_capability
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.finished_folder import engine_of
@@ -363,3 +363,29 @@ def test_a_gemm_in_parts_is_as_good_as_its_worst() -> None:
 
 def test_numpy_is_enough_for_the_graph() -> None:
     assert np.dtype(ir.DataType.FLOAT8E4M3FN.numpy()).itemsize == 1
+
+
+class Buffer:
+    """Answers as polygraphy's runner does, which needs a GPU: every call writes to the same memory."""
+
+    def __init__(self) -> None:
+        self.memory = np.zeros(2, dtype=np.float32)
+
+    def infer(self, feed: Any, **options: Any) -> dict[str, Any]:
+        from polygraphy.exception import PolygraphyException
+
+        if feed["x"].shape != (2,):
+            raise PolygraphyException(f"For input: x, failed to set shape to:\n {feed['x'].shape}")
+        self.memory += feed["x"]
+        return {"sample": self.memory}
+
+
+def test_what_a_plan_puts_out_stays_and_inputs_of_other_sizes_are_refused_in_one_line() -> None:
+    plan = PlanEngine(engine=None)
+    plan.__dict__["_active"] = Buffer()
+    first, second = (plan({"x": np.ones(2, dtype=np.float32)}) for _ in range(2))
+    assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
+    with pytest.raises(
+        BackendError, match=r"^the plan cannot run on these inputs \(.* to: \(3,\)\); it takes the sizes .* name$"
+    ):
+        plan({"x": np.ones(3, dtype=np.float32)})

@@ -9,6 +9,7 @@ from ..stages.audit import AUDIT
 from ..stages.bench import BENCH
 from ..stages.calibrate import CALIBRATE, Calibrated
 from ..stages.quantize import QUANTIZE
+from ..stages.recording import drawn_conditions
 from ..stages.stage import Context
 from ..stages.verify import VERIFY
 from .report import LinearReport, Report
@@ -39,6 +40,7 @@ def assemble(context: Context) -> Report:
         size=quantized.size if quantized else None,
         audit=audited.audit if audited else None,
         parity=verified.parity if verified else None,
+        drawn=[reference.conditions.names[index] for index in drawn_conditions(reference, recipe)] if verified else [],
         latency=benched.latency if benched else None,
     )
     return concluded(report, recipe, results.unbuilt)

@@ -134,6 +134,7 @@ class Report(Part):
     size: SizeReport | None = None
     audit: Audit | None = None
     parity: Parity | None = None
+    drawn: list[str] = Field(default=[], description="of each compared picture: its prompt, or its class label")
     latency: LatencyReport | None = None
 
     @model_validator(mode="after")

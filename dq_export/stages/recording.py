@@ -88,7 +88,7 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
 
 def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:
     """Sample the recording's pictures with another network, from the same noise."""
-    conditions = np.arange(recipe.parity_size, dtype=np.int64) % len(reference.conditions)
+    conditions = drawn_conditions(reference, recipe)
     noise = reference.noise(recipe.parity_size, recipe.seed + HELD_OUT)
     parts: list[npt.NDArray[np.float32]] = []
     for start in range(0, recipe.parity_size, reference.batch):
@@ -97,6 +97,11 @@ def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:
             reference.draw(network, noise[part], conditions[part], steps=recipe.steps, guidance=recipe.guidance_scale or 1.0)
         )
     return np.concatenate(parts)
+
+
+def drawn_conditions(reference: Reference, recipe: Recipe) -> npt.NDArray[np.int64]:
+    """int64[recipe.parity_size]: the index of each picture's condition."""
+    return np.arange(recipe.parity_size, dtype=np.int64) % len(reference.conditions)
 
 
 def feed_of(feed: Feed, recipe: Recipe) -> Feed:

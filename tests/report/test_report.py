@@ -119,6 +119,16 @@ def test_a_searchs_picture_is_an_image_in_which_nothing_runs(exported: Any) -> N
     assert base64.b64decode(source) == svg
 
 
+def test_what_a_picture_is_drawn_of_stands_under_it(exported: Any) -> None:
+    out, report = exported
+    assert report.drawn == ["0", "1"], "class labels, in turn"
+    prompts = report.model_copy(update={"drawn": ["a seven", "<b>a & b</b>"]})
+    page = render_html(prompts, (out / "parity" / "pictures.png").read_bytes())
+    captions = "<span>a seven</span><span>&lt;b&gt;a &amp; b&lt;/b&gt;</span>"
+    assert f'<figcaption style="grid-template-columns: repeat(2, 1fr)">{captions}</figcaption>' in page
+    assert page.index("data:image/png") < page.index(captions)
+
+
 def test_names_and_paths_are_text_on_the_page(exported: Any) -> None:
     _, report = exported
     bad = "<script>x</script>\x1b[31m\u202e"

@@ -26,8 +26,9 @@ from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.network import BATCH, Axis, arguments
 from dq_export.deploy.openvino.engine import load_engine
 from dq_export.families import FAMILIES
-from dq_export.families.checkpoint import digest
+from dq_export.families.checkpoint import configuration, digest
 from dq_export.families.float_graph import load
+from dq_export.families.loading import make_empty
 from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
@@ -92,6 +93,13 @@ def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any)
     for item in conditions:
         for found in (rows[item.name], null[item.name]):
             assert (found.shape, found.dtype) == (item.zeros(1).shape, item.dtype)
+
+
+def test_the_configuration_that_an_export_writes_gives_the_inputs_again(case: Case, reference: Any) -> None:
+    config = json.loads(json.dumps(reference.config))
+    model = make_empty(case.family.network_class(config["_class_name"]), case.family.values, Path("config.json"), config)
+    assert case.family.inputs(model) == reference.inputs
+    assert configuration(model) == reference.config
 
 
 def test_the_rules_match_every_linear_and_say_why_one_is_skipped(reference: Any) -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from toy import TOY, Toy, ToyNetwork, save_toy
+import torch
+from conftest import sqnr
+from diffusers import EulerDiscreteScheduler
+from toy import TOY, Toy, ToyNetwork, ToyPipeline, save_toy
 
+import dq_export
 import dq_export.families as families_package
 from dq_export.cli.progress import Lines
 from dq_export.core.recipe import Recipe
+from dq_export.core.tensor_file import load_tensors
 from dq_export.families import FAMILIES
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.pipeline import run
+from dq_export.stages.recording import HELD_OUT
 from dq_export.stages.triton import require_served
 
 
@@ -38,6 +45,19 @@ def test_a_family_that_the_product_does_not_know_is_exported_whole(tmp_path: Pat
     assert report.audit.coverage == 1
     flops = {gemm.name: gemm.flops for gemm in report.audit.gemms}
     assert flops["layers.0.fc1"] == 2 * 6 * 6 * 32 * 64, "of a picture, although its sizes may change"
+    recorded = load_tensors(tmp_path / "out" / "parity" / "pytorch.safetensors")[0]["pictures"]
+    assert sqnr(recorded, drawn_with_the_engine(folder, tmp_path / "out", recipe)) == pytest.approx(
+        report.parity.trajectories[0].sqnr, abs=1e-3
+    )
+
+
+def drawn_with_the_engine(folder: Path, out: Path, recipe: Recipe) -> Any:
+    """The compared pictures, by the family's pipeline from the export's own files."""
+    pipeline = ToyPipeline(dq_export.load(out), EulerDiscreteScheduler.from_pretrained(folder / "scheduler"))
+    saved = load_tensors(out / "conditions.safetensors")[0]
+    context, null = saved["context"][: recipe.parity_size], np.repeat(saved["null.context"], recipe.parity_size, axis=0)
+    noise = load_reference(str(folder)).noise(recipe.parity_size, recipe.seed + HELD_OUT)
+    return pipeline(*map(torch.from_numpy, (context, null, noise)), recipe.steps, TOY.default_guidance).numpy()
 
 
 class Stubborn(ToyNetwork):

@@ -37,13 +37,16 @@ class MemoryPlan:
     space: int = SPACE
 
 
-def plan_memory(checkpoint: Weights, recipe: Recipe, limit: float | None, wanted: tuple[str, ...]) -> MemoryPlan:
+def plan_memory(
+    checkpoint: Weights, recipe: Recipe, limit: float | None, wanted: tuple[str, ...], encoders: int = 0
+) -> MemoryPlan:
     """All stages of `wanted`, or all but bench, where that alone does not run within `limit` GiB.
 
     GPTQ's second moments get what the limit leaves, so that a larger one saves runs over the pictures; 1 GiB without a limit.
 
     Args:
         checkpoint: the network's files of weights.
+        encoders: bytes that encoding prompts takes; 0 where nothing is encoded.
 
     Raises:
         RecipeError: another stage does not fit.
@@ -55,6 +58,8 @@ def plan_memory(checkpoint: Weights, recipe: Recipe, limit: float | None, wanted
     shapes = [place.shape for file in checkpoint.files for place in stored(file).values()]
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
     needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
+    if encoders:
+        needed["conditions"] = BASE + weights + encoders / GIB
     plain, space = needed["calibrate"], SPACE
     if recipe.calibration == "progressive":
         needed["calibrate"] += SIMULATED * weights
@@ -69,6 +74,8 @@ def plan_memory(checkpoint: Weights, recipe: Recipe, limit: float | None, wanted
         listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
         if hard == ["verify"]:
             advice = "`dq-export build` does without verify"
+        elif hard == ["conditions"]:
+            advice = "encode the prompts on a larger machine, and pass its conditions.safetensors with --conditions"
         elif hard == ["calibrate"] and plain <= limit:
             advice = "--rounding mse and --calibration uniform need less"
         else:

@@ -63,10 +63,12 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     from dq_export.deploy.backends import backend_of
 
     from .families.source import load, pin, require_device
-    from .families.text_encoders import require_prompts
+    from .families.text_encoders import encoder_bytes, require_prompts
 
     recipe, source = pin(recipe)
-    memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, tuple(stage.name for stage in stages))
+    encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
+    names = tuple(stage.name for stage in stages)
+    memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
     require_device(options.device)
     backend = backend_of(recipe)
     _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)

@@ -43,8 +43,9 @@ def load_conditions(path: Path) -> Conditions:
             f"{shown_path(path)}: no conditions; expected a tensor [N, ...] for each of the network's condition inputs"
         )
     if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{count} of {shown(name)}" for name, count in sorted(counts.items()))
-        raise DocumentError(f"{shown_path(path)}: {listed}; expected as many rows of each")
+        some = sorted(counts.items())[:3]
+        listed = ", ".join(f"{count} of {shown(name)}" for name, count in some) + (" …" if len(counts) > 3 else "")
+        raise DocumentError(f"{shown_path(path)}: rows: {listed}; expected as many of each")
     names = _names(metadata.get(PROMPTS), next(iter(counts.values())), shown_path(path))
     return Conditions(names=names, arrays=arrays, null=null)
 

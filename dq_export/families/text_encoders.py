@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .config_values import refused
 from .family import Family
 from .loading import require_same
 from .reference import ModelError
-from .tensors import read_tensors
+from .tensors import read_tensors, stored
 from .text_parts import INSTEAD, Part, parts_of, silent
 from .weights import TRANSFORMERS, Weights, find_weights
 
@@ -83,6 +84,25 @@ def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str
     gc.collect()
     arrays = {name: np.concatenate([some.arrays[name] for some in done]) for name in done[0].arrays}
     return Conditions(names=tuple(prompts), arrays=arrays, null=done[0].null)
+
+
+def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
+    """Memory that the encoders of a pipeline take: the files, mapped, and what is in float32 at a time; see `_load_encoder`.
+
+    Raises:
+        ModelError: a part is missing or damaged.
+    """
+    total = 0
+    for part in parts_of(family, checkpoint).values():
+        converted: dict[str, int] = {}
+        for file in _weights(part, checkpoint).files if part.encodes else ():
+            total += file.stat().st_size
+            for name, place in stored(file).items():
+                block = name.partition(".block.")[2].partition(".")[0]
+                converted[block] = converted.get(block, 0) + (0 if place.float32 else 4 * math.prod(place.shape))
+        outside = converted.pop("", 0)
+        total += outside + max(converted.values(), default=0)
+    return total
 
 
 def _weights(part: Part, checkpoint: Checkpoint) -> Weights:

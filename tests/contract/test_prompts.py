@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,23 @@ from conftest import save_tiny
 from toy import PROMPTS, TOKENS, TOY, WIDTH, ToyPipeline, save_text_encoder, save_toy
 
 import dq_export.families as families_package
+from dq_export.cli.export import recipe_of
 from dq_export.core.condition_file import CONDITIONS, load_conditions
 from dq_export.core.progress import Silent
 from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.scheme import scheme_of
 from dq_export.core.tensor_file import load_tensors, save_tensors
-from dq_export.families import FAMILIES
+from dq_export.deploy.backend import BackendError
+from dq_export.families import FAMILIES, torch_network
+from dq_export.families.checkpoint import open_checkpoint
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
+from dq_export.families.text_encoders import encoder_bytes
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options
+from dq_export.search.explore import explore
+from dq_export.search.request import SearchRequest
 
 QUICK: dict[str, Any] = {"steps": 3, "calib_size": 2, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
 
@@ -119,8 +129,6 @@ def test_a_run_repeats_from_its_recipe_when_the_prompts_are_gone(exported: Path,
 
 
 def test_a_run_that_continues_encodes_nothing(exported: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dq_export.families import torch_network
-
     def never(*most: Any) -> None:
         raise AssertionError
 
@@ -182,6 +190,16 @@ def test_an_encoder_of_half_the_width_computes_in_float32(dtype: torch.dtype, mo
     widened = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
     exact = ToyPipeline(None, None, tokenizer, widened).encode_prompt(list(PROMPTS)).numpy()
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+def test_the_memory_of_an_encoder_is_told_from_its_headers(model: Path) -> None:
+    """What is stored in float32 is mapped as it is; of other files one block at a time is converted."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        save_text_encoder(model, dtype)
+        found.append(encoder_bytes(TOY, open_checkpoint(model)) - (model / "text_encoder/model.safetensors").stat().st_size)
+    block = 4 * (4 * WIDTH * 8 + 3 * 16 * WIDTH + 2 * WIDTH + 2 * 32)  # attention, gated MLP, norms, relative positions
+    assert found == [0, block + 4 * (11 * WIDTH + WIDTH)]
 
 
 def index(model: Path, **entries: Any) -> None:
@@ -316,3 +334,82 @@ def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: 
             run(recipe(tiny, **given), tmp_path / "out")
     with pytest.raises(RecipeError, match=r"conditions .*none\.safetensors: no such file"):
         run(recipe(toy, conditions=str(tmp_path / "none.safetensors")), tmp_path / "out")
+
+
+def test_missing_packages_are_named_with_the_way_to_get_them(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("transformers", "tokenizers") else found(name))
+    message = r"^transformers and tokenizers are not installed; pip install 'dq-export\[text\]', needed for the stage conditions"
+    with pytest.raises(BackendError, match=message):
+        run(recipe(toy), tmp_path / "out")
+    path = file_of_conditions(tmp_path / "encoded.safetensors")
+    run(recipe(toy, conditions=str(path)), tmp_path / "out", until="conditions")
+
+
+PLUGINS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "plugin")])
+FLAGS = [word for key, value in QUICK.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def command(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """A command line in which the toy family is a plug-in."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
+    start = [sys.executable, *(torchrun if processes > 1 else []), "-m", "dq_export"]
+    path = os.pathsep.join([PLUGINS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([*start, *words], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_flags_name_the_files_and_win_over_a_recipe(toy: Path, exported: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue circle\n")
+    path = file_of_conditions(tmp_path / "encoded.safetensors")
+    base = Recipe.load(exported / "recipe.yaml").model_copy(update={"conditions": None, "prompts": ("a",)})
+    (tmp_path / "prompts.yaml").write_text(base.dump())
+    digest = {"conditions": str(path), "conditions_sha256": "0" * 64, "prompts": None}
+    (tmp_path / "conditions.yaml").write_text(base.model_copy(update=digest).dump())
+    for name in ("prompts.yaml", "conditions.yaml"):
+        for flags, expected in (
+            ({"prompts": str(prompts)}, (("a blue circle",), None)),
+            ({"conditions": str(path)}, (None, str(path))),
+        ):
+            found = recipe_of(tmp_path / name, flags)
+            assert (found.prompts, found.conditions, found.conditions_sha256) == (*expected, None)
+    with pytest.raises(RecipeError, match=r"^prompts .*none\.txt: no such file$"):
+        recipe_of(None, {"model": str(toy), "prompts": str(tmp_path / "none.txt")})
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_prompts_of_one(toy: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[1:3]) + "\n")
+    for count in (1, 2):
+        words = (
+            "calibrate",
+            "-m",
+            str(toy),
+            "--prompts",
+            str(prompts),
+            *FLAGS,
+            "--calib-size",
+            "10",
+            "-o",
+            str(tmp_path / f"{count}"),
+        )
+        done = command(*words, processes=count)
+        assert done.returncode == 0, done.stderr
+    for name in (CONDITIONS, "calibration.safetensors"):
+        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+def test_a_search_encodes_once_and_its_winner_draws_the_same_prompts(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = SearchRequest(max_size=1.0, evaluations=3, pictures=1, steps=2)
+    choices = [scheme_of("w8a8"), scheme_of("float")]
+    explore(recipe(toy), tmp_path / "found", request, choices=choices)
+    assert load_conditions(tmp_path / "found" / CONDITIONS).names == PROMPTS
+    assert Recipe.load(tmp_path / "found" / "winner.yaml").prompts == PROMPTS
+    monkeypatch.setattr(torch_network, "encode_prompts", None)
+    explore(recipe(toy), tmp_path / "found", request, choices=choices)

@@ -61,7 +61,7 @@ def test_blank_conditions_fit(tmp_path: Path) -> None:
         (
             {"states": np.ones((2, 5, 4)), "mask": np.ones((3, 5))},
             {},
-            "3 of 'mask', 2 of 'states'; expected as many rows of each",
+            "rows: 3 of 'mask', 2 of 'states'; expected as many of each",
         ),
         (arrays(2), {"prompts": '["a"]'}, "1 prompts in its metadata for 2 conditions"),
         (arrays(2), {"prompts": '{"a": 1}'}, "no JSON list of texts"),

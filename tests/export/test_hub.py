@@ -179,6 +179,24 @@ def test_only_what_is_read_is_downloaded(weights: list[str], variant: str, expec
     assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
 
 
+def test_text_encoders_are_downloaded_where_prompts_are_to_be_encoded() -> None:
+    tokenizer = ["tokenizer/spiece.model", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
+    shards = [f"text_encoder/model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    encoder = ["text_encoder/config.json", "text_encoder/model.safetensors.index.json", *shards]
+    others = [f"text_encoder/pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    others += ["text_encoder/pytorch_model.bin.index.json", "text_encoder/model.fp16.safetensors", "tokenizer/more/x.json"]
+    network = f"transformer/{STEM}.safetensors"
+    names = [*PLAIN, network, "prompts.txt", *tokenizer, *encoder, *others]
+    alone = wanted(names, "", "owner/name")
+    assert sorted(alone) == sorted([*PLAIN[:4], network, "prompts.txt"])
+    found = wanted(names, "", "owner/name", ("tokenizer", "text_encoder"))
+    index = "text_encoder/pytorch_model.bin.index.json"  # small, as every JSON file
+    assert sorted(set(found)) == sorted([*alone, *tokenizer, *encoder, index])
+    names.append(f"transformer/{STEM}.fp16.safetensors")
+    half = wanted(names, "fp16", "owner/name", ("tokenizer", "text_encoder"))
+    assert [name for name in half if name.endswith("safetensors")] == [names[-1], "text_encoder/model.fp16.safetensors"]
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's HTTP as its library asks for: what files a revision has, and their content."""
 

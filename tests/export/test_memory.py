@@ -76,6 +76,13 @@ def test_progressive_calibration_holds_the_quantized_network_too(large: Weights)
         plan_memory(large, recipe(calibration="progressive"), 4.5, STAGES)
 
 
+def test_text_encoders_are_held_beside_the_network(large: Weights) -> None:
+    wanted = ("conditions", *STAGES)
+    assert plan_memory(large, recipe(), 5.4, wanted, 2 * GIB).stages == wanted
+    with pytest.raises(RecipeError, match=r"conditions 5\.3 GiB will not fit; encode the prompts on a larger machine, and pass"):
+        plan_memory(large, recipe(), 5.2, wanted, 2 * GIB)
+
+
 class Runs(Silent):
     """Counts runs over the pictures, of 5 network calls each."""
 

@@ -78,6 +78,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
     resolved = resolve(recipe, options.exclude, reference, backend)
+    reference.shared = resolved.timesteps == "shared"
     assigned = resolved.assign(reference.linears)
     if backend:
         backend.require_schemes(rule.scheme for rule in assigned.values())

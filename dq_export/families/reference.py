@@ -44,9 +44,12 @@ class Reference(Denoiser, Protocol):
 
     Attributes:
         conditions: what it draws. A network that draws prompts has none until somebody sets them.
+        shared: whether the graph that is traced for `linears` and `sites`, equal for both, has one timestep for all samples;
+            `export_onnx` of the same kind then need not trace again.
     """
 
     conditions: Conditions
+    shared: bool
 
     @property
     def digest(self) -> str:

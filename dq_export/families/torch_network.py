@@ -46,6 +46,7 @@ class TorchNetwork:
     """A loaded network of a family. See `Reference` for every member."""
 
     conditions: Conditions
+    shared = True
 
     def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
         self.family = family
@@ -95,8 +96,8 @@ class TorchNetwork:
         """What the network's graph is made of. The graph is kept for `export_onnx`."""
 
         def graph() -> ir.Model:
-            self.graphs[True] = self._graph(shared=True)
-            return self.graphs[True]
+            self.graphs[self.shared] = self._graph(shared=self.shared)
+            return self.graphs[self.shared]
 
         return structure_of(self.model, self.inputs, graph)
 

@@ -14,13 +14,15 @@ import pytest
 from conftest import calibrate_tiny, feed_of, recipe_of, run_onnx, save_tiny, sqnr
 from safetensors.numpy import load_file, save_file
 
-from dq_export.families import torch_export
+from dq_export.core.recipe import Recipe
+from dq_export.families import structure, torch_export, torch_network
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import linears
 from dq_export.passes.pipeline import canonical_passes
+from dq_export.pipeline import run
 from dq_export.stages.quantize import quantize_graph
 
 BLOCKS = 5
@@ -174,3 +176,21 @@ def test_text_that_is_no_utf8_is_refused_when_the_graph_is_written(tiny: Referen
     source.write_bytes(source.read_bytes().replace(b"node_add", b"node_ad\xcf"))
     with pytest.raises(GraphError, match=r"float\.onnx: not the float graph"):
         quantize_graph(source, tmp_path / "model.onnx", canonical_passes(result, assigned))
+
+
+@pytest.mark.parametrize("timesteps", ["shared", "per-sample"])
+def test_one_trace_serves_the_structure_and_the_graph(
+    timesteps: str, tiny_folder: Path, tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces = []
+
+    def traced(*words: Any, shared: bool) -> ir.Model:
+        traces.append(shared)
+        return torch_export.export_graph(*words, shared=shared)
+
+    monkeypatch.setattr(torch_network, "export_graph", traced)
+    monkeypatch.setattr(structure, "KNOWN", {})  # of this process's other tests
+    run(Recipe.parse({"model": str(tiny_folder), "timesteps": timesteps}, "test"), tmp_path / "out", until="float")
+    assert traces == [timesteps == "shared"]
+    (known,) = structure.KNOWN.values()
+    assert known.sites == tiny.sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from operator import add, floordiv, mul, sub
 from typing import Any
 
@@ -27,22 +27,23 @@ LONGEST = 200
 OPERATORS: dict[type[ast.operator], Any] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.FloorDiv: floordiv}
 
 
-def name_sizes(model: ir.Model, axes: Collection[Axis]) -> None:
-    """Call sizes by their axes' names, and write into the model what they may be.
-
-    A size that is a multiple comes out of the exporter as a product, `2*height_by_2`.
-    """
-    written = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
+def name_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
+    """Call sizes by their axes' names: one that is a multiple comes out of the exporter as a product, `2*height_by_2`."""
     products = {f"{axis.multiple}*{axis.unit}": axis.name for axis in axes}
     for value in _values(model):
         if value.shape is not None and any(str(dim) in products for dim in _texts(value)):
             value.shape = ir.Shape([products.get(dim, dim) if isinstance(dim, str) else dim for dim in _texts(value)])
+
+
+def write_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
+    """Write into the model what its inputs' sizes beside the batch may be; nothing where none may change."""
+    written = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
     if written:
         model.metadata_props[KEY] = json.dumps(written)
 
 
 def read_sizes(model: ir.Model) -> dict[str, Axis]:
-    """The axes that `name_sizes` wrote, by name; none where it wrote nothing.
+    """The axes that `write_sizes` wrote, by name; none where it wrote nothing.
 
     Raises:
         GraphError: what the file says is damaged.

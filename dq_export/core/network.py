@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -104,6 +104,11 @@ class Conditions:
         rows = {item.name: item.zeros(1) for item in inputs if item.role == "condition"}
         return Conditions(names=("",), arrays=rows, null=rows)
 
+    def only(self, names: Collection[str]) -> Conditions:
+        """The same of some inputs."""
+        arrays, null = ({name: rows[name] for name in names if name in rows} for rows in (self.arrays, self.null))
+        return Conditions(names=self.names, arrays=arrays, null=null)
+
     def rows(self, chosen: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """The inputs of pictures, from the index of each one's condition."""
         return {name: rows[chosen] for name, rows in self.arrays.items()}
@@ -119,6 +124,28 @@ def arguments(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, A
     for item in inputs:
         (found.setdefault(item.within, {}) if item.within else found)[item.name] = values[item.name]
     return found
+
+
+def axes_of(inputs: Iterable[Input]) -> list[Axis]:
+    """The dimensions beside the batch that may change, each once."""
+    axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis) and axis is not BATCH}
+    return list(axes.values())
+
+
+def sized(inputs: Iterable[Input], conditions: Conditions) -> tuple[Input, ...]:
+    """The inputs with the sizes that conditions have, such as their number of tokens."""
+    inputs = tuple(inputs)
+    sizes = {
+        axis.name: size
+        for item in inputs
+        for axis, size in zip(item.shape, getattr(conditions.arrays.get(item.name), "shape", ()), strict=False)
+        if isinstance(axis, Axis) and axis is not BATCH
+    }
+
+    def fitted(size: int | Axis) -> int | Axis:
+        return replace(size, size=sizes[size.name]) if isinstance(size, Axis) and size.name in sizes else size
+
+    return tuple(replace(item, shape=tuple(map(fitted, item.shape))) for item in inputs)
 
 
 def output_name(inputs: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from .sampling import set_steps
 from .stand_in import StandIn
 
 DEFAULT_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
     "beta_start": 1e-4,

@@ -43,7 +43,7 @@ class Family(ABC):
             family with `encoders`.
         blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
         default_guidance: guidance scale for a checkpoint that has no better one.
-        default_scheduler: DDIM's configuration for a folder without a scheduler.
+        default_scheduler: configuration, with the class as `_class_name`, for a folder without a scheduler.
         rules: the default recipe rules; together they match every linear. By role, where a family has none of its own.
     """
 

@@ -37,7 +37,7 @@ CHANGES: tuple[tuple[str, Any], ...] = (
 
 
 def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler of a folder; DDIM with `default` where there is none.
+    """The diffusers scheduler of a folder; the one that `default` describes where there is none.
 
     Raises:
         ModelError: the folder names something that does not sample such a network, or values that it does not take.
@@ -45,7 +45,7 @@ def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
     import diffusers
 
     if folder is None:
-        return diffusers.DDIMScheduler(**default)
+        return getattr(diffusers, default["_class_name"]).from_config(dict(default))
     path = folder / SCHEDULER_CONFIG
     config = read_config(path, finite=False)  # diffusers itself writes -Infinity
     name = config.get("_class_name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dq_export.core.network import BATCH, Axis, Input, arguments, output_name
+from dq_export.core.network import BATCH, Axis, Input, arguments, axes_of, output_name
 from dq_export.passes.sizes import name_sizes
 
 from .float_graph import trace
@@ -46,8 +46,7 @@ def export_graph(model: Any, inputs: Sequence[Input], blocks: str, *, shared: bo
 def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
     import torch
 
-    axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis)}
-    dims = {axis.name: _dim(axis) for axis in axes.values()}
+    dims = {axis.name: _dim(axis) for axis in (BATCH, *axes_of(inputs))}
     example: list[torch.Tensor] = []
     dynamic: list[dict[int, Any]] = []
     for item in inputs:
@@ -57,7 +56,7 @@ def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
         dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
     graph = trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), dynamic)
-    name_sizes(graph, [axis for axis in axes.values() if axis is not BATCH])
+    name_sizes(graph, axes_of(inputs))
     return graph
 
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments
+from dq_export.core.network import Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments, axes_of, sized
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
+from dq_export.passes.sizes import write_sizes
 
 from .checkpoint import Checkpoint, architecture_of, broken_weights, configuration, digest
 from .config_values import reason_of
@@ -45,7 +46,6 @@ ACTIVATION_BYTES = 16 << 20
 class TorchNetwork:
     """A loaded network of a family. See `Reference` for every member."""
 
-    conditions: Conditions
     shared = True
 
     def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
@@ -102,6 +102,15 @@ class TorchNetwork:
         return structure_of(self.model, self.inputs, graph)
 
     @property
+    def conditions(self) -> Conditions:
+        return self.drawn
+
+    @conditions.setter
+    def conditions(self, conditions: Conditions) -> None:
+        self.drawn = conditions
+        self.inputs = sized(self.inputs, conditions)
+
+    @property
     def sites(self) -> tuple[InputSite, ...]:
         return self.structure.sites
 
@@ -152,7 +161,9 @@ class TorchNetwork:
         return lambda feed: _call(model, self.inputs, feed)
 
     def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
-        conditions = encode_prompts(self.family, self.checkpoint, prompts, device, progress)
+        encoded = encode_prompts(self.family, self.checkpoint, prompts, device, progress)
+        taken = [item.name for item in self.inputs if item.name in encoded.arrays]  # some of a family's networks take fewer
+        conditions = encoded.only(taken)
         if reason := misfit(conditions, self.inputs, guided=False):
             raise ModelError(f"{shown_path(self.checkpoint.home)}: its text encoders do not fit its network: {reason}")
         return conditions
@@ -227,6 +238,7 @@ class TorchNetwork:
     def export_onnx(self, path: Path, *, shared: bool) -> None:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
         self.graphs.clear()
+        write_sizes(graph, axes_of(self.inputs))  # those of the conditions, which may have come after the graph
         save(graph, path, self.checkpoint.weights.files, ROOT)
 
     def _graph(self, *, shared: bool) -> ir.Model:

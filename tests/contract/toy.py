@@ -113,7 +113,7 @@ class Toy(Family):
     prompt_tokens = {"ToyPipeline": TOKENS}  # noqa: RUF012
     blocks = "layers"
     default_guidance = 3.0
-    default_scheduler = {"num_train_timesteps": 1000}  # noqa: RUF012
+    default_scheduler = {"_class_name": "EulerDiscreteScheduler"}  # noqa: RUF012
 
     def network_class(self, architecture: str) -> Any:
         return ToyNetwork

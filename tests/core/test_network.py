@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input, arguments, batch_of, output_name
+from dq_export.core.network import BATCH, Axis, Conditions, Input, arguments, axes_of, batch_of, output_name, sized
 
 
 def test_an_inputs_zeros_have_its_type_and_the_sizes_of_the_pictures() -> None:
@@ -18,6 +18,21 @@ def test_a_changing_dimension_takes_sizes_up_to_its_limit() -> None:
     pairs = Axis("height", 6, 24, multiple=2)
     assert [size for size in range(30) if pairs.takes(size)] == list(range(2, 25, 2))
     assert str(pairs) == "height up to 24 in steps of 2"
+
+
+def test_inputs_have_the_sizes_of_the_conditions() -> None:
+    length, height = Axis("length", 300, 512), Axis("height", 6, 24, multiple=2)
+    inputs = [
+        Input(name="x", role="state", dtype="float32", shape=(BATCH, 3, height)),
+        Input(name="text", role="condition", dtype="float32", shape=(BATCH, length, 2)),
+        Input(name="mask", role="condition", dtype="float32", shape=(BATCH, length)),
+    ]
+    text = Conditions(names=("a",), arrays={"text": np.zeros((1, 77, 2)), "mask": np.zeros((1, 77))}, null={})
+    found = sized(inputs, text)
+    assert axes_of(found) == [height, Axis("length", 77, 512)]
+    assert [item.zeros(2).shape for item in found] == [(2, 3, 6), (2, 77, 2), (2, 77)]
+    assert found[0].shape[0] is BATCH
+    assert sized(found, text.only(["other"])) == found
 
 
 def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dq_export.core.network import Axis
 from dq_export.passes.base import GraphError
-from dq_export.passes.sizes import KEY, input_sizes, name_sizes, read_sizes, size_of, sizes_of
+from dq_export.passes.sizes import KEY, input_sizes, name_sizes, read_sizes, size_of, sizes_of, write_sizes
 
 AXES = [Axis("height", 6, 24, 2), Axis("length", 5, 64)]
 
@@ -22,6 +22,7 @@ def graph_of(*inputs: tuple[str, list[int | str]]) -> ir.Model:
 def test_a_multiple_is_called_by_its_axis_and_the_file_says_what_sizes_may_be() -> None:
     model = graph_of(("x", ["batch", 3, "2*height_by_2"]), ("text", ["batch", "length", 8]), ("timestep", [1]))
     name_sizes(model, AXES)
+    write_sizes(model, AXES)
     assert str(model.graph.outputs[0].shape) == str(model.graph.inputs[0].shape) == "[batch,3,height]"
     again = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     assert read_sizes(again) == {axis.name: axis for axis in AXES}
@@ -30,7 +31,7 @@ def test_a_multiple_is_called_by_its_axis_and_the_file_says_what_sizes_may_be() 
 
 def test_a_graph_whose_batch_alone_may_change_says_nothing() -> None:
     model = graph_of(("x", ["batch", 3, "?"]))
-    name_sizes(model, [])
+    write_sizes(model, [])
     assert (dict(model.metadata_props), read_sizes(model)) == ({}, {})
     assert input_sizes(model) == {"x": (None, 3, None)}
 

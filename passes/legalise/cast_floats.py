@@ -11,9 +11,8 @@ from ..base import GraphPass, PassReport, computed_initializer, like, stored
 
 WIDE = frozenset({"LayerNormalization"})
 """Operators that stay in float32: sums of squares over a row leave float16's range where nothing else does."""
-OTHER = frozenset(
-    {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear", "Shape", "Size"}
-)
+SIZES = frozenset({"Shape", "Size"})
+OTHER = SIZES | {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear"}
 """Operators whose result is never of their input's type."""
 SMALL = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATS = (ir.DataType.FLOAT, *SMALL)
@@ -27,8 +26,9 @@ class CastFloats(GraphPass):
     The graph's inputs and outputs keep their types.
 
     It does not act where
-        1. a node depends on no input but the timestep and the conditions and no GEMM with a quantized weight lies before
-           it: the sines of the timestep, the embedders' MLPs and the bin of the timestep need float32 and cost nothing,
+        1. a node depends on no input but the timestep, the conditions and the sizes of the state, and no GEMM with a quantized
+           weight lies before it: the sines of the timestep and of positions, the embedders' MLPs and the bin of the timestep
+           need float32 and cost nothing,
         2. the operator is a LayerNormalization.
 
     Exactness: rounds every intermediate value to `dtype`: relative error 2^-11 (float16) or 2^-8 (bfloat16) each.
@@ -72,11 +72,14 @@ class CastFloats(GraphPass):
         return PassReport(name=self.name, changed=(f"{len(small)} nodes in {self.dtype.name}, {kept} as they are",))
 
     def _small(self, graph: ir.Graph) -> set[ir.Node]:
-        """Nodes behind the state, the graph's first input, or behind a quantized weight, and the scales' gathers."""
+        """Nodes behind the state, the graph's first input, or behind something quantized, and the scales' gathers."""
         behind: set[ir.Value] = set(graph.inputs[:1])
         found: set[ir.Node] = set()
         for node in graph:
-            quantized = node.op_type == "DequantizeLinear"
+            if node.op_type in SIZES:
+                continue
+            # Also those of the text's keys and values, which depend on no state: a GEMM's two operands have one type.
+            quantized = node.op_type in ("QuantizeLinear", "DequantizeLinear")
             gathers = node.op_type == "Gather" and stored(node.inputs[0]) is not None and _feeds_scales(node)
             if quantized or gathers or any(value in behind for value in node.inputs):
                 behind.update(node.outputs)

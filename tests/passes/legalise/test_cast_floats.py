@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
+from small_graphs import Builder
 
 from dq_export.passes.base import run_passes
 from dq_export.passes.legalise.cast_floats import CastFloats
@@ -50,6 +51,35 @@ def test_case_1_the_conditioning_and_the_bins_stay_float32(tiny_onnx_per_sample:
     dequantized = [node for node in model.graph if node.op_type == "DequantizeLinear" and "norm1" in str(node.name)]
     assert dequantized
     assert all(types_of(node) == {"FLOAT16"} for node in dequantized)
+
+
+def text_model() -> ir.Model:
+    """x + sin(row) against quantized keys of a text, which depend on no state."""
+    b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8]), text=(ir.DataType.FLOAT, ["B", 5, 8]))
+    axis, scale, zero = b.const("axis", [1]), b.const("scale", np.float32(0.02)), b.const("zero", np.int8(0))
+    rows = b.node("Squeeze", b.node("Shape", b.value["x"], start=1, end=2))
+    for value in (rows, rows.producer().inputs[0]):
+        value.dtype = ir.DataType.INT64
+    limit = b.node("Cast", rows, to=ir.DataType.FLOAT.value)
+    positions = b.node("Sin", b.node("Range", b.const("start", np.float32(0)), limit, b.const("step", np.float32(1))))
+    states = b.node("Add", b.value["x"], b.node("Unsqueeze", positions, axis))
+    codes = b.node("QuantizeLinear", b.value["text"], scale, zero)
+    codes.dtype = ir.DataType.INT8
+    weight = b.node("DequantizeLinear", b.const("codes", np.arange(64, dtype=np.int8).reshape(8, 8)), scale, zero)
+    keys = b.node("MatMul", b.node("DequantizeLinear", codes, scale, zero), weight, module="to_k")
+    return b.shaped(b.node("MatMul", states, b.node("Transpose", keys, perm=[0, 2, 1])))
+
+
+def test_case_1_what_the_states_sizes_decide_stays_float32_and_quantized_keys_of_a_text_do_not() -> None:
+    model = text_model()
+    rng = np.random.default_rng(0)
+    feed = {name: rng.normal(size=(2, count, 8)).astype(np.float32) for name, count in (("x", 3), ("text", 5))}
+    exact = run_onnx(model, feed)
+    run_passes(model, [CastFloats(dtype=HALF)])
+    kinds = {node.op_type: types_of(node) for node in model.graph if node.op_type != "Cast"}
+    assert [kinds[name] for name in ("Range", "Sin")] == [{"FLOAT"}] * 2, "an angle of 100 has one digit in float16"
+    assert [kinds[name] for name in ("QuantizeLinear", "DequantizeLinear", "MatMul")] == [{"FLOAT16"}] * 3
+    assert sqnr(exact, run_onnx(model, feed)) > 40
 
 
 def test_case_2_layer_normalization_stays_float32(tiny_onnx_per_sample: Path, tiny_calibrated: Any) -> None:

@@ -6,8 +6,9 @@ from dq_export.core.plugins import load_plugins
 
 from .dit import DIT
 from .family import Family
+from .pixart import PIXART
 
-FAMILIES: tuple[Family, ...] = (DIT,)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART)
 
 
 def all_families() -> tuple[Family, ...]:

@@ -25,6 +25,8 @@ from .torch_network import TorchNetwork
 PACKAGED = Path(__file__).parent.parent / "models"
 NAMED: dict[str, tuple[str, float]] = {
     "dit": ("facebook/DiT-XL-2-256", 4.0),
+    "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 4.5),
+    "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-1024-MS", 4.5),
     "dit-digits": (str(PACKAGED / "dit-digits"), 2.0),
 }
 """Short names: a folder or hub id, and the guidance scale that suits it."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import save_tiny
+from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
 
 from dq_export.core.network import Float32
@@ -84,6 +85,18 @@ CASES = {
         save=lambda folder: save_tiny(folder, num_embeds_ada_norm=1000, out_channels=4),
         changes={"norm_eps": 1e-4},
         draw=drawn_by_dit_pipeline,
+    ),
+    "pixart": Case(
+        family=FAMILIES[1],
+        save=save_pixart,
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_pixart_pipeline(*arguments, SEED),
+    ),
+    "pixart-alpha": Case(
+        family=FAMILIES[1],
+        save=lambda folder: save_pixart(folder, pipeline="PixArtAlphaPipeline", **ALPHA),
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_pixart_pipeline(*arguments, SEED),
     ),
     "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
 }

@@ -232,11 +232,11 @@ def test_the_graph_takes_other_sizes(graph: tuple[Path, bool], reference: Any) -
     """Also on OpenVINO with a fixed batch, which leaves the other sizes open."""
     path, shared = graph
     feed = feed_of(reference, 500 if shared else [500] * 3)
-    changed = dict(feed)
+    changed, rng = dict(feed), np.random.default_rng(0)
     for item in reference.inputs:
-        sizes = [axis.size + 3 if isinstance(axis, Axis) else axis for axis in item.shape[1:]]
-        if sizes != list(item.zeros().shape[1:]):
-            changed[item.name] = np.random.default_rng(0).normal(size=(3, *sizes)).astype(item.dtype)
+        sizes = [axis.size + 3 * axis.multiple if isinstance(axis, Axis) else axis for axis in item.shape[1:]]
+        if sizes != list(item.zeros().shape[1:]):  # of values that the network knows: a mask has 0 and 1
+            changed[item.name] = rng.choice(feed[item.name].reshape(-1), size=(3, *sizes))
     exact = reference.forward(changed)
     assert sqnr(exact, run_onnx(path, changed)) > SAME
     assert sqnr(exact, load_engine(path, {"INFERENCE_PRECISION_HINT": "f32"}, 3)(changed)) > SAME

@@ -83,10 +83,8 @@ def test_a_configuration_of_2023_is_the_same_model(model: Path, tiny: Any) -> No
     }  # fmt: skip
     path.write_text(json.dumps({**config, **old}))
     assert load_reference(str(model)).digest == tiny.digest
-    edit(path, norm_type="ada_norm_single")
-    with pytest.raises(
-        ModelError, match=r"architecture 'PixArtTransformer2DModel' is not supported; supported: DiTTransformer2D"
-    ):
+    edit(path, norm_type="layer_norm")
+    with pytest.raises(ModelError, match=r"architecture 'Transformer2DModel' is not supported; supported: DiTTransformer2D"):
         load_reference(str(model))
 
 

@@ -1,0 +1,132 @@
+"""Family `pixart`: text to image with diffusers `PixArtTransformer2DModel`, alpha and Sigma, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dq_export.core.network import BATCH, Axis, Conditions, Input
+
+from .embeddings import Positions, settle_timesteps
+from .family import Family, Pictures
+from .pixart_values import MICRO_SIZE, PixArtValues
+from .reference import Float32
+from .sampling import set_steps
+from .stand_in import StandIn
+
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+}
+"""PixArt's own, for a folder without a scheduler."""
+ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
+TOKENS = {ALPHA: 120, SIGMA: 300}
+"""That a pipeline fills every text up to."""
+LARGER = 4
+"""Height and width that the graph takes, against the checkpoint's; the pipelines' longest formats are twice as long."""
+PIXELS = 8
+"""Of a latent, along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
+STATES, MASK, SIZES = "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs"
+
+
+class PixArt(Family):
+    """Data, and diffusers' own pipelines for prompts and sampling."""
+
+    name = "pixart"
+    architectures = ("PixArtTransformer2DModel",)
+    values = PixArtValues
+    encoders = ("tokenizer", "text_encoder")
+    prompt_tokens = TOKENS
+    blocks = "transformer_blocks"
+    default_guidance = 4.5  # the pipelines'
+    default_scheduler = SCHEDULER
+
+    def prepare(self, model: Any) -> None:
+        """See `Family.prepare`."""
+        settle_timesteps(model)
+        model.pos_embed.pos_embed = None
+        model.pos_embed.register_forward_hook(Positions(model.pos_embed, model.inner_dim))
+        # The blocks reshape the modulation to [batch, 6, width], which that of one timestep for all samples does not fill.
+        model.adaln_single.emb.register_forward_hook(_repeated, with_kwargs=True)
+
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        """See `Family.inputs`. Alpha at 1024 pixels takes the picture's size, too."""
+        config = model.config
+        height, width = (
+            Axis(name, config.sample_size, LARGER * config.sample_size, config.patch_size) for name in ("height", "width")
+        )
+        length, channels = Axis("length", TOKENS[SIGMA]), config.caption_channels or config.cross_attention_dim
+        sizes = (_condition("resolution", 2, within=SIZES), _condition("aspect_ratio", 1, within=SIZES))
+        return (
+            Input(name="hidden_states", role="state", dtype="float32", shape=(BATCH, config.in_channels, height, width)),
+            Input(name="timestep", role="timestep", dtype="int64"),
+            _condition(STATES, length, channels),
+            _condition(MASK, length),
+            *(sizes if model.use_additional_conditions else ()),
+        )
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+        """See `Family.encode`. As the pipeline does it, "" as the null; prompts are not cleaned, which needs more libraries."""
+        import diffusers
+
+        encoder = getattr(diffusers, pipeline)(**parts, vae=None, transformer=None, scheduler=None)
+        encoded = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS[pipeline])
+        text, mask, no_text, no_mask = (tensor.float().cpu().numpy() for tensor in encoded)
+        rows, null = ({STATES: states, MASK: kept} for states, kept in ((text, mask), (no_text[:1], no_mask[:1])))
+        # For the networks that take them: a picture's size is not that of its prompt.
+        side = float(MICRO_SIZE * PIXELS)
+        for part, count in ((rows, len(prompts)), (null, 1)):
+            part["resolution"] = np.full((count, 2), side, dtype=np.float32)
+            part["aspect_ratio"] = np.ones((count, 1), dtype=np.float32)
+        return Conditions(names=tuple(prompts), arrays=rows, null=null)
+
+    def largest_activation(self, model: Any) -> int:
+        """The MLP's inner one."""
+        tokens = (model.config.sample_size // model.config.patch_size) ** 2
+        return int(tokens * 4 * model.inner_dim)
+
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
+        import diffusers
+        import torch
+
+        set_steps(scheduler, steps)
+        alpha = any(item.name == "resolution" for item in network.inputs)  # only that pipeline sends it
+        parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": network, "scheduler": scheduler}
+        pipeline = getattr(diffusers, ALPHA if alpha else SIGMA)(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        prompts = {"prompt_embeds": pictures.conditions[STATES], "prompt_attention_mask": pictures.conditions[MASK]}
+        if guidance > 1:
+            null = {"negative_prompt_embeds": pictures.null[STATES], "negative_prompt_attention_mask": pictures.null[MASK]}
+            prompts |= null
+        height, width = (PIXELS * size for size in pictures.noise.shape[-2:])
+        drawn = pipeline(
+            negative_prompt=None,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            generator=torch.Generator().manual_seed(0),
+            latents=torch.from_numpy(pictures.noise),
+            output_type="latent",
+            use_resolution_binning=False,
+            **{name: torch.from_numpy(rows) for name, rows in prompts.items()},
+        )
+        latents: Float32 = drawn.images.numpy()
+        return latents
+
+
+def _condition(name: str, *sizes: int | Axis, within: str = "") -> Input:
+    return Input(name=name, role="condition", dtype="float32", shape=(BATCH, *sizes), within=within)
+
+
+def _repeated(module: Any, inputs: Any, named: Mapping[str, Any], embedding: Any) -> Any:
+    return embedding.expand(named["batch_size"], -1)
+
+
+PIXART = PixArt()

@@ -52,7 +52,8 @@ class StandIn:
         return torch.device("cpu")
 
     def __repr__(self) -> str:
-        return f"StandIn of {self.architecture.__name__}"
+        # diffusers shows it where `from_pretrained(..., transformer=stand_in)` refuses what is no torch module.
+        return f"StandIn of {self.architecture.__name__}, to be set as pipe.transformer"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One network call with the arguments of the diffusers class's `forward`.

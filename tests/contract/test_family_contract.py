@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,15 @@ def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any)
 
 
 def test_the_configuration_that_an_export_writes_gives_the_inputs_again(case: Case, reference: Any) -> None:
+    """All but the sizes of this reference's own conditions."""
+
+    def taken(inputs: Any) -> list[Any]:
+        shapes = [[replace(axis, size=1) if isinstance(axis, Axis) else axis for axis in item.shape] for item in inputs]
+        return [replace(item, shape=tuple(shape)) for item, shape in zip(inputs, shapes, strict=True)]
+
     config = json.loads(json.dumps(reference.config))
     model = make_empty(case.family.network_class(config["_class_name"]), case.family.values, Path("config.json"), config)
-    assert case.family.inputs(model) == reference.inputs
+    assert taken(case.family.inputs(model)) == taken(reference.inputs)
     assert configuration(model) == reference.config
 
 

@@ -123,7 +123,7 @@ def test_a_pipeline_of_another_precision_gets_its_own_back(dtype: Any) -> None:
 def test_a_pipeline_asks_it_for_type_device_and_configuration() -> None:
     stand_in = dit(Double())
     assert (stand_in.dtype, stand_in.device, stand_in.config.sample_size) == (torch.float32, torch.device("cpu"), 4)
-    assert repr(stand_in) == "StandIn of DiTTransformer2DModel"
+    assert repr(stand_in) == "StandIn of DiTTransformer2DModel, to be set as pipe.transformer"
 
 
 @pytest.mark.parametrize(

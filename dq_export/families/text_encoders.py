@@ -39,7 +39,7 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     most = family.prompt_tokens[checkpoint.pipeline]
     for name in parts.keys() - configs.keys():
         reader = name.replace("tokenizer", "text_encoder")
-        known = configs[reader]["vocab_size"] if reader in configs else 1 << 31
+        known = configs[reader].vocab_size if reader in configs else 1 << 31
         for number, tokens in enumerate(_tokens(parts[name], ("", *prompts))):
             prompt = f"prompt {number} ({shown(prompts[number - 1])})" if number else "the empty prompt"
             if number and len(tokens) - 1 > most:
@@ -55,7 +55,7 @@ def _tokens(part: Part, prompts: Sequence[str]) -> Iterator[list[int]]:
     """Of each prompt its tokens, and behind them the one that fills rows up."""
     tokenizer = part.tokenizer()
     for prompt in prompts:
-        with part.damage():
+        with part.damage(), silent():
             tokens = [int(token) for token in (*tokenizer(prompt).input_ids, tokenizer.pad_token_id)]
         yield tokens
 
@@ -77,7 +77,7 @@ def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str
     done: list[Conditions] = []
     for start in range(0, len(prompts), TOGETHER):
         some = prompts[start : start + TOGETHER]
-        with torch.inference_mode():
+        with torch.inference_mode(), silent():
             done.append(family.encode(checkpoint.pipeline, loaded, some))
         progress(start + len(some), len(prompts), "prompts")
     loaded.clear()
@@ -122,7 +122,7 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
     config, kind = part.config(), getattr(transformers, part.kind)
     makes_none = f"{shown_path(part.folder / CONFIG)}: makes no {part.kind}"
     with refused(makes_none, f"download it again, {INSTEAD}"), silent(), init_empty_weights():
-        model = kind(kind.config_class.from_dict(config))
+        model = kind(kind.config_class(**config.model_dump()))
     state: dict[str, Any] = {}
     for file in _weights(part, checkpoint).files:
         state |= read_tensors(file)

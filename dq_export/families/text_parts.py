@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -37,10 +37,10 @@ class T5Values(Values):
     relative_attention_num_buckets: int = Field(32, ge=2, le=4096)
     relative_attention_max_distance: int = Field(128, ge=2, le=1 << 20)
     layer_norm_epsilon: float = Field(1e-6, gt=0, le=1)
-    feed_forward_proj: str = Field("relu", max_length=40)
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
 
 
-ENCODERS: Mapping[str, type[Values]] = {"T5EncoderModel": T5Values}
+ENCODERS: Mapping[str, type[T5Values]] = {"T5EncoderModel": T5Values}
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 """Classes of transformers that a checkpoint may name."""
 
@@ -61,8 +61,8 @@ class Part:
         """Whether it has weights."""
         return self.kind in ENCODERS
 
-    def config(self) -> dict[str, Any]:
-        """The configuration of an encoder.
+    def config(self) -> T5Values:
+        """What decides the network of an encoder; files hold more, some of which would make another network of it.
 
         Raises:
             ModelError: a value is missing, of another type or out of range.
@@ -74,7 +74,7 @@ class Part:
         require_values(getattr(transformers, self.kind).config_class, ENCODERS[self.kind], config, path)
         if config.get("quantization_config"):
             raise ModelError(f"{shown_path(path)}: quantized already (quantization_config); a float encoder is needed, {INSTEAD}")
-        return config
+        return ENCODERS[self.kind].model_validate(config)
 
     def tokenizer(self) -> Any:
         """The tokenizer.

@@ -128,16 +128,15 @@ def test_a_run_repeats_from_its_recipe_when_the_prompts_are_gone(exported: Path,
         assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 
 
-def test_a_run_that_continues_encodes_nothing(exported: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*most: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(torch_network, "encode_prompts", never)
+def test_a_run_that_continues_encodes_nothing_and_draws_what_is_kept(
+    exported: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    monkeypatch.setattr(torch_network, "encode_prompts", None)
     watch = Kept()
-    run(recipe(toy), exported, until="verify", progress=watch)
-    assert {stage: watch.stages[stage] for stage in ("conditions", "calibrate", "reference")} == dict.fromkeys(
-        ("conditions", "calibrate", "reference"), True
-    )
+    run(recipe(toy, parity_size=2), out, Options(overwrite=True), until="verify", progress=watch)
+    done = {stage: watch.stages[stage] for stage in ("conditions", "calibrate", "reference")}
+    assert done == {"conditions": True, "calibrate": True, "reference": False}
 
 
 def test_other_prompts_do_again_what_depends_on_them(exported: Path, toy: Path, tmp_path: Path) -> None:
@@ -247,6 +246,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "config gone": (lambda model: (model / "text_encoder/config.json").unlink(), r"text_encoder/config\.json: no such file"),
     "config wrong": (lambda model: edit(model / "text_encoder/config.json", d_model="8"), r"config\.json: d_model = '8'"),
+    "config of another": (
+        lambda model: edit(model / "text_encoder/config.json", feed_forward_proj="swish"),
+        r"config\.json: feed_forward_proj = 'swish': expected 'relu' or 'gated-gelu'",
+    ),
     "config huge": (lambda model: edit(model / "text_encoder/config.json", num_layers=10**9), r"config\.json: num_layers = 10"),
     "quantized": (
         lambda model: edit(model / "text_encoder/config.json", quantization_config={"bits": 4}),
@@ -268,6 +271,13 @@ def test_a_damaged_text_encoder_is_refused_before_the_network_is_loaded(name: st
         run(recipe(model), tmp_path / "out", until="calibrate")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_configuration_says_of_other_things_changes_nothing(toy: Path, model: Path) -> None:
+    """A decoder's masks, for example, of a file that is for the whole T5."""
+    edit(model / "text_encoder" / "config.json", is_decoder=True, pad_token_id={"a": 1}, use_cache="no", dropout_rate=None)
+    exact, found = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
+    np.testing.assert_array_equal(found, exact)
 
 
 def test_weights_of_another_encoder_are_refused_and_nothing_is_kept(model: Path, tmp_path: Path) -> None:

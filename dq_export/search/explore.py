@@ -13,9 +13,8 @@ import numpy as np
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.progress import Progress, Silent
-from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.recipe import Recipe
 from dq_export.core.scheme import Scheme
-from dq_export.deploy.backend import Backend
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.packages import require_packages
 
@@ -30,13 +29,13 @@ from ..report.report import FRONT
 from ..stages.calibrate import sampling_of
 from ..stages.conditions import ENCODING, draws_prompts, set_conditions, write_conditions
 from ..stages.recording import HELD_OUT
+from .goal import MEGABYTE, goal_of, require_possible, require_timing
 from .kernel_times import time_space
 from .request import SearchError, SearchRequest
 from .space import KNOWN, Genome, Space, space_of
-from .strategies import SEARCHES, Goal, Search, evaluations_of
+from .strategies import SEARCHES, Search, evaluations_of
 from .trajectories import EVALUATIONS, Trajectories, uniform
 
-MEGABYTE = 1e6
 WINNER = "winner.yaml"
 
 
@@ -90,7 +89,7 @@ def explore(
     require_packages(("torch", "diffusers", "safetensors", "onnx", "onnxscript"), "dq-export search")
     backend = backend_of(recipe)
     if request.max_latency is not None:
-        _require_timing(backend, recipe)
+        require_timing(backend, recipe)
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
@@ -129,37 +128,6 @@ def explore(
             raise SearchError(_unmet(outcome, request))
         write_text(folder / WINNER, outcome.recipe.dump())
     return outcome
-
-
-def goal_of(space: Space, request: SearchRequest) -> Goal:
-    """The request in terms of genomes."""
-    by_size = request.max_latency is None
-    cost = (lambda genome: space.bytes_of(genome) / MEGABYTE) if by_size else space.milliseconds_of
-    return Goal(cost=cost, limit=request.limit, sqnr=request.target_sqnr, quantizes=space.quantizes)
-
-
-def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
-    """Ask that the cheapest mix is within the limit.
-
-    Raises:
-        RecipeError: it is not; the message says what it costs.
-    """
-    costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
-    least = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
-    if goal.limit is not None and least > goal.limit:
-        raise RecipeError(f"{request.option}: the cheapest of all mixes takes {least:.4g} {request.unit}; raise the limit")
-
-
-def _require_timing(backend: Backend | None, recipe: Recipe) -> None:
-    """Ask for what timing kernels needs, before anything is loaded."""
-    if backend is None:
-        raise RecipeError(f"--max-latency times kernels, and --format {recipe.format} builds none; choose another --format")
-    if not backend.runs:
-        raise RecipeError(
-            f"--max-latency times kernels, and those of --format {recipe.format} run on an NVIDIA GPU with its library only; "
-            "search on such a machine, or give --max-size"
-        )
-    backend.require()
 
 
 def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: int, watch: Progress) -> Search:

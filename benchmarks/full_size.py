@@ -1,4 +1,4 @@
-"""Cost and speed at DiT-XL/2's full size: each comparison is one command that prints one table, the machine named.
+"""Cost and speed at full size, of DiT-XL/2 or PixArt-Sigma-XL/2: each comparison is one command that prints one table.
 
     pip install -c constraints.txt ".[cpu,openvino]"
     python benchmarks/full_size.py cost       # time by stage and peak memory of one export, or of one with --rounding gptq
@@ -6,9 +6,10 @@
     python benchmarks/full_size.py speed      # engines beside each other, interleaved in one process group
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
 
-The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. Exports
-go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some
-minutes.
+The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. With
+`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`. A folder with conditions.safetensors
+is exported with them. Exports go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's
+quantize_static: 13 GB of memory and some minutes. Every table names the machine.
 """
 
 from __future__ import annotations
@@ -29,22 +30,40 @@ from typing import Any
 
 from process_tree import run_measured
 
+CONDITIONS = "conditions.safetensors"
 FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
 """Four forward passes of batch 2: one picture with guidance."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 
 
-def model_folder(path: Path, layers: int, *, pickle: bool) -> Path:
+def model_folder(path: Path, network: str, layers: int, *, pickle: bool) -> Path:
     """The full-size checkpoint, made where it is not there."""
     if not path.exists():
         words = ["--layers", str(layers), *(["--pickle"] if pickle else [])]
-        subprocess.run([sys.executable, Path(__file__).with_name("dit_xl.py"), path, *words], check=True)
+        subprocess.run([sys.executable, Path(__file__).with_name(f"{network}_xl.py"), path, *words], check=True)
     return path
+
+
+def conditions_of(model: Path) -> list[str]:
+    """The flags for a network that draws prompts."""
+    return ["--conditions", str(model / CONDITIONS)] if (model / CONDITIONS).exists() else []
+
+
+def reference_of(model: Path) -> Any:
+    """The float network, which knows what it draws."""
+    from dq_export.core.condition_file import load_conditions
+    from dq_export.families.source import load_reference
+
+    reference: Any = load_reference(str(model))
+    if conditions_of(model):
+        reference.conditions = load_conditions(model / CONDITIONS)
+    return reference
 
 
 def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
     """Run the command line; seconds, and GB at the peak of all its processes and of the largest of them."""
-    command = [sys.executable, "-m", "dq_export", *words[:1], "--model", str(model), "-o", str(out), *words[1:]]
+    where = ["--model", str(model), "-o", str(out), *conditions_of(model)]
+    command = [sys.executable, "-m", "dq_export", *words[:1], *where, *words[1:]]
     return run_measured([word for word in command if word])
 
 
@@ -70,10 +89,8 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
 
 def passes(model: Path) -> float:
     """Seconds of four forward passes of batch 2."""
-    from dq_export.families.source import load_reference
-
-    reference = load_reference(str(model))
-    feed = feed_of(reference.feed_shape)
+    reference = reference_of(model)
+    feed = feed_of(reference)
     reference.forward(feed)
     start = time.monotonic()
     for _ in range(4):
@@ -81,12 +98,14 @@ def passes(model: Path) -> float:
     return time.monotonic() - start
 
 
-def feed_of(shape: tuple[int, ...]) -> dict[str, Any]:
-    """One network call of batch 2."""
+def feed_of(reference: Any) -> dict[str, Any]:
+    """One network call of batch 2: a picture with its condition and without."""
     import numpy as np
 
-    states = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-    return {"hidden_states": states, "timestep": np.asarray([500]), "class_labels": np.asarray([1, 1000])}
+    rows, null = reference.conditions.rows(np.asarray([1])), reference.conditions.null_rows(1)
+    state, timestep = reference.inputs[:2]
+    feed = {name: np.concatenate([row, null[name]]) for name, row in rows.items()}
+    return {state.name: reference.noise(2, 0), timestep.name: np.asarray([500], dtype=timestep.dtype), **feed}
 
 
 def flat(model: Path, temporary: Path) -> None:
@@ -107,12 +126,11 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     from dq_export.deploy.latency import measure
     from dq_export.deploy.onnxruntime.cpu import open_graph
     from dq_export.deploy.openvino.backend import OpenVino
-    from dq_export.families.source import load_reference
 
     cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
-    peer = quantize_static(cpu / "float" / "model.onnx", temporary) if peers else None  # before anything else is in memory
-    reference = load_reference(str(model))
+    reference = reference_of(model)
+    peer = quantize_static(cpu / "float" / "model.onnx", feed_of(reference), temporary) if peers else None
     engines: dict[str, Any] = {
         "PyTorch fp32": reference.forward,
         "PyTorch bf16": reference.in_dtype("bf16"),
@@ -133,14 +151,14 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
                 engines[name] = openvino.load(Built(model=graph / "model.onnx", folder=graph / "engine"), batch=2)
     if peer:
         engines["onnxruntime quantize_static"] = open_graph(peer)
-    taken = measure(engines, feed_of(reference.feed_shape), rounds=15)
+    taken = measure(engines, feed_of(reference), rounds=15)
     base = taken["ONNX Runtime fp32"].median
     print("| one call, batch 2, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
     for name, latency in taken.items():
         print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
 
 
-def quantize_static(model: Path, temporary: Path) -> Path:
+def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
     """onnxruntime's own static quantization of the float graph: MatMul and Gemm, per channel, U8S8, MinMax, 4 samples."""
     import onnx
     from peers import static
@@ -150,7 +168,7 @@ def quantize_static(model: Path, temporary: Path) -> Path:
     shutil.copytree(model.parent, folder / "float")  # a copy: onnx refuses weights that are a hard link
     start = time.monotonic()
     target = folder / "model.onnx"
-    static(folder / "float" / model.name, [feed_of((4, 32, 32))] * 4, target, large=True)
+    static(folder / "float" / model.name, [feed] * 4, target, large=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak:.1f} GB at the peak of this process")
     assert onnx.load(target, load_external_data=False).graph.node
@@ -166,7 +184,8 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
     whole = {name: file_digest(out / name) for name in OUTPUTS}
     shutil.rmtree(out)
     out, moment = temporary / "killed", random.Random(0)
-    command = [sys.executable, "-m", "dq_export", "--model", str(model), "-o", str(out), *FLAGS, "--max-memory", "4.5"]
+    where = ["--model", str(model), "-o", str(out), *conditions_of(model)]
+    command = [sys.executable, "-m", "dq_export", *where, *FLAGS, "--max-memory", "4.5"]
     hit: list[str] = []
     # Of a run that goes on from what it finds, later moments lie in later stages.
     for turn in range(kills):
@@ -188,14 +207,16 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", choices=("cost", "flat", "speed", "resume"))
-    parser.add_argument("--model", type=Path, default=Path("dit-xl"))
+    parser.add_argument("--network", choices=("dit", "pixart"), default="dit")
+    parser.add_argument("--model", type=Path, help="default: dit-xl, pixart-xl")
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
     parser.add_argument("--pickle", action="store_true", help="make the model as the hub has it: a .bin, an old configuration")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--rounding", default="rtn", help="of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
-    model = model_folder(options.model, options.layers, pickle=options.pickle)
+    place = options.model or Path(f"{options.network}-xl")
+    model = model_folder(place, options.network, options.layers, pickle=options.pickle)
     name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     print(f"{name}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=model.parent) as temporary:

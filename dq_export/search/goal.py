@@ -1,9 +1,6 @@
-"""What a search looks for, and what can be known to be out of reach before it starts."""
+"""The goal of a search, and what can be known to be out of its reach before it starts."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,41 +8,10 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import Backend
 
 from .request import SearchRequest
-from .space import Genome, Space
+from .space import Space
+from .strategies import Goal
 
 MEGABYTE = 1e6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """Either the best pictures at a cost, or the least cost of good enough pictures.
-
-    Args:
-        cost: of a genome: megabytes or milliseconds.
-        limit: the greatest cost that a genome may have, or None.
-        sqnr: dB that the trajectory must have, or None.
-        quantizes: whether a genome quantizes anything: the float network is never what a search looks for.
-    """
-
-    cost: Callable[[Genome], float]
-    limit: float | None = None
-    sqnr: float | None = None
-    quantizes: Callable[[Genome], bool] = lambda genome: True
-
-    def legal(self, genome: Genome) -> bool:
-        """Whether the cost is within the limit, and anything is quantized."""
-        return self.quantizes(genome) and (self.limit is None or self.cost(genome) <= self.limit)
-
-    def met(self, genome: Genome, sqnr: float) -> bool:
-        """Whether a genome of that trajectory is what the search looks for."""
-        return self.legal(genome) and (self.sqnr is None or sqnr >= self.sqnr)
-
-    def rank(self, genome: Genome, sqnr: float) -> tuple[float, ...]:
-        """Greater is better; a genome that meets the goal is better than any that does not."""
-        if self.limit is not None:
-            return (float(self.met(genome, sqnr)), sqnr if self.legal(genome) else -self.cost(genome))
-        met = self.met(genome, sqnr)
-        return (float(met), float(self.legal(genome)), -self.cost(genome) if met else sqnr)
 
 
 def goal_of(space: Space, request: SearchRequest) -> Goal:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .goal import Goal
 from .space import Genome, Space
 
 POPULATION, PARENTS, MUTATION, TRIES = 50, 10, 0.1, 10
@@ -15,6 +15,38 @@ POPULATION, PARENTS, MUTATION, TRIES = 50, 10, 0.1, 10
 Noise = npt.NDArray[np.float64]
 MULTIPLIERS = 24
 """Points at which the additive model's front is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """Either the best pictures at a cost, or the least cost of good enough pictures.
+
+    Args:
+        cost: of a genome: megabytes or milliseconds.
+        limit: the greatest cost that a genome may have, or None.
+        sqnr: dB that the trajectory must have, or None.
+        quantizes: whether a genome quantizes anything: the float network is never what a search looks for.
+    """
+
+    cost: Callable[[Genome], float]
+    limit: float | None = None
+    sqnr: float | None = None
+    quantizes: Callable[[Genome], bool] = lambda genome: True
+
+    def legal(self, genome: Genome) -> bool:
+        """Whether the cost is within the limit, and anything is quantized."""
+        return self.quantizes(genome) and (self.limit is None or self.cost(genome) <= self.limit)
+
+    def met(self, genome: Genome, sqnr: float) -> bool:
+        """Whether a genome of that trajectory is what the search looks for."""
+        return self.legal(genome) and (self.sqnr is None or sqnr >= self.sqnr)
+
+    def rank(self, genome: Genome, sqnr: float) -> tuple[float, ...]:
+        """Greater is better; a genome that meets the goal is better than any that does not."""
+        if self.limit is not None:
+            return (float(self.met(genome, sqnr)), sqnr if self.legal(genome) else -self.cost(genome))
+        met = self.met(genome, sqnr)
+        return (float(met), float(self.legal(genome)), -self.cost(genome) if met else sqnr)
 
 
 class Search:

@@ -25,10 +25,9 @@ from dq_export.pipeline import run
 from dq_export.preparation import Options, resolve
 from dq_export.report.front import EXACT, Front, apart
 from dq_export.search.explore import WINNER, explore
-from dq_export.search.goal import Goal
 from dq_export.search.request import SearchError, SearchRequest
 from dq_export.search.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
-from dq_export.search.strategies import SEARCHES, Search, evaluations_of
+from dq_export.search.strategies import SEARCHES, Goal, Search, evaluations_of
 from dq_export.search.trajectories import EVALUATIONS
 
 SITES, CHOICES = 6, 4

@@ -201,7 +201,9 @@ def test_a_folder_that_gives_no_engine_is_refused_in_one_line(
 
 def test_a_missing_runtime_is_named(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"^onnxruntime is not installed; pip install 'dq-export\[cpu\]', needed for"):
+    with pytest.raises(
+        BackendError, match=r"^onnxruntime is not installed; pip install 'dq-export\[cpu\]', needed for --format ort$"
+    ):
         dq_export.load(shared)
 
 

@@ -17,6 +17,8 @@ from .base import GraphError
 
 Dims = tuple["int | Axis | None", ...]
 """An input's dimensions: a number, an axis, or None: the batch where it comes first, else a size of which nothing is known."""
+MEASURES = frozenset({"Shape", "Size"})
+"""Operators whose result depends on their input's sizes alone."""
 KEY = "dq_export.sizes"
 """Metadata property of a model: by axis, its size in pictures, the greatest one, and what each is a multiple of."""
 DAMAGED = f"the property {KEY} of the graph is not what an export writes; export again"

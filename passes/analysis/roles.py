@@ -9,6 +9,7 @@ import onnx_ir as ir
 from dq_export.core.network import Role
 
 from ..match import LinearNode
+from ..sizes import MEASURES
 from .axes import dims
 
 
@@ -43,11 +44,11 @@ def _is_vector(value: ir.Value) -> bool:
 
 
 def _behind(values: Collection[ir.Value]) -> set[ir.Value]:
-    """All values that depend on some."""
+    """All values that depend on the content of some; their sizes are the same throughout a trajectory."""
     dependent, todo = set(values), list(values)
     while todo:
         for node, _ in todo.pop().uses():
-            new = [value for value in node.outputs if value not in dependent]
+            new = [value for value in node.outputs if value not in dependent and node.op_type not in MEASURES]
             dependent.update(new)
             todo += new
     return dependent

@@ -8,11 +8,11 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ..base import GraphPass, PassReport, computed_initializer, like, stored
+from ..sizes import MEASURES
 
 WIDE = frozenset({"LayerNormalization"})
 """Operators that stay in float32: sums of squares over a row leave float16's range where nothing else does."""
-SIZES = frozenset({"Shape", "Size"})
-OTHER = SIZES | {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear"}
+OTHER = MEASURES | {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear"}
 """Operators whose result is never of their input's type."""
 SMALL = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATS = (ir.DataType.FLOAT, *SMALL)
@@ -76,7 +76,7 @@ class CastFloats(GraphPass):
         behind: set[ir.Value] = set(graph.inputs[:1])
         found: set[ir.Node] = set()
         for node in graph:
-            if node.op_type in SIZES:
+            if node.op_type in MEASURES:
                 continue
             # Also those of the text's keys and values, which depend on no state: a GEMM's two operands have one type.
             quantized = node.op_type in ("QuantizeLinear", "DequantizeLinear")

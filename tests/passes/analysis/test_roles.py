@@ -37,6 +37,23 @@ def test_roles_follow_from_shape_and_place(conditions: tuple[str, ...], text: st
     assert [site.name for site in result.sites] == ["blocks.0.to_q", "blocks.0.to_k"]
 
 
+def test_a_text_that_is_laid_out_by_the_states_sizes_is_static() -> None:
+    """As PixArt's, which is reshaped to the batch of the state."""
+    b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8]), text=(ir.DataType.FLOAT, ["B", 5, 8]))
+    batch = b.node("Shape", b.value["x"], start=0, end=1, shape=[1])
+    batch.dtype = ir.DataType.INT64
+    sizes = b.node("Concat", batch, b.const("rest", np.asarray([5, 8])), axis=0)
+    sizes.dtype = ir.DataType.INT64
+    text = b.node("Reshape", b.value["text"], sizes, shape=["B", 5, 8])
+    key = b.node("MatMul", text, b.weight("w5", 8, 8), module="blocks.0.to_k")
+    query = b.node("MatMul", b.value["x"], b.weight("w4", 8, 8), module="blocks.0.to_q")
+    model = b.shaped(b.node("MatMul", query, b.node("Transpose", key, perm=[0, 2, 1])))
+    assert {name: linear.role for name, linear in structure(model, ("text",)).linears.items()} == {
+        "blocks.0.to_k": "static",
+        "blocks.0.to_q": "gemm",
+    }
+
+
 def test_the_graph_stays_as_it_is() -> None:
     model = network()
     before = ir.serde.serialize_model(model).SerializeToString()

@@ -51,13 +51,18 @@ def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
     dynamic: list[dict[int, Any]] = []
     for item in inputs:
         one = shared and item.role == "timestep"
-        example.append(torch.from_numpy(item.zeros(1) if one else item.zeros()))
+        example.append(torch.zeros([1] if one else _sizes(item), dtype=getattr(torch, item.dtype)))
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
     graph = trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), dynamic)
     name_sizes(graph, axes_of(inputs))
     return graph
+
+
+def _sizes(item: Input) -> list[int]:
+    """Of an example. One that may change is no 1, which torch.export would take for a fixed one."""
+    return [max(size.size, 2 * size.multiple) if isinstance(size, Axis) else size for size in item.shape]
 
 
 def _dim(axis: Axis) -> Any:

@@ -14,7 +14,7 @@ from dq_export.core.network import BATCH, Axis, Input
 from dq_export.families import torch_export
 
 PATCH, WIDTH, BLOCKS = 2, 32, 5
-HEIGHT, ACROSS = (Axis(name, 6, 24, PATCH) for name in ("height", "width"))
+HEIGHT, ACROSS = Axis("height", 6, 24, PATCH), Axis("width", PATCH, 24, PATCH)  # one patch wide
 INPUTS = (
     Input(name="states", role="state", dtype="float32", shape=(BATCH, 3, HEIGHT, ACROSS)),
     Input(name="timestep", role="timestep", dtype="float32"),

@@ -33,8 +33,9 @@ from fuzzing.graphs import FORMATS as GRAPHS
 from fuzzing.judge import ENDINGS, FAULTS, STOPPED, Verdict, judge
 from fuzzing.models import FORMATS as MODELS
 from fuzzing.recipes import FORMATS as RECIPES
+from fuzzing.texts import FORMATS as TEXTS
 
-FORMATS = (*MODELS, *RECIPES, *GRAPHS, *FOLDERS)
+FORMATS = (*MODELS, *RECIPES, *GRAPHS, *FOLDERS, *TEXTS)
 LIMITS = Limits()
 
 
@@ -123,6 +124,7 @@ def prepare(folder: Path) -> dict[str, str]:
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     os.environ.update(quiet, MKL_CBWR="AUTO,STRICT", TOKENIZERS_PARALLELISM="false")
     materials.save_models(folder)
+    materials.save_text(folder)
     export = ["--model", str(folder / "plain"), *materials.EXPORT, "--triton", "-o", str(folder / "out")]
     fork_server.preload(export, folder / "imports")
     materials.save_graphs(folder / "graphs", folder / "out")

@@ -78,6 +78,33 @@ def save_models(folder: Path) -> None:
             (to / "transformer" / "config.json").write_text(json.dumps(OLD, indent=1))
 
 
+def save_text(folder: Path) -> None:
+    """Write a PixArt of two blocks with a T5 of one, `text`, and conditions for it, `conditions.safetensors`."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    from dq_export.core.condition_file import save_conditions
+    from dq_export.core.network import Conditions
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 8}
+    network = PixArtTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_layers=2, sample_size=4)
+    network.save_pretrained(folder / "text" / "transformer")
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -9.0)]
+    words = [(f"\u2581{word}", -1.0) for word in ("a", "red", "blue", "square", "circle")]
+    T5Tokenizer(vocab=[*marks, *words], extra_ids=0).save_pretrained(folder / "text" / "tokenizer")
+    encoder = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    T5EncoderModel(encoder).save_pretrained(folder / "text" / "text_encoder")
+    DPMSolverMultistepScheduler().save_pretrained(folder / "text" / "scheduler")
+    parts = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"]}
+    index = {"_class_name": PixArtSigmaPipeline.__name__, "transformer": ["diffusers", "PixArtTransformer2DModel"], **parts}
+    (folder / "text" / "model_index.json").write_text(json.dumps(index, indent=1))
+    rows = {"encoder_hidden_states": torch.randn(2, 6, 8).numpy(), "encoder_attention_mask": torch.ones(2, 6).numpy()}
+    null = {name: value[:1] for name, value in rows.items()}
+    save_conditions(folder / "conditions.safetensors", Conditions(names=("a", "b"), arrays=rows, null=null))
+
+
 def save_graphs(folder: Path, export: Path) -> None:
     """Write ONNX files: every form of the checker's table, and the graphs of an export."""
     import onnx_ir as ir

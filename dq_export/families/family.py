@@ -75,6 +75,10 @@ class Family(ABC):
         """What the network draws. Of a family without `encoders`."""
         raise NotImplementedError
 
+    def written(self, prompt: str) -> str:
+        """A prompt as the family's pipelines give it to their tokenizers."""
+        return prompt
+
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
         """The conditions of prompts. Of a family with `encoders`.
 

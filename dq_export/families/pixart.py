@@ -70,6 +70,10 @@ class PixArt(Family):
             *(sizes if model.use_additional_conditions else ()),
         )
 
+    def written(self, prompt: str) -> str:
+        """See `Family.written`."""
+        return prompt.lower().strip()
+
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
         """See `Family.encode`. As the pipeline does it, "" as the null; prompts are not cleaned, which needs more libraries."""
         import diffusers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from dq_export.core.documents import shown, shown_path
 from dq_export.core.network import Conditions
 from dq_export.core.progress import Advance
 
+from ..heap import return_freed_memory
 from .checkpoint import CONFIG, Checkpoint
 from .config_values import refused
 from .family import Family
@@ -40,7 +40,8 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     for name in parts.keys() - configs.keys():
         reader = name.replace("tokenizer", "text_encoder")
         known = configs[reader].vocab_size if reader in configs else 1 << 31
-        for number, tokens in enumerate(_tokens(parts[name], ("", *prompts))):
+        texts = ["", *map(family.written, prompts)]
+        for number, tokens in enumerate(_tokens(parts[name], texts)):
             prompt = f"prompt {number} ({shown(prompts[number - 1])})" if number else "the empty prompt"
             if number and len(tokens) - 1 > most:
                 raise ModelError(f"{prompt}: {len(tokens) - 1} tokens, and {checkpoint.pipeline} takes {most}; shorten it")
@@ -81,7 +82,7 @@ def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str
             done.append(family.encode(checkpoint.pipeline, loaded, some))
         progress(start + len(some), len(prompts), "prompts")
     loaded.clear()
-    gc.collect()
+    return_freed_memory()
     arrays = {name: np.concatenate([some.arrays[name] for some in done]) for name in done[0].arrays}
     return Conditions(names=tuple(prompts), arrays=arrays, null=done[0].null)
 

@@ -159,6 +159,20 @@ def _part(checkpoint: Checkpoint, name: str) -> Part:
     return Part(folder=folder, kind=entry[1])
 
 
+def _require_protobuf() -> None:
+    """Import what transformers reads spiece.model with; where that fails, it takes the file for another format.
+
+    Raises:
+        ModelError: the packages, as installed, do not work together.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # noqa: F401
+    except Exception as error:  # protobuf's VersionError is no ImportError
+        raise ModelError(
+            f"sentencepiece and protobuf, as installed, do not work together ({reason_of(error)}); pip install 'dq-export[text]'"
+        ) from error
+
+
 def _require_vocabulary(folder: Path) -> None:
     """Read a tokenizer's files before transformers does, which takes some damaged ones for an empty vocabulary.
 
@@ -177,5 +191,6 @@ def _require_vocabulary(folder: Path) -> None:
     if present == ["spiece.model"]:
         import sentencepiece
 
+        _require_protobuf()
         with refused(f"{shown_path(folder / 'spiece.model')}: no SentencePiece model", f"download it again, {INSTEAD}"):
             sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny
-from toy import PROMPTS, TOKENS, TOY, WIDTH, ToyPipeline, save_text_encoder, save_toy
+from toy import PROMPTS, TOKENS, TOY, WIDTH, Toy, ToyPipeline, save_text_encoder, save_toy
 
 import dq_export.families as families_package
 from dq_export.cli.export import recipe_of
@@ -29,7 +29,8 @@ from dq_export.families import FAMILIES, torch_network
 from dq_export.families.checkpoint import open_checkpoint
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
-from dq_export.families.text_encoders import encoder_bytes
+from dq_export.families.text_encoders import encoder_bytes, require_prompts
+from dq_export.families.text_parts import parts_of
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options
@@ -191,6 +192,35 @@ def test_an_encoder_of_half_the_width_computes_in_float32(dtype: torch.dtype, mo
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
 
+def test_a_tokenizer_may_be_a_sentencepiece_model(model: Path, tmp_path: Path) -> None:
+    """As PixArt's are on the hub, with marks above the vocabulary in the configuration."""
+    import sentencepiece
+
+    texts = ["A red square, beside a ﬁne green circle!", "blue squares"]
+    (tmp_path / "texts").write_text("\n".join(texts * 9))
+    options = {"vocab_size": 40, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts"), model_prefix=str(tmp_path / "spiece"), hard_vocab_limit=False, **options
+    )
+    for path in (model / "tokenizer").iterdir():
+        path.unlink()
+    shutil.copyfile(tmp_path / "spiece.model", model / "tokenizer" / "spiece.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    more = [f"<extra_id_{number}>" for number in range(2)]
+    marks = {**{i: pieces.id_to_piece(i) for i in range(3)}, **{pieces.get_piece_size() + 1 - i: more[i] for i in range(2)}}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {str(number): {"content": mark, **plain} for number, mark in marks.items()},
+        "additional_special_tokens": more, "clean_up_tokenization_spaces": True, "eos_token": "</s>", "extra_ids": 2,
+        "legacy": True, "model_max_length": 300, "pad_token": "<pad>", "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer",
+        "unk_token": "<unk>",
+    }  # fmt: skip
+    (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = parts_of(TOY, open_checkpoint(model))["tokenizer"].tokenizer()
+    for text_ in (*texts, "", "unknown: 雪"):
+        assert tokenizer(text_).input_ids == [*pieces.encode(text_), 1]
+
+
 def test_the_memory_of_an_encoder_is_told_from_its_headers(model: Path) -> None:
     """What is stored in float32 is mapped as it is; of other files one block at a time is converted."""
     found = []
@@ -303,6 +333,17 @@ def test_a_prompt_that_is_too_long_is_named(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"^prompt 2 \('a red .*'\): 8 tokens, and ToyPipeline takes {TOKENS}; shorten it$"):
         run(recipe(toy, prompts=prompts), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_is_measured_as_the_pipelines_write_it(toy: Path) -> None:
+    class Twice(Toy):
+        def written(self, prompt: str) -> str:
+            return f"{prompt} {prompt}"
+
+    checkpoint = open_checkpoint(toy)
+    require_prompts(TOY, checkpoint, ["a red square"])
+    with pytest.raises(ModelError, match=r"^prompt 1 \('a red square'\): 7 tokens"):
+        require_prompts(Twice(), checkpoint, ["a red square"])
 
 
 @pytest.mark.parametrize(

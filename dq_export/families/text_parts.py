@@ -126,7 +126,7 @@ def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int
     """
     found = []
     for name, part in parts_of(family, checkpoint).items():
-        for path in sorted(part.folder.iterdir()):
+        for path in sorted(path for path in part.folder.iterdir() if path.is_file()):
             status = path.stat()
             found.append((f"{name}/{path.name}", status.st_size, status.st_mtime_ns))
     return found

@@ -165,7 +165,9 @@ class TorchNetwork:
         taken = [item.name for item in self.inputs if item.name in encoded.arrays]  # some of a family's networks take fewer
         conditions = encoded.only(taken)
         if reason := misfit(conditions, self.inputs, guided=False):
-            raise ModelError(f"{shown_path(self.checkpoint.home)}: its text encoders do not fit its network: {reason}")
+            raise ModelError(
+                f"{shown_path(self.checkpoint.home)}: its text encoders give what its network does not take: {reason}"
+            )
         return conditions
 
     def encoding_files(self) -> list[tuple[str, int, int]]:

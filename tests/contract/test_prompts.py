@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import save_tiny
-from toy import PROMPTS, TOKENS, TOY, WIDTH, Toy, ToyPipeline, save_text_encoder, save_toy
+from toy import PROMPTS, TOY, WIDTH, ToyPipeline, save_toy
 
 import dq_export.families as families_package
 from dq_export.cli.export import recipe_of
@@ -26,11 +24,6 @@ from dq_export.core.scheme import scheme_of
 from dq_export.core.tensor_file import load_tensors, save_tensors
 from dq_export.deploy.backend import BackendError
 from dq_export.families import FAMILIES, torch_network
-from dq_export.families.checkpoint import open_checkpoint
-from dq_export.families.reference import ModelError
-from dq_export.families.source import load_reference
-from dq_export.families.text_encoders import encoder_bytes, require_prompts
-from dq_export.families.text_parts import parts_of
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options
@@ -178,172 +171,6 @@ def test_a_file_of_conditions_needs_no_encoder(model: Path, tmp_path: Path) -> N
     with pytest.raises(RecipeError, match=rf"its sha256 is [0-9a-f]{{64}}, and the recipe has {resolved.conditions_sha256}; put"):
         run(resolved, tmp_path / "changed", until="calibrate")
     assert not (tmp_path / "changed").exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_encoder_of_half_the_width_computes_in_float32(dtype: torch.dtype, model: Path) -> None:
-    from transformers import T5EncoderModel, T5Tokenizer
-
-    save_text_encoder(model, dtype)
-    found = load_reference(str(model)).encode(PROMPTS, "cpu").arrays["context"]
-    tokenizer = T5Tokenizer.from_pretrained(model / "tokenizer")
-    widened = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
-    exact = ToyPipeline(None, None, tokenizer, widened).encode_prompt(list(PROMPTS)).numpy()
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
-
-
-def test_a_tokenizer_may_be_a_sentencepiece_model(model: Path, tmp_path: Path) -> None:
-    """As PixArt's are on the hub, with marks above the vocabulary in the configuration."""
-    import sentencepiece
-
-    texts = ["A red square, beside a ﬁne green circle!", "blue squares"]
-    (tmp_path / "texts").write_text("\n".join(texts * 9))
-    options = {"vocab_size": 40, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "texts"), model_prefix=str(tmp_path / "spiece"), hard_vocab_limit=False, **options
-    )
-    for path in (model / "tokenizer").iterdir():
-        path.unlink()
-    shutil.copyfile(tmp_path / "spiece.model", model / "tokenizer" / "spiece.model")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
-    more = [f"<extra_id_{number}>" for number in range(2)]
-    marks = {**{i: pieces.id_to_piece(i) for i in range(3)}, **{pieces.get_piece_size() + 1 - i: more[i] for i in range(2)}}
-    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    settings = {
-        "added_tokens_decoder": {str(number): {"content": mark, **plain} for number, mark in marks.items()},
-        "additional_special_tokens": more, "clean_up_tokenization_spaces": True, "eos_token": "</s>", "extra_ids": 2,
-        "legacy": True, "model_max_length": 300, "pad_token": "<pad>", "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer",
-        "unk_token": "<unk>",
-    }  # fmt: skip
-    (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = parts_of(TOY, open_checkpoint(model))["tokenizer"].tokenizer()
-    for text_ in (*texts, "", "unknown: 雪"):
-        assert tokenizer(text_).input_ids == [*pieces.encode(text_), 1]
-
-
-def test_the_memory_of_an_encoder_is_told_from_its_headers(model: Path) -> None:
-    """What is stored in float32 is mapped as it is; of other files one block at a time is converted."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        save_text_encoder(model, dtype)
-        found.append(encoder_bytes(TOY, open_checkpoint(model)) - (model / "text_encoder/model.safetensors").stat().st_size)
-    block = 4 * (4 * WIDTH * 8 + 3 * 16 * WIDTH + 2 * WIDTH + 2 * 32)  # attention, gated MLP, norms, relative positions
-    assert found == [0, block + 4 * (11 * WIDTH + WIDTH)]
-
-
-def index(model: Path, **entries: Any) -> None:
-    path = model / "model_index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-
-
-def text(path: Path, content: str) -> None:
-    path.write_text(content)
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-DAMAGE: dict[str, tuple[Any, str]] = {
-    "encoder gone": (lambda model: shutil.rmtree(model / "text_encoder"), r"text_encoder: no such folder, .* pass --conditions"),
-    "tokenizer gone": (lambda model: shutil.rmtree(model / "tokenizer"), r"tokenizer: no such folder, .* pass --conditions FILE"),
-    "no vocabulary": (
-        lambda model: (model / "tokenizer" / "tokenizer.json").unlink(),
-        r"tokenizer: no tokenizer\.json and no spiece\.model; download it again, or pass --conditions",
-    ),
-    "vocabulary cut": (lambda model: text(model / "tokenizer/tokenizer.json", '{"model": '), r"tokenizer\.json: not readable as"),
-    "vocabulary empty": (lambda model: text(model / "tokenizer/tokenizer.json", "{}"), r"tokenizer: makes no T5Tokenizer \("),
-    "vocabulary wrong": (
-        lambda model: edit(model / "tokenizer/tokenizer.json", model={"type": "Unigram", "vocab": 7, "unk_id": 2}),
-        r"tokenizer: makes no T5Tokenizer \(",
-    ),
-    "piece model": (
-        lambda model: ((model / "tokenizer/tokenizer.json").unlink(), text(model / "tokenizer/spiece.model", "junk")),
-        r"spiece\.model: no SentencePiece model \(",
-    ),
-    "settings": (lambda model: text(model / "tokenizer/tokenizer_config.json", "[]"), r"tokenizer_config\.json: expected a JSON"),
-    "remote code": (lambda model: index(model, text_encoder=["mine", "T5EncoderModel"]), r"text_encoder is \['mine', 'T5Enc"),
-    "other class": (lambda model: index(model, tokenizer=["transformers", "GPT2Tokenizer"]), "expected .'transformers', one of"),
-    "null": (lambda model: index(model, text_encoder=[None, None]), r"text_encoder is \[None, None\]; expected"),
-    "pipeline": (
-        lambda model: index(model, _class_name="FluxPipeline"),
-        r"'FluxPipeline' does not draw with the family toy; expected ToyPipeline",
-    ),
-    "alone": (lambda model: (model / "model_index.json").unlink(), r"model_index\.json: no such file, so nothing says what"),
-    "weights gone": (
-        lambda model: (model / "text_encoder/model.safetensors").unlink(),
-        r"text_encoder: no weights; expected model\.safetensors or pytorch_model\.bin",
-    ),
-    "config gone": (lambda model: (model / "text_encoder/config.json").unlink(), r"text_encoder/config\.json: no such file"),
-    "config wrong": (lambda model: edit(model / "text_encoder/config.json", d_model="8"), r"config\.json: d_model = '8'"),
-    "config of another": (
-        lambda model: edit(model / "text_encoder/config.json", feed_forward_proj="swish"),
-        r"config\.json: feed_forward_proj = 'swish': expected 'relu' or 'gated-gelu'",
-    ),
-    "config huge": (lambda model: edit(model / "text_encoder/config.json", num_layers=10**9), r"config\.json: num_layers = 10"),
-    "quantized": (
-        lambda model: edit(model / "text_encoder/config.json", quantization_config={"bits": 4}),
-        r"quantized already \(quantization_config\)",
-    ),
-    "vocabulary small": (
-        lambda model: edit(model / "text_encoder/config.json", vocab_size=3),
-        r"tokenizer: makes the token \d+ of prompt 1 \('a red square'\), and text_encoder knows 3 tokens",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_text_encoder_is_refused_before_the_network_is_loaded(name: str, model: Path, tmp_path: Path) -> None:
-    damage, message = DAMAGE[name]
-    damage(model)
-    (model / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
-    with pytest.raises(ModelError, match=message) as error:
-        run(recipe(model), tmp_path / "out", until="calibrate")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_a_configuration_says_of_other_things_changes_nothing(toy: Path, model: Path) -> None:
-    """A decoder's masks, for example, of a file that is for the whole T5."""
-    edit(model / "text_encoder" / "config.json", is_decoder=True, pad_token_id={"a": 1}, use_cache="no", dropout_rate=None)
-    exact, found = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
-    np.testing.assert_array_equal(found, exact)
-
-
-def test_weights_of_another_encoder_are_refused_and_nothing_is_kept(model: Path, tmp_path: Path) -> None:
-    edit(model / "text_encoder" / "config.json", d_ff=24)
-    with pytest.raises(
-        ModelError, match=r"text_encoder: config\.json and weights do not fit each other: .*wi_0\.weight has shape"
-    ):
-        run(recipe(model), tmp_path / "out", until="calibrate")
-    assert not (tmp_path / "out" / CONDITIONS).exists()
-
-
-def test_an_encoder_of_another_width_does_not_fit_the_network(model: Path, tmp_path: Path) -> None:
-    from transformers import T5Config, T5EncoderModel
-
-    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    T5EncoderModel(T5Config(vocab_size=11, **sizes)).save_pretrained(model / "text_encoder")
-    with pytest.raises(ModelError, match=r"its text encoders do not fit its network: context has shape \[4, 5, 12\]; expected"):
-        run(recipe(model), tmp_path / "out", until="calibrate")
-
-
-def test_a_prompt_that_is_too_long_is_named(toy: Path, tmp_path: Path) -> None:
-    prompts = ["a red square", "a red square beside a blue circle"]
-    with pytest.raises(ModelError, match=rf"^prompt 2 \('a red .*'\): 8 tokens, and ToyPipeline takes {TOKENS}; shorten it$"):
-        run(recipe(toy, prompts=prompts), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_prompt_is_measured_as_the_pipelines_write_it(toy: Path) -> None:
-    class Twice(Toy):
-        def written(self, prompt: str) -> str:
-            return f"{prompt} {prompt}"
-
-    checkpoint = open_checkpoint(toy)
-    require_prompts(TOY, checkpoint, ["a red square"])
-    with pytest.raises(ModelError, match=r"^prompt 1 \('a red square'\): 7 tokens"):
-        require_prompts(Twice(), checkpoint, ["a red square"])
 
 
 @pytest.mark.parametrize(

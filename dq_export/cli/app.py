@@ -32,7 +32,8 @@ Without a command: calibrate, quantize, build, audit, verify against PyTorch and
 \b
 Examples:
   dq-export --model dit-digits -o out
-  dq-export --model facebook/DiT-XL-2-256 --format trt --bits fp8 -o out
+  dq-export --model dit --format trt --bits fp8 -o out
+  dq-export --model pixart --prompts prompts.txt -o out
   dq-export --recipe out/recipe.yaml --bits w4a8 -o other
   dq-export explain out
 

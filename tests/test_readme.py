@@ -40,11 +40,13 @@ def test_every_option_and_command_of_the_readme_exists() -> None:
         assert re.search(rf"^\W*{command} ", known, re.MULTILINE)
 
 
-def test_the_python_example_compiles_and_names_what_exists() -> None:
+def test_the_python_examples_compile_and_name_what_exists() -> None:
     import dq_export
 
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    compile(code, "README.md", "exec")
+    examples = [block for kind, block in BLOCKS if kind == "python"]
+    assert len(examples) == 2
+    for code in examples:
+        compile(code, "README.md", "exec")
     for name in re.findall(r"`dq_export\.(\w+)`|dq_export\.(\w+)\(", TEXT):
         assert hasattr(dq_export, name[0] or name[1])
 

@@ -34,7 +34,7 @@ def test_the_help_has_the_groups_in_80_columns_and_examples_that_are_commands() 
     for group in (*GROUPS, "Run", "Commands"):
         assert f"─ {group} ─" in text
     examples = re.findall(r"^ +dq-export ((?:--|[a-z]).*?) *$", text, re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for words in examples:
         asked = [*words.split(), "--help"]
         assert CliRunner().invoke(app, asked).exit_code == 0, words

@@ -1,6 +1,7 @@
 """Every recipe, and what others make of the same model, on dit-digits and its hard copy: the README's table of accuracy.
 
     pip install ".[cpu,openvino,metrics]" && python benchmarks/quality.py [--recipes NAME ...] [--models plain hard]
+    python benchmarks/quality.py --models text  pixart-digits; needs the extra `text`
     python benchmarks/quality.py --peers        also onnxruntime's quantize_static, nvidia-modelopt and NNCF
 
 Each row is a real engine. A row's figures: SQNR in dB of a network call against PyTorch, mean and worst over a guided
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from digits import load_model, wanted
 from reading import Reader
 
 from dq_export.core.recipe import Recipe
@@ -31,7 +33,7 @@ from dq_export.deploy.latency import measure
 from dq_export.deploy.onnxruntime.cpu import OrtEngine, open_graph, session_errors
 from dq_export.deploy.parity import difference
 from dq_export.families.reference import Float32, Reference
-from dq_export.families.source import PACKAGED, load_reference
+from dq_export.families.source import NAMED, PACKAGED
 from dq_export.pipeline import run
 from dq_export.stages.recording import Recording, draw
 from dq_export.stages.verify import save_pictures
@@ -88,12 +90,13 @@ class Bench:
     def __init__(self, name: str, model: str, temporary: Path, options: argparse.Namespace, reader: Reader) -> None:
         self.name, self.model, self.temporary, self.reader, self.count = name, model, temporary, reader, options.count
         self.steps, self.keep = options.steps, options.keep
-        self.reference: Reference = load_reference(model)
+        self.guidance = NAMED.get(model, ("", 2.0))[1]
+        self.reference: Reference = load_model(model)
         self.rows: list[dict[str, Any]] = []
 
     def recipe(self, label: str, options: Mapping[str, Any]) -> None:
         """Export with a recipe and add its row."""
-        parsed = Recipe.parse({"model": self.model, "guidance_scale": 2.0, "min_sqnr": -200, **options}, "benchmark")
+        parsed = Recipe.parse({"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, **options}, "benchmark")
         out = self.temporary / self.name / label
         report = run(parsed, out)
         assert report.parity
@@ -114,7 +117,7 @@ class Bench:
         out = self.temporary / self.name / label
         source = self.temporary / self.name / "float"
         if not source.exists():
-            values = {"model": self.model, "guidance_scale": 2.0, "min_sqnr": -200, "parity_size": 8}
+            values = {"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, "parity_size": 8}
             parsed = Recipe.parse(values, "benchmark")
             run(parsed, self.temporary / self.name / "whole", until="verify")
             shutil.copytree(self.temporary / self.name / "whole" / "float", source)  # a copy: peers refuse hard links
@@ -157,23 +160,23 @@ class Bench:
             return self.reference.forward(feed)
 
         for start in (0, 8):
-            labels = np.arange(start, start + 8) % 10
-            self.reference.draw(recorded, self.reference.noise(8, start), labels, steps=50, guidance=2.0)
+            conditions = np.arange(start, start + 8) % len(self.reference.conditions)
+            self.reference.draw(recorded, self.reference.noise(8, start), conditions, steps=50, guidance=self.guidance)
         return {name: np.stack([feed[name] for feed in feeds[::2]]) for name in feeds[0]}
 
     def digits(self, engine: Callable[[Any], Float32], label: str) -> tuple[float, float]:
         """Share of digits read as asked for, and the distance of all from real ones."""
-        labels = np.arange(self.count, dtype=np.int64) % 10
+        conditions, digits = wanted(self.reference, self.count)
         parts = []
         for start in range(0, self.count, 8):
-            part = labels[start : start + 8]
+            part = conditions[start : start + 8]
             noise = self.reference.noise(len(part), 4242 + start)
-            parts.append(self.reference.draw(engine, noise, part, steps=self.steps, guidance=2.0))
+            parts.append(self.reference.draw(engine, noise, part, steps=self.steps, guidance=self.guidance))
         pictures = np.concatenate(parts)
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
             save_pictures(self.keep / f"{self.name} {label.replace('/', ' ')}.png", [pictures[:20]])
-        return float((self.reader.read(pictures) == labels).mean()), self.reader.distance(pictures)
+        return float((self.reader.read(pictures) == digits).mean()), self.reader.distance(pictures)
 
     def row(
         self,
@@ -241,7 +244,7 @@ def _openvino(path: Path) -> Callable[[Any], Float32]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="words that a recipe's name must begin with")
-    parser.add_argument("--models", nargs="*", default=["plain", "hard"])
+    parser.add_argument("--models", nargs="*", default=["plain", "hard"], choices=("plain", "hard", "text"))
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all of them without a name")
     parser.add_argument("--peers-folder", type=Path, default=Path("peers"))
     parser.add_argument("--count", type=int, default=200, help="digits to draw for reading and distance")
@@ -253,7 +256,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model")}
+        models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model"), "text": "pixart-digits"}
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
         for name in options.models:
             bench = Bench(name, models[name], Path(temporary), options, reader)

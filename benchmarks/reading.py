@@ -13,6 +13,21 @@ from sklearn.svm import SVC
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def named_digit(prompt: str) -> int:
+    """The digit that a prompt or a class label names: 7 for "a handwritten seven", "the digit 7" and "7".
+
+    Raises:
+        ValueError: it names none.
+    """
+    for word in prompt.split():
+        if word in NAMES:
+            return NAMES.index(word)
+        if word.isdecimal() and int(word) < len(NAMES):
+            return int(word)
+    raise ValueError(f"{prompt!r} names no digit")
 
 
 @dataclass(frozen=True, kw_only=True)

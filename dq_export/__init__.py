@@ -22,7 +22,7 @@ def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:
     """Export a model and prove what was exported.
 
     Args:
-        model: `dit`, `dit-digits`, a hub id or a local diffusers folder.
+        model: `dit-digits`, `pixart-digits`, another short name, a hub id or a local diffusers folder.
         output_dir: a new folder, or one that holds an earlier run of the same options, which is then continued.
         options: every key of the recipe (`format`, `bits`, `method`, `scaling`, `steps` …), and `exclude` (a tuple of
             regular expressions), `overwrite`, `max_memory`, `device`, `plugin` as in `dq_export.preparation.Options`, and

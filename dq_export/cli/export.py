@@ -108,7 +108,7 @@ def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
         base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
     values = {**base, **given}
     if "model" not in values:
-        raise RecipeError("--model is missing: dit, dit-digits, a hub id or a diffusers folder")
+        raise RecipeError("--model is missing: dit-digits, pixart-digits, a hub id or a diffusers folder")
     return Recipe.parse(values, f"recipe {path} with flags" if path else "option")
 
 

@@ -28,6 +28,7 @@ NAMED: dict[str, tuple[str, float]] = {
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 4.5),
     "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-1024-MS", 4.5),
     "dit-digits": (str(PACKAGED / "dit-digits"), 2.0),
+    "pixart-digits": (str(PACKAGED / "pixart-digits"), 2.0),
 }
 """Short names: a folder or hub id, and the guidance scale that suits it."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dq_export.core.network import axes_of
 from dq_export.core.recipe import Recipe
 
 from ..finished_folder import FLOAT_CONFIG
@@ -36,8 +37,9 @@ class FloatGraph(Stage[Result]):
         return ("float",)
 
     def also(self, context: Context) -> dict[str, Any]:
-        """The checkpoint."""
-        return {"model": context.reference.digest, "config": context.reference.config}
+        """The checkpoint, and the sizes that the graph holds as examples, of which the conditions decide some."""
+        sizes = {axis.name: axis.size for axis in axes_of(context.reference.inputs)}
+        return {"model": context.reference.digest, "config": context.reference.config, "sizes": sizes}
 
     def run(self, context: Context, target: Path) -> Result:
         """Write `float/model.onnx`, and the network's configuration beside it."""

@@ -24,6 +24,7 @@ from dq_export.core.scheme import scheme_of
 from dq_export.core.tensor_file import load_tensors, save_tensors
 from dq_export.deploy.backend import BackendError
 from dq_export.families import FAMILIES, torch_network
+from dq_export.families.source import pin
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options
@@ -145,13 +146,22 @@ def test_other_prompts_do_again_what_depends_on_them(exported: Path, toy: Path, 
     assert load_conditions(out / CONDITIONS).names == ("a blue circle", "a green square")
 
 
-def test_the_packages_prompts_are_drawn_where_there_are_no_others(model: Path, tmp_path: Path) -> None:
-    (model / "prompts.txt").unlink()
-    from dq_export.families.source import pin
+def test_conditions_of_another_length_write_the_graph_again(toy: Path, tmp_path: Path) -> None:
+    """The graph holds the lengths that audits and plans count with."""
+    path, done = tmp_path / "encoded.safetensors", []
+    for length, value in ((4, 1), (4, 2), (6, 2)):
+        file_of_conditions(path, **{
+            name: np.full((count, length, WIDTH), value, np.float32) for name, count in (("context", 3), ("null.context", 1))
+        })  # fmt: skip
+        watch = Kept()
+        run(recipe(toy, conditions=str(path)), tmp_path / "out", Options(overwrite=True), until="float", progress=watch)
+        done.append((watch.stages["conditions"], watch.stages["float"]))
+    assert done == [(False, False), (False, True), (False, False)]
 
-    resolved, _ = pin(recipe(model))
-    assert resolved.prompts is not None
-    assert len(resolved.prompts) == 32
+
+def test_the_packages_prompts_are_drawn_where_there_are_no_others(model: Path) -> None:
+    (model / "prompts.txt").unlink()
+    assert len(pin(recipe(model))[0].prompts or ()) == 32
 
 
 def test_a_file_of_conditions_needs_no_encoder(model: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pixart import ALPHA, TINY, save_pixart
+from pixart import ALPHA, TINY, drawn_by_pixart_pipeline, save_pixart
+from toy import PROMPTS
 
+from dq_export.core.network import Conditions
 from dq_export.families.config_values import require_values
 from dq_export.families.pixart import PIXART
 from dq_export.families.pixart_values import PixArtValues
@@ -112,6 +114,16 @@ def test_alpha_of_2023_is_the_same_model(alpha: Path, tmp_path: Path) -> None:
     old.conditions = old.encode(["a red square"], "cpu")
     assert old.conditions.arrays["resolution"].tolist() == [[1024.0, 1024.0]]
     assert old.conditions.arrays["encoder_attention_mask"].shape == (1, 120)
+
+
+def test_without_guidance_no_null_is_needed(sigma: Path) -> None:
+    reference = load_reference(str(sigma))
+    encoded = reference.encode(PROMPTS, "cpu")
+    reference.conditions = Conditions(names=PROMPTS, arrays=encoded.arrays, null={})
+    chosen = np.asarray([2, 0])
+    exact = drawn_by_pixart_pipeline(sigma, reference, chosen, 1.0, 7)
+    found = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=1.0)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 def test_a_network_alone_has_pixarts_scheduler(sigma: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ NONE, GPTQ, TOKEN = {"scaling": "none"}, {"rounding": "gptq"}, {"granularity": "
 GROUP = {"granularity": "token-group", "group_size": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "w8a8 static, no scaling": {**NONE, "bins": 1},
+    "w8a8 static, auto": {"bins": 1},
     "w8a8 per timestep, no scaling": NONE,
     "w8a8 per timestep, dilate": {"scaling": "dilate"},
     "w8a8 per timestep, smooth": {"scaling": "smooth"},

@@ -47,7 +47,11 @@ def families() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("pixart-alpha",)
+"""Cases that differ from another one in two inputs."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -49,7 +49,7 @@ def sampled(
     return job.latents, watcher
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["fixed-sigma", "learned-sigma"])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["fixed-sigma", "learned-sigma"])
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_reference(str(save_tiny(tmp_path_factory.mktemp("network"), out_channels=request.param)))
 

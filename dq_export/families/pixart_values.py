@@ -58,7 +58,8 @@ class PixArtValues(Values):
             )
         if self.caption_channels is not None and self.cross_attention_dim != width:
             raise ValueError(
-                f"cross_attention_dim {self.cross_attention_dim}: expected {width}, to which caption_channels are projected"
+                f"cross_attention_dim {self.cross_attention_dim}: expected {width}, attention_head_dim {self.attention_head_dim} "
+                f"times num_attention_heads {self.num_attention_heads}, to which caption_channels are projected"
             )
         if self.use_additional_conditions and self.sample_size != MICRO_SIZE:
             raise ValueError(

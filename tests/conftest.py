@@ -29,6 +29,10 @@ from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.stages.conditions import ENCODE
 
+# Several processes of tests share the cores; PyTorch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Hypothesis stops a test at 200 ms an example: on a busy machine that is a timed assertion.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -54,6 +58,11 @@ STAGES = tuple(stage.name for stage in pipeline.STAGES if stage is not ENCODE)
 """Of a network that draws no prompts."""
 UNSERVED = [stage for stage in STAGES if stage != "triton"]
 """The stages of an export without a repository."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores, since some wait for a server or a child; four at most, for their memory."""
+    return min((os.cpu_count() or 1) + 1, 4)
 
 
 class Nobody:

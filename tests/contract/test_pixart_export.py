@@ -66,6 +66,7 @@ def worst(report: Report, stage: str) -> float:
     return min(call.sqnr for call in report.parity.calls if call.stage == stage)
 
 
+@pytest.mark.slow
 def test_scales_by_timestep_on_onnx_runtime(sigma: Path, tmp_path: Path) -> None:
     report = exported(sigma, tmp_path / "out")
     assert report.audit is not None

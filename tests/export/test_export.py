@@ -78,6 +78,7 @@ def test_the_graph_is_standard_onnx_with_explicit_zero_points(tiny_exported: Pat
     assert "transformer_blocks.1.attn1.to_k" in names
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_every_stage_and_other_options_redo_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     options = {**QUICK, "model": str(tiny_folder), "output_dir": tmp_path / "out"}
     dq_export.quantize(**options)

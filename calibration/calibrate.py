@@ -92,16 +92,12 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
     def decide(group: list[InputSite]) -> list[Decision]:
         items = [statistics[site.name] for site in group]
         linears = [name for site in group for name in site.linears]
-        weights = [denoiser.weight(name) for name in linears]
-        quantized = np.concatenate(
-            [np.full(len(w), assigned[name].scheme.low_precision) for name, w in zip(linears, weights, strict=True)]
-        )
+        quantized = [name for name in linears if assigned[name].scheme.low_precision]
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
         scaling = choose_scaling(
             reduce(SiteStatistics.joined, items),
-            np.concatenate(weights),
+            [denoiser.weight(name) for name in quantized],
             recipe if group[0].fold.shifts else recipe.model_copy(update={"shift": False}),
-            quantized=quantized,
             scheme=scheme,
         )
         return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -65,7 +65,7 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
         weight: float32[out, K], the stacked weights of all readers of the tensor.
         activation_amax: float32[K], max |x| of each channel over all timesteps.
     """
-    return _dilated(_room(np.abs(weight)), activation_amax, rho)
+    return _dilated(_room([weight]), activation_amax, rho)
 
 
 def _product(rows: Float32, weight: Float32) -> Float64:
@@ -84,13 +84,31 @@ def _code_product(left: Float32, right: Float32) -> Float64:
     return product
 
 
-def _room(magnitude: Float32) -> Float32:
-    """float32[K]: min over rows of amax_row / |W|, from |W|[out, K]; at most MAX_SCALE, and 1 for a column of zeros."""
-    row_amax = magnitude.max(axis=1, keepdims=True)
-    # The greatest share of its row's range that an element takes; rows of zeros take none.
-    share = (magnitude / np.where(row_amax > 0, row_amax, 1.0)).max(axis=0)
+def _room(weights: Sequence[Float32]) -> Float32:
+    """float32[K]: min over the rows of all W[out, K] of amax_row / |W|; at most MAX_SCALE, and 1 for a column of zeros."""
+
+    def largest_share(weight: Float32) -> Float32:
+        """float32[K]: of its row's range, the greatest that an element of each column takes; rows of zeros take none."""
+        magnitude = np.abs(weight)
+        row_amax = magnitude.max(axis=1, keepdims=True)
+        largest: Float32 = (magnitude / np.where(row_amax > 0, row_amax, 1.0)).max(axis=0)
+        return largest
+
+    share = np.maximum.reduce([largest_share(weight) for weight in weights])
     room: Float32 = np.where(share > 0, 1.0 / np.maximum(share, 1.0 / MAX_SCALE), 1.0).astype(np.float32)
     return room
+
+
+def _evenly(weights: Sequence[Float32], most: int) -> Float32:
+    """float32[at most `most`, K]: rows of all weights, evenly spaced as if these were stacked."""
+    total = sum(map(len, weights))
+    chosen = np.linspace(0, total - 1, min(total, most)).round().astype(np.int64)
+    rows: list[Float32] = []
+    start = 0
+    for weight in weights:
+        rows.append(weight[chosen[(chosen >= start) & (chosen < start + len(weight))] - start])
+        start += len(weight)
+    return np.concatenate(rows)
 
 
 def _dilated(room: Float32, activation_amax: Float32, rho: float) -> Float32:
@@ -139,9 +157,7 @@ def equalize(activation_range: Float32, weight_range: Float32) -> Float32:
     return smooth(activation_range, weight_range, 0.5)
 
 
-def choose_scaling(
-    statistics: SiteStatistics, weight: Float32, recipe: Recipe, *, quantized: npt.NDArray[np.bool_], scheme: Scheme
-) -> Scaling:
+def choose_scaling(statistics: SiteStatistics, weights: Sequence[Float32], recipe: Recipe, *, scheme: Scheme) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
     All readers of the tensor are judged together, by up to 256 of their outputs, evenly spaced: each output's error is
@@ -150,12 +166,11 @@ def choose_scaling(
     earlier candidate, so that nothing is scaled for nothing.
 
     Args:
-        weight: float32[out, K], stacked weights of all readers.
-        quantized: bool[out], the rows that will be quantized.
+        weights: float32[out, K] of each reader that will be quantized. They are not stacked: a text is read by every block.
         scheme: how weights and activation are quantized.
     """
     smallest = SMALLEST_HALF if recipe.dtype == "fp16" else 0.0
-    trial = _Trial.of(statistics, weight if quantized.all() else weight[quantized], scheme, smallest)
+    trial = _Trial.of(statistics, weights, scheme, smallest)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -211,16 +226,16 @@ class _Trial:
     smallest: float
 
     @staticmethod
-    def of(statistics: SiteStatistics, weight: Float32, scheme: Scheme, smallest: float) -> _Trial:
-        """For the stacked weights float32[out, K] of all quantized readers."""
-        magnitude = np.abs(weight)
-        chosen = np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS)).round().astype(np.int64)
-        few = weight[chosen]
+    def of(statistics: SiteStatistics, weights: Sequence[Float32], scheme: Scheme, smallest: float) -> _Trial:
+        """For the weights float32[out, K] of all quantized readers."""
+        high = np.maximum.reduce([weight.max(axis=0) for weight in weights])
+        low = np.minimum.reduce([weight.min(axis=0) for weight in weights])
+        few = _evenly(weights, OUTPUTS)
         return _Trial(
             statistics=statistics,
-            room=_room(magnitude),
-            column_amax=magnitude.max(axis=0),
-            column_range=weight.max(axis=0) - weight.min(axis=0),
+            room=_room(weights),
+            column_amax=np.maximum(high, -low),
+            column_range=high - low,
             weight=few,
             exact=_product(statistics.rows, few),
             scheme=scheme,

@@ -23,7 +23,14 @@ LINE_LENGTH, LINES = 1000, 40
 def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
     """Progress of a long command, which an interrupt ends with status 130 and a line that says how to go on."""
     watch = Lines(quiet=quiet)
+
+    def unraisable(failure: sys.UnraisableHookArgs) -> None:
+        # An interrupt inside a callback of the interpreter's: it goes on, until `watch` is next told how far it is.
+        if not (watch.interrupted and isinstance(failure.exc_value, KeyboardInterrupt)):
+            sys.__unraisablehook__(failure)
+
     signal.signal(signal.SIGINT, watch.interrupt)
+    sys.unraisablehook = unraisable
     try:
         yield watch
     except (KeyboardInterrupt, Exception):  # libraries turn an interrupt into errors of their own
@@ -33,6 +40,7 @@ def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
         print(f"\ninterrupted; {then}", file=sys.stderr)
         end(INTERRUPTED)
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         watch.stop()
 
 

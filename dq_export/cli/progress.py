@@ -62,6 +62,8 @@ class Lines:
 
         The first piece is not counted: it also loads libraries, and compiles.
         """
+        if self.interrupted:
+            raise KeyboardInterrupt
         now = time.monotonic()
         another = total != self.total or done < self.done  # phase of the stage
         self.done, self.total = done, total

@@ -161,7 +161,7 @@ def outliers() -> tuple[SiteStatistics, np.ndarray]:
 def chosen(scaling: str, **options: object) -> tuple[str, float]:
     found, weight = outliers()
     recipe = Recipe.parse({"model": "m", "scaling": scaling, **options}, "test")
-    result = choose_scaling(found, weight, recipe, quantized=np.ones(16, dtype=bool), scheme=W8A8)
+    result = choose_scaling(found, [weight], recipe, scheme=W8A8)
     return result.method, result.error
 
 
@@ -176,7 +176,7 @@ def test_auto_prefers_none_on_a_tie() -> None:
     rows = np.eye(4, dtype=np.float32)[np.arange(40) % 4] * 127
     rows[::2] *= -1
     weight = np.eye(4, dtype=np.float32)
-    result = choose_scaling(statistics(rows), weight, RECIPE, quantized=np.ones(4, dtype=bool), scheme=W8A8)
+    result = choose_scaling(statistics(rows), [weight], RECIPE, scheme=W8A8)
     assert result.method == "none"  # every candidate is exact here, but for the rounding of float32 scales
     assert result.error < 1e-15
 
@@ -184,7 +184,7 @@ def test_auto_prefers_none_on_a_tie() -> None:
 def test_a_shift_centres_one_sided_channels() -> None:
     rows = np.random.default_rng(2).uniform(10, 12, size=(200, 8)).astype(np.float32)
     recipe = Recipe(model="m", scaling="none", shift=True)
-    result = choose_scaling(statistics(rows), np.eye(8, dtype=np.float32), recipe, quantized=np.ones(8, dtype=bool), scheme=W8A8)
+    result = choose_scaling(statistics(rows), [np.eye(8, dtype=np.float32)], recipe, scheme=W8A8)
     assert np.abs(result.in_shift - 11).max() < 0.1
     assert statistics(rows).amax(result.in_scale, result.in_shift)[0] == pytest.approx(1, rel=0.02)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import calibrate_tiny, recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dq_export.calibration import calibrate as calibrate_module
 from dq_export.calibration.collect.statistics import SiteStatistics
 from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, balance, choose_scaling, dilate, equalize, smooth
 from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS
+from dq_export.families.reference import Reference
 
 # 2^-10 … 8 or 0: no column then needs more than the largest scale, so that every formula below holds as written.
 W8A8 = PRESETS["w8a8"]
@@ -108,7 +113,7 @@ def output_error(found: SiteStatistics, weight: np.ndarray, in_scale: np.ndarray
 
 def choose(found: SiteStatistics, weight: np.ndarray, **options: Any) -> Scaling:
     recipe = Recipe.parse({"model": "m", **options}, "test")
-    return choose_scaling(found, weight, recipe, quantized=np.ones(len(weight), dtype=bool), scheme=W8A8)
+    return choose_scaling(found, [weight], recipe, scheme=W8A8)
 
 
 # Float32 puts an occasional value that lies between two codes on the other one: of 48 rows by 8 codes hardly any.
@@ -182,15 +187,29 @@ def test_a_shift_halves_the_range_of_one_sided_channels(side: int) -> None:
 
 
 @pytest.mark.parametrize("scaling", ["auto", "dilate", "smooth"])
-def test_rows_that_stay_float_have_no_say(scaling: str) -> None:
+def test_readers_are_judged_as_one_linear_of_all_their_outputs(scaling: str) -> None:
     found, weight = two_steps()
+    many = np.concatenate([weight * size for size in np.geomspace(0.1, 10, 60, dtype=np.float32)])  # 360 outputs, of which 256
     recipe = Recipe.parse({"model": "m", "scaling": scaling}, "test")
-    loud = np.concatenate([weight, np.full((2, 8), 1e4, dtype=np.float32)])
-    mixed = choose_scaling(found, loud, recipe, quantized=np.arange(8) < 6, scheme=W8A8)
-    alone = choose(found, weight, scaling=scaling)
-    np.testing.assert_array_equal(mixed.in_scale, alone.in_scale)
-    np.testing.assert_array_equal(mixed.in_shift, alone.in_shift)
-    assert (mixed.method, mixed.error) == (alone.method, alone.error)
+    apart = choose_scaling(found, [many[:100], many[100:101], many[101:]], recipe, scheme=W8A8)
+    stacked = choose_scaling(found, [many], recipe, scheme=W8A8)
+    np.testing.assert_array_equal(apart.in_scale, stacked.in_scale)
+    np.testing.assert_array_equal(apart.in_shift, stacked.in_shift)
+    assert (apart.method, apart.error, apart.alternatives) == (stacked.method, stacked.error, stacked.alternatives)
+
+
+def test_linears_that_stay_float_have_no_say(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+
+    def watched(statistics: SiteStatistics, weights: Sequence[Any], *words: Any, **options: Any) -> Scaling:
+        judged.append([weight.tolist() for weight in weights])
+        return choose_scaling(statistics, weights, *words, **options)
+
+    monkeypatch.setattr(calibrate_module, "choose_scaling", watched)
+    left_out = Rule(match=r"blocks\.0\.attn1\.to_k$", action="float", reason="a test")
+    calibrate_tiny(tiny, recipe_of(tiny, rules=(left_out, *tiny.rules), scaling="smooth"))
+    names = [f"transformer_blocks.0.attn1.to_{letter}" for letter in "qv"]
+    assert [tiny.weight(name).tolist() for name in names] in judged
 
 
 def test_auto_never_shifts_a_constant_input_away() -> None:

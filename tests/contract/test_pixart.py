@@ -156,7 +156,10 @@ def test_the_short_names_are_the_published_models(
     [
         ({"num_layers": 0}, r"num_layers = 0: expected greater than or equal to 1"),
         ({"cross_attention_dim": None}, r"cross_attention_dim = None: expected a valid integer"),
-        ({"cross_attention_dim": 32}, r"cross_attention_dim 32: expected 48, to which caption_channels are projected"),
+        (
+            {"cross_attention_dim": 32},
+            r"cross_attention_dim 32: expected 48, attention_head_dim 24 times num_",
+        ),
         ({"sample_size": 9}, r"sample_size 9: expected a multiple of patch_size 2"),
         ({"attention_head_dim": 9}, r"attention_head_dim 9 times num_attention_heads 2: expected a multiple of 4"),
         ({"out_channels": 5}, r"out_channels 5: expected in_channels 4, or twice as many"),

@@ -23,6 +23,7 @@ from dq_export.finished_folder import FinishedFolder
 from dq_export.pipeline import run
 from dq_export.stages.recording import HELD_OUT
 
+pytestmark = pytest.mark.slow  # the packaged model shows the same in the suite, with an export of its own
 STEPS, PICTURES, GUIDANCE = 4, 2, 2.0
 
 

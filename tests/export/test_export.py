@@ -207,6 +207,7 @@ def test_the_hard_copy_collapses_without_scaling_and_recovers_with_auto(tmp_path
     assert recovered > plain - 3
 
 
+@pytest.mark.slow
 def test_a_model_without_biases_and_with_learned_sigma_exports(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", attention_bias=False, out_channels=4)
     report = dq_export.export(model=str(folder), output_dir=tmp_path / "out", shift=True, scaling="smooth", **QUICK)
@@ -238,6 +239,7 @@ def test_other_bits_and_granularities_export_and_are_audited_again(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_one_block_of_a_width_without_blocks_is_exported_with_the_largest_seed(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", num_layers=1, attention_head_dim=18)
     report = dq_export.export(model=str(folder), output_dir=tmp_path / "out", **{**QUICK, "seed": 2**64 - 1})

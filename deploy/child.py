@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def run_child(module: str, request: object, receive: Callable[[dict[str, Any]], 
             os.close(writing)
             assert child.stdin is not None
             try:
-                child.stdin.write(json.dumps(request))
-                child.stdin.close()
+                with suppress(BrokenPipeError):  # it ended before it read this; its status says how
+                    child.stdin.write(json.dumps(request))
+                    child.stdin.close()
                 for line in answers:
                     receive(json.loads(line))
             except BaseException:

@@ -165,6 +165,7 @@ def test_any_value_is_refused_or_makes_a_network(key: str, value: Any) -> None:
     assert named
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(
     heads=st.integers(1, 3), head_dim=st.sampled_from([4, 12, 16, 20]), channels=st.integers(1, 3), learned=st.booleans(),

@@ -40,6 +40,7 @@ def test_a_plan_its_audit_and_the_parity_of_its_graph(exported: Path) -> None:
 
 
 @RTX
+@pytest.mark.slow
 def test_a_second_run_keeps_the_plan_and_another_target_builds_it_anew(exported: Path, tiny_folder: Path) -> None:
     same = call("--model", tiny_folder, "--format", "trt-rtx", "-o", exported, *QUICK)
     assert "build     done: kept from an earlier run" in same.stderr

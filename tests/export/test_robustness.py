@@ -212,7 +212,15 @@ def test_a_damaged_file_of_a_finished_export_is_named(words: list[str], name: st
     assert str(copied / name).removesuffix(".data") in said
 
 
-@pytest.mark.parametrize("name", ["float/model.onnx.data", "calibration.safetensors", "model.onnx", "engine/optimized.onnx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float/model.onnx.data",
+        "calibration.safetensors",
+        pytest.param("model.onnx", marks=pytest.mark.slow),
+        pytest.param("engine/optimized.onnx", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_output_is_made_again_and_what_stays_the_same_is_kept(name: str, tiny_folder: Path, copied: Path) -> None:
     before = digests(copied)
     truncate(copied / name)
@@ -231,7 +239,7 @@ def test_a_damaged_output_is_made_again_and_what_stays_the_same_is_kept(name: st
         pytest.param({"seed": 1}, ["float"], marks=pytest.mark.slow),
         pytest.param({"exclude": ("to_q$",)}, ["float", "reference"], marks=pytest.mark.slow),
         pytest.param({"timesteps": "per-sample"}, ["calibrate"], marks=pytest.mark.slow),
-        ({"format": "onnx"}, ["float", "calibrate", "reference"]),
+        pytest.param({"format": "onnx"}, ["float", "calibrate", "reference"], marks=pytest.mark.slow),
         ({"parity_size": 3}, [stage for stage in UNSERVED if stage not in ("reference", "verify")]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -54,7 +54,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load_reference(str(save_tiny(tmp_path_factory.mktemp("network"), out_channels=request.param)))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_trajectory_is_diffusers_own(network: Any, name: str, prediction: str) -> None:
     """To 1e-5 of the picture's range, whatever the steps and the guidance."""

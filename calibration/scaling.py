@@ -15,6 +15,7 @@ from dq_export.core.scales import TokenScale
 from dq_export.core.scheme import Scheme
 
 from .collect.statistics import SiteStatistics
+from .in_scale import balance, dilated, equalize, room_of, smooth
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -22,7 +23,6 @@ AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
 AUTO_RHO = (1.0, 2.0, 4.0)
 AUTO_CLIP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of amax that `auto` tries below 8 bits; with 8 bits pictures got worse where calls got better."""
-MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 SMALLEST_HALF = 2.0**-17
 """Of scales that `auto` considers for a graph in float16, whose numbers lie 2^-24 apart there: rounding moves such a scale by
 0.4 % at most, which is half a code of 8 bits."""
@@ -49,25 +49,6 @@ class Scaling:
     alternatives: Mapping[str, float] = field(default_factory=dict)
 
 
-def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
-    """float32[K]: s_k = d_k * clip(a_k / (d_k T), 1, rho), d_k = min_j amax_j / |W[j, k]|, T = max_k(a_k / d_k) / rho.
-
-    d is weight dilation in symmetric form: the largest scaling of each input channel that leaves the range of every
-    output channel as it is; d_k >= 1, and 1 for a column of zeros. With rho > 1 the channels that still set the
-    activation's range are scaled down further, by rho at the most, so that the range shrinks by rho while no row grows
-    by more than rho. (The same rho for all channels would do nothing: x / rho and rho W cancel.)
-
-    Exactness: with rho = 1 every row's amax is unchanged, to rounding.
-    Source: DilateQuant (arXiv 2409.14307), section "Weight Dilation"; the masks replace its division by clamped
-    weights, and rho is our relaxation.
-
-    Args:
-        weight: float32[out, K], the stacked weights of all readers of the tensor.
-        activation_amax: float32[K], max |x| of each channel over all timesteps.
-    """
-    return _dilated(_room([weight]), activation_amax, rho)
-
-
 def _product(rows: Float32, weight: Float32) -> Float64:
     """rows @ weight.T, summed in float64: in any order equal to more digits than are kept."""
     product: Float64 = rows.astype(np.float64) @ weight.T.astype(np.float64)
@@ -84,21 +65,6 @@ def _code_product(left: Float32, right: Float32) -> Float64:
     return product
 
 
-def _room(weights: Sequence[Float32]) -> Float32:
-    """float32[K]: min over the rows of all W[out, K] of amax_row / |W|; at most MAX_SCALE, and 1 for a column of zeros."""
-
-    def largest_share(weight: Float32) -> Float32:
-        """float32[K]: of its row's range, the greatest that an element of each column takes; rows of zeros take none."""
-        magnitude = np.abs(weight)
-        row_amax = magnitude.max(axis=1, keepdims=True)
-        largest: Float32 = (magnitude / np.where(row_amax > 0, row_amax, 1.0)).max(axis=0)
-        return largest
-
-    share = np.maximum.reduce([largest_share(weight) for weight in weights])
-    room: Float32 = np.where(share > 0, 1.0 / np.maximum(share, 1.0 / MAX_SCALE), 1.0).astype(np.float32)
-    return room
-
-
 def _evenly(weights: Sequence[Float32], most: int) -> Float32:
     """float32[at most `most`, K]: rows of all weights, evenly spaced as if these were stacked."""
     total = sum(map(len, weights))
@@ -109,52 +75,6 @@ def _evenly(weights: Sequence[Float32], most: int) -> Float32:
         rows.append(weight[chosen[(chosen >= start) & (chosen < start + len(weight))] - start])
         start += len(weight)
     return np.concatenate(rows)
-
-
-def _dilated(room: Float32, activation_amax: Float32, rho: float) -> Float32:
-    reached = activation_amax / room
-    target = reached.max() / rho
-    further = np.clip(reached / target, 1.0, rho) if target > 0 else np.ones_like(reached)
-    return (room * further).astype(np.float32)
-
-
-def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Float32:
-    """float32[K]: s_k = a_k^alpha / w_k^(1 - alpha), clamped to 1e-4 … 1e4; 1 where a channel or a column is zero.
-
-    Source: SmoothQuant (arXiv 2211.10438), equation 4. The clamp is ours: it keeps the folded rows far from the limits
-    of float32.
-    """
-    usable = (activation_amax > 0) & (weight_amax > 0)
-    a, w = np.where(usable, activation_amax, 1.0), np.where(usable, weight_amax, 1.0)
-    return np.where(usable, np.clip(a**alpha / w ** (1 - alpha), MIN_SCALE, MAX_SCALE), 1.0).astype(np.float32)
-
-
-def balance(amax: Float32, weight_amax: Float32) -> Float32:
-    """float32[K]: s_k = sqrt(a_k / w_k) with a_k = sum_t eta_t amax[t, k], eta = softmax over t of -rho_t.
-
-    rho_t is Spearman's rank correlation of the channels' activation and weight maxima at timestep t: steps count most where
-    large activations meet small weights. Clamped, and 1 at zero channels, as `smooth`.
-
-    Source: PTQ4DiT (arXiv 2405.16005), channel-wise salience balancing with Spearman's rho-guided salience calibration.
-
-    Args:
-        amax: float32[T, K], max |x| of each channel at each timestep.
-    """
-    ranks = np.argsort(np.argsort(amax, axis=1), axis=1).astype(np.float64)
-    weight_rank = np.argsort(np.argsort(weight_amax)).astype(np.float64)
-    centred, other = ranks - ranks.mean(axis=1, keepdims=True), weight_rank - weight_rank.mean()
-    length = np.linalg.norm(centred, axis=1) * np.linalg.norm(other)
-    correlation = centred @ other / np.maximum(length, 1e-30)
-    eta = np.exp(-correlation) / np.exp(-correlation).sum()
-    return smooth((eta @ amax).astype(np.float32), weight_amax, 0.5)
-
-
-def equalize(activation_range: Float32, weight_range: Float32) -> Float32:
-    """float32[K]: s_k = sqrt(r_k / q_k), r and q the widths (greatest less least) of channel and weight column.
-
-    Source: AWEQ (arXiv 2311.01305), channel equalization; its bias correction is the recipe's `bias_correction`.
-    """
-    return smooth(activation_range, weight_range, 0.5)
 
 
 def choose_scaling(statistics: SiteStatistics, weights: Sequence[Float32], recipe: Recipe, *, scheme: Scheme) -> Scaling:
@@ -233,7 +153,7 @@ class _Trial:
         few = _evenly(weights, OUTPUTS)
         return _Trial(
             statistics=statistics,
-            room=_room(weights),
+            room=room_of(weights),
             column_amax=np.maximum(high, -low),
             column_range=high - low,
             weight=few,
@@ -296,7 +216,7 @@ class _Trial:
         high, low = self.statistics.high, self.statistics.low
         amax = np.maximum(np.abs(high - in_shift), np.abs(low - in_shift))
         if name == "dilate":
-            return _dilated(self.room, amax.max(axis=0), strength)
+            return dilated(self.room, amax.max(axis=0), strength)
         if name == "smooth":
             return smooth(amax.max(axis=0), self.column_amax, strength)
         if name == "balance":

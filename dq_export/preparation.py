@@ -10,14 +10,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
-from dq_export.core.condition_file import load_conditions, misfit
-from dq_export.core.documents import DocumentError, shown_path
+from dq_export.core.condition_file import misfit
+from dq_export.core.documents import shown_path
 from dq_export.core.network import BATCH
 from dq_export.core.progress import Progress
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Backend
 
+from .families.prompts import conditions_of
 from .families.reference import Reference
 from .memory import plan_memory
 from .stages.stage import Prepared, Stage
@@ -162,11 +163,7 @@ def require_conditions(recipe: Recipe, reference: Reference) -> None:
     if recipe.conditions is None:
         return
     path = Path(recipe.conditions)
-    try:
-        conditions = load_conditions(path)
-    except DocumentError as error:
-        raise RecipeError(f"conditions {error}") from error
-    if reason := misfit(conditions, reference.inputs, guided=(recipe.guidance_scale or 1.0) > 1):
+    if reason := misfit(conditions_of(path), reference.inputs, guided=(recipe.guidance_scale or 1.0) > 1):
         raise RecipeError(f"conditions {shown_path(path)}: {reason}")
 
 

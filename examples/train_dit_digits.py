@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,6 +73,22 @@ def new_model() -> DiTTransformer2DModel:
     return model
 
 
+def warmed_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over 200 steps and falls to a fiftieth at the last one."""
+    warmup = 200
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(i / warmup, 1.0) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(i / steps, 1.0))))
+    )
+
+
+def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
+    """Move the moving average of a model's parameters towards them, after a number of steps."""
+    decay = min(0.998, step / (step + 10))
+    with torch.no_grad():
+        for kept, new in zip(average.parameters(), model.parameters(), strict=True):
+            kept.lerp_(new, 1 - decay)
+
+
 def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path) -> None:
     """Predict epsilon for `steps` steps; save the weights' moving average every 500 steps and at the end."""
     torch.manual_seed(seed)
@@ -80,10 +97,7 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
     model = new_model()
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    warmup = 200
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(i / warmup, 1.0) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(i / steps, 1.0))))
-    )
+    schedule = warmed_cosine(optimizer, steps)
     start = time.monotonic()
     smooth = float("nan")
     for step in range(1, steps + 1):
@@ -100,10 +114,7 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+        follow(average, model, step)
         smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         if step % 100 == 0 or step == steps:
             elapsed = time.monotonic() - start
@@ -132,16 +143,21 @@ def save(model: DiTTransformer2DModel, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("dit-digits"))
-    parser.add_argument("--steps", type=int, default=3000)
+def run(train: Callable[[int, int, float, int, Path], None], text: str, *, folder: str, steps: int, learning_rate: float) -> None:
+    """The command line of a training: `text` describes it, and the others are defaults."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path(folder))
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     train(options.steps, options.batch, options.learning_rate, options.seed, options.output_dir)
     print(f"saved {options.output_dir}")
+
+
+def main() -> None:
+    run(train, __doc__ or "", folder="dit-digits", steps=3000, learning_rate=1e-3)
 
 
 if __name__ == "__main__":

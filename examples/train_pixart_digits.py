@@ -11,7 +11,6 @@ Seeded, 2 cores, under 40 minutes (bfloat16 autocast; a machine without AMX or A
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from train_dit_digits import CLASSES, SIZE, digits
+from train_dit_digits import CLASSES, SIZE, digits, follow, run, warmed_cosine
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -115,10 +114,7 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
     model.transformer.set_attn_processor(AttnProcessor())  # a step of it takes half the time of the fused one on a CPU
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    warmup = 200
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(i / warmup, 1.0) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(i / steps, 1.0))))
-    )
+    schedule = warmed_cosine(optimizer, steps)
     start, smooth = time.monotonic(), float("nan")
     for step in range(1, steps + 1):
         rows = torch.randint(len(images), (batch,))
@@ -134,10 +130,7 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+        follow(average, model, step)
         smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0 or step == steps:
             elapsed = time.monotonic() - start
@@ -167,15 +160,7 @@ def save(model: TextToDigit, tokenizer: T5Tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("pixart-digits"))
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    train(options.steps, options.batch, options.learning_rate, options.seed, options.output_dir)
-    print(f"saved {options.output_dir}")
+    run(train, __doc__ or "", folder="pixart-digits", steps=2400, learning_rate=1.5e-3)
 
 
 if __name__ == "__main__":

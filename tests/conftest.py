@@ -230,6 +230,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "exported", make)
 
 
+@pytest.fixture(scope="module")
+def toy_known() -> Iterator[None]:
+    """The toy family of tests/contract stands beside the product's."""
+    from toy import TOY
+
+    from dq_export import families
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "FAMILIES", (*families.FAMILIES, TOY))
+        yield
+
+
 @pytest.fixture
 def repository(exported: Path, tmp_path: Path) -> Path:
     """A copy of the repository, to be changed."""

@@ -22,12 +22,12 @@ LINE_LENGTH, LINES = 1000, 40
 @contextmanager
 def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
     """Progress of a long command, which an interrupt ends with status 130 and a line that says how to go on."""
-    watch = Lines(quiet=quiet)
+    watch, before = Lines(quiet=quiet), sys.unraisablehook
 
     def unraisable(failure: sys.UnraisableHookArgs) -> None:
         # An interrupt inside a callback of the interpreter's: it goes on, until `watch` is next told how far it is.
         if not (watch.interrupted and isinstance(failure.exc_value, KeyboardInterrupt)):
-            sys.__unraisablehook__(failure)
+            before(failure)
 
     signal.signal(signal.SIGINT, watch.interrupt)
     sys.unraisablehook = unraisable
@@ -40,7 +40,7 @@ def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
         print(f"\ninterrupted; {then}", file=sys.stderr)
         end(INTERRUPTED)
     finally:
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = before
         watch.stop()
 
 

@@ -84,10 +84,9 @@ def _row_misfits(name: str, item: Input, found: Feed, count: int, sizes: dict[st
         yield f"{name} is {rows.dtype}; expected {item.dtype}"
     fits = rows.ndim == len(item.shape) and len(rows) == count
     for axis, size in zip(item.shape[1:], rows.shape[1:], strict=False):
-        fits = fits and (1 <= size <= axis.limit if isinstance(axis, Axis) else size == axis)
+        fits = fits and (axis.takes(size) if isinstance(axis, Axis) else size == axis)
     if not fits:
-        listed = [str(count), *(f"{a.name} up to {a.limit}" if isinstance(a, Axis) else str(a) for a in item.shape[1:])]
-        yield f"{name} has shape {shown(list(rows.shape))}; expected [{', '.join(listed)}]"
+        yield f"{name} has shape {shown(list(rows.shape))}; expected [{', '.join(map(str, (count, *item.shape[1:])))}]"
         return
     for axis, size in zip(item.shape[1:], rows.shape[1:], strict=True):
         if isinstance(axis, Axis):

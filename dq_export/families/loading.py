@@ -128,6 +128,13 @@ def silent() -> Iterator[None]:
     """Without diffusers' warnings, of keys that an old configuration has and a class of today does not take."""
     from diffusers.utils import logging
 
+    with silenced(logging):
+        yield
+
+
+@contextmanager
+def silenced(logging: Any) -> Iterator[None]:
+    """Without the warnings of a library. `logging`: its module of that name, diffusers' or transformers'."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dq_export.core.condition_file import load_conditions
 from dq_export.core.documents import DocumentError, shown, shown_path
+from dq_export.core.network import Conditions
 from dq_export.core.prompts import read_prompts
 from dq_export.core.recipe import Recipe, RecipeError
 
@@ -52,11 +53,20 @@ def prompts_of(path: Path) -> tuple[str, ...]:
         raise RecipeError(f"prompts {error}") from error
 
 
-def _recorded(recipe: Recipe, path: Path) -> Recipe:
+def conditions_of(path: Path) -> Conditions:
+    """The conditions of a file.
+
+    Raises:
+        RecipeError: see `load_conditions`.
+    """
     try:
-        load_conditions(path)  # for its errors; a missing file is one of them
+        return load_conditions(path)
     except DocumentError as error:
         raise RecipeError(f"conditions {error}") from error
+
+
+def _recorded(recipe: Recipe, path: Path) -> Recipe:
+    conditions_of(path)  # for its errors; a missing file is one of them
     digest = file_digest(path)
     if recipe.conditions_sha256 not in (None, digest):
         raise RecipeError(

@@ -15,7 +15,7 @@ from dq_export.core.documents import DocumentError, read_json, shown, shown_path
 from .checkpoint import CONFIG, INDEX, Checkpoint
 from .config_values import Values, reason_of, refused, require_values
 from .family import Family
-from .loading import read_config
+from .loading import read_config, silenced
 from .reference import ModelError
 
 VOCABULARIES = ("tokenizer.json", "spiece.model")
@@ -135,15 +135,10 @@ def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int
 @contextmanager
 def silent() -> Iterator[None]:
     """Without transformers' warnings, of keys that old files have."""
-    from transformers.utils import logging as untyped
+    from transformers.utils import logging
 
-    logging: Any = untyped
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with silenced(logging):
         yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _part(checkpoint: Checkpoint, name: str) -> Part:

@@ -9,8 +9,9 @@ from typing import Any
 from dq_export.core.condition_file import CONDITIONS, load_conditions, save_conditions
 from dq_export.core.documents import DocumentError
 from dq_export.core.progress import Advance
-from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.recipe import Recipe
 
+from ..families.prompts import conditions_of
 from ..families.reference import Reference
 from ..ledger import Result
 from ..output_folder import OutputError
@@ -78,10 +79,7 @@ def write_conditions(reference: Reference, recipe: Recipe, path: Path, device: s
     if recipe.prompts is not None:
         conditions = reference.encode(recipe.prompts, device, progress)
     else:
-        try:
-            conditions = load_conditions(Path(recipe.conditions or ""))
-        except DocumentError as error:
-            raise RecipeError(f"conditions {error}") from error
+        conditions = conditions_of(Path(recipe.conditions or ""))
     save_conditions(path, conditions)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dq_export.calibration.bins import TOLERANCE, build_table, partition
 from dq_export.calibration.collect.statistics import SiteStatistics
+from dq_export.calibration.in_scale import dilate, smooth
 from dq_export.calibration.ranges import METHODS, minmax, mse, percentile
-from dq_export.calibration.scaling import choose_scaling, dilate, smooth
+from dq_export.calibration.scaling import choose_scaling
 from dq_export.core.grid import cover
 from dq_export.core.recipe import Recipe
 from dq_export.core.scheme import PRESETS, scheme_of

@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from dq_export.calibration import calibrate as calibrate_module
 from dq_export.calibration.collect.statistics import SiteStatistics
-from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, balance, choose_scaling, dilate, equalize, smooth
+from dq_export.calibration.in_scale import balance, dilate, equalize, smooth
+from dq_export.calibration.scaling import AUTO_ALPHA, AUTO_RHO, Scaling, choose_scaling
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ import torch
 from cases import CASES, SEED, Case, loaded
 from conftest import feed_of, recipe_of, run_onnx, sqnr
 from folds import fold_at_random
-from toy import TOY
 
-import dq_export.families as families_package
 from dq_export.calibration.collect.calls import Calls
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.collect.statistics import collect_ranges
@@ -35,16 +32,9 @@ from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
 
+pytestmark = pytest.mark.usefixtures("toy_known")
 SAME = 100
 """dB of float32 rounding: 120 to 130 are seen."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def families() -> Iterator[None]:
-    """The product's families and the toy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
-        yield
 
 
 SLOW = ("pixart-alpha",)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import pytest
 import torch
 from toy import PROMPTS, TOKENS, TOY, WIDTH, Toy, ToyPipeline, save_text_encoder, save_toy
 
-import dq_export.families as families_package
 from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.recipe import Recipe
-from dq_export.families import FAMILIES
 from dq_export.families.checkpoint import open_checkpoint
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
@@ -24,13 +21,7 @@ from dq_export.families.text_encoders import encoder_bytes, require_prompts
 from dq_export.families.text_parts import parts_of
 from dq_export.pipeline import run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def families() -> Iterator[None]:
-    """The product's families and the toy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
-        yield
+pytestmark = pytest.mark.usefixtures("toy_known")
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import save_tiny
-from toy import PROMPTS, TOY, WIDTH, ToyPipeline, save_toy
+from toy import PROMPTS, WIDTH, ToyPipeline, save_toy
 
-import dq_export.families as families_package
 from dq_export.cli.export import recipe_of
 from dq_export.core.condition_file import CONDITIONS, load_conditions
 from dq_export.core.progress import Silent
@@ -23,7 +21,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import scheme_of
 from dq_export.core.tensor_file import load_tensors, save_tensors
 from dq_export.deploy.backend import BackendError
-from dq_export.families import FAMILIES, torch_network
+from dq_export.families import torch_network
 from dq_export.families.source import pin
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
@@ -31,6 +29,7 @@ from dq_export.preparation import Options
 from dq_export.search.explore import explore
 from dq_export.search.request import SearchRequest
 
+pytestmark = pytest.mark.usefixtures("toy_known")
 QUICK: dict[str, Any] = {"steps": 3, "calib_size": 2, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
 
 
@@ -46,14 +45,6 @@ class Kept(Silent):
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
         self.stages[self.stage] = kept
-
-
-@pytest.fixture(scope="module", autouse=True)
-def families() -> Iterator[None]:
-    """The product's families and the toy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families_package, "FAMILIES", (*FAMILIES, TOY))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +199,8 @@ def test_conditions_that_the_network_does_not_take_are_refused(
 def test_without_guidance_no_null_is_needed(toy: Path, tmp_path: Path) -> None:
     path = file_of_conditions(tmp_path / "encoded.safetensors", **{"null.context": None, "null.strength": None})
     run(recipe(toy, conditions=str(path), guidance_scale=1), tmp_path / "out", until="calibrate")
+    kept = load_conditions(tmp_path / "out" / CONDITIONS)
+    assert (kept.names, dict(kept.null)) == (load_conditions(path).names, {})
 
 
 def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: Path, tmp_path: Path) -> None:

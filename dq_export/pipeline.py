@@ -11,6 +11,7 @@ from dq_export.core.progress import Progress, Silent
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import NotHereError
 
+from .collector import collector_paused, collector_spared
 from .heap import return_freed_memory
 from .ledger import R, claim, require_usable
 from .machine import versions
@@ -61,7 +62,8 @@ def run(
     watch.begin("load", recipe.model)
     start = time.monotonic()
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
-    prepared = prepare(recipe, stages, options, watch)
+    with collector_paused():
+        prepared = prepare(recipe, stages, options, watch)
     reference = prepared.reference
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:
@@ -78,7 +80,8 @@ def run(
             device=options.device,
             plugin=options.plugin,
         )
-        run_stages(context)
+        with collector_spared():
+            run_stages(context)
         if prepared.stages[-1] != until:
             watch.begin(until, f"left out: it does not fit in {options.max_memory:g} GiB")
         report = assemble(context)

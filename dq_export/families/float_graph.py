@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from dq_export.core.documents import shown_path
 from dq_export.passes.base import GraphError
 from dq_export.passes.match import SCOPES
 
+from ..collector import collector_paused
 from .tensors import stored
 
 FLOAT = ir.DataType.FLOAT
@@ -222,14 +222,12 @@ def _link(file: Path, target: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's chatter, and without the garbage collector, which walks its graphs for a third of the time."""
-    disabled, collected = logging.root.manager.disable, gc.isenabled()
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # it warns of every optional package that is not installed
-    gc.disable()
+    quiet = redirect_stderr(io.StringIO())  # of a network that it cannot trace it prints a listing
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # of a network that it cannot trace it prints a listing
+        with collector_paused(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             yield
     finally:
         logging.disable(disabled)
-        if collected:
-            gc.enable()

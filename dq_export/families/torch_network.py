@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
@@ -20,6 +19,7 @@ from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
 
+from ..collector import collect_everything
 from .checkpoint import Checkpoint, architecture_of, broken_weights, configuration, digest
 from .config_values import reason_of
 from .family import Family, Pictures
@@ -191,7 +191,7 @@ class TorchNetwork:
             parameter.data = torch.empty(0)
         del self.model
         self.graphs.clear()
-        gc.collect()
+        collect_everything()
 
     def noise(self, samples: int, seed: int) -> Float32:
         import torch
@@ -242,6 +242,8 @@ class TorchNetwork:
         self.graphs.clear()
         write_sizes(graph, axes_of(self.inputs))  # those of the conditions, which may have come after the graph
         save(graph, path, self.checkpoint.weights.files, ROOT)
+        del graph
+        collect_everything()
 
     def _graph(self, *, shared: bool) -> ir.Model:
         try:

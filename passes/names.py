@@ -20,6 +20,7 @@ PASSES = (
     "quantize_attention",
     "quantize_weights",
     "raise_biases",
+    "trim_text",
     "unsign_codes",
     "widen_codes",
     "widen_floats",

@@ -23,6 +23,7 @@ from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.raise_biases import RaiseBiases
+from dq_export.passes.legalise.trim_text import TrimText
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
 from dq_export.passes.pipeline import factoring_passes
 
@@ -109,14 +110,14 @@ class Ort(Backend):
         return Lowering("MatMulNBits: blocks unpacked inside the GEMM, which rounds its input to 8 bits a block", "MatMulNBits")
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both, and
-        biases that survive a fixed batch.
+        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
+        biases that survive a fixed batch, and texts without their padding.
 
         Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
-        return (*factoring_passes(result, shared=shared), UnsignCodes(), RaiseBiases(), *attention)
+        return (*factoring_passes(result, shared=shared), UnsignCodes(), RaiseBiases(), TrimText(), *attention)
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,7 @@ where it has no branch for a value."""
 
 Channels = Annotated[int, Field(ge=1, le=16_384)]
 Infinite = Annotated[float, Field(allow_inf_nan=True, le=1e6)]
+Shift = Annotated[float, Field(ge=-100, le=100)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
@@ -34,6 +35,9 @@ class Values(BaseModel):
     """Keys of a configuration with their types, ranges and diffusers' defaults; other keys are ignored, as diffusers does."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    buffers_stored: ClassVar[bool] = False
+    """Whether all that a network computes when it is made is also in its files."""
 
 
 class VaeValues(Values):
@@ -100,6 +104,14 @@ class SchedulerValues(Values):
     use_lu_lambdas: bool | None = False
     use_dynamic_shifting: bool = False
     flow_shift: Positive | None = 1.0
+    shift: Positive = 1.0
+    base_shift: Shift | None = 0.5
+    max_shift: Shift | None = 1.15
+    base_image_seq_len: int = Field(256, ge=1, le=1 << 24)
+    max_image_seq_len: int = Field(4096, ge=1, le=1 << 24)
+    invert_sigmas: Literal[False] = False
+    shift_terminal: float | None = Field(None, ge=0, lt=1)
+    stochastic_sampling: Literal[False] = False
     time_shift_type: str = Field("exponential", max_length=40)
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     timestep_type: Literal["discrete", "continuous"] = "discrete"

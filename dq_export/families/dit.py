@@ -33,7 +33,7 @@ class DiT(Family):
     name = "dit"
     architectures = ("DiTTransformer2DModel",)
     values = DiTValues
-    blocks = "transformer_blocks"
+    blocks = ("transformer_blocks",)
     default_guidance = 4.0  # DiTPipeline's
     default_scheduler = DEFAULT_SCHEDULER
 

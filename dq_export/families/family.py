@@ -12,6 +12,7 @@ from dq_export.core.network import Conditions, Feed, Input
 from dq_export.core.rule import DEFAULT_RULES, Rule
 
 from .config_values import Values
+from .prediction import NOISE, Prediction
 from .reference import Float32
 from .stand_in import StandIn
 
@@ -39,10 +40,13 @@ class Family(ABC):
         architectures: the diffusers classes of its networks, as `architecture_of` gives them.
         values: what their configurations may hold.
         encoders: folders of a pipeline that encode prompts, tokenizers among them; empty: prompts are nothing that it draws.
+        optional: those of `encoders` that a pipeline may leave out, a tokenizer and its encoder together.
         prompt_tokens: by the class of a pipeline, as model_index.json names it, how many tokens a prompt may have; of a
             family with `encoders`.
-        blocks: name of the list of equal blocks, of which an export traces three; empty: it traces the whole network.
+        blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
+            traces three; without any name it traces the whole network.
         default_guidance: guidance scale for a checkpoint that has no better one.
+        prediction: what its networks give, which decides the schedulers that sample them.
         default_scheduler: configuration, with the class as `_class_name`, for a folder without a scheduler.
         rules: the default recipe rules; together they match every linear. By role, where a family has none of its own.
     """
@@ -51,9 +55,11 @@ class Family(ABC):
     architectures: tuple[str, ...]
     values: type[Values]
     encoders: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
-    blocks: str = ""
+    blocks: tuple[str, ...] = ()
     default_guidance: float
+    prediction: Prediction = NOISE
     default_scheduler: Mapping[str, Any]
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
@@ -79,14 +85,16 @@ class Family(ABC):
         """A prompt as the family's pipelines give it to their tokenizers."""
         return prompt
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """The conditions of prompts. Of a family with `encoders`.
 
         Called with a few prompts at a time: the arrays' sizes behind the first must not depend on them.
 
         Args:
             pipeline: the pipeline's class, one of `prompt_tokens`.
-            parts: by folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32.
+            parts: by folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32. Without those
+                of `optional` that the pipeline leaves out.
+            config: of the network, as diffusers has it.
         """
         raise NotImplementedError
 

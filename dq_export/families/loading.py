@@ -60,7 +60,7 @@ def load_network(
 
 
 def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapping[str, Any]) -> Any:
-    """The network without memory for its parameters; buffers that are computed, such as position embeddings, are real.
+    """The network without memory for its parameters; buffers that only computing gives, such as position embeddings, are real.
 
     Args:
         architecture, values, config: see `load_network`.
@@ -69,6 +69,7 @@ def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapp
     Raises:
         ModelError: no such network can be made of the configuration.
     """
+    import torch
     from accelerate import init_empty_weights
 
     require_values(architecture, values, config, path)
@@ -77,7 +78,8 @@ def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapp
             f"{shown_path(path)}: these weights are quantized already (quantization_config); a float checkpoint is needed"
         )
     makes_none = f"{shown_path(path)}: makes no {architecture.__name__}"
-    with refused(makes_none, "a value is missing or wrong"), silent(), init_empty_weights():
+    empty = torch.device("meta") if values.buffers_stored else init_empty_weights()
+    with refused(makes_none, "a value is missing or wrong"), silent(), empty:
         return architecture.from_config(dict(config))
 
 

@@ -42,7 +42,7 @@ class PixArt(Family):
     values = PixArtValues
     encoders = ("tokenizer", "text_encoder")
     prompt_tokens = TOKENS
-    blocks = "transformer_blocks"
+    blocks = ("transformer_blocks",)
     default_guidance = 4.5  # the pipelines'
     default_scheduler = SCHEDULER
 
@@ -74,7 +74,7 @@ class PixArt(Family):
         """See `Family.written`."""
         return prompt.lower().strip()
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. As the pipeline does it, "" as the null; prompts are not cleaned, which needs more libraries."""
         import diffusers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ SHARED = 65536
 """Bytes up to which two constants are compared, and the first stands for both."""
 
 
-def repeat_block(model: ir.Model, prefix: str, count: int, state: Mapping[str, Any]) -> bool:
-    """x -> block 0 -> block 1 -> block 2 -> y  becomes  x -> ... -> block 2 -> ... -> block `count - 1` -> y, in place.
+def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, Any]) -> bool:
+    """x -> block 0 -> block 1 -> block 2 -> y  becomes  x -> ... -> block 2 -> ... -> the last block -> y, in place.
 
     Tracing costs time for every block, copying nodes costs next to none. Block 2 is the pattern: what it reads from
     block 1, block n reads from block n - 1; parameters `<prefix>.2.*` become `<prefix>.n.*`; all else is shared. (Block 0
-    is no pattern: it also holds what the optimiser found to be common to all.)
+    is no pattern: it also holds what the optimiser found to be common to all.) Numbers count from the start of the run.
 
     It does not act where blocks 1 and 2 are not alike node for node; then it returns False and leaves the graph as it is.
 
@@ -29,18 +29,20 @@ def repeat_block(model: ir.Model, prefix: str, count: int, state: Mapping[str, A
 
     Args:
         prefix: name of the list of blocks, as in `state` and in the nodes' scopes.
-        state: torch parameters of all `count` blocks by name.
+        run: the blocks' places in the list, of which the graph has the first three.
+        state: torch parameters of all blocks of the run by name.
     """
-    first, pattern = (_nodes_of(model.graph, f"{prefix}.{index}") for index in (1, 2))
+    names = [f"{prefix}.{index}" for index in run[1:3]]
+    first, pattern = (_nodes_of(model.graph, name) for name in names)
     successor = dict(zip(_outputs(first), _outputs(pattern), strict=False))
-    if len(first) != len(pattern) or not all(_alike(a, b, successor, prefix) for a, b in zip(first, pattern, strict=True)):
+    if len(first) != len(pattern) or not all(_alike(a, b, successor, names) for a, b in zip(first, pattern, strict=True)):
         return False
     inside = set(pattern)
     behind = [(value, use) for value in _outputs(pattern) for use in value.uses() if use[0] not in inside]
-    copier = _Copier(graph=model.graph, prefix=prefix, state=state)
+    copier = _Copier(graph=model.graph, prefix=prefix, pattern=run[2], state=state)
     current = {value: value for value in _outputs(pattern)}
     end = pattern[-1]
-    for index in range(3, count):
+    for index in run[3:]:
         known = {earlier: current[value] for earlier, value in successor.items()}
         nodes = [copier.copy(node, known, index) for node in pattern]
         model.graph.insert_after(end, nodes)
@@ -53,10 +55,11 @@ def repeat_block(model: ir.Model, prefix: str, count: int, state: Mapping[str, A
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Copier:
-    """Copies the nodes of block 2 for another block."""
+    """Copies the nodes of the block `pattern` for another block."""
 
     graph: ir.Graph
     prefix: str
+    pattern: int
     state: Mapping[str, Any]
 
     def copy(self, node: ir.Node, known: dict[ir.Value, ir.Value], index: int) -> ir.Node:
@@ -78,7 +81,7 @@ class _Copier:
 
     def _parameter(self, value: ir.Value, index: int) -> ir.Value:
         name, tensor = str(value.name), stored(value)
-        if tensor is None or not name.startswith(f"{self.prefix}.2."):
+        if tensor is None or not name.startswith(f"{self.prefix}.{self.pattern}."):
             return value
         renamed = self._renamed(name, index)
         if renamed not in self.graph.initializers:
@@ -88,7 +91,8 @@ class _Copier:
         return self.graph.initializers[renamed]
 
     def _renamed(self, text: str, index: int) -> str:
-        return re.sub(rf"({re.escape(self.prefix)}|{re.escape(self.prefix.split('.', 1)[-1])})\.2\b", rf"\1.{index}", text)
+        prefix = f"{re.escape(self.prefix)}|{re.escape(self.prefix.split('.', 1)[-1])}"
+        return re.sub(rf"({prefix})\.{self.pattern}\b", rf"\g<1>.{index}", text)
 
 
 def _nodes_of(graph: ir.Graph, module: str) -> list[ir.Node]:
@@ -102,8 +106,8 @@ def _outputs(nodes: list[ir.Node]) -> list[ir.Value]:
     return [value for node in nodes for value in node.outputs]
 
 
-def _alike(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Value], prefix: str) -> bool:
-    """Whether block 2's node is block 1's with block 2's parameters, reading what it reads one block later."""
+def _alike(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Value], names: Sequence[str]) -> bool:
+    """Whether block 2's node is block 1's with block 2's parameters, reading what it reads one block later; `names`: theirs."""
     same = (first.domain, first.op_type, len(first.inputs), len(first.outputs)) == (
         second.domain,
         second.op_type,
@@ -111,18 +115,18 @@ def _alike(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Valu
         len(second.outputs),
     ) and {key: str(a) for key, a in first.attributes.items()} == {key: str(a) for key, a in second.attributes.items()}
     inside = set(successor.values())
-    return same and all(_same_input(a, b, successor, inside, prefix) for a, b in zip(first.inputs, second.inputs, strict=True))
+    return same and all(_same_input(a, b, successor, inside, names) for a, b in zip(first.inputs, second.inputs, strict=True))
 
 
 def _same_input(
-    a: ir.Value | None, b: ir.Value | None, successor: Mapping[ir.Value, ir.Value], inside: set[ir.Value], prefix: str
+    a: ir.Value | None, b: ir.Value | None, successor: Mapping[ir.Value, ir.Value], inside: set[ir.Value], names: Sequence[str]
 ) -> bool:
     if a is None or b is None or a is b:
         return a is b
     x, y = stored(a), stored(b)
     if x is not None and y is not None:
-        if str(a.name).startswith(f"{prefix}.1."):
-            return str(b.name) == str(a.name).replace(f"{prefix}.1.", f"{prefix}.2.", 1)
+        if str(a.name).startswith(f"{names[0]}."):
+            return str(b.name) == str(a.name).replace(f"{names[0]}.", f"{names[1]}.", 1)
         return x.dtype == y.dtype and x.nbytes == y.nbytes <= SHARED and x.tobytes() == y.tobytes()
     if a in successor or b in inside:
         return successor.get(a) is b

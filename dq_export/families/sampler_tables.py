@@ -13,8 +13,8 @@ from dq_export.deploy.triton.serving.schedules import COLUMNS, Float64, Schedule
 
 from .config_values import RAISED, reason_of
 from .loading import silent
+from .prediction import NOISE
 from .reference import ModelError, Samplers
-from .sampling import require_sampler
 
 KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -44,7 +44,12 @@ def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) ->
     """
     import diffusers
 
-    require_sampler(type(scheduler).__name__, "--triton")
+    mine = type(scheduler).__name__
+    if mine not in NOISE.schedulers:  # diffusers would make another kind of sampler of its values, and draw wrong pictures
+        raise ModelError(
+            f"--triton: {mine} does not sample a network that predicts noise, for which the server has its tables; leave "
+            "--triton out"
+        )
     tables: dict[str, Float64] = {}
     refused = []
     for name, (kind, options) in KINDS.items():
@@ -60,7 +65,6 @@ def tabulate(scheduler: Any, most: int, progress: Callable[[int, int], None]) ->
             refused.append(f"{kind} does not take its values ({reason_of(error)})")
     if not tables:
         raise ModelError(f"no sampler of this checkpoint can be served: {'; '.join(refused)}")
-    mine = type(scheduler).__name__
     if mine not in [kind for kind, _ in KINDS.values()]:
         refused.append(f"{mine}, the checkpoint's own, is not offered")
     own = next((name for name, (kind, _) in KINDS.items() if kind == mine and name in tables), next(iter(tables)))

@@ -17,27 +17,15 @@ from dq_export.core.plugins import fault_of_plugin
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, SchedulerValues, reason_of, refused, require_values
 from .loading import read_config, silent
+from .prediction import NOISE, Prediction
 from .reference import Float32, ModelError, Network
 
-SCHEDULERS = frozenset({
-    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
-})  # fmt: skip
-"""Samplers of a network that predicts noise, picture or velocity of a variance-preserving diffusion. Others sample flows,
-tokens or several stages: a loop over them may run to its end and draw nothing of what the network learned.
-Source: diffusers' `KarrasDiffusionSchedulers`, which DiTPipeline takes, less the one that draws noise without a seed."""
-CHANGES: tuple[tuple[str, Any], ...] = (
-    ("timestep_spacing", "trailing"), ("timestep_spacing", "leading"), ("timestep_type", "discrete"), ("steps_offset", 0),
-    ("use_karras_sigmas", False), ("use_exponential_sigmas", False), ("use_beta_sigmas", False), ("use_lu_lambdas", False),
-    ("final_sigmas_type", "sigma_min"), ("final_sigmas_type", "zero"), ("solver_order", 1), ("skip_prk_steps", True),
-)  # fmt: skip
-"""Of the way of sampling alone: none of them changes what the network was trained for."""
 
-
-def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
+def load_scheduler(folder: Path | None, default: Mapping[str, Any], prediction: Prediction = NOISE) -> Any:
     """The diffusers scheduler of a folder; the one that `default` describes where there is none.
+
+    Args:
+        prediction: what the network predicts.
 
     Raises:
         ModelError: the folder names something that does not sample such a network, or values that it does not take.
@@ -52,22 +40,22 @@ def load_scheduler(folder: Path | None, default: Mapping[str, Any]) -> Any:
     scheduler: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ModelError(f"{shown_path(path)}: {shown(name)} is not a scheduler of diffusers {diffusers.__version__}")
-    require_sampler(str(name), shown_path(path))
+    _require_sampler(str(name), prediction, shown_path(path))
     require_values(scheduler, SchedulerValues, config, path)
     with silent(), refused(f"{shown_path(path)}: makes no {name}", "correct its values, or download it again"):
         return scheduler.from_config(config)  # type: ignore[attr-defined]
 
 
-def require_sampler(name: str, where: str) -> None:
-    """Let a diffusers class pass that samples a network which predicts noise.
+def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
+    """Let a diffusers class pass that samples a network which predicts this.
 
     Raises:
         ModelError: another one.
     """
-    if name not in SCHEDULERS:
+    if name not in prediction.schedulers:
         raise ModelError(
-            f"{where}: {name} does not sample a network that predicts noise; put the scheduler there that the network was "
-            "trained for, for example DDIMScheduler"
+            f"{where}: {name} does not sample a network that predicts {prediction.what}; put the scheduler there that the "
+            f"network was trained for, for example {prediction.plain}"
         )
 
 
@@ -90,11 +78,13 @@ class Rehearsal:
             timesteps that the network does not take.
         state: name of the input that the sampler moves.
         channels: of the network's output.
+        prediction: what the network predicts.
     """
 
     draw: Callable[[Any, int, Network], Float32]
     state: str
     channels: int
+    prediction: Prediction = NOISE
 
     def timesteps(self, scheduler: Any, steps: int) -> list[float]:
         """The timesteps of the trajectory, one for each call.
@@ -123,7 +113,7 @@ class Rehearsal:
 
         def zeros(feed: Feed) -> Float32:
             states, timestep = np.asarray(feed[self.state], dtype=np.float32), float(feed["timestep"][0])
-            if timestep < 0:
+            if not 0 <= timestep < np.inf:
                 raise ValueError(f"it sends the timestep {timestep:g}")
             if not np.isfinite(states).all():
                 raise ValueError(f"step {len(timesteps) + 1} of {steps} gives numbers that are not finite")
@@ -147,18 +137,18 @@ class Rehearsal:
         limit = int(config.get("num_train_timesteps", steps))
         if steps > limit and self._runs(kind, config, limit):
             return f"change --steps to {limit} or less"
-        changes = CHANGES
+        changes, plain = self.prediction.changes, self.prediction.plain
         if str(config.get("variance_type")).startswith("learned"):  # the loop gives a sampler the noise alone
-            changes = (("variance_type", inspect.signature(kind.__init__).parameters["variance_type"].default), *CHANGES)
+            changes = (("variance_type", inspect.signature(kind.__init__).parameters["variance_type"].default), *changes)
         for key, value in changes:
             if key in config and config[key] != value and self._runs(kind, {**config, key: value}, steps):
                 return f"set {key} to {'null' if value is None else str(value).lower()} in its configuration"
         for count in (50, 20, 10, 4):
             if count < steps and self._runs(kind, config, count):
                 return f"change --steps, for example to {count}"
-        if self._runs(diffusers.DDIMScheduler, config, min(steps, limit)):
-            return "put DDIMScheduler in its place, which takes the same keys"
-        return "put another scheduler in its place, for example DDIMScheduler with the values that the network was trained with"
+        if self._runs(getattr(diffusers, plain), config, min(steps, limit)):
+            return f"put {plain} in its place, which takes the same keys"
+        return f"put another scheduler in its place, for example {plain} with the values that the network was trained with"
 
     def _runs(self, kind: Any, config: Mapping[str, Any], steps: int) -> bool:
         """Whether a diffusers class with a configuration runs."""

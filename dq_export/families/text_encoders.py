@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,27 @@ from dq_export.core.progress import Advance
 from ..heap import return_freed_memory
 from .checkpoint import CONFIG, Checkpoint
 from .config_values import refused
+from .encoder_values import EncoderValues
 from .family import Family
 from .loading import require_same
+from .loading import silent as quiet_diffusers
 from .reference import ModelError
 from .tensors import read_tensors, stored
-from .text_parts import INSTEAD, Part, parts_of, silent
+from .text_parts import INSTEAD, Part, other, parts_of, silent
 from .weights import TRANSFORMERS, Weights, find_weights
 
 TOGETHER = 8
 """Prompts to a call."""
+BLOCK = re.compile(r"\.(?:block|layers)\.(\d+)\.")
+"""In the names of the tensors of an encoder's blocks, which are computed one after the other."""
+PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
+"""Of the names of a CLIP's tensors; the second is the numbers from 0 on, which old files hold."""
 
 
 def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str]) -> None:
     """Ask for all that encoding needs, without the encoders' weights.
+
+    Of several encoders one must read the whole of a prompt; diffusers gives the others the front of it.
 
     Raises:
         ModelError: a part is missing or damaged, or a prompt is longer than its pipeline takes.
@@ -37,34 +46,51 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     for name in configs:
         _weights(parts[name], checkpoint)
     most = family.prompt_tokens[checkpoint.pipeline]
-    for name in parts.keys() - configs.keys():
-        reader = name.replace("tokenizer", "text_encoder")
-        known = configs[reader].vocab_size if reader in configs else 1 << 31
-        texts = ["", *map(family.written, prompts)]
-        for number, tokens in enumerate(_tokens(parts[name], texts)):
+    texts = ["", *map(family.written, prompts)]
+    shortest: dict[int, tuple[int, int]] = {}  # by prompt: tokens beyond the limit, and the limit
+    for name in sorted(parts.keys() - configs.keys()):
+        reader = configs.get(other(name))
+        limit = min(most, reader.positions or most) if reader else most
+        for number, tokens in enumerate(_tokens(parts[name], texts, reader)):
             prompt = f"prompt {number} ({shown(prompts[number - 1])})" if number else "the empty prompt"
-            if number and len(tokens) - 1 > most:
-                raise ModelError(f"{prompt}: {len(tokens) - 1} tokens, and {checkpoint.pipeline} takes {most}; shorten it")
-            if max(tokens) >= known:
+            if reader and max(tokens) >= reader.vocab_size:
                 raise ModelError(
-                    f"{shown_path(parts[name].folder)}: makes the token {max(tokens)} of {prompt}, and {reader} knows {known} "
-                    f"tokens; download both again, {INSTEAD}"
+                    f"{shown_path(parts[name].folder)}: makes the token {max(tokens)} of {prompt}, and {other(name)} knows "
+                    f"{reader.vocab_size} tokens; download both again, {INSTEAD}"
                 )
+            over = (len(tokens) - 1 - limit, limit)
+            shortest[number] = min(over, shortest.get(number, over))
+    for number, (excess, limit) in sorted(shortest.items()):
+        if number and excess > 0:
+            prompt = f"prompt {number} ({shown(prompts[number - 1])})"
+            raise ModelError(f"{prompt}: {excess + limit} tokens, and {checkpoint.pipeline} takes {limit}; shorten it")
 
 
-def _tokens(part: Part, prompts: Sequence[str]) -> Iterator[list[int]]:
-    """Of each prompt its tokens, and behind them the one that fills rows up."""
+def _tokens(part: Part, prompts: Sequence[str], reader: EncoderValues | None) -> Iterator[list[int]]:
+    """Of each prompt its tokens, and behind them the one that fills rows up.
+
+    Raises:
+        ModelError: the tokenizer is damaged, or fills texts up to more tokens than the encoder that reads them takes.
+    """
     tokenizer = part.tokenizer()
+    if reader and reader.positions is not None and tokenizer.model_max_length > reader.positions:
+        raise ModelError(
+            f"{shown_path(part.folder)}: fills texts up to model_max_length {shown(tokenizer.model_max_length)}, and its encoder "
+            f"takes {reader.positions} tokens; correct its tokenizer_config.json, {INSTEAD}"
+        )
     for prompt in prompts:
         with part.damage(), silent():
             tokens = [int(token) for token in (*tokenizer(prompt).input_ids, tokenizer.pad_token_id)]
         yield tokens
 
 
-def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str], device: str, progress: Advance) -> Conditions:
+def encode_prompts(
+    family: Family, checkpoint: Checkpoint, config: Any, prompts: Sequence[str], device: str, progress: Advance
+) -> Conditions:
     """The conditions of prompts; the encoders are loaded for it, and freed.
 
     Args:
+        config: of the network, as diffusers has it.
         device: where the encoders compute.
         progress: called with (prompts encoded, prompts in all).
 
@@ -78,8 +104,8 @@ def encode_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str
     done: list[Conditions] = []
     for start in range(0, len(prompts), TOGETHER):
         some = prompts[start : start + TOGETHER]
-        with torch.inference_mode(), silent():
-            done.append(family.encode(checkpoint.pipeline, loaded, some))
+        with torch.inference_mode(), silent(), quiet_diffusers():
+            done.append(family.encode(checkpoint.pipeline, loaded, some, config))
         progress(start + len(some), len(prompts), "prompts")
     loaded.clear()
     return_freed_memory()
@@ -99,7 +125,8 @@ def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
         for file in _weights(part, checkpoint).files if part.encodes else ():
             total += file.stat().st_size
             for name, place in stored(file).items():
-                block = name.partition(".block.")[2].partition(".")[0]
+                found = BLOCK.search(name)
+                block = found[1] if found else ""
                 converted[block] = converted.get(block, 0) + (0 if place.float32 else 4 * math.prod(place.shape))
         outside = converted.pop("", 0)
         total += outside + max(converted.values(), default=0)
@@ -117,6 +144,7 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
     Float16, in which T5 is often stored, is too narrow for the activations of T5, and bfloat16 would lose digits of every
     condition. So the blocks are converted one at a time, while they run: that takes the memory of one in float32.
     """
+    import torch
     import transformers
     from accelerate import init_empty_weights
 
@@ -124,16 +152,25 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
     makes_none = f"{shown_path(part.folder / CONFIG)}: makes no {part.kind}"
     with refused(makes_none, f"download it again, {INSTEAD}"), silent(), init_empty_weights():
         model = kind(kind.config_class(**config.model_dump()))
+    names = model.state_dict().keys()
     state: dict[str, Any] = {}
     for file in _weights(part, checkpoint).files:
-        state |= read_tensors(file)
-    for name, source in model._tied_weights_keys.items():
+        state |= {_todays_name(name, names): tensor for name, tensor in read_tensors(file).items()}
+    for name in [name for name in state if name.endswith(POSITIONS)]:
+        del state[name]
+    for name, source in (model._tied_weights_keys or {}).items():
         if name in state or source in state:  # files hold one of the two, or both
             state[name] = state[source] = state.get(source, state.get(name))
     require_same(model.state_dict(), state, shown_path(part.folder))
     model.load_state_dict(state, assign=True)
-    _compute_in_float32(model, model.encoder.block, device)
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    _compute_in_float32(model, blocks, device)
     return model.eval()
+
+
+def _todays_name(name: str, known: Collection[str]) -> str:
+    """Of a tensor of a file: transformers 5 calls the parts of a CLIPTextModel without the prefix that files have."""
+    return next((form for form in (name, name.removeprefix(PREFIX), PREFIX + name) if form in known), name)
 
 
 def _compute_in_float32(model: Any, blocks: Sequence[Any], device: str) -> None:

@@ -6,42 +6,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from dq_export.core.documents import DocumentError, read_json, shown, shown_path
 
 from .checkpoint import CONFIG, INDEX, Checkpoint
-from .config_values import Values, reason_of, refused, require_values
+from .config_values import reason_of, refused, require_values
+from .encoder_values import ENCODERS, EncoderValues
 from .family import Family
 from .loading import read_config, silenced
 from .reference import ModelError
 
-VOCABULARIES = ("tokenizer.json", "spiece.model")
-"""Files of a tokenizer, one of which it needs; without any, transformers makes an empty one."""
+VOCABULARIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "T5": (("tokenizer.json",), ("spiece.model",)),
+    "CLIP": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+}
+"""By what a tokenizer's class begins with, the files that it needs, in one form or another; without any, transformers makes an
+empty one."""
 TOKENIZER_BYTES = 64 << 20
 """Of a file of a tokenizer; the largest of T5 has 2.4 million."""
 INSTEAD = "or pass --conditions FILE with prompts that are encoded already"
 
 
-class T5Values(Values):
-    """Of `T5Config`."""
-
-    vocab_size: int = Field(ge=1, le=1 << 20)
-    d_model: int = Field(ge=1, le=1 << 16)
-    d_kv: int = Field(ge=1, le=1 << 16)
-    d_ff: int = Field(ge=1, le=1 << 20)
-    num_layers: int = Field(ge=1, le=256)
-    num_heads: int = Field(ge=1, le=4096)
-    relative_attention_num_buckets: int = Field(32, ge=2, le=4096)
-    relative_attention_max_distance: int = Field(128, ge=2, le=1 << 20)
-    layer_norm_epsilon: float = Field(1e-6, gt=0, le=1)
-    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
-
-
-ENCODERS: Mapping[str, type[T5Values]] = {"T5EncoderModel": T5Values}
-TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast")
 """Classes of transformers that a checkpoint may name."""
 
 
@@ -61,7 +48,7 @@ class Part:
         """Whether it has weights."""
         return self.kind in ENCODERS
 
-    def config(self) -> T5Values:
+    def config(self) -> EncoderValues:
         """What decides the network of an encoder; files hold more, some of which would make another network of it.
 
         Raises:
@@ -84,7 +71,7 @@ class Part:
         """
         import transformers
 
-        _require_vocabulary(self.folder)
+        _require_vocabulary(self)
         with self.damage(), silent():
             return getattr(transformers, self.kind).from_pretrained(str(self.folder), local_files_only=True)
 
@@ -102,10 +89,10 @@ class Part:
 
 
 def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
-    """By folder, what encodes prompts in a pipeline.
+    """By folder, what encodes prompts in a pipeline; without what it leaves out and may.
 
     Raises:
-        ModelError: a pipeline of another class, or without one of the family's parts.
+        ModelError: a pipeline of another class, without one of the family's parts, or with an encoder and no tokenizer for it.
     """
     where = shown_path(checkpoint.home / INDEX)
     if not checkpoint.index:
@@ -115,7 +102,23 @@ def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
             f"{where}: {shown(checkpoint.index.get('_class_name'))} does not draw with the family {family.name}; expected "
             f"{' or '.join(family.prompt_tokens)}: correct it, {INSTEAD}"
         )
-    return {name: _part(checkpoint, name) for name in family.encoders}
+    present = [name for name in family.encoders if name not in family.optional or _names(checkpoint.index.get(name))]
+    for name in present:
+        partner = other(name)
+        if partner in family.optional and partner not in present:
+            raise ModelError(f"{where}: {name} without {partner}; add what is missing, or leave out both, {INSTEAD}")
+    return {name: _part(checkpoint, name) for name in present}
+
+
+def other(name: str) -> str:
+    """The encoder's folder of a tokenizer's, or the tokenizer's of an encoder's."""
+    first, second = "tokenizer", "text_encoder"
+    return name.replace(first, second) if name.startswith(first) else name.replace(second, first)
+
+
+def _names(entry: Any) -> bool:
+    """Whether an index's entry of a part names a class; it has `[null, null]` for one that is left out."""
+    return entry not in (None, [None, None])
 
 
 def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -168,22 +171,25 @@ def _require_protobuf() -> None:
         ) from error
 
 
-def _require_vocabulary(folder: Path) -> None:
+def _require_vocabulary(part: Part) -> None:
     """Read a tokenizer's files before transformers does, which takes some damaged ones for an empty vocabulary.
 
     Raises:
         ModelError: none is there, or one is too large or damaged.
     """
-    present = [name for name in VOCABULARIES if (folder / name).is_file()]
+    folder = part.folder
+    forms = next(forms for start, forms in VOCABULARIES.items() if part.kind.startswith(start))
+    present = [files for files in forms if all((folder / name).is_file() for name in files)]
     if not present:
-        raise ModelError(f"{shown_path(folder)}: no {' and no '.join(VOCABULARIES)}; download it again, {INSTEAD}")
+        expected = " and no ".join(" with ".join(files) for files in forms)
+        raise ModelError(f"{shown_path(folder)}: no {expected}; download it again, {INSTEAD}")
     try:
         for path in sorted(folder.iterdir()):
             if path.suffix == ".json" and not isinstance(read_json(path, TOKENIZER_BYTES, finite=False), dict):
                 raise DocumentError(f"{shown_path(path)}: expected a JSON object")
     except DocumentError as error:
         raise ModelError(f"{error}; download it again, {INSTEAD}") from error
-    if present == ["spiece.model"]:
+    if present == [("spiece.model",)]:
         import sentencepiece
 
         _require_protobuf()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dq_export.core.network import BATCH, Axis, Input, arguments, axes_of, output_name
@@ -18,29 +18,56 @@ if TYPE_CHECKING:
 ROOT = "transformer."
 """What precedes the network's names of modules and parameters in its graph."""
 TRACED = 3
-"""Blocks; see `repeat_block`."""
+"""Blocks of a run; see `repeat_block`."""
 
 
-def export_graph(model: Any, inputs: Sequence[Input], blocks: str, *, shared: bool) -> ir.Model:
-    """Trace a network, `TRACED` of its blocks where they are equal and all of them where they are not.
+def export_graph(model: Any, inputs: Sequence[Input], blocks: Sequence[str], *, shared: bool) -> ir.Model:
+    """Trace a network, `TRACED` blocks of each run of equal ones where the graph shows them equal, and all where it does not.
 
     Args:
         model: a diffusers network, which takes `inputs` by name.
-        blocks: name of its list of blocks; empty: trace them all.
+        blocks: names of its lists of blocks, which its `forward` calls one after the other; empty: trace them all.
         shared: the timestep has one row for all samples.
     """
-    listed = getattr(model, blocks) if blocks else ()
-    if len(listed) <= TRACED:
+    listed = {name: getattr(model, name) for name in blocks}
+    runs = [(name, run) for name, modules in listed.items() for run in runs_of(modules) if len(run) > TRACED]
+    if not runs:
         return _traced(model, inputs, shared)
     state = {f"{ROOT}{name}": value for name, value in model.state_dict().items()}
     try:
-        setattr(model, blocks, listed[:TRACED])
+        for name, modules in listed.items():
+            repeated = {index for other, run in runs if other == name for index in run[TRACED:]}
+            setattr(model, name, _without(modules, repeated))
         graph = _traced(model, inputs, shared)
     finally:
-        setattr(model, blocks, listed)
-    if repeat_block(graph, f"{ROOT}{blocks}", len(listed), state):
+        for name, modules in listed.items():
+            setattr(model, name, modules)
+    if all(repeat_block(graph, f"{ROOT}{name}", run, state) for name, run in runs):
         return graph
     return _traced(model, inputs, shared)
+
+
+def runs_of(blocks: Iterable[Any]) -> list[range]:
+    """The longest runs of consecutive blocks that have the same modules and shapes, in order."""
+    keys = [(repr(block), [(name, value.shape) for name, value in block.named_parameters()]) for block in blocks]
+    runs: list[range] = []
+    for index, key in enumerate(keys):
+        if index and key == keys[index - 1]:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs
+
+
+def _without(blocks: Iterable[Any], left_out: Collection[int]) -> Any:
+    """A list of blocks less some; the others keep their names."""
+    import torch
+
+    kept = torch.nn.ModuleList()
+    for index, block in enumerate(blocks):
+        if index not in left_out:
+            kept.add_module(str(index), block)
+    return kept
 
 
 def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:

@@ -53,7 +53,7 @@ class TorchNetwork:
         self.model = model
         self.architecture = type(model)
         self.config = configuration(model)
-        self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler)
+        self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler, family.prediction)
         self.guidance = guidance
         self.checkpoint = checkpoint
         self.inputs = family.inputs(model)
@@ -161,7 +161,7 @@ class TorchNetwork:
         return lambda feed: _call(model, self.inputs, feed)
 
     def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
-        encoded = encode_prompts(self.family, self.checkpoint, prompts, device, progress)
+        encoded = encode_prompts(self.family, self.checkpoint, self.config, prompts, device, progress)
         taken = [item.name for item in self.inputs if item.name in encoded.arrays]  # some of a family's networks take fewer
         conditions = encoded.only(taken)
         if reason := misfit(conditions, self.inputs, guided=False):

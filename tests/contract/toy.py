@@ -111,7 +111,7 @@ class Toy(Family):
     values = ToyValues
     encoders = ("tokenizer", "text_encoder")
     prompt_tokens = {"ToyPipeline": TOKENS}  # noqa: RUF012
-    blocks = "layers"
+    blocks = ("layers",)
     default_guidance = 3.0
     default_scheduler = {"_class_name": "EulerDiscreteScheduler"}  # noqa: RUF012
 
@@ -130,7 +130,7 @@ class Toy(Family):
             Input(name="strength", role="condition", dtype="float32", shape=(BATCH, 1), within="added"),
         )
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str]) -> Conditions:
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         context = ToyPipeline(None, None, **parts).encode_prompt([*prompts, ""]).numpy()
         strength = np.full((len(context), 1), STRENGTH, dtype=np.float32)
         rows, null = ({"context": context[part], "strength": strength[part]} for part in (slice(-1), slice(-1, None)))
@@ -159,17 +159,17 @@ def save_toy(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def save_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A T5 of two blocks and its tokenizer of seven words."""
+def save_text_encoder(folder: Path, dtype: torch.dtype = torch.float32, number: str = "") -> None:
+    """A T5 of two blocks and its tokenizer of seven words; `number`: behind the names of their folders."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -9.0)]
     vocabulary = [*marks, *((f"\u2581{word}", -1.0) for word in WORDS)]
-    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder / "tokenizer")
+    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder / f"tokenizer{number}")
     torch.manual_seed(1)
     sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
     encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), feed_forward_proj="gated-gelu", **sizes))
-    encoder.to(dtype).save_pretrained(folder / "text_encoder")
+    encoder.to(dtype).save_pretrained(folder / f"text_encoder{number}")
 
 
 TOY = Toy()

@@ -123,8 +123,8 @@ def without_a_key(folder: Path) -> None:
         (with_nan, r"NaN or Inf in 1 weights \(proj_out_2.bias\)"),
         (without_a_key, r"do not fit each other: the weights lack 1 of the network's tensors \(proj_out_2\.bias\)"),
         (
-            lambda f: edit_config(f, _class_name="SD3Transformer2DModel"),
-            r"'SD3Transformer2DModel' is not supported; supported: DiT\S+ \(family dit\), PixArt\S+ \(family pixart\)",
+            lambda f: edit_config(f, _class_name="WanTransformer3DModel"),
+            r"'WanTransformer3DModel' is not supported; supported: DiT\S+ \(family dit\), PixArt\S+ \(family pixart\)",
         ),
         (lambda f: edit_config(f, num_layers=3), r"the weights lack \d+ of the network's tensors \(transformer_blocks\.2\."),
         (lambda f: (f / "transformer" / "config.json").write_text("{"), "not readable as JSON"),

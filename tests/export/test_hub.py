@@ -284,11 +284,11 @@ def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: tuple[
     handler.asked.clear()
     assert fetched(address, tmp_path / "two", "owner/name").returncode == 0
     assert [name for name in handler.asked if name.startswith("transformer/d")] == [f"transformer/{STEM}.safetensors"]
-    edit(handler.folder / "transformer" / "config.json", _class_name="SD3Transformer2DModel")
+    edit(handler.folder / "transformer" / "config.json", _class_name="WanTransformer3DModel")
     handler.asked.clear()
     other = fetched(address, tmp_path / "three", "owner/name")
     assert "ModelError" in other.stderr
-    assert "architecture 'SD3Transformer2DModel' is not supported" in other.stderr
+    assert "architecture 'WanTransformer3DModel' is not supported" in other.stderr
     assert sorted(handler.asked) == sorted(PLAIN[:4]), "no weights of a model that cannot be used"
 
 

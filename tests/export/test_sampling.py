@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from dq_export.core.network import Feed
 from dq_export.families.dit import DIT
 from dq_export.families.family import Pictures
+from dq_export.families.prediction import FLOW, NOISE
 from dq_export.families.reference import Float32, ModelError, Network
-from dq_export.families.sampling import SCHEDULERS, Rehearsal, load_scheduler
+from dq_export.families.sampling import Rehearsal, load_scheduler
 from dq_export.families.stand_in import StandIn
 
 
@@ -58,7 +59,7 @@ def all_schedulers() -> list[str]:
 def test_every_scheduler_of_diffusers_runs_or_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     """With `trailing` timesteps, which are whole numbers: with its own, Euler's are not."""
     saved(tmp_path, name, timestep_spacing="trailing")
-    if name not in SCHEDULERS:
+    if name not in NOISE.schedulers:
         with pytest.raises(ModelError, match=rf"^\S+: {name} does not sample a network that predicts noise[^\n]*$"):
             load_scheduler(tmp_path, {})
         return
@@ -70,6 +71,35 @@ def test_every_scheduler_of_diffusers_runs_or_is_refused_in_one_line(name: str, 
     timesteps = rehearsed_timesteps(scheduler, 20, 4)
     assert len(timesteps) >= 20
     assert all(0 <= timestep < 1000 and timestep == int(timestep) for timestep in timesteps)
+
+
+@pytest.mark.parametrize("name", all_schedulers())
+def test_a_network_of_flows_takes_schedulers_of_flows_alone(name: str, tmp_path: Path) -> None:
+    saved(tmp_path, name)
+    if name in FLOW.schedulers:
+        assert type(load_scheduler(tmp_path, {}, FLOW)).__name__ == name
+        return
+    with pytest.raises(
+        ModelError, match=rf"^\S+: {name} does not sample a network that predicts the velocity of a flow; [^\n]*for example "
+        rf"{FLOW.plain}$"
+    ):  # fmt: skip
+        load_scheduler(tmp_path, {}, FLOW)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stochastic_sampling": True}, "stochastic_sampling = True: expected False"),
+        ({"invert_sigmas": True}, "invert_sigmas = True: expected False"),
+        ({"shift": 0}, "shift = 0: expected greater than 0"),
+        ({"max_shift": "1"}, "max_shift = '1': expected a valid number"),
+        ({"shift_terminal": 1}, "shift_terminal = 1: expected less than 1"),
+    ],
+)
+def test_values_of_a_scheduler_of_flows_are_refused_by_key(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path, FLOW.plain, **values)
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/scheduler_config.json: {message}[^\n]*$"):
+        load_scheduler(tmp_path, {}, FLOW)
 
 
 REHEARSALS = {
@@ -165,7 +195,7 @@ def test_any_value_of_any_scheduler_is_refused_in_one_line_or_runs(
 ) -> None:
     import diffusers
 
-    name = data.draw(st.sampled_from(sorted(SCHEDULERS)))
+    name = data.draw(st.sampled_from(sorted(NOISE.schedulers)))
     keys = sorted(set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"})
     values = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=2))
     folder = saved(tmp_path_factory.mktemp("any"), name, **{"timestep_spacing": "trailing", **values})

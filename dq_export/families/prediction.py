@@ -1,0 +1,55 @@
+"""What networks predict, and the schedulers of diffusers that sample each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One kind of output.
+
+    Args:
+        what: in words.
+        schedulers: diffusers' classes that sample it. A loop over another one may run to its end and draw nothing of what the
+            network learned.
+        plain: one of them, which runs with the keys of the others.
+        changes: keys of a configuration with values that change the way of sampling alone, and nothing that the network was
+            trained for.
+    """
+
+    what: str
+    schedulers: frozenset[str]
+    plain: str
+    changes: tuple[tuple[str, Any], ...]
+
+
+NOISE = Prediction(
+    what="noise",
+    schedulers=frozenset({
+        "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+        "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+    }),
+    plain="DDIMScheduler",
+    changes=(
+        ("timestep_spacing", "trailing"), ("timestep_spacing", "leading"), ("timestep_type", "discrete"), ("steps_offset", 0),
+        ("use_karras_sigmas", False), ("use_exponential_sigmas", False), ("use_beta_sigmas", False), ("use_lu_lambdas", False),
+        ("final_sigmas_type", "sigma_min"), ("final_sigmas_type", "zero"), ("solver_order", 1), ("skip_prk_steps", True),
+    ),
+)  # fmt: skip
+"""Of networks that predict noise, picture or velocity of a variance-preserving diffusion. Source: diffusers'
+`KarrasDiffusionSchedulers`, which DiTPipeline takes, less the one that draws noise without a seed."""
+FLOW = Prediction(
+    what="the velocity of a flow",
+    schedulers=frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}),
+    plain="FlowMatchEulerDiscreteScheduler",
+    changes=(
+        ("use_karras_sigmas", False), ("use_exponential_sigmas", False), ("use_beta_sigmas", False), ("shift_terminal", None),
+        ("use_dynamic_shifting", False),
+    ),
+)  # fmt: skip
+"""Of networks that predict noise - picture along the line (1 - sigma) * picture + sigma * noise (flow matching). Less
+diffusers' `FlowMatchLCMScheduler`, which draws noise without a seed. Source: arXiv 2209.03003, 2403.03206."""

@@ -98,7 +98,7 @@ def test_a_pass_and_a_backend(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_family(tmp_path: Path) -> None:
     from toy import save_toy
 
-    assert [family.name for family in all_families()] == ["dit", "pixart", "toy"]
+    assert [family.name for family in all_families()] == ["dit", "pixart", "sd3", "toy"]
     report = run(recipe(model=str(save_toy(tmp_path / "model"))), tmp_path / "out", until="quantize")
     assert report is not None
     assert {linear.action for linear in report.linears if linear.name.endswith("fc1")} == {"w8a8"}
@@ -204,7 +204,7 @@ FAILS = r"error: plug-in 'wild' \(dq_export\.families\) of wild-plugin 2\.1 fail
         ("prepare(self, model): return model.gone", "AttributeError: 'ToyNetwork' object has no attribute 'gone'"),
         ("inputs(self, model): return open('/no/such')", r"FileNotFoundError: \[Errno 2\] No such file or directory: '/no/such'"),
         (
-            "encode(self, pipeline, parts, prompts): import no_such_module",
+            "encode(self, pipeline, parts, prompts, config): import no_such_module",
             "ModuleNotFoundError: No module named 'no_such_module'",
         ),
         (

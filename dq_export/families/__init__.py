@@ -7,8 +7,9 @@ from dq_export.core.plugins import load_plugins
 from .dit import DIT
 from .family import Family
 from .pixart import PIXART
+from .sd3 import SD3_FAMILY
 
-FAMILIES: tuple[Family, ...] = (DIT, PIXART)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY)
 
 
 def all_families() -> tuple[Family, ...]:

@@ -27,6 +27,9 @@ NAMED: dict[str, tuple[str, float]] = {
     "dit": ("facebook/DiT-XL-2-256", 4.0),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 4.5),
     "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-1024-MS", 4.5),
+    "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", 7.0),
+    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", 4.5),
+    "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", 3.5),
     "dit-digits": (str(PACKAGED / "dit-digits"), 2.0),
     "pixart-digits": (str(PACKAGED / "pixart-digits"), 2.0),
 }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from conftest import save_tiny
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
+from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
 
 from dq_export.core.network import Float32
@@ -97,6 +98,12 @@ CASES = {
         save=lambda folder: save_pixart(folder, pipeline="PixArtAlphaPipeline", **ALPHA),
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_pixart_pipeline(*arguments, SEED),
+    ),
+    "sd3": Case(
+        family=FAMILIES[2],
+        save=save_sd3,
+        changes={"sample_size": 12},
+        draw=lambda *arguments: drawn_by_sd3_pipeline(*arguments, SEED),
     ),
     "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
 }

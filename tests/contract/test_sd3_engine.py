@@ -1,0 +1,169 @@
+"""Whole exports of a tiny Stable Diffusion 3.5; diffusers' own pipelines draw prompts with the engine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import sqnr
+from sd3 import save_sd3, sd3_pipeline
+from toy import PROMPTS
+
+import dq_export
+from dq_export.core.recipe import Recipe
+from dq_export.core.tensor_file import load_tensors
+from dq_export.deploy.replay import load_replay
+from dq_export.families.reference import ModelError
+from dq_export.families.source import load_reference
+from dq_export.finished_folder import FinishedFolder
+from dq_export.pipeline import run
+from dq_export.report.report import Report
+from dq_export.stages.recording import HELD_OUT
+
+STEPS, PICTURES, GUIDANCE = 4, 2, 2.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    exported(model, folder)
+    return folder
+
+
+def exported(model: Path, out: Path, **options: Any) -> Report:
+    values = {"steps": STEPS, "parity_size": PICTURES, "guidance_scale": GUIDANCE, "calib_size": 2, "bins": "per-step"}
+    report = run(Recipe.parse({"model": str(model), **values, **options}, "test"), out, until="verify")
+    assert report is not None
+    return report
+
+
+def worst(report: Report, stage: str) -> float:
+    assert report.parity is not None
+    return min(call.sqnr for call in report.parity.calls if call.stage == stage)
+
+
+def test_every_linear_of_the_blocks_runs_on_integers(out: Path) -> None:
+    report = FinishedFolder.open(out).report()
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    required = [gemm.name for gemm in report.audit.gemms if gemm.required]
+    assert len(required) == 16 + 12 + 9, "of the block with dual attention, the plain one, and the last one"
+    assert worst(report, "float-onnx") > 110
+    assert worst(report, "engine") > 20
+
+
+def test_scales_go_by_fractional_timesteps(out: Path, model: Path) -> None:
+    """Four steps of a shifted flow, a bin for each."""
+    report = FinishedFolder.open(out).report()
+    assert report.parity is not None
+    sent = load_reference(str(model)).timesteps(STEPS)
+    assert sorted({call.timestep for call in report.parity.calls}) == sorted(sent)
+    assert {call.bin for call in report.parity.calls} == {0, 1, 2, 3}
+    assert not all(timestep == int(timestep) for timestep in sent)
+    feeds, _ = load_replay(out / "parity")
+    assert {feed["timestep"].dtype for feed in feeds} == {np.dtype(np.float32)}
+
+
+def test_the_engine_draws_in_diffusers_pipeline_what_the_export_recorded(model: Path, out: Path) -> None:
+    """The pipeline encodes the prompts itself; the export's report says how far its engine's pictures are from PyTorch's."""
+    found = sd3_pipeline(model, dq_export.load(out))(
+        list(PROMPTS[:PICTURES]), num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=64, width=64,
+        latents=torch.from_numpy(load_reference(str(model)).noise(PICTURES, HELD_OUT)), output_type="latent",
+    ).images  # fmt: skip
+    parity = FinishedFolder.open(out).report().parity
+    assert parity is not None
+    recorded = load_tensors(out / "parity" / "pytorch.safetensors")[0]["pictures"]
+    assert sqnr(recorded, found.numpy()) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
+
+
+def test_a_picture_of_another_size_starts_from_a_picture(model: Path, out: Path) -> None:
+    """Image to image, with the same engine."""
+    own = sd3_pipeline(model)
+    parts = {name: part for name, part in own.components.items() if name not in ("vae", "transformer", "image_encoder")}
+    parts.pop("feature_extractor")
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)  # a latent is a pixel
+    pipeline = diffusers.StableDiffusion3Img2ImgPipeline(**parts, vae=vae, transformer=dq_export.load(out))
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, 12, 10)).astype(np.float32))
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "strength": 0.75, "output_type": "latent"}
+    drawn = []
+    for transformer in (pipeline.transformer, own.transformer):
+        pipeline.transformer = transformer
+        generator = torch.Generator().manual_seed(1)
+        drawn.append(pipeline(PROMPTS[0], image=start, generator=generator, height=12, width=10, **options).images.numpy())
+    assert drawn[0].shape == (1, 4, 12, 10)
+    assert sqnr(drawn[1], drawn[0]) > 20
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            {"hidden_states": torch.zeros(1, 4, 20, 8)},
+            "hidden_states has shape [1, 4, 20, 8], and the network takes [batch",
+        ),
+        ({"hidden_states": torch.zeros(1, 4, 7, 8)}, "hidden_states has shape [1, 4, 7, 8], and the network takes [batch"),
+        (
+            {"encoder_hidden_states": torch.zeros(1, 5, 9)},
+            "encoder_hidden_states has shape [1, 5, 9], and the network takes [1",
+        ),
+    ],
+)
+def test_what_the_network_does_not_take_is_refused_before_it_computes(call: dict[str, Any], message: str, out: Path) -> None:
+    given = {
+        "hidden_states": torch.zeros(1, 4, 8, 8), "timestep": torch.ones(1), "encoder_hidden_states": torch.zeros(1, 5, 8),
+        "pooled_projections": torch.zeros(1, 8),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        dq_export.load(out)(**{**given, **call})
+
+
+def test_layers_that_a_pipeline_would_skip_are_refused(model: Path, out: Path) -> None:
+    with pytest.raises(TypeError, match="this SD3Transformer2DModel does not take skip_layers"):
+        sd3_pipeline(model, dq_export.load(out))(
+            PROMPTS[0], num_inference_steps=5, height=64, width=64, output_type="latent", skip_guidance_layers=[0],
+            skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0,
+        )  # fmt: skip
+
+
+def test_no_server_has_tables_for_it(model: Path, tmp_path: Path) -> None:
+    recipe = Recipe.parse({"model": str(model), "triton": True}, "test")
+    with pytest.raises(ModelError, match=r"^--triton: the server's requests hold class labels, .* Leave --triton out$"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timesteps": "per-sample"},
+        {"granularity": "token"},
+        {"provider": "openvino"},
+    ],
+)
+def test_other_forms(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    report = exported(model, tmp_path / "out", **options)
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert worst(report, "engine") > 12
+
+
+@pytest.mark.slow
+def test_a_plan_is_built_ahead_of_time(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    values = {"model": str(model), "steps": STEPS, "calib_size": 2, "format": "trt-rtx", "target": "sm89", "dtype": "fp16"}
+    report = run(Recipe.parse(values, "test"), tmp_path / "out", until="audit")
+    assert report is not None
+    assert report.audit is not None
+    assert {gemm.kernel for gemm in report.audit.gemms if gemm.required} == {"gemm Int8xInt8"}

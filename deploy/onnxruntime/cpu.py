@@ -191,7 +191,8 @@ def open_graph(model: Path, *, optimize: bool = True, prepack: bool = True) -> O
 
     Args:
         optimize: False runs the graph node by node as written.
-        prepack: False uses the weights where the file has them, neither transposed nor packed: for a few calls only.
+        prepack: False uses the weights where the file has them, neither transposed nor packed, and gives the memory of a call
+            back: for a few calls only. The usual arena grows to twice what a call holds.
 
     Raises:
         BackendError: ONNX Runtime is missing or refuses the graph.
@@ -199,6 +200,7 @@ def open_graph(model: Path, *, optimize: bool = True, prepack: bool = True) -> O
     options = _options(optimize=optimize)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
 
 

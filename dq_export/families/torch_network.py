@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments, axes_of, sized
+from dq_export.core.network import BATCH, Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments, axes_of, sized
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
@@ -64,8 +64,9 @@ class TorchNetwork:
         self.decoder = checkpoint.vae
         self.feed_shape = tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
         self.graphs: dict[bool, ir.Model] = {}
-        guided = 2 * 4 * family.largest_activation(model)  # bytes, of one picture
-        self.batch = min(max(ACTIVATION_BYTES // guided, 1), 8)
+        largest = 4 * family.largest_activation(model)  # bytes, of one row
+        self.batch = min(max(ACTIVATION_BYTES // (2 * largest), 1), 8)  # with guidance a picture has two rows
+        self.rows = max(ACTIVATION_BYTES // largest, 1)
         self.digest = digest(model, self.scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
 
@@ -151,7 +152,14 @@ class TorchNetwork:
             self.host = {}
 
     def forward(self, feed: Feed) -> Float32:
-        return _call(self.model, self.inputs, feed)
+        batch = len(feed[self.inputs[0].name])
+        parts = [self._part(feed, slice(start, start + self.rows)) for start in range(0, batch, self.rows)]
+        return np.concatenate([_call(self.model, self.inputs, part) for part in parts])
+
+    def _part(self, feed: Feed, rows: slice) -> Feed:
+        """Some samples of a network call; what one row holds for all of them stays as it is."""
+        many = {item.name for item in self.inputs if item.shape[:1] == (BATCH,)}
+        return {name: value[rows] if name in many and len(value) > 1 else value for name, value in feed.items()}
 
     def in_dtype(self, dtype: str) -> Network:
         import torch
@@ -207,7 +215,7 @@ class TorchNetwork:
     ) -> None:
         def watched(feed: Feed) -> Float32:
             before(float(feed["timestep"][0]))
-            return self.forward(feed)
+            return _call(self.model, self.inputs, feed)  # whole: who observes it sees one call
 
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
 

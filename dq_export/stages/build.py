@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..finished_folder import ENGINE, MODEL
+from ..heap import large_blocks_mapped
 from ..ledger import Result
 from ..machine import installed
 from .quantize import QUANTIZE
@@ -46,7 +47,8 @@ class Build(Stage[Result]):
             NotHereError: another machine must build it.
         """
         assert context.backend is not None  # see `wanted`
-        built = context.backend.build(context.folder / MODEL, target / ENGINE, context.progress.advance)
+        with large_blocks_mapped():
+            built = context.backend.build(context.folder / MODEL, target / ENGINE, context.progress.advance)
         return Result(summary=built.note)
 
 

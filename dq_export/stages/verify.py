@@ -17,6 +17,7 @@ from dq_export.deploy.triton.serving.model import images_of
 
 from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
+from ..heap import large_blocks_mapped
 from ..ledger import Result
 from .build import BUILD
 from .calibrate import CALIBRATE
@@ -63,6 +64,10 @@ class Verify(Stage[Verified]):
     def run(self, context: Context, target: Path) -> Verified:
         """Compare with one graph or engine in memory at a time."""
         (target / REPLAY).mkdir()
+        with large_blocks_mapped():
+            return self._compared(context, target)
+
+    def _compared(self, context: Context, target: Path) -> Verified:
         recording = Recording.load(context.folder / REPLAY)
         loaders = _loaders(context, target)
         comparison = _Comparison(context, recording, len(loaders))

@@ -253,6 +253,21 @@ def test_the_network_is_diffusers_own(case: Case, folder: Path, reference: Any) 
         assert sqnr(exact, reference.forward(feed)) > 90  # a settled embedding's last bit is multiplied by the timestep
 
 
+@pytest.mark.parametrize("timesteps", [500, [100, 500, 900]], ids=["shared", "per-sample"])
+def test_a_large_call_is_computed_row_by_row(timesteps: int | list[int], reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = feed_of(reference, timesteps)
+    whole = reference.forward(feed)
+    sizes: list[int] = []
+    watch = reference.model.register_forward_pre_hook(
+        lambda module, inputs, named: sizes.append(len(named[reference.inputs[0].name])), with_kwargs=True
+    )
+    monkeypatch.setattr(reference, "rows", 2)
+    parts = reference.forward(feed)
+    watch.remove()
+    assert sizes == [2, 1]
+    assert sqnr(whole, parts) > SAME
+
+
 @pytest.mark.parametrize("guidance", [1.5, 4.0])
 def test_pictures_are_those_of_diffusers_own_pipeline(guidance: float, case: Case, folder: Path, reference: Any) -> None:
     chosen = np.asarray([1, 3])

@@ -63,9 +63,25 @@ def build_table(
     ordered, value = timesteps[order], scale[order]
     value = np.where(value > 0, value, value[value > 0].min())
     starts = partition(value, bins)
-    edges = tuple(float(np.float32((ordered[i - 1] + ordered[i]) / 2)) for i in starts[1:])
     merged = [value[a:b].max() for a, b in zip(starts, [*starts[1:], len(value)], strict=True)]
-    return ScaleTable(scale=np.asarray(merged, dtype=np.float32), bins=TimestepBins(edges=edges), qtype=qtype)
+    return ScaleTable(scale=np.asarray(merged, dtype=np.float32), bins=_between(ordered, starts), qtype=qtype)
+
+
+def given_table(timesteps: Float64, scale: npt.NDArray[np.float32], qtype: QuantType) -> ScaleTable:
+    """The table of scales that are known: a bin for each timestep, neighbours with equal scales in one. Edges as in
+    `build_table`.
+
+    Args:
+        timesteps: float64[T], ascending, distinct in float32.
+        scale: float32[T], > 0.
+    """
+    starts = [0, *(np.flatnonzero(np.diff(scale)) + 1).tolist()]
+    return ScaleTable(scale=scale[starts], bins=_between(timesteps, starts), qtype=qtype)
+
+
+def _between(ordered: Float64, starts: list[int]) -> TimestepBins:
+    """The bins that start at some of the timesteps."""
+    return TimestepBins(edges=tuple(float(np.float32((ordered[i - 1] + ordered[i]) / 2)) for i in starts[1:]))
 
 
 def _merge_costs(scale: Float64) -> Float64:

@@ -83,7 +83,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
     Raises:
         CalibrationError: an input that a shift takes away entirely.
     """
-    denoiser, assigned, recipe = calibration.denoiser, calibration.assigned, calibration.recipe
+    denoiser, assigned, recipe, tables = calibration.denoiser, calibration.assigned, calibration.recipe, calibration.tables
     groups: dict[str, list[InputSite]] = {}
     for site in denoiser.sites:
         if site.name in schemes:
@@ -91,6 +91,8 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
 
     def decide(group: list[InputSite]) -> list[Decision]:
         items = [statistics[site.name] for site in group]
+        if (given := tables.scalings.get(group[0].name)) is not None:
+            return decisions_of(group, items, given)
         linears = [name for site in group for name in site.linears]
         quantized = [name for name in linears if assigned[name].scheme.low_precision]
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
@@ -100,6 +102,9 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             recipe if group[0].fold.shifts else recipe.model_copy(update={"shift": False}),
             scheme=scheme,
         )
+        return decisions_of(group, items, scaling)
+
+    def decisions_of(group: list[InputSite], items: list[SiteStatistics], scaling: Scaling) -> list[Decision]:
         return [
             Decision(site=site, scheme=schemes[site.name], scaling=scaling, amax=item.amax(scaling.in_scale, scaling.in_shift))
             for site, item in zip(group, items, strict=True)
@@ -107,7 +112,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
 
     decided = {item.site.name: item for group in calibration.each(decide, list(groups.values())) for item in group}
     decisions = [decided[site.name] for site in denoiser.sites if site.name in decided]
-    constant = [decision.site.name for decision in decisions if not decision.amax.any()]
+    constant = [item.site.name for item in decisions if not item.amax.any() and item.site.name not in tables.activations]
     if constant:
         raise CalibrationError(
             "\n".join(
@@ -162,7 +167,8 @@ def _plans(
             alternatives=item.scaling.alternatives,
             in_scale=item.scaling.in_scale,
             in_shift=item.scaling.in_shift,
-            activation=_activation(item, calibration.recipe, timesteps, counts[item.site.name] if counts else NO_COUNTS),
+            activation=calibration.tables.activations.get(item.site.name)
+            or _activation(item, calibration.recipe, timesteps, counts[item.site.name] if counts else NO_COUNTS),
         )
         for item in decisions
     }
@@ -201,7 +207,8 @@ def _measured(calibration: Calibration, statistics: Statistics, result: Calibrat
     """The result with what the kept rows show of it: reaches, float8 scales, corrections, and errors."""
     denoiser, assigned, progress = calibration.denoiser, calibration.assigned, calibration.progress
     reached = reach_of(denoiser, statistics, assigned, result, progress)
-    attention, correction = {}, {}
+    attention: Mapping[str, float] = {}
+    correction = result.correction
     if calibration.recipe.attention_type is not None:
         attention = attention_scales(denoiser, result.sites, statistics, progress)
     if calibration.recipe.bias_correction:

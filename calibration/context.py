@@ -19,6 +19,7 @@ from .group import ALONE, ProcessGroup
 from .hessians import SPACE
 from .parallel import parallel
 from .plugin import UNCHANGED, WeightPlugin
+from .tables import NO_TABLES, Tables
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,6 +37,7 @@ class Calibration:
             sample the same pictures twice.
         group: the processes that share the sampling.
         plugin: the user's own weights and Hessians.
+        tables: what is given, and not decided.
         space: bytes of second moments and of rounding by them, see `stream_hessians`; more of it saves runs over the
             pictures.
     """
@@ -49,6 +51,7 @@ class Calibration:
     progress: Advance = unwatched
     group: ProcessGroup = ALONE
     plugin: WeightPlugin = UNCHANGED
+    tables: Tables = NO_TABLES
     space: int = SPACE
 
     @property

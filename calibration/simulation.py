@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
-from dq_export.core.folding import folded_weight, touching_plans
+from dq_export.core.folding import folded_weight, row_factors, touching_plans
 from dq_export.core.network import Denoiser
 from dq_export.core.rule import Rule
 
@@ -46,10 +46,14 @@ class Simulation:
             factor = folded_weight(np.ones_like(weight), name, plans)
             weights[name] = (nearest / factor).astype(np.float32)
             own = next((plan for plan in plans if name in plan.site.linears), None)
-            if own and (own.in_shift.any() or name in result.correction):
+            moved = np.zeros(len(weight))
+            if own and own.in_shift.any():
                 # The shift's own output is in the bias exactly, so what rounding the weight does to it is put back.
-                moved = (weight.astype(np.float64) - weights[name]) @ own.in_shift
-                biases[name] = (denoiser.bias(name) + moved + result.correction.get(name, 0.0)).astype(np.float32)
+                moved += (weight.astype(np.float64) - weights[name]) @ own.in_shift
+            if name in result.correction:  # of the folded bias
+                moved += result.correction[name] / row_factors(name, len(weight), plans)
+            if moved.any():
+                biases[name] = (denoiser.bias(name) + moved).astype(np.float32)
         return Simulation(weights=weights, biases=biases, plans=result.sites)
 
     def rounded(self, site: str, rows: Float32, timestep: float) -> Float32:

@@ -40,23 +40,27 @@ def round_weights(
     Raises:
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
-    denoiser, assigned, plugin = calibration.denoiser, calibration.assigned, calibration.plugin
+    denoiser, assigned, plugin, tables = calibration.denoiser, calibration.assigned, calibration.plugin, calibration.tables
     rounding = ROUNDINGS[calibration.recipe.rounding]
     touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
     def measure(part: Mapping[str, Float32], name: str) -> tuple[WeightGrid, npt.NDArray[np.int8] | None] | str:
-        weight = folded_weight(plugin.prepare(name, denoiser.weight(name)), name, touching.get(name, ()))
+        scheme, around = assigned[name].scheme, touching.get(name, ())
+        assert scheme.weight is not None
+        if (given := tables.rounded(name, scheme.weight.qtype, around)) is not None:
+            return given
         site = site_of.get(name, "")
-        in_scale = plans[site].in_scale if site else np.ones(weight.shape[1], dtype=np.float32)
+        in_scale = plans[site].in_scale if site else np.ones(denoiser.linears[name].width, dtype=np.float32)
+        weight = folded_weight(tables.weight(name, plugin.prepare(name, denoiser.weight(name)), in_scale), name, around)
         try:
             hessian = plugin.hessian(name, part.get(site), in_scale)
-            grid, codes = rounding(weight, assigned[name].scheme, hessian)
+            grid, codes = rounding(weight, scheme, hessian)
         except ValueError as error:
             return f"'{name}': {error}"
-        if codes is None and plugin is not UNCHANGED:
+        if codes is None and (plugin is not UNCHANGED or tables.has_weight(name)):
             codes = grid.codes(weight)  # the graph holds the checkpoint's weights: codes of any others are kept
-        return grid, None if codes is None else _stored(codes, assigned[name].scheme)
+        return grid, None if codes is None else _stored(codes, scheme)
 
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
     results: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
@@ -76,6 +80,7 @@ def round_weights(
         weight_scale={name: grid.scale for name, (grid, _) in found.items()},
         multiplier={name: grid.multiplier for name, (grid, _) in found.items() if grid.multiplier is not None},
         codes={name: codes for name, (_, codes) in found.items() if codes is not None},
+        correction=tables.corrections(denoiser, touching),
         provenance=calibration.provenance,
     )
 

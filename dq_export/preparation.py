@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dq_export.calibration.plugin import UNCHANGED, WeightPlugin
+from dq_export.calibration.tables import NO_TABLES, Tables
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
 from dq_export.core.network import BATCH
@@ -63,10 +64,11 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     """
     from dq_export.deploy.backends import backend_of
 
+    from .families.recorded_file import settle_tables
     from .families.source import load, pin, require_device
     from .families.text_encoders import encoder_bytes, require_prompts
 
-    recipe, source = pin(recipe)
+    recipe, source = pin(settle_tables(recipe))
     encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
     names = tuple(stage.name for stage in stages)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
@@ -85,7 +87,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         backend.require_schemes(rule.scheme for rule in assigned.values())
     _require_shapes(resolved, reference)
     require_conditions(resolved, reference)
-    reference.timesteps(resolved.steps)  # for its errors
+    tables = _tables(resolved, reference, assigned)
     if resolved.triton and TRITON.name in memory.stages:
         require_served(reference)
     return Prepared(
@@ -93,6 +95,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         reference=reference,
         backend=backend,
         assigned=assigned,
+        tables=tables,
         stages=memory.stages,
         space=memory.space,
         weight_bytes=sum(reference.weight(name).nbytes for name in reference.linears),
@@ -165,6 +168,19 @@ def require_conditions(recipe: Recipe, reference: Reference) -> None:
     path = Path(recipe.conditions)
     if reason := misfit(conditions_of(path), reference.inputs, guided=(recipe.guidance_scale or 1.0) > 1):
         raise RecipeError(f"conditions {shown_path(path)}: {reason}")
+
+
+def _tables(recipe: Recipe, reference: Reference, assigned: Mapping[str, Rule]) -> Tables:
+    """What the recipe's file of tables decides.
+
+    Raises:
+        RecipeError: see `read_tables`.
+        ModelError: the scheduler cannot make so many steps.
+    """
+    from dq_export.calibration.table_reader import read_tables
+
+    timesteps = reference.timesteps(recipe.steps)
+    return NO_TABLES if recipe.tables is None else read_tables(Path(recipe.tables), reference, assigned, recipe, timesteps)
 
 
 def _require_servable(recipe: Recipe, backend: Backend | None) -> None:

@@ -49,6 +49,7 @@ class Timed:
         batch: what the backend may fix the batch to.
         profile: also measure the time by operator.
         files: for PyTorch: revision and variant.
+        lora: for PyTorch: adapters that are fused.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Timed:
     folder: str = ""
     profile: bool = False
     files: tuple[str, str] = ("", "")
+    lora: tuple[str, ...] = ()
 
     @property
     def built(self) -> Built:
@@ -147,7 +149,10 @@ def serve(channel: TextIO, asked: str) -> None:
     libraries but no engine: it has no thread that could hold a lock.
     """
     request = json.loads(asked)
-    engines = [Timed(**{**item, "runs_on": tuple(item["runs_on"]), "files": tuple(item["files"])}) for item in request["engines"]]
+    engines = [
+        Timed(**{**item, "runs_on": tuple(item["runs_on"]), "files": tuple(item["files"]), "lora": tuple(item["lora"])})
+        for item in request["engines"]
+    ]
     _end_with_parent()
     _import_libraries(engines)
     failed: set[str] = set()
@@ -224,7 +229,7 @@ def _load(engine: Timed) -> Callable[[Feed], Float32]:
     from .families.source import load_reference
 
     revision, variant = engine.files
-    reference = load_reference(engine.model, revision=revision, variant=variant)
+    reference = load_reference(engine.model, revision=revision, variant=variant, lora=engine.lora)
     return reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
 
 

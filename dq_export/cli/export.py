@@ -94,7 +94,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
 
 def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
     """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own, and one
-    for other prompts what it says of prompts."""
+    for other prompts, adapters or tables what it says of those."""
     from dq_export.core.recipe import Recipe, RecipeError
 
     from ..families.prompts import prompts_of
@@ -104,6 +104,7 @@ def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
         given = {**given, "prompts": prompts_of(expanded(given["prompts"]))}
     if "prompts" in given or "conditions" in given:
         base = {key: value for key, value in base.items() if key not in ("prompts", "conditions", "conditions_sha256")}
+    base = {key: value for key, value in base.items() if key.removesuffix("_sha256") not in given.keys() & {"lora", "tables"}}
     if given.get("model", base.get("model")) != base.get("model"):
         base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
     values = {**base, **given}

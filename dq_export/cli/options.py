@@ -17,13 +17,13 @@ from dq_export.core.plugins import OneOf
 from dq_export.core.recipe import Recipe
 
 GROUPS = {
-    "Model": ("model", "revision", "variant", "prompts", "conditions"),
+    "Model": ("model", "revision", "variant", "lora", "prompts", "conditions"),
     "Engine": (
         "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
     ),
     "Quantization": ("bits", "granularity", "group_size", "attention", "rounding", "bias_correction"),
     "Calibration": (
-        "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
+        "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
         "guidance_scale", "seed",
     ),
     "Proof": ("parity_size", "min_coverage", "min_sqnr"),
@@ -32,9 +32,11 @@ GROUPS = {
 RUN = "Run"
 NAMES = {"model": ("--model", "-m"), "triton": ("--triton",)}
 """Options with other names than their field's alone."""
-FILES = ("prompts", "conditions")
-"""Options whose value is a file; of prompts, what it holds becomes the field's."""
-NOT_GIVEN = ("", None)
+METAVARS = {"prompts": "FILE", "conditions": "FILE", "tables": "FILE", "lora": "FILE[:SCALE]"}
+"""What `--help` calls a value that is a file; of prompts, what it holds becomes the field's."""
+REPEATED = ("lora",)
+"""Options that may be given several times."""
+NOT_GIVEN: tuple[Any, ...] = ("", None, [])
 UNIONS, NONE = (Union, UnionType), type(None)
 
 
@@ -94,10 +96,12 @@ def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
         *names,
         help=_text(field, choices),
         show_default=False,
-        metavar="FILE" if name in FILES else None,
+        metavar=METAVARS.get(name),
         rich_help_panel=group,
         autocompletion=(lambda: list(choices)) if choices else None,
     )
+    if name in REPEATED:
+        kind = list[kind]  # type: ignore[valid-type]
     annotation: Any = Annotated[str, made] if kind is str else Annotated[kind | None, made]
     default = "" if kind is str else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -28,6 +28,12 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
     return weight
 
 
+def row_factors(linear: str, outputs: int, plans: Sequence[SitePlan]) -> Float32:
+    """float32[out]: what the scalings of those that read a linear's output multiply its rows by."""
+    producing = [plan for plan in plans if linear not in plan.site.linears]
+    return folded_weight(np.ones((outputs, 1), dtype=np.float32), linear, producing)[:, 0]
+
+
 def work_bytes(denoiser: Denoiser) -> int:
     """Bytes that work on one linear's folded weight takes at most: the widest weight's, with its temporaries."""
     return TEMPORARIES * max(denoiser.weight(name).nbytes for name in denoiser.linears)

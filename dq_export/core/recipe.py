@@ -37,6 +37,10 @@ class Recipe(BaseModel):
         default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
     )
     variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
+    lora: tuple[str, ...] | None = Field(
+        default=None, min_length=1, max_length=100, description="FILE[:SCALE], fused before calibration; repeatable"
+    )
+    lora_sha256: tuple[str, ...] | None = Field(default=None, description="of each file of lora; null: any")
     prompts: tuple[str, ...] | None = Field(
         default=None, description="to draw, one a line; null: of the model's prompts.txt, or dq-export's own"
     )
@@ -76,6 +80,10 @@ class Recipe(BaseModel):
         1.0, ge=1, le=64, allow_inf_nan=False, description="for scaling dilate: how much a weight row's range may grow"
     )
     shift: bool | None = Field(default=None, description="per-channel shift; null: where scaling auto measures a gain, else none")
+    tables: str | None = Field(
+        default=None, min_length=1, max_length=4096, description="safetensors of scales and weights that are trained already"
+    )
+    tables_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of the file of tables; null: any")
     calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     return model
 
 
-def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str) -> None:
+def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str, changed: Collection[str] = ()) -> None:
     """Write the graph; weights that one of the checkpoint's files holds as float32 are read from a link to it.
 
     The link is a hard link, or a copy where the file system has none. All other weights go to `<path>.data`.
@@ -70,8 +70,9 @@ def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str) -> N
     Args:
         weights: the checkpoint's files.
         prefix: what precedes a checkpoint's names in the graph's.
+        changed: names of weights that are no longer those of the files.
     """
-    places = {prefix + name: place for file in weights for name, place in stored(file).items()}
+    places = {prefix + name: place for file in weights for name, place in stored(file).items() if name not in changed}
     written = []
     for initializer in model.graph.initializers.values():
         tensor = initializer.const_value

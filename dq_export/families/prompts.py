@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from dq_export.core.condition_file import load_conditions
-from dq_export.core.documents import DocumentError, shown, shown_path
+from dq_export.core.documents import DocumentError
 from dq_export.core.network import Conditions
 from dq_export.core.prompts import read_prompts
 from dq_export.core.recipe import Recipe, RecipeError
 
-from ..ledger import file_digest
 from .checkpoint import PROMPTS, Checkpoint
 from .family import Family
+from .recorded_file import require_recorded
 
 PACKAGED = Path(__file__).parent.parent / "models" / PROMPTS
 
@@ -34,7 +34,10 @@ def settle(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> Recipe:
     if not family.encoders:
         return recipe
     if recipe.conditions is not None:
-        return _recorded(recipe, Path(os.path.expanduser(recipe.conditions)).absolute())
+        path = Path(os.path.expanduser(recipe.conditions)).absolute()
+        conditions_of(path)  # for its errors; a missing file is one of them
+        digest = require_recorded("conditions", path, recipe.conditions_sha256)
+        return recipe.model_copy(update={"conditions": str(path), "conditions_sha256": digest})
     if recipe.prompts is not None:
         return recipe
     beside = checkpoint.home / PROMPTS
@@ -63,14 +66,3 @@ def conditions_of(path: Path) -> Conditions:
         return load_conditions(path)
     except DocumentError as error:
         raise RecipeError(f"conditions {error}") from error
-
-
-def _recorded(recipe: Recipe, path: Path) -> Recipe:
-    conditions_of(path)  # for its errors; a missing file is one of them
-    digest = file_digest(path)
-    if recipe.conditions_sha256 not in (None, digest):
-        raise RecipeError(
-            f"conditions {shown_path(path)}: its sha256 is {digest}, and the recipe has {recipe.conditions_sha256}; put the "
-            f"recipe's file back, or pass the new one with --conditions {shown(str(path), 200)}"
-        )
-    return recipe.model_copy(update={"conditions": str(path), "conditions_sha256": digest})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import all_families
 from .checkpoint import Checkpoint, architecture_of, network_config, open_checkpoint
 from .family import Family
 from .hub import fetch, snapshot
+from .lora import Adapter, settle_adapters
 from .prompts import settle
 from .reference import ModelError, Reference
 from .torch_network import TorchNetwork
@@ -46,6 +47,7 @@ class Source:
         model, revision, variant: what finds it again from any folder; see the recipe's keys.
         guidance: the scale that suits it; 0: its family's.
         family: of its network.
+        adapters: that are fused into its weights.
     """
 
     model: str
@@ -54,20 +56,26 @@ class Source:
     guidance: float
     family: Family
     checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...] = ()
 
 
-def load_reference(model: str, progress: Advance = unwatched, *, revision: str = "", variant: str = "") -> Reference:
+def load_reference(
+    model: str, progress: Advance = unwatched, *, revision: str = "", variant: str = "", lora: Sequence[str] = ()
+) -> Reference:
     """Load a short name, a local folder or a hub id.
 
     Args:
         progress: called with (tensors read, tensors in all).
         revision: of a hub id: branch, tag or commit; empty: the default branch.
         variant: of the weights, `fp16` …; empty: those without a variant, or the only ones there are.
+        lora: adapters that are fused, FILE[:SCALE].
 
     Raises:
-        ModelError: nothing by that name, no network, or a checkpoint that cannot be used.
+        ModelError: nothing by that name, no network, or a checkpoint or an adapter that cannot be used.
+        RecipeError: an adapter is not there.
     """
-    return load(locate(model, revision, variant), progress)
+    adapters = tuple(Adapter.of(text) for text in lora)
+    return load(replace(locate(model, revision, variant), adapters=adapters), progress)
 
 
 def load(source: Source, progress: Advance = unwatched) -> Reference:
@@ -76,7 +84,7 @@ def load(source: Source, progress: Advance = unwatched) -> Reference:
     Raises:
         ModelError: the checkpoint cannot be used.
     """
-    return TorchNetwork.load(source.family, source.checkpoint, source.guidance, progress)
+    return TorchNetwork.load(source.family, source.checkpoint, source.guidance, progress, source.adapters)
 
 
 def pin(recipe: Recipe) -> tuple[Recipe, Source]:
@@ -84,11 +92,12 @@ def pin(recipe: Recipe) -> tuple[Recipe, Source]:
 
     Raises:
         ModelError: see `locate`.
-        RecipeError: see `settle`.
+        RecipeError: see `settle` and `settle_adapters`.
     """
     source = locate(recipe.model, recipe.revision or "", recipe.variant or "", encoders=recipe.conditions is None)
     found = recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")})
-    return settle(found, source.family, source.checkpoint), source
+    settled, adapters = settle_adapters(settle(found, source.family, source.checkpoint))
+    return settled, replace(source, adapters=adapters)
 
 
 def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool = False) -> Source:

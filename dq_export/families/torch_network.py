@@ -25,6 +25,7 @@ from .config_values import reason_of
 from .family import Family, Pictures
 from .float_graph import save
 from .loading import load_network
+from .lora import Adapter, fuse
 from .reference import Float32, ModelError, Network, Samplers
 from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
@@ -48,8 +49,11 @@ class TorchNetwork:
 
     shared = True
 
-    def __init__(self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance) -> None:
+    def __init__(
+        self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance, fused: frozenset[str]
+    ) -> None:
         self.family = family
+        self.fused = fused
         self.model = model
         self.architecture = type(model)
         self.config = configuration(model)
@@ -71,15 +75,22 @@ class TorchNetwork:
         self.host: dict[str, torch.Tensor] = {}
 
     @staticmethod
-    def load(family: Family, checkpoint: Checkpoint, guidance: float, progress: Advance = unwatched) -> TorchNetwork:
+    def load(
+        family: Family,
+        checkpoint: Checkpoint,
+        guidance: float,
+        progress: Advance = unwatched,
+        adapters: Sequence[Adapter] = (),
+    ) -> TorchNetwork:
         """Load a checkpoint of one of the family's architectures, in float32.
 
         Args:
             guidance: the scale that suits it; 0: its family's.
             progress: called with (tensors read, tensors in all).
+            adapters: to be fused into its weights.
 
         Raises:
-            ModelError: its files are damaged or do not fit each other, or weights that are not finite.
+            ModelError: its files are damaged or do not fit each other, weights that are not finite, or see `fuse`.
         """
         architecture = family.network_class(str(architecture_of(checkpoint.config)))
         model = load_network(architecture, family.values, checkpoint.folder, checkpoint.config, checkpoint.weights)
@@ -89,8 +100,9 @@ class TorchNetwork:
                 f"{shown_path(checkpoint.folder)}: NaN or Inf in {len(broken)} weights ({', '.join(broken[:3])}); the checkpoint "
                 "is damaged"
             )
+        fused = fuse(model, adapters)
         family.prepare(model)
-        return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress)
+        return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress, fused)
 
     @cached_property
     def structure(self) -> Structure:
@@ -249,7 +261,7 @@ class TorchNetwork:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
         self.graphs.clear()
         write_sizes(graph, axes_of(self.inputs))  # those of the conditions, which may have come after the graph
-        save(graph, path, self.checkpoint.weights.files, ROOT)
+        save(graph, path, self.checkpoint.weights.files, ROOT, self.fused)
         del graph
         collect_everything()
 

@@ -13,7 +13,7 @@ import numpy as np
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.progress import Progress, Silent
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import Scheme
 from dq_export.deploy.backends import backend_of
 from dq_export.deploy.packages import require_packages
@@ -90,6 +90,8 @@ def explore(
     backend = backend_of(recipe)
     if request.max_latency is not None:
         require_timing(backend, recipe)
+    if recipe.tables is not None:
+        raise RecipeError("tables: they are for the bits that they were trained with, which a search varies; leave them out")
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 
 from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import Backend, BackendError, Feed
 
 from ..families.float_graph import load
@@ -106,11 +106,11 @@ def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:
 
     try:
         r, _ = pin(recipe)
-    except ModelError as error:
+    except (ModelError, RecipeError) as error:
         return [], {"torch": str(error)}
     files = (r.revision or "", r.variant or "")
     return [
-        Timed(name=name, model=r.model, files=files, runs_on=("torch", None, dtype), batch=rows)
+        Timed(name=name, model=r.model, files=files, lora=r.lora or (), runs_on=("torch", None, dtype), batch=rows)
         for name, dtype in PYTORCH.items()
     ], {}
 

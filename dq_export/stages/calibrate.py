@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from pydantic import Field, model_validator
 
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.group import ProcessGroup
+from dq_export.calibration.tables import Tables
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.core.condition_file import CONDITIONS
 from dq_export.core.plugins import described_plugins
 from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
 
 from ..families.reference import Reference
@@ -97,7 +100,7 @@ class Calibrate(Stage[Calibrated]):
     result: type[Calibrated] = Calibrated
     fields: tuple[str, ...] = (
         "attention", "method", "rounding", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
-        "calib_size", "calibration", "steps", "guidance_scale", "seed",
+        "calib_size", "calibration", "steps", "guidance_scale", "seed", "tables_sha256",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
@@ -130,6 +133,8 @@ class Calibrate(Stage[Calibrated]):
         recipe = context.recipe
         provenance = {"model": context.reference.digest, "sampler": context.reference.sampler, **versions()}
         provenance |= {key: str(getattr(recipe, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
+        if recipe.tables_sha256 is not None:
+            provenance["tables"] = recipe.tables_sha256
         calibration = Calibration(
             denoiser=context.reference,
             recipe=recipe,
@@ -140,6 +145,7 @@ class Calibrate(Stage[Calibrated]):
             progress=context.progress.advance,
             group=context.group,
             plugin=context.plugin,
+            tables=context.tables,
             space=context.space,
         )
         announce(context.group, work=True)
@@ -148,7 +154,9 @@ class Calibrate(Stage[Calibrated]):
         assert result is not None  # the first process gets it
         result.save(target / CALIBRATION)
         shutil.rmtree(calibration.folder, ignore_errors=True)  # there is none where only weights are quantized
-        return Calibrated.of(result)
+        calibrated = Calibrated.of(result)
+        summary = f"{calibrated.summary}{described(context.tables, context.assigned)}"
+        return calibrated.model_copy(update={"summary": summary})
 
     def kept(self, context: Context) -> None:
         """Send the other processes home."""
@@ -184,10 +192,21 @@ def assist(prepared: Prepared, folder: Path, group: ProcessGroup, device: str) -
         sampling=sampling_of(recipe, reference),
         folder=folder / GATHERED,
         group=group,
+        tables=prepared.tables,
         space=prepared.space,
     )
     with reference.on(device):
         calibrate(calibration)
+
+
+def described(tables: Tables, assigned: Mapping[str, Rule]) -> str:
+    """What a file of tables decided, and which quantized linears it left to calibration; empty without a file."""
+    if tables.file is None:
+        return ""
+    header = tables.file.header
+    rest = [name for name, rule in assigned.items() if rule.scheme.weight and name not in header.linears]
+    listed = f", calibrated: {', '.join(rest[:3])}" + (f" and {len(rest) - 3} more" if len(rest) > 3 else "") if rest else ""
+    return f"; {len(header.linears)} linears as {header.method} gives them{listed}"
 
 
 def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:

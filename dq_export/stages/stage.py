@@ -10,6 +10,7 @@ from typing import Any, Generic
 
 from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.plugin import WeightPlugin
+from dq_export.calibration.tables import Tables
 from dq_export.core.progress import Progress
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
@@ -119,6 +120,7 @@ class Prepared:
     Args:
         recipe: resolved: every value is there that depends on the model or the backend.
         assigned: the completed rule of each linear.
+        tables: what a file decides, and not calibration.
         stages: names of the stages that run.
         space: bytes of second moments, for the calibration.
         weight_bytes: of the float32 weights of all linears.
@@ -128,6 +130,7 @@ class Prepared:
     reference: Reference
     backend: Backend | None
     assigned: Mapping[str, Rule]
+    tables: Tables
     stages: tuple[str, ...]
     space: int
     weight_bytes: int

@@ -1,0 +1,158 @@
+"""What a file of tables asks for that a network or a recipe does not have, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dq_export.core.documents import shown
+from dq_export.core.network import InputSite
+from dq_export.core.rule import Rule
+from dq_export.core.scheme import Scheme
+from dq_export.core.table_file import Header, TableFile
+from dq_export.core.violations import nearest
+
+SHARED = ("activation.scale", "activation.zero_point", "in_scale", "in_shift")
+"""Parts that all readers of an input have alike."""
+
+
+def schedule_fault(header: Header, timesteps: Sequence[float]) -> str:
+    """Why the rows of the file are not for the timesteps that a run sends; empty where they are.
+
+    A timestep takes the row of the nearest one in the file, which may be as far away as two of the file's are apart. A table of
+    one row is for all timesteps.
+    """
+    rows = np.asarray(header.timesteps)
+    if len(rows) == 1:
+        return ""
+    sent = np.asarray(timesteps, dtype=np.float64)
+    away = np.abs(sent[:, None] - rows).min(axis=1)
+    worst = int(away.argmax())
+    if away[worst] <= np.diff(rows).max():
+        return ""
+    near = rows[np.abs(rows - sent[worst]).argmin()]
+    return (
+        f"its timesteps are {rows[0]:g} … {rows[-1]:g}, and the sampler sends {sent[worst]:g}, whose nearest row is of {near:g}; "
+        "give the timesteps as the network receives them, of the schedule that is sampled"
+    )
+
+
+def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: Rule) -> Iterator[str]:
+    """What a linear of a file asks for that its rule does not give.
+
+    Args:
+        weight: shape of its weight.
+    """
+    scheme = rule.scheme
+    if scheme.weight is None:
+        yield f"{shown(linear)} stays float in the recipe ({rule.reason or 'its rule'}); take it out of the file"
+        return
+    outputs, width = weight
+    for part, wanted in (
+        ("activation.scale", (len(file.header.timesteps),)),
+        ("activation.zero_point", (len(file.header.timesteps),)),
+        ("weight", weight),
+        ("weight.codes", weight),
+        ("bias", (outputs,)),
+        ("in_scale", (width,)),
+        ("in_shift", (width,)),
+    ):
+        found = file.shape(linear, part)
+        if found not in (None, wanted):
+            yield f"'{linear}.{part}' has shape {list(found or ())}; expected {list(wanted)}"
+            return  # the rest compares numbers
+    yield from _activation_faults(file, linear, scheme)
+    if file.shape(linear, "weight") and scheme.weight.qtype.is_float:
+        yield f"{shown(linear)}: weights in float8 are rounded from the checkpoint's; take 'weight' out, or another --bits"
+    if file.shape(linear, "weight.codes"):
+        yield from _code_faults(file, linear, scheme, width)
+
+
+def _activation_faults(file: TableFile, linear: str, scheme: Scheme) -> Iterator[str]:
+    codes, where = file.header.linears[linear].activation, shown(linear)
+    if not scheme.low_precision and (file.shape(linear, "in_scale") or file.shape(linear, "in_shift")):
+        yield f"{where}: the recipe quantizes its weight for memory alone, so its input is not scaled"
+    if codes is None:
+        return
+    if scheme.activation is None:
+        yield f"{where} has a table, and the recipe leaves its input float ({scheme}); take other --bits, or the table out"
+    elif scheme.graph_type is None or scheme.per_token:
+        yield f"{where} has a table, and the recipe finds a scale for each token; pass --granularity tensor"
+    elif scheme.graph_type.is_float or scheme.graph_type.bits != codes.bits:
+        yield (
+            f"{where} has a table for codes of {codes.bits} bits, and the recipe quantizes its input to "
+            f"{scheme.graph_type.name}; take the --bits that it was trained for"
+        )
+
+
+def _code_faults(file: TableFile, linear: str, scheme: Scheme, width: int) -> Iterator[str]:
+    assert scheme.weight is not None
+    qtype, block = scheme.weight.qtype, scheme.block_size(width)
+    if qtype.is_float:
+        yield f"{shown(linear)}: float8 weights have no codes that a file could give; take another --bits"
+        return
+    outputs = (file.shape(linear, "weight.codes") or (0,))[0]
+    blocks = (width // block, outputs) if block else None
+    form = f"for {scheme}" + (f" in {width // block} blocks" if block else "")
+    scale = blocks if blocks and not scheme.two_level else (outputs,)
+    multiplier = blocks if scheme.two_level else None
+    wrong = False
+    for part, wanted in (("weight.scale", scale), ("weight.zero_point", scale), ("weight.multiplier", multiplier)):
+        found = file.shape(linear, part)
+        if found != wanted and not (part == "weight.zero_point" and found is None):
+            wrong = True
+            expected = f"expected {list(wanted)}" if wanted else "expected none"
+            yield f"'{linear}.{part}' has {f'shape {list(found)}' if found else 'no value'}; {expected} {form}"
+    if wrong:
+        return
+    codes = centred_codes(file, linear)
+    if codes.min() < qtype.qmin or codes.max() > qtype.qmax:
+        yield (
+            f"'{linear}.weight.codes' reaches {codes.min()} … {codes.max()} about its zero point; {qtype.name} holds "
+            f"{qtype.qmin} … {qtype.qmax}: give it a rule with weights of more bits, or give 'weight' and let it be rounded"
+        )
+    factor = file.read(linear, "weight.multiplier")
+    if factor is not None and factor.max() > 127 // qtype.qmax:
+        yield f"'{linear}.weight.multiplier' reaches {factor.max()}; expected 1 … {127 // qtype.qmax}"
+
+
+def centred_codes(file: TableFile, linear: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """int64[out, in]: the codes of a weight less its zero point, which is rounded."""
+    codes, point = file.read(linear, "weight.codes"), file.read(linear, "weight.zero_point")
+    assert codes is not None
+    centred = codes.astype(np.int64)
+    if point is None:
+        return centred
+    columns = np.rint(np.atleast_2d(point)).astype(np.int64).T
+    centred -= np.repeat(columns, codes.shape[1] // columns.shape[1], axis=1)
+    return centred
+
+
+def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) -> Iterator[str]:
+    """What readers of one input have otherwise, and a shift that cannot be."""
+    readers = [name for name in site.linears if assigned[name].scheme.low_precision]
+    having = [name for name in readers if any(file.shape(name, part) for part in SHARED)]
+    if not having:
+        return
+    first = having[0]
+    entry = file.header.linears[first]
+    for name in readers:
+        other = file.header.linears.get(name)
+        same = other is not None and other.activation == entry.activation
+        for part in SHARED:
+            one, two = file.read(first, part), file.read(name, part)
+            same = same and (np.array_equal(one, two) if one is not None and two is not None else one is two)
+        if not same:
+            yield f"{shown(first)} and {shown(name)} read one input, and their tables differ; give them equal ones"
+            return
+    shift = file.read(first, "in_shift")
+    if shift is not None and shift.any() and not site.fold.shifts:
+        yield f"{shown(first)}: its input cannot take up 'in_shift', which {site.target} would have to; train it without"
+
+
+def name_faults(header: Header, linears: Sequence[str]) -> Iterator[str]:
+    """Names that are no linear of the network."""
+    for name in header.linears:
+        if name not in linears:
+            yield f"{shown(name)} is no linear of the network.{nearest(name, list(linears))}"

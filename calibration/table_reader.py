@@ -1,0 +1,156 @@
+"""From a file of tables to decisions: what calibration takes from it, once network and recipe are known to take all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.documents import DocumentError, shown, shown_path
+from dq_export.core.network import Denoiser, InputSite
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.rule import Rule
+from dq_export.core.scales import ScaleTable
+from dq_export.core.table_file import TableFile, listed, load_table_file
+
+from .asymmetry import LIMIT, Asymmetric, common_shift
+from .bins import given_table
+from .scaling import Scaling
+from .table_checks import linear_faults, name_faults, schedule_fault, site_faults
+from .tables import Tables
+
+Float32 = npt.NDArray[np.float32]
+FIXING = ("activation.scale", "weight.codes", "in_scale", "in_shift")
+"""Parts that mean something under one scaling of the input alone: the file's, or none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Given:
+    """What a file says of one site's input, by one of its readers; all of them say the same."""
+
+    reader: str
+    in_scale: Float32
+    in_shift: Float32
+    table: Asymmetric | None
+
+
+def read_tables(
+    path: Path, denoiser: Denoiser, assigned: Mapping[str, Rule], recipe: Recipe, timesteps: Sequence[float]
+) -> Tables:
+    """Read a file, and look whether a network and a recipe take all of it.
+
+    Args:
+        timesteps: that the sampler sends.
+
+    Raises:
+        RecipeError: they do not, or the file is missing or damaged; a line for each fault, the first ten.
+    """
+    try:
+        file = load_table_file(path)
+        faults = _faults(file, denoiser, assigned, recipe, timesteps)
+        if not faults:
+            widths = {name: linear.width for name, linear in denoiser.linears.items()}
+            tables, faults = _decisions(file, denoiser.sites, widths, assigned)
+    except DocumentError as error:
+        raise RecipeError("\n".join(f"tables {line}" for line in str(error).splitlines())) from error
+    if faults:
+        raise RecipeError(listed(faults, f"tables {shown_path(path)}"))
+    return tables
+
+
+def _faults(
+    file: TableFile, denoiser: Denoiser, assigned: Mapping[str, Rule], recipe: Recipe, timesteps: Sequence[float]
+) -> list[str]:
+    """What the file asks for that cannot be; scalings are looked at after that."""
+    header = file.header
+    faults = list(name_faults(header, list(denoiser.linears)))
+    known = [name for name in header.linears if name in denoiser.linears]
+    if reason := schedule_fault(header, timesteps):
+        faults.append(reason)
+    if recipe.bias_correction and any(file.shape(name, part) for name in known for part in ("weight", "weight.codes", "bias")):
+        faults.append("bias_correction measures errors against the checkpoint's weights, which training left; leave it out")
+    for name in known:
+        faults += linear_faults(file, name, denoiser.weight(name).shape, assigned[name])
+    return faults or [fault for site in denoiser.sites for fault in site_faults(file, site, assigned)]
+
+
+def _decisions(
+    file: TableFile, sites: Sequence[InputSite], widths: Mapping[str, int], assigned: Mapping[str, Rule]
+) -> tuple[Tables, list[str]]:
+    """The decisions by site, and why some cannot be; sites that share a scaling get one."""
+    groups: dict[str, list[InputSite]] = {}
+    for site in sites:
+        groups.setdefault(site.shares or site.name, []).append(site)
+    scalings: dict[str, Scaling] = {}
+    activations: dict[str, ScaleTable] = {}
+    faults = []
+    for group in groups.values():
+        given = {site.name: item for site in group if (item := _given(file, site, widths, assigned))}
+        if not given:
+            continue
+        scaling, shift = _common_scaling(file.header.method, list(given.values()), shifts=group[0].fold.shifts)
+        faults += [*_group_faults(list(given.values()))]
+        faults += [*_width_faults(file, given.values(), shift, shifts=group[0].fold.shifts)]
+        scalings |= dict.fromkeys([site.name for site in group], scaling)
+        activations |= {name: _symmetric(file, item, shift, assigned) for name, item in given.items() if item.table}
+    return Tables(file=file, scalings=scalings, activations=activations), faults
+
+
+def _given(file: TableFile, site: InputSite, widths: Mapping[str, int], assigned: Mapping[str, Rule]) -> _Given | None:
+    """What the file says of a site; None where it leaves its scaling to calibration."""
+    readers = [name for name in site.linears if assigned[name].scheme.low_precision]
+    reader = next((name for name in readers if any(file.shape(name, part) for part in FIXING)), None)
+    if reader is None:
+        return None
+    in_scale, in_shift = file.read(reader, "in_scale"), file.read(reader, "in_shift")
+    scale, point = file.read(reader, "activation.scale"), file.read(reader, "activation.zero_point")
+    codes, qtype, table = file.header.linears[reader].activation, assigned[reader].scheme.graph_type, None
+    if scale is not None and codes is not None and qtype is not None:
+        point = np.zeros_like(scale) if point is None else point
+        table = Asymmetric(scale=scale, zero_point=point, codes=codes, qmax=qtype.qmax)
+    return _Given(
+        reader=reader,
+        in_scale=np.ones(widths[reader], dtype=np.float32) if in_scale is None else in_scale,
+        in_shift=np.zeros(widths[reader], dtype=np.float32) if in_shift is None else in_shift,
+        table=table,
+    )
+
+
+def _common_scaling(method: str, given: Sequence[_Given], *, shifts: bool) -> tuple[Scaling, float]:
+    """The scaling of sites that share one, and the share of its shift that makes their tables symmetric."""
+    shift = common_shift([item.table for item in given if item.table], shifts=shifts)
+    first = given[0]
+    in_shift = (first.in_shift + first.in_scale * np.float32(shift)).astype(np.float32)
+    label = f"given by {method}" + ("+shift" if in_shift.any() else "")
+    return Scaling(method=label, in_scale=first.in_scale, in_shift=in_shift), shift
+
+
+def _group_faults(given: Sequence[_Given]) -> Iterator[str]:
+    first = given[0]
+    for other in given[1:]:
+        if not (np.array_equal(first.in_scale, other.in_scale) and np.array_equal(first.in_shift, other.in_shift)):
+            yield f"{shown(other.reader)} shares its scaling with {shown(first.reader)}; give both the same in_scale and in_shift"
+
+
+def _width_faults(file: TableFile, given: Iterable[_Given], shift: float, *, shifts: bool) -> Iterator[str]:
+    cause = "no one shift suits the zero points of all timesteps" if shifts else "its input cannot take up a shift"
+    for item in given:
+        widened = item.table.widened(shift) if item.table else np.ones(1)
+        worst = int(widened.argmax())
+        if widened[worst] > LIMIT:
+            yield (
+                f"{shown(item.reader)}: {cause}: at timestep {file.header.timesteps[worst]:g} the step would grow by "
+                f"{widened[worst] - 1:.0%}, and {LIMIT - 1:.0%} is the limit; train it with zero points that stay, or take its "
+                "table out"
+            )
+
+
+def _symmetric(file: TableFile, item: _Given, shift: float, assigned: Mapping[str, Rule]) -> ScaleTable:
+    qtype = assigned[item.reader].scheme.graph_type
+    assert item.table is not None
+    assert qtype is not None
+    scale = (item.table.scale * item.table.widened(shift)).astype(np.float32)
+    return given_table(np.asarray(file.header.timesteps), scale, qtype)

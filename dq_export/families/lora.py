@@ -1,0 +1,206 @@
+"""Low-rank adapters: W + scale * alpha / rank * B A, fused into a loaded network's weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dq_export.core.documents import DocumentError, parse_json, read_json, shown, shown_path
+from dq_export.core.patterns import PatternError, search
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.tensor_file import open_tensors
+from dq_export.core.violations import nearest
+
+from .recorded_file import place_of, require_recorded
+from .reference import ModelError
+from .tensors import read_tensors
+
+PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.)?")
+"""In front of a module's name: peft's, and that of diffusers' pipelines."""
+PART = re.compile(r"(?P<module>.+?)\.((?P<A>lora_A|lora\.down|lora_down)|(?P<B>lora_B|lora\.up|lora_up))(\.default)?\.weight")
+ALPHA = re.compile(r"(?P<module>.+?)(\.lora)?\.alpha")
+METADATA = "lora_adapter_metadata"
+"""Key of diffusers' settings in a safetensors file, whose own keys begin with `transformer.`."""
+CONFIG = "adapter_config.json"
+"""peft's settings, beside its file."""
+NETWORK = "transformer."
+UNFIT = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "bias")
+"""Settings of adapters that add more than B A, or lay it out otherwise: all must be false, or `none`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A file of low-rank weights, and how much of them is added."""
+
+    path: Path
+    scale: float
+
+    @staticmethod
+    def of(text: str) -> Adapter:
+        """From FILE[:SCALE].
+
+        Raises:
+            RecipeError: no such file, or a scale that is not finite.
+        """
+        front, colon, behind = text.rpartition(":")
+        try:
+            scale = float(behind)
+        except ValueError:
+            colon, scale = "", 1.0
+        if colon and not math.isfinite(scale):
+            raise RecipeError(f"lora {shown(text, 200)}: its scale is no finite number")
+        return Adapter(path=place_of("lora", front if colon else text), scale=scale if colon else 1.0)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.scale!r}"
+
+
+def settle_adapters(recipe: Recipe) -> tuple[Recipe, tuple[Adapter, ...]]:
+    """The recipe with the places and digests of its adapters, and the adapters.
+
+    Raises:
+        RecipeError: a file is missing or has changed since it was recorded, or there are other numbers of files and digests.
+    """
+    if recipe.lora is None:
+        if recipe.lora_sha256 is not None:
+            raise RecipeError("lora_sha256: it is of files, and lora names none; add lora, or leave it out")
+        return recipe, ()
+    adapters = tuple(Adapter.of(text) for text in recipe.lora)
+    recorded: Sequence[str | None] = recipe.lora_sha256 or [None] * len(adapters)
+    if len(recorded) != len(adapters):
+        raise RecipeError(f"lora_sha256: {len(recorded)} digests for {len(adapters)} files of lora; expected one for each")
+    digests = [require_recorded("lora", item.path, digest) for item, digest in zip(adapters, recorded, strict=True)]
+    settled = {"lora": tuple(map(str, adapters)), "lora_sha256": tuple(digests)}
+    return recipe.model_copy(update=settled), adapters
+
+
+def fuse(model: Any, adapters: Sequence[Adapter]) -> frozenset[str]:
+    """Add adapters to a network's weights, one after the other, in float32.
+
+    Returns:
+        The names of the parameters that changed.
+
+    Raises:
+        ModelError: a file is damaged, or holds what the network does not take; it is named.
+    """
+    import torch
+
+    changed: set[str] = set()
+    for adapter in adapters:
+        where = f"lora {shown_path(adapter.path)}"
+        for module, pair in _pairs(adapter, where).items():
+            name = f"{module}.weight"
+            parameter = _parameter(model, name, where)
+            with torch.no_grad():
+                parameter.data = pair.added_to(parameter.data, adapter.scale, f"{where}: {shown(module)}")
+            if not torch.isfinite(parameter.data.sum()):
+                raise ModelError(f"{where}: makes NaN or Inf of {shown(name)}; the file is damaged, or its scale too large")
+            changed.add(name)
+    return frozenset(changed)
+
+
+@dataclass
+class _Pair:
+    """The two matrices of a module, and the strength alpha / rank or alpha / sqrt(rank)."""
+
+    parts: dict[str, Any] = field(default_factory=dict)
+    alpha: float | None = None
+    rooted: bool = False
+
+    def added_to(self, weight: Any, scale: float, where: str) -> Any:
+        """The weight with B A added, float32 of the same shape."""
+        if set(self.parts) != {"A", "B"}:
+            raise ModelError(f"{where} has only one of its two matrices; copy or download the file again")
+        down, up = self.parts["A"].float(), self.parts["B"].float()
+        rank = down.shape[0] if down.ndim else 0
+        fits = up.ndim >= 2 and up.shape[:2] == (weight.shape[0], rank) and up[0, 0].numel() == 1
+        if not fits or down.shape[1:] != weight.shape[1:]:
+            raise ModelError(
+                f"{where} has matrices of shapes {list(up.shape)} and {list(down.shape)}; the network's weight is "
+                f"{list(weight.shape)}: it was trained for another network"
+            )
+        strength = 1.0 if self.alpha is None else self.alpha / (math.sqrt(rank) if self.rooted else rank)
+        return weight + (scale * strength) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+
+
+def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
+    """By module, the matrices of a file.
+
+    Raises:
+        ModelError: the file is damaged, or a tensor is no part of a low-rank adapter of the network.
+    """
+    found: dict[str, _Pair] = {}
+    for name, tensor in read_tensors(adapter.path).items():
+        plain = name[PREFIX.match(name).end() :]  # type: ignore[union-attr]
+        part, alpha = PART.fullmatch(plain), ALPHA.fullmatch(plain)
+        if not tensor.is_floating_point() or not (part or alpha):
+            raise ModelError(
+                f"{where}: tensor {shown(name, 120)} is no part of a low-rank adapter of the network; expected "
+                "'transformer.<module>.lora_A.weight' and 'lora_B.weight' in floating point, as diffusers and peft write them"
+            )
+        pair = found.setdefault((part or alpha)["module"], _Pair())  # type: ignore[index]
+        if part:
+            pair.parts["A" if part["A"] else "B"] = tensor
+        elif tensor.numel() == 1:
+            pair.alpha = float(tensor)
+    if not found:
+        raise ModelError(f"{where}: holds no tensors")
+    _set_alphas(found, _settings(adapter, where), where)
+    return found
+
+
+def _set_alphas(pairs: Mapping[str, _Pair], settings: Mapping[str, Any], where: str) -> None:
+    """The strengths of peft's settings; those of the file's own tensors stay."""
+    for key in UNFIT:
+        if settings.get(key) not in (None, False, "none"):
+            raise ModelError(f"{where}: trained with {key} {shown(settings[key])}, which fusing does not have")
+    patterns = settings.get("alpha_pattern") or {}
+    for module, pair in pairs.items():
+        pair.rooted = settings.get("use_rslora") is True
+        if pair.alpha is None:
+            try:
+                close = [value for key, value in patterns.items() if search(rf"(^|\.)(?:{key})$", module)]
+            except (AttributeError, PatternError) as error:
+                raise ModelError(f"{where}: its alpha_pattern is no mapping of patterns to numbers") from error
+            pair.alpha = _number([*close, settings.get("lora_alpha")][0], where)
+
+
+def _number(value: Any, where: str) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        raise ModelError(f"{where}: lora_alpha {shown(value)} is no finite number")
+    return value
+
+
+def _settings(adapter: Adapter, where: str) -> dict[str, Any]:
+    """peft's settings: diffusers' in the file, or peft's own beside it; empty where there are none, as alpha is rank then.
+
+    Raises:
+        ModelError: they are damaged, or peft's are not there.
+    """
+    try:
+        text = open_tensors(adapter.path).metadata.get(METADATA) if adapter.path.suffix == ".safetensors" else None
+        if text is not None:
+            values = parse_json(text, f"{METADATA} of {where}")
+            values = {k.removeprefix(NETWORK): v for k, v in values.items()} if isinstance(values, dict) else values
+        elif adapter.path.name.startswith("adapter_model."):
+            values = read_json(adapter.path.with_name(CONFIG))
+        else:
+            values = {}
+    except DocumentError as error:
+        raise ModelError(f"{where}: its settings, which hold alpha, cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{where}: its settings are no JSON object")
+    return values
+
+
+def _parameter(model: Any, name: str, where: str) -> Any:
+    try:
+        return model.get_parameter(name)
+    except AttributeError as error:
+        names = [item.removesuffix(".weight") for item, _ in model.named_parameters() if item.endswith(".weight")]
+        module = name.removesuffix(".weight")
+        raise ModelError(f"{where}: {shown(module, 120)} is no module of the network.{nearest(module, names)}") from error

@@ -1,0 +1,60 @@
+"""Files that a recipe names: where they lie, and that they are those that were recorded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dq_export.core.documents import printable, shown, shown_path
+from dq_export.core.recipe import Recipe, RecipeError
+
+from ..ledger import file_digest
+
+
+def settle_tables(recipe: Recipe) -> Recipe:
+    """The recipe with the place and digest of its file of tables.
+
+    Raises:
+        RecipeError: the file is missing, or has changed since it was recorded.
+    """
+    if recipe.tables is None:
+        if recipe.tables_sha256 is not None:
+            raise RecipeError("tables_sha256: it is of a file, and tables names none; add tables, or leave it out")
+        return recipe
+    path = place_of("tables", recipe.tables)
+    digest = require_recorded("tables", path, recipe.tables_sha256)
+    return recipe.model_copy(update={"tables": str(path), "tables_sha256": digest})
+
+
+def place_of(key: str, text: str) -> Path:
+    """The absolute path of a regular file.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(os.path.expanduser(text)).absolute()
+    if not path.is_file():
+        problem = "not a regular file" if os.path.lexists(path) else "no such file"
+        raise RecipeError(f"{key} {shown_path(path)}: {problem}")
+    return path
+
+
+def require_recorded(key: str, path: Path, recorded: str | None) -> str:
+    """The sha256 of a file, hexadecimal.
+
+    Args:
+        recorded: what it must be; None: anything.
+
+    Raises:
+        RecipeError: it is another one, or the file cannot be read.
+    """
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise RecipeError(f"{key} {shown_path(path)}: cannot be read ({error.strerror})") from error
+    if recorded not in (None, digest):
+        raise RecipeError(
+            f"{key} {shown_path(path)}: its sha256 is {digest}, and the recipe has {printable(str(recorded))}; put the "
+            f"recipe's file back, or pass the new one with --{key} {shown(str(path), 200)}"
+        )
+    return digest

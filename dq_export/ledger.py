@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
+from dq_export.core.documents import DocumentError, printable, read_json, read_text, read_yaml, shown, shown_path
 
 from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
 
@@ -190,16 +191,20 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
 def _require_same(folder: Path, recipe: str) -> None:
     try:
         kept = read_text(folder / RECIPE, links=False)
+        changed = [] if kept == recipe else _differences(read_yaml(folder / RECIPE), yaml.safe_load(recipe))
     except DocumentError as error:
         raise OutputError(f"{error}; pass another folder with -o, or --overwrite") from error
-    if kept != recipe:
+    if changed:
         raise OutputError(
-            f"{shown_path(folder)} holds another run ({_differences(kept, recipe)}). Pass another folder with -o, or "
+            f"{shown_path(folder)} holds another run ({printable('; '.join(changed))}). Pass another folder with -o, or "
             "--overwrite to do again what differs"
         )
 
 
-def _differences(old: str, new: str) -> str:
-    before, after = old.splitlines(), new.splitlines()
-    changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(before, after, strict=False) if a != b]
-    return printable("; ".join(changed)) or "other rules"
+def _differences(old: object, new: object) -> list[str]:
+    """What differs between two recipes, by key; null is as good as no key, so that an option may be added to the product."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{shown(old)} -> {shown(new)}"] if old != new else []
+    keys = [*new, *(key for key in old if key not in new)]
+    pairs = [(key, old.get(key), new.get(key)) for key in keys]
+    return [f"{key}: {shown(before)} -> {shown(after)}" for key, before, after in pairs if before != after]

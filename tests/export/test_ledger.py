@@ -102,11 +102,19 @@ def test_a_folder_of_the_same_recipe_is_continued(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_recipe_is_refused_and_unchanged(tmp_path: Path) -> None:
     take(tmp_path)
-    with pytest.raises(OutputError, match=r"another run \(b: 2 -> b: 3\).*--overwrite"):
+    with pytest.raises(OutputError, match=r"another run \(b: 2 -> 3\).*--overwrite"):
         take(tmp_path, "a: 1\nb: 3\n")
     assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nb: 2\n"
     take(tmp_path, "a: 1\nb: 3\n", overwrite=True)
     assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nb: 3\n"
+
+
+def test_a_new_key_without_a_value_is_no_other_recipe(tmp_path: Path) -> None:
+    take(tmp_path)
+    take(tmp_path, "new: null\na: 1\nb: 2\n")
+    assert (tmp_path / "recipe.yaml").read_text() == "new: null\na: 1\nb: 2\n"
+    with pytest.raises(OutputError, match=r"another run \(new: None -> 4; b: 2 -> None\)"):
+        take(tmp_path, "new: 4\na: 1\n")
 
 
 def test_foreign_files_and_a_file_in_the_way_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""TDQ's steps (arXiv 2306.02316) as tables for dq-export.
+
+TDQ's steps are a small network's function of the timestep. Evaluate each layer's at the timesteps that the sampler sends, and
+save them by the name of the linear; that is all that the engine needs of it:
+
+    torch.save({name: step_of(timesteps) for name, step_of in layers.items()}, "steps.pth")        # float32[T] each
+
+    python examples/convert_tdq.py steps.pth tables.safetensors --timesteps 1:1000:20 --activation-bits 8 --unsigned 'ff.net.2'
+
+Weights are dq-export's own, of the float checkpoint that TDQ trained.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from converting import Codes, Tables, options, read_state, shared
+
+
+def main(words: list[str] | None = None) -> None:
+    """Convert a file."""
+    parser = options(__doc__ or "")
+    parser.add_argument("--unsigned", default="$^", metavar="REGEX", help="modules whose inputs have codes from 0 on")
+    given = parser.parse_args(words)
+    tables = Tables("TDQ", given.timesteps, given.rename, given.skip)
+    found = {tables.name(module): steps.flatten() for module, steps in read_state(given.checkpoint).items()}
+    found.pop("", None)
+    rows = {name: (steps, torch.zeros_like(steps)) for name, steps in found.items()}
+    for name, (steps, _) in shared(rows, given.shared, given.activation_bits).items():
+        codes = Codes(bits=given.activation_bits, signed=not re.search(given.unsigned, name))
+        tables.add(name, {"activation.scale": steps}, codes)
+    tables.write(given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,4 +54,4 @@ def load(out: Path) -> StandIn:
 def _within(inputs: Iterable[Input], batch: int | None) -> list[Input]:
     """The inputs with the greatest batch that the engine takes."""
     axis = BATCH if batch is None else replace(BATCH, limit=batch)
-    return [replace(item, shape=(axis, *item.shape[1:])) for item in inputs]
+    return [replace(item, shape=(axis, *item.shape[1:])) if item.batched else item for item in inputs]

@@ -135,8 +135,16 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     """The recipe with every value filled in that depends on the model or the backend.
 
     Raises:
-        RecipeError: a pattern of `exclude` is no regular expression.
+        ModelError: the network does not draw pictures of the recipe's size.
+        RecipeError: a pattern of `exclude` is no regular expression, or a guidance that the network does not take.
     """
+    if recipe.size is not None:
+        reference.draw_at(*map(int, recipe.size.split("x")))
+    if reference.guided_by == "nothing" and (recipe.guidance_scale or 1.0) > 1:
+        raise RecipeError(
+            f"guidance_scale {recipe.guidance_scale:g}: this network has no input for it, and does not draw without a prompt; "
+            "leave it out"
+        )
     try:
         front = tuple(Rule(match=pattern, action="float", reason="excluded by --exclude") for pattern in exclude)
     except ValidationError as error:
@@ -166,7 +174,8 @@ def require_conditions(recipe: Recipe, reference: Reference) -> None:
     if recipe.conditions is None:
         return
     path = Path(recipe.conditions)
-    if reason := misfit(conditions_of(path), reference.inputs, guided=(recipe.guidance_scale or 1.0) > 1):
+    guided = reference.guided_by == "null" and (recipe.guidance_scale or 1.0) > 1
+    if reason := misfit(conditions_of(path), reference.inputs, guided=guided):
         raise RecipeError(f"conditions {shown_path(path)}: {reason}")
 
 

@@ -186,7 +186,17 @@ def feed_of(reference: Reference, timestep: int | list[int] = 500, samples: int 
     state, time = reference.inputs[:2]
     conditions = np.arange(samples) % len(reference.conditions)
     timesteps = np.atleast_1d(np.asarray(timestep, dtype=time.dtype))
-    return {state.name: reference.noise(samples, seed), time.name: timesteps, **reference.conditions.rows(conditions)}
+    settings = {item.name: np.full_like(item.zeros(samples), 3.5) for item in reference.inputs if item.role == "setting"}
+    for item in reference.inputs:
+        if item.name in settings and not item.batched:  # positions, in the order of the tokens
+            settings[item.name][:] = np.arange(settings[item.name].size).reshape(-1, 3) % (5, 6, 7)
+    given = {
+        state.name: reference.noise(samples, seed),
+        time.name: timesteps,
+        **reference.conditions.rows(conditions),
+        **settings,
+    }
+    return {item.name: given[item.name] for item in reference.inputs}
 
 
 def run_onnx(model: ir.Model | Path, feed: dict[str, Any], *, optimize: bool = False) -> np.ndarray[Any, Any]:

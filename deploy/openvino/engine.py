@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
+from dq_export.core.network import Axis
 from dq_export.passes.names import origin
+from dq_export.passes.sizes import input_sizes
 
 from ..backend import BackendError, Feed, Float32
 from ..packages import require_packages
@@ -75,7 +79,7 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
 
     Args:
         config: OpenVINO's properties of the CPU device.
-        batch: what every input's first dimension is set to, where it has no fixed size; None leaves them open.
+        batch: what every input's first dimension is set to, where it is no other size; None leaves them open.
 
     Raises:
         BackendError: OpenVINO refuses the graph.
@@ -84,7 +88,10 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
     try:
         network = core.read_model(model)
         if batch is not None:
-            network.reshape({port.any_name: _sizes(port.partial_shape, batch) for port in network.inputs})
+            shared = {name for name, sizes in input_sizes(ir.load(model)).items() if isinstance(sizes[0], Axis)}
+            network.reshape(
+                {port.any_name: _sizes(port.partial_shape, -1 if port.any_name in shared else batch) for port in network.inputs}
+            )
         return OpenVinoEngine(request=core.compile_model(network, "CPU", dict(config)).create_infer_request())
     except RuntimeError as error:
         raise BackendError(f"OpenVINO refuses {model}: {error}") from error

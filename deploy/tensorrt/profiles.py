@@ -81,7 +81,7 @@ def _unnamed(name: str, dims: Dims, best: Shape | None, batch: int) -> Shape:
     rest = tuple(size for size in sizes[1:] if size is not None)
     if len(rest) < len(sizes) - 1:
         raise BackendError(f"'{name}' is {_text(dims)}: name its shape with --opt-shapes {name}:AxBxC, where ? may change")
-    return (dims[0] if isinstance(dims[0], int) else batch, *rest)
+    return (batch if dims[0] is None else sizes[0] or batch, *rest)
 
 
 def _text(dims: Dims) -> str:
@@ -106,7 +106,7 @@ def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]
         for axis, number in zip(dims, shape, strict=True):
             if isinstance(axis, Axis) and not axis.takes(number):
                 raise BackendError(f"{flag}: '{name}' has a {axis.name} of {number}; the graph takes a {axis}")
-        if not 1 <= shape[0] <= MAX_BATCH:
+        if dims[0] is None and not 1 <= shape[0] <= MAX_BATCH:
             raise BackendError(f"{flag}: '{name}' has a batch of {shape[0]}; expected 1 to {MAX_BATCH}, as the graph takes")
         found[name] = shape
     return found

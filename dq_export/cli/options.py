@@ -24,7 +24,7 @@ GROUPS = {
     "Quantization": ("bits", "granularity", "group_size", "attention", "rounding", "bias_correction"),
     "Calibration": (
         "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
-        "guidance_scale", "seed",
+        "guidance_scale", "size", "seed",
     ),
     "Proof": ("parity_size", "min_coverage", "min_sqnr"),
 }  # fmt: skip

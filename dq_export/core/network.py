@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
-"""Inputs of one network call by name. All of them have a row for each sample, except a timestep that all samples share."""
+"""Inputs of one network call by name. They have a row for each sample, but positions, and a timestep that all samples share."""
 Role = Literal["gemm", "vector", "edge", "static"]
 Observer = Callable[[str, "torch.Tensor"], None]
 
@@ -57,28 +57,34 @@ BATCH = Axis("batch", 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input of a network. Its first dimension is the batch.
+    """One input of a network. Its first dimension is the batch, but for positions, which all samples share.
 
     Args:
         name: diffusers' name, which the graph's input bears.
         role: `state` is what a sampler moves, the first input of every network; `timestep` is the input of that name;
-            `condition` is what a picture is drawn of.
+            `condition` is what a picture is drawn of; `setting` is what a pipeline sends beside these, the same in all calls of
+            a picture: positions, the scale of a guidance that the network itself applies.
         dtype: numpy's name of the element type.
         within: the dictionary argument of the network's `forward` that holds the input; empty where it is an argument itself.
         limit: the greatest index that the input takes, from 0; None where it holds no indices.
     """
 
     name: str
-    role: Literal["state", "timestep", "condition"]
+    role: Literal["state", "timestep", "condition", "setting"]
     dtype: str
     shape: tuple[int | Axis, ...] = (BATCH,)
     within: str = ""
     limit: int | None = None
 
+    @property
+    def batched(self) -> bool:
+        """Whether it has a row for each sample."""
+        return isinstance(self.shape[0], Axis) and self.shape[0].name == BATCH.name
+
     def zeros(self, batch: int = BATCH.size) -> npt.NDArray[Any]:
         """An array of the input's shape and type."""
-        sizes = [axis.size if isinstance(axis, Axis) else axis for axis in self.shape]
-        return np.zeros((batch, *sizes[1:]), dtype=self.dtype)
+        first, *rest = [axis.size if isinstance(axis, Axis) else axis for axis in self.shape]
+        return np.zeros((batch if self.batched else first, *rest), dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,15 +138,19 @@ def axes_of(inputs: Iterable[Input]) -> list[Axis]:
     return list(axes.values())
 
 
-def sized(inputs: Iterable[Input], conditions: Conditions) -> tuple[Input, ...]:
+def sized(inputs: Sequence[Input], conditions: Conditions) -> tuple[Input, ...]:
     """The inputs with the sizes that conditions have, such as their number of tokens."""
-    inputs = tuple(inputs)
     sizes = {
         axis.name: size
         for item in inputs
         for axis, size in zip(item.shape, getattr(conditions.arrays.get(item.name), "shape", ()), strict=False)
         if isinstance(axis, Axis) and axis is not BATCH
     }
+    return resized(inputs, sizes)
+
+
+def resized(inputs: Iterable[Input], sizes: Mapping[str, int]) -> tuple[Input, ...]:
+    """The inputs with other sizes of some axes, by name."""
 
     def fitted(size: int | Axis) -> int | Axis:
         return replace(size, size=sizes[size.name]) if isinstance(size, Axis) and size.name in sizes else size
@@ -154,8 +164,8 @@ def output_name(inputs: Iterable[str]) -> str:
 
 
 def batch_of(feed: Feed) -> int:
-    """How many samples a network call has; a shared timestep is one row for all of them."""
-    return max(map(len, feed.values()))
+    """How many samples a network call has: the rows of its first input that is no timestep, the state or a condition."""
+    return len(next(rows for name, rows in feed.items() if name != "timestep"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ class Recipe(BaseModel):
     guidance_scale: float | None = Field(
         default=None, ge=1, le=1000, allow_inf_nan=False, description="classifier-free guidance; null: the model's default"
     )
+    size: str | None = Field(
+        default=None, pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="HEIGHTxWIDTH in pixels; null: the model's own"
+    )
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and conditions")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     triton: bool = Field(False, description="also write a Triton model repository")

@@ -114,3 +114,32 @@ def settle_timesteps(model: Any) -> None:
     for name in tables:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, shared)
+
+
+def settle_rotations(model: Any) -> None:
+    """Give a network's rotary position embedding one constant table of frequencies, and angles in float32.
+
+    diffusers computes the angles in float64 at every call, for which inference runtimes have no fast kernels, or none.
+
+    Exactness: angles are rounded to float32: within 2^-24 of the largest position, 4e-6 for 64 rows.
+    Source: section 3.2.2 of arXiv 2104.09864.
+    """
+    import torch
+
+    own = model.pos_embed
+
+    class Rotations(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            # Each axis of the positions turns pairs of neighbouring channels.
+            exact = [own.theta ** -(np.arange(0, size, 2) / size) for size in own.axes_dim]
+            # No buffers: see `settle_timesteps`.
+            self.frequencies = torch.from_numpy(np.concatenate(exact).repeat(2).astype(np.float32))
+            self.axes = torch.from_numpy(np.arange(len(exact)).repeat(own.axes_dim))
+
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            positions = ids.to(torch.float32)[:, self.axes.to(ids.device)]
+            angles = positions * self.frequencies.to(ids.device)
+            return torch.cos(angles), torch.sin(angles)
+
+    model.pos_embed = Rotations()

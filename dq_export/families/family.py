@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from dq_export.core.network import Conditions, Feed, Input
 from dq_export.core.rule import DEFAULT_RULES, Rule
@@ -25,11 +25,13 @@ class Pictures:
         noise: float32[P, ...], in the shape of the network's state.
         conditions: the conditional inputs' rows, P of each.
         null: the same inputs' rows without a condition, P of each; empty where the network has none.
+        size: height and width in pixels; None: the network's own.
     """
 
     noise: Float32
     conditions: Feed
     null: Feed
+    size: tuple[int, int] | None = None
 
 
 class Family(ABC):
@@ -45,6 +47,8 @@ class Family(ABC):
             family with `encoders`.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
+        unit: pixels that the height and the width of its pictures are multiples of, before the network's own patches; 0: its
+            pictures have one size.
         default_guidance: guidance scale for a checkpoint that has no better one.
         prediction: what its networks give, which decides the schedulers that sample them.
         default_scheduler: configuration, with the class as `_class_name`, for a folder without a scheduler.
@@ -58,6 +62,7 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
     blocks: tuple[str, ...] = ()
+    unit: int = 0
     default_guidance: float
     prediction: Prediction = NOISE
     default_scheduler: Mapping[str, Any]
@@ -80,6 +85,19 @@ class Family(ABC):
     def conditions(self, model: Any) -> Conditions:
         """What the network draws. Of a family without `encoders`."""
         raise NotImplementedError
+
+    def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
+        """What a guidance scale above 1 takes: calls without a condition, an input of the network, or neither does it."""
+        return "null"
+
+    def sizes(self, height: int, width: int) -> Mapping[str, int]:
+        """By axis of the inputs, the sizes for a picture of so many times `unit` pixels. Of a family with a `unit`."""
+        return {"height": height, "width": width}
+
+    def output_shape(self, config: Any, state: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the network's output, from that of the state: channels behind the batch, twice as many with a learned
+        sigma."""
+        return (state[0], config.get("out_channels") or state[1], *state[2:])
 
     def written(self, prompt: str) -> str:
         """A prompt as the family's pipelines give it to their tokenizers."""

@@ -21,6 +21,7 @@ from dq_export.passes.base import GraphError
 from dq_export.passes.match import SCOPES
 
 from ..collector import collector_paused
+from .idle_nodes import drop_idle
 from .tensors import stored
 
 FLOAT = ir.DataType.FLOAT
@@ -57,7 +58,7 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     model: ir.Model = program.model
     program.rename_axes(_names_of_sizes(model, dynamic))
     _forget_sources(model)
-    _drop_idle_squeezes(model)
+    drop_idle(model)
     _name_parameters(model, network.state_dict())
     return model
 
@@ -150,18 +151,6 @@ def _names_of_sizes(model: ir.Model, dynamic: Sequence[Dims]) -> dict[str, str]:
                 root = dim.root if hasattr(dim, "root") else dim  # of a multiple
                 names |= dict.fromkeys(SYMBOL.findall(text), root.__name__) | {text: dim.__name__}
     return names
-
-
-def _drop_idle_squeezes(model: ir.Model) -> None:
-    """Take out Squeeze of an axis that is longer than 1: PyTorch leaves the axis as it is, and ONNX does not allow it."""
-    for node in [node for node in model.graph if node.op_type == "Squeeze"]:
-        source, result = node.inputs[0], node.outputs[0]
-        ranks = [len(value.shape) if value is not None and value.shape is not None else 0 for value in (source, result)]
-        if source is None or ranks[0] != ranks[1] or not ranks[0] or result.is_graph_output():
-            continue
-        for user, index in list(result.uses()):
-            user.replace_input_with(index, source)
-        model.graph.remove(node, safe=True)
 
 
 def _name_parameters(model: ir.Model, state: Mapping[str, Any]) -> None:

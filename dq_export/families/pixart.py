@@ -43,6 +43,7 @@ class PixArt(Family):
     encoders = ("tokenizer", "text_encoder")
     prompt_tokens = TOKENS
     blocks = ("transformer_blocks",)
+    unit = PIXELS
     default_guidance = 4.5  # the pipelines'
     default_scheduler = SCHEDULER
 

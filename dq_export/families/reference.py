@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,17 @@ class Reference(Denoiser, Protocol):
     @property
     def guidance(self) -> float:
         """The model's default classifier-free guidance scale."""
+
+    @property
+    def guided_by(self) -> Literal["null", "input", "nothing"]:
+        """What a guidance scale above 1 takes; see `Family.guided_by`."""
+
+    def draw_at(self, height: int, width: int) -> None:
+        """Draw pictures of another size than the model's own, in pixels; before anything else is asked of the network.
+
+        Raises:
+            ModelError: the network does not draw that size.
+        """
 
     @property
     def sampler(self) -> str:

@@ -23,7 +23,8 @@ def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, A
     block 1, block n reads from block n - 1; parameters `<prefix>.2.*` become `<prefix>.n.*`; all else is shared. (Block 0
     is no pattern: it also holds what the optimiser found to be common to all.) Numbers count from the start of the run.
 
-    It does not act where blocks 1 and 2 are not alike node for node; then it returns False and leaves the graph as it is.
+    It does not act where block 2 does not begin as block 1, node for node; then it returns False and leaves the graph as it
+    is. What block 2 has more at its end is what the network does behind the last block.
 
     Exactness: the graph that tracing all blocks gives, up to the names of nodes and values.
 
@@ -34,8 +35,13 @@ def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, A
     """
     names = [f"{prefix}.{index}" for index in run[1:3]]
     first, pattern = (_nodes_of(model.graph, name) for name in names)
+    pattern = pattern[: len(first)]
     successor = dict(zip(_outputs(first), _outputs(pattern), strict=False))
-    if len(first) != len(pattern) or not all(_alike(a, b, successor, names) for a, b in zip(first, pattern, strict=True)):
+    if (
+        not first
+        or len(first) != len(pattern)
+        or not all(_alike(a, b, successor, names) for a, b in zip(first, pattern, strict=True))
+    ):
         return False
     inside = set(pattern)
     behind = [(value, use) for value in _outputs(pattern) for use in value.uses() if use[0] not in inside]

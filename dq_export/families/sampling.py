@@ -77,13 +77,13 @@ class Rehearsal:
         draw: samples a picture with a scheduler in a number of steps; raises what the scheduler raises, and ValueError for
             timesteps that the network does not take.
         state: name of the input that the sampler moves.
-        channels: of the network's output.
+        output: the shape of the network's output, from that of the state.
         prediction: what the network predicts.
     """
 
     draw: Callable[[Any, int, Network], Float32]
     state: str
-    channels: int
+    output: Callable[[tuple[int, ...]], tuple[int, ...]]
     prediction: Prediction = NOISE
 
     def timesteps(self, scheduler: Any, steps: int) -> list[float]:
@@ -118,7 +118,7 @@ class Rehearsal:
             if not np.isfinite(states).all():
                 raise ValueError(f"step {len(timesteps) + 1} of {steps} gives numbers that are not finite")
             timesteps.append(timestep)
-            return np.zeros((len(states), self.channels, *states.shape[2:]), dtype=np.float32)
+            return np.zeros(self.output(states.shape), dtype=np.float32)
 
         latents = self.draw(scheduler, steps, zeros)
         if not timesteps:

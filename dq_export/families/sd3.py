@@ -37,6 +37,7 @@ class SD3(Family):
     prompt_tokens = {PIPELINE: TOKENS}  # noqa: RUF012
     blocks = ("transformer_blocks",)
     prediction = FLOW
+    unit = PIXELS
     default_guidance = 7.0  # the pipeline's
     default_scheduler = SCHEDULER
 

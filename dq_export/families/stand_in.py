@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class StandIn:
     def __repr__(self) -> str:
         # diffusers shows it where `from_pretrained(..., transformer=stand_in)` refuses what is no torch module.
         return f"StandIn of {self.architecture.__name__}, to be set as pipe.transformer"
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Around a call: FLUX's pipeline names it, for caches of diffusers that a torch module may have."""
+        return nullcontext()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One network call with the arguments of the diffusers class's `forward`.

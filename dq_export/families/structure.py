@@ -25,5 +25,5 @@ def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Mod
     options = {name: value for name, value in model.config.items() if not name.startswith("_")}  # diffusers' notes
     key = (type(model).__name__, str(options))
     if key not in KNOWN:
-        KNOWN[key] = structure(graph(), [item.name for item in inputs if item.role == "condition"])
+        KNOWN[key] = structure(graph(), [item.name for item in inputs if item.role in ("condition", "setting")])
     return KNOWN[key]

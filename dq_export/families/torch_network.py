@@ -14,7 +14,19 @@ import numpy.typing as npt
 
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import BATCH, Axis, Conditions, Feed, Input, InputSite, Linear, Observer, arguments, axes_of, sized
+from dq_export.core.network import (
+    Axis,
+    Conditions,
+    Feed,
+    Input,
+    InputSite,
+    Linear,
+    Observer,
+    arguments,
+    axes_of,
+    resized,
+    sized,
+)
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
@@ -48,6 +60,7 @@ class TorchNetwork:
     """A loaded network of a family. See `Reference` for every member."""
 
     shared = True
+    size: tuple[int, int] | None = None
 
     def __init__(
         self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance, fused: frozenset[str]
@@ -58,7 +71,8 @@ class TorchNetwork:
         self.architecture = type(model)
         self.config = configuration(model)
         self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler, family.prediction)
-        self.guidance = guidance
+        self.guided_by = family.guided_by(self.config)
+        self.guidance = 1.0 if self.guided_by == "nothing" else guidance
         self.checkpoint = checkpoint
         self.inputs = family.inputs(model)
         if not family.encoders:
@@ -66,7 +80,6 @@ class TorchNetwork:
         self.sampler = type(self.scheduler).__name__
         self.rules = family.rules
         self.decoder = checkpoint.vae
-        self.feed_shape = tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
         self.graphs: dict[bool, ir.Model] = {}
         largest = 4 * family.largest_activation(model)  # bytes, of one row
         self.batch = min(max(ACTIVATION_BYTES // (2 * largest), 1), 8)  # with guidance a picture has two rows
@@ -113,6 +126,25 @@ class TorchNetwork:
             return self.graphs[self.shared]
 
         return structure_of(self.model, self.inputs, graph)
+
+    @property
+    def feed_shape(self) -> tuple[int, ...]:
+        return tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
+
+    def draw_at(self, height: int, width: int) -> None:
+        axes, unit = {axis.name: axis for axis in axes_of(self.inputs)}, self.family.unit
+        sizes = {} if not unit or height % unit or width % unit else self.family.sizes(height // unit, width // unit)
+        if not sizes or not all(axes[name].takes(size) for name, size in sizes.items()):
+            raise ModelError(f"size {height}x{width}: {self._sizes(unit, axes)}")
+        self.size, self.inputs = (height, width), resized(self.inputs, sizes)
+        self.graphs.clear()
+
+    def _sizes(self, unit: int, axes: Mapping[str, Axis]) -> str:
+        """Which pictures the network draws, in words."""
+        if not unit:
+            return f"family {self.family.name} draws pictures of one size; leave it out"
+        most = ", ".join(str(axes[name]) for name in self.family.sizes(1, 1))
+        return f"expected HEIGHTxWIDTH in steps of {unit} pixels, which the network takes as {most}"
 
     @property
     def conditions(self) -> Conditions:
@@ -170,7 +202,7 @@ class TorchNetwork:
 
     def _part(self, feed: Feed, rows: slice) -> Feed:
         """Some samples of a network call; what one row holds for all of them stays as it is."""
-        many = {item.name for item in self.inputs if item.shape[:1] == (BATCH,)}
+        many = {item.name for item in self.inputs if item.batched}
         return {name: value[rows] if name in many and len(value) > 1 else value for name, value in feed.items()}
 
     def in_dtype(self, dtype: str) -> Network:
@@ -198,11 +230,15 @@ class TorchNetwork:
 
         def rehearsed(scheduler: Any, count: int, network: Network) -> Float32:
             noise = np.ones((1, *self.feed_shape), dtype=np.float32)
-            pictures = Pictures(noise=noise, conditions=blank.arrays, null=blank.null)
+            pictures = Pictures(noise=noise, conditions=blank.arrays, null=blank.null, size=self.size)
             return self._draw(network, scheduler, pictures, steps=count, guidance=2.0)
 
-        channels = self.config.get("out_channels") or self.feed_shape[0]
-        return Rehearsal(draw=rehearsed, state=self.inputs[0].name, channels=channels).timesteps(self.scheduler, steps)
+        return Rehearsal(
+            draw=rehearsed,
+            state=self.inputs[0].name,
+            output=lambda shape: self.family.output_shape(self.config, shape),
+            prediction=self.family.prediction,
+        ).timesteps(self.scheduler, steps)
 
     def release(self) -> None:
         import torch
@@ -238,7 +274,7 @@ class TorchNetwork:
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
     ) -> Float32:
         rows, null = self.conditions.rows(conditions), self.conditions.null_rows(len(noise))
-        pictures = Pictures(noise=noise, conditions=rows, null=null)
+        pictures = Pictures(noise=noise, conditions=rows, null=null, size=self.size)
         return self._draw(network, self.scheduler, pictures, steps=steps, guidance=guidance)
 
     def _draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
@@ -283,7 +319,7 @@ def _call(model: Any, inputs: Sequence[Input], feed: Feed) -> Float32:
 
     tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
     timestep = tensors.pop("timestep")
-    batch = max(map(len, tensors.values()))
+    batch = len(tensors[inputs[0].name])
     values = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     with torch.inference_mode():
         output = model(**arguments(inputs, {**values, "timestep": timestep.expand(batch)}), return_dict=False)[0]

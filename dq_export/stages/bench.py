@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.core.network import batch_of
+import onnx_ir as ir
+
+from dq_export.core.network import Axis, batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import Backend, BackendError, Feed
+from dq_export.passes.sizes import input_sizes
 
 from ..families.float_graph import load
 from ..families.reference import ModelError
@@ -97,7 +100,9 @@ def _feed(folder: Path) -> Feed:
     from dq_export.deploy.replay import load_replay
 
     feeds, _ = load_replay(folder / "parity")
-    return {name: value[:BATCH] for name, value in feeds[0].items()}
+    dims = input_sizes(ir.load(folder / "float" / "model.onnx"))
+    shared = {name for name, sizes in dims.items() if isinstance(sizes[0], Axis)}  # positions have no row for each sample
+    return {name: value if name in shared else value[:BATCH] for name, value in feeds[0].items()}
 
 
 def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:

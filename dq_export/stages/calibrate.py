@@ -100,7 +100,7 @@ class Calibrate(Stage[Calibrated]):
     result: type[Calibrated] = Calibrated
     fields: tuple[str, ...] = (
         "attention", "method", "rounding", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
-        "calib_size", "calibration", "steps", "guidance_scale", "seed", "tables_sha256",
+        "calib_size", "calibration", "steps", "guidance_scale", "size", "seed", "tables_sha256",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True

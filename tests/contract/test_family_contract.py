@@ -67,6 +67,8 @@ def graph(request: pytest.FixtureRequest, reference: Any, tmp_path_factory: pyte
 def timesteps_of(reference: Any) -> list[float]:
     """The ends and some between; a fractional one where the network takes such."""
     fractional = np.issubdtype(np.dtype(reference.inputs[1].dtype), np.floating)
+    if max(reference.timesteps(3)) <= 1:
+        return [0, 0.001, 0.74925, 1]
     return [0, 1, 749.25 if fractional else 749, 999]
 
 
@@ -81,12 +83,13 @@ def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any)
     state, timestep, *conditions = reference.inputs
     assert {item.within or item.name for item in reference.inputs} <= set(taken)
     assert (state.role, timestep.role, timestep.name) == ("state", "timestep", "timestep")
-    assert {item.role for item in conditions} <= {"condition"}
-    assert all(item.shape[0] is BATCH for item in reference.inputs)
+    assert {item.role for item in conditions} <= {"condition", "setting"}
+    assert all(item.shape[0] is BATCH for item in reference.inputs if item.role != "setting")
     assert reference.noise(2, 0).shape == state.zeros(2).shape == (2, *reference.feed_shape)
     rows, null = reference.conditions.rows(np.asarray([0])), reference.conditions.null_rows(1)
-    for item in conditions:
-        for found in (rows[item.name], null[item.name]):
+    assert bool(null) == (reference.guided_by == "null")
+    for item in (item for item in conditions if item.role == "condition"):
+        for found in (rows[item.name], *([null[item.name]] if null else [])):
             assert (found.shape, found.dtype) == (item.zeros(1).shape, item.dtype)
 
 
@@ -225,7 +228,7 @@ def test_samples_of_one_call_may_have_their_own_timesteps(graph: tuple[Path, boo
     if not shared:
         assert sqnr(mixed, run_onnx(path, feed)) > SAME
     for i, timestep in enumerate(timesteps):
-        one = {name: rows[i : i + 1] for name, rows in feed.items()}
+        one = {item.name: feed[item.name][i : i + 1] if item.batched else feed[item.name] for item in reference.inputs}
         assert sqnr(reference.forward(one), mixed[i : i + 1]) > SAME, timestep  # sums run in an order that depends on the batch
 
 
@@ -235,9 +238,11 @@ def test_the_graph_takes_other_sizes(graph: tuple[Path, bool], reference: Any) -
     feed = feed_of(reference, 500 if shared else [500] * 3)
     changed, rng = dict(feed), np.random.default_rng(0)
     for item in reference.inputs:
-        sizes = [axis.size + 3 * axis.multiple if isinstance(axis, Axis) else axis for axis in item.shape[1:]]
-        if sizes != list(item.zeros().shape[1:]):  # of values that the network knows: a mask has 0 and 1
-            changed[item.name] = rng.choice(feed[item.name].reshape(-1), size=(3, *sizes))
+        sizes = [axis.size + 3 * axis.multiple if isinstance(axis, Axis) else axis for axis in item.shape]
+        if item.batched:
+            sizes[0] = 3
+        if sizes != list(item.zeros(3).shape):  # of values that the network knows: a mask has 0 and 1
+            changed[item.name] = rng.choice(feed[item.name].reshape(-1), size=sizes)
     exact = reference.forward(changed)
     assert sqnr(exact, run_onnx(path, changed)) > SAME
     assert sqnr(exact, load_engine(path, {"INFERENCE_PRECISION_HINT": "f32"}, 3)(changed)) > SAME

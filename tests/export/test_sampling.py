@@ -41,7 +41,9 @@ def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance:
 def rehearsed_timesteps(scheduler: Any, steps: int, channels: int) -> list[float]:
     """The timesteps of a DiT's trajectory."""
     return Rehearsal(
-        draw=lambda made, count, network: drawn(network, made, count, channels, 2.0), state="hidden_states", channels=channels
+        draw=lambda made, count, network: drawn(network, made, count, channels, 2.0),
+        state="hidden_states",
+        output=lambda shape: shape,
     ).timesteps(scheduler, steps)
 
 

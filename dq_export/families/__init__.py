@@ -6,10 +6,11 @@ from dq_export.core.plugins import load_plugins
 
 from .dit import DIT
 from .family import Family
+from .flux import FLUX
 from .pixart import PIXART
 from .sd3 import SD3_FAMILY
 
-FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX)
 
 
 def all_families() -> tuple[Family, ...]:

@@ -31,6 +31,8 @@ NAMED: dict[str, tuple[str, float]] = {
     "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", 7.0),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", 4.5),
     "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", 3.5),
+    "flux-dev": ("black-forest-labs/FLUX.1-dev", 3.5),
+    "flux-schnell": ("black-forest-labs/FLUX.1-schnell", 1.0),
     "dit-digits": (str(PACKAGED / "dit-digits"), 2.0),
     "pixart-digits": (str(PACKAGED / "pixart-digits"), 2.0),
 }

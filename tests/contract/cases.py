@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import save_tiny
+from flux import SIDE, drawn_by_flux_pipeline, save_flux
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
@@ -31,6 +32,7 @@ class Case:
     Args:
         save: writes a pipeline folder.
         changes: values of config.json that the same weights fit.
+        size: of the pictures in pixels, where it is not the network's own.
         draw: latents float32[P, ...] of a pipeline folder, conditions and guidance in 4 steps, from the noise of SEED.
     """
 
@@ -38,11 +40,14 @@ class Case:
     save: Callable[[Path], Path]
     changes: Mapping[str, Any]
     draw: Callable[[Path, Any, Any, float], Float32]
+    size: tuple[int, int] | None = None
 
 
 def loaded(folder: Path, case: Case) -> Any:
     """The network of a pipeline folder, which knows what it draws."""
     reference: Any = load_reference(str(folder))
+    if case.size is not None:
+        reference.draw_at(*case.size)
     if case.family.encoders:
         reference.conditions = reference.encode(PROMPTS, "cpu")
     return reference
@@ -104,6 +109,13 @@ CASES = {
         save=save_sd3,
         changes={"sample_size": 12},
         draw=lambda *arguments: drawn_by_sd3_pipeline(*arguments, SEED),
+    ),
+    "flux": Case(
+        family=FAMILIES[3],
+        save=save_flux,
+        changes={"axes_dims_rope": [6, 4, 6]},
+        draw=lambda *arguments: drawn_by_flux_pipeline(*arguments, SEED),
+        size=SIDE,
     ),
     "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
 }

@@ -1,0 +1,125 @@
+"""Family `flux`: text to image with diffusers `FluxTransformer2DModel`: FLUX.1 dev and schnell, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from dq_export.core.network import BATCH, Axis, Conditions, Input
+
+from .embeddings import settle_rotations, settle_timesteps
+from .family import Family, Pictures
+from .flux_values import FluxValues
+from .prediction import FLOW
+from .reference import Float32
+from .stand_in import StandIn
+
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+"""FLUX.1-dev's own, for a folder without a scheduler."""
+PIPELINE = "FluxPipeline"
+TOKENS = 512
+"""That the pipeline fills every text up to."""
+SIDE, LONGEST = 1024, 2048
+"""Pixels along an axis: the pipeline's default, and what the graph takes, in a square."""
+PIXELS = 16
+"""Of a token, which is a patch of 2 x 2 latents, along an axis. Source: the pipeline's `vae_scale_factor` without a VAE."""
+STATES, POOLED = "encoder_hidden_states", "pooled_projections"
+PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+
+
+class Flux(Family):
+    """Data, and diffusers' own pipeline for prompts and sampling."""
+
+    name = "flux"
+    architectures = ("FluxTransformer2DModel",)
+    values = FluxValues
+    encoders = PARTS
+    prompt_tokens = {PIPELINE: TOKENS}  # noqa: RUF012
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    prediction = FLOW
+    unit = PIXELS
+    default_guidance = 3.5  # the pipeline's
+    default_scheduler = SCHEDULER
+
+    def prepare(self, model: Any) -> None:
+        """See `Family.prepare`."""
+        settle_timesteps(model)
+        settle_rotations(model)
+
+    def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
+        """See `Family.guided_by`. schnell, made for few steps, has no guidance."""
+        return "input" if config.guidance_embeds else "nothing"
+
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        """See `Family.inputs`."""
+        config = model.config
+        tokens = Axis("tokens", (SIDE // PIXELS) ** 2, (LONGEST // PIXELS) ** 2)
+        length = Axis("length", TOKENS)
+        guidance = Input(name="guidance", role="setting", dtype="float32")
+        return (
+            Input(name="hidden_states", role="state", dtype="float32", shape=(BATCH, tokens, config.in_channels)),
+            Input(name="timestep", role="timestep", dtype="float32"),
+            Input(name=STATES, role="condition", dtype="float32", shape=(BATCH, length, config.joint_attention_dim)),
+            Input(name=POOLED, role="condition", dtype="float32", shape=(BATCH, config.pooled_projection_dim)),
+            Input(name="img_ids", role="setting", dtype="float32", shape=(tokens, 3)),
+            Input(name="txt_ids", role="setting", dtype="float32", shape=(length, 3)),
+            *([guidance] if config.guidance_embeds else []),
+        )
+
+    def sizes(self, height: int, width: int) -> Mapping[str, int]:
+        """See `Family.sizes`."""
+        return {"tokens": height * width}
+
+    def output_shape(self, config: Any, state: tuple[int, ...]) -> tuple[int, ...]:
+        """See `Family.output_shape`."""
+        return state
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """See `Family.encode`. There is no null: guidance is an input of the network."""
+        text, pooled, _ = _pipeline(**parts, transformer=None, scheduler=None).encode_prompt(
+            list(prompts), max_sequence_length=TOKENS
+        )
+        arrays = {STATES: text.float().cpu().numpy(), POOLED: pooled.float().cpu().numpy()}
+        return Conditions(names=tuple(prompts), arrays=arrays, null={})
+
+    def largest_activation(self, model: Any) -> int:
+        """What a block's last linear reads: attention and the MLP's inner activation side by side."""
+        return int((SIDE // PIXELS) ** 2 * 5 * model.inner_dim)
+
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        """See `Family.draw`."""
+        import torch
+
+        height, width = pictures.size or (SIDE, SIDE)
+        drawn = _pipeline(**dict.fromkeys(PARTS), transformer=network, scheduler=scheduler)(
+            prompt_embeds=torch.from_numpy(pictures.conditions[STATES]),
+            pooled_prompt_embeds=torch.from_numpy(pictures.conditions[POOLED]),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            latents=torch.from_numpy(pictures.noise),
+            output_type="latent",
+        )
+        latents: Float32 = drawn.images.numpy()
+        return latents
+
+
+def _pipeline(**parts: Any) -> Any:
+    import diffusers
+
+    pipeline = getattr(diffusers, PIPELINE)(**parts, vae=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+FLUX = Flux()

@@ -1,0 +1,41 @@
+"""What the values of a FLUX's config.json may be."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .config_values import Channels, Values
+
+
+class FluxValues(Values):
+    """Of `FluxTransformer2DModel`, with diffusers' defaults."""
+
+    patch_size: Literal[1] = 1
+    in_channels: Channels = 64
+    out_channels: Channels | None = None
+    num_layers: int = Field(19, ge=1, le=512)
+    num_single_layers: int = Field(38, ge=1, le=512)
+    attention_head_dim: int = Field(128, ge=1, le=4096)
+    num_attention_heads: int = Field(24, ge=1, le=1024)
+    joint_attention_dim: Channels = 4096
+    pooled_projection_dim: Channels = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: list[int] = Field([16, 56, 56], min_length=3, max_length=3)
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> FluxValues:
+        axes = self.axes_dims_rope
+        if any(size < 2 or size % 2 for size in axes) or sum(axes) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {axes}: expected even numbers whose sum is attention_head_dim {self.attention_head_dim}"
+            )
+        if self.in_channels % 4:
+            raise ValueError(f"in_channels {self.in_channels}: expected a multiple of 4, the latents of a patch of 2 by 2")
+        if self.out_channels not in (None, self.in_channels):
+            raise ValueError(
+                f"out_channels {self.out_channels}: expected in_channels {self.in_channels}; networks that also read a mask or "
+                "another picture are not supported"
+            )
+        return self

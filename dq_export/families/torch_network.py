@@ -14,19 +14,7 @@ import numpy.typing as npt
 
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import (
-    Axis,
-    Conditions,
-    Feed,
-    Input,
-    InputSite,
-    Linear,
-    Observer,
-    arguments,
-    axes_of,
-    resized,
-    sized,
-)
+from dq_export.core.network import Axis, Conditions, Feed, InputSite, Linear, Observer, axes_of, sized
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
@@ -38,6 +26,7 @@ from .family import Family, Pictures
 from .float_graph import save
 from .loading import load_network
 from .lora import Adapter, fuse
+from .picture_size import inputs_at
 from .reference import Float32, ModelError, Network, Samplers
 from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
@@ -45,6 +34,7 @@ from .stand_in import StandIn
 from .structure import structure_of
 from .text_encoders import encode_prompts
 from .text_parts import files_of
+from .torch_call import call
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
@@ -132,19 +122,9 @@ class TorchNetwork:
         return tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
 
     def draw_at(self, height: int, width: int) -> None:
-        axes, unit = {axis.name: axis for axis in axes_of(self.inputs)}, self.family.unit
-        sizes = {} if not unit or height % unit or width % unit else self.family.sizes(height // unit, width // unit)
-        if not sizes or not all(axes[name].takes(size) for name, size in sizes.items()):
-            raise ModelError(f"size {height}x{width}: {self._sizes(unit, axes)}")
-        self.size, self.inputs = (height, width), resized(self.inputs, sizes)
+        self.inputs = inputs_at(self.family, self.inputs, height, width)
+        self.size = (height, width)
         self.graphs.clear()
-
-    def _sizes(self, unit: int, axes: Mapping[str, Axis]) -> str:
-        """Which pictures the network draws, in words."""
-        if not unit:
-            return f"family {self.family.name} draws pictures of one size; leave it out"
-        most = ", ".join(str(axes[name]) for name in self.family.sizes(1, 1))
-        return f"expected HEIGHTxWIDTH in steps of {unit} pixels, which the network takes as {most}"
 
     @property
     def conditions(self) -> Conditions:
@@ -198,7 +178,7 @@ class TorchNetwork:
     def forward(self, feed: Feed) -> Float32:
         batch = len(feed[self.inputs[0].name])
         parts = [self._part(feed, slice(start, start + self.rows)) for start in range(0, batch, self.rows)]
-        return np.concatenate([_call(self.model, self.inputs, part) for part in parts])
+        return np.concatenate([call(self.model, self.inputs, part) for part in parts])
 
     def _part(self, feed: Feed, rows: slice) -> Feed:
         """Some samples of a network call; what one row holds for all of them stays as it is."""
@@ -210,7 +190,7 @@ class TorchNetwork:
 
         # torch's own `to`: diffusers' warns of modules that an architecture does not have.
         model = torch.nn.Module.to(copy.deepcopy(self.model), {"bf16": torch.bfloat16}[dtype])
-        return lambda feed: _call(model, self.inputs, feed)
+        return lambda feed: call(model, self.inputs, feed)
 
     def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
         encoded = encode_prompts(self.family, self.checkpoint, self.config, prompts, device, progress)
@@ -263,7 +243,7 @@ class TorchNetwork:
     ) -> None:
         def watched(feed: Feed) -> Float32:
             before(float(feed["timestep"][0]))
-            return _call(self.model, self.inputs, feed)  # whole: who observes it sees one call
+            return call(self.model, self.inputs, feed)  # whole: who observes it sees one call
 
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
 
@@ -311,17 +291,3 @@ class TorchNetwork:
                 f"PyTorch's exporter makes no graph of {type(self.model).__name__} ({reason_of(error)}); try another version of "
                 "PyTorch or diffusers"
             ) from error
-
-
-def _call(model: Any, inputs: Sequence[Input], feed: Feed) -> Float32:
-    """One call, in the model's own floating type; a timestep keeps its type, which the network's sines need."""
-    import torch
-
-    tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
-    timestep = tensors.pop("timestep")
-    batch = len(tensors[inputs[0].name])
-    values = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-    with torch.inference_mode():
-        output = model(**arguments(inputs, {**values, "timestep": timestep.expand(batch)}), return_dict=False)[0]
-    sample: Float32 = output.float().cpu().numpy()
-    return sample

@@ -1,8 +1,7 @@
 """dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels.
 
 `export` does everything; `calibrate`, `quantize` and `build` stop after that stage. `load` puts the engine of an export into
-a diffusers pipeline. Importing this package loads neither
-torch nor a runtime.
+a diffusers pipeline. Importing this package loads neither torch nor a runtime.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from .families.stand_in import StandIn
     from .report.report import Report
 
-__all__ = ["build", "calibrate", "export", "load", "quantize"]
+__version__ = "0.1.0"
+__all__ = ["__version__", "build", "calibrate", "export", "load", "quantize"]
 
 
 def export(*, model: str, output_dir: str | Path, **options: Any) -> Report:

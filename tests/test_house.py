@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dq_export
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {"dq_export/core": 0, "calibration": 1, "passes": 2, "deploy": 3, "dq_export": 4}
 THIRD_PARTY = {
@@ -231,6 +233,15 @@ def test_the_wheel_holds_what_the_folders_hold(wheel: Path) -> None:
             expected.add(name if top == "dq_export" else f"dq_export/{name}")
     assert inside == expected
     assert any(name.startswith("dq_export/models/") for name in inside)
+
+
+def test_the_wheel_holds_the_licence_and_the_version(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        (licence,) = [name for name in file.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+        assert file.read(licence) == (ROOT / "LICENSE").read_bytes()
+        words = file.read(licence.replace("licenses/LICENSE", "METADATA")).decode().splitlines()
+    assert f"Version: {dq_export.__version__}" in words
+    assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(words)
 
 
 def test_every_module_of_the_wheel_can_be_imported_from_it(wheel: Path, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
+
+from dq_export import __version__
 
 from . import commands
 from .errors import FAILED, USAGE, end, print_error, print_misuse, reason_of, statuses
@@ -56,10 +57,7 @@ COMMANDS = (
 def show_version(wanted: bool) -> None:
     """Print the version and end."""
     if wanted:
-        try:
-            print(f"dq-export {metadata.version('dq-export')}")
-        except metadata.PackageNotFoundError:
-            print("dq-export, not installed")
+        print(f"dq-export {__version__}")
         raise typer.Exit()
 
 

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dq_export.core.documents import DocumentError, printable, read_json, read_text, read_yaml, shown, shown_path
+from dq_export.core.documents import YAML_LIMIT, DocumentError, parse_yaml, printable, read_json, read_text, shown, shown_path
 
 from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
 
@@ -190,8 +189,8 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
 
 def _require_same(folder: Path, recipe: str) -> None:
     try:
-        kept = read_text(folder / RECIPE, links=False)
-        changed = [] if kept == recipe else _differences(read_yaml(folder / RECIPE), yaml.safe_load(recipe))
+        kept, source = read_text(folder / RECIPE, YAML_LIMIT, links=False), shown_path(folder / RECIPE)
+        changed = [] if kept == recipe else _differences(parse_yaml(kept, source), parse_yaml(recipe, "the recipe"))
     except DocumentError as error:
         raise OutputError(f"{error}; pass another folder with -o, or --overwrite") from error
     if changed:

@@ -127,22 +127,32 @@ def parse_json(text: str, source: str, *, finite: bool = True) -> Any:
 
 
 def read_yaml(path: Path, limit: int = YAML_LIMIT) -> Any:
-    """The value of a YAML file: scalars, lists and mappings; dates are text.
+    """The value of a YAML file; see `parse_yaml`.
 
     Raises:
-        DocumentError: see `read_text`, and no YAML, an alias, a tag, two equal keys, more than YAML_NODES values or more
-            than DEPTH levels.
+        DocumentError: see `read_text` and `parse_yaml`.
     """
-    text = read_text(path, limit)
+    return parse_yaml(read_text(path, limit), shown_path(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text: scalars, lists and mappings; dates are text.
+
+    Args:
+        source: where the text is from, as messages name it.
+
+    Raises:
+        DocumentError: no YAML, an alias, a tag, two equal keys, more than YAML_NODES values or more than DEPTH levels.
+    """
     try:
         value = yaml.load(text, _BoundedLoader)
     except yaml.YAMLError as error:
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise DocumentError(f"{shown_path(path)}: not readable as YAML ({printable(problem)}{where})") from error
+        raise DocumentError(f"{source}: not readable as YAML ({printable(problem)}{where})") from error
     except ValueError as error:  # Python reads no integer of more than 4300 digits
-        raise DocumentError(f"{shown_path(path)}: a number of too many digits") from error
-    _require_plain(value, shown_path(path))
+        raise DocumentError(f"{source}: a number of too many digits") from error
+    _require_plain(value, source)
     return value
 
 

@@ -74,7 +74,7 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
     result = _rounded(calibration, plans, hessians)
     if recipe.calibration == "progressive":
         statistics, result = _refined(calibration, decisions, result)
-    return _measured(calibration, statistics, result)
+    return measured(calibration, statistics, result)
 
 
 def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], statistics: Statistics) -> list[Decision]:
@@ -181,7 +181,7 @@ def _hessians(
     timesteps: npt.NDArray[np.float64],
 ) -> Iterable[dict[str, Float32]]:
     """The second moments that the weights are rounded by; none where each goes to its nearest code."""
-    rounding = calibration.recipe.rounding
+    rounding = calibration.recipe.first_rounding
     if rounding == "rtn":
         return ()
     reach = {item.site.name: float(item.amax.max()) for item in decisions}
@@ -203,7 +203,7 @@ def _refined(
     return statistics, replace(result, sites=plans)
 
 
-def _measured(calibration: Calibration, statistics: Statistics, result: CalibrationResult) -> CalibrationResult:
+def measured(calibration: Calibration, statistics: Statistics, result: CalibrationResult) -> CalibrationResult:
     """The result with what the kept rows show of it: reaches, float8 scales, corrections, and errors."""
     denoiser, assigned, progress = calibration.denoiser, calibration.assigned, calibration.progress
     reached = reach_of(denoiser, statistics, assigned, result, progress)

@@ -41,7 +41,7 @@ def round_weights(
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
     denoiser, assigned, plugin, tables = calibration.denoiser, calibration.assigned, calibration.plugin, calibration.tables
-    rounding = ROUNDINGS[calibration.recipe.rounding]
+    rounding = ROUNDINGS[calibration.recipe.first_rounding]
     touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
@@ -64,7 +64,7 @@ def round_weights(
 
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
     results: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
-    widths = [len(plan.in_scale) for plan in plans.values()] if calibration.recipe.rounding == "gptq" else []
+    widths = [len(plan.in_scale) for plan in plans.values()] if calibration.recipe.first_rounding == "gptq" else []
     each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
     for part in chain(hessians, [dict[str, Float32]()]):
         now = [name for name in names if name not in results and (not part or site_of.get(name) in part)]

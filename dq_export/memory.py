@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dq_export.calibration.hessians import SPACE
@@ -21,6 +22,10 @@ WEIGHTS = {"calibrate": 1.0, "verify": 1.05, "bench": 1.1}
 the float graph, packed, in a process beside this one. Measured at 3 GB; no stage grows with pictures or steps."""
 CODES, SIMULATED = 0.25, 1.25
 """Copies of the float32 weights that calibration adds: GPTQ's codes, and the quantized network of progressive calibration."""
+TRAINED, SAMPLE = 9.0, 0.45
+"""Copies of the largest block's float32 weights that training it takes: codes, rest, latent weights, their gradients, Adam's two
+moments, what they stand for and its gradient, the float ones; and what a sample of a batch takes, in such copies: 40 MB in
+DiT-XL/2's block with 256 tokens."""
 GIB = 2**30
 
 
@@ -55,15 +60,19 @@ def plan_memory(
         return MemoryPlan(stages=wanted)
     if not 0 < limit < math.inf:
         raise RecipeError(f"--max-memory {limit:g}: expected a number of GiB above 0; leave it out for no limit")
-    shapes = [place.shape for file in checkpoint.files for place in stored(file).values()]
+    stored_shapes = {name: place.shape for file in checkpoint.files for name, place in stored(file).items()}
+    shapes = list(stored_shapes.values())
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
     needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
     if encoders:
         needed["conditions"] = BASE + weights + encoders / GIB
+    if recipe.rounding == "distill":
+        copies = TRAINED + SAMPLE * recipe.distill_batch
+        needed["distill"] = BASE + (1.0 + CODES) * weights + copies * _largest_block(stored_shapes) / GIB
     plain, space = needed["calibrate"], SPACE
     if recipe.calibration == "progressive":
         needed["calibrate"] += SIMULATED * weights
-    if recipe.rounding == "gptq":
+    if recipe.first_rounding == "gptq":
         least = _widest_work(shapes)
         needed["calibrate"] += CODES * weights
         space = max(least, int((limit - needed["calibrate"]) * GIB))
@@ -76,6 +85,8 @@ def plan_memory(
             advice = "`dq-export build` does without verify"
         elif hard == ["conditions"]:
             advice = "encode the prompts on a larger machine, and pass its conditions.safetensors with --conditions"
+        elif hard == ["distill"]:
+            advice = "a smaller --distill-batch, or --rounding gptq, needs less"
         elif hard == ["calibrate"] and plain <= limit:
             advice = "--rounding mse and --calibration uniform need less"
         else:
@@ -88,3 +99,13 @@ def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:
     """Bytes of rounding the linear of the most inputs by its second moments."""
     matrices = [shape for shape in shapes if len(shape) == 2]
     return factor_bytes(max(width for _, width in matrices)) + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
+
+
+def _largest_block(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of the float32 weights of the largest block, a numbered part of a list at the top."""
+    blocks: dict[str, int] = {}
+    for name, shape in shapes.items():
+        block = re.match(r"\w+\.\d+\.", name)
+        if block:
+            blocks[block[0]] = blocks.get(block[0], 0) + 4 * math.prod(shape)
+    return max(blocks.values(), default=0)

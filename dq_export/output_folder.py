@@ -15,13 +15,22 @@ from pathlib import Path
 
 from dq_export.core.documents import printable, shown_path
 
-LOCK, PARTIAL, GATHERED = ".lock", ".partial", ".calibration"
-FOLDERS = frozenset({"float", "engine", "parity", "triton", "bisect", "choices", "statistics", PARTIAL, GATHERED})
+LOCK, PARTIAL, GATHERED, TRAINING = ".lock", ".partial", ".calibration", ".training"
+FOLDERS = frozenset({"float", "engine", "parity", "triton", "bisect", "choices", "statistics", PARTIAL, GATHERED, TRAINING})
 FILES = frozenset({"recipe.yaml", "stages.json", "report.json", "report.html", "search.svg", "calibration.safetensors"})
-FILES |= {"conditions.safetensors"}
+FILES |= {"conditions.safetensors", "distilled.safetensors"}
 FILES |= {"model.onnx", "model.onnx.data", "winner.yaml", "search.json", "evaluations.jsonl", LOCK}
 """What must be a folder, and what a file, at the top of the output folder of an export or a search."""
-WRITTEN_IN_PLACE = (LOCK, GATHERED, "statistics", "choices", "evaluations.jsonl", "held-back-evaluations.jsonl", "timing.cache")
+WRITTEN_IN_PLACE = (
+    LOCK,
+    GATHERED,
+    TRAINING,
+    "statistics",
+    "choices",
+    "evaluations.jsonl",
+    "held-back-evaluations.jsonl",
+    "timing.cache",
+)
 """What is not replaced by renaming: a hard link there would lead a write out of the folder."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ENTRIES = 20_000

@@ -25,6 +25,7 @@ from .stages.bench import BENCH
 from .stages.build import BUILD
 from .stages.calibrate import CALIBRATE, assist
 from .stages.conditions import ENCODE
+from .stages.distill import DISTILL
 from .stages.float_graph import FLOAT
 from .stages.quantize import QUANTIZE
 from .stages.reference import REFERENCE
@@ -32,7 +33,7 @@ from .stages.stage import Context, Stage
 from .stages.triton import TRITON
 from .stages.verify import VERIFY
 
-STAGES: tuple[Stage[Any], ...] = (ENCODE, FLOAT, CALIBRATE, REFERENCE, QUANTIZE, BUILD, AUDIT, VERIFY, TRITON, BENCH)
+STAGES: tuple[Stage[Any], ...] = (ENCODE, FLOAT, CALIBRATE, DISTILL, REFERENCE, QUANTIZE, BUILD, AUDIT, VERIFY, TRITON, BENCH)
 """In the order in which they run."""
 
 

@@ -85,6 +85,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     assigned = resolved.assign(reference.linears)
     if backend:
         backend.require_schemes(rule.scheme for rule in assigned.values())
+    _require_blocks(resolved, reference, assigned)
     _require_shapes(resolved, reference)
     require_conditions(resolved, reference)
     tables = _tables(resolved, reference, assigned)
@@ -190,6 +191,17 @@ def _tables(recipe: Recipe, reference: Reference, assigned: Mapping[str, Rule]) 
 
     timesteps = reference.timesteps(recipe.steps)
     return NO_TABLES if recipe.tables is None else read_tables(Path(recipe.tables), reference, assigned, recipe, timesteps)
+
+
+def _require_blocks(recipe: Recipe, reference: Reference, assigned: Mapping[str, Rule]) -> None:
+    """Look whether there is something to train.
+
+    Raises:
+        RecipeError: no block holds a quantized linear.
+    """
+    quantized = [name for site in reference.sites for name in site.linears if assigned[name].scheme.low_precision]
+    if recipe.rounding == "distill" and not any(name.startswith(f"{block}.") for block in reference.blocks for name in quantized):
+        raise RecipeError("rounding distill: no block of the network holds a quantized linear to train; take rounding gptq")
 
 
 def _require_servable(recipe: Recipe, backend: Backend | None) -> None:

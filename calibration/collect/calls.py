@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dq_export.core.network import Denoiser
+from dq_export.core.network import Denoiser, Feed
 from dq_export.core.progress import Advance, unwatched
 
 from ..group import ALONE, ProcessGroup
@@ -52,12 +52,14 @@ class Calls:
     Args:
         progress: called with (network calls done, network calls in all) of each run over the pictures.
         group: the processes that share the pictures; each draws whole batches.
+        record: called with each call's batch, its place in it, and its inputs.
     """
 
     denoiser: Denoiser
     sampling: Sampling
     progress: Advance = unwatched
     group: ProcessGroup = ALONE
+    record: Callable[[int, int, Feed], None] | None = None
 
     def watch(self, collect: Collect, journal: Journal | None = None) -> list[float]:
         """Draw this process's batches, and hand each site's input to `collect` as it passes.
@@ -75,8 +77,9 @@ class Calls:
         done, total = journal.done * sampling.steps, len(batches) * sampling.steps
         timesteps: list[float] = []
 
-        def start_call(batch: int, timestep: float) -> None:
+        def start_call(batch: int, feed: Feed) -> None:
             nonlocal call
+            timestep = float(feed["timestep"][0])
             if timesteps:
                 self.progress(done + min(len(timesteps), sampling.steps), total, "calls")
             place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
@@ -88,6 +91,8 @@ class Calls:
                 seen=journal.done > 0 or timestep in timesteps,
             )
             timesteps.append(timestep)
+            if self.record:
+                self.record(batch, place, feed)
 
         with self.denoiser.observe(lambda name, value: collect(call, name, value)):
             for batch in batches[journal.done :]:

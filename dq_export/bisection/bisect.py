@@ -29,6 +29,8 @@ from dq_export.passes.pipeline import canonical_passes, with_plugins
 from ..finished_folder import MODEL, REPORT, FinishedFolder
 from ..ledger import RECIPE
 from ..output_folder import OutputError, locked, move
+from ..stages.calibrate import CALIBRATION
+from ..stages.distill import decided
 from ..stages.quantize import quantize_graph
 from .subgraph import cut, first_broken
 
@@ -89,10 +91,10 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
     if min_sqnr is not None and not math.isfinite(min_sqnr):
         raise RecipeError(f"--min-sqnr {min_sqnr}: expected a number of dB")
     require_packages(("onnxruntime", "polygraphy", "onnx_graphsurgeon"), "dq-export bisect")
-    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT, "float/model.onnx", "calibration.safetensors")
+    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT, "float/model.onnx", CALIBRATION)
     recipe = finished.recipe()
     feeds, references = finished.calls()
-    calibration, backend = CalibrationResult.load(out / "calibration.safetensors"), backend_of(recipe)
+    calibration, backend = CalibrationResult.load(out / decided(recipe)), backend_of(recipe)
     legalise = backend.legalise(shared=recipe.timesteps == "shared", result=calibration) if backend else ()
     assigned = finished.assigned()
     bisector = Bisector(

@@ -13,7 +13,7 @@ from dq_export import __version__
 
 from . import commands
 from .errors import FAILED, USAGE, end, print_error, print_misuse, reason_of, statuses
-from .export import exporting
+from .export import distill, exporting
 from .search import search
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ STAGES = (
 )
 COMMANDS = (
     commands.verify, commands.bisect, commands.audit, commands.finish, commands.bench, commands.check, commands.triton,
-    commands.explain,
+    commands.explain, distill,
 )  # fmt: skip
 
 

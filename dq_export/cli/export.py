@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import FAILED, end, watching
-from .options import NOT_GIVEN, RUN, expanded, option, parameters_of, path_option, recipe_options, with_options
+from .options import NOT_GIVEN, RUN, expanded, option, parameters_of, path_argument, path_option, recipe_options, with_options
 from .tables import summarize
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -
             _export(until, options)
 
     return with_options(command, (*recipe_options(), *parameters_of(run_options), *more), text)
+
+
+def distill(
+    out: Annotated[Path, path_argument("the output folder of an export, or of `dq-export calibrate`")],
+    device: Annotated[str, option("where PyTorch computes: cpu or cuda (default cpu)", "--device")] = "cpu",
+    max_memory: Annotated[float | None, option("GiB; what cannot fit is said before it starts", "--max-memory")] = None,
+) -> None:
+    """Train OUT's blocks (--rounding distill), and export again what depends on them."""
+    how = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
+    _export("bench", {**how, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
 
 
 def _export(until: str, options: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ GROUPS = {
         "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
         "guidance_scale", "size", "seed",
     ),
+    "Training": (
+        "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
+    ),
     "Proof": ("parity_size", "min_coverage", "min_sqnr"),
 }  # fmt: skip
 """The recipe's fields in the order and under the headings of `--help`."""

@@ -206,8 +206,37 @@ class Linear:
     width: int
 
 
+class Chain(Protocol):
+    """The blocks of a network, each of which reads what the one before puts out and what all of them share."""
+
+    @property
+    def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """By block, the shapes of a sample's outputs."""
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Linears that the network calls behind its last block."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+
+    def run(self, index: int, feed: Feed, before: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What a block puts out, with gradients of the block alone where they are enabled. The last one is run with all that
+        the network does behind it: its output is the network's.
+
+        Args:
+            feed: the network's inputs; each sample may have its own timestep.
+            before: what the block before it puts out; empty for the first one.
+        """
+
+
 class Denoiser(Protocol):
     """A float reference network with its sampler. Tensors are float32 unless said otherwise."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The network's inputs, in the graph's order."""
 
     @property
     def sites(self) -> tuple[InputSite, ...]:
@@ -232,9 +261,9 @@ class Denoiser(Protocol):
         """float32[out]; zeros where it has none."""
 
     def trajectory(
-        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[float], None]
+        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[Feed], None]
     ) -> None:
-        """Sample a picture of each condition on the reference; `before(timestep)` is called before each network call."""
+        """Sample a picture of each condition on the reference; `before` is called with the inputs of each network call."""
 
     def replace(
         self, weights: Mapping[str, Float32], biases: Mapping[str, Float32], rounded: Callable[[str, Float32, float], Float32]
@@ -244,3 +273,17 @@ class Denoiser(Protocol):
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         """While active, every site's input goes to `observer(site.name, float32[rows, K])` at each network call."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module names of the blocks that hold linears, in execution order; none where the network is not made of blocks."""
+
+    def chain(self, feed: Feed) -> Chain:
+        """The blocks one by one; `feed`: an example of a network call.
+
+        Raises:
+            Exception: the family's own, where a block reads more than what the one before puts out and what all share.
+        """
+
+    def computing(self, linears: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> AbstractContextManager[None]:
+        """While active, linears compute something else of their input."""

@@ -68,7 +68,9 @@ class Recipe(BaseModel):
     )
     attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
-    rounding: Literal["rtn", "mse", "gptq"] = Field("rtn", description="of weights: to nearest, least error, GPTQ")
+    rounding: Literal["rtn", "mse", "gptq", "distill"] = Field(
+        "rtn", description="of weights: to nearest, least error, GPTQ, or GPTQ and then trained block by block"
+    )
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
     percentile: float = Field(
         99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep"
@@ -84,6 +86,12 @@ class Recipe(BaseModel):
         default=None, min_length=1, max_length=4096, description="safetensors of scales and weights that are trained already"
     )
     tables_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of the file of tables; null: any")
+    distill_iterations: int = Field(150, ge=1, le=100_000, description="for rounding distill: steps of training a block")
+    distill_batch: int = Field(16, ge=1, le=1024, description="samples of a step, each with its own timestep")
+    distill_samples: int = Field(1600, ge=8, le=1_000_000, description="drawn from the calibration's network calls")
+    distill_rate: float = Field(0.02, gt=0, le=1, allow_inf_nan=False, description="of weights, in steps of their codes")
+    distill_scale_rate: float = Field(0.01, gt=0, le=1, allow_inf_nan=False, description="of activation scales, in logarithms")
+    distill_bias_rate: float = Field(0.003, gt=0, le=1, allow_inf_nan=False, description="of biases")
     calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
@@ -109,6 +117,11 @@ class Recipe(BaseModel):
     def attention_type(self) -> QuantType | None:
         """The codes of the operands of attention's matmuls; None: they stay float."""
         return ATTENTION_TYPES[self.attention]
+
+    @property
+    def first_rounding(self) -> str:
+        """How weights are rounded before anything is trained."""
+        return "gptq" if self.rounding == "distill" else self.rounding
 
     @property
     def scheme(self) -> Scheme:
@@ -213,8 +226,11 @@ class Recipe(BaseModel):
     def _unusable(self, schemes: list[Scheme]) -> str:
         """Why the schemes of all linears together cannot be; empty if they can."""
         weights = [scheme.weight for scheme in schemes if scheme.weight is not None]
-        if self.rounding == "gptq" and any(weight.qtype.is_float for weight in weights):
-            return "fp8 with rounding gptq: float8 codes are rounded to nearest; use rounding rtn or mse"
+        if self.rounding == "distill" and (self.bias_correction or self.calibration == "progressive"):
+            option = "--bias-correction" if self.bias_correction else "--calibration progressive"
+            return f"rounding distill with {option}: training decides that itself, and better; leave {option} out"
+        if self.first_rounding == "gptq" and any(weight.qtype.is_float for weight in weights):
+            return f"fp8 with rounding {self.rounding}: float8 codes are rounded to nearest; use rounding rtn or mse"
         if not any(scheme.low_precision for scheme in schemes):
             names = ", ".join(name for name, preset in PRESETS.items() if preset.low_precision)
             return f"the rules leave no linear to quantize to {names}; exclude less"

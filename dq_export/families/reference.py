@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dq_export.core.network import Conditions, Denoiser, Feed, Input
+from dq_export.core.network import Conditions, Denoiser, Feed
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.rule import Rule
 from dq_export.deploy.triton.serving.schedules import Schedules
@@ -54,10 +54,6 @@ class Reference(Denoiser, Protocol):
     @property
     def digest(self) -> str:
         """sha256 of configuration and weights, hexadecimal."""
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        """The network's inputs, in the graph's order."""
 
     @property
     def config(self) -> Mapping[str, Any]:

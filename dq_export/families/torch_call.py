@@ -13,14 +13,30 @@ from .reference import Float32
 
 
 def call(model: Any, inputs: Sequence[Input], feed: Feed) -> Float32:
-    """One call, in the model's own floating type; a timestep keeps its type, which the network's sines need."""
+    """One call."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(**tensors_of(model, inputs, feed), return_dict=False)[0]
+    sample: Float32 = output.float().cpu().numpy()
+    return sample
+
+
+def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any]:
+    """The keyword arguments of a network's `forward`, in its own floating type and on its device.
+
+    A timestep of one row becomes every sample's, and keeps its type, which the network's sines need.
+    """
     import torch
 
     tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
     timestep = tensors.pop("timestep")
     batch = len(tensors[inputs[0].name])
     values = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-    with torch.inference_mode():
-        output = model(**arguments(inputs, {**values, "timestep": timestep.expand(batch)}), return_dict=False)[0]
-    sample: Float32 = output.float().cpu().numpy()
-    return sample
+    return arguments(inputs, {**values, "timestep": timestep.expand(batch)})
+
+
+def part_of(inputs: Sequence[Input], feed: Feed, rows: slice) -> Feed:
+    """Some samples of a network call; what one row holds for all of them stays as it is."""
+    many = {item.name for item in inputs if item.batched}
+    return {name: value[rows] if name in many and len(value) > 1 else value for name, value in feed.items()}

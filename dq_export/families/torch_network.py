@@ -34,7 +34,8 @@ from .stand_in import StandIn
 from .structure import structure_of
 from .text_encoders import encode_prompts
 from .text_parts import files_of
-from .torch_call import call
+from .torch_blocks import TorchChain, block_names, linears_computing
+from .torch_call import call, part_of
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
@@ -177,13 +178,8 @@ class TorchNetwork:
 
     def forward(self, feed: Feed) -> Float32:
         batch = len(feed[self.inputs[0].name])
-        parts = [self._part(feed, slice(start, start + self.rows)) for start in range(0, batch, self.rows)]
+        parts = [part_of(self.inputs, feed, slice(start, start + self.rows)) for start in range(0, batch, self.rows)]
         return np.concatenate([call(self.model, self.inputs, part) for part in parts])
-
-    def _part(self, feed: Feed, rows: slice) -> Feed:
-        """Some samples of a network call; what one row holds for all of them stays as it is."""
-        many = {item.name for item in self.inputs if item.batched}
-        return {name: value[rows] if name in many and len(value) > 1 else value for name, value in feed.items()}
 
     def in_dtype(self, dtype: str) -> Network:
         import torch
@@ -239,10 +235,10 @@ class TorchNetwork:
         return noise
 
     def trajectory(
-        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[float], None]
+        self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[Feed], None]
     ) -> None:
         def watched(feed: Feed) -> Float32:
-            before(float(feed["timestep"][0]))
+            before(feed)
             return call(self.model, self.inputs, feed)  # whole: who observes it sees one call
 
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
@@ -272,6 +268,16 @@ class TorchNetwork:
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         return observed(self.model, self.sites, observer)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return block_names(self.model, self.linears)
+
+    def chain(self, feed: Feed) -> TorchChain:
+        return TorchChain(self.model, self.inputs, self.blocks, feed)
+
+    def computing(self, linears: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> AbstractContextManager[None]:
+        return linears_computing(self.model, linears)
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)

@@ -8,6 +8,7 @@ from ..machine import cpu_name, installed, versions
 from ..stages.audit import AUDIT
 from ..stages.bench import BENCH
 from ..stages.calibrate import CALIBRATE, Calibrated
+from ..stages.distill import DISTILL
 from ..stages.quantize import QUANTIZE
 from ..stages.recording import drawn_conditions
 from ..stages.stage import Context
@@ -19,7 +20,7 @@ from .verdict import concluded
 def assemble(context: Context) -> Report:
     """The report on the stages that are done; the parts of the others are empty."""
     recipe, reference, backend, results = context.recipe, context.reference, context.backend, context.results
-    calibrated = results.get(CALIBRATE) or Calibrated()
+    calibrated = results.get(DISTILL) or results.get(CALIBRATE) or Calibrated()
     quantized, audited, verified, benched = (
         results.get(QUANTIZE), results.get(AUDIT), results.get(VERIFY), results.get(BENCH),
     )  # fmt: skip

@@ -93,7 +93,8 @@ def _advice(call: CallParity, recipe: Recipe) -> str:
     integers = weight is not None and not weight.qtype.is_float
     fitting = [
         ("--granularity token", table and integers and _runs(recipe, granularity="token")),
-        ("--rounding gptq", integers and recipe.rounding != "gptq"),
+        ("--rounding gptq", integers and recipe.first_rounding != "gptq"),
+        ("--rounding distill", integers and recipe.rounding == "gptq"),
         ("--scaling auto", recipe.scaling != "auto"),
         ("--bins per-step", table and recipe.bins != "per-step"),
         ("--bits w8a8", activation is not None and weight is not None and min(activation.qtype.bits, weight.qtype.bits) < 8),

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from ..output_folder import GATHERED
 from ..report.report import Part, TableReport
 from .conditions import ENCODE, draws_prompts, set_conditions
 from .stage import Context, Prepared, Stage
+
+if TYPE_CHECKING:
+    from dq_export.calibration.context import Calibration
 
 CALIBRATION = "calibration.safetensors"
 """Its file in an output folder."""
@@ -99,7 +102,7 @@ class Calibrate(Stage[Calibrated]):
     name: str = "calibrate"
     result: type[Calibrated] = Calibrated
     fields: tuple[str, ...] = (
-        "attention", "method", "rounding", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
+        "attention", "method", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
         "calib_size", "calibration", "steps", "guidance_scale", "size", "seed", "tables_sha256",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE,)
@@ -123,31 +126,14 @@ class Calibrate(Stage[Calibrated]):
         graph's scales are float16."""
         methods = [text for text in described_plugins("methods") if text.startswith(f"{context.recipe.method} (")]
         decisive = {"model": context.reference.digest, "schemes": context.schemes, "plugin": context.plugin.name}
-        return {**decisive, "method": methods, "half": context.recipe.dtype == "fp16"}
+        rounding = context.recipe.first_rounding  # training starts from it, and leaves this stage's work as it is
+        return {**decisive, "method": methods, "rounding": rounding, "half": context.recipe.dtype == "fp16"}
 
     def run(self, context: Context, target: Path) -> Calibrated:
         """Call the other processes to the work, calibrate, and write `calibration.safetensors`."""
         from dq_export.calibration.calibrate import calibrate
-        from dq_export.calibration.context import Calibration
 
-        recipe = context.recipe
-        provenance = {"model": context.reference.digest, "sampler": context.reference.sampler, **versions()}
-        provenance |= {key: str(getattr(recipe, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
-        if recipe.tables_sha256 is not None:
-            provenance["tables"] = recipe.tables_sha256
-        calibration = Calibration(
-            denoiser=context.reference,
-            recipe=recipe,
-            assigned=context.assigned,
-            sampling=sampling_of(recipe, context.reference),
-            folder=context.folder / GATHERED,
-            provenance=provenance,
-            progress=context.progress.advance,
-            group=context.group,
-            plugin=context.plugin,
-            tables=context.tables,
-            space=context.space,
-        )
+        calibration = calibration_of(context, context.folder / GATHERED)
         announce(context.group, work=True)
         with context.reference.on(context.device):
             result = calibrate(calibration)
@@ -207,6 +193,30 @@ def described(tables: Tables, assigned: Mapping[str, Rule]) -> str:
     rest = [name for name, rule in assigned.items() if rule.scheme.weight and name not in header.linears]
     listed = f", calibrated: {', '.join(rest[:3])}" + (f" and {len(rest) - 3} more" if len(rest) > 3 else "") if rest else ""
     return f"; {len(header.linears)} linears as {header.method} gives them{listed}"
+
+
+def calibration_of(context: Context, folder: Path) -> Calibration:
+    """What a run's calibration works on; `folder`: for its files meanwhile."""
+    from dq_export.calibration.context import Calibration
+
+    recipe = context.recipe
+    provenance = {"model": context.reference.digest, "sampler": context.reference.sampler, **versions()}
+    provenance |= {key: str(getattr(recipe, key)) for key in ("seed", "steps", "calib_size", "guidance_scale")}
+    if recipe.tables_sha256 is not None:
+        provenance["tables"] = recipe.tables_sha256
+    return Calibration(
+        denoiser=context.reference,
+        recipe=recipe,
+        assigned=context.assigned,
+        sampling=sampling_of(recipe, context.reference),
+        folder=folder,
+        provenance=provenance,
+        progress=context.progress.advance,
+        group=context.group,
+        plugin=context.plugin,
+        tables=context.tables,
+        space=context.space,
+    )
 
 
 def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:

@@ -23,7 +23,8 @@ from ..families.float_graph import DAMAGED, load
 from ..finished_folder import MODEL
 from ..ledger import Result
 from ..report.report import SizeReport
-from .calibrate import CALIBRATE, CALIBRATION
+from .calibrate import CALIBRATE
+from .distill import DISTILL, decided
 from .float_graph import FLOAT
 from .stage import Context, Stage, folder_bytes
 
@@ -51,7 +52,7 @@ class Quantize(Stage[Quantized]):
     name: str = "quantize"
     result: type[Quantized] = Quantized
     fields: tuple[str, ...] = ("format", "provider")
-    needs: tuple[Stage[Any], ...] = (FLOAT, CALIBRATE)
+    needs: tuple[Stage[Any], ...] = (FLOAT, CALIBRATE, DISTILL)
 
     def modules(self, recipe: Recipe) -> tuple[str, ...]:
         """ONNX Runtime, whose version decides what its graph may hold."""
@@ -76,7 +77,7 @@ class Quantize(Stage[Quantized]):
     def run(self, context: Context, target: Path) -> Quantized:
         """Write `model.onnx`; no other stage loads the calibration, so its codes are in memory here alone."""
         source = context.folder / "float" / MODEL
-        result = CalibrationResult.load(context.folder / CALIBRATION)
+        result = CalibrationResult.load(context.folder / decided(context.recipe))
         legalise = context.backend.legalise(shared=context.shared, result=result) if context.backend else ()
         passes = with_plugins((*canonical_passes(result, context.assigned), *legalise), result, context.assigned)
         reports = quantize_graph(source, target / MODEL, passes, context.progress.advance)

@@ -37,7 +37,13 @@ def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, 
     times: list[float] = []
     with reference.observe(lambda name, value: kept.setdefault(name, {}).setdefault(times[-1], []).append(value.numpy().copy())):
         for conditions, seed in map(sampling.pictures, range(sampling.batches)):
-            reference.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=sampling.guidance, before=times.append)
+            reference.trajectory(
+                conditions,
+                steps=sampling.steps,
+                seed=seed,
+                guidance=sampling.guidance,
+                before=lambda feed: times.append(float(feed["timestep"][0])),
+            )
     return {name: {t: np.concatenate(parts) for t, parts in by.items()} for name, by in kept.items()}
 
 

@@ -104,7 +104,9 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
     order = tiny.timesteps(recipe.steps)
     times.append(order[0])
     with tiny.observe(watch):
-        tiny.trajectory(np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=times.append)
+        tiny.trajectory(
+            np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0]))
+        )
     reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
 
     def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
@@ -154,7 +156,7 @@ def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny
     )
     rows: dict[str, list[np.ndarray]] = {name: [] for name in result.sites}
     with tiny.observe(lambda name, value: rows[name].append(value.numpy().copy())):
-        tiny.trajectory(np.arange(8) % 5, steps=5, seed=99, guidance=2.0, before=lambda timestep: None)
+        tiny.trajectory(np.arange(8) % 5, steps=5, seed=99, guidance=2.0, before=lambda feed: None)
     left, taken = 0.0, 0.0
     for name, plan in result.sites.items():
         seen = np.concatenate(rows[name])

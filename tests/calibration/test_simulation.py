@@ -88,7 +88,7 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
         seen[name][times[-1]] = max(seen[name].get(times[-1], 0.0), amax)
 
     with Simulation.of(tiny, uniform, assigned).on(tiny), tiny.observe(watch):
-        tiny.trajectory(np.arange(4), steps=5, seed=0, guidance=2.0, before=times.append)
+        tiny.trajectory(np.arange(4), steps=5, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0])))
     for name, plan in progressive.sites.items():
         np.testing.assert_array_equal(plan.in_scale, uniform.sites[name].in_scale)
         for timestep, amax in seen[name].items():

@@ -79,7 +79,7 @@ def test_drawing_twice_gives_the_same_whatever_the_sampler(scheduler: str, tmp_p
     reference.draw(recorded, noise, labels, steps=4, guidance=2.0)
     sent = [float(feed["timestep"][0]) for feed in feeds]  # type: ignore[arg-type]
     before: list[float] = []
-    reference.trajectory(labels, steps=4, seed=5, guidance=2.0, before=before.append)
+    reference.trajectory(labels, steps=4, seed=5, guidance=2.0, before=lambda feed: before.append(float(feed["timestep"][0])))
     assert sent == reference.timesteps(4) == before
     for feed in feeds:
         assert feed["hidden_states"].shape == (4, *reference.feed_shape)

@@ -55,7 +55,13 @@ def test_every_seed_of_64_bits_draws(tiny: Reference) -> None:
     np.testing.assert_array_equal(largest, tiny.noise(2, 2**64 - 1))
     assert not np.array_equal(largest, tiny.noise(2, 2**64 - 2))
     timesteps: list[float] = []
-    tiny.trajectory(np.zeros(1, dtype=np.int64), steps=2, seed=2**64 - 1, guidance=1.0, before=timesteps.append)
+    tiny.trajectory(
+        np.zeros(1, dtype=np.int64),
+        steps=2,
+        seed=2**64 - 1,
+        guidance=1.0,
+        before=lambda feed: timesteps.append(float(feed["timestep"][0])),
+    )
     assert len(timesteps) == 2
 
 

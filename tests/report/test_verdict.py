@@ -71,7 +71,12 @@ def test_the_earliest_bad_stage_is_blamed() -> None:
     [
         ({}, ["--granularity token", "--rounding gptq", "--bins per-step"], ["--scaling", "--bits"]),
         ({"scaling": "none", "bits": "w4a8"}, ["--granularity token", "--rounding gptq", "--scaling auto", "--bits w8a8"], []),
-        ({"granularity": "token", "rounding": "gptq"}, [], ["--granularity", "--rounding", "--bins", "--scaling"]),
+        (
+            {"granularity": "token", "rounding": "gptq"},
+            ["--rounding distill"],
+            ["--granularity", "--rounding gptq", "--bins", "--scaling"],
+        ),
+        ({"granularity": "token", "rounding": "distill"}, [], ["--granularity", "--rounding", "--bins", "--scaling"]),
         ({"bits": "fp8", "format": "trt"}, ["--bins per-step"], ["--granularity", "--rounding"]),
         ({"bits": "w4a16"}, ["--rounding gptq"], ["--granularity", "--bins"]),
         ({"provider": "openvino"}, ["--rounding gptq"], ["--granularity"]),

@@ -62,7 +62,7 @@ def test_scales_are_twice_what_the_kept_rows_reach(tiny: Any, scales: dict[str, 
         for name in scales
     ]
     for label in range(4):
-        tiny.trajectory(np.asarray([label]), steps=5, seed=label, guidance=2.0, before=lambda timestep: None)
+        tiny.trajectory(np.asarray([label]), steps=5, seed=label, guidance=2.0, before=lambda feed: None)
     for handle in handles:
         handle.remove()
     for name, scale in scales.items():

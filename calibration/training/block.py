@@ -1,0 +1,120 @@
+"""The training of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.recipe import Recipe
+
+from .network import Layers
+
+if TYPE_CHECKING:
+    import torch
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+BETAS = (0.9, 0.99)
+WARM_UP, LEAST = 0.1, 0.02
+"""Share of the iterations in which the rates rise, and of the rates that is left at the end, after half a cosine."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockTask:
+    """One block's training.
+
+    Args:
+        run: what the quantized block puts out for some samples with these layers, from the quantized chain's input.
+        target: what the float network's block puts out for them, with the input of the float chain.
+        timestep: float64[N], of every sample.
+        held_back: bool[N], samples that judge.
+        seed: of the batches.
+    """
+
+    run: Callable[[Layers, Int64], tuple[torch.Tensor, ...]]
+    target: Callable[[Int64], Sequence[torch.Tensor]]
+    timestep: Float64
+    held_back: npt.NDArray[np.bool_]
+    recipe: Recipe
+    seed: tuple[int, ...]
+
+    def errors(self, layers: Layers, rows: Int64) -> tuple[Float64, Float64]:
+        """(noise, signal), each float64[len(rows)]: the sum of squares of each sample's error, and of its target."""
+        import torch
+
+        noise, signal = [], []
+        with torch.no_grad():
+            for start in range(0, len(rows), self.recipe.distill_batch):
+                part = rows[start : start + self.recipe.distill_batch]
+                exact = [tensor.double() for tensor in self.target(part)]
+                noise.append(_squares([a.cpu() - b for a, b in zip(self.run(layers, part), exact, strict=True)]))
+                signal.append(_squares(exact))
+        return np.concatenate(noise), np.concatenate(signal)
+
+    def weights(self, noise: Float64, rows: Int64) -> Float64:
+        """float64[N]: the weight of each sample, one over the error that its timestep has at the start."""
+        times, place = np.unique(self.timestep[rows], return_inverse=True)
+        mean = np.bincount(place, noise) / np.bincount(place)
+        weights: Float64 = np.interp(self.timestep, times, 1 / np.maximum(mean, 1e-12 * mean.max() + 1e-30))
+        return weights
+
+    def train(self, layers: Layers, weights: Float64, progress: Callable[[int], None]) -> None:
+        """Train a block's layers in place.
+
+        Args:
+            weights: of each sample in the loss.
+            progress: called with the iterations done.
+        """
+        import torch
+
+        recipe = self.recipe
+        rates = {"weight": recipe.distill_rate, "scale": recipe.distill_scale_rate, "bias": recipe.distill_bias_rate}
+        groups: list[dict[str, Any]] = [
+            {"params": found, "peak": rate} for kind, rate in rates.items() if (found := layers.parameters(kind))
+        ]
+        optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS)
+        batches = _batches(np.flatnonzero(~self.held_back), recipe.distill_batch, self.seed)
+        for iteration in range(recipe.distill_iterations):
+            rows = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share_of_rate(iteration, recipe.distill_iterations)
+            outputs, targets = self.run(layers, rows), self.target(rows)
+            of_sample = torch.stack(
+                [(a - b.to(a.device)).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)]
+            )
+            loss = (of_sample.sum(dim=0) * torch.from_numpy(weights[rows]).to(of_sample)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            layers.forget()
+            optimizer.step()
+            progress(iteration + 1)
+
+
+def share_of_rate(iteration: int, iterations: int) -> float:
+    """Of the peak: linear warm-up, then half a cosine down to LEAST."""
+    warm = max(1, round(WARM_UP * iterations))
+    if iteration < warm:
+        return (iteration + 1) / warm
+    place = (iteration - warm) / max(1, iterations - warm)
+    return LEAST + (1 - LEAST) * 0.5 * (1 + float(np.cos(np.pi * place)))
+
+
+def _batches(rows: Int64, size: int, seed: tuple[int, ...]) -> Iterator[Int64]:
+    """Batches of rows without end: all of them in random order, again and again."""
+    random = np.random.default_rng(seed)
+    waiting = np.zeros(0, dtype=np.int64)
+    while True:
+        while len(waiting) < size:
+            waiting = np.concatenate([waiting, random.permutation(rows)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _squares(tensors: Sequence[torch.Tensor]) -> Float64:
+    """float64[B]: the sum of squares over all tensors of each sample."""
+    total: Float64 = sum(tensor.square().flatten(1).sum(dim=1) for tensor in tensors).numpy()  # type: ignore[union-attr]
+    return total

@@ -1,0 +1,193 @@
+"""Quantized linears that compute in PyTorch with gradients: rounding passes them through, clipping stops them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.artifacts import CalibrationResult, SitePlan
+from dq_export.core.folding import folded_weight, row_factors
+from dq_export.core.network import Denoiser
+from dq_export.core.scales import ScaleTable, TimestepBins, TokenScale
+from dq_export.core.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+Float32 = npt.NDArray[np.float32]
+PULL, INSIDE = 0.5, 0.8
+"""A latent weight starts at its code plus PULL times the rest, which is clipped to INSIDE: GPTQ leaves many weights on the edge
+of their code, and the first random step would move them over it."""
+
+
+@dataclass(eq=False)
+class Clock:
+    """The timestep of each sample of the call that is computed."""
+
+    timesteps: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+
+    def rows(self, bins: TimestepBins) -> torch.Tensor:
+        """int64[B]: each sample's row of a table."""
+        import torch
+
+        return torch.from_numpy(bins.index(self.timesteps))
+
+
+class SiteInput:
+    """A site's input as its readers get it: (x - in_shift) / in_scale, rounded with the scale of each sample's timestep.
+
+    Args:
+        trained: whether the scales get gradients.
+    """
+
+    def __init__(self, plan: SitePlan, clock: Clock, device: Any, *, trained: bool) -> None:
+        import torch
+
+        self.plan, self.clock, self.activation = plan, clock, plan.activation
+        self.in_scale, self.in_shift = (torch.from_numpy(v.copy()).to(device) for v in (plan.in_scale, plan.in_shift))
+        start = None
+        if isinstance(self.activation, ScaleTable):
+            start = np.log(self.activation.scale)
+        elif self.activation is not None and not self.activation.group:
+            start = np.log(np.asarray([self.activation.clip], dtype=np.float32))
+        self.log = None if start is None else torch.from_numpy(start.copy()).to(device).requires_grad_(trained)
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        """[B, ..., K] of the same shape, in steps of the codes."""
+        if self.seen is None or self.seen[0] is not value:  # readers of one tensor get one rounding of it
+            self.seen = value, self._rounded((value - self.in_shift) / self.in_scale)
+        return self.seen[1]
+
+    def forget(self) -> None:
+        """Free what the last call left."""
+        self.seen = None
+
+    def trained(self) -> ScaleTable | TokenScale | None:
+        """The scales as they are now."""
+        if self.log is None or self.activation is None:
+            return self.activation
+        values = np.exp(self.log.detach().cpu().numpy()).astype(np.float32)
+        if isinstance(self.activation, ScaleTable):
+            return ScaleTable(scale=values, bins=self.activation.bins, qtype=self.activation.qtype)
+        given = self.activation
+        return TokenScale(constant=given.constant, group=given.group, clip=float(min(values[0], 1.0)), qtype=given.qtype)
+
+    def _rounded(self, value: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.activation is None:
+            return value
+        qmax, shape = self.activation.qtype.qmax, value.shape
+        if isinstance(self.activation, ScaleTable):
+            assert self.log is not None
+            rows = self.clock.rows(self.activation.bins).to(value.device)
+            step = self.log[rows].exp().repeat_interleave(len(value) // len(rows)).reshape(-1, *[1] * (value.ndim - 1))
+        else:
+            value = value.unflatten(-1, (-1, self.activation.group or shape[-1]))
+            step = value.detach().abs().amax(dim=-1, keepdim=True) / qmax
+            step = torch.where(step > 0, step, torch.ones_like(step))
+            if self.log is not None:
+                step = step * self.log.clamp(max=0.0).exp()
+        found: torch.Tensor = round_through().apply(value, step, float(qmax))
+        return found.reshape(shape)
+
+
+class QuantizedLinear:
+    """A linear of the quantized network in the float network's place.
+
+    Args:
+        plans: those that touch its weight.
+    """
+
+    def __init__(
+        self, name: str, denoiser: Denoiser, result: CalibrationResult, scheme: Scheme, plans: Sequence[SitePlan]
+    ) -> None:
+        assert scheme.weight is not None
+        self.qtype = scheme.weight.qtype
+        weight = denoiser.weight(name)
+        folded = folded_weight(weight, name, plans)
+        grid = result.grid(name, self.qtype)
+        self.divisors = 1 / row_factors(name, len(weight), plans)
+        self.blocks = grid.steps(grid.blocks)  # [out, blocks]
+        codes = result.codes.get(name)
+        self.codes = grid.codes(folded) if codes is None else codes.astype(np.float32)
+        self.rest = folded / grid.steps(folded.shape[1]) - self.codes
+        own = next((plan for plan in plans if name in plan.site.linears), None)
+        bias = denoiser.bias(name).astype(np.float64)
+        if own is not None:
+            bias = bias + weight.astype(np.float64) @ own.in_shift
+        self.correction = result.correction.get(name, np.float32(0))
+        self.start = (bias + self.divisors * self.correction).astype(np.float32)
+        self.site: SiteInput | None = None
+
+    def place(self, device: Any, site: SiteInput | None, *, trained: bool) -> QuantizedLinear:
+        """Put it on a device, with latent weights where it is to be trained; `site` rounds its input."""
+        import torch
+
+        self.site, self.trained = site, trained
+        self.steps = torch.from_numpy((self.blocks * self.divisors[:, None]).astype(np.float32)).to(device)[:, :, None]
+        latent = self.codes + (PULL * np.clip(self.rest, -INSIDE, INSIDE) if trained else 0.0)
+        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(trained)
+        self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(trained)
+        if not trained:
+            self.latent = self._weight(self.latent)
+        del self.codes, self.rest
+        return self
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        """[..., out] of [..., in]."""
+        import torch
+
+        weight = self._weight(self._codes()) if self.trained else self.latent
+        return torch.nn.functional.linear(value if self.site is None else self.site(value), weight, self.bias)
+
+    def _weight(self, codes: torch.Tensor) -> torch.Tensor:
+        return (codes.reshape(len(codes), self.steps.shape[1], -1) * self.steps).reshape(codes.shape)
+
+    def _codes(self) -> torch.Tensor:
+        """The nearest codes, with the gradient of the latent weights within half a code of the range."""
+        limit = self.qtype.qmax
+        latent = self.latent.clamp(-limit - 0.5, limit + 0.5)
+        return latent + (self.latent.detach().round().clamp(-limit, limit) - latent.detach())
+
+    def found(self) -> tuple[npt.NDArray[np.int8], Float32]:
+        """(codes int8[out, in], correction float32[out] of the folded bias) as they are now."""
+        codes = self.latent.detach().round().clamp(-self.qtype.qmax, self.qtype.qmax).cpu().numpy().astype(np.int8)
+        moved = (self.bias.detach().cpu().numpy() - self.start) / self.divisors
+        return codes, (self.correction + moved).astype(np.float32)
+
+
+@cache
+def round_through() -> Any:
+    """(value [...], step that broadcasts to it, qmax) -> code * step, as an autograd function.
+
+    Backward: the value gets the gradient inside the range and 0 outside; the step gets code - value / step inside, and the
+    code outside, summed over what shares the step. Source: LSQ (arXiv 1902.08153) without its gradient scale.
+    """
+    import torch
+
+    class Round(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(context: Any, value: torch.Tensor, step: torch.Tensor, qmax: float) -> torch.Tensor:
+            ratio = value / step
+            context.save_for_backward(ratio, step)
+            context.qmax = qmax
+            return ratio.round().clamp_(-qmax, qmax).mul_(step)
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> Any:
+            ratio, step = context.saved_tensors
+            inside = ratio.abs() <= context.qmax
+            of_step = None
+            if context.needs_input_grad[1]:
+                code = ratio.round().clamp_(-context.qmax, context.qmax)
+                of_step = (gradient * code.sub_(ratio.where(inside, torch.zeros_like(ratio)))).sum_to_size(step.shape)
+            return gradient * inside, of_step, None
+
+    return Round

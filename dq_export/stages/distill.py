@@ -1,0 +1,121 @@
+"""The stage `distill`: blocks that are trained against the float network's, behind a calibration that rounds by GPTQ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dq_export.calibration.training.outcome import BlockOutcome
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.documents import DocumentError, read_text
+from dq_export.core.recipe import Recipe
+
+from ..output_folder import TRAINING, remove, write_text
+from ..report.report import Part
+from .calibrate import CALIBRATE, CALIBRATION, Calibrated, calibration_of
+from .conditions import ENCODE
+from .stage import Context, Stage
+
+DISTILLED = "distilled.safetensors"
+"""Its file in an output folder, in the format of `calibration.safetensors`."""
+KEY = "key"
+"""What a folder of unfinished training is of, a file in it."""
+
+
+class TrainedBlock(Part):
+    """What a block's training brought, on samples that took no part in it.
+
+    Args:
+        before, after: dB of its output against the float network's.
+        kept: whether the trained block is the exported one.
+    """
+
+    name: str
+    before: float = Field(allow_inf_nan=False)
+    after: float = Field(allow_inf_nan=False)
+    kept: bool
+
+
+class Distilled(Calibrated):
+    """What later stages and the report need of a trained calibration."""
+
+    blocks: tuple[TrainedBlock, ...] = ()
+
+
+@dataclass(frozen=True)
+class Distill(Stage[Distilled]):
+    """Trains block after block."""
+
+    name: str = "distill"
+    result: type[Distilled] = Distilled
+    fields: tuple[str, ...] = (
+        "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
+        "calib_size", "steps", "guidance_scale", "size", "seed",
+    )  # fmt: skip
+    needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)
+    network: bool = True
+
+    def wanted(self, context: Context) -> bool:
+        """Where the recipe's rounding is `distill`."""
+        return context.recipe.rounding == "distill"
+
+    def text(self, context: Context) -> str:
+        """How many blocks, and how long each is trained."""
+        blocks = context.reference.blocks
+        return f"{len(blocks)} blocks, {context.recipe.distill_iterations} iterations each"
+
+    def outputs(self, context: Context) -> tuple[str, ...]:
+        """The file of scales and codes."""
+        return (DISTILLED,)
+
+    def also(self, context: Context) -> dict[str, Any]:
+        """The checkpoint, and what the rules decide."""
+        return {"model": context.reference.digest, "schemes": context.schemes}
+
+    def run(self, context: Context, target: Path) -> Distilled:
+        """Write `distilled.safetensors`. What is trained so far lies in a folder of its own, which a later run continues."""
+        from dq_export.calibration.training.distill import distill
+
+        start = CalibrationResult.load(context.folder / CALIBRATION)
+        folder = context.folder / TRAINING
+        key = hashlib.sha256(json.dumps(self.inputs(context), sort_keys=True).encode()).hexdigest()
+        continue_with(folder, key)
+
+        def finished(outcome: BlockOutcome) -> None:
+            kept = "" if outcome.kept else ", kept as it was"
+            context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{kept}")
+
+        with context.reference.on(context.device):
+            result, outcomes = distill(calibration_of(context, folder), start, finished)
+        result.save(target / DISTILLED)
+        remove(folder)
+        blocks = tuple(TrainedBlock(**vars(outcome)) for outcome in outcomes)
+        kept = [block for block in blocks if block.kept]
+        gain = sum(block.after - block.before for block in kept) / max(len(kept), 1)
+        summary = f"{len(kept)} of {len(blocks)} blocks are better, by {gain:.1f} dB on average"
+        return Distilled(**{**dict(Calibrated.of(result)), "summary": summary}, blocks=blocks)
+
+
+DISTILL = Distill()
+
+
+def decided(recipe: Recipe) -> str:
+    """The file that holds what an export quantizes with."""
+    return DISTILLED if recipe.rounding == "distill" else CALIBRATION
+
+
+def continue_with(folder: Path, key: str) -> None:
+    """Leave in a folder what an earlier run of the same key put there, and nothing else."""
+    try:
+        same = read_text(folder / KEY, links=False) == key
+    except DocumentError:
+        same = False
+    if not same:
+        remove(folder)
+        folder.mkdir()
+        write_text(folder / KEY, key)

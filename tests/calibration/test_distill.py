@@ -1,0 +1,138 @@
+"""Block-wise distillation of a real, small DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import calibration_of, feed_of, recipe_of, save_tiny, sqnr
+
+from dq_export.calibration.calibrate import calibrate
+from dq_export.calibration.simulation import Simulation
+from dq_export.calibration.training.distill import distill
+from dq_export.calibration.training.network import QuantizedNetwork
+from dq_export.calibration.training.outcome import BlockOutcome
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.recipe import Recipe
+from dq_export.families.reference import ModelError, Reference
+from dq_export.families.source import load_reference
+
+QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 30, "distill_batch": 8, "calib_size": 8}
+
+
+def started(reference: Reference, recipe: Recipe, folder: Path) -> CalibrationResult:
+    result = calibrate(calibration_of(reference, recipe, folder / "start"))
+    assert result is not None
+    return result
+
+
+def trained(
+    reference: Reference, recipe: Recipe, start: CalibrationResult, folder: Path, progress: Callable[..., None] | None = None
+) -> tuple[CalibrationResult, list[BlockOutcome]]:
+    more = {"progress": progress} if progress else {}
+    return distill(calibration_of(reference, recipe, folder / "training", **more), start, lambda outcome: None)
+
+
+def mean_sqnr(reference: Reference, result: CalibrationResult, recipe: Recipe) -> float:
+    """dB of a call on pictures that calibration has not seen, mean over its timesteps."""
+    feeds: list[Any] = []
+    reference.trajectory(np.arange(4), steps=recipe.steps, seed=321, guidance=2.0, before=lambda feed: feeds.append(dict(feed)))
+    exact = [reference.forward(feed) for feed in feeds]
+    with Simulation.of(reference, result, recipe.assign(reference.linears)).on(reference):
+        return float(np.mean([sqnr(y, reference.forward(feed)) for feed, y in zip(feeds, exact, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": "w4a4"}, {"bits": "w4a4", "granularity": "token"}, {"bits": "w4a8", "scaling": "smooth", "shift": True}],
+    ids=["w4a4", "token", "w4a8"],
+)
+def test_training_makes_calls_it_has_not_seen_better(options: dict[str, Any], tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 120}, **options)
+    start = started(tiny, recipe, tmp_path)
+    result, outcomes = trained(tiny, recipe, start, tmp_path)
+    assert [outcome.name for outcome in outcomes] == list(tiny.blocks) == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert all(outcome.kept and outcome.after > outcome.before for outcome in outcomes)
+    assert mean_sqnr(tiny, result, recipe) > mean_sqnr(tiny, start, recipe) + 0.2
+    for name, plan in result.sites.items():
+        before = start.sites[name].activation
+        assert plan.activation.bins == before.bins
+        assert plan.activation != before, "scales, or the clip of a token's, are trained, too"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": "w4a4", "scaling": "smooth", "shift": True}, {"bits": "w8a8", "granularity": "token"}],
+    ids=["shift", "token"],
+)
+def test_the_result_computes_what_training_saw(options: dict[str, Any], tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, **QUICK, **options)
+    result, _ = trained(tiny, recipe, started(tiny, recipe, tmp_path), tmp_path)
+    assigned, feed = recipe.assign(tiny.linears), feed_of(tiny, 600)
+    with Simulation.of(tiny, result, assigned).on(tiny):
+        simulated = tiny.forward(feed)
+    # Training's own layers, with the trained numbers.
+    network = QuantizedNetwork(tiny, result, assigned, tiny.chain(feed))
+    network.at(np.full(3, 600.0))
+    with ExitStack() as stack:
+        for block in tiny.blocks:
+            layers = network.layers(block, trained=False)
+            stack.enter_context(network.on(layers))
+        seen = tiny.forward(feed)
+    assert sqnr(simulated, seen) > sqnr(tiny.forward(feed), simulated) + 12  # codes next to a tie move by one
+
+
+def test_a_run_that_was_killed_gives_the_same_bytes(tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, **QUICK, bits="w4a4")
+    start = started(tiny, recipe, tmp_path)
+    whole, _ = trained(tiny, recipe, start, tmp_path / "whole")
+    whole.save(tmp_path / "whole.safetensors")
+    events = 0
+
+    def killed(done: int, total: int, unit: str = "") -> None:
+        nonlocal events
+        events += 1
+        if events in (2, 5, 20, 45, 80):
+            raise KeyboardInterrupt
+
+    kills = 0
+    while True:
+        try:
+            again, _ = trained(tiny, recipe, start, tmp_path / "killed", killed)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills == 5
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_training_that_makes_it_worse_is_not_kept(tiny: Reference, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 3}, bits="w8a8", distill_rate=1.0, distill_bias_rate=1.0)
+    start = started(tiny, recipe, tmp_path)
+    result, outcomes = trained(tiny, recipe, start, tmp_path)
+    assert not any(outcome.kept for outcome in outcomes)
+    assert all(outcome.after < outcome.before for outcome in outcomes)
+    assert not result.correction
+    for name, codes in start.codes.items():
+        np.testing.assert_array_equal(result.codes[name], codes)
+    assert {name: plan.activation for name, plan in result.sites.items()} == {
+        name: plan.activation for name, plan in start.sites.items()
+    }
+
+
+def test_a_network_with_long_skips_is_refused(tmp_path: Path) -> None:
+    reference: Any = load_reference(str(save_tiny(tmp_path)))
+    feed = feed_of(reference, [500] * 3)
+    assert reference.chain(feed).shapes == (((16, 32),), ((2, 8, 8),))
+    first, second = reference.model.transformer_blocks
+    earlier: list[Any] = []
+    first.register_forward_pre_hook(lambda module, inputs: earlier.clear())
+    first.attn1.register_forward_pre_hook(lambda module, inputs, named: earlier.append(inputs[0]), with_kwargs=True)
+    second.register_forward_pre_hook(lambda module, inputs: (inputs[0] + earlier.pop(),) if earlier else (inputs[0],))
+    with pytest.raises(ModelError, match=r"transformer_blocks\.1 .* reads more than what the block before it puts out"):
+        reference.chain(feed)

@@ -20,7 +20,7 @@ from dq_export.core.rule import Rule
 from dq_export.deploy.backend import Backend
 
 from .families.prompts import conditions_of
-from .families.reference import Reference
+from .families.reference import ModelError, Reference
 from .memory import plan_memory
 from .stages.stage import Prepared, Stage
 from .stages.triton import TRITON, require_served
@@ -83,6 +83,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     resolved = resolve(recipe, options.exclude, reference, backend)
     reference.shared = resolved.timesteps == "shared"
     assigned = resolved.assign(reference.linears)
+    _require_trained(reference)
     if backend:
         backend.require_schemes(rule.scheme for rule in assigned.values())
     _require_blocks(resolved, reference, assigned)
@@ -212,6 +213,22 @@ def _require_servable(recipe: Recipe, backend: Backend | None) -> None:
         raise RecipeError(
             "--triton needs --timesteps per-sample: requests at different steps share one call of the denoiser; export into "
             "another folder without --timesteps shared"
+        )
+
+
+def _require_trained(reference: Reference) -> None:
+    """Look for modulations of zeros, with which adaLN-Zero begins: such gates make a block silent, and nothing can be measured.
+
+    Raises:
+        ModelError: a linear that works on one row a sample is zero throughout.
+    """
+    vectors = [name for name, linear in reference.linears.items() if linear.role == "vector"]
+    silent = [name for name in vectors if not reference.weight(name).any() and not reference.bias(name).any()]
+    if silent:
+        more = f" and {len(silent) - 1} more of {len(vectors)}" if silent[1:] else ""
+        raise ModelError(
+            f"'{silent[0]}'{more}: weights and bias are zero throughout, as before a training; gates of zeros make a block "
+            "silent, so no engine could be compared with it: pass a trained checkpoint"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,33 @@ def test_what_the_network_does_not_take_is_refused_before_it_computes(call: dict
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         dq_export.load(out)(**{**given, **call})
+
+
+def test_a_network_that_is_not_trained_is_refused(model: Path, tmp_path: Path) -> None:
+    """One whose gates are zeros, as adaLN-Zero begins."""
+    from safetensors.torch import load_file, save_file
+
+    fresh = Path(shutil.copytree(model, tmp_path / "fresh"))
+    path = fresh / "transformer" / "diffusion_pytorch_model.safetensors"
+    zeros = [f"transformer_blocks.{block}.norm1.linear.{part}" for block in (0, 2) for part in ("weight", "bias")]
+    save_file({name: value * (name not in zeros) for name, value in load_file(path).items()}, path)
+    message = r"^'transformer_blocks\.0\.norm1\.linear' and 1 more of 6: weights and bias are zero throughout, .* trained check"
+    with pytest.raises(ModelError, match=message):
+        run(Recipe.parse({"model": str(fresh)}, "test"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "takes"), [("80x64", True), ("72x64", False), ("84x64", False), ("160x64", False)])
+def test_a_size_is_drawn_or_refused_before_any_work(size: str, takes: bool, model: Path, tmp_path: Path) -> None:
+    """Latents of 8 pixels, patches of two of them, and at most 9 patches along an axis."""
+    reference = load_reference(str(model))
+    if takes:
+        reference.draw_at(*map(int, size.split("x")))
+        assert reference.feed_shape == (4, 10, 8)
+        assert len(reference.timesteps(STEPS)) == STEPS
+        return
+    with pytest.raises(ModelError, match=rf"^size {size}: expected HEIGHTxWIDTH in steps of 8 .*height up to 18 in steps"):
+        run(Recipe.parse({"model": str(model), "size": size}, "test"), tmp_path / "out")
 
 
 def test_layers_that_a_pipeline_would_skip_are_refused(model: Path, out: Path) -> None:

@@ -68,7 +68,7 @@ def trained(tiny_folder: Path) -> Reference:
         if ".attn1." in name or ".ff." in name:
             module = reference.model.get_submodule(name)
             module.weight.data = module.weight + 0.3 * module.weight.std() * torch.randn_like(module.weight)
-            module.bias.data = module.bias + 0.2 * torch.randn_like(module.bias)
+            module.bias.data = module.bias + torch.randn_like(module.bias)  # much, so that a wrong fold of it shows
     found: Reference = reference
     return found
 

@@ -70,6 +70,8 @@ def _faults(
     known = [name for name in header.linears if name in denoiser.linears]
     if reason := schedule_fault(header, timesteps):
         faults.append(reason)
+    if recipe.rounding == "distill":
+        faults.append("rounding distill would train again what the file holds; take rounding gptq for the linears that it leaves")
     if recipe.bias_correction and any(file.shape(name, part) for name in known for part in ("weight", "weight.codes", "bias")):
         faults.append("bias_correction measures errors against the checkpoint's weights, which training left; leave it out")
     for name in known:

@@ -216,7 +216,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any], str]] =
     "reader": (QKV, {"activation__scale": np.ones(5, F32)}, {}, "to_q' and '.*to_k' read one input, and their tables"),
     "lacking": (QKV[:2], {}, {}, "to_q' and '.*to_v' read one input, and their tables differ"),
     "correction": ((FC1,), {}, {"bias_correction": True}, "bias_correction measures errors against the checkpoint's weights"),
-    "excluded": ((FC1,), {}, {"rules": (Rule(match="net.0", action="float", reason="mine"), Rule(action="w8a8"))}, "stays float"),
+    "distill": ((FC1,), {}, {"rounding": "distill", "bins": "per-step"}, "rounding distill would train again what the file"),
+    "excluded": ((FC1,), {}, {"rules": (Rule(match="net.0", action="float", reason="no"), Rule(action="w8a8"))}, "stays float"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,6 @@ def test_a_plan_is_built_ahead_of_time(model: Path, tmp_path: Path) -> None:
     report = exported(model, tmp_path / "out", "audit", format="trt-rtx", target="sm89", dtype="fp16")
     assert report.audit is not None
     assert {gemm.kernel for gemm in report.audit.gemms if gemm.required} == {"gemm Int8xInt8"}
+    shapes = json.loads((tmp_path / "out" / "engine" / "plan.json").read_text())["profiles"]
+    assert shapes["hidden_states"] == [[batch, 24, 8] for batch in (1, 2, 16)]
+    assert shapes["img_ids"] == [[24, 3]] * 3

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from command_line import call
 from conftest import QUICK, calibrate_tiny, feed_of, recipe_of, run_onnx, sqnr
 from own_tables import save_own, tables_of
 
 import dq_export
+from dq_export.cli.export import recipe_of as recipe_with
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.progress import Silent
 from dq_export.core.recipe import Recipe, RecipeError
@@ -124,3 +127,19 @@ def test_a_search_has_no_use_for_tables(moved: Path, tiny_folder: Path, tmp_path
 
     with pytest.raises(RecipeError, match="tables: they are for the bits that they were trained with"):
         explore(Recipe(model=str(tiny_folder), tables=str(moved)), tmp_path / "out", SearchRequest(max_size=1.0))
+
+
+def test_a_flag_takes_the_place_of_a_recipes_file_and_digest(moved: Path, tmp_path: Path) -> None:
+    old = {"tables": "a", "tables_sha256": "0" * 64, "lora": ["b:1.0"], "lora_sha256": ["1" * 64]}
+    (tmp_path / "recipe.yaml").write_text("\n".join(f"{key}: {value!r}" for key, value in {"model": "m", **old}.items()))
+    found = recipe_with(tmp_path / "recipe.yaml", {"tables": str(moved)})
+    assert (found.tables, found.tables_sha256, found.lora_sha256) == (str(moved), None, ("1" * 64,))
+    found = recipe_with(tmp_path / "recipe.yaml", {"lora": ["c", "d:0.5"]})
+    assert (found.lora, found.lora_sha256, found.tables_sha256) == (("c", "d:0.5"), None, "0" * 64)
+
+
+@pytest.mark.parametrize("words", [("--tables", "absent"), ("--lora", "absent:0.5"), ("--lora", "absent", "--lora", "other")])
+def test_a_missing_file_is_a_line_and_a_status(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = call("--model", "dit-digits", "-o", tmp_path / "out", *words)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: (tables|lora) \S+/absent: no such file\n", done.stderr[done.stderr.index("error") :])

@@ -161,7 +161,7 @@ def test_another_runs_folder_and_foreign_files_are_left_alone(finished: Path, ti
     before = digests(finished)
     done = call(*export(tiny_folder, finished, "--scaling", "none"))
     assert done.returncode == 2
-    assert "scaling: auto -> scaling: none" in done.stderr
+    assert "(scaling: 'auto' -> 'none')" in done.stderr
     assert digests(finished) == before
     (tmp_path / "thesis.txt").write_text("x")
     done = call(*export(tiny_folder, tmp_path))

@@ -86,6 +86,10 @@ class Family(ABC):
         """What the network draws. Of a family without `encoders`."""
         raise NotImplementedError
 
+    def scheduler_of(self, config: Any) -> Mapping[str, Any]:
+        """`default_scheduler`, or another one that suits a network of this configuration."""
+        return self.default_scheduler
+
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
         """What a guidance scale above 1 takes: calls without a condition, an input of the network, or neither does it."""
         return "null"

@@ -55,6 +55,10 @@ class Flux(Family):
         settle_timesteps(model)
         settle_rotations(model)
 
+    def scheduler_of(self, config: Any) -> Mapping[str, Any]:
+        """See `Family.scheduler_of`. schnell's steps have the same length at every size."""
+        return SCHEDULER if config.guidance_embeds else {**SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
+
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
         """See `Family.guided_by`. schnell, made for few steps, has no guidance."""
         return "input" if config.guidance_embeds else "nothing"

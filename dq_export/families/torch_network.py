@@ -61,7 +61,7 @@ class TorchNetwork:
         self.model = model
         self.architecture = type(model)
         self.config = configuration(model)
-        self.scheduler = load_scheduler(checkpoint.scheduler, family.default_scheduler, family.prediction)
+        self.scheduler = load_scheduler(checkpoint.scheduler, family.scheduler_of(self.config), family.prediction)
         self.guided_by = family.guided_by(self.config)
         self.guidance = 1.0 if self.guided_by == "nothing" else guidance
         self.checkpoint = checkpoint

@@ -110,6 +110,8 @@ def test_schnell_has_no_guidance_and_refuses_one_before_any_work(tmp_path: Path)
     assert (reference.guidance, reference.guided_by) == (1.0, "nothing")
     assert "guidance" not in [item.name for item in reference.inputs]
     assert reference.timesteps(4) == [1.0, 0.75, 0.5, 0.25]
+    shutil.copytree(model / "transformer", tmp_path / "alone")
+    assert load_reference(str(tmp_path / "alone")).timesteps(4) == [1.0, 0.75, 0.5, 0.25]
     with pytest.raises(RecipeError, match=r"^guidance_scale 3\.5: this network has no input for it, .*; leave it out$"):
         run(Recipe.parse({"model": str(model), "guidance_scale": 3.5}, "test"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -130,6 +132,14 @@ def test_the_streams_share_one_scaling_and_the_single_blocks_fold_their_attentio
     assert sites["transformer_blocks.0.attn.to_add_out"].shares == joint.name
     single = sites["single_transformer_blocks.1.proj_out"].fold.parts
     assert [(part.kind, part.channels) for part in single] == [("linear", (0, 32)), ("token", (32, 160))]
+
+
+def test_a_network_alone_has_devs_scheduler(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "transformer", tmp_path / "alone")
+    alone, whole = load_reference(str(tmp_path / "alone")), load_reference(str(folder))
+    for reference in (alone, whole):
+        reference.draw_at(*SIDE)
+    assert alone.timesteps(4) == whole.timesteps(4)
 
 
 def test_a_file_of_conditions_needs_no_null(folder: Path, tmp_path: Path) -> None:

@@ -219,6 +219,20 @@ def test_an_encoder_of_another_width_does_not_fit_the_network(model: Path) -> No
         load_reference(str(model)).encode(PROMPTS, "cpu")
 
 
+def test_a_checkpoint_in_bfloat16_computes_in_float32(tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    model = save_sd3(tmp_path / "model", dtype=torch.bfloat16)
+    reference: Any = load_reference(str(model))
+    reference.conditions = reference.encode(PROMPTS, "cpu")
+    own = SD3Transformer2DModel.from_pretrained(model / "transformer").float().eval()
+    feed = feed_of(reference, 500)
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(rows) for name, rows in feed.items()}
+        exact = own(**{**tensors, "timestep": tensors["timestep"].expand(3)}, return_dict=False)[0].numpy()
+    assert sqnr(exact, reference.forward(feed)) > 90
+
+
 def test_a_sampler_of_noise_is_refused(model: Path) -> None:
     edit(model / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Every recipe, and what others make of the same model, on dit-digits and its hard copy: the README's table of accuracy.
+"""Every recipe, and what others make of the same model, dit-digits and its hard copy: the table in docs/measured.md.
 
     pip install ".[cpu,openvino,metrics]" && python benchmarks/quality.py [--recipes NAME ...] [--models plain hard]
     python benchmarks/quality.py --models text  pixart-digits; needs the extra `text`

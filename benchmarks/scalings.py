@@ -1,4 +1,4 @@
-"""Accuracy of every equivalent scaling, static and per timestep, on dit-digits and on its hard copy: the README's table.
+"""Accuracy of every equivalent scaling, static and per timestep of dit-digits and its hard copy: the table in docs/measured.md.
 
     pip install ".[cpu]" && python benchmarks/scalings.py
 

@@ -1,4 +1,4 @@
-"""Our search against Q-DiT's, on dit-digits, at an equal number of evaluations and equal bytes: the README's table.
+"""Our search against Q-DiT's, on dit-digits, at an equal number of evaluations and equal bytes: the table in docs/measured.md.
 
     pip install ".[cpu]" && python benchmarks/search.py [--evaluations 300] [--seeds 0 1]
 

@@ -56,7 +56,7 @@ SANE = {"w8a8": 20.0, "w8a16": 20.0, "w6a6": 12.0, "w4a8": 5.0, "w4a16": 5.0, "w
 
 
 def fits(choice: Mapping[str, Any]) -> bool:
-    """Whether options contradict one another in no way that the README's table names; without it most runs are refused."""
+    """Whether options contradict one another in no way that the table in docs/bits.md names; without it most runs are refused."""
     bits, granularity, size = choice["bits"], choice["granularity"], choice["group-size"]
     rtx, openvino = choice["format"] == "trt-rtx", choice["provider"] == "openvino"
     dtypes = (None, "fp16", "bf16") if rtx else (None, "bf16") if openvino else (None,)

@@ -34,7 +34,7 @@ SCHEMES = tuple(all_schemes())
 LEAST = {"w8a8": 33, "w8a16": 33, "w6a6": 22, "w4a8": 17, "w4a16": 17, "w4a4": 7, "fp8": 22}
 SOMETHING_ELSE = (PRESETS["float"], PRESETS["weight-only"])
 Calibrate = Callable[[Scheme], Any]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bits.md"
 
 
 def recipe_for(scheme: Scheme, reference: Reference) -> Recipe:
@@ -198,5 +198,5 @@ def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_
     assert sqnr(tiny.forward(feed), open_graph(model)(feed)) > LEAST["w4a8"]
 
 
-def test_the_readme_shows_the_table() -> None:
-    assert support_table() in README.read_text(encoding="utf-8"), support_table()
+def test_the_page_about_bits_shows_the_table() -> None:
+    assert support_table() in PAGE.read_text(encoding="utf-8"), support_table()

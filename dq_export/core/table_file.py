@@ -17,7 +17,7 @@ from .tensor_file import TensorFile, open_tensors, save_tensors
 from .violations import ERRORS, nearest, violations
 
 Array = npt.NDArray[Any]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Timestep = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 KEY = "dq_export_import"
 """Of the metadata: the header, as JSON."""
 FORMAT: Literal["dq-export import 1"] = "dq-export import 1"
@@ -94,7 +94,7 @@ class Header(BaseModel):
 
     format: Literal["dq-export import 1"] = FORMAT
     method: str = Field(min_length=1, max_length=60)
-    timesteps: tuple[Number, ...] = Field(min_length=1, max_length=1000)
+    timesteps: tuple[Timestep, ...] = Field(min_length=1, max_length=1000)
     linears: dict[str, Entry] = Field(min_length=1)
 
 

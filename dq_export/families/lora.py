@@ -137,7 +137,7 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
     for name, tensor in read_tensors(adapter.path).items():
         plain = name[PREFIX.match(name).end() :]  # type: ignore[union-attr]
         part, alpha = PART.fullmatch(plain), ALPHA.fullmatch(plain)
-        if not tensor.is_floating_point() or not (part or alpha):
+        if not tensor.is_floating_point() or not (part or (alpha and tensor.numel() == 1)):
             raise ModelError(
                 f"{where}: tensor {shown(name, 120)} is no part of a low-rank adapter of the network; expected "
                 "'transformer.<module>.lora_A.weight' and 'lora_B.weight' in floating point, as diffusers and peft write them"
@@ -145,7 +145,7 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
         pair = found.setdefault((part or alpha)["module"], _Pair())  # type: ignore[index]
         if part:
             pair.parts["A" if part["A"] else "B"] = tensor
-        elif tensor.numel() == 1:
+        else:
             pair.alpha = float(tensor)
     if not found:
         raise ModelError(f"{where}: holds no tensors")

@@ -247,6 +247,7 @@ def header_of(own: tuple[Header, Tensors], **changes: Any) -> tuple[Header, Tens
         ({"timesteps": (800.0, 600.0, 400.0, 200.0, 0.0)}, "must be distinct and ascend, found 800 before 600; sort the rows"),
         ({"timesteps": (0.0, 0.2, 0.4, 0.6, 0.8)}, "are 0 … 0.8, and the sampler sends 800, whose nearest row is of 0.8; give"),
         ({"timesteps": (0.0, float("inf"))}, "not a finite number|finite number"),
+        ({"timesteps": (0.0, 1e300)}, "less than or equal to 1000000000"),
         ({"timesteps": ()}, "timesteps = .*at least 1 item"),
         ({"linears": {"transformer_blocks.1.ff.net.0.projj": Entry(activation=EIGHT)}}, "is of no linear of the"),
         (

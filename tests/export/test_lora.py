@@ -163,6 +163,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({**GOOD, f"{Q}.lora_magnitude_vector": A}, "lora_magnitude_vector' is no part of a low-rank adapter of the network"),
     "codes": ({f"{Q}.lora_A.weight": A.to(torch.int8), f"{Q}.lora_B.weight": B}, "in floating point"),
     "nan": ({f"{Q}.lora_A.weight": A * float("nan"), f"{Q}.lora_B.weight": B}, "makes NaN or Inf of 'transformer_blocks.0"),
+    "alphas": ({**GOOD, f"{Q}.alpha": A[0]}, "alpha' is no part of a low-rank adapter of the network"),
     "empty": ({}, "holds no tensors"),
 }
 

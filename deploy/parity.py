@@ -101,25 +101,25 @@ def compare_pictures(stage: str, references: Float32, pictures: Float32) -> Traj
 def compare_calls(
     stage: str,
     engine: Engine,
-    feeds: Sequence[Feed],
+    calls: Sequence[Sequence[Feed]],
     references: Sequence[Float32],
     bins: Sequence[int],
     count: Callable[[], None] = lambda: None,
 ) -> list[CallParity]:
-    """Run a stage on every feed with polygraphy's runner of its runtime.
+    """Run a stage on recorded network calls with polygraphy's runner of its runtime.
 
     Args:
-        feeds: one network call each.
+        calls: of each network call the feed, or its rows in several feeds.
         references: the PyTorch outputs.
-        bins: the timestep bin of each feed.
+        bins: the timestep bin of each call.
         count: called after each call.
     """
     rows = []
     with engine.runner(stage) as runner:
-        for feed, reference, index in zip(feeds, references, bins, strict=True):
-            (output,) = runner.infer(dict(feed), check_inputs=False).values()
-            timestep = float(np.asarray(feed["timestep"]).ravel()[0])
-            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, **vars(difference(reference, output))))
+        for feeds, reference, index in zip(calls, references, bins, strict=True):
+            outputs = [np.array(value) for feed in feeds for value in runner.infer(dict(feed), check_inputs=False).values()]
+            timestep, found = float(np.asarray(feeds[0]["timestep"]).ravel()[0]), difference(reference, np.concatenate(outputs))
+            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, **vars(found)))
             count()
     return rows
 

@@ -110,6 +110,9 @@ class Reference(Denoiser, Protocol):
     def forward(self, feed: Feed) -> Float32:
         """One float network call; a timestep of one row is every sample's."""
 
+    def parts(self, feed: Feed) -> list[Feed]:
+        """The rows of a call in feeds that are small enough for its activations to take little memory beside the weights."""
+
     def in_dtype(self, dtype: str) -> Network:
         """A copy of the network that computes in `bf16`; takes and gives float32 as `forward` does."""
 

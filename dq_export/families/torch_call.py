@@ -36,7 +36,8 @@ def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any
     return arguments(inputs, {**values, "timestep": timestep.expand(batch)})
 
 
-def part_of(inputs: Sequence[Input], feed: Feed, rows: slice) -> Feed:
-    """Some samples of a network call; what one row holds for all of them stays as it is."""
-    many = {item.name for item in inputs if item.batched}
-    return {name: value[rows] if name in many and len(value) > 1 else value for name, value in feed.items()}
+def parts_of(inputs: Sequence[Input], feed: Feed, rows: int) -> list[Feed]:
+    """A network call in calls of at most `rows` samples; what one row holds for all of them stays as it is."""
+    many = {item.name for item in inputs if item.batched and len(feed[item.name]) > 1}
+    parts = [slice(start, start + rows) for start in range(0, len(feed[inputs[0].name]), rows)]
+    return [{name: value[part] if name in many else value for name, value in feed.items()} for part in parts]

@@ -35,7 +35,7 @@ from .structure import structure_of
 from .text_encoders import encode_prompts
 from .text_parts import files_of
 from .torch_blocks import TorchChain, block_names, linears_computing
-from .torch_call import call, part_of
+from .torch_call import call, parts_of
 from .torch_export import ROOT, export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
@@ -177,9 +177,10 @@ class TorchNetwork:
             self.host = {}
 
     def forward(self, feed: Feed) -> Float32:
-        batch = len(feed[self.inputs[0].name])
-        parts = [part_of(self.inputs, feed, slice(start, start + self.rows)) for start in range(0, batch, self.rows)]
-        return np.concatenate([call(self.model, self.inputs, part) for part in parts])
+        return np.concatenate([call(self.model, self.inputs, part) for part in self.parts(feed)])
+
+    def parts(self, feed: Feed) -> list[Feed]:
+        return parts_of(self.inputs, feed, self.rows)
 
     def in_dtype(self, dtype: str) -> Network:
         import torch

@@ -75,7 +75,7 @@ class Verify(Stage[Verified]):
         pictures, last = recording.pictures, list(loaders)[-1]
         for name, load in loaders.items():
             engine = load()
-            rows += comparison.calls(name, engine)
+            rows += comparison.calls(name, engine, by_row=name != last)
             if name == last:
                 pictures = comparison.pictures(engine)
             del engine
@@ -117,12 +117,18 @@ class _Comparison:
         drawn = len(reference.timesteps(recipe.steps)) * -(-recipe.parity_size // reference.batch)
         self.total = len(recording.feeds) * engines + drawn
 
-    def calls(self, name: str, engine: Engine) -> list[CallParity]:
-        """Every recorded call."""
-        feeds = self.recording.feeds
+    def calls(self, name: str, engine: Engine, *, by_row: bool) -> list[CallParity]:
+        """Every recorded call.
+
+        Args:
+            by_row: run it in the parts in which PyTorch computes it. A graph that writes the scores of attention out holds
+                less then.
+        """
+        feeds, reference = self.recording.feeds, self.context.reference
         timesteps = [float(np.asarray(feed["timestep"]).ravel()[0]) for feed in feeds]
         bins = self.context.results.of(CALIBRATE).bins.index(timesteps).tolist()
-        return compare_calls(name, engine, feeds, self.recording.outputs, bins, self._count)
+        calls = [reference.parts(feed) if by_row else [feed] for feed in feeds]
+        return compare_calls(name, engine, calls, self.recording.outputs, bins, self._count)
 
     def pictures(self, engine: Engine) -> Float32:
         """The recording's pictures, drawn by the engine from the same noise."""

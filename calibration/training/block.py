@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -73,10 +73,7 @@ class BlockTask:
 
         recipe = self.recipe
         rates = {"weight": recipe.distill_rate, "scale": recipe.distill_scale_rate, "bias": recipe.distill_bias_rate}
-        groups: list[dict[str, Any]] = [
-            {"params": found, "peak": rate} for kind, rate in rates.items() if (found := layers.parameters(kind))
-        ]
-        optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS)
+        optimizer = torch.optim.Adam(layers.parameters(rates), lr=0.0, betas=BETAS)
         batches = _batches(np.flatnonzero(~self.held_back), recipe.distill_batch, self.seed)
         for iteration in range(recipe.distill_iterations):
             rows = next(batches)

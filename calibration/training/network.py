@@ -30,12 +30,21 @@ class Layers:
         for site in self.sites.values():
             site.forget()
 
-    def parameters(self, kind: str) -> list[Any]:
-        """What is trained: `weight`, `scale` or `bias`."""
-        if kind == "scale":
-            return [site.log for site in self.sites.values() if site.log is not None and site.log.requires_grad]
-        found = [linear.latent if kind == "weight" else linear.bias for linear in self.linears.values() if linear.trained]
-        return [parameter for parameter in found if parameter.requires_grad]
+    def parameters(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """What is trained, each with its `peak`: the greatest rate, from that of its kind in steps of codes.
+
+        A step of a scale is what moves the end of its range by one code; a bias counts in the steps of its linear's weights.
+        """
+        found = [
+            {"params": [site.log], "peak": rates["scale"] / site.activation.qtype.qmax}
+            for site in self.sites.values()
+            if site.log is not None and site.activation is not None and site.log.requires_grad
+        ]
+        for linear in self.linears.values():
+            if linear.trained:
+                found.append({"params": [linear.latent], "peak": rates["weight"]})
+                found.append({"params": [linear.bias], "peak": rates["bias"] * float(linear.steps.mean())})
+        return found
 
     def found(self, start: CalibrationResult) -> CalibrationResult:
         """The part of a calibration that these are, as they are now."""

@@ -90,8 +90,12 @@ class Recipe(BaseModel):
     distill_batch: int = Field(16, ge=1, le=1024, description="samples of a step, each with its own timestep")
     distill_samples: int = Field(1600, ge=8, le=1_000_000, description="drawn from the calibration's network calls")
     distill_rate: float = Field(0.02, gt=0, le=1, allow_inf_nan=False, description="of weights, in steps of their codes")
-    distill_scale_rate: float = Field(0.01, gt=0, le=1, allow_inf_nan=False, description="of activation scales, in logarithms")
-    distill_bias_rate: float = Field(0.003, gt=0, le=1, allow_inf_nan=False, description="of biases")
+    distill_scale_rate: float = Field(
+        0.07, gt=0, le=1, allow_inf_nan=False, description="of activation scales, in codes at the end of their range"
+    )
+    distill_bias_rate: float = Field(
+        0.15, gt=0, le=1, allow_inf_nan=False, description="of biases, in steps of the codes of their weights"
+    )
     calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")

@@ -273,6 +273,15 @@ def test_a_large_call_is_computed_row_by_row(timesteps: int | list[int], referen
     assert sqnr(whole, parts) > SAME
 
 
+def test_blocks_one_by_one_are_the_network(reference: Any) -> None:
+    feed = feed_of(reference, [100, 500, 900])
+    chain, outputs = reference.chain(feed), ()
+    assert reference.blocks
+    for index in range(len(reference.blocks)):
+        outputs = chain.run(index, feed, outputs)
+    np.testing.assert_array_equal(outputs[0].numpy(), reference.forward(feed))
+
+
 @pytest.mark.parametrize("guidance", [1.5, 4.0])
 def test_pictures_are_those_of_diffusers_own_pipeline(guidance: float, case: Case, folder: Path, reference: Any) -> None:
     chosen = np.asarray([1, 3])

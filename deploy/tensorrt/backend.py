@@ -191,6 +191,7 @@ class TensorRt(Backend):
             "seconds": report.seconds,
             "peak_bytes": report.peak_bytes,
             "sha256": report.sha256,
+            "origin": dict(graph.metadata_props),
         }
         (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
         return Built(model=model, folder=folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from dq_export.passes.pipeline import canonical_passes, with_plugins
 
 from ..families.float_graph import DAMAGED, load
 from ..finished_folder import MODEL
-from ..ledger import Result
+from ..ledger import Result, file_digest
+from ..machine import versions
 from ..report.report import SizeReport
 from .calibrate import CALIBRATE
 from .distill import DISTILL, decided
@@ -77,10 +78,12 @@ class Quantize(Stage[Quantized]):
     def run(self, context: Context, target: Path) -> Quantized:
         """Write `model.onnx`; no other stage loads the calibration, so its codes are in memory here alone."""
         source = context.folder / "float" / MODEL
-        result = CalibrationResult.load(context.folder / decided(context.recipe))
+        decisions = context.folder / decided(context.recipe)
+        result = CalibrationResult.load(decisions)
         legalise = context.backend.legalise(shared=context.shared, result=result) if context.backend else ()
         passes = with_plugins((*canonical_passes(result, context.assigned), *legalise), result, context.assigned)
-        reports = quantize_graph(source, target / MODEL, passes, context.progress.advance)
+        origin = {"dq_export_checkpoint": context.reference.digest, "dq_export_calibration": file_digest(decisions)}
+        reports = quantize_graph(source, target / MODEL, passes, context.progress.advance, origin)
         gc.collect()  # the graph ties its mapped weights into cycles
         size = SizeReport(float_bytes=folder_bytes(source.parent), engine_bytes=folder_bytes(target))
         return Quantized(
@@ -93,19 +96,28 @@ class Quantize(Stage[Quantized]):
 QUANTIZE = Quantize()
 
 
-def quantize_graph(source: Path, target: Path, passes: Sequence[GraphPass], progress: Advance = unwatched) -> list[PassReport]:
+def quantize_graph(
+    source: Path,
+    target: Path,
+    passes: Sequence[GraphPass],
+    progress: Advance = unwatched,
+    origin: Mapping[str, str] | None = None,
+) -> list[PassReport]:
     """Apply passes to the float graph; weights go to `<target>.data`, small constants stay in the graph.
 
     The float weights are memory-mapped and rewritten a few at a time, when they are saved.
 
     Args:
         progress: called with (weights written, weights in all).
+        origin: the graph's metadata: what it was made from.
 
     Raises:
         GraphError: the float graph is damaged.
     """
     model = load(source)
     model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "dq-export", versions()["dq-export"]
+    model.metadata_props.update(origin or {})
     reports = run_passes(model, passes)
     try:
         ir.save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -76,6 +77,14 @@ def test_the_graph_is_standard_onnx_with_explicit_zero_points(tiny_exported: Pat
     assert [value.name for value in graph.outputs] == ["sample"]
     names = {node.name for node in graph}
     assert "transformer_blocks.1.attn1.to_k" in names
+
+
+def test_the_graph_says_where_it_came_from(tiny_exported: Path) -> None:
+    model = ir.load(tiny_exported / "model.onnx")
+    assert (model.producer_name, model.producer_version) == ("dq-export", dq_export.__version__)
+    report = Report.model_validate_json((tiny_exported / "report.json").read_text())
+    decisions = hashlib.sha256((tiny_exported / "calibration.safetensors").read_bytes()).hexdigest()
+    assert model.metadata_props == {"dq_export_checkpoint": report.digest, "dq_export_calibration": decisions}
 
 
 @pytest.mark.slow

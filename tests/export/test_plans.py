@@ -34,7 +34,9 @@ def test_a_plan_its_audit_and_the_parity_of_its_graph(exported: Path) -> None:
     assert "Plan not run here: TensorRT-RTX" in page
     assert "by the engine" not in page
     assert (exported / "engine" / "model.plan").stat().st_size > 10_000
-    assert json.loads((exported / "engine" / "plan.json").read_text())["library"].startswith("tensorrt_rtx 1.")
+    described = json.loads((exported / "engine" / "plan.json").read_text())
+    assert described["library"].startswith("tensorrt_rtx 1.")
+    assert described["origin"]["dq_export_checkpoint"] == report["digest"]
     replay = call("verify", exported)
     assert replay.returncode == 0, replay.stdout
 

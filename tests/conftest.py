@@ -66,6 +66,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min((os.cpu_count() or 1) + 1, 4)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the contract's second graph of a large network, of a timestep for each sample, as slow: engines' tests have it."""
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if params.get("case") in ("pixart", "sd3", "flux") and params.get("graph") is False:
+            item.add_marker(pytest.mark.slow)
+
+
 class Nobody:
     """A client of a sampler that listens to nothing."""
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from dq_export.core.network import Axis, batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
@@ -73,6 +71,7 @@ def bench(
 
     Raises:
         BackendError: the float graph or the engine cannot be loaded or run.
+        GraphError: the float graph is damaged.
     """
     feed = _feed(folder)
     rows = batch_of(feed)
@@ -100,7 +99,7 @@ def _feed(folder: Path) -> Feed:
     from dq_export.deploy.replay import load_replay
 
     feeds, _ = load_replay(folder / "parity")
-    dims = input_sizes(ir.load(folder / "float" / "model.onnx"))
+    dims = input_sizes(load(folder / "float" / "model.onnx"))
     shared = {name for name, sizes in dims.items() if isinstance(sizes[0], Axis)}  # positions have no row for each sample
     return {name: value if name in shared else value[:BATCH] for name, value in feeds[0].items()}
 

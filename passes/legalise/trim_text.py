@@ -26,7 +26,7 @@ class TrimText(GraphPass):
     """text [B, L, D], mask [B, L]  ->  both sliced to the longest text of the batch, behind the graph's inputs.
 
     Pipelines pad every prompt to the greatest length, 300 tokens for PixArt, and a mask takes the padding out of attention
-    again. Keys, values and scores of the padding are 15 % of a call at 512 pixels.
+    again. Keys, values and scores of the padding are an eighth of a call at 512 pixels.
 
     A text whose mask has no 1 keeps its length: its softmax is over padding alone.
 

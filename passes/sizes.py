@@ -75,6 +75,15 @@ def input_sizes(model: ir.Model) -> dict[str, Dims]:
     }
 
 
+def unbatched_inputs(model: ir.Model) -> set[str]:
+    """The inputs without a row for each sample, such as positions: what changes along their first dimension is no batch.
+
+    Raises:
+        GraphError: see `read_sizes`.
+    """
+    return {name for name, sizes in input_sizes(model).items() if isinstance(sizes[0], Axis)}
+
+
 def size_of(text: str, sizes: Mapping[str, int]) -> int:
     """The number that a dimension's text (`2*height`, `batch`) stands for; 1 where it has an unknown name or operator."""
     if len(text) > LONGEST:

@@ -9,9 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dq_export.core.network import Axis
 from dq_export.passes.names import origin
-from dq_export.passes.sizes import input_sizes
+from dq_export.passes.sizes import unbatched_inputs
 
 from ..backend import BackendError, Feed, Float32
 from ..packages import require_packages
@@ -88,7 +87,7 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
     try:
         network = core.read_model(model)
         if batch is not None:
-            shared = {name for name, sizes in input_sizes(ir.load(model)).items() if isinstance(sizes[0], Axis)}
+            shared = unbatched_inputs(ir.load(model))
             network.reshape(
                 {port.any_name: _sizes(port.partial_shape, -1 if port.any_name in shared else batch) for port in network.inputs}
             )

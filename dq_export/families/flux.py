@@ -10,6 +10,7 @@ from dq_export.core.network import BATCH, Axis, Conditions, Input
 from .embeddings import settle_rotations, settle_timesteps
 from .family import Family, Pictures
 from .flux_values import FluxValues
+from .pipelines import latents_of, pipeline_of
 from .prediction import FLOW
 from .reference import Float32
 from .stand_in import StandIn
@@ -89,9 +90,8 @@ class Flux(Family):
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. There is no null: guidance is an input of the network."""
-        text, pooled, _ = _pipeline(**parts, transformer=None, scheduler=None).encode_prompt(
-            list(prompts), max_sequence_length=TOKENS
-        )
+        encoder = pipeline_of(PIPELINE, **parts, transformer=None, scheduler=None)
+        text, pooled, _ = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS)
         arrays = {STATES: text.float().cpu().numpy(), POOLED: pooled.float().cpu().numpy()}
         return Conditions(names=tuple(prompts), arrays=arrays, null={})
 
@@ -101,29 +101,16 @@ class Flux(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`."""
-        import torch
-
         height, width = pictures.size or (SIDE, SIDE)
-        drawn = _pipeline(**dict.fromkeys(PARTS), transformer=network, scheduler=scheduler)(
-            prompt_embeds=torch.from_numpy(pictures.conditions[STATES]),
-            pooled_prompt_embeds=torch.from_numpy(pictures.conditions[POOLED]),
+        return latents_of(
+            pipeline_of(PIPELINE, **dict.fromkeys(PARTS), transformer=network, scheduler=scheduler),
+            pictures.noise,
+            {"prompt_embeds": pictures.conditions[STATES], "pooled_prompt_embeds": pictures.conditions[POOLED]},
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=height,
             width=width,
-            latents=torch.from_numpy(pictures.noise),
-            output_type="latent",
         )
-        latents: Float32 = drawn.images.numpy()
-        return latents
-
-
-def _pipeline(**parts: Any) -> Any:
-    import diffusers
-
-    pipeline = getattr(diffusers, PIPELINE)(**parts, vae=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 FLUX = Flux()

@@ -11,6 +11,7 @@ from dq_export.core.network import BATCH, Axis, Conditions, Input
 
 from .embeddings import Positions, settle_timesteps
 from .family import Family, Pictures
+from .pipelines import latents_of, pipeline_of
 from .pixart_values import MICRO_SIZE, PixArtValues
 from .reference import Float32
 from .sampling import set_steps
@@ -77,9 +78,7 @@ class PixArt(Family):
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. As the pipeline does it, "" as the null; prompts are not cleaned, which needs more libraries."""
-        import diffusers
-
-        encoder = getattr(diffusers, pipeline)(**parts, vae=None, transformer=None, scheduler=None)
+        encoder = pipeline_of(pipeline, **parts, transformer=None, scheduler=None)
         encoded = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS[pipeline])
         text, mask, no_text, no_mask = (tensor.float().cpu().numpy() for tensor in encoded)
         rows, null = ({STATES: states, MASK: kept} for states, kept in ((text, mask), (no_text[:1], no_mask[:1])))
@@ -97,33 +96,28 @@ class PixArt(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
-        import diffusers
         import torch
 
         set_steps(scheduler, steps)
         alpha = any(item.name == "resolution" for item in network.inputs)  # only that pipeline sends it
-        parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": network, "scheduler": scheduler}
-        pipeline = getattr(diffusers, ALPHA if alpha else SIGMA)(**parts)
-        pipeline.set_progress_bar_config(disable=True)
+        parts = {"tokenizer": None, "text_encoder": None, "transformer": network, "scheduler": scheduler}
         prompts = {"prompt_embeds": pictures.conditions[STATES], "prompt_attention_mask": pictures.conditions[MASK]}
         if guidance > 1:
             null = {"negative_prompt_embeds": pictures.null[STATES], "negative_prompt_attention_mask": pictures.null[MASK]}
             prompts |= null
         height, width = (PIXELS * size for size in pictures.noise.shape[-2:])
-        drawn = pipeline(
+        return latents_of(
+            pipeline_of(ALPHA if alpha else SIGMA, **parts),
+            pictures.noise,
+            prompts,
             negative_prompt=None,
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=height,
             width=width,
             generator=torch.Generator().manual_seed(0),
-            latents=torch.from_numpy(pictures.noise),
-            output_type="latent",
             use_resolution_binning=False,
-            **{name: torch.from_numpy(rows) for name, rows in prompts.items()},
         )
-        latents: Float32 = drawn.images.numpy()
-        return latents
 
 
 def _condition(name: str, *sizes: int | Axis, within: str = "") -> Input:

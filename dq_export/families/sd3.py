@@ -10,6 +10,7 @@ from dq_export.core.network import BATCH, Axis, Conditions, Input
 
 from .embeddings import settle_timesteps
 from .family import Family, Pictures
+from .pipelines import latents_of, pipeline_of
 from .prediction import FLOW
 from .reference import Float32
 from .sd3_values import SD3Values
@@ -63,7 +64,7 @@ class SD3(Family):
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. "" is the null. Without T5 there are zeros in the place of its states, as diffusers has it."""
         network = _Described(config)
-        encoder = _pipeline(**{**dict.fromkeys(PARTS), **parts}, transformer=network, scheduler=None)
+        encoder = pipeline_of(PIPELINE, **{**dict.fromkeys(PARTS), **parts}, transformer=network, scheduler=None)
         encoded = encoder.encode_prompt(list(prompts), None, None, max_sequence_length=TOKENS)
         text, no_text, pooled, no_pooled = (tensor.float().cpu().numpy() for tensor in encoded)
         null = {STATES: no_text[:1], POOLED: no_pooled[:1]}
@@ -76,24 +77,20 @@ class SD3(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
-        import torch
-
         prompts = {"prompt_embeds": pictures.conditions[STATES], "pooled_prompt_embeds": pictures.conditions[POOLED]}
         if guidance > 1:
             null = {"negative_prompt_embeds": pictures.null[STATES], "negative_pooled_prompt_embeds": pictures.null[POOLED]}
             prompts |= null
         height, width = (PIXELS * size for size in pictures.noise.shape[-2:])
-        drawn = _pipeline(**dict.fromkeys(PARTS), transformer=network, scheduler=scheduler)(
+        return latents_of(
+            pipeline_of(PIPELINE, **dict.fromkeys(PARTS), transformer=network, scheduler=scheduler),
+            pictures.noise,
+            prompts,
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=height,
             width=width,
-            latents=torch.from_numpy(pictures.noise),
-            output_type="latent",
-            **{name: torch.from_numpy(rows) for name, rows in prompts.items()},
         )
-        latents: Float32 = drawn.images.numpy()
-        return latents
 
 
 @dataclass(frozen=True)
@@ -101,14 +98,6 @@ class _Described:
     """In the network's place where prompts are encoded: the pipeline asks it for the text's width."""
 
     config: Any
-
-
-def _pipeline(**parts: Any) -> Any:
-    import diffusers
-
-    pipeline = getattr(diffusers, PIPELINE)(**parts, vae=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 SD3_FAMILY = SD3()

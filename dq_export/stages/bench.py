@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.core.network import Axis, batch_of
+from dq_export.core.network import batch_of
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import Backend, BackendError, Feed
-from dq_export.passes.sizes import input_sizes
+from dq_export.passes.sizes import unbatched_inputs
 
 from ..families.float_graph import load
 from ..families.reference import ModelError
@@ -99,8 +99,7 @@ def _feed(folder: Path) -> Feed:
     from dq_export.deploy.replay import load_replay
 
     feeds, _ = load_replay(folder / "parity")
-    dims = input_sizes(load(folder / "float" / "model.onnx"))
-    shared = {name for name, sizes in dims.items() if isinstance(sizes[0], Axis)}  # positions have no row for each sample
+    shared = unbatched_inputs(load(folder / "float" / "model.onnx"))
     return {name: value if name in shared else value[:BATCH] for name, value in feeds[0].items()}
 
 

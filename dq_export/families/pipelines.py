@@ -1,0 +1,37 @@
+"""diffusers' own pipelines as the sampling loops of families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dq_export.core.network import Feed
+
+from .reference import Float32
+
+
+def pipeline_of(name: str, **parts: Any) -> Any:
+    """A pipeline of a diffusers class, without a VAE, that shows no progress of its own.
+
+    Args:
+        parts: the arguments of its constructor but for the VAE; None where it calls for nothing.
+    """
+    import diffusers
+
+    pipeline = getattr(diffusers, name)(**parts, vae=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents_of(pipeline: Any, noise: Float32, prompts: Feed, **settings: Any) -> Float32:
+    """The latents that a pipeline samples, float32 of the shape of the noise.
+
+    Args:
+        prompts: arrays by the names of the pipeline's arguments.
+        settings: what else the pipeline takes, such as `height` and `guidance_scale`.
+    """
+    import torch
+
+    tensors = {name: torch.from_numpy(rows) for name, rows in prompts.items()}
+    drawn = pipeline(latents=torch.from_numpy(noise), output_type="latent", **tensors, **settings)
+    latents: Float32 = drawn.images.numpy()
+    return latents

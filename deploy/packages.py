@@ -36,11 +36,11 @@ def require_packages(modules: Iterable[str], purpose: str) -> None:
     if missing:
         names = " and ".join(PROJECTS.get(module, module) for module in missing)
         raise BackendError(
-            f"{names} {'is' if len(missing) == 1 else 'are'} not installed; {_install(missing)}, needed for {purpose}"
+            f"{names} {'is' if len(missing) == 1 else 'are'} not installed; {install_command(missing)}, needed for {purpose}"
         )
 
 
-def _install(modules: Iterable[str]) -> str:
+def install_command(modules: Iterable[str]) -> str:
     """The pip command that brings the modules."""
     extras = sorted({extra for module in modules if module in EXTRAS for extra in EXTRAS[module].split(",")})
     return f"pip install 'dq-export[{','.join(extras)}]'" if extras else "pip install dq-export"

@@ -15,6 +15,7 @@ from .options import option, path_argument
 from .tables import (
     print_audit,
     print_bisection,
+    print_diagnosis,
     print_faults,
     print_findings,
     print_latency,
@@ -160,3 +161,10 @@ def explain(
     print_linears(report, name)
     if not any(name in item for item in names):
         raise OutputError(f"no linear '{name}' in {out}.{nearest(name, names)}")
+
+
+def doctor() -> None:
+    """What this machine can build, run and serve, and the command that adds what is missing."""
+    from ..doctor import diagnose
+
+    print_diagnosis(diagnose())

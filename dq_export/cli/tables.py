@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
     from dq_export.deploy.triton.model_folder import Fault
 
     from ..bisection.bisect import Bisection
+    from ..doctor import Diagnosis
     from ..report.report import LatencyReport, Report
     from ..search.explore import Outcome
     from ..verification import Verification
@@ -130,6 +131,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
         print("beside GEMMs:", ", ".join(f"{count} operators in {verdict}" for verdict, count in others.items()))
     if not findings:
         print("the file holds no quantized operator")
+
+
+def print_diagnosis(parts: Sequence[Diagnosis]) -> None:
+    """Each part of the machine, and how to add what is missing."""
+    rows = [(item.part, item.state, item.purpose, item.remedy) for item in parts]
+    print_table(["part", "here", "what it is for", "how to add it"], rows)
 
 
 def print_faults(faults: Sequence[Fault]) -> None:

@@ -1,4 +1,4 @@
-"""Which GEMMs of a built engine really run on low-precision kernels."""
+"""Which GEMMs and convolutions of a built engine really run on low-precision kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
-from dq_export.passes.match import linears
+from dq_export.passes.match import linears, module_of
 from dq_export.passes.names import origin
 from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
@@ -27,12 +27,12 @@ class AuditError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
-    """One GEMM of the graph. The bounds are those of a report that is read back.
+    """One GEMM or convolution of the graph. The bounds are those of a report that is read back.
 
     Args:
         name: module name, or the node's name where no weight is involved (attention).
         flops: multiply-adds times 2, for one sample.
-        wanted: the recipe's action; `none` for GEMMs without a weight.
+        wanted: the recipe's action; `none` for GEMMs without a weight, `float` for convolutions that no rule is for.
         required: whether the recipe asks for a low-precision kernel.
         kernel: the operator that runs it after optimisation.
         integer: whether that operator has the recipe's precision: multiplies integers or 8-bit floats, or unpacks blocks.
@@ -54,8 +54,8 @@ class Audit:
 
     Args:
         coverage: FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels.
-        integer_share: FLOPs in low-precision kernels / FLOPs of all GEMMs of the network, attention included.
-        gemms: all GEMMs of the network.
+        integer_share: FLOPs in low-precision kernels / FLOPs of all GEMMs and convolutions of the network, attention included.
+        gemms: all GEMMs and convolutions of the network.
     """
 
     coverage: float
@@ -79,7 +79,7 @@ def audit_graph(
     kernel_of: Callable[[str], tuple[str, bool]],
     why_float: Callable[[ir.Node, str], str],
 ) -> Audit:
-    """Audit every GEMM of a graph.
+    """Audit every GEMM and convolution of a graph.
 
     Args:
         model: the graph that was handed to the runtime.
@@ -93,10 +93,10 @@ def audit_graph(
     by_node = {linear.gemm: name for name, linear in found.items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm", "Attention"):
+        if node.op_type not in ("MatMul", "Gemm", "Attention", "Conv"):
             continue
-        module = by_node.get(node)
-        wanted, required = _wanted(assigned[module]) if module else _wanted_of_attention(node)
+        module = by_node.get(node) or (module_of(node) if node.op_type == "Conv" else "")
+        wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)
         kernel, integer = kernel_of(str(node.name))
         reason = "" if integer or not required else why_float(node, kernel)
         gemms.append(
@@ -129,7 +129,9 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
     Raises:
         AuditError: one of the two files is damaged.
     """
-    kernels = {origin(str(node.name)): node.op_type for node in _load(optimized).graph}
+    # A float convolution on channels in blocks is named after the value that it makes.
+    made = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in _load(model).graph if node.op_type == "Conv"}
+    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in _load(optimized).graph}
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
@@ -158,9 +160,9 @@ def _load(path: Path) -> ir.Model:
         raise AuditError(f"{path}: not readable as ONNX; was it cut short? Export again") from error
 
 
-def _wanted(rule: Rule) -> tuple[str, bool]:
+def _wanted(rule: Rule | None) -> tuple[str, bool]:
     """The action, and whether it needs a low-precision kernel."""
-    return rule.action, rule.scheme.low_precision
+    return (rule.action, rule.scheme.low_precision) if rule is not None else ("float", False)
 
 
 def _wanted_of_attention(node: ir.Node) -> tuple[str, bool]:
@@ -176,6 +178,9 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
         return 0
     if node.op_type == "Attention":  # scores and their product with the values, [B, tokens, width] each
         return 4 * int(np.prod(left)) * left[-2]
+    if node.op_type == "Conv":
+        kernel = node.inputs[1].shape if node.inputs[1] is not None else None
+        return 2 * int(np.prod(result)) * int(np.prod(kernel.numpy()[1:])) if kernel is not None else 0
     return 2 * int(np.prod(result)) * left[-1]
 
 

@@ -55,8 +55,8 @@ def build(*, model: str, output_dir: str | Path, **options: Any) -> Report:
 def load(output_dir: str | Path) -> StandIn:
     """The engine of an export, to take the denoiser's place in a diffusers pipeline: `pipe.transformer = load("out")`.
 
-    It has the `config`, `dtype` and `device` that pipelines ask for, and is called with the arguments of the diffusers
-    model's `forward`. It runs where its runtime does, wherever the pipeline's other parts are.
+    A UNet is `pipe.unet`. It has the `config`, `dtype` and `device` that pipelines ask for, and is called with the arguments
+    of the diffusers model's `forward`. It runs where its runtime does, wherever the pipeline's other parts are.
 
     Args:
         output_dir: the folder of a finished export.

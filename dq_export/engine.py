@@ -48,6 +48,7 @@ def load(out: Path) -> StandIn:
         config=configuration(model),
         architecture=type(model),
         shared=recipe.timesteps == "shared",
+        part=family.part,
     )
 
 

@@ -9,8 +9,9 @@ from .family import Family
 from .flux import FLUX
 from .pixart import PIXART
 from .sd3 import SD3_FAMILY
+from .unet import UNET
 
-FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX, UNET)
 
 
 def all_families() -> tuple[Family, ...]:

@@ -19,8 +19,10 @@ from .loading import read_config
 from .reference import ModelError
 from .weights import Weights, find_weights
 
-NETWORK, SCHEDULER, VAE = "transformer", "scheduler", "vae"
-"""Folders of a pipeline."""
+NETWORKS = ("transformer", "unet")
+"""Folders of a pipeline that may hold its network."""
+SCHEDULER, VAE = "scheduler", "vae"
+"""Folders of its other parts."""
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 PROMPTS = "prompts.txt"
 """Beside the index: what the model was made to draw."""
@@ -102,13 +104,13 @@ def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
 
 
 def _network_folder(folder: Path) -> Path:
-    return folder / NETWORK if (folder / NETWORK).is_dir() else folder
+    return next((folder / part for part in NETWORKS if (folder / part).is_dir()), folder)
 
 
 def _pipeline_around(network: Path) -> Path:
     """The pipeline's folder of a network's, however it was reached (`.`, a link); the network's own where it is alone."""
     for place in (Path(os.path.abspath(network)), network.resolve()):
-        if place.name == NETWORK:
+        if place.name in NETWORKS:
             return place.parent
     return network
 
@@ -143,13 +145,15 @@ def _instead(folder: Path) -> str:
     """What a folder without a network's configuration is."""
     if (folder / SCHEDULER_CONFIG).is_file():
         return "a scheduler's folder; pass that of the pipeline"
-    if (folder / NETWORK).is_dir() or not (folder / INDEX).is_file():
-        return f"no {NETWORK}/{CONFIG} and no {CONFIG}; is it a diffusers folder?"
+    network = _network_folder(folder)
+    if network != folder or not (folder / INDEX).is_file():
+        part = NETWORKS[0] if network == folder else network.name
+        return f"no {part}/{CONFIG} and no {CONFIG}; is it a diffusers folder?"
     index = read_config(folder / INDEX)
-    if NETWORK in index:
-        return f"{INDEX} names a {NETWORK}, and there is no {NETWORK}/{CONFIG}; copy or download the folder again"
+    if named := [part for part in NETWORKS if _names(index, part)]:
+        return f"{INDEX} names a {named[0]}, and there is no {named[0]}/{CONFIG}; copy or download the folder again"
     parts = [f"{name}: {index[name][-1]}" for name in index if _names(index, name)]
-    return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {NETWORK}"
+    return f"a {shown(index.get('_class_name'))} of {shown(', '.join(parts), 200)}, without a {' or a '.join(NETWORKS)}"
 
 
 def configuration(model: Any) -> Any:

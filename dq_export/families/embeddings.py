@@ -82,14 +82,14 @@ def _sines(size: int, span: float, count: int) -> npt.NDArray[np.float32]:
 
 
 def settle_timesteps(model: Any) -> None:
-    """Give every timestep embedding one constant table of frequencies.
+    """Give every timestep embedding a constant table of frequencies, of which equal ones share one.
 
     diffusers computes the frequencies at every call with PyTorch's exponential function, and the exporter folds them with
     another one. Their last bits differ, and timestep * frequency multiplies that by up to 1000: the graph's embedding is
     then 60 dB above float32 rounding, which a network of large weights makes louder in every block.
 
     Exactness: within float32 rounding of diffusers' own frequencies.
-    Source: section 3.5 of arXiv 1706.03762, with cosines first as DiT has them.
+    Source: section 3.5 of arXiv 1706.03762, with cosines first where the network has them so.
     """
     import torch
     from diffusers.models.embeddings import Timesteps
@@ -101,19 +101,20 @@ def settle_timesteps(model: Any) -> None:
             exact = own.scale * np.exp(-np.log(10_000) * np.arange(half) / (half - own.downscale_freq_shift))
             # No buffer: a copy of the network in bfloat16 must keep these in float32, as diffusers does.
             self.frequencies = torch.from_numpy(exact.astype(np.float32))
+            self.cosines_first = own.flip_sin_to_cos
 
         def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
             angles = timesteps[:, None].to(torch.float32) * self.frequencies.to(timesteps.device)[None]
-            return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+            both = torch.cos(angles), torch.sin(angles)
+            return torch.cat(both if self.cosines_first else both[::-1], dim=-1)
 
-    tables = {name: module for name, module in model.named_modules() if type(module) is Timesteps}
-    if not tables:
-        return
     # One module for all blocks: the graph then holds its table once.
-    shared = Table(next(iter(tables.values())))
-    for name in tables:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, shared)
+    shared: dict[tuple[float, ...], Table] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is Timesteps:
+            key = (module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift, module.scale)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, shared.setdefault(key, Table(module)))
 
 
 def settle_rotations(model: Any) -> None:

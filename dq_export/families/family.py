@@ -39,6 +39,7 @@ class Family(ABC):
 
     Attributes:
         name: as in the report.
+        part: what diffusers' pipelines call its networks, in their folders as well: `pipe.transformer`, `transformer/`.
         architectures: the diffusers classes of its networks, as `architecture_of` gives them.
         values: what their configurations may hold.
         encoders: folders of a pipeline that encode prompts, tokenizers among them; empty: prompts are nothing that it draws.
@@ -56,6 +57,7 @@ class Family(ABC):
     """
 
     name: str
+    part: str = "transformer"
     architectures: tuple[str, ...]
     values: type[Values]
     encoders: tuple[str, ...] = ()

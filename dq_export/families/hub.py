@@ -8,11 +8,11 @@ from pathlib import Path
 
 from dq_export.core.documents import DocumentError, printable, read_text, shown, shown_path
 
-from .checkpoint import CONFIG, INDEX, NETWORK, PROMPTS, SCHEDULER, SCHEDULER_CONFIG, VAE
+from .checkpoint import CONFIG, INDEX, NETWORKS, PROMPTS, SCHEDULER, SCHEDULER_CONFIG, VAE
 from .reference import ModelError
 from .weights import DIFFUSERS, TRANSFORMERS, choose
 
-SMALL = (INDEX, PROMPTS, CONFIG, f"{NETWORK}/{CONFIG}", f"{SCHEDULER}/{SCHEDULER_CONFIG}", f"{VAE}/{CONFIG}")
+SMALL = (INDEX, PROMPTS, f"{SCHEDULER}/{SCHEDULER_CONFIG}", CONFIG, *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE)))
 """Files that say what a model is."""
 TEXTS = (".json", ".model", ".txt")
 """Suffixes of a tokenizer's files and of an encoder's configuration."""
@@ -67,7 +67,7 @@ def wanted(names: list[str], variant: str, where: str, encoders: tuple[str, ...]
     Raises:
         ModelError: no weights of the network that fit.
     """
-    network = f"{NETWORK}/" if f"{NETWORK}/{CONFIG}" in names else ""
+    network = next((f"{part}/" for part in NETWORKS if f"{part}/{CONFIG}" in names), "")
     found = [*(name for name in names if name in SMALL), *_weights(names, network, variant, where)]
     if f"{VAE}/{CONFIG}" in names:
         with suppress(ModelError):  # only a server decodes, and an export for one says what is missing

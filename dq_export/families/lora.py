@@ -19,7 +19,7 @@ from .recorded_file import place_of, require_recorded
 from .reference import ModelError
 from .tensors import read_tensors
 
-PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.)?")
+PREFIX = re.compile(r"(base_model\.model\.)?((transformer|unet)\.)?")
 """In front of a module's name: peft's, and that of diffusers' pipelines."""
 PART = re.compile(r"(?P<module>.+?)\.((?P<A>lora_A|lora\.down|lora_down)|(?P<B>lora_B|lora\.up|lora_up))(\.default)?\.weight")
 ALPHA = re.compile(r"(?P<module>.+?)(\.lora)?\.alpha")

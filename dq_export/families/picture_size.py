@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from dq_export.core.network import Input, axes_of, resized
+from dq_export.core.network import Axis, Input, axes_of, resized
 
 from .family import Family
 from .reference import ModelError
@@ -24,5 +24,17 @@ def inputs_at(family: Family, inputs: Sequence[Input], height: int, width: int) 
         most = ", ".join(str(axes[name]) for name in sizes)
         raise ModelError(
             f"size {height}x{width}: expected HEIGHTxWIDTH in steps of {unit} pixels, which the network takes as {most}"
+            f"{_nearest(axes, height, width, unit)}"
         )
     return resized(inputs, sizes)
+
+
+def _nearest(axes: Mapping[str, Axis], height: int, width: int, unit: int) -> str:
+    """The nearest size that a network with a height and a width takes, in words; empty for one whose sizes are tokens."""
+    if not axes.keys() >= {"height", "width"}:
+        return ""
+    found = []
+    for name, pixels in (("height", height), ("width", width)):
+        step = unit * axes[name].multiple
+        found.append(min(max(round(pixels / step), 1) * step, unit * axes[name].limit))
+    return f"; the nearest is {found[0]}x{found[1]}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from .reference import Float32, Network
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StandIn:
-    """Answers a diffusers pipeline as its denoiser does: `Pipeline(transformer=stand_in, ...)`, `pipe.transformer = stand_in`.
+    """Answers a diffusers pipeline as its denoiser does: `Pipeline(transformer=stand_in, ...)`, `pipe.unet = stand_in`.
 
     It is no torch.nn.Module, so a pipeline's `to`, `save_pretrained` and offloading pass it over: its network computes where
     it was loaded, in its own precision. Tensors may lie on any device and be of any floating type; the result is where the
@@ -30,6 +32,7 @@ class StandIn:
         config: of the diffusers model, its keys also as attributes.
         architecture: the diffusers class, whose `forward` has the arguments.
         shared: the network takes a timestep of one row for the whole batch, not one for each sample.
+        part: what pipelines call the denoiser.
     """
 
     network: Network
@@ -37,6 +40,7 @@ class StandIn:
     config: Any
     architecture: Any
     shared: bool
+    part: str = "transformer"
 
     @property
     def dtype(self) -> Any:
@@ -54,7 +58,12 @@ class StandIn:
 
     def __repr__(self) -> str:
         # diffusers shows it where `from_pretrained(..., transformer=stand_in)` refuses what is no torch module.
-        return f"StandIn of {self.architecture.__name__}, to be set as pipe.transformer"
+        return f"StandIn of {self.architecture.__name__}, to be set as pipe.{self.part}"
+
+    @property
+    def add_embedding(self) -> Any:
+        """Stable Diffusion XL's pipeline asks its linear how many numbers it takes."""
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=self.config["projection_class_embeddings_input_dim"]))
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
         """Around a call: FLUX's pipeline names it, for caches of diffusers that a torch module may have."""
@@ -66,20 +75,19 @@ class StandIn:
         Arguments that are None, or dictionaries without values, count as left out.
 
         Returns:
-            Transformer2DModelOutput, or with `return_dict=False` the tuple of its only tensor.
+            diffusers' output of the class, or with `return_dict=False` the tuple of its only tensor.
 
         Raises:
             TypeError: an argument is missing, or is one that the network does not take.
             ValueError: see `run`.
         """
         import torch
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         given, return_dict = self._given(args, kwargs)
         output = torch.from_numpy(self.run({name: _array_of(value) for name, value in given.items()}))
         state = given[self.inputs[0].name]
         output = output.to(state.device, state.dtype)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return _output_class(self.architecture)(sample=output) if return_dict else (output,)
 
     def run(self, feed: Feed) -> Float32:
         """One network call with arrays.
@@ -147,6 +155,14 @@ class StandIn:
                 "--timesteps per-sample"
             )
         return timesteps[:1]
+
+
+def _output_class(architecture: Any) -> Any:
+    """What the `forward` of a diffusers class gives: UNet2DConditionOutput of UNet2DConditionModel, of transformers one class."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    name = f"{architecture.__name__.removesuffix('Model')}Output"
+    return getattr(sys.modules[architecture.__module__], name, Transformer2DModelOutput)
 
 
 def _array_of(value: Any) -> npt.NDArray[Any]:

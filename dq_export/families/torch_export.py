@@ -15,36 +15,35 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-ROOT = "transformer."
-"""What precedes the network's names of modules and parameters in its graph."""
 TRACED = 3
 """Blocks of a run; see `repeat_block`."""
 
 
-def export_graph(model: Any, inputs: Sequence[Input], blocks: Sequence[str], *, shared: bool) -> ir.Model:
+def export_graph(model: Any, inputs: Sequence[Input], part: str, blocks: Sequence[str], *, shared: bool) -> ir.Model:
     """Trace a network, `TRACED` blocks of each run of equal ones where the graph shows them equal, and all where it does not.
 
     Args:
         model: a diffusers network, which takes `inputs` by name.
+        part: what precedes the network's names of modules and parameters in its graph, with a dot behind it.
         blocks: names of its lists of blocks, which its `forward` calls one after the other; empty: trace them all.
         shared: the timestep has one row for all samples.
     """
     listed = {name: getattr(model, name) for name in blocks}
     runs = [(name, run) for name, modules in listed.items() for run in runs_of(modules) if len(run) > TRACED]
     if not runs:
-        return _traced(model, inputs, shared)
-    state = {f"{ROOT}{name}": value for name, value in model.state_dict().items()}
+        return _traced(model, inputs, part, shared)
+    state = {f"{part}.{name}": value for name, value in model.state_dict().items()}
     try:
         for name, modules in listed.items():
             repeated = {index for other, run in runs if other == name for index in run[TRACED:]}
             setattr(model, name, _without(modules, repeated))
-        graph = _traced(model, inputs, shared)
+        graph = _traced(model, inputs, part, shared)
     finally:
         for name, modules in listed.items():
             setattr(model, name, modules)
-    if all(repeat_block(graph, f"{ROOT}{name}", run, state) for name, run in runs):
+    if all(repeat_block(graph, f"{part}.{name}", run, state) for name, run in runs):
         return graph
-    return _traced(model, inputs, shared)
+    return _traced(model, inputs, part, shared)
 
 
 def runs_of(blocks: Iterable[Any]) -> list[range]:
@@ -70,7 +69,7 @@ def _without(blocks: Iterable[Any], left_out: Collection[int]) -> Any:
     return kept
 
 
-def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
+def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.Model:
     import torch
 
     dims = {axis.name: _dim(axis) for axis in (BATCH, *axes_of(inputs))}
@@ -82,7 +81,7 @@ def _traced(model: Any, inputs: Sequence[Input], shared: bool) -> ir.Model:
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
-    graph = trace(_named_wrapper(model, inputs), tuple(example), names, output_name(names), dynamic)
+    graph = trace(_named_wrapper(model, inputs, part), tuple(example), names, output_name(names), dynamic)
     name_sizes(graph, axes_of(inputs))
     return graph
 
@@ -101,18 +100,18 @@ def _dim(axis: Axis) -> Any:
     return axis.multiple * torch.export.Dim(axis.unit, min=1, max=axis.limit // axis.multiple)
 
 
-def _named_wrapper(model: Any, inputs: Sequence[Input]) -> Any:
-    """The network with its named inputs as positional arguments; its module bears the name that `ROOT` is."""
+def _named_wrapper(model: Any, inputs: Sequence[Input], part: str) -> Any:
+    """The network with its named inputs as positional arguments; its module is called `part`."""
     import torch
 
     class Wrapper(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.transformer = model
+            self.add_module(part, model)
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
             named = {item.name: value for item, value in zip(inputs, values, strict=True)}
-            output: torch.Tensor = self.transformer(**arguments(inputs, named), return_dict=False)[0]
+            output: torch.Tensor = getattr(self, part)(**arguments(inputs, named), return_dict=False)[0]
             return output
 
     return Wrapper().eval()

@@ -36,7 +36,7 @@ from .text_encoders import encode_prompts
 from .text_parts import files_of
 from .torch_blocks import TorchChain, block_names, linears_computing
 from .torch_call import call, parts_of
-from .torch_export import ROOT, export_graph
+from .torch_export import export_graph
 from .torch_hooks import inputs_replaced, observed, parameters_replaced
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class TorchNetwork:
         return self._draw(network, self.scheduler, pictures, steps=steps, guidance=guidance)
 
     def _draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-        stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True)
+        stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True, part=self.family.part)
         return self.family.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 
     @contextmanager
@@ -272,7 +272,7 @@ class TorchNetwork:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        return block_names(self.model, self.linears)
+        return block_names(self.model, self.linears) if self.family.blocks else ()
 
     def chain(self, feed: Feed) -> TorchChain:
         return TorchChain(self.model, self.inputs, self.blocks, feed)
@@ -284,13 +284,13 @@ class TorchNetwork:
         graph = self.graphs.pop(shared, None) or self._graph(shared=shared)
         self.graphs.clear()
         write_sizes(graph, axes_of(self.inputs))  # those of the conditions, which may have come after the graph
-        save(graph, path, self.checkpoint.weights.files, ROOT, self.fused)
+        save(graph, path, self.checkpoint.weights.files, f"{self.family.part}.", self.fused)
         del graph
         collect_everything()
 
     def _graph(self, *, shared: bool) -> ir.Model:
         try:
-            return export_graph(self.model, self.inputs, self.family.blocks, shared=shared)
+            return export_graph(self.model, self.inputs, self.family.part, self.family.blocks, shared=shared)
         except (ImportError, MemoryError, OSError):  # the machine's, not the network's
             raise
         except Exception as error:  # of the exporter, which runs the network's code and has exceptions of many bases

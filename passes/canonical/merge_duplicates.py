@@ -1,4 +1,4 @@
-"""Merge identical initializers and repeated sub-graphs; give every linear's GEMM its module's name."""
+"""Merge identical initializers and repeated sub-graphs; give every GEMM and convolution its module's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from ..base import GraphPass, PassReport
-from ..match import linears
+from ..match import convolutions, linears
 
 FIRST = 64
 """Elements that must agree before two tensors are compared whole."""
@@ -19,7 +19,7 @@ FIRST = 64
 class MergeDuplicates(GraphPass):
     """embedder(t) in every block  ->  one embedder(t) that all blocks read.
 
-    diffusers' DiT stores one copy of the timestep and label embedder per block. Each linear's GEMM then bears its
+    diffusers' DiT stores one copy of the timestep and label embedder per block. Each GEMM or convolution then bears its
     module's name, by which the report, the audit and TensorRT's layer dump know it. Only tensors of one shape whose
     first elements agree are read whole.
 
@@ -41,11 +41,11 @@ class MergeDuplicates(GraphPass):
         removed = before - len(model.graph) - len(model.graph.initializers)
         changed = [f"removed {removed} duplicate nodes and initializers"] if removed else []
         taken = {node.name: node for node in model.graph}
-        for name, linear in linears(model).items():
-            if linear.gemm.name != name:
+        for name, node in {**{name: linear.gemm for name, linear in linears(model).items()}, **convolutions(model)}.items():
+            if node.name != name:
                 if name in taken:
                     taken[name].name = f"{name}.renamed"
-                linear.gemm.name = name
+                node.name = name
                 changed.append(f"named '{name}'")
         return PassReport(name=self.name, changed=tuple(changed))
 

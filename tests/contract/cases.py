@@ -15,6 +15,7 @@ from flux import SIDE, drawn_by_flux_pipeline, save_flux
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
+from unet import XL, drawn_by_unet_pipeline, save_unet
 
 from dq_export.core.network import Float32
 from dq_export.families import FAMILIES
@@ -116,6 +117,18 @@ CASES = {
         changes={"axes_dims_rope": [6, 4, 6]},
         draw=lambda *arguments: drawn_by_flux_pipeline(*arguments, SEED),
         size=SIDE,
+    ),
+    "unet": Case(
+        family=FAMILIES[4],
+        save=save_unet,
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
+    ),
+    "unet-xl": Case(
+        family=FAMILIES[4],
+        save=lambda folder: save_unet(folder, **XL),
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),
     "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
 }

@@ -124,10 +124,15 @@ def lost_folder(model: Path) -> None:
     edit(model / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
 
 
-def unet(model: Path) -> None:
+def prior(model: Path) -> None:
     shutil.rmtree(model / "transformer")
-    (model / "unet").mkdir()
-    edit(model / "model_index.json", _class_name="StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
+    (model / "prior").mkdir()
+    edit(model / "model_index.json", _class_name="KandinskyPriorPipeline", prior=["diffusers", "PriorTransformer"])
+
+
+def half_unet(model: Path) -> None:
+    shutil.rmtree(model / "transformer")
+    edit(model / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
 
 
 def half_downloaded(model: Path) -> None:
@@ -162,7 +167,8 @@ CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
         (no_config, "scheduler: no scheduler_config.json in it; copy or download it again, or remove"),
         (file_in_place, "scheduler: no scheduler_config.json in it"),
         (lost_folder, r"model_index\.json: names a scheduler, and there is no scheduler/scheduler_config\.json"),
-        (unet, r"a 'StableDiffusionPipeline' of 'unet: UNet2DConditionModel', without a transformer"),
+        (prior, r"a 'KandinskyPriorPipeline' of 'prior: PriorTransformer', without a transformer or a unet"),
+        (half_unet, r"model_index\.json names a unet, and there is no unet/config\.json"),
         (half_downloaded, r"model_index\.json names a transformer, and there is no transformer/config\.json"),
         (endless, "not a regular file"),
         (pipe, "not a regular file"),

@@ -179,6 +179,13 @@ def test_only_what_is_read_is_downloaded(weights: list[str], variant: str, expec
     assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
 
 
+def test_a_unets_folder_is_downloaded_as_a_transformers_is() -> None:
+    parts = [f"{part}/config.json" for part in ("unet", "vae", "safety_checker")]
+    weights = [f"{part}/{STEM}.safetensors" for part in ("unet", "vae", "safety_checker")]
+    found = wanted(["model_index.json", "v1-5-pruned.ckpt", *parts, *weights], "", "owner/name")
+    assert sorted(found) == sorted(["model_index.json", *parts[:2], *weights[:2]])
+
+
 def test_text_encoders_are_downloaded_where_prompts_are_to_be_encoded() -> None:
     tokenizer = ["tokenizer/spiece.model", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
     shards = [f"text_encoder/model-0000{number}-of-00002.safetensors" for number in (1, 2)]

@@ -61,7 +61,7 @@ def exported() -> tuple[Network, ir.Model, int]:
     with pytest.MonkeyPatch.context() as patch:
         whole = torch_export._traced
         patch.setattr(torch_export, "_traced", lambda *arguments: traced.append(1) or whole(*arguments))  # type: ignore[func-returns-value]
-        graph = torch_export.export_graph(network, INPUTS, ("layers",), shared=False)
+        graph = torch_export.export_graph(network, INPUTS, "transformer", ("layers",), shared=False)
     graph.ir_version = 10
     return network, graph, len(traced)
 

@@ -1,0 +1,138 @@
+"""Family `unet`: text to image with diffusers `UNet2DConditionModel`: Stable Diffusion 1 and 2, and XL, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dq_export.core.network import BATCH, Axis, Conditions, Input
+
+from .embeddings import settle_timesteps
+from .family import Family, Pictures
+from .pipelines import latents_of, pipeline_of
+from .reference import Float32, ModelError
+from .sampling import set_steps
+from .stand_in import StandIn
+from .unet_values import SIZES, UNetValues
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""Stable Diffusion's noise, for a folder without a scheduler."""
+PLAIN, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+ALONE: dict[str, dict[str, Any]] = {
+    PLAIN: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    XL: {"add_watermarker": False},
+}
+"""What makes each pipeline draw latents and nothing beside them."""
+PARTS = {PLAIN: ("tokenizer", "text_encoder"), XL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")}
+TOKENS = 77
+"""That CLIP's texts are filled up to."""
+LARGER = 4
+"""Height and width that the graph takes, against the checkpoint's."""
+PIXELS = 8
+"""Of a latent, along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
+INNER = 8
+"""Of a GEGLU, against the width of its tokens: two halves of four."""
+STATES, POOLED, ADDED = "encoder_hidden_states", "text_embeds", "added_cond_kwargs"
+
+
+class UNet(Family):
+    """Data, and diffusers' own pipelines for prompts and sampling."""
+
+    name = "unet"
+    part = "unet"
+    architectures = ("UNet2DConditionModel",)
+    values = UNetValues
+    encoders = PARTS[XL]
+    optional = PARTS[XL][2:]
+    prompt_tokens = {PLAIN: TOKENS, XL: TOKENS}  # noqa: RUF012
+    unit = PIXELS
+    default_guidance = 7.5  # StableDiffusionPipeline's
+    default_scheduler = SCHEDULER
+
+    def prepare(self, model: Any) -> None:
+        """See `Family.prepare`."""
+        settle_timesteps(model)
+        _settle_upsamplers(model)
+
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        """See `Family.inputs`. XL takes the pooled text and numbers of the picture's size, too."""
+        config = model.config
+        size, halved = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
+        height, width = (Axis(name, size, LARGER * size, halved) for name in ("height", "width"))
+        text = (BATCH, Axis("length", TOKENS), config.cross_attention_dim)
+        inputs = [
+            Input(name="sample", role="state", dtype="float32", shape=(BATCH, config.in_channels, height, width)),
+            Input(name="timestep", role="timestep", dtype="float32"),
+            Input(name=STATES, role="condition", dtype="float32", shape=text),
+        ]
+        if config.addition_embed_type is not None:
+            pooled = (BATCH, config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim)
+            inputs.append(Input(name=POOLED, role="condition", dtype="float32", shape=pooled, within=ADDED))
+            inputs.append(Input(name="time_ids", role="setting", dtype="float32", shape=(BATCH, SIZES), within=ADDED))
+        return tuple(inputs)
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """See `Family.encode`. "" is the null of Stable Diffusion 1 and 2, zeros are that of XL, as the pipelines have it."""
+        if missing := [name for name in PARTS[pipeline] if name not in parts]:
+            raise ModelError(f"{pipeline} encodes prompts with {' and '.join(missing)}, too; download the whole pipeline")
+        used = {name: parts[name] for name in PARTS[pipeline]}
+        encoder = pipeline_of(pipeline, **used, **ALONE[pipeline], unet=None, scheduler=None)
+        every = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        encoded = [tensor.float().cpu().numpy() for tensor in encoder.encode_prompt(list(prompts), **every)]
+        names = (STATES, POOLED) if pipeline == XL else (STATES,)
+        arrays, null = dict(zip(names, encoded[::2], strict=True)), dict(zip(names, encoded[1::2], strict=True))
+        return Conditions(names=tuple(prompts), arrays=arrays, null={name: rows[:1] for name, rows in null.items()})
+
+    def largest_activation(self, model: Any) -> int:
+        """What the first level's GEGLU reads of its linear."""
+        return int(INNER * model.config.block_out_channels[0] * model.config.sample_size**2)
+
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
+        import torch
+
+        set_steps(scheduler, steps)
+        pipeline = XL if POOLED in pictures.conditions else PLAIN
+        arguments = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}
+        prompts = {arguments[name]: rows for name, rows in pictures.conditions.items()}
+        if guidance > 1:
+            prompts |= {f"negative_{arguments[name]}": rows for name, rows in pictures.null.items()}
+        height, width = (PIXELS * size for size in pictures.noise.shape[-2:])
+        parts = dict.fromkeys(PARTS[pipeline])
+        return latents_of(
+            pipeline_of(pipeline, **parts, **ALONE[pipeline], unet=network, scheduler=scheduler),
+            pictures.noise,
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def _settle_upsamplers(model: Any) -> None:
+    """Without diffusers' test for 64 samples, which lays the same numbers out anew: a traced graph would take no more than 63."""
+    import torch
+    from diffusers.models.upsampling import Upsample2D
+
+    class Doubled(Upsample2D):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, output_size: None = None) -> torch.Tensor:
+            doubled: torch.Tensor = self.conv(torch.nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+            return doubled
+
+    for module in model.modules():
+        if type(module) is Upsample2D:
+            module.__class__ = Doubled
+
+
+UNET = UNet()

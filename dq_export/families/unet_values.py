@@ -1,0 +1,107 @@
+"""What the values of a UNet's config.json may be."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .config_values import Channels, Positive, Share, Values
+
+SIZES = 6
+"""Numbers that StableDiffusionXLPipeline sends of a picture: its original size, the corner of its crop, and its size."""
+
+Count = Annotated[int, Field(ge=1, le=512)]
+
+
+class UNetValues(Values):
+    """Of `UNet2DConditionModel`, with diffusers' defaults."""
+
+    sample_size: int = Field(ge=1, le=8192)
+    in_channels: Channels = 4
+    out_channels: Channels = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = Field(0, ge=0, le=1)
+    down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]] = Field(min_length=1, max_length=8)
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
+    up_block_types: list[Literal["CrossAttnUpBlock2D", "UpBlock2D"]] = Field(min_length=1, max_length=8)
+    only_cross_attention: Literal[False] = False
+    block_out_channels: list[Channels] = Field([320, 640, 1280, 1280], min_length=1, max_length=8)
+    layers_per_block: Count | list[Count] = 2
+    downsample_padding: int = Field(1, ge=0, le=1)
+    mid_block_scale_factor: Positive = 1.0
+    dropout: Share = 0.0
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    norm_num_groups: Channels = 32
+    norm_eps: float = Field(1e-5, gt=0, le=1)
+    cross_attention_dim: Channels = 1280
+    transformer_layers_per_block: Count | list[Count] = 1
+    reverse_transformer_layers_per_block: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+    attention_head_dim: Count | list[Count] = 8
+    num_attention_heads: None = None
+    dual_cross_attention: Literal[False] = False
+    use_linear_projection: bool = False
+    class_embed_type: None = None
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: Count | None = None
+    num_class_embeds: None = None
+    upcast_attention: bool | None = False
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: Positive = 1.0
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: Channels | None = None
+    time_embedding_act_fn: None = None
+    timestep_post_act: None = None
+    time_cond_proj_dim: None = None
+    conv_in_kernel: Literal[1, 3, 5, 7] = 3
+    conv_out_kernel: Literal[1, 3, 5, 7] = 3
+    projection_class_embeddings_input_dim: Channels | None = None
+    attention_type: Literal["default"] = "default"
+    class_embeddings_concat: Literal[False] = False
+    mid_block_only_cross_attention: Literal[False] | None = None
+    cross_attention_norm: None = None
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> UNetValues:
+        levels = len(self.block_out_channels)
+        for key in ("down_block_types", "up_block_types"):
+            if len(getattr(self, key)) != levels:
+                raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
+        for key in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+            listed = getattr(self, key)
+            if isinstance(listed, list) and len(listed) != levels:
+                raise ValueError(f"{key}: expected a number, or {levels} of them, one for each of block_out_channels")
+        heads = self.attention_head_dim if isinstance(self.attention_head_dim, list) else [self.attention_head_dim] * levels
+        for width, number in zip(self.block_out_channels, heads, strict=True):
+            if width % self.norm_num_groups:
+                raise ValueError(f"block_out_channels {width}: expected a multiple of norm_num_groups {self.norm_num_groups}")
+            if width % number:
+                raise ValueError(
+                    f"block_out_channels {width}: expected a multiple of attention_head_dim {number}, the number of heads"
+                )
+        if self.sample_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"sample_size {self.sample_size}: expected a multiple of {2 ** (levels - 1)}, which {levels} levels halve"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> UNetValues:
+        if self.in_channels != self.out_channels:
+            raise ValueError(
+                f"in_channels {self.in_channels}: expected out_channels {self.out_channels}; a network that also reads a mask or "
+                "a picture (inpainting, instructions) is not supported"
+            )
+        if self.addition_embed_type is None:
+            return self
+        sizes, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if sizes is None or width is None or width <= SIZES * sizes or sizes % 2:
+            raise ValueError(
+                f"projection_class_embeddings_input_dim {width}: expected {SIZES} times addition_time_embed_dim {sizes}, an even "
+                "number, and the width of the pooled text"
+            )
+        return self

@@ -1,0 +1,101 @@
+"""Tiny Stable Diffusion pipelines: that of 1 and 2, and XL's, whose network is called with the pooled text and sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sd3 import save_clip
+from toy import PROMPTS
+
+from dq_export.core.network import Float32
+from dq_export.families.reference import Reference
+
+CLIP = 32
+"""Width of a CLIP encoder."""
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": CLIP,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+XL: dict[str, Any] = {
+    "cross_attention_dim": 2 * CLIP,
+    "transformer_layers_per_block": (2, 1),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + CLIP,
+}
+"""What makes a network of it one of Stable Diffusion XL."""
+
+
+def save_unet(folder: Path, *, prediction: str = "epsilon", **changes: Any) -> Path:
+    """A tiny pipeline folder with seeded random weights."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(**{**TINY, **changes})
+    with torch.no_grad():
+        for value in model.parameters():  # what is zero or small at first would hide a wrong fold
+            value.copy_(torch.randn_like(value) * (0.7 / value[0].numel() ** 0.5 if value.ndim > 1 else 0.2))
+    model.save_pretrained(folder / "unet")
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(**noise, clip_sample=False, steps_offset=1, prediction_type=prediction)
+    scheduler.save_pretrained(folder / "scheduler")
+    kinds = {"": "CLIPTextModel"}
+    if "addition_embed_type" in changes:
+        kinds["_2"] = "CLIPTextModelWithProjection"
+    parts = {}
+    for number, kind in kinds.items():
+        save_clip(folder, number, kind, CLIP)
+        parts[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+        parts[f"text_encoder{number}"] = ["transformers", kind]
+    name = f"StableDiffusion{'XL' if '_2' in kinds else ''}Pipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name, **parts}))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return folder
+
+
+def unet_pipeline(folder: Path, unet: Any = None) -> Any:
+    """diffusers' own pipeline of a folder."""
+    import diffusers
+    import transformers
+
+    index, parts = json.loads((folder / "model_index.json").read_text()), {}
+    for name, (_, kind) in ((name, entry) for name, entry in index.items() if isinstance(entry, list)):
+        loaded = getattr(transformers, kind).from_pretrained(folder / name)
+        parts[name] = loaded.eval() if name.startswith("text_encoder") else loaded
+    plain = {} if "text_encoder_2" in parts else {"safety_checker": None, "feature_extractor": None}
+    pipeline = getattr(diffusers, index["_class_name"])(
+        **parts,
+        **plain,
+        vae=None,
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval() if unet is None else unet,
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn_by_unet_pipeline(
+    folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int, unet: Any = None
+) -> Float32:
+    """From the prompts' texts, in 4 steps."""
+    drawn = unet_pipeline(folder, unet)(
+        [PROMPTS[index] for index in chosen],
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        latents=torch.from_numpy(reference.noise(len(chosen), seed)),
+        height=8 * reference.feed_shape[1],
+        width=8 * reference.feed_shape[2],
+        output_type="latent",
+    )
+    return np.asarray(drawn.images)

@@ -85,7 +85,7 @@ def run(
             run_stages(context)
         if prepared.stages[-1] != until:
             watch.begin(until, f"left out: it does not fit in {options.max_memory:g} GiB")
-        report = assemble(context)
+        report = assemble(context, options.command)
         if picture is not None:
             write_bytes(folder / FRONT, picture)
         write_report(report, folder)

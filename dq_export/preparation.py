@@ -37,6 +37,7 @@ class Options:
         device: where PyTorch samples: `cpu`, `cuda` or `cuda:N`. Tables differ by float32 rounding.
         front: the picture of the search that found the recipe, for the report.
         plugin: the user's own weights and Hessians; not together with torchrun.
+        command: what the user typed, for the report; empty where Python called.
     """
 
     exclude: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Options:
     device: str = "cpu"
     front: Path | None = None
     plugin: WeightPlugin = UNCHANGED
+    command: str = ""
 
 
 DEFAULT = Options()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     with watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
         more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
+        more["command"] = shlex.join(["dq-export", *sys.argv[1:]])
         if path:
             more["front"] = path.parent / FRONT
         report = run(recipe, folder, Options(**more), until=until, progress=watch, group=group)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+from datetime import datetime, timezone
+
+from dq_export.core.recipe import Recipe
 
 from ..machine import cpu_name, installed, versions
 from ..stages.audit import AUDIT
@@ -16,9 +19,19 @@ from ..stages.verify import VERIFY
 from .report import LinearReport, Report
 from .verdict import concluded
 
+CHOICES = (
+    "bits", "granularity", "group_size", "attention", "rounding", "format", "provider", "dtype", "target", "timesteps", "method",
+    "bins", "scaling", "calibration", "calib_size", "steps", "guidance_scale", "size", "seed",
+)  # fmt: skip
+"""The recipe's keys that the report shows, in this order."""
 
-def assemble(context: Context) -> Report:
-    """The report on the stages that are done; the parts of the others are empty."""
+
+def assemble(context: Context, command: str = "") -> Report:
+    """The report on the stages that are done; the parts of the others are empty.
+
+    Args:
+        command: what the user typed; empty where Python called.
+    """
     recipe, reference, backend, results = context.recipe, context.reference, context.backend, context.results
     calibrated = results.get(DISTILL) or results.get(CALIBRATE) or Calibrated()
     quantized, audited, verified, benched = (
@@ -26,6 +39,9 @@ def assemble(context: Context) -> Report:
     )  # fmt: skip
     report = Report(
         model=recipe.model,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        command=command,
+        recipe=_choices(recipe),
         digest=reference.digest,
         sampler=reference.sampler,
         guidance_scale=recipe.guidance_scale or 1.0,
@@ -45,6 +61,16 @@ def assemble(context: Context) -> Report:
         latency=benched.latency if benched else None,
     )
     return concluded(report, recipe, results.unbuilt)
+
+
+def _choices(recipe: Recipe) -> dict[str, str]:
+    """What the recipe chooses, by key; without what it leaves open and what its format does not read."""
+    values = recipe.model_dump(mode="json", include=set(CHOICES))
+    if recipe.format != "trt-rtx":
+        del values["target"]
+    if not recipe.group_size:
+        del values["group_size"]
+    return {name: str(values[name]) for name in CHOICES if values.get(name) not in (None, "")}
 
 
 def _linears(context: Context, calibrated: Calibrated) -> list[LinearReport]:

@@ -14,8 +14,8 @@ ROW = 17
 """Between two lines of the legend."""
 EXACT = 150.0
 """dB from which a trajectory counts as the float network's: it is named and not drawn, as it would squeeze all others."""
-MIXES, UNIFORM, WINNER, BOUND = "#0a6", "#c30", "#124", "#777"
-"""Colours."""
+MIXES, UNIFORM, WINNER, BOUND = "#0b6bcb", "#b35c12", "#124", "#777"
+"""Colours; blue and orange differ for colour-blind readers, too."""
 LABEL = (9.0, 12.0)
 """Width and height of a letter."""
 Point = tuple[float, float]

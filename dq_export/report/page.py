@@ -9,7 +9,7 @@ from dq_export.core.documents import DocumentError, MissingError, printable, rea
 from dq_export.deploy.replay import COMMAND
 
 from ..output_folder import OutputError, write_text
-from .drawing import heat_map, scale_curves, sqnr_plot
+from .drawing import block_of, heat_map, kind_of, scale_curves, sqnr_plot
 from .report import FRONT, Report
 
 PICTURE_LIMIT = 64 << 20
@@ -62,7 +62,8 @@ def render_html(report: Report, pictures: bytes | None, front: bytes | None = No
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
-    stages = report.stages()
+    environment.filters.update(kind=kind_of, block=block_of)
+    stages, curves = report.stages(), scale_curves(report)
     return environment.get_template("report.html").render(
         report=report,
         verdict=report.verdict,
@@ -70,7 +71,9 @@ def render_html(report: Report, pictures: bytes | None, front: bytes | None = No
         stages=stages,
         plot=sqnr_plot(report),
         heat=heat_map(report),
-        curves=scale_curves(report),
+        heated=report.heat(),
+        curves=curves,
+        kinds=[curve["kind"] for curve in curves],
         front=base64.b64encode(front or b"").decode(),
     )
 

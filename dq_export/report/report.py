@@ -119,6 +119,9 @@ class Report(Part):
     version: Literal[3] = Field(default=3, description="of this schema")
     verdict: Verdict | None = Field(default=None, description="null where the run stopped before the engine was audited")
     model: str
+    date: str = Field(default="", description="when it was written, in UTC")
+    command: str = Field(default="", description="what the user typed; empty where Python called")
+    recipe: dict[str, str] = Field(default={}, description="what the recipe chose, by key")
     digest: str = Field(description="sha256 of the checkpoint")
     sampler: str
     guidance_scale: float

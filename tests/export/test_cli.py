@@ -49,6 +49,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("finished") / "out"
     done = call(*export(tiny_folder, out))
     assert done.returncode == 0, done.stderr
+    assert json.loads((out / "report.json").read_text())["command"].startswith("dq-export --model ")
     for stage in ("load", "float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench"):
         assert f"{stage:9} done" in done.stderr
     for word in (

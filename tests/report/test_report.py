@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,67 @@ def test_every_quantized_linear_has_a_cell_at_every_timestep(exported: Any) -> N
     assert len({colour for _, _, colour, _ in drawn["cells"]}) > 3
 
 
+def test_the_colours_differ_in_lightness_for_readers_who_do_not_tell_hues_apart(exported: Any) -> None:
+    _, report = exported
+    drawn: Any = heat_map(report)
+    lights = []
+    for colour, _, _ in drawn["legend"]:
+        red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour))
+        lights.append(0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2)  # relative luminance, sRGB about 2.2
+    assert lights == sorted(lights)
+    assert all(after > 1.3 * before for before, after in pairwise(lights))
+
+
+def test_calls_run_from_noise_to_picture_with_the_limit_and_the_worst_marked(exported: Any) -> None:
+    _, report = exported
+    far: Any = sqnr_plot(report)  # the recipe's limit is -100 dB
+    assert far["limit"] is None
+    near = report.model_copy(update={"verdict": report.verdict.model_copy(update={"min_sqnr": 20.0})})
+    plot: Any = sqnr_plot(near)
+    height, text = plot["limit"]
+    assert text == "limit 20 dB"
+    scale = {value: y for y, value in plot["ticks"]}
+    assert height == pytest.approx(scale[20])
+    worst = min((call for call in report.parity.calls if call.stage != "float-onnx"), key=lambda call: call.sqnr)
+    x, y, label, _ = plot["worst"]
+    assert label == f"worst: {worst.sqnr:.1f} dB at {worst.timestep:g}"
+    line = [tuple(map(float, point.split(","))) for point in plot["lines"][worst.stage].split()]
+    assert min(abs(x - a) + abs(y - b) for a, b in line) < 0.2
+    timesteps = sorted({call.timestep for call in report.parity.calls})
+    assert (plot["noise"], plot["picture"]) == (f"{timesteps[-1]:g}", f"{timesteps[0]:g}")
+    first = next(c for c in report.parity.calls if c.stage == worst.stage and c.timestep == timesteps[-1])
+    assert line[0][0] == 50
+    assert line[0][1] == pytest.approx(scale[20] + (first.sqnr - 20) * (scale[30] - scale[20]) / 10, abs=0.1)
+    assert '<line class="limit"' in render_html(near, None)
+
+
+def test_every_link_leads_to_a_place_of_the_page(exported: Any) -> None:
+    out, report = exported
+    page = (out / "report.html").read_text(encoding="utf-8")
+    targets, places = set(re.findall(r'href="#([^"]+)"', page)), re.findall(r' id="([^"]+)"', page)
+    assert len(places) == len(set(places))
+    assert targets <= set(places)
+    names = [linear.name for linear in report.linears]
+    number = names.index("transformer_blocks.0.attn1.to_k")
+    row = page[page.index(f'<tr id="linear-{number}">') :].split("</tr>")[0]
+    assert f"#heat-{number}" in row
+    assert "#scales-transformer_blocks.attn1.to_q" in row  # the table of the input that it shares
+    assert f'<a id="heat-{number}" href="#linear-{number}"><text' in page
+
+
+def test_the_head_says_what_was_run_when_and_where(exported: Any) -> None:
+    _, report = exported
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", report.date)
+    assert (report.recipe["bits"], report.recipe["format"], report.recipe["bins"]) == ("w8a8", "ort", "per-step")
+    assert report.recipe["seed"] == "0"
+    assert "target" not in report.recipe  # which this format does not read
+    page = render_html(report.model_copy(update={"command": "dq-export -m 'a <b>' -o out"}), None)
+    head = page[: page.index('<div class="verdict')]
+    for text in (report.date, report.machine, "<b>w8a8</b>", "<pre>dq-export -m &#39;a &lt;b&gt;&#39; -o out</pre>"):
+        assert text in head
+    assert page.index('class="verdict') < page.index('<dl class="recipe">') < page.index('class="card"')
+
+
 def test_what_is_measured_is_the_linears_own_error(exported: Any) -> None:
     """A linear's noise over all timesteps is about that which its scaling was chosen by."""
     _, report = exported
@@ -64,11 +126,12 @@ def test_curves_have_a_step_for_every_bin(exported: Any) -> None:
     assert {curve["kind"] for curve in curves} == expected
     for curve in curves:
         assert len(curve["lines"]) == 2
-        for name, points, _ in curve["lines"]:
+        for name, points, _, _ in curve["lines"]:
             table = next(table for table in report.tables if table.site == name)
             assert len(points.split()) == 2 * len(table.scales)
             heights = [float(point.split(",")[1]) for point in points.split()]
-            assert min(heights) == 10  # the greatest scale touches the top
+            assert min(heights) == 22  # the greatest scale touches the top
+            assert float(points.split()[0].split(",")[0]) == 290  # timestep 0 is at the right
 
 
 def test_the_page_needs_nothing_from_outside(exported: Any) -> None:

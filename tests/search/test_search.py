@@ -23,7 +23,7 @@ from dq_export.families.source import load_reference
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options, resolve
-from dq_export.report.front import EXACT, Front, apart
+from dq_export.report.front import EXACT, UNIFORM, Front, apart
 from dq_export.search.explore import WINNER, explore
 from dq_export.search.request import SearchError, SearchRequest
 from dq_export.search.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
@@ -337,7 +337,9 @@ def test_the_picture_of_the_front_is_whole() -> None:
     front = Front(unit="MB", mixes=((3.4, 27.0), (4.3, 45.0), (12.7, 200.0)), uniform=uniform, winner=(4.3, 45.0), limit=4.4)
     picture = drawn(front)
     assert {"w8a8 <token>", "float", "limit 4.4 MB", "12.7 MB, no error: off the scale"} <= set(texts(picture))
-    dots = [(float(item.get("cx")), float(item.get("cy"))) for item in picture.iter(f"{SVG}circle") if item.get("fill") == "#c30"]
+    dots = [
+        (float(item.get("cx")), float(item.get("cy"))) for item in picture.iter(f"{SVG}circle") if item.get("fill") == UNIFORM
+    ]
     inside = [point for point in dots if point[0] <= 500]
     assert len(inside) == 2, "the float point would squeeze the others"
     heights = sorted(y for _, y in inside)

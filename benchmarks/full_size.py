@@ -1,4 +1,4 @@
-"""Cost and speed at full size, of DiT-XL/2 or PixArt-Sigma-XL/2: each comparison is one command that prints one table.
+"""Cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2 or larger ones: each comparison is one command, one table.
 
     pip install -c constraints.txt ".[cpu,openvino]"
     python benchmarks/full_size.py cost       # time by stage and peak memory of one export, or of one with --rounding gptq
@@ -7,15 +7,18 @@
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
 
 The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. With
-`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`. A folder with conditions.safetensors
-is exported with them. Exports go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's
-quantize_static: 13 GB of memory and some minutes. Every table names the machine.
+`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`. With `--network sd35-medium` or
+`flux-dev`, at 512 pixels and in bfloat16, see `mmdit_xl.py`; `speed` holds all engines at once, which they are too large for,
+and `cost` times ONNX Runtime's in turn. A folder with conditions.safetensors is exported with them. Exports go to a
+temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some
+minutes. Every table names the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -31,22 +34,37 @@ from typing import Any
 from process_tree import run_measured
 
 CONDITIONS = "conditions.safetensors"
+MADE_BY = {
+    "dit": ("dit_xl.py",),
+    "pixart": ("pixart_xl.py",),
+    "sd35-medium": ("mmdit_xl.py", "--network", "sd35-medium"),
+    "flux-dev": ("mmdit_xl.py", "--network", "flux-dev"),
+}
+SIDE = 512
+"""Pixels along an axis of FLUX's pictures."""
 FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
-"""Four forward passes of batch 2: one picture with guidance."""
+"""Four forward passes: one picture."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 
 
-def model_folder(path: Path, network: str, layers: int, *, pickle: bool) -> Path:
+def model_folder(path: Path, network: str, layers: str, *, pickle: bool) -> Path:
     """The full-size checkpoint, made where it is not there."""
     if not path.exists():
-        words = ["--layers", str(layers), *(["--pickle"] if pickle else [])]
-        subprocess.run([sys.executable, Path(__file__).with_name(f"{network}_xl.py"), path, *words], check=True)
+        script, *words = MADE_BY[network]
+        words += [*(["--layers", layers] if layers else []), *(["--pickle"] if pickle else [])]
+        subprocess.run([sys.executable, Path(__file__).with_name(script), path, *words], check=True)
     return path
 
 
-def conditions_of(model: Path) -> list[str]:
-    """The flags for a network that draws prompts."""
-    return ["--conditions", str(model / CONDITIONS)] if (model / CONDITIONS).exists() else []
+def flags_of(model: Path) -> list[str]:
+    """For a network that draws prompts, and for one whose own pictures are larger than the others'."""
+    flags = ["--conditions", str(model / CONDITIONS)] if (model / CONDITIONS).exists() else []
+    return [*flags, *(["--size", f"{SIDE}x{SIDE}"] if _is_flux(model) else [])]
+
+
+def _is_flux(model: Path) -> bool:
+    config: dict[str, Any] = json.loads((model / "transformer" / "config.json").read_text())
+    return config["_class_name"] == "FluxTransformer2DModel"
 
 
 def reference_of(model: Path) -> Any:
@@ -55,14 +73,16 @@ def reference_of(model: Path) -> Any:
     from dq_export.families.source import load_reference
 
     reference: Any = load_reference(str(model))
-    if conditions_of(model):
+    if _is_flux(model):
+        reference.draw_at(SIDE, SIDE)
+    if (model / CONDITIONS).exists():
         reference.conditions = load_conditions(model / CONDITIONS)
     return reference
 
 
 def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
     """Run the command line; seconds, and GB at the peak of all its processes and of the largest of them."""
-    where = ["--model", str(model), "-o", str(out), *conditions_of(model)]
+    where = ["--model", str(model), "-o", str(out), *flags_of(model)]
     command = [sys.executable, "-m", "dq_export", *words[:1], *where, *words[1:]]
     return run_measured([word for word in command if word])
 
@@ -71,9 +91,11 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
     """One export with all its defaults, by stage, and the bare forward passes beside it."""
     seconds, peak, single = export(model, temporary / "out", "", *FLAGS, "--rounding", rounding)
     from dq_export.families.source import locate
+    from dq_export.families.tensors import stored
 
     report = json.loads((temporary / "out" / "report.json").read_text())
-    weights = sum(path.stat().st_size for path in locate(str(model)).checkpoint.weights.files) / 1e9
+    files = locate(str(model)).checkpoint.weights.files
+    weights = sum(4 * math.prod(place.shape) for file in files for place in stored(file).values()) / 1e9
     stages = report["seconds"]
     forward = passes(model)
     print("| | seconds |\n|---|---|")
@@ -81,14 +103,17 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
     for name, spent in stages.items():
         print(f"| {name} | {spent:.1f} |")
     print(f"| whole command | {seconds:.1f} |")
-    print(f"| of it four bare forward passes of PyTorch, batch 2 | {forward:.1f} |")
+    print(f"| of it four bare forward passes of PyTorch | {forward:.1f} |")
     print(f"| **above the bare forward passes** | **{seconds - forward:.1f}** |")
+    print("\n| one call of a picture | median ms |\n|---|---|")
+    for name, engine in (report["latency"] or {"engines": {}})["engines"].items():
+        print(f"| {name} | {engine['median_ms']:.0f} |")
     ratio = peak / weights
     print(f"\npeak of all processes together {peak:.2f} GB, {ratio:.2f}x the float32 weights; of the largest {single:.2f} GB")
 
 
 def passes(model: Path) -> float:
-    """Seconds of four forward passes of batch 2."""
+    """Seconds of four forward passes."""
     reference = reference_of(model)
     feed = feed_of(reference)
     reference.forward(feed)
@@ -99,13 +124,20 @@ def passes(model: Path) -> float:
 
 
 def feed_of(reference: Any) -> dict[str, Any]:
-    """One network call of batch 2: a picture with its condition and without."""
+    """The first network call of a picture: with its condition, and without where guidance needs that."""
     import numpy as np
 
-    rows, null = reference.conditions.rows(np.asarray([1])), reference.conditions.null_rows(1)
-    state, timestep = reference.inputs[:2]
-    feed = {name: np.concatenate([row, null[name]]) for name, row in rows.items()}
-    return {state.name: reference.noise(2, 0), timestep.name: np.asarray([500], dtype=timestep.dtype), **feed}
+    class Seen(Exception):
+        pass
+
+    def first(feed: dict[str, Any]) -> Any:
+        raise Seen(feed)
+
+    try:
+        reference.draw(first, reference.noise(1, 0), np.asarray([1]), steps=4, guidance=reference.guidance)
+    except Seen as seen:
+        feed: dict[str, Any] = seen.args[0]
+    return feed
 
 
 def flat(model: Path, temporary: Path) -> None:
@@ -121,7 +153,7 @@ def flat(model: Path, temporary: Path) -> None:
 
 
 def speed(model: Path, temporary: Path, *, peers: bool) -> None:
-    """Latency of one call of batch 2, engines in turn, each warm."""
+    """Latency of one call of a picture, engines in turn, each warm."""
     from dq_export.deploy.backend import BackendError, Built
     from dq_export.deploy.latency import measure
     from dq_export.deploy.onnxruntime.cpu import open_graph
@@ -130,7 +162,8 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
     reference = reference_of(model)
-    peer = quantize_static(cpu / "float" / "model.onnx", feed_of(reference), temporary) if peers else None
+    feed = feed_of(reference)
+    peer = quantize_static(cpu / "float" / "model.onnx", feed, temporary) if peers else None
     engines: dict[str, Any] = {
         "PyTorch fp32": reference.forward,
         "PyTorch bf16": reference.in_dtype("bf16"),
@@ -148,12 +181,14 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
         for dtype in ("fp32", "bf16"):
             openvino = OpenVino(dtype)
             for name, graph in ((f"OpenVINO {dtype}", cpu / "float"), (f"dq-export W8A8, OpenVINO, rest {dtype}", other)):
-                engines[name] = openvino.load(Built(model=graph / "model.onnx", folder=graph / "engine"), batch=2)
+                engines[name] = openvino.load(
+                    Built(model=graph / "model.onnx", folder=graph / "engine"), batch=len(feed[reference.inputs[0].name])
+                )
     if peer:
         engines["onnxruntime quantize_static"] = open_graph(peer)
-    taken = measure(engines, feed_of(reference), rounds=15)
+    taken = measure(engines, feed, rounds=15)
     base = taken["ONNX Runtime fp32"].median
-    print("| one call, batch 2, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
+    print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
     for name, latency in taken.items():
         print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
 
@@ -184,7 +219,7 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
     whole = {name: file_digest(out / name) for name in OUTPUTS}
     shutil.rmtree(out)
     out, moment = temporary / "killed", random.Random(0)
-    where = ["--model", str(model), "-o", str(out), *conditions_of(model)]
+    where = ["--model", str(model), "-o", str(out), *flags_of(model)]
     command = [sys.executable, "-m", "dq_export", *where, *FLAGS, "--max-memory", "4.5"]
     hit: list[str] = []
     # Of a run that goes on from what it finds, later moments lie in later stages.
@@ -207,9 +242,9 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", choices=("cost", "flat", "speed", "resume"))
-    parser.add_argument("--network", choices=("dit", "pixart"), default="dit")
-    parser.add_argument("--model", type=Path, help="default: dit-xl, pixart-xl")
-    parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
+    parser.add_argument("--network", choices=tuple(MADE_BY), default="dit")
+    parser.add_argument("--model", type=Path, help="default: the network's name with -xl behind it")
+    parser.add_argument("--layers", default="", help="fewer for a quick look; of flux-dev N,M")
     parser.add_argument("--pickle", action="store_true", help="make the model as the hub has it: a .bin, an old configuration")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--rounding", default="rtn", help="of the weights, for cost")

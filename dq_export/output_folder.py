@@ -111,6 +111,11 @@ def make(folder: Path) -> None:
         raise OutputError(f"{shown_path(folder)}: cannot be made ({error.strerror}); pass another folder with -o") from error
 
 
+def standing(folder: Path) -> Path:
+    """The folder, or the nearest around it that there is: the disk that it will lie on."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(place))
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """While active, no other run writes to the folder.

@@ -15,7 +15,7 @@ from .collector import collector_paused, collector_spared
 from .heap import return_freed_memory
 from .ledger import R, claim, require_usable
 from .machine import versions
-from .output_folder import write_bytes
+from .output_folder import standing, write_bytes
 from .preparation import DEFAULT, Options, prepare
 from .report.assemble import assemble
 from .report.page import read_picture, write_report
@@ -64,7 +64,7 @@ def run(
     start = time.monotonic()
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
     with collector_paused():
-        prepared = prepare(recipe, stages, options, watch)
+        prepared = prepare(recipe, stages, options, watch, standing(folder))
     reference = prepared.reference
     watch.end(time.monotonic() - start, f"{len(reference.linears)} linears, {reference.sampler}", kept=False)
     if group.rank > 0:

@@ -54,12 +54,13 @@ TRACING = "the network's graph, for its linears and folds"
 """What follows the reading of the weights."""
 
 
-def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Progress) -> Prepared:
+def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, progress: Progress, place: Path) -> Prepared:
     """Load the checkpoint, resolve the recipe, and check everything that the stages need.
 
     Args:
         stages: what the run is to do; bench is left out where it alone does not fit into memory.
         progress: its running stage loads the checkpoint.
+        place: see `families.source.load`.
 
     Raises:
         ModelError, RecipeError, BackendError: see each part.
@@ -79,7 +80,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)
     if recipe.prompts is not None:
         require_prompts(source.family, source.checkpoint, recipe.prompts)
-    reference = load(source, progress.advance)
+    reference = load(source, progress.advance, place)
     progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
     resolved = resolve(recipe, options.exclude, reference, backend)

@@ -44,7 +44,7 @@ class Timed:
     Args:
         name: its key in the answer.
         model: absolute path of the engine's graph; for PyTorch what `load_reference` finds from any folder.
-        folder: absolute path of what the backend built; unused for PyTorch.
+        folder: absolute path of what the backend built; for PyTorch `place` of `load_reference`.
         runs_on: (name, provider, dtype) of a backend, or ("torch", None, dtype).
         batch: what the backend may fix the batch to.
         profile: also measure the time by operator.
@@ -229,7 +229,7 @@ def _load(engine: Timed) -> Callable[[Feed], Float32]:
     from .families.source import load_reference
 
     revision, variant = engine.files
-    reference = load_reference(engine.model, revision=revision, variant=variant, lora=engine.lora)
+    reference = load_reference(engine.model, revision=revision, variant=variant, lora=engine.lora, place=Path(engine.folder))
     return reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
 
 

@@ -11,17 +11,14 @@ Seeded, 2 cores, under 40 minutes (bfloat16 autocast; a machine without AMX or A
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from train_dit_digits import CLASSES, SIZE, digits, follow, run, warmed_cosine
+from digit_training import CLASSES, SIZE, digits, fit, run
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -100,7 +97,7 @@ class TextToDigit(torch.nn.Module):
 
 
 def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path) -> None:
-    """Predict epsilon for `steps` steps; save the weights' moving average every 250 steps and at the end."""
+    """Predict epsilon for `steps` steps; see `fit`."""
     torch.manual_seed(seed)
     images, labels = digits()
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
@@ -112,11 +109,8 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
     wordings = len(prompts(0))
     model = TextToDigit(len(tokenizer))
     model.transformer.set_attn_processor(AttnProcessor())  # a step of it takes half the time of the fused one on a CPU
-    average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = warmed_cosine(optimizer, steps)
-    start, smooth = time.monotonic(), float("nan")
-    for step in range(1, steps + 1):
+
+    def loss_of(model: TextToDigit) -> torch.Tensor:
         rows = torch.randint(len(images), (batch,))
         clean, noise, timestep = images[rows], torch.randn(batch, 1, SIZE, SIZE), torch.randint(1000, (batch,))
         chosen = 1 + labels[rows] * wordings + torch.randint(wordings, (batch,))
@@ -124,20 +118,9 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             noisy = signal[timestep] * clean + noise_level[timestep] * noise
             predicted = model(noisy, timestep, encoded.input_ids[chosen], encoded.attention_mask[chosen])
-        loss = torch.nn.functional.mse_loss(predicted.float(), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        follow(average, model, step)
-        smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
-        if step % 50 == 0 or step == steps:
-            elapsed = time.monotonic() - start
-            left = elapsed / step * (steps - step)
-            print(f"step {step}/{steps}  loss {smooth:.4f}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
-        if step % 250 == 0 or step == steps:
-            save(copy.deepcopy(average), tokenizer, folder)
+        return torch.nn.functional.mse_loss(predicted.float(), noise)
+
+    fit(model, loss_of, lambda average: save(average, tokenizer, folder), steps=steps, learning_rate=learning_rate)
 
 
 def save(model: TextToDigit, tokenizer: T5Tokenizer, folder: Path) -> None:

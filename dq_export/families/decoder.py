@@ -13,7 +13,7 @@ from dq_export.core.documents import shown_path
 from .checkpoint import CONFIG, broken_weights
 from .config_values import VaeValues, refused
 from .float_graph import trace
-from .loading import load_network, read_config
+from .loading import load_weights, make_empty, read_config
 from .reference import ModelError
 from .weights import find_weights
 
@@ -57,7 +57,8 @@ def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
     config = read_config(vae / CONFIG)
     if config.get("_class_name") != ARCHITECTURE or config.get("latent_channels", 4) != shape[0]:
         return None
-    model = load_network(AutoencoderKL, VaeValues, vae, config, find_weights(vae, variant, required=False), todays_name)
+    weights = find_weights(vae, variant, required=False)
+    model = load_weights(make_empty(AutoencoderKL, VaeValues, vae / CONFIG, config), weights, rename=todays_name)
     if broken_weights(model):
         raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
     _require_pictures(model, vae / CONFIG)

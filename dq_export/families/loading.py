@@ -1,4 +1,4 @@
-"""A diffusers network from its configuration and its files of weights, in float32, mapped where they are float32."""
+"""A diffusers network from its configuration and its files of weights, in float32, mapped from files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .config_values import Values, refused, require_values
 from .reference import ModelError
 from .tensors import read_tensors
 from .weights import Weights
+from .widened import widened
 
 
 def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
@@ -33,28 +34,18 @@ def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return config
 
 
-def load_network(
-    architecture: Any,
-    values: type[Values],
-    folder: Path,
-    config: Mapping[str, Any],
-    weights: Weights,
-    rename: Callable[[str], str] = str,
-) -> Any:
-    """An instance of a diffusers class in evaluation mode, its parameters those of the files.
+def load_weights(model: Any, weights: Weights, place: Path | None = None, rename: Callable[[str], str] = str) -> Any:
+    """The network of `make_empty` in evaluation mode, its parameters those of the files.
 
     Args:
-        architecture: the class; its old names are not looked at any more.
-        values: what the configuration may hold.
-        folder: of config.json, for messages.
+        place: where weights that are not float32 are written as such, see `widened`.
         rename: today's name of a tensor from the file's.
 
     Raises:
-        ModelError: no such network can be made of the configuration, a file is damaged, or both do not fit each other.
+        ModelError: a file is damaged, the files do not fit the network, or there is no room for float32.
     """
-    model = make_empty(architecture, values, folder / "config.json", config)
-    state = _state(weights, rename)
-    require_same(model.state_dict(), state, shown_path(folder))
+    state = _state(weights, place, rename)
+    require_same(model.state_dict(), state, shown_path(weights.files[0].parent))
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -63,7 +54,8 @@ def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapp
     """The network without memory for its parameters; buffers that only computing gives, such as position embeddings, are real.
 
     Args:
-        architecture, values, config: see `load_network`.
+        architecture: the class; its old names are not looked at any more.
+        values: what the configuration may hold.
         path: of the configuration, for messages.
 
     Raises:
@@ -83,7 +75,7 @@ def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapp
         return architecture.from_config(dict(config))
 
 
-def _state(weights: Weights, rename: Callable[[str], str]) -> dict[str, Any]:
+def _state(weights: Weights, place: Path | None, rename: Callable[[str], str]) -> dict[str, Any]:
     """float32 tensors by name, of all files."""
     import torch
 
@@ -95,8 +87,9 @@ def _state(weights: Weights, rename: Callable[[str], str]) -> dict[str, Any]:
             if not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise ModelError(f"{shown_path(file)}: tensor {shown(name)} is {kind}; expected weights in floating point")
-            state[rename(name)] = tensor.to(torch.float32).contiguous()
-    return state
+            state[rename(name)] = tensor
+    other = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.float32}
+    return {**{name: tensor.contiguous() for name, tensor in state.items() if name not in other}, **widened(other, place)}
 
 
 def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:

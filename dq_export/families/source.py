@@ -66,7 +66,13 @@ class Source:
 
 
 def load_reference(
-    model: str, progress: Advance = unwatched, *, revision: str = "", variant: str = "", lora: Sequence[str] = ()
+    model: str,
+    progress: Advance = unwatched,
+    *,
+    revision: str = "",
+    variant: str = "",
+    lora: Sequence[str] = (),
+    place: Path | None = None,
 ) -> Reference:
     """Load a short name, a local folder or a hub id.
 
@@ -75,22 +81,26 @@ def load_reference(
         revision: of a hub id: branch, tag or commit; empty: the default branch.
         variant: of the weights, `fp16` …; empty: those without a variant, or the only ones there are.
         lora: adapters that are fused, FILE[:SCALE].
+        place: see `load`.
 
     Raises:
         ModelError: nothing by that name, no network, or a checkpoint or an adapter that cannot be used.
         RecipeError: an adapter is not there.
     """
     adapters = tuple(Adapter.of(text) for text in lora)
-    return load(replace(locate(model, revision, variant), adapters=adapters), progress)
+    return load(replace(locate(model, revision, variant), adapters=adapters), progress, place)
 
 
-def load(source: Source, progress: Advance = unwatched) -> Reference:
+def load(source: Source, progress: Advance = unwatched, place: Path | None = None) -> Reference:
     """Load a model that was found.
+
+    Args:
+        place: where weights that are not float32 are written as such, see `load_weights`.
 
     Raises:
         ModelError: the checkpoint cannot be used.
     """
-    return TorchNetwork.load(source.family, source.checkpoint, source.guidance, progress, source.adapters)
+    return TorchNetwork.load(source.family, source.checkpoint, source.guidance, progress, source.adapters, place)
 
 
 def pin(recipe: Recipe) -> tuple[Recipe, Source]:

@@ -20,11 +20,11 @@ from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
 
 from ..collector import collect_everything
-from .checkpoint import Checkpoint, architecture_of, broken_weights, configuration, digest
+from .checkpoint import CONFIG, Checkpoint, architecture_of, broken_weights, configuration, digest
 from .config_values import reason_of
 from .family import Family, Pictures
 from .float_graph import save
-from .loading import load_network
+from .loading import load_weights, make_empty
 from .lora import Adapter, fuse
 from .picture_size import inputs_at
 from .reference import Float32, ModelError, Network, Samplers
@@ -85,19 +85,21 @@ class TorchNetwork:
         guidance: float,
         progress: Advance = unwatched,
         adapters: Sequence[Adapter] = (),
+        place: Path | None = None,
     ) -> TorchNetwork:
         """Load a checkpoint of one of the family's architectures, in float32.
 
         Args:
             guidance: the scale that suits it; 0: its family's.
             progress: called with (tensors read, tensors in all).
-            adapters: to be fused into its weights.
+            adapters, place: to be fused into its weights; see `load_weights`.
 
         Raises:
             ModelError: its files are damaged or do not fit each other, weights that are not finite, or see `fuse`.
         """
         architecture = family.network_class(str(architecture_of(checkpoint.config)))
-        model = load_network(architecture, family.values, checkpoint.folder, checkpoint.config, checkpoint.weights)
+        empty = make_empty(architecture, family.values, checkpoint.folder / CONFIG, checkpoint.config)
+        model = load_weights(empty, checkpoint.weights, place)
         broken = broken_weights(model)
         if broken:
             raise ModelError(
@@ -149,15 +151,13 @@ class TorchNetwork:
         return self.structure.attention
 
     def weight(self, linear: str) -> Float32:
-        name = f"{linear}.weight"
-        weight: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
+        weight: Float32 = self.host.get(f"{linear}.weight", self.model.get_submodule(linear).weight).detach().numpy()
         return weight
 
     def bias(self, linear: str) -> Float32:
         if self.model.get_submodule(linear).bias is None:
             return np.zeros(len(self.weight(linear)), dtype=np.float32)
-        name = f"{linear}.bias"
-        bias: Float32 = self.host.get(name, self.model.get_parameter(name)).detach().numpy()
+        bias: Float32 = self.host.get(f"{linear}.bias", self.model.get_submodule(linear).bias).detach().numpy()
         return bias
 
     @contextmanager

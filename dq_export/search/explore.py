@@ -22,7 +22,7 @@ from ..families.reference import Reference
 from ..families.source import load, pin
 from ..families.text_encoders import require_prompts
 from ..ledger import claim
-from ..output_folder import write_text
+from ..output_folder import standing, write_text
 from ..preparation import TRACING, require_conditions, resolve
 from ..report.front import Front
 from ..report.report import FRONT
@@ -99,7 +99,7 @@ def explore(
     if recipe.prompts is not None:
         require_packages(ENCODING, "prompts")
         require_prompts(source.family, source.checkpoint, recipe.prompts)
-    reference = load(source, watch.advance)
+    reference = load(source, watch.advance, standing(folder))
     watch.begin("load", TRACING)
     base = resolve(recipe, (), reference, backend)
     require_conditions(base, reference)

@@ -75,7 +75,7 @@ def bench(
     """
     feed = _feed(folder)
     rows = batch_of(feed)
-    pytorch, skipped = _pytorch(recipe, rows) if recipe else ([], {})
+    pytorch, skipped = _pytorch(recipe, rows, folder) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
         built = {"float": baseline, "engine": engine_of(folder)}
@@ -103,7 +103,7 @@ def _feed(folder: Path) -> Feed:
     return {name: value if name in shared else value[:BATCH] for name, value in feeds[0].items()}
 
 
-def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:
+def _pytorch(recipe: Recipe, rows: int, folder: Path) -> tuple[list[Timed], dict[str, str]]:
     """PyTorch's networks; none, with the reason, where the checkpoint is gone."""
     from ..families.source import pin
 
@@ -111,11 +111,13 @@ def _pytorch(recipe: Recipe, rows: int) -> tuple[list[Timed], dict[str, str]]:
         r, _ = pin(recipe)
     except (ModelError, RecipeError) as error:
         return [], {"torch": str(error)}
-    files = (r.revision or "", r.variant or "")
-    return [
-        Timed(name=name, model=r.model, files=files, lora=r.lora or (), runs_on=("torch", None, dtype), batch=rows)
-        for name, dtype in PYTORCH.items()
-    ], {}
+    files, place = (r.revision or "", r.variant or ""), str(folder.resolve())
+
+    def network(name: str, dtype: str) -> Timed:
+        runs_on = ("torch", None, dtype)
+        return Timed(name=name, model=r.model, folder=place, runs_on=runs_on, batch=rows, files=files, lora=r.lora or ())
+
+    return [network(name, dtype) for name, dtype in PYTORCH.items()], {}
 
 
 def _report(feed: Feed, timings: dict[str, Timing], backend: Backend, skipped: dict[str, str]) -> LatencyReport:

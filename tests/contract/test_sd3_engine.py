@@ -171,6 +171,24 @@ def test_no_server_has_tables_for_it(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("until", ["load", pytest.param("quantize", marks=pytest.mark.slow)])
+def test_half_precision_gives_what_its_values_in_float32_give(until: str, tmp_path: Path) -> None:
+    half = save_sd3(tmp_path / "half", dtype=torch.bfloat16)
+    whole = Path(shutil.copytree(half, tmp_path / "whole"))
+    diffusers.SD3Transformer2DModel.from_pretrained(whole / "transformer").float().save_pretrained(whole / "transformer")
+    assert load_reference(str(half)).digest == load_reference(str(whole)).digest
+    if until == "load":
+        return
+    values = {"steps": STEPS, "calib_size": 2, "rounding": "gptq"}
+    for model in (half, whole):
+        run(Recipe.parse({"model": str(model), **values}, "test"), model / "out", until=until)
+        assert [path.name for path in (model / "out").glob(".*")] == [".lock"]
+    found, exact = (load_tensors(model / "out" / "calibration.safetensors")[0] for model in (half, whole))
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

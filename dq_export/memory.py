@@ -69,6 +69,9 @@ def plan_memory(
     if recipe.rounding == "distill":
         copies = TRAINED + SAMPLE * recipe.distill_batch
         needed["distill"] = BASE + (1.0 + CODES) * weights + copies * _largest_block(stored_shapes) / GIB
+        if recipe.finish:
+            finish = BASE + (2.0 + CODES + SAMPLE * recipe.distill_batch) * weights
+            needed["distill"] = max(needed["distill"], finish)
     plain, space = needed["calibrate"], SPACE
     if recipe.calibration == "progressive":
         needed["calibrate"] += SIMULATED * weights
@@ -86,7 +89,7 @@ def plan_memory(
         elif hard == ["conditions"]:
             advice = "encode the prompts on a larger machine, and pass its conditions.safetensors with --conditions"
         elif hard == ["distill"]:
-            advice = "a smaller --distill-batch, or --rounding gptq, needs less"
+            advice = "a smaller --distill-batch, no --finish, or --rounding gptq, needs less"
         elif hard == ["calibrate"] and plain <= limit:
             advice = "--rounding mse and --calibration uniform need less"
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 Float32 = npt.NDArray[np.float32]
+What = Literal["nothing", "scales", "all"]
+"""What of layers is trained; with scales also biases."""
 PULL, INSIDE = 0.5, 0.8
 """A latent weight starts at its code plus PULL times the rest, which is clipped to INSIDE: GPTQ leaves many weights on the edge
 of their code, and the first random step would move them over it."""
@@ -126,16 +128,16 @@ class QuantizedLinear:
         self.start = (bias + self.divisors * self.correction).astype(np.float32)
         self.site: SiteInput | None = None
 
-    def place(self, device: Any, site: SiteInput | None, *, trained: bool) -> QuantizedLinear:
-        """Put it on a device, with latent weights where it is to be trained; `site` rounds its input."""
+    def place(self, device: Any, site: SiteInput | None, what: What) -> QuantizedLinear:
+        """Put it on a device, with latent weights where all of it is to be trained; `site` rounds its input."""
         import torch
 
-        self.site, self.trained = site, trained
+        self.site, self.what = site, what
         self.steps = torch.from_numpy((self.blocks * self.divisors[:, None]).astype(np.float32)).to(device)[:, :, None]
-        latent = self.codes + (PULL * np.clip(self.rest, -INSIDE, INSIDE) if trained else 0.0)
-        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(trained)
-        self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(trained)
-        if not trained:
+        latent = self.codes + (PULL * np.clip(self.rest, -INSIDE, INSIDE) if what == "all" else 0.0)
+        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(what == "all")
+        self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(what != "nothing")
+        if what != "all":
             self.latent = self._weight(self.latent)
         del self.codes, self.rest
         return self
@@ -144,7 +146,7 @@ class QuantizedLinear:
         """[..., out] of [..., in]."""
         import torch
 
-        weight = self._weight(self._codes()) if self.trained else self.latent
+        weight = self._weight(self._codes()) if self.what == "all" else self.latent
         return torch.nn.functional.linear(value if self.site is None else self.site(value), weight, self.bias)
 
     def _weight(self, codes: torch.Tensor) -> torch.Tensor:
@@ -156,11 +158,17 @@ class QuantizedLinear:
         latent = self.latent.clamp(-limit - 0.5, limit + 0.5)
         return latent + (self.latent.detach().round().clamp(-limit, limit) - latent.detach())
 
-    def found(self) -> tuple[npt.NDArray[np.int8], Float32]:
-        """(codes int8[out, in], correction float32[out] of the folded bias) as they are now."""
-        codes = self.latent.detach().round().clamp(-self.qtype.qmax, self.qtype.qmax).cpu().numpy().astype(np.int8)
+    def found_codes(self) -> npt.NDArray[np.int8]:
+        """int8[out, in], of trained latent weights."""
+        limit = self.qtype.qmax
+        codes: npt.NDArray[np.int8] = self.latent.detach().round().clamp(-limit, limit).cpu().numpy().astype(np.int8)
+        return codes
+
+    def found_correction(self) -> Float32:
+        """float32[out], of the folded bias."""
         moved = (self.bias.detach().cpu().numpy() - self.start) / self.divisors
-        return codes, (self.correction + moved).astype(np.float32)
+        correction: Float32 = (self.correction + moved).astype(np.float32)
+        return correction
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What the training of a block brought."""
+"""What a training brought."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockOutcome:
-    """What a training brought, on samples that took no part in it.
+class Outcome:
+    """What the training of a block, or of the whole network, brought, on samples that took no part in it.
 
     Args:
-        before, after: dB of the block's output against the float chain's, every timestep's noise counted by what it was at the
-            start; equal where nothing was trained.
-        kept: whether the block is the trained one.
+        before, after: dB of the output against the float network's; equal where nothing was trained. Of a block, every
+            timestep's noise counted by what it was at the start; of the network, the mean over the timesteps.
+        kept: whether what was trained is taken.
     """
 
     name: str

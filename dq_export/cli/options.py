@@ -28,6 +28,7 @@ GROUPS = {
     ),
     "Training": (
         "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
+        "finish",
     ),
     "Proof": ("parity_size", "min_coverage", "min_sqnr"),
 }  # fmt: skip

@@ -230,6 +230,9 @@ class Chain(Protocol):
             before: what the block before it puts out; empty for the first one.
         """
 
+    def whole(self, feed: Feed) -> tuple[torch.Tensor, ...]:
+        """What the network puts out, with gradients through all blocks where they are enabled."""
+
 
 class Denoiser(Protocol):
     """A float reference network with its sampler. Tensors are float32 unless said otherwise."""

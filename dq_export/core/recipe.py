@@ -96,6 +96,9 @@ class Recipe(BaseModel):
     distill_bias_rate: float = Field(
         0.15, gt=0, le=1, allow_inf_nan=False, description="of biases, in steps of the codes of their weights"
     )
+    finish: int = Field(
+        0, ge=0, le=100_000, description="for rounding distill: steps of training all scales and biases by the network's output"
+    )
     calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
     steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")

@@ -97,6 +97,10 @@ class TorchChain:
             return _leaves(self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False))
         return found[0]
 
+    def whole(self, feed: Feed) -> Outputs:
+        """See `core.network.Chain`."""
+        return _leaves(self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False))
+
     def _require_chain(self, feed: Feed, outputs: Sequence[Outputs]) -> None:
         import torch
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dq_export.calibration.training.outcome import BlockOutcome
+from dq_export.calibration.training.outcome import Outcome
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_text
 from dq_export.core.recipe import Recipe
@@ -27,12 +27,12 @@ KEY = "key"
 """What a folder of unfinished training is of, a file in it."""
 
 
-class TrainedBlock(Part):
-    """What a block's training brought, on samples that took no part in it.
+class TrainedPart(Part):
+    """What the training of a block, or of the whole network, brought, on samples that took no part in it.
 
     Args:
         before, after: dB of its output against the float network's.
-        kept: whether the trained block is the exported one.
+        kept: whether what was trained is exported.
     """
 
     name: str
@@ -44,7 +44,9 @@ class TrainedBlock(Part):
 class Distilled(Calibrated):
     """What later stages and the report need of a trained calibration."""
 
-    blocks: tuple[TrainedBlock, ...] = ()
+    blocks: tuple[TrainedPart, ...] = ()
+    network: TrainedPart | None = None
+    finish: TrainedPart | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Distill(Stage[Distilled]):
     result: type[Distilled] = Distilled
     fields: tuple[str, ...] = (
         "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
+        "finish",
         "calib_size", "steps", "guidance_scale", "size", "seed",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)
@@ -86,22 +89,31 @@ class Distill(Stage[Distilled]):
         key = hashlib.sha256(json.dumps(self.inputs(context), sort_keys=True).encode()).hexdigest()
         continue_with(folder, key)
 
-        def finished(outcome: BlockOutcome) -> None:
+        def finished(outcome: Outcome) -> None:
             kept = "" if outcome.kept else ", kept as it was"
             context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{kept}")
 
         with context.reference.on(context.device):
-            result, outcomes = distill(calibration_of(context, folder), start, finished)
-        result.save(target / DISTILLED)
+            found = distill(calibration_of(context, folder), start, finished)
+        found.result.save(target / DISTILLED)
         remove(folder)
-        blocks = tuple(TrainedBlock(**vars(outcome)) for outcome in outcomes)
+        blocks = tuple(map(_reported, found.blocks))
+        network = _reported(found.network)
+        finish = None if found.finish is None else _reported(found.finish)
         kept = [block for block in blocks if block.kept]
         gain = sum(block.after - block.before for block in kept) / max(len(kept), 1)
         summary = f"{len(kept)} of {len(blocks)} blocks are better, by {gain:.1f} dB on average"
-        return Distilled(**{**dict(Calibrated.of(result)), "summary": summary}, blocks=blocks)
+        if kept and not network.kept:
+            summary += ", but not the network with them: all are exported as they were"
+        summarized = {**dict(Calibrated.of(found.result)), "summary": summary}
+        return Distilled(**summarized, blocks=blocks, network=network, finish=finish)
 
 
 DISTILL = Distill()
+
+
+def _reported(outcome: Outcome) -> TrainedPart:
+    return TrainedPart(**vars(outcome))
 
 
 def decided(recipe: Recipe) -> str:

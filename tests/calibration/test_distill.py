@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from conftest import calibration_of, feed_of, recipe_of, save_tiny, sqnr
 
 from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.simulation import Simulation
-from dq_export.calibration.training.distill import distill
+from dq_export.calibration.training.distill import Distillation, distill
 from dq_export.calibration.training.network import QuantizedNetwork
-from dq_export.calibration.training.outcome import BlockOutcome
+from dq_export.calibration.training.trainer import Trainer
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe
 from dq_export.families.reference import ModelError, Reference
@@ -32,7 +33,7 @@ def started(reference: Reference, recipe: Recipe, folder: Path) -> CalibrationRe
 
 def trained(
     reference: Reference, recipe: Recipe, start: CalibrationResult, folder: Path, progress: Callable[..., None] | None = None
-) -> tuple[CalibrationResult, list[BlockOutcome]]:
+) -> Distillation:
     more = {"progress": progress} if progress else {}
     return distill(calibration_of(reference, recipe, folder / "training", **more), start, lambda outcome: None)
 
@@ -60,10 +61,13 @@ def test_training_makes_calls_it_has_not_seen_better(
 ) -> None:
     recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 120}, **options)
     start = started(tiny, recipe, tmp_path)
-    result, outcomes = trained(tiny, recipe, start, tmp_path)
+    found = trained(tiny, recipe, start, tmp_path)
+    result, outcomes = found.result, found.blocks
     assert [outcome.name for outcome in outcomes] == list(tiny.blocks) == ["transformer_blocks.0", "transformer_blocks.1"]
     assert outcomes[0].kept
     assert all((outcome.after > outcome.before) == outcome.kept for outcome in outcomes)
+    assert found.network.kept
+    assert found.network.after > found.network.before
     assert mean_sqnr(tiny, result, recipe) > mean_sqnr(tiny, start, recipe) + gain
     for name, plan in result.sites.items():
         before = start.sites[name].activation
@@ -78,7 +82,7 @@ def test_training_makes_calls_it_has_not_seen_better(
 )
 def test_the_result_computes_what_training_saw(options: dict[str, Any], tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, **QUICK, **options)
-    result, _ = trained(tiny, recipe, started(tiny, recipe, tmp_path), tmp_path)
+    result = trained(tiny, recipe, started(tiny, recipe, tmp_path), tmp_path).result
     assigned, feed = recipe.assign(tiny.linears), feed_of(tiny, 600)
     with Simulation.of(tiny, result, assigned).on(tiny):
         simulated = tiny.forward(feed)
@@ -87,41 +91,74 @@ def test_the_result_computes_what_training_saw(options: dict[str, Any], tiny: Re
     network.at(np.full(3, 600.0))
     with ExitStack() as stack:
         for block in tiny.blocks:
-            layers = network.layers(block, trained=False)
+            layers = network.layers(block, "nothing")
             stack.enter_context(network.on(layers))
         seen = tiny.forward(feed)
     assert sqnr(simulated, seen) > sqnr(tiny.forward(feed), simulated) + 12  # codes next to a tie move by one
 
 
 def test_a_run_that_was_killed_gives_the_same_bytes(tiny: Reference, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny, **QUICK, bits="w4a4")
+    recipe = recipe_of(tiny, **QUICK, bits="w4a4", finish=10)
     start = started(tiny, recipe, tmp_path)
-    whole, _ = trained(tiny, recipe, start, tmp_path / "whole")
-    whole.save(tmp_path / "whole.safetensors")
-    events = 0
+    whole = trained(tiny, recipe, start, tmp_path / "whole")
+    whole.result.save(tmp_path / "whole.safetensors")
+    assert whole.finish is not None
+    waiting = [2, 5, 20, 30, 4, 25, 20, 40, 5, 3]  # events until each kill
 
     def killed(done: int, total: int, unit: str = "") -> None:
-        nonlocal events
-        events += 1
-        if events in (2, 5, 20, 45, 80):
-            raise KeyboardInterrupt
+        if waiting:
+            waiting[0] -= 1
+            if not waiting[0]:
+                del waiting[0]
+                raise KeyboardInterrupt
 
     kills = 0
     while True:
         try:
-            again, _ = trained(tiny, recipe, start, tmp_path / "killed", killed)
+            again = trained(tiny, recipe, start, tmp_path / "killed", killed)
             break
         except KeyboardInterrupt:
             kills += 1
-    assert kills == 5
-    again.save(tmp_path / "again.safetensors")
+    assert kills == 10
+    again.result.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (again.blocks, again.network, again.finish) == (whole.blocks, whole.network, whole.finish)
+
+
+def test_a_finish_trains_scales_and_biases_alone(tiny: Reference, tmp_path: Path) -> None:
+    rates = {"distill_iterations": 1, "distill_scale_rate": 0.5, "distill_bias_rate": 1.0}
+    recipe = recipe_of(tiny, **{**QUICK, **rates}, bits="w4a8", finish=100)
+    start = started(tiny, recipe, tmp_path)
+    found = trained(tiny, recipe, start, tmp_path)
+    assert found.finish is not None
+    assert found.finish.kept
+    assert not found.network.kept  # so that it begins where training did
+    assert mean_sqnr(tiny, found.result, recipe) > mean_sqnr(tiny, start, recipe) + 0.5
+    for name, codes in start.codes.items():
+        np.testing.assert_array_equal(found.result.codes[name], codes)
+    for name, plan in found.result.sites.items():
+        assert (plan.activation != start.sites[name].activation) == (name in found.result.correction)
+
+
+def test_blocks_that_make_the_network_worse_together_are_not_kept(
+    tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tiny, **QUICK, bits="w4a4")
+    start = started(tiny, recipe, tmp_path)
+    measure = Trainer.network
+    monkeypatch.setattr(Trainer, "network", lambda trainer: replace(measure(trainer), kept=False))
+    found = trained(tiny, recipe, start, tmp_path)
+    assert any(outcome.kept for outcome in found.blocks)
+    assert not found.result.correction
+    for name, codes in start.codes.items():
+        np.testing.assert_array_equal(found.result.codes[name], codes)
 
 
 def test_a_training_that_makes_it_worse_is_not_kept(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 3}, bits="w8a8", distill_rate=1.0, distill_bias_rate=1.0)
     start = started(tiny, recipe, tmp_path)
-    result, outcomes = trained(tiny, recipe, start, tmp_path)
+    found = trained(tiny, recipe, start, tmp_path)
+    result, outcomes = found.result, found.blocks
     assert not any(outcome.kept for outcome in outcomes)
     assert all(outcome.after < outcome.before for outcome in outcomes)
     assert not result.correction

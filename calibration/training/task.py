@@ -1,8 +1,8 @@
-"""The training of one block."""
+"""The training of one block, or of the whole network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,39 @@ Float64 = npt.NDArray[np.float64]
 BETAS = (0.9, 0.99)
 WARM_UP, LEAST = 0.1, 0.02
 """Share of the iterations in which the rates rise, and of the rates that is left at the end, after half a cosine."""
+GENTLE = 0.05
+"""Of a block's rates, for the whole network: at ten times as much it gets worse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long and how fast something is trained.
+
+    Args:
+        batch: samples of an iteration.
+        rates: the greatest rate of `weight`, `scale` and `bias`, in steps of codes.
+    """
+
+    iterations: int
+    batch: int
+    rates: Mapping[str, float]
+
+    @staticmethod
+    def of_block(recipe: Recipe) -> Effort:
+        """Of a block."""
+        rates = {"weight": recipe.distill_rate, "scale": recipe.distill_scale_rate, "bias": recipe.distill_bias_rate}
+        return Effort(iterations=recipe.distill_iterations, batch=recipe.distill_batch, rates=rates)
+
+    @staticmethod
+    def of_finish(recipe: Recipe) -> Effort:
+        """Of the whole network, whose weights stay as they are."""
+        rates = {kind: GENTLE * rate for kind, rate in Effort.of_block(recipe).rates.items()}
+        return Effort(iterations=recipe.finish, batch=recipe.distill_batch, rates=rates)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BlockTask:
-    """One block's training.
+class Task:
+    """The training of a block, or of the whole network.
 
     Args:
         run: what the quantized block puts out for some samples with these layers, from the quantized chain's input.
@@ -39,7 +67,7 @@ class BlockTask:
     target: Callable[[Int64], Sequence[torch.Tensor]]
     timestep: Float64
     held_back: npt.NDArray[np.bool_]
-    recipe: Recipe
+    effort: Effort
     seed: tuple[int, ...]
 
     def errors(self, layers: Layers, rows: Int64) -> tuple[Float64, Float64]:
@@ -48,11 +76,11 @@ class BlockTask:
 
         noise, signal = [], []
         with torch.no_grad():
-            for start in range(0, len(rows), self.recipe.distill_batch):
-                part = rows[start : start + self.recipe.distill_batch]
+            for start in range(0, len(rows), self.effort.batch):
+                part = rows[start : start + self.effort.batch]
                 exact = [tensor.double() for tensor in self.target(part)]
-                noise.append(_squares([a.cpu() - b for a, b in zip(self.run(layers, part), exact, strict=True)]))
-                signal.append(_squares(exact))
+                noise.append(squares([a.cpu() - b for a, b in zip(self.run(layers, part), exact, strict=True)]))
+                signal.append(squares(exact))
         return np.concatenate(noise), np.concatenate(signal)
 
     def weights(self, noise: Float64, rows: Int64) -> Float64:
@@ -63,7 +91,7 @@ class BlockTask:
         return weights
 
     def train(self, layers: Layers, weights: Float64, progress: Callable[[int], None]) -> None:
-        """Train a block's layers in place.
+        """Train layers in place.
 
         Args:
             weights: of each sample in the loss.
@@ -71,14 +99,13 @@ class BlockTask:
         """
         import torch
 
-        recipe = self.recipe
-        rates = {"weight": recipe.distill_rate, "scale": recipe.distill_scale_rate, "bias": recipe.distill_bias_rate}
-        optimizer = torch.optim.Adam(layers.parameters(rates), lr=0.0, betas=BETAS)
-        batches = _batches(np.flatnonzero(~self.held_back), recipe.distill_batch, self.seed)
-        for iteration in range(recipe.distill_iterations):
+        iterations = self.effort.iterations
+        optimizer = torch.optim.Adam(layers.parameters(self.effort.rates), lr=0.0, betas=BETAS)
+        batches = _batches(np.flatnonzero(~self.held_back), self.effort.batch, self.seed)
+        for iteration in range(iterations):
             rows = next(batches)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share_of_rate(iteration, recipe.distill_iterations)
+                group["lr"] = group["peak"] * share_of_rate(iteration, iterations)
             outputs, targets = self.run(layers, rows), self.target(rows)
             of_sample = torch.stack(
                 [(a - b.to(a.device)).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)]
@@ -111,7 +138,7 @@ def _batches(rows: Int64, size: int, seed: tuple[int, ...]) -> Iterator[Int64]:
         waiting = waiting[size:]
 
 
-def _squares(tensors: Sequence[torch.Tensor]) -> Float64:
+def squares(tensors: Sequence[torch.Tensor]) -> Float64:
     """float64[B]: the sum of squares over all tensors of each sample."""
     total: Float64 = sum(tensor.square().flatten(1).sum(dim=1) for tensor in tensors).numpy()  # type: ignore[union-attr]
     return total

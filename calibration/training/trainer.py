@@ -1,0 +1,186 @@
+"""Trains block after block, with what lies between two of them on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.compare import decibels
+from dq_export.core.network import Chain
+
+from ..context import Calibration
+from .boundary import Boundary
+from .feeds import Samples
+from .network import Layers, QuantizedNetwork
+from .outcome import Outcome
+from .task import Effort, Task, squares
+
+if TYPE_CHECKING:
+    import torch
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+Trained = tuple[Outcome, CalibrationResult]
+"""What a training brought, and the part of a result that it found; empty where that is not kept."""
+NETWORK, FINISH = "the network", "the finish"
+
+
+class Trainer:
+    """Trains block after block, and then the scales of all of them.
+
+    Three chains run through the blocks, each from the network's input: `exact`, the float network's; `error`, how far the
+    trained network is from it; `first`, how far the network is from it that the training starts from, for the samples that
+    judge.
+    """
+
+    def __init__(self, calibration: Calibration, start: CalibrationResult, samples: Samples) -> None:
+        self.calibration, self.start, self.samples = calibration, start, samples
+        self.names = calibration.denoiser.blocks
+        self.everything, self.judges = np.arange(len(samples)), np.flatnonzero(samples.held_back)
+        self.chain: Chain = calibration.denoiser.chain(samples.feed(self.everything[:2]))
+        self.quantized = QuantizedNetwork(calibration.denoiser, start, calibration.assigned, self.chain)
+
+    def block(self, index: int) -> Trained:
+        """What a block's training brings: of an earlier run's file, or trained now."""
+        return self._once(f"block.{index}", self.names[index], lambda: self._block(index))
+
+    def network(self) -> Outcome:
+        """What the trained blocks bring together: the mean over the timesteps of a call's dB."""
+        _, place = np.unique(self.samples.timestep[self.judges], return_inverse=True)
+        exact, *errors = (np.bincount(place, self._powers(kind)) for kind in ("exact", "first", "error"))
+        before, after = (float(decibels(exact, error).mean()) for error in errors)
+        return Outcome(name=NETWORK, before=before, after=after, kept=after >= before)
+
+    def finish(self, result: CalibrationResult) -> Trained:
+        """What the training of all scales and biases by the network's output brings to a result."""
+        return self._once("finish", FINISH, lambda: self._finish(result))
+
+    def _once(self, file: str, name: str, train: Callable[[], Trained]) -> Trained:
+        path = self.calibration.folder / f"{file}.safetensors"
+        if not path.exists():
+            outcome, part = train()
+            noted = {"before": repr(outcome.before), "after": repr(outcome.after), "kept": "yes" if outcome.kept else ""}
+            new = path.with_suffix(".new")
+            replace(part, provenance=noted).save(new)
+            new.replace(path)
+        part = CalibrationResult.load(path)
+        noted = dict(part.provenance)
+        return Outcome(name=name, before=float(noted["before"]), after=float(noted["after"]), kept=bool(noted["kept"])), part
+
+    def _block(self, index: int) -> Trained:
+        name = self.names[index]
+        self._float_outputs(index)
+        kept = self.quantized.layers(name, "nothing")
+        self._advance(index, kept, "first", self.judges)
+        trainable = bool(self.quantized.trainable(name))
+        outcome, layers = self._trained(
+            self._task(index), kept, lambda: self.quantized.layers(name, "all") if trainable else kept, len(self.names), index
+        )
+        self._advance(index, layers, "error", self.everything)
+        for kind in ("exact", "error", "first"):
+            self._path(index, kind).unlink(missing_ok=True)
+        return outcome, self._part(outcome, layers, self.start)
+
+    def _finish(self, result: CalibrationResult) -> Trained:
+        network = QuantizedNetwork(self.calibration.denoiser, result, self.calibration.assigned, self.chain)
+
+        def run(layers: Layers, rows: Int64) -> tuple[torch.Tensor, ...]:
+            network.at(self.samples.timestep[rows])
+            layers.forget()
+            with network.on(layers):
+                return self.chain.whole(self.samples.feed(rows))
+
+        last = len(self.names)
+        task = replace(self._task(last - 1), run=run, effort=Effort.of_finish(self.calibration.recipe))
+        outcome, layers = self._trained(task, network.all_layers("nothing"), lambda: network.all_layers("scales"), 1, 0)
+        return outcome, self._part(outcome, layers, result)
+
+    def _trained(self, task: Task, kept: Layers, anew: Callable[[], Layers], tasks: int, place: int) -> tuple[Outcome, Layers]:
+        """What comes of a task, the `place`-th of `tasks` alike, and the layers that are better on samples that judge.
+
+        Args:
+            anew: layers to train; `kept` where there are none.
+        """
+        noise, signal = task.errors(kept, self.judges)
+        weights = task.weights(noise, self.judges)
+        counts = weights[self.judges]
+        before = float(decibels(signal @ counts, noise @ counts))
+        layers = anew()
+        if layers is kept:
+            return Outcome(name="", before=before, after=before, kept=False), kept
+        done, total = place * task.effort.iterations, tasks * task.effort.iterations
+        task.train(layers, weights, lambda now: self.calibration.progress(done + now, total, "iterations"))
+        found, _ = task.errors(layers, self.judges)
+        after = float(decibels(signal @ counts, found @ counts))
+        better = after > before  # not of a training that diverged, which decibels puts at the bottom
+        return Outcome(name="", before=before, after=after, kept=better), layers if better else kept
+
+    def _part(self, outcome: Outcome, layers: Layers, start: CalibrationResult) -> CalibrationResult:
+        """The part of a result that a training found."""
+        return layers.found(start) if outcome.kept else CalibrationResult(sites={}, weight_scale={}, provenance={})
+
+    def _task(self, index: int) -> Task:
+        """A block's training."""
+        recipe = self.calibration.recipe
+        return Task(
+            run=lambda layers, rows: self._run(index, layers, "error", rows),
+            target=self._boundary(index + 1, "exact").read,
+            timestep=self.samples.timestep,
+            held_back=self.samples.held_back,
+            effort=Effort.of_block(recipe),
+            seed=(recipe.seed, index),
+        )
+
+    def _run(self, index: int, layers: Layers, kind: str, rows: Int64) -> tuple[torch.Tensor, ...]:
+        """What the quantized block puts out for some samples, from the input that a quantized chain brings."""
+        self.quantized.at(self.samples.timestep[rows])
+        layers.forget()
+        before: list[torch.Tensor] = []
+        if index:
+            exact, error = (self._boundary(index, part).read(rows) for part in ("exact", kind))
+            before = [(a + b).to(self.chain.device) for a, b in zip(exact, error, strict=True)]
+        with self.quantized.on(layers):
+            return self.chain.run(index, self.samples.feed(rows), before)
+
+    def _powers(self, kind: str) -> Float64:
+        """float64[judges]: the sum of squares of each sample behind the last block."""
+        boundary = self._boundary(len(self.names), kind)
+        parts = (boundary.read(rows) for rows in self._parts(self.judges))
+        return np.concatenate([squares([tensor.double() for tensor in part]) for part in parts])
+
+    def _float_outputs(self, index: int) -> None:
+        """Write what the float chain's block puts out."""
+        import torch
+
+        target = self._boundary(index + 1, "exact")
+        with torch.no_grad():
+            for rows in self._parts(self.everything):
+                before = [part.to(self.chain.device) for part in self._boundary(index, "exact").read(rows)] if index else []
+                target.write(rows, self.chain.run(index, self.samples.feed(rows), before))
+
+    def _advance(self, index: int, layers: Layers, kind: str, samples: Int64) -> None:
+        """Write how far from the float chain's a quantized chain's output is: small numbers, which float16 holds well."""
+        import torch
+
+        exact, error = (self._boundary(index + 1, part) for part in ("exact", kind))
+        with torch.no_grad():
+            for rows in self._parts(samples):
+                found = self._run(index, layers, kind, rows)
+                error.write(rows, [a.cpu() - b for a, b in zip(found, exact.read(rows), strict=True)])
+
+    def _parts(self, samples: Int64) -> Sequence[Int64]:
+        size = self.calibration.recipe.distill_batch
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def _boundary(self, index: int, kind: str) -> Boundary:
+        """Between block `index - 1` and block `index`: the tensors of a chain."""
+        return Boundary(self._path(index, kind), self.chain.shapes[index - 1])
+
+    def _path(self, index: int, kind: str) -> Path:
+        return self.calibration.folder / f"{kind}.{index}"

@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 
 from .errors import AUDIT, FAILED, PARITY, watching
-from .options import option, path_argument
+from .options import option, path_argument, path_option
 from .tables import (
     print_audit,
     print_bisection,
+    print_comparison,
     print_diagnosis,
     print_faults,
     print_findings,
@@ -161,6 +162,20 @@ def explain(
     print_linears(report, name)
     if not any(name in item for item in names):
         raise OutputError(f"no linear '{name}' in {out}.{nearest(name, names)}")
+
+
+def compare(
+    first: Annotated[Path, path_argument("an export's output folder")],
+    second: Annotated[Path, path_argument("another export's")],
+    page: Annotated[Path, path_option("the page to write (default compare.html)", "--page")] = Path("compare.html"),
+) -> None:
+    """Set two exports side by side: recipe, SQNR by call, kernels, size, speed."""
+    from ..report.comparison import compare_folders, write_comparison
+
+    comparison = compare_folders(first, second)
+    print_comparison(comparison)
+    write_comparison(comparison, page)
+    print(f"page: {page}")
 
 
 def doctor() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
 
     from ..bisection.bisect import Bisection
     from ..doctor import Diagnosis
+    from ..report.comparison import Comparison
     from ..report.report import LatencyReport, Report
     from ..search.explore import Outcome
     from ..verification import Verification
@@ -131,6 +132,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
         print("beside GEMMs:", ", ".join(f"{count} operators in {verdict}" for verdict, count in others.items()))
     if not findings:
         print("the file holds no quantized operator")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Each table of two exports side by side."""
+    for title, rows in comparison.tables().items():
+        print_table(["", *comparison.names], rows, title=title)
 
 
 def print_diagnosis(parts: Sequence[Diagnosis]) -> None:

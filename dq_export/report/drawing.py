@@ -6,7 +6,9 @@ Every axis of timesteps runs as the sampler does: noise at the left, the picture
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from dq_export.deploy.parity import CallParity
 
 from .report import FLOAT_STAGE, Report
 
@@ -33,13 +35,23 @@ SPAN = 40.0
 
 
 def sqnr_plot(report: Report) -> dict[str, object]:
-    """SQNR of each network call over the timestep, with the recipe's limit and the worst call, 640 x 240."""
-    calls = [call for call in report.parity.calls if call.stage != FLOAT_STAGE] if report.parity else []
+    """SQNR of each network call over the timestep, with the recipe's limit and the worst call."""
+    calls = report.parity.calls if report.parity else ()
+    lines = {stage: [call for call in calls if call.stage == stage] for stage in report.stages() if stage != FLOAT_STAGE}
+    return calls_plot(lines, report.verdict.min_sqnr if report.verdict else None)
+
+
+def calls_plot(series: Mapping[str, Sequence[CallParity]], limit: float | None) -> dict[str, object]:
+    """Several lines of SQNR over the timestep, 640 x 240; empty without any call.
+
+    Args:
+        limit: dB that every call must keep; None: no line is drawn.
+    """
+    calls = [call for line in series.values() for call in line]
     if not calls:
         return {}
     noise, picture = max(c.timestep for c in calls), min(c.timestep for c in calls)
     worst = min(calls, key=lambda call: call.sqnr)
-    limit = report.verdict.min_sqnr if report.verdict else None
     if limit is not None and limit < worst.sqnr - SPAN:
         limit = None
     heights = [c.sqnr for c in calls] + ([limit] if limit is not None else [])
@@ -50,10 +62,10 @@ def sqnr_plot(report: Report) -> dict[str, object]:
         return (50 + 570 * (noise - timestep) / max(noise - picture, 1e-9), 22 + 180 * (top - sqnr) / (top - low))
 
     lines = {}
-    for stage in report.stages():
-        points = sorted(((c.timestep, c.sqnr) for c in calls if c.stage == stage), reverse=True)
+    for name, line in series.items():
+        points = sorted(((c.timestep, c.sqnr) for c in line), reverse=True)
         if points:
-            lines[stage] = _points([place(*point) for point in points])
+            lines[name] = _points([place(*point) for point in points])
     ticks = [(place(noise, value)[1], value) for value in range(low, top + 1, 10 if top - low <= 60 else 20)]
     x, y = place(worst.timestep, worst.sqnr)
     return {

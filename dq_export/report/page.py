@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from typing import Any
 
 from dq_export.core.documents import DocumentError, MissingError, printable, read_bytes, shown_path
 from dq_export.deploy.replay import COMMAND
@@ -56,15 +57,10 @@ def render_html(report: Report, pictures: bytes | None, front: bytes | None = No
     Args:
         pictures: PNG. front: SVG.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
+    environment = templates()
     environment.filters.update(kind=kind_of, block=block_of)
     stages, curves = report.stages(), scale_curves(report)
-    return environment.get_template("report.html").render(
+    page: str = environment.get_template("report.html").render(
         report=report,
         verdict=report.verdict,
         pictures=base64.b64encode(pictures or b"").decode(),
@@ -75,6 +71,17 @@ def render_html(report: Report, pictures: bytes | None, front: bytes | None = No
         curves=curves,
         kinds=[curve["kind"] for curve in curves],
         front=base64.b64encode(front or b"").decode(),
+    )
+    return page
+
+
+def templates() -> Any:
+    """The jinja2 environment of the pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
 
 

@@ -261,7 +261,9 @@ def test_every_module_of_the_wheel_can_be_imported_from_it(wheel: Path, tmp_path
     assert all(Path(line).is_relative_to(tmp_path) and Path(line).exists() for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("words", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "-p", "dq_export")])
+@pytest.mark.parametrize(
+    "words", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "-p", "dq_export"), ("codespell_lib",)]
+)
 def test_style(words: tuple[str, ...]) -> None:
     done = run("-m", *words)
     assert done.returncode == 0, done.stdout + done.stderr

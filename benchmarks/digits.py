@@ -17,6 +17,7 @@ import numpy.typing as npt
 from reading import Reader, named_digit
 
 import dq_export
+from dq_export.core.condition_file import load_conditions
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.families.reference import Reference
@@ -27,11 +28,20 @@ Float32 = npt.NDArray[np.float32]
 BATCH = 50
 
 
+def conditions_of(model: str) -> Path | None:
+    """What a model without a text encoder draws, where its folder says it."""
+    path = Path(model) / "conditions.safetensors"
+    return path if path.exists() else None
+
+
 def load_model(model: str) -> Reference:
     """A model with what it draws: a text-to-image model's prompts are encoded."""
-    recipe, source = pin(Recipe(model=model))
+    path = conditions_of(model)
+    recipe, source = pin(Recipe(model=model, conditions=None if path is None else str(path)))
     reference = load(source)
-    if recipe.prompts is not None:
+    if path is not None:
+        reference.conditions = load_conditions(path)
+    elif recipe.prompts is not None:
         reference.conditions = reference.encode(recipe.prompts, "cpu")
     return reference
 

@@ -64,7 +64,7 @@ def make(folder: Path, network: str, layers: list[int], dtype: str, *, seed: int
             if isinstance(module, torch.nn.Linear) and "norm" in name:  # modulations
                 torch.nn.init.normal_(module.weight, std=0.02)
                 torch.nn.init.normal_(module.bias, std=0.2)
-    model.save_pretrained(folder / "transformer", max_shard_size="5GB")
+    model.to(torch.get_default_dtype()).save_pretrained(folder / "transformer", max_shard_size="5GB")
     scheduler = {key: value for key, value in FLUX_SCHEDULER.items() if key != "_class_name"}
     settings = scheduler if network == "flux-dev" else {"shift": 3.0}
     diffusers.FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")

@@ -2,6 +2,7 @@
 
     pip install ".[cpu,openvino,metrics]" && python benchmarks/quality.py [--recipes NAME ...] [--models plain hard]
     python benchmarks/quality.py --models text  pixart-digits; needs the extra `text`
+    python benchmarks/quality.py --models FOLDER    another model of digits, such as `examples/train_sd3_digits.py` makes
     python benchmarks/quality.py --peers        also onnxruntime's quantize_static, nvidia-modelopt and NNCF
 
 Each row is a real engine. A row's figures: SQNR in dB of a network call against PyTorch, mean and worst over a guided
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits import load_model, wanted
+from digits import conditions_of, load_model, wanted
 from reading import Reader
 
 from dq_export.core.recipe import Recipe
@@ -95,9 +96,17 @@ class Bench:
         self.reference: Reference = load_model(model)
         self.rows: list[dict[str, Any]] = []
 
+    def parsed(self, options: Mapping[str, Any]) -> Recipe:
+        """A recipe of the model."""
+        conditions = conditions_of(self.model)
+        draws = {} if conditions is None else {"conditions": str(conditions)}
+        return Recipe.parse(
+            {"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, **draws, **options}, "benchmark"
+        )
+
     def recipe(self, label: str, options: Mapping[str, Any]) -> None:
         """Export with a recipe and add its row."""
-        parsed = Recipe.parse({"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, **options}, "benchmark")
+        parsed = self.parsed(options)
         out = self.temporary / self.name / label
         report = run(parsed, out)
         assert report.parity
@@ -118,9 +127,7 @@ class Bench:
         out = self.temporary / self.name / label
         source = self.temporary / self.name / "float"
         if not source.exists():
-            values = {"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, "parity_size": 8}
-            parsed = Recipe.parse(values, "benchmark")
-            run(parsed, self.temporary / self.name / "whole", until="verify")
+            run(self.parsed({"parity_size": 8}), self.temporary / self.name / "whole", until="verify")
             shutil.copytree(self.temporary / self.name / "whole" / "float", source)  # a copy: peers refuse hard links
             np.savez(source / "feeds.npz", **self.calls())
         out.mkdir(parents=True)
@@ -245,7 +252,7 @@ def _openvino(path: Path) -> Callable[[Any], Float32]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="words that a recipe's name must begin with")
-    parser.add_argument("--models", nargs="*", default=["plain", "hard"], choices=("plain", "hard", "text"))
+    parser.add_argument("--models", nargs="*", default=["plain", "hard"], help="plain, hard, text, or folders")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all of them without a name")
     parser.add_argument("--peers-folder", type=Path, default=Path("peers"))
     parser.add_argument("--count", type=int, default=200, help="digits to draw for reading and distance")
@@ -260,9 +267,10 @@ def main() -> None:
         models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model"), "text": "pixart-digits"}
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
         for name in options.models:
-            bench = Bench(name, models[name], Path(temporary), options, reader)
+            model = models.get(name, name)
+            bench = Bench(Path(name).name, model, Path(temporary), options, reader)
             read, distance = bench.digits(bench.reference.forward, "PyTorch")
-            print(f"| {name} | PyTorch float32 | | | | {read:.1%} | {distance:.3f} | | | |", flush=True)
+            print(f"| {bench.name} | PyTorch float32 | | | | {read:.1%} | {distance:.3f} | | | |", flush=True)
             for label, recipe in RECIPES.items():
                 if any(label.startswith(word) for word in options.recipes):
                     bench.recipe(label, recipe)

@@ -94,4 +94,4 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
 
 
 if __name__ == "__main__":
-    run(train, __doc__ or "", folder="sd3-digits", steps=2400, learning_rate=1.5e-3)
+    run(train, __doc__ or "", folder="sd3-digits", steps=1200, learning_rate=1.5e-3)

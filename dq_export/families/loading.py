@@ -88,8 +88,9 @@ def _state(weights: Weights, place: Path | None, rename: Callable[[str], str]) -
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise ModelError(f"{shown_path(file)}: tensor {shown(name)} is {kind}; expected weights in floating point")
             state[rename(name)] = tensor
-    other = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.float32}
-    return {**{name: tensor.contiguous() for name, tensor in state.items() if name not in other}, **widened(other, place)}
+    if all(tensor.dtype == torch.float32 for tensor in state.values()):
+        return {name: tensor.contiguous() for name, tensor in state.items()}
+    return widened(state, place)  # those in float32, too: one alone would keep its whole file mapped
 
 
 def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:

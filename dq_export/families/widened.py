@@ -31,8 +31,6 @@ def widened(tensors: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
     """
     import torch
 
-    if not tensors:
-        return {}
     folder = place or Path(tempfile.gettempdir())
     size, starts = sum(4 * tensor.numel() + ALIGNED for tensor in tensors.values()), {}
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sqnr
+from safetensors.torch import load_file, save_file
 from sd3 import save_sd3, sd3_pipeline
 from toy import PROMPTS
 
@@ -187,6 +188,18 @@ def test_half_precision_gives_what_its_values_in_float32_give(until: str, tmp_pa
     assert found.keys() == exact.keys()
     for name, value in exact.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_checkpoint_of_two_kinds_is_not_kept_mapped(tmp_path: Path) -> None:
+    """As diffusers writes networks of which some modules must stay float32."""
+    folder = save_sd3(tmp_path / "model", dtype=torch.bfloat16)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = {name: value.clone() for name, value in load_file(file).items()}  # not mapped
+    save_file({**tensors, "pos_embed.pos_embed": tensors["pos_embed.pos_embed"].float()}, file, metadata={"format": "pt"})
+    reference: Any = load_reference(str(folder))
+    assert str(file) not in Path("/proc/self/maps").read_text()
+    for name, value in reference.model.state_dict().items():
+        assert torch.equal(value, tensors[name].float())
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def audit_graph(
     by_node = {linear.gemm: name for name, linear in found.items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm", "Attention", "Conv"):
+        if node.op_type not in ("MatMul", "Gemm", "Attention", "Conv", INTEGER_GEMM):
             continue
         module = by_node.get(node) or (module_of(node) if node.op_type == "Conv" else "")
         wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)

@@ -17,6 +17,8 @@ from .base import GraphError, computed_initializer, like, redirect, stored
 from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+INTEGER_GEMM = "MatMulIntegerToFloat"
+"""ONNX Runtime's operator: codes, scales, zero points and a bias of a whole linear; the bias is its seventh input."""
 Float32 = npt.NDArray[np.float32]
 ELEMENT_TYPES = {
     "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
@@ -38,11 +40,11 @@ def _last_module(scopes: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearNode:
-    """A linear layer in the graph: x @ W (+ bias), as MatMul + Add or as Gemm(transB=1).
+    """A linear layer in the graph: x @ W (+ bias), as MatMul + Add, as Gemm(transB=1) or as ONNX Runtime's integer GEMM.
 
     Args:
         name: module name.
-        gemm: the MatMul or Gemm.
+        gemm: the MatMul, Gemm or integer GEMM.
     """
 
     name: str
@@ -51,7 +53,7 @@ class LinearNode:
     @property
     def bias_add(self) -> ir.Node | None:
         """The Add behind a MatMul, or None."""
-        if self.gemm.op_type == "Gemm":
+        if self.gemm.op_type != "MatMul":
             return None
         user = only_user(self.gemm.outputs[0])
         if user is not None and user.op_type == "Mul" and FACTOR.read(user):
@@ -93,8 +95,9 @@ class LinearNode:
 
     def bias_tensor(self) -> ir.TensorProtocol | None:
         """The stored bias, [out] or with leading ones, its content not computed yet; None without one."""
-        if self.gemm.op_type == "Gemm":
-            return stored(self.gemm.inputs[2]) if len(self.gemm.inputs) > 2 else None
+        place = {"Gemm": 2, INTEGER_GEMM: 6}.get(self.gemm.op_type)
+        if place is not None:
+            return stored(self.gemm.inputs[place]) if len(self.gemm.inputs) > place else None
         bias_add = self.bias_add
         return None if bias_add is None else next(tensor for value in bias_add.inputs if (tensor := stored(value)) is not None)
 
@@ -148,7 +151,7 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
     """
     found: dict[str, LinearNode] = {}
     for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm") or not _has_weight(node):
+        if node.op_type not in ("MatMul", "Gemm", INTEGER_GEMM) or not _has_weight(node):
             continue
         name = module_of(node)
         if not name:

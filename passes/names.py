@@ -16,6 +16,7 @@ PASSES = (
     "fuse_attention",
     "insert_qdq",
     "lift_modulation",
+    "merge_biases",
     "merge_duplicates",
     "quantize_attention",
     "quantize_weights",

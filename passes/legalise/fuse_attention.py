@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from ..base import GraphPass, PassReport, like, stored
+from ..base import GraphPass, PassReport, initializer, like, stored
 from ..match import only_user
 
 OPSET, IR_VERSION = 23, 11
@@ -16,13 +17,14 @@ HEADS = (0, 2, 1, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention(GraphPass):
-    """Reshape, Transpose, Mul, MatMul, Softmax, MatMul, Transpose, Reshape  ->  Attention(q, k, v), all [B, tokens, width].
+    """Reshape, Transpose, Mul, MatMul, Add, Softmax, MatMul, Transpose, Reshape  ->  Attention(q, k, v, mask).
 
-    ONNX Runtime's kernel keeps the scores of a few rows at a time and makes no transposed copies. Raises the graph's
-    opset to 23, the first with the operator.
+    q, k and v are [B, tokens, width]; the Add of a mask may be missing. ONNX Runtime's kernel keeps the scores of a few rows
+    at a time and makes no transposed copies. It wants a row of the mask for each query, [B, 1, queries, keys], which all
+    blocks that have the mask share. Raises the graph's opset to 23, the first with the operator.
 
     It does not act where
-        1. anything stands between scores and Softmax, such as a mask,
+        1. anything but a mask [B, 1, 1, keys], or copies of it for each head, stands between scores and Softmax,
         2. query, key and value are not heads split from [B, tokens, width] as in torch's decomposition,
         3. the result is not merged back to [B, tokens, width].
 
@@ -34,12 +36,13 @@ class FuseAttention(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
+        shared: dict[object, ir.Value] = {}
         for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
             found = _attention(softmax)
             if isinstance(found, str):
                 skipped.append(f"'{softmax.name}': {found}")
                 continue
-            _fuse(model.graph, found)
+            _fuse(model.graph, found, shared)
             changed.append(f"'{softmax.name}'")
         if changed:
             model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
@@ -55,12 +58,15 @@ class _Found:
     heads: int
     scale: float
     last: ir.Node
+    mask: ir.Value | None
 
 
 def _attention(softmax: ir.Node) -> _Found | str:
-    scores = _producer(softmax.inputs[0], "MatMul")
-    if scores is None:
-        return "its input is no product of query and key (case 1)"
+    biased = _producer(softmax.inputs[0], "Add")
+    scores = _producer(biased.inputs[0] if biased is not None else softmax.inputs[0], "MatMul")
+    mask = _one_head(biased.inputs[1]) if biased is not None else None
+    if scores is None or (biased is not None and mask is None):
+        return "its input is no product of query and key, nor that and a mask of keys (case 1)"
     product = only_user(softmax.outputs[0])
     merged = only_user(product.outputs[0]) if product is not None and product.op_type == "MatMul" else None
     last = only_user(merged.outputs[0]) if merged is not None and _permutes(merged, HEADS) else None
@@ -73,16 +79,54 @@ def _attention(softmax: ir.Node) -> _Found | str:
     if any(source is None for source in sources) or not isinstance(heads, int):
         return "query, key or value is no split into heads (case 2)"
     first, second, third = (source for source in sources if source is not None)
-    return _Found(query=first, key=second, value=third, heads=heads, scale=scale * other, last=last)
+    return _Found(query=first, key=second, value=third, heads=heads, scale=scale * other, last=last, mask=mask)
 
 
-def _fuse(graph: ir.Graph, found: _Found) -> None:
+def _fuse(graph: ir.Graph, found: _Found, shared: dict[object, ir.Value]) -> None:
     attributes = {"q_num_heads": found.heads, "kv_num_heads": found.heads, "scale": found.scale}
     result = found.last.outputs[0]
-    node = ir.node("Attention", [found.query, found.key, found.value], attributes=attributes)
+    mask = _for_each_query(graph, found, shared)
+    node = ir.node("Attention", [found.query, found.key, found.value, *mask], attributes=attributes)
     like(node.outputs[0], result)
     graph.insert_before(found.last, node)
     result.replace_all_uses_with(node.outputs[0])
+
+
+def _one_head(mask: ir.Value | None) -> ir.Value | None:
+    """The mask [B, 1, 1, keys] that this one is, or that diffusers repeated for each head; None for any other."""
+    shape = _shape(mask)
+    source, before = mask, _producer(mask, "Reshape")
+    while before is not None:
+        source = before.inputs[0]
+        before = _producer(source, "Reshape")
+    repeat = _producer(source, "Expand")
+    if repeat is not None and len(shape) == 4 and _shape(source) == shape:
+        mask = repeat.inputs[0]
+    small = _shape(mask)
+    return mask if len(small) == 4 and small[1:3] == (1, 1) and small[::3] == shape[::3] else None
+
+
+def _for_each_query(graph: ir.Graph, found: _Found, shared: dict[object, ir.Value]) -> list[ir.Value]:
+    """[B, 1, 1, keys] -> [B, 1, queries, keys], made once for all queries of one number; empty without a mask."""
+    if found.mask is None:
+        return []
+    queries = _shape(found.query)[1:2]
+    key = (found.mask, *(queries or (found.query,)))
+    if key not in shared:
+        name = f"{found.mask.name}.{len(shared)}"
+        one = initializer(graph, f"{name}.one", np.ones(1, dtype=np.int64))
+        size = ir.node("Shape", [found.query], attributes={"start": 1, "end": 2}, name=f"{name}.queries")
+        sizes = ir.node("Concat", [one, one, size.outputs[0], one], attributes={"axis": 0}, name=f"{name}.sizes")
+        whole = ir.node("Expand", [found.mask, sizes.outputs[0]], name=f"{name}.rows")
+        graph.insert_before(found.last, [size, sizes, whole])
+        shared[key] = whole.outputs[0]
+    return [shared[key]]
+
+
+def _shape(value: ir.Value | None) -> tuple[object, ...]:
+    """All sizes, or names that stand for them; empty where one is unknown."""
+    sizes = tuple(value.shape) if value is not None and value.shape is not None else ()
+    return () if any(isinstance(size, ir.SymbolicDim) and size.value is None for size in sizes) else sizes
 
 
 def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..base import GraphPass, PassReport, initializer, like, stored
+from ..base import GraphPass, PassReport, initializer, like, redirect, stored
 from ..match import only_user
 
 OPSET, IR_VERSION = 23, 11
@@ -89,7 +89,7 @@ def _fuse(graph: ir.Graph, found: _Found, shared: dict[object, ir.Value]) -> Non
     node = ir.node("Attention", [found.query, found.key, found.value, *mask], attributes=attributes)
     like(node.outputs[0], result)
     graph.insert_before(found.last, node)
-    result.replace_all_uses_with(node.outputs[0])
+    redirect(result, node.outputs[0])
 
 
 def _one_head(mask: ir.Value | None) -> ir.Value | None:

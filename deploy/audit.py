@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
-from dq_export.passes.match import linears, module_of
+from dq_export.passes.match import INTEGER_GEMM, linears, module_of
 from dq_export.passes.names import origin
 from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
@@ -176,8 +176,9 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
     left, result = (sizes.get(str(value.name), ()) for value in (node.inputs[0], node.outputs[0]) if value is not None)
     if not left or not result:
         return 0
-    if node.op_type == "Attention":  # scores and their product with the values, [B, tokens, width] each
-        return 4 * int(np.prod(left)) * left[-2]
+    if node.op_type == "Attention":  # scores and their product with the values: query [B, tokens, width], key alike
+        key = sizes.get(str(node.inputs[1].name), left) if node.inputs[1] is not None else left
+        return 4 * int(np.prod(left)) * key[-2]
     if node.op_type == "Conv":
         kernel = node.inputs[1].shape if node.inputs[1] is not None else None
         return 2 * int(np.prod(result)) * int(np.prod(kernel.numpy()[1:])) if kernel is not None else 0

@@ -20,13 +20,16 @@ EXACT = 8 * 2.0**-24 * 128
 
 
 def quantized_model(
-    *, activation: Any = np.float32(0.02), weight: Any = (0.1, 0.2, 0.05, 0.3), bias: tuple[int, ...] = (4,), users: int = 1
+    *, activation: Any = 0.02, weight: Any = (0.1, 0.2, 0.05, 0.3), bias: tuple[int, ...] = (4,), users: int = 1
 ) -> ir.Model:
     """x [B, 3, 8] -> Q -> DQ -> MatMul(DQ [8, 4]) -> Add. A scale of None leaves the operand float."""
     b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8]))
     operand = b.value["x"]
     if activation is not None:
-        scale, zero = b.const("s", np.asarray(activation, dtype=np.float32)), b.const("z", np.full(np.shape(activation), 128, np.uint8))
+        scale, zero = (
+            b.const("s", np.asarray(activation, dtype=np.float32)),
+            b.const("z", np.full(np.shape(activation), 128, np.uint8)),
+        )
         codes = b.node("QuantizeLinear", operand, scale, zero, shape=["B", 3, 8], axis=2)
         codes.dtype = ir.DataType.UINT8
         operand = b.node("DequantizeLinear", codes, scale, zero, shape=["B", 3, 8], axis=2)

@@ -12,6 +12,7 @@ import numpy as np
 
 from dq_export.core.documents import shown_path
 
+from ..heap import large_blocks_mapped
 from .reference import ModelError
 
 ALIGNED = 64
@@ -40,7 +41,7 @@ def widened(tensors: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
                 f"{shown_path(folder)}: {free / 1e9:.1f} GB are free, and the checkpoint's weights take {size / 1e9:.1f} GB as "
                 "float32; free some"
             )
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with large_blocks_mapped(), tempfile.TemporaryFile(dir=folder) as file:
             for name, tensor in tensors.items():
                 starts[name] = file.tell()
                 file.write(tensor.to(torch.float32).contiguous().numpy())

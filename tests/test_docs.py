@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import measured
 import pytest
 import yaml
 from test_readme import blocks, commands, judge
@@ -72,6 +75,23 @@ def test_the_python_examples_compile_and_name_what_exists(path: Path) -> None:
         compile(code, str(path), "exec")
     for name in re.findall(r"`dq_export\.(\w+)`|dq_export\.(\w+)\(", text):
         assert hasattr(dq_export, name[0] or name[1])
+
+
+def test_the_tables_of_what_was_measured_are_those_of_the_result_files() -> None:
+    text = page("measured")
+    assert measured.written(text) == text, "stale: run python benchmarks/measured.py"
+    assert sorted(measured.tables_of(text)) == sorted(path.stem for path in measured.RESULTS.glob("*.json"))
+    assert "|---" not in measured.BLOCK.sub("", text), "a table without a result file"
+
+
+@pytest.mark.parametrize("path", sorted(measured.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_says_when_and_by_which_command(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    date.fromisoformat(result["date"] or result["since"])
+    for name in re.findall(r"benchmarks/\w+\.py", result["command"]):
+        assert (ROOT / name).is_file(), name
+    assert result["command"].startswith(("python benchmarks/", "dq-export "))
+    assert result["machine"]
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:

@@ -41,8 +41,8 @@ def static_verdict(form: Form, target: str, path: Path) -> tuple[str, str]:
     """The checker's verdict on the file and its reason, for sm89 and sm120."""
     ir.save(form.model(target), path)
     findings = check(read_model(path), target, ("sm89", "sm120") if target == "trt-rtx" else ())  # type: ignore[arg-type]
-    found = _decisive(findings)
-    return (found.verdict, found.rule) if found else ("float", "nothing quantized")
+    decisive = _decisive(findings)
+    return (decisive.verdict, decisive.rule) if decisive else ("float", "nothing quantized")
 
 
 def _decisive(findings: list[Finding]) -> Finding | None:
@@ -93,8 +93,8 @@ def _built(request: PlanRequest) -> dict[str, Any]:
 
 def _in_a_body(layers: tuple[Layer, ...]) -> tuple[str, str]:
     """The best GEMM: those of a body are listed without their names."""
-    found = [layer for layer in layers if layer.multiplies]
-    best = max(found, key=lambda layer: bool(layer.precision), default=None)
+    layers_of_gemms = [layer for layer in layers if layer.multiplies]
+    best = max(layers_of_gemms, key=lambda layer: bool(layer.precision), default=None)
     return (best.kind, best.precision) if best else ("not found", "")
 
 

@@ -61,8 +61,8 @@ def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figur
 
 def row(name: str, label: str, model: str, options: Mapping[str, Any], training: Mapping[str, Any], temporary: Path) -> None:
     """Print the figures of an export with GPTQ, and what training adds."""
-    given = {key: value for key, value in training.items() if not key.startswith("distill_")}
-    before, plain = figures(model, {**options, **given, "rounding": "gptq"}, temporary / name / label / "gptq")
+    calibration = {key: value for key, value in training.items() if not key.startswith("distill_")}
+    before, plain = figures(model, {**options, **calibration, "rounding": "gptq"}, temporary / name / label / "gptq")
     after, trained = figures(model, {**options, **training, "rounding": "distill"}, temporary / name / label / "distill")
     cells = [f"{old:.1f} {new - old:+.1f}" for old, new in zip(before, after, strict=True)]
     print(f"| {name} | {label} | {' | '.join(cells)} | {trained - plain:.0f} |", flush=True)

@@ -227,8 +227,8 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         time.sleep(moment.uniform(4, max(seconds * (turn + 1) / kills, 20)))
         process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-        lines = [line.split()[0] for line in said.splitlines() if line.split()]
+        _, output = process.communicate()
+        lines = [line.split()[0] for line in output.splitlines() if line.split()]
         hit.append(lines[-1] if lines and process.returncode < 0 else "finished")
         print(f"kill {turn + 1} in {hit[-1]}", flush=True)
     last = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)

@@ -159,8 +159,8 @@ def spread(inputs: int, names: list[str]) -> list[tuple[Format, int]]:
     formats = [form for form in FORMATS if not names or form.name in names]
     shares = sum(form.share for form in formats)
     counts = {form.name: max(1, round(inputs * form.share / shares)) for form in formats}
-    found = [(form, index) for form in formats for index in range(counts[form.name])]
-    return sorted(found, key=lambda item: item[1] / counts[item[0].name])
+    numbered = [(form, index) for form in formats for index in range(counts[form.name])]
+    return sorted(numbered, key=lambda item: item[1] / counts[item[0].name])
 
 
 def fuzz(

@@ -26,8 +26,8 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
     start, peak, largest = time.monotonic(), 0, 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while True:
-        found, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if found:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
             break
         tree = _tree(process.pid)
         resident = sum(map(_resident, tree))
@@ -42,14 +42,14 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
 
 def _tree(root: int) -> list[int]:
     """The process and its descendants."""
-    found = [root]
-    for process in found:
+    processes = [root]
+    for process in processes:
         for task in Path(f"/proc/{process}/task").glob("*"):
             try:
-                found += map(int, (task / "children").read_text().split())
+                processes += map(int, (task / "children").read_text().split())
             except OSError:  # it has ended
                 continue
-    return found
+    return processes
 
 
 def _resident(process: int) -> int:

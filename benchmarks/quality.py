@@ -243,8 +243,8 @@ def _openvino(path: Path) -> Callable[[Any], Float32]:
     network = openvino.Core().compile_model(path, "CPU")
 
     def call(feed: Any) -> Float32:
-        found: Float32 = np.array(network(dict(feed))[0])  # a view of memory that the next call writes to
-        return found
+        output: Float32 = np.array(network(dict(feed))[0])  # a view of memory that the next call writes to
+        return output
 
     return call
 

@@ -59,8 +59,8 @@ class Reader:
 
     def read(self, pictures: Float32) -> npt.NDArray[np.int64]:
         """The digit on each picture float32[N, 1, 16, 16] in [-1, 1]."""
-        found: npt.NDArray[np.int64] = self.machine.predict(_small(pictures))
-        return found
+        digits: npt.NDArray[np.int64] = self.machine.predict(_small(pictures))
+        return digits
 
     def distance(self, pictures: Float32) -> float:
         """Frechet distance of the pictures' features from the real digits': |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).

@@ -43,10 +43,10 @@ def main() -> None:
                     recipe = Recipe.parse({"model": "dit-digits", "seed": seed, **more}, "benchmark")
                     out = Path(temporary) / f"{label}-{seed}-{size}"
                     request = SearchRequest(max_size=size, evaluations=options.evaluations, strategy=strategy)
-                    found = explore(recipe, out, request, choices=choices)
-                    fitting = [(sqnr, name) for name, mb, _, sqnr in found.uniform if mb <= size]
+                    outcome = explore(recipe, out, request, choices=choices)
+                    fitting = [(sqnr, name) for name, mb, _, sqnr in outcome.uniform if mb <= size]
                     alone = "{:.1f} ({})".format(*max(fitting)) if fitting else "none fits"
-                    print(f"| {label} | {seed} | {size} | {found.size:.2f} | {found.held_back:.1f} | {alone} |", flush=True)
+                    print(f"| {label} | {seed} | {size} | {outcome.size:.2f} | {outcome.held_back:.1f} | {alone} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -179,18 +179,18 @@ def main() -> None:
         for rows in SINGLE:
             single(folder / "out" / "triton", rows)
         with server.serving(folder / "out" / "triton", folder, wait="ready") as running:
-            found = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options.seconds, options.rounds)]
+            measured = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options.seconds, options.rounds)]
             before, after = bad_requests(running, 1000)
     print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
     if options.json:
         options.json.write_text(
-            json.dumps({"machine": platform.processor(), "loads": [asdict(row) for _, row in found]}, indent=1)
+            json.dumps({"machine": platform.processor(), "loads": [asdict(row) for _, row in measured]}, indent=1)
         )
 
 
 def loads(running: server.Server, guidance: float, seconds: float, rounds: int) -> list[tuple[float, Taken]]:
     """All loads with one guidance scale, models in turn; prints the rows of the median rounds."""
-    asker, found = Asker(running.grpc, guidance), []
+    asker, measured = Asker(running.grpc, guidance), []
     asker.saturate("pipeline", 2.0)
     alone = SINGLE[2 if guidance > 1 else 1]
     full: dict[str, list[Taken]] = {model: [] for model in (alone, "pipeline")}
@@ -198,16 +198,16 @@ def loads(running: server.Server, guidance: float, seconds: float, rounds: int) 
         for model, rows in full.items():
             rows.append(asker.saturate(model, seconds))
     middle = {model: sorted(rows, key=lambda row: row.requests)[len(rows) // 2] for model, rows in full.items()}
-    found += list(middle.values())
+    measured += list(middle.values())
     for share in (0.5, 0.9):
-        found += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
+        measured += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
     print(f"\nguidance {guidance:g}: {'two rows' if guidance > 1 else 'a row'} a picture")
     print("| load | model | requests a second | median s | 95 % s | rows of a call |\n|---|---|---|---|---|---|")
-    for row in found:
+    for row in measured:
         print(f"| {row.load} | {row.model} | {row.requests:.1f} | {row.median:.2f} | {row.p95:.2f} | {row.rows:.1f} |")
     one, many = middle[alone], middle["pipeline"]
     print(f"at saturation {many.requests / one.requests:.2f} times the requests, {one.median / many.median:.2f} times as soon")
-    return [(guidance, row) for row in found]
+    return [(guidance, row) for row in measured]
 
 
 if __name__ == "__main__":

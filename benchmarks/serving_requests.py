@@ -18,15 +18,15 @@ def tensors(**inputs: Any) -> list[Any]:
     """grpc inputs of a request: of one value a row for each of its `class_labels`, of n values a row each, arrays as they are."""
     import tritonclient.grpc as grpc
 
-    made, rows = [], np.atleast_1d(inputs.get("class_labels", 0)).shape[0]
+    inputs_of_request, rows = [], np.atleast_1d(inputs.get("class_labels", 0)).shape[0]
     for name, value in inputs.items():
         kind, dtype = KINDS[name]
         array = np.asarray(value, dtype=dtype)
         array = np.full((rows, 1), array, dtype=dtype) if array.ndim == 0 else array
         array = array[:, None] if array.ndim == 1 else array
-        made.append(grpc.InferInput(name, list(array.shape), kind))
-        made[-1].set_data_from_numpy(array)
-    return made
+        inputs_of_request.append(grpc.InferInput(name, list(array.shape), kind))
+        inputs_of_request[-1].set_data_from_numpy(array)
+    return inputs_of_request
 
 
 def ask(client: Any, model: str = "pipeline", **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:

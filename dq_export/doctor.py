@@ -139,15 +139,15 @@ def _library(library: Library, capability: str) -> Diagnosis:
         return Diagnosis(part=library.title, state=MISSING, purpose=purpose, remedy=remedy)
     answers: list[dict[str, Any]] = []
     done = run_child("dq_export.deploy.probe", list(library.modules), answers.append)
-    found = installed(library.distributions)
+    versions = installed(library.distributions)
     if done.status:
         reason = f"cannot be imported: {printable(done.reason)}"
         # Without --no-deps pip would also load PyTorch anew, which is gigabytes.
-        remedy = f"pip install --force-reinstall --no-deps {next(iter(found), library.distributions[0])}"
+        remedy = f"pip install --force-reinstall --no-deps {next(iter(versions), library.distributions[0])}"
         return Diagnosis(part=library.title, state=reason, purpose=purpose, remedy=remedy)
     if any(answer["cuda"] for answer in answers):
         purpose += ", also with --device cuda"
-    return Diagnosis(part=library.title, state=next(iter(found.values()), "installed"), purpose=purpose)
+    return Diagnosis(part=library.title, state=next(iter(versions.values()), "installed"), purpose=purpose)
 
 
 def _server() -> Diagnosis:

@@ -24,13 +24,13 @@ def versions() -> dict[str, str]:
 
 def installed(names: Iterable[str]) -> dict[str, str]:
     """Versions of those distributions of these names that are installed."""
-    found = {}
+    version_of = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            version_of[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return version_of
 
 
 def cpu_name() -> str:

@@ -76,10 +76,10 @@ def plan_memory(
     if recipe.calibration == "progressive":
         needed["calibrate"] += SIMULATED * weights
     if recipe.first_rounding == "gptq":
-        least = _widest_work(shapes)
+        smallest = _widest_work(shapes)
         needed["calibrate"] += CODES * weights
-        space = max(least, int((limit - needed["calibrate"]) * GIB))
-        needed["calibrate"] += least / GIB
+        space = max(smallest, int((limit - needed["calibrate"]) * GIB))
+        needed["calibrate"] += smallest / GIB
     over = [stage for stage in wanted if needed.get(stage, 0.0) > limit]
     hard = [stage for stage in over if stage != "bench"]
     if hard:

@@ -116,7 +116,7 @@ def time_engines(engines: Sequence[Timed], feed: Feed, progress: Advance = unwat
         end = run_child("dq_export.timing", request, receive)
     if end.status:
         raise BackendError(f"the process that times the engines ended with status {end.status}: {end.reason}")
-    return {name: _joined(found) for name, found in turns.items()}
+    return {name: _joined(times) for name, times in turns.items()}
 
 
 def timed(name: str, backend: Backend, built: Built, batch: int, *, profile: bool) -> Timed:
@@ -142,13 +142,13 @@ def _joined(turns: list[dict[str, Any]]) -> Timing:
     )
 
 
-def serve(channel: TextIO, asked: str) -> None:
+def serve(channel: TextIO, line: str) -> None:
     """The child: imports what the engines need, then forks once for each turn.
 
     A fork costs milliseconds where a new interpreter would import for a second. It is safe because this process has loaded
     libraries but no engine: it has no thread that could hold a lock.
     """
-    request = json.loads(asked)
+    request = json.loads(line)
     engines = [
         Timed(**{**item, "runs_on": tuple(item["runs_on"]), "files": tuple(item["files"]), "lora": tuple(item["lora"])})
         for item in request["engines"]

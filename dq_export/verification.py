@@ -70,13 +70,13 @@ def verify_again(out: Path, min_sqnr: float | None, *, verbose: bool) -> Verific
         wrong = next(filter(None, map(engine.misfit, feeds)), "")
         if wrong:
             raise DocumentError(f"does not take the recorded calls: {wrong}")
-        found = replay(engine, feeds, references, limit, verbose=verbose)
+        calls = replay(engine, feeds, references, limit, verbose=verbose)
     except DocumentError as error:
         raise OutputError(f"{shown_path(model)}: {error}; export again") from error
     except session_errors() as error:
         raise BackendError(f"ONNX Runtime cannot run {shown_path(model)} on the recorded calls: {error}") from error
     timesteps = [float(np.asarray(feed["timestep"]).ravel()[0]) for feed in feeds]
-    return Verification(calls=tuple(zip(found, timesteps, strict=True)), limit=limit, origin=origin)
+    return Verification(calls=tuple(zip(calls, timesteps, strict=True)), limit=limit, origin=origin)
 
 
 def _limit(recipe: Recipe, report: Report) -> tuple[float, str]:

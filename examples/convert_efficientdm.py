@@ -41,25 +41,25 @@ def main(words: list[str] | None = None) -> None:
     """Convert a file."""
     parser = options(__doc__ or "")
     parser.add_argument("--float-weights", action="store_true", help="weights to be rounded anew, in the place of codes")
-    given = parser.parse_args(words)
-    state = read_state(given.checkpoint)
-    tables = Tables("EfficientDM", given.timesteps, given.rename, given.skip)
-    activation = Codes(bits=given.activation_bits, signed=False)
+    arguments = parser.parse_args(words)
+    state = read_state(arguments.checkpoint)
+    tables = Tables("EfficientDM", arguments.timesteps, arguments.rename, arguments.skip)
+    activation = Codes(bits=arguments.activation_bits, signed=False)
     modules = {tables.name(key.removesuffix(LIST)): key.removesuffix(LIST) for key in state if key.endswith(LIST)}
     # A convolution's matrices have four axes.
     modules = {name: module for name, module in modules.items() if name and state[f"{module}.loraA.weight"].ndim == 2}
     lists = {name: (state[f"{module}{LIST}"], state[f"{module}{ZEROS}"]) for name, module in modules.items()}
-    for name, (scale, point) in shared(lists, given.shared, given.activation_bits).items():
+    for name, (scale, point) in shared(lists, arguments.shared, arguments.activation_bits).items():
         module = modules[name]
         weight, bits = merged(state, module)
         step, zero = (state[f"{module}.weight_quantizer.{part}"] for part in ("delta", "zero_point"))
         parts = weight_parts(weight, step, zero, bits)
-        codes = None if given.float_weights else Codes(bits=bits, signed=False)
-        if given.float_weights:
+        codes = None if arguments.float_weights else Codes(bits=bits, signed=False)
+        if arguments.float_weights:
             parts = float_parts(parts)
         rows = {"activation.scale": scale, "activation.zero_point": point}
         tables.add(name, {**rows, **parts, "bias": state.get(f"{module}.bias")}, activation, codes)
-    tables.write(given.output)
+    tables.write(arguments.output)
 
 
 if __name__ == "__main__":

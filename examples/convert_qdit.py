@@ -56,16 +56,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default="dit")
     parser.add_argument("--bits", default="w4a8", choices=["w4a8", "w8a8"])
     parser.add_argument("--granularity", default="token-group", choices=["token-group", "token"])
-    given = parser.parse_args(words)
-    sizes = group_sizes(given.groups.read_text())
+    options = parser.parse_args(words)
+    sizes = group_sizes(options.groups.read_text())
     recipe = {
-        "model": given.model,
-        "bits": given.bits,
+        "model": options.model,
+        "bits": options.bits,
         "rounding": "gptq",
-        "rules": rules_of(sizes, given.bits, given.granularity),
+        "rules": rules_of(sizes, options.bits, options.granularity),
     }
-    given.output.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    print(f"{given.output}: {len(sizes)} rules of groups")
+    options.output.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    print(f"{options.output}: {len(sizes)} rules of groups")
 
 
 if __name__ == "__main__":

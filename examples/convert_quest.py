@@ -53,21 +53,21 @@ def main(words: list[str] | None = None) -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--weight-bits", type=int, required=True)
     parser.add_argument("--float-weights", action="store_true", help="weights to be rounded anew, in the place of codes")
-    given = parser.parse_args(words)
-    state = read_state(given.checkpoint)
-    tables = Tables("QuEST", given.timesteps, given.rename, given.skip)
+    arguments = parser.parse_args(words)
+    state = read_state(arguments.checkpoint)
+    tables = Tables("QuEST", arguments.timesteps, arguments.rename, arguments.skip)
     modules = {tables.name(key.removesuffix(LIST)): key.removesuffix(LIST) for key in state if key.endswith(LIST)}
     # A convolution's weight has four axes.
     modules = {name: module for name, module in modules.items() if name and state[f"{module}.weight"].ndim == 2}
     lists = {name: lists_of(state, module) for name, module in modules.items()}
-    for name, (delta, zero) in shared(lists, given.shared, given.activation_bits).items():
+    for name, (delta, zero) in shared(lists, arguments.shared, arguments.activation_bits).items():
         module, weight = modules[name], state[f"{modules[name]}.weight"]
         if delta.shape[1] == 1:
             rows = {"activation.scale": delta[:, 0], "activation.zero_point": zero[:, 0]}
-            activation = Codes(bits=given.activation_bits, signed=False)
+            activation = Codes(bits=arguments.activation_bits, signed=False)
         else:
-            rows, apart = split(delta, zero, given.activation_bits)
-            activation = Codes(bits=given.activation_bits, signed=True)
+            rows, apart = split(delta, zero, arguments.activation_bits)
+            activation = Codes(bits=arguments.activation_bits, signed=True)
             weight = weight * rows["in_scale"]
             print(f"{name}: {apart}")
         codes = None
@@ -76,12 +76,12 @@ def main(words: list[str] | None = None) -> None:
         else:
             step, point = (state[f"{module}.weight_quantizer.{part}"] for part in ("delta", "zero_point"))
             up = state.get(f"{module}.weight_quantizer.alpha")
-            parts = weight_parts(weight, step, point, given.weight_bits, up=None if up is None else up >= 0)
-            codes = Codes(bits=given.weight_bits, signed=False)
-            if given.float_weights:
+            parts = weight_parts(weight, step, point, arguments.weight_bits, up=None if up is None else up >= 0)
+            codes = Codes(bits=arguments.weight_bits, signed=False)
+            if arguments.float_weights:
                 parts, codes = float_parts(parts), None
         tables.add(name, {**rows, **parts, "bias": state.get(f"{module}.bias")}, activation, codes)
-    tables.write(given.output)
+    tables.write(arguments.output)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ def main(words: list[str] | None = None) -> None:
     """Convert a file."""
     parser = options(__doc__ or "")
     parser.add_argument("--unsigned", default="$^", metavar="REGEX", help="modules whose inputs have codes from 0 on")
-    given = parser.parse_args(words)
-    tables = Tables("TDQ", given.timesteps, given.rename, given.skip)
-    found = {tables.name(module): steps.flatten() for module, steps in read_state(given.checkpoint).items()}
-    found.pop("", None)
-    rows = {name: (steps, torch.zeros_like(steps)) for name, steps in found.items()}
-    for name, (steps, _) in shared(rows, given.shared, given.activation_bits).items():
-        codes = Codes(bits=given.activation_bits, signed=not re.search(given.unsigned, name))
+    arguments = parser.parse_args(words)
+    tables = Tables("TDQ", arguments.timesteps, arguments.rename, arguments.skip)
+    steps_of = {tables.name(module): steps.flatten() for module, steps in read_state(arguments.checkpoint).items()}
+    steps_of.pop("", None)
+    rows = {name: (steps, torch.zeros_like(steps)) for name, steps in steps_of.items()}
+    for name, (steps, _) in shared(rows, arguments.shared, arguments.activation_bits).items():
+        codes = Codes(bits=arguments.activation_bits, signed=not re.search(arguments.unsigned, name))
         tables.add(name, {"activation.scale": steps}, codes)
-    tables.write(given.output)
+    tables.write(arguments.output)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def shared(rows: Rows, pattern: str, bits: int) -> Rows:
     """The rows with one table for all modules that read one input, whose trainer gave each its own: steps that cover them all."""
     groups: dict[str, list[str]] = {}
     for name in rows:
-        found = re.search(pattern, name)
-        groups.setdefault(found[1] if found else name, []).append(name)
+        match = re.search(pattern, name)
+        groups.setdefault(match[1] if match else name, []).append(name)
     result: Rows = {}
     for names in groups.values():
         low = torch.stack([-zero * delta for delta, zero in (rows[name] for name in names)]).amin(0)
@@ -68,8 +68,8 @@ def timesteps(text: str) -> list[float]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a file of torch.save holds, through torch's restricted loader: no code of the file runs."""
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return found
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 @dataclass

@@ -56,9 +56,9 @@ def new_model(width: int) -> SD3Transformer2DModel:
 
 def encoded(texts: Sequence[str]) -> Conditions:
     """The states of `pixart-digits`' encoder, zeros behind a text's end, and their sums: this network has no mask."""
-    found = load_reference("pixart-digits").encode(texts, "cpu")
+    conditions = load_reference("pixart-digits").encode(texts, "cpu")
     parts = []
-    for arrays in (found.arrays, found.null):
+    for arrays in (conditions.arrays, conditions.null):
         states = arrays[STATES][:, :LENGTH] * arrays["encoder_attention_mask"][:, :LENGTH, None]
         parts.append({STATES: states, POOLED: states.sum(axis=1)})
     return Conditions(names=tuple(texts), arrays=parts[0], null=parts[1])

@@ -35,11 +35,11 @@ class Sketch:
         """An initializer."""
         content = np.asarray(value, dtype=kind)
         tensor = ir.tensor(np.ascontiguousarray(content).reshape(content.shape))
-        made = ir.Value(
+        stored = ir.Value(
             name=f"c{len(self.constants)}", const_value=tensor, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype)
         )
-        self.constants.append(made)
-        return made
+        self.constants.append(stored)
+        return stored
 
     def float(self, value: Any) -> ir.Value:
         """An initializer of the graph's float type."""

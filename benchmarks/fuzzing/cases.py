@@ -48,7 +48,7 @@ class Format:
 
 def guarded(root: Path) -> dict[str, str]:
     """Path -> kind, mode and content of everything under a folder; links are not followed."""
-    found = {}
+    functions = {}
     for path in sorted(root.rglob("*")):
         info = path.lstat()
         text = f"{info.st_mode:o}"
@@ -58,5 +58,5 @@ def guarded(root: Path) -> dict[str, str]:
                 text += hashlib.sha256(path.read_bytes()).hexdigest()
         elif stat.S_ISLNK(info.st_mode):
             text += f" -> {path.readlink()}"
-        found[str(path.relative_to(root))] = text
-    return found
+        functions[str(path.relative_to(root))] = text
+    return functions

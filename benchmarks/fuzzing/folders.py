@@ -147,12 +147,12 @@ def repository(rng: random.Random, materials: Path, work: Path, guard: Path) -> 
 def mutate_words(rng: random.Random, file: Path) -> str:
     """Change a text file by its words: one replaced, removed, doubled, or put into another line."""
     words = file.read_text().replace("\n", " \n ").split(" ")
-    said = []
+    changes = []
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(len(words))
         kind = rng.choice(("replace", "replace", "remove", "double", "insert", "swap"))
         new = rng.choice((*TOKENS, rng.choice(words)))
-        said.append(f"{kind} {words[at]!r:.30} {new!r:.20}")
+        changes.append(f"{kind} {words[at]!r:.30} {new!r:.20}")
         if kind == "replace":
             words[at] = new
         elif kind == "remove":
@@ -165,7 +165,7 @@ def mutate_words(rng: random.Random, file: Path) -> str:
             other = rng.randrange(len(words))
             words[at], words[other] = words[other], words[at]
     file.write_text(" ".join(words))
-    return "; ".join(said)
+    return "; ".join(changes)
 
 
 FORMATS = (

@@ -38,8 +38,8 @@ def _node(rng: random.Random, graph: Any) -> Any:
 
 
 def _names(graph: Any) -> list[str]:
-    found = [name for node in graph.node for name in (*node.input, *node.output)]
-    return [*found, *(item.name for item in graph.initializer), "", "absent"]
+    names = [name for node in graph.node for name in (*node.input, *node.output)]
+    return [*names, *(item.name for item in graph.initializer), "", "absent"]
 
 
 def rewired(rng: random.Random, model: Any) -> str:

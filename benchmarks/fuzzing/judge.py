@@ -89,9 +89,9 @@ def _outside(root: Path, writes: list[str]) -> str:
     before = json.loads((root / "before.json").read_text())
     after = guarded(root)
     # ONNX Runtime keeps a number of the machine in the user's cache.
-    own = ("tmp", "home/.cache", "stdout", "stderr", "before.json", "judged.txt", *writes)
+    expected = ("tmp", "home/.cache", "stdout", "stderr", "before.json", "judged.txt", *writes)
     for name in sorted({*before, *after}):
-        if before.get(name) != after.get(name) and not any(name == item or name.startswith(f"{item}/") for item in own):
+        if before.get(name) != after.get(name) and not any(name == item or name.startswith(f"{item}/") for item in expected):
             return f"{name} {'changed' if name in before and name in after else 'made' if name in after else 'removed'}"
     return ""
 

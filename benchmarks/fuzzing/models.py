@@ -59,10 +59,10 @@ def equal_to_diffusers(work: Path) -> str:
     latents = random_.standard_normal((2, model.config.in_channels, size, size)).astype(np.float32)
     labels = np.asarray([0, 1 % model.config.num_embeds_ada_norm])
     steps = np.full([1 if session.get_inputs()[1].shape == [1] else 2], 500)
-    found = session.run(None, {"hidden_states": latents, "timestep": steps, "class_labels": labels})[0]
+    output = session.run(None, {"hidden_states": latents, "timestep": steps, "class_labels": labels})[0]
     with torch.no_grad():
         expected = model(torch.from_numpy(latents), torch.full((2,), 500), torch.from_numpy(labels)).sample.numpy()
-    noise = np.square(found.astype(np.float64) - expected).sum() / max(float(np.square(expected).sum()), 1e-30)
+    noise = np.square(output.astype(np.float64) - expected).sum() / max(float(np.square(expected).sum()), 1e-30)
     return "" if noise < 1e-6 else f"silent: the float graph is {-10 * np.log10(noise):.0f} dB from diffusers' own model"
 
 
@@ -128,16 +128,16 @@ def mutate_header(rng: random.Random, file: Path) -> str:
     kind = rng.random()
     if kind < 0.6:
         header, what = mutate_json(rng, header)
-        made = len(header).to_bytes(8, "little") + header + body
+        mutant = len(header).to_bytes(8, "little") + header + body
     elif kind < 0.75:
         field = rng.choice((0, 1, length - 1, length + 1, len(data), 2**31, 2**63, 2**64 - 1, 10**8))
-        made, what = field.to_bytes(8, "little") + data[8:], f"length {field}"
+        mutant, what = field.to_bytes(8, "little") + data[8:], f"length {field}"
     elif kind < 0.9:
-        made, what = mutate_bytes(rng, data, length)
+        mutant, what = mutate_bytes(rng, data, length)
     else:
         body, what = mutate_bytes(rng, body)
-        made = data[: 8 + length] + body
-    file.write_bytes(made)
+        mutant = data[: 8 + length] + body
+    file.write_bytes(mutant)
     return what
 
 

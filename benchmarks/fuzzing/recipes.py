@@ -115,8 +115,8 @@ def options(rng: random.Random, materials: Path, work: Path, guard: Path) -> Cas
     words = ["--model", str(materials / "plain"), *EXPORT, "-o", out]
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(OPTIONS)
-        found = rng.choice(PATTERNS) if name == "exclude" else str(value(rng))
-        words += [f"--{name}={found[:10_000]}".encode("utf-8", "replace").decode().replace("\0", "")]
+        text = rng.choice(PATTERNS) if name == "exclude" else str(value(rng))
+        words += [f"--{name}={text[:10_000]}".encode("utf-8", "replace").decode().replace("\0", "")]
     return Case(words, " ".join(words[-3:])[:200], rng.random() < 0.03, writes=("work", "home"))
 
 

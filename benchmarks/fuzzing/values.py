@@ -44,12 +44,12 @@ def nearby(rng: random.Random, old: Any) -> Any:
 
 def places(document: Any, trail: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of keys of every value inside a document."""
-    found = []
+    trails = []
     entries = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     for key, item in entries:
-        found.append((*trail, key))
-        found += places(item, (*trail, key))
-    return found
+        trails.append((*trail, key))
+        trails += places(item, (*trail, key))
+    return trails
 
 
 def change(rng: random.Random, document: Any) -> tuple[Any, str]:
@@ -125,7 +125,7 @@ def mutate_bytes(rng: random.Random, data: bytes, until: int | None = None) -> t
         for _ in range(much):
             changed[rng.randrange(min(size, len(changed)))] = rng.randrange(256)
         return bytes(changed), f"{much} bytes flipped"
-    made = {
+    mutants = {
         "cut": data[:at],
         "remove": data[:at] + data[at + much :],
         "repeat": data[:at] + data[at : at + much] * 2 + data[at + much :],
@@ -133,7 +133,7 @@ def mutate_bytes(rng: random.Random, data: bytes, until: int | None = None) -> t
         "ones": data[:at] + b"\xff" * much + data[at + much :],
         "append": data + rng.randbytes(much),
     }[kind]
-    return made, f"{kind} {much} bytes at {at}"
+    return mutants, f"{kind} {much} bytes at {at}"
 
 
 SPECIAL = ("missing", "folder", "fifo", "endless", "loop", "dangling", "canary", "guard", "other")

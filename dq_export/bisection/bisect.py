@@ -179,11 +179,11 @@ class Bisector:
         """The first linear that the step breaks; what fails of it goes to `out/bisect`. Empty where no linear does."""
         feed, folded = self.feeds[step.call], self.calibration if "fold_scaling" in step.name.split(", ") else None
         graphs = (before, after)
-        found = first_broken(graphs, feed, self.limit, folded)
-        if found is None:
+        broken = first_broken(graphs, feed, self.limit, folded)
+        if broken is None:
             return ""
         target = after.parent / FOLDER
         target.mkdir()
-        save_replay(target, *cut(graphs, found, feed, self.limit, target / MODEL))
+        save_replay(target, *cut(graphs, broken, feed, self.limit, target / MODEL))
         move(target, self.out / FOLDER)
-        return found.linear
+        return broken.linear

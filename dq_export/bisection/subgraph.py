@@ -50,9 +50,9 @@ def first_broken(graphs: tuple[Path, Path], feed: Feed, limit: float, folded: Ca
     for start in range(0, len(names), TOGETHER):
         part = names[start : start + TOGETHER]
         exact = values_of(graphs[0], [before[name] for name in part], feed)
-        found = values_of(graphs[1], [after[name] for name in part], feed)
+        values = values_of(graphs[1], [after[name] for name in part], feed)
         for name in part:
-            result = found[after[name]]
+            result = values[after[name]]
             expected = _folded(name, exact[before[name]].reshape(result.shape), folded)
             if difference(expected, result).sqnr < limit:
                 return Broken(linear=name, expected=expected.astype(result.dtype))
@@ -74,10 +74,10 @@ def cut(graphs: tuple[Path, Path], broken: Broken, feed: Feed, limit: float, tar
     model, earlier = (ir.load(path) for path in reversed(graphs))
     linear, constants = linears(model)[broken.linear], _constants(model)
     result = _result(linear)
-    own = {linear.gemm, linear.bias_add, result.producer()}
+    kept = {linear.gemm, linear.bias_add, result.producer()}
     parts: tuple[Callable[[ir.Node], bool], ...] = (
-        lambda node: node in own,
-        lambda node: node in own or bool(PASS.read(node)),
+        lambda node: node in kept,
+        lambda node: node in kept or bool(PASS.read(node)),
         lambda node: True,
     )
     known = {str(value.name) for node in earlier.graph for value in node.outputs} | set(feed)
@@ -86,34 +86,34 @@ def cut(graphs: tuple[Path, Path], broken: Broken, feed: Feed, limit: float, tar
         names = _inputs(result, inside, constants)
         if not set(names) <= known:
             continue
-        right, found = (values_of(path, names, feed) for path in graphs)
-        if any(_apart(right[name], found[name], limit) for name in names):
+        right, actual = (values_of(path, names, feed) for path in graphs)
+        if any(_apart(right[name], actual[name], limit) for name in names):
             continue
-        inputs = {name: right[name].astype(found[name].dtype) for name in names}
+        inputs = {name: right[name].astype(actual[name].dtype) for name in names}
         _write_part(graphs[1], inputs, (str(result.name), broken.expected.dtype), target)
-        (given,) = open_graph(target, optimize=False).session.run(None, dict(inputs))
-        if difference(broken.expected, given).sqnr < limit:
+        (result_of_part,) = open_graph(target, optimize=False).session.run(None, dict(inputs))
+        if difference(broken.expected, result_of_part).sqnr < limit:
             break
     return [inputs], [broken.expected.astype(np.float32)]
 
 
-def _apart(right: Array, found: Array, limit: float) -> bool:
-    return right.shape != found.shape or difference(right, found).sqnr < limit
+def _apart(right: Array, actual: Array, limit: float) -> bool:
+    return right.shape != actual.shape or difference(right, actual).sqnr < limit
 
 
 def values_of(graph: Path, names: Sequence[str], feed: Feed) -> dict[str, Array]:
     """By name the values that a network call has or computes."""
-    given = {name: np.asarray(feed[name]) for name in names if name in feed}
+    inputs = {name: np.asarray(feed[name]) for name in names if name in feed}
     names = [name for name in names if name not in feed]
     if not names:
-        return given
+        return inputs
     model = ir.load(graph)
     known = {str(value.name): value for node in model.graph for value in node.outputs}
     model.graph.outputs[:] = [known[name] for name in names]
     exposed = graph.with_name("exposed.onnx")  # beside the weights that it refers to
     ir.save(model, exposed)
     session = open_graph(exposed, optimize=False, prepack=False).session
-    return given | dict(zip(names, session.run(names, dict(feed)), strict=True))
+    return inputs | dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
 def _results(model: ir.Model) -> dict[str, str]:
@@ -137,16 +137,16 @@ def _folded(name: str, result: Array, calibration: CalibrationResult | None) -> 
 
 def _constants(model: ir.Model) -> set[ir.Value]:
     """Initializers, and what is computed from them alone."""
-    found = set(model.graph.initializers.values())
+    constants = set(model.graph.initializers.values())
     for node in model.graph:
-        if all(value is None or value in found for value in node.inputs):
-            found.update(node.outputs)
-    return found
+        if all(value is None or value in constants for value in node.inputs):
+            constants.update(node.outputs)
+    return constants
 
 
 def _inputs(result: ir.Value, inside: Callable[[ir.Node], bool], constants: set[ir.Value]) -> list[str]:
     """Names of the values that the nodes `inside` need to compute a result, beside constants."""
-    found: dict[str, None] = {}
+    inputs: dict[str, None] = {}
     waiting, seen = [result], {result} | constants
     while waiting:
         node = waiting.pop().producer()
@@ -155,10 +155,10 @@ def _inputs(result: ir.Value, inside: Callable[[ir.Node], bool], constants: set[
             seen.add(value)
             producer = value.producer()
             if producer is None or not inside(producer):
-                found[str(value.name)] = None
+                inputs[str(value.name)] = None
             else:
                 waiting.append(value)
-    return list(found)
+    return list(inputs)
 
 
 def _write_part(graph: Path, inputs: Feed, result: tuple[str, np.dtype[Any]], target: Path) -> None:

@@ -53,9 +53,9 @@ def bisect(
 
     with watching(quiet=False, then="nothing was changed") as watch:
         watch.begin("bisect", "the passes one by one, on the recorded calls")
-        found = bisect_passes(out, min_sqnr, watch.advance)
-    print_bisection(found)
-    if found.broken:
+        bisection = bisect_passes(out, min_sqnr, watch.advance)
+    print_bisection(bisection)
+    if bisection.broken:
         raise typer.Exit(PARITY)
 
 

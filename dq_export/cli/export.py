@@ -78,13 +78,13 @@ def _export(until: str, options: dict[str, Any]) -> None:
     folder, path = options.pop("output_dir"), options.pop("recipe")
     how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
     exclude = tuple(options.pop("exclude") or ())
-    given: dict[str, Any] = {key: value for key, value in options.items() if value not in NOT_GIVEN}
+    flags: dict[str, Any] = {key: value for key, value in options.items() if value not in NOT_GIVEN}
     for key in ("bits", "format", "provider", "dtype"):
-        if key in given:
-            given[key] = given[key].lower()
-    if re.fullmatch(r"-?\d+", str(given.get("bins", ""))):
-        given["bins"] = int(given["bins"])
-    recipe = recipe_of(path, given)
+        if key in flags:
+            flags[key] = flags[key].lower()
+    if re.fullmatch(r"-?\d+", str(flags.get("bins", ""))):
+        flags["bins"] = int(flags["bins"])
+    recipe = recipe_of(path, flags)
     group = _group(until)
     quiet = how["quiet"] or how["as_json"] or group.rank > 0
     with watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
@@ -104,7 +104,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     require(report.verdict if report else None)
 
 
-def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
+def recipe_of(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own, and one
     for other prompts, adapters or tables what it says of those."""
     from dq_export.core.recipe import Recipe, RecipeError
@@ -112,14 +112,14 @@ def recipe_of(path: Path | None, given: dict[str, Any]) -> Recipe:
     from ..families.prompts import prompts_of
 
     base = Recipe.read(path) if path else {}
-    if "prompts" in given:
-        given = {**given, "prompts": prompts_of(expanded(given["prompts"]))}
-    if "prompts" in given or "conditions" in given:
+    if "prompts" in flags:
+        flags = {**flags, "prompts": prompts_of(expanded(flags["prompts"]))}
+    if "prompts" in flags or "conditions" in flags:
         base = {key: value for key, value in base.items() if key not in ("prompts", "conditions", "conditions_sha256")}
-    base = {key: value for key, value in base.items() if key.removesuffix("_sha256") not in given.keys() & {"lora", "tables"}}
-    if given.get("model", base.get("model")) != base.get("model"):
+    base = {key: value for key, value in base.items() if key.removesuffix("_sha256") not in flags.keys() & {"lora", "tables"}}
+    if flags.get("model", base.get("model")) != base.get("model"):
         base = {key: value for key, value in base.items() if key not in ("revision", "variant")}
-    values = {**base, **given}
+    values = {**base, **flags}
     if "model" not in values:
         raise RecipeError("--model is missing: dit-digits, pixart-digits, a hub id or a diffusers folder")
     return Recipe.parse(values, f"recipe {path} with flags" if path else "option")

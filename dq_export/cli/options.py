@@ -79,8 +79,8 @@ def with_options(command: Callable[..., None], parameters: Iterable[inspect.Para
     Args:
         text: for `--help`.
     """
-    own = [item for item in inspect.signature(command, eval_str=True).parameters.values() if item.kind is not item.VAR_KEYWORD]
-    signature = inspect.Signature([*own, *(item.replace(kind=item.KEYWORD_ONLY) for item in parameters)])
+    first = [item for item in parameters_of(command) if item.kind is not item.VAR_KEYWORD]
+    signature = inspect.Signature([*first, *(item.replace(kind=item.KEYWORD_ONLY) for item in parameters)])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {name: item.annotation for name, item in signature.parameters.items()}
     command.__doc__ = text
@@ -96,7 +96,7 @@ def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind, choices = _kind(field)
     names = NAMES.get(name) or ((f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,))
-    made = typer.Option(
+    field_option = typer.Option(
         *names,
         help=_text(field, choices),
         show_default=False,
@@ -106,7 +106,7 @@ def _parameter(name: str, field: FieldInfo, group: str) -> inspect.Parameter:
     )
     if name in REPEATED:
         kind = list[kind]  # type: ignore[valid-type]
-    annotation: Any = Annotated[str, made] if kind is str else Annotated[kind | None, made]
+    annotation: Any = Annotated[str, field_option] if kind is str else Annotated[kind | None, field_option]
     default = "" if kind is str else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -43,9 +43,9 @@ def _search(**options: Any) -> None:
     folder, quiet = options.pop("output_dir"), options.pop("quiet")
     request = SearchRequest(**options)
     with watching(quiet=quiet, then="the same command continues after the last evaluation") as watch:
-        found = explore(base, folder, request, progress=watch)
-    print_search(found)
-    print(f"{found.evaluations} evaluations; export it: dq-export --recipe {folder / WINNER} -o out")
+        outcome = explore(base, folder, request, progress=watch)
+    print_search(outcome)
+    print(f"{outcome.evaluations} evaluations; export it: dq-export --recipe {folder / WINNER} -o out")
 
 
 TEXT = """Look for the best mix of bits, groups and granularities; export its winner.yaml with --recipe.

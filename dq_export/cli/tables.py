@@ -48,11 +48,11 @@ def one_line(value: object) -> str:
     return printable(str(value), CELL)
 
 
-def print_search(found: Outcome) -> None:
+def print_search(outcome: Outcome) -> None:
     """The winner beside the recipes with one choice everywhere."""
     rows = [
         (name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
-        for name, size, taken, sqnr in (("found", found.size, found.milliseconds, found.held_back), *found.uniform)
+        for name, size, taken, sqnr in (("found", outcome.size, outcome.milliseconds, outcome.held_back), *outcome.uniform)
     ]
     print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and conditions than the search's")
 
@@ -65,17 +65,18 @@ def print_audit(report: Audit, required: float) -> None:
     print(f"{report.coverage:.1%} of the quantized GEMMs', required {required:.1%}")
 
 
-def print_bisection(found: Bisection) -> None:
+def print_bisection(bisection: Bisection) -> None:
     """The worst recorded call after each pass, and where parity breaks."""
-    rows = [(step.name, f"{step.sqnr:.1f}", step.call) for step in found.steps]
+    rows = [(step.name, f"{step.sqnr:.1f}", step.call) for step in bisection.steps]
     print_table(["after", "worst dB", "of call"], rows)
-    if found.broken is None:
-        print(f"every call keeps {found.limit:g} dB after every pass")
+    if bisection.broken is None:
+        print(f"every call keeps {bisection.limit:g} dB after every pass")
         return
-    print(f"parity breaks in pass {found.broken.name}{f', at linear {one_line(found.linear)}' if found.linear else ''}")
-    print(f"the worst call has {found.broken.sqnr:.1f} dB, required {found.limit:g}")
-    if found.command:
-        print(f"the failing part is in bisect/; this shows it, run in the output folder:\n{found.command}")
+    place = f", at linear {one_line(bisection.linear)}" if bisection.linear else ""
+    print(f"parity breaks in pass {bisection.broken.name}{place}")
+    print(f"the worst call has {bisection.broken.sqnr:.1f} dB, required {bisection.limit:g}")
+    if bisection.command:
+        print(f"the failing part is in bisect/; this shows it, run in the output folder:\n{bisection.command}")
     else:
         print("no linear's result shows it: the error adds up, or is outside of linears")
 

@@ -137,8 +137,8 @@ class CalibrationResult:
             elif plan.activation is not None:
                 entry |= {"token": {**asdict(plan.activation), "qtype": plan.activation.qtype.name}}
             described.append(entry)
-        for kind, found in self._by_linear().items():
-            tensors |= {f"{name}.weight.{kind}": value for name, value in found.items()}
+        for kind, arrays in self._by_linear().items():
+            tensors |= {f"{name}.weight.{kind}": value for name, value in arrays.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
         header: dict[str, Any] = {
             "format": FORMAT,

@@ -65,21 +65,21 @@ def misfit(conditions: Conditions, inputs: Sequence[Input], *, guided: bool) -> 
 
 def _misfits(conditions: Conditions, inputs: Sequence[Input]) -> Iterator[str]:
     sizes: dict[str, tuple[int, str]] = {}
-    for found, front, count in ((conditions.arrays, "", len(conditions)), (conditions.null, NULL, 1)):
-        if not found:  # a null that no guidance needs
+    for arrays, front, count in ((conditions.arrays, "", len(conditions)), (conditions.null, NULL, 1)):
+        if not arrays:  # a null that no guidance needs
             continue
         expected = {f"{front}{item.name}" for item in inputs}
-        present = {f"{front}{name}" for name in found}
+        present = {f"{front}{name}" for name in arrays}
         if expected != present:
             yield f"holds {_listed(present)}; expected {_listed(expected)}, the network's condition inputs"
             return
         for item in inputs:
-            yield from _row_misfits(f"{front}{item.name}", item, found, count, sizes)
+            yield from _row_misfits(f"{front}{item.name}", item, arrays, count, sizes)
 
 
-def _row_misfits(name: str, item: Input, found: Feed, count: int, sizes: dict[str, tuple[int, str]]) -> Iterator[str]:
+def _row_misfits(name: str, item: Input, arrays: Feed, count: int, sizes: dict[str, tuple[int, str]]) -> Iterator[str]:
     """Of one tensor. Enters in `sizes` what each axis measures, and by which tensor."""
-    rows = found[item.name]
+    rows = arrays[item.name]
     if rows.dtype != np.dtype(item.dtype):
         yield f"{name} is {rows.dtype}; expected {item.dtype}"
     fits = rows.ndim == len(item.shape) and len(rows) == count

@@ -181,12 +181,12 @@ def shown_path(path: Path) -> str:
 
 
 def _unique(pairs: Iterable[tuple[Any, Any]], source: str) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
+    mapping: dict[Any, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise DocumentError(f"{source}: key {shown(key)} stands there twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _require_plain(value: Any, source: str) -> None:
@@ -237,15 +237,15 @@ class _BoundedLoader(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+        mapping: dict[Any, Any] = {}
         for name, value in node.value:
             key = self.construct_object(name, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 self._refuse("a list or mapping as a key", name)
-            if key in found:
+            if key in mapping:
                 self._refuse(f"key {shown(key)} stands there twice", name)
-            found[key] = self.construct_object(value, deep=True)
-        return found
+            mapping[key] = self.construct_object(value, deep=True)
+        return mapping
 
     @staticmethod
     def _refuse(problem: str, item: Any) -> None:

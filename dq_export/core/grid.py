@@ -92,15 +92,15 @@ def fit(weight: Float32, scheme: Scheme, importance: Float32 | None) -> WeightGr
     size = weight.shape[1] // amax.shape[0]
     counts = np.ones(weight.shape[1], dtype=np.float32) if importance is None else importance
     best: npt.NDArray[np.floating] = amax / qtype.qmax
-    least = np.full(amax.shape, np.inf)
+    lowest = np.full(amax.shape, np.inf)
     for ratio in RATIOS[::-1]:
         candidate = ratio * amax / qtype.qmax
         # Two levels fit the multiplier below; here each block's own step, which it then comes near to.
         steps = np.repeat(np.where(candidate > 0, candidate, 1.0).T, size, axis=1)
         error = np.square(qtype.round((weight / steps).astype(np.float32)) * steps - weight) * counts
-        found = error.reshape(len(weight), -1, size).sum(axis=2).T
-        better = found < least
-        best, least = np.where(better, candidate, best), np.where(better, found, least)
+        errors = error.reshape(len(weight), -1, size).sum(axis=2).T
+        better = errors < lowest
+        best, lowest = np.where(better, candidate, best), np.where(better, errors, lowest)
     return _grid(best.astype(np.float32), qtype, block, two_level=scheme.two_level, up=False)
 
 
@@ -121,10 +121,10 @@ def _grid(steps: Float32, qtype: QuantType, block: int, *, two_level: bool, up: 
         return WeightGrid(scale=positive[0], qtype=qtype)
     if not two_level:
         return WeightGrid(scale=positive, qtype=qtype)
-    most = INT8.qmax // qtype.qmax
-    largest = steps.max(axis=0) / most
+    multiplier_limit = INT8.qmax // qtype.qmax
+    largest = steps.max(axis=0) / multiplier_limit
     scale = np.where(largest > 0, largest, 1.0).astype(np.float32)
     ratio = steps / scale
     # A thousandth: what float32 rounding adds to a ratio that is whole.
     whole = np.ceil(ratio - 1e-3) if up else np.rint(ratio)
-    return WeightGrid(scale=scale, qtype=qtype, multiplier=np.clip(whole, 1, most).astype(np.int8))
+    return WeightGrid(scale=scale, qtype=qtype, multiplier=np.clip(whole, 1, multiplier_limit).astype(np.int8))

@@ -126,10 +126,10 @@ class Conditions:
 
 def arguments(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of the network's `forward`, from the values of its inputs by name."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for item in inputs:
-        (found.setdefault(item.within, {}) if item.within else found)[item.name] = values[item.name]
-    return found
+        (by_name.setdefault(item.within, {}) if item.within else by_name)[item.name] = values[item.name]
+    return by_name
 
 
 def axes_of(inputs: Iterable[Input]) -> list[Axis]:

@@ -42,9 +42,9 @@ def load_plugins(kind: Kind, expected: Any, taken: Collection[str] = ()) -> dict
     Raises:
         PluginError: a plug-in cannot be imported, is of another class, or has a name that is taken.
     """
-    found: dict[str, Any] = {}
+    plugins: dict[str, Any] = {}
     for point in _points(kind):
-        if point.name in taken or point.name in found:
+        if point.name in taken or point.name in plugins:
             raise PluginError(f"{_title(kind, point)}: there is another of that name; uninstall one of the packages")
         try:
             loaded = point.load()
@@ -55,8 +55,8 @@ def load_plugins(kind: Kind, expected: Any, taken: Collection[str] = ()) -> dict
         if not isinstance(loaded, expected):
             wanted = f"an object of {expected.__name__}"
             raise PluginError(f"{_title(kind, point)}: expected {wanted}, found {point.value} of {type(loaded).__name__}")
-        found[point.name] = loaded
-    return found
+        plugins[point.name] = loaded
+    return plugins
 
 
 def fault_of_plugin(error: Exception, *, within: bool = False) -> PluginError | None:

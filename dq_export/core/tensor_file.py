@@ -45,8 +45,8 @@ class TensorFile:
             DocumentError: the file changed since it was opened, or numpy does not have the element type.
         """
         with _opened(self.path) as file:
-            found: npt.NDArray[Any] = file.get_tensor(name)
-        return found
+            array: npt.NDArray[Any] = file.get_tensor(name)
+        return array
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -135,8 +135,8 @@ def _linears(first: Report, second: Report) -> Iterable[Row]:
 
 
 def _linear_text(linear: LinearReport) -> str:
-    least = _least(linear)
-    return linear.action if least is None else f"{linear.action}, {least:.1f} dB"
+    worst = _least(linear)
+    return linear.action if worst is None else f"{linear.action}, {worst:.1f} dB"
 
 
 def _least(linear: LinearReport) -> float | None:

@@ -190,7 +190,7 @@ class Report(Part):
             for line in item.skipped:
                 place, _, reason = line.partition(": ")
                 places.setdefault((item.name, reason), []).append(place.strip("'"))
-        return [(name, reason, found) for (name, reason), found in places.items()]
+        return [(name, reason, names) for (name, reason), names in places.items()]
 
     def skipped(self) -> list[tuple[str, int]]:
         """Reasons for linears that stay float or weight-only, and how many have each."""

@@ -68,12 +68,12 @@ def _floor(call: CallParity, recipe: Recipe) -> float:
     return FLOAT_SQNR if call.stage == FLOAT_STAGE else recipe.min_sqnr
 
 
-def _in_float(audit: Audit, least: float) -> list[str]:
+def _in_float(audit: Audit, required: float) -> list[str]:
     """Too little in low precision, and each GEMM that should be; nothing where the share is kept."""
-    if audit.coverage >= least:
+    if audit.coverage >= required:
         return []
     lost = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.required and not g.integer]
-    share = f"{audit.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires {least:.1%}"
+    share = f"{audit.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires {required:.1%}"
     return [f"{share}. In float:", *(f"  {line}" for line in lost)]
 
 

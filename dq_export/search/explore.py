@@ -196,7 +196,7 @@ def _calibrate(
     from dq_export.calibration.calibrate import calibrate
     from dq_export.calibration.context import Calibration
 
-    found = {}
+    calibrated = {}
     schemes = [scheme for scheme in space.choices if scheme.low_precision]
     for number, scheme in enumerate(schemes, start=1):
         name = scheme.label.replace(" ", "-")
@@ -204,7 +204,7 @@ def _calibrate(
         recipe, start = uniform(base, space, scheme), time.monotonic()
         watch.begin("calibrate", f"{scheme.label} {number}/{len(schemes)}")
         if path.exists():
-            found[scheme] = CalibrationResult.load(path)
+            calibrated[scheme] = CalibrationResult.load(path)
             watch.end(0.0, "", kept=True)
             continue
         result = calibrate(
@@ -222,9 +222,9 @@ def _calibrate(
         partial = path.with_suffix(".new")
         result.save(partial)
         partial.rename(path)
-        found[scheme] = result
+        calibrated[scheme] = result
         watch.end(time.monotonic() - start, f"{len(result.sites)} inputs", kept=False)
-    return found
+    return calibrated
 
 
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:

@@ -28,9 +28,9 @@ def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
         RecipeError: it is not; the message says what it costs.
     """
     costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
-    least = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
-    if goal.limit is not None and least > goal.limit:
-        raise RecipeError(f"{request.option}: the cheapest of all mixes takes {least:.4g} {request.unit}; raise the limit")
+    lowest = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
+    if goal.limit is not None and lowest > goal.limit:
+        raise RecipeError(f"{request.option}: the cheapest of all mixes takes {lowest:.4g} {request.unit}; raise the limit")
 
 
 def require_timing(backend: Backend | None, recipe: Recipe) -> None:

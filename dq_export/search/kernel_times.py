@@ -58,14 +58,14 @@ def time_space(space: Space, reference: Reference, backend: Backend, watch: Prog
 
 def _rows(reference: Reference) -> dict[str, int]:
     """Rows of each site's input at a call of batch 2."""
-    found: dict[str, int] = {}
+    rows: dict[str, int] = {}
 
     def watch(name: str, value: Any) -> None:
-        found[name] = len(value)
+        rows[name] = len(value)
 
     with reference.observe(watch):
         reference.forward({item.name: item.zeros(2) for item in reference.inputs})
-    return found
+    return rows
 
 
 def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Scheme], *, rounds: int = 15) -> list[float]:

@@ -77,12 +77,12 @@ class Space:
 
     def rules(self, genome: Genome) -> tuple[Rule, ...]:
         """The genome as a recipe's rules, one a site."""
-        found = []
+        rules = []
         for site, chosen in zip(self.sites, genome, strict=True):
             names = "|".join(name.replace(".", r"\.") for name in self.linears[site])
             reason = "" if self.choices[chosen].low_precision else "chosen by the search"
-            found.append(Rule.of(f"^({names})$", self.choices[chosen], reason))
-        return tuple(found)
+            rules.append(Rule.of(f"^({names})$", self.choices[chosen], reason))
+        return tuple(rules)
 
 
 def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Scheme], backend: Backend | None) -> Space:

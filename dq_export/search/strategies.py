@@ -205,11 +205,11 @@ def _measure_singles(search: Search, noise: Noise) -> None:
     """Fill `noise` with what each choice adds alone, every other site at its most accurate."""
     space = search.space
     base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
-    least = _noise(search.evaluate(base))
+    base_noise = _noise(search.evaluate(base))
     for site, row in enumerate(space.allowed):
         for choice in np.flatnonzero(row):
             genome = (*base[:site], int(choice), *base[site + 1 :])
-            noise[site, choice] = max(_noise(search.evaluate(genome)) - least, 0.0)
+            noise[site, choice] = max(_noise(search.evaluate(genome)) - base_noise, 0.0)
 
 
 SEARCHES: dict[str, Callable[[Search, np.random.Generator], None]] = {"descend": descend, "evolve": evolve}

@@ -69,13 +69,15 @@ class Trajectories:
                 assigned = uniform(recipe, space, scheme).assign(reference.linears)
                 simulations.append(Simulation.of(reference, calibrated[scheme], assigned))
         noise, conditions = reference.noise(size, seed), np.arange(size, dtype=np.int64) % len(reference.conditions)
-        made = Trajectories(
+        trajectories = Trajectories(
             reference=reference, space=space, recipe=recipe, simulations=tuple(simulations), noise=noise,
             conditions=conditions, exact=np.zeros(0, dtype=np.float32), journal=journal,
         )  # fmt: skip
-        object.__setattr__(made, "exact", made.latents(reference.forward))
-        made._read([reference.digest, recipe.model_dump(mode="json"), [str(scheme) for scheme in space.choices], seed, size])
-        return made
+        object.__setattr__(trajectories, "exact", trajectories.latents(reference.forward))
+        trajectories._read(
+            [reference.digest, recipe.model_dump(mode="json"), [str(scheme) for scheme in space.choices], seed, size]
+        )
+        return trajectories
 
     def sqnr(self, genome: Genome) -> float:
         """dB: the float latents' power over the power of their difference, over all steps and the final picture."""
@@ -91,8 +93,8 @@ class Trajectories:
                     if name in simulation.biases:
                         biases[name] = simulation.biases[name]
             with self.reference.replace(weights, biases, lambda site, rows, t: _rounded(chosen.get(site), site, rows, t)):
-                found = self.latents(self.reference.forward)
-            noise = float(np.square(found.astype(np.float64) - self.exact).sum())
+                drawn = self.latents(self.reference.forward)
+            noise = float(np.square(drawn.astype(np.float64) - self.exact).sum())
             signal = float(np.square(self.exact.astype(np.float64)).sum())
             self.known[genome] = float(decibels(signal, noise))
             with self.journal.open("a", encoding="utf-8") as file:

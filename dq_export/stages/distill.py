@@ -94,18 +94,18 @@ class Distill(Stage[Distilled]):
             context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{kept}")
 
         with context.reference.on(context.device):
-            found = distill(calibration_of(context, folder), start, finished)
-        found.result.save(target / DISTILLED)
+            distilled = distill(calibration_of(context, folder), start, finished)
+        distilled.result.save(target / DISTILLED)
         remove(folder)
-        blocks = tuple(map(_reported, found.blocks))
-        network = _reported(found.network)
-        finish = None if found.finish is None else _reported(found.finish)
+        blocks = tuple(map(_reported, distilled.blocks))
+        network = _reported(distilled.network)
+        finish = None if distilled.finish is None else _reported(distilled.finish)
         kept = [block for block in blocks if block.kept]
         gain = sum(block.after - block.before for block in kept) / max(len(kept), 1)
         summary = f"{len(kept)} of {len(blocks)} blocks are better, by {gain:.1f} dB on average"
         if kept and not network.kept:
             summary += ", but not the network with them: all are exported as they were"
-        summarized = {**dict(Calibrated.of(found.result)), "summary": summary}
+        summarized = {**dict(Calibrated.of(distilled.result)), "summary": summary}
         return Distilled(**summarized, blocks=blocks, network=network, finish=finish)
 
 

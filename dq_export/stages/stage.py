@@ -94,8 +94,8 @@ class Results:
 
     def get(self, stage: Stage[R]) -> R | None:
         """What a stage returned; None where the run has not done it."""
-        found = self._by_name.get(stage.name)
-        return found if isinstance(found, stage.result) else None
+        result = self._by_name.get(stage.name)
+        return result if isinstance(result, stage.result) else None
 
     def of(self, stage: Stage[R]) -> R:
         """What a stage that was done before returned.
@@ -103,10 +103,10 @@ class Results:
         Raises:
             KeyError: it was not: the order of the stages is wrong.
         """
-        found = self.get(stage)
-        if found is None:
+        result = self.get(stage)
+        if result is None:
             raise KeyError(stage.name)
-        return found
+        return result
 
     def seconds(self) -> dict[str, float]:
         """By stage, of the run that did the work."""

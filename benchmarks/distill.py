@@ -26,6 +26,7 @@ from hard_copy import harden_folder
 
 FORMS: dict[str, dict[str, Any]] = {
     "w4a8 per timestep": {"bits": "w4a8"},
+    "w4a8 per token": {"bits": "w4a8", "granularity": "token"},
     "w4a4 per timestep": {"bits": "w4a4"},
     "w4a4 per token": {"bits": "w4a4", "granularity": "token"},
     "w6a6 per timestep": {"bits": "w6a6"},

@@ -168,7 +168,7 @@ def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: boo
         plans[site.name] = SitePlan(site=site, method="random", in_scale=in_scale, in_shift=in_shift, activation=None)
     assert set(plans) == set(names)
     result = CalibrationResult(sites=plans, weight_scale={}, provenance={})
-    run_passes(model, [FoldScaling(result=result, convolutions=convolutions)])
+    run_passes(model, [FoldScaling(result=result)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
-from dq_export.core.network import InputSite
+from dq_export.core.network import InputSite, Linear
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TokenScale
@@ -99,7 +99,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
         scaling = choose_scaling(
             reduce(SiteStatistics.joined, items),
             [denoiser.weight(name) for name in quantized],
-            recipe if group[0].fold.shifts else recipe.model_copy(update={"shift": False}),
+            _recipe_of(recipe, group[0], denoiser.linears[linears[0]]),
             scheme=scheme,
         )
         return decisions_of(group, items, scaling)
@@ -122,6 +122,13 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             )
         )
     return decisions
+
+
+def _recipe_of(recipe: Recipe, site: InputSite, reader: Linear) -> Recipe:
+    """The recipe with the scaling that a site can have: patches of a convolution have one channel several times."""
+    if reader.convolution:
+        return recipe.model_copy(update={"scaling": "none", "shift": False})
+    return recipe if site.fold.shifts else recipe.model_copy(update={"shift": False})
 
 
 def _rounded(

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from dq_export.core.artifacts import SitePlan
+from dq_export.core.network import Linear
+from dq_export.core.patches import Patches
 
 from .collect.calls import Call, Calls
 from .parallel import threads_for
@@ -27,8 +29,15 @@ ROWS = 256
 """At most so many rows of a site count at each network call, evenly spaced."""
 HEADROOM = 2.0**61
 """What the sum of all calls may reach of int64."""
+PATCH = 6144
+"""Inputs of a convolution up to which pairs of them are summed: 640 channels of 3 x 3. One of 2560 would take 4 GB, twice."""
 TILE = 64
 """Rows of a sum that are made at once: few enough to stay in a core's cache."""
+
+
+def pairs_of(linear: Linear) -> bool:
+    """Whether the moments of pairs of its inputs are summed."""
+    return not linear.convolution or linear.width <= PATCH
 
 
 def stream_hessians(
@@ -41,6 +50,7 @@ def stream_hessians(
     diagonal: bool = False,
 ) -> Iterator[dict[str, Float32]]:
     """float32[K, K] by site: the mean of x x^T over the rows of x = the plan's quantized input. A few sites at a time.
+    float32[K], the mean of x^2, of convolutions whose patches are large; see `pairs_of`.
 
     A further run over the same pictures for as many sites as fit in `space`. Each call's sum is rounded to a whole
     multiple of 2^-61 of the most that all of them can reach, so the total does not depend on the order of the calls, nor
@@ -53,7 +63,9 @@ def stream_hessians(
         diagonal: only the mean of x^2, float32[K].
     """
     units = {name: HEADROOM / (calls.sampling.calls * ROWS * reach[name] ** 2) for name in plans}
-    shapes = {name: (len(plan.in_scale),) * (1 if diagonal else 2) for name, plan in plans.items()}
+    linears = calls.denoiser.linears
+    alone = {name for name, plan in plans.items() if diagonal or not pairs_of(linears[plan.site.linears[0]])}
+    shapes = {name: (len(plan.in_scale),) * (1 if name in alone else 2) for name, plan in plans.items()}
     for names in _batches(shapes, space):
         sums = {name: np.zeros(shapes[name], dtype=np.int64) for name in names}
         yield _fill(calls, sums, plans, units, timesteps)
@@ -71,7 +83,7 @@ def _fill(
     tile = 20 * TILE * max(len(total) for total in sums.values())  # bytes: a product in float32, float64 and int64
     libraries, pool = ThreadpoolController(), ThreadPoolExecutor(threads_for(tile))
 
-    def collect(call: Call, name: str, value: torch.Tensor) -> None:
+    def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
         if name not in sums:
             return
         chosen = value[:: -(-len(value) // ROWS)].cpu().numpy()

@@ -31,9 +31,10 @@ def mse(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[Weigh
 
 
 def gptq(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
-    """The grid of `mse`, and codes that make up for each other's errors; as `mse` where there is no Hessian."""
+    """The grid of `mse`, and codes that make up for each other's errors; as `mse` where there is no Hessian, or its diagonal
+    alone."""
     grid = mse(weight, scheme, hessian)[0]
-    return grid, None if hessian is None else compensate(weight, grid, hessian)
+    return grid, None if hessian is None or hessian.ndim == 1 else compensate(weight, grid, hessian)
 
 
 ROUNDINGS: dict[str, Callable[[Float32, Scheme, Float32 | None], tuple[WeightGrid, Float32 | None]]] = {

@@ -15,6 +15,7 @@ from dq_export.core.grid import WeightGrid
 from dq_export.core.scheme import Scheme
 
 from .context import Calibration
+from .hessians import pairs_of
 from .parallel import parallel
 from .plugin import UNCHANGED
 from .rounding import ROUNDINGS
@@ -64,7 +65,8 @@ def round_weights(
 
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
     results: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
-    widths = [len(plan.in_scale) for plan in plans.values()] if calibration.recipe.first_rounding == "gptq" else []
+    gptq, linears = calibration.recipe.first_rounding == "gptq", denoiser.linears
+    widths = [len(plan.in_scale) for plan in plans.values() if gptq and pairs_of(linears[plan.site.linears[0]])]
     each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
     for part in chain(hessians, [dict[str, Float32]()]):
         now = [name for name in names if name not in results and (not part or site_of.get(name) in part)]

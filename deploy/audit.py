@@ -20,6 +20,8 @@ from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 from .check import check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
 
+CONVOLUTIONS = ("Conv", "ConvInteger")
+
 
 class AuditError(Exception):
     """Too few of the GEMMs that the recipe quantizes run on low-precision kernels; names each, and why."""
@@ -89,13 +91,13 @@ def audit_graph(
     """
     graph = _load(model)
     sizes = _shapes(model, sizes_of(read_sizes(graph)))
-    found = linears(graph)
-    by_node = {linear.gemm: name for name, linear in found.items()}
+    by_node = {node: module_of(node) for node in graph.graph if node.op_type in CONVOLUTIONS}
+    by_node |= {linear.gemm: name for name, linear in linears(graph).items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm", "Attention", "Conv", INTEGER_GEMM):
+        if node.op_type not in ("MatMul", "Gemm", "Attention", INTEGER_GEMM, *CONVOLUTIONS):
             continue
-        module = by_node.get(node) or (module_of(node) if node.op_type == "Conv" else "")
+        module = by_node.get(node)
         wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)
         kernel, integer = kernel_of(str(node.name))
         reason = "" if integer or not required else why_float(node, kernel)
@@ -110,6 +112,7 @@ def audit_graph(
                 reason=reason,
             )
         )
+    found = set(by_node.values())
     missing = [(name, rule.action) for name, rule in assigned.items() if rule.scheme.low_precision and name not in found]
     gemms += [
         Gemm(name=name, flops=1, wanted=action, required=True, kernel="none", integer=False, reason="the graph has no such GEMM")
@@ -179,7 +182,7 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
     if node.op_type == "Attention":  # scores and their product with the values: query [B, tokens, width], key alike
         key = sizes.get(str(node.inputs[1].name), left) if node.inputs[1] is not None else left
         return 4 * int(np.prod(left)) * key[-2]
-    if node.op_type == "Conv":
+    if node.op_type in CONVOLUTIONS:
         kernel = node.inputs[1].shape if node.inputs[1] is not None else None
         return 2 * int(np.prod(result)) * int(np.prod(kernel.numpy()[1:])) if kernel is not None else 0
     return 2 * int(np.prod(result)) * left[-1]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dq_export.calibration.hessians import SPACE
+from dq_export.calibration.hessians import PATCH, SPACE
 from dq_export.calibration.weights import factor_bytes
 from dq_export.core.folding import TEMPORARIES
 from dq_export.core.recipe import Recipe, RecipeError
@@ -99,9 +99,10 @@ def plan_memory(
 
 
 def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Bytes of rounding the linear of the most inputs by its second moments."""
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    return factor_bytes(max(width for _, width in matrices)) + TEMPORARIES * 4 * max(math.prod(shape) for shape in matrices)
+    """Bytes of rounding the linear or convolution of the most inputs by its second moments."""
+    weights = [shape for shape in shapes if len(shape) in (2, 4)]
+    widths = [math.prod(shape[1:]) for shape in weights if len(shape) == 2 or math.prod(shape[1:]) <= PATCH]
+    return factor_bytes(max(widths)) + TEMPORARIES * 4 * max(math.prod(shape) for shape in weights)
 
 
 def _largest_block(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -40,11 +41,12 @@ def _last_module(scopes: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearNode:
-    """A linear layer in the graph: x @ W (+ bias), as MatMul + Add, as Gemm(transB=1) or as ONNX Runtime's integer GEMM.
+    """A linear layer in the graph: x @ W (+ bias), as MatMul + Add, as Gemm(transB=1) or as ONNX Runtime's integer GEMM; or a
+    convolution, whose weight [out, channels, height, width] is one of [out, in] for patches of its input.
 
     Args:
         name: module name.
-        gemm: the MatMul, Gemm or integer GEMM.
+        gemm: the MatMul, Gemm, Conv or integer GEMM.
     """
 
     name: str
@@ -77,8 +79,9 @@ class LinearNode:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        first, second = self._weight_tensor().shape.numpy()
-        return (first, second) if self.gemm.op_type == "Gemm" else (second, first)
+        first, *others = self._weight_tensor().shape.numpy()
+        second = math.prod(others)
+        return (second, first) if self.gemm.op_type == "MatMul" else (first, second)
 
     def weight_reader(self) -> Callable[[], Float32]:
         """Gives float32[out, in] as it is now, whatever is rewritten later.
@@ -86,8 +89,8 @@ class LinearNode:
         Raises:
             GraphError: the weight is no float initializer (any more).
         """
-        tensor, transposed = self._weight_tensor(), self.gemm.op_type != "Gemm"
-        return lambda: tensor.numpy().T if transposed else tensor.numpy()
+        tensor, transposed = self._weight_tensor(), self.gemm.op_type == "MatMul"
+        return lambda: tensor.numpy().T if transposed else tensor.numpy().reshape(len(tensor.numpy()), -1)
 
     def weight(self) -> Float32:
         """float32[out, in], computed now."""
@@ -95,7 +98,7 @@ class LinearNode:
 
     def bias_tensor(self) -> ir.TensorProtocol | None:
         """The stored bias, [out] or with leading ones, its content not computed yet; None without one."""
-        place = {"Gemm": 2, INTEGER_GEMM: 6}.get(self.gemm.op_type)
+        place = {"Gemm": 2, "Conv": 2, INTEGER_GEMM: 6}.get(self.gemm.op_type)
         if place is not None:
             return stored(self.gemm.inputs[place]) if len(self.gemm.inputs) > place else None
         bias_add = self.bias_add
@@ -103,13 +106,13 @@ class LinearNode:
 
     def change_weight(self, change: Callable[[Float32], npt.NDArray[np.floating]]) -> None:
         """Replace the weight[out, in] by `change` of it, computed when it is read; others may share the old one."""
-        read, transposed = self.weight_reader(), self.gemm.op_type != "Gemm"
+        read, transposed = self.weight_reader(), self.gemm.op_type == "MatMul"
+        shape = tuple(self._weight_tensor().shape.numpy())
 
         def compute() -> Float32:
             changed = change(read()).astype(np.float32, copy=False)
-            return changed.T if transposed else changed
+            return changed.T if transposed else changed.reshape(shape)
 
-        shape = tuple(self._weight_tensor().shape.numpy())
         made = computed_initializer(_graph(self.gemm), f"{self.name}.weight", ir.DataType.FLOAT, shape, compute)
         self.gemm.replace_input_with(1, made)
 
@@ -123,7 +126,7 @@ class LinearNode:
 
         made = computed_initializer(graph, f"{self.name}.bias", ir.DataType.FLOAT, (out,), compute)
         bias_add = self.bias_add
-        if self.gemm.op_type == "Gemm":
+        if self.gemm.op_type != "MatMul":
             self.gemm.resize_inputs(3)
             self.gemm.replace_input_with(2, made)
         elif bias_add is not None:
@@ -144,17 +147,17 @@ class LinearNode:
 
 
 def linears(model: ir.Model) -> dict[str, LinearNode]:
-    """Every linear of the graph by module name.
+    """Every linear of the graph, and every convolution of its blocks, by module name.
 
     Raises:
         GraphError: two GEMMs with a weight come from one module, or a Gemm has another form than x @ W^T + b.
     """
     found: dict[str, LinearNode] = {}
     for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm", INTEGER_GEMM) or not _has_weight(node):
-            continue
         name = module_of(node)
-        if not name:
+        if not name or node.op_type not in ("MatMul", "Gemm", "Conv", INTEGER_GEMM) or not _has_weight(node):
+            continue
+        if node.op_type == "Conv" and not (any(part.isdigit() for part in name.split(".")) and _plain_convolution(node)):
             continue
         if name in found:
             raise GraphError(f"two GEMMs come from module '{name}': '{found[name].gemm.name}' and '{node.name}'")
@@ -228,6 +231,13 @@ def _has_weight(node: ir.Node) -> bool:
     if producer is not None:
         return producer.op_type == "DequantizeLinear" and weight_codes(producer.inputs[0]) is not None
     return stored(weight) is not None
+
+
+def _plain_convolution(node: ir.Node) -> bool:
+    """Whether it is of images, and reads all channels at once."""
+    weight = node.inputs[1]
+    rank = len(weight.shape) if weight is not None and weight.shape is not None else 0
+    return rank == 4 and node.attributes.get_int("group", 1) == 1
 
 
 def _plain_gemm(node: ir.Node) -> bool:

@@ -15,6 +15,7 @@ PASSES = (
     "fold_transpose",
     "fuse_attention",
     "insert_qdq",
+    "integer_convolutions",
     "lift_modulation",
     "merge_biases",
     "merge_duplicates",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dq_export.core.network import Denoiser, Feed
+from dq_export.core.patches import Patches
 from dq_export.core.progress import Advance, unwatched
 
 from ..group import ALONE, ProcessGroup
@@ -41,7 +42,7 @@ class Call:
         return self.place < self.steps and self.number % stride == 0
 
 
-Collect = Callable[[Call, str, "torch.Tensor"], None]
+Collect = Callable[[Call, str, "torch.Tensor | Patches"], None]
 """Called with each site's input float32[rows, K] at each network call: (call, site, input)."""
 
 

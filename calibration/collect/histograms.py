@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dq_export.core.patches import Patches
+
 from .calls import Call, Calls
 from .records import RecordFile, merge
 
@@ -65,7 +67,7 @@ def collect_histograms(
         for name, (in_scale, in_shift) in transforms.items()
     }
 
-    def collect(call: Call, name: str, value: torch.Tensor) -> None:
+    def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
         if name in tensors:
             inverse, in_shift = (tensor.to(value.device) for tensor in tensors[name])
             limit = float(amax[name][call.record])

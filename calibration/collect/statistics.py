@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationError
+from dq_export.core.patches import Patches
 
 from .calls import Call, Calls
 from .journal import Journal
@@ -108,10 +109,10 @@ def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept
     rows = RecordFile(folder / f"rows.{group.rank}", {name: each * width for name, width in widths.items()}, np.float32)
     random = torch.Generator()
 
-    def collect(call: Call, name: str, value: torch.Tensor) -> None:
+    def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
         if name not in widths:
             return
-        low, high = torch.aminmax(value, dim=0)
+        low, high = value.extremes() if isinstance(value, Patches) else torch.aminmax(value, dim=0)
         found = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
         ranges.write(call.record, name, np.maximum(found, ranges.read(call.record, name)) if call.seen else found)
         if call.kept(stride):

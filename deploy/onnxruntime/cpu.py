@@ -22,6 +22,7 @@ from dq_export.core.rule import Rule
 from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
+from dq_export.passes.legalise.integer_convolutions import IntegerConvolutions
 from dq_export.passes.legalise.merge_biases import MergeBiases
 from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.trim_text import TrimText
@@ -112,14 +113,15 @@ class Ort(Backend):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
-        biases inside the GEMM or such that survive a fixed batch, and texts without their padding.
+        but for convolutions of codes; biases inside the GEMM or such that survive a fixed batch, and texts without their
+        padding.
 
         Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
-        factoring = factoring_passes(result, shared=shared)
-        return (*factoring, UnsignCodes(), TrimText(), *attention, MergeBiases(), RaiseBiases())
+        codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), UnsignCodes())
+        return (*codes, TrimText(), *attention, MergeBiases(), RaiseBiases())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .artifacts import SitePlan
-from .folds import read_weight
+from .folds import ROWS, read_weight
 from .network import Denoiser
 
 Float32 = npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
     """By linear: the plans whose scaling is folded into its weight."""
     touching: dict[str, list[SitePlan]] = {}
     for plan in plans.values():
-        producers = (part.name for part in plan.site.fold.of_kind("linear"))
+        producers = (part.name for part in plan.site.fold.parts if part.kind in ROWS)
         for name in {*plan.site.linears, *producers}:
             touching.setdefault(name, []).append(plan)
     return touching

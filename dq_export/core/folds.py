@@ -15,6 +15,8 @@ Float = npt.NDArray[np.floating]
 Kind = Literal["linear", "convolution", "norm", "constant", "vector", "token"]
 FREE: tuple[Kind, ...] = ("linear", "convolution", "norm", "constant")
 """Kinds whose scaling is held by a stored tensor, so that nothing is left to compute."""
+ROWS: tuple[Kind, ...] = ("linear", "convolution")
+"""Kinds that are rows of a weight, which may be quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,8 @@ class Fold:
         return tuple(part for part in self.parts if part.kind == kind)
 
     def rows_of(self, linear: str) -> tuple[Part, ...]:
-        """The parts that are rows of a linear."""
-        return tuple(part for part in self.of_kind("linear") if part.name == linear)
+        """The parts that are rows of a linear or a convolution."""
+        return tuple(part for part in self.parts if part.kind in ROWS and part.name == linear)
 
 
 def explicit(name: str, width: int) -> Fold:

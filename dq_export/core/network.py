@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .folds import Fold
+from .patches import Patches
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
 """Inputs of one network call by name. They have a row for each sample, but positions, and a timestep that all samples share."""
 Role = Literal["gemm", "vector", "edge", "static"]
-Observer = Callable[[str, "torch.Tensor"], None]
+Observer = Callable[[str, "torch.Tensor | Patches"], None]
 
 
 @dataclass(frozen=True)
@@ -192,18 +193,20 @@ class InputSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer of the network.
+    """A linear layer of the network, or a convolution of its blocks, which is one on patches.
 
     Args:
         name: its module name; the quantized GEMM's node bears it.
         role: `gemm`: works on all tokens; `vector`: on one row a sample; `edge`: embedders and final layers; `static`: on tokens
             that are the same throughout a trajectory.
-        width: number of its inputs.
+        width: number of its inputs; of a convolution those of a patch, each channel's elements side by side.
+        convolution: whether it reads patches of an image.
     """
 
     name: str
     role: Role
     width: int
+    convolution: bool = False
 
 
 class Chain(Protocol):
@@ -275,7 +278,8 @@ class Denoiser(Protocol):
         `rounded(site.name, float32[rows, K], timestep)` in place of the input; observers see what came before it."""
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
-        """While active, every site's input goes to `observer(site.name, float32[rows, K])` at each network call."""
+        """While active, every site's input goes to `observer(site.name, float32[rows, K])` at each network call; that of
+        convolutions as `Patches`."""
 
     @property
     def blocks(self) -> tuple[str, ...]:

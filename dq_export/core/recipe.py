@@ -211,7 +211,8 @@ class Recipe(BaseModel):
             RecipeError: a rule that matches no linear at all, a linear that no rule matches, an action that a linear cannot
                 have, or nothing left to quantize; all of them in one message.
         """
-        decided = {name: self.complete(rule) for name, linear in linears.items() if (rule := self.decide(linear)) is not None}
+        matched = {name: rule for name, linear in linears.items() if (rule := self.decide(linear)) is not None}
+        decided = {name: self.complete(rule).placed(linears[name], rule) for name, rule in matched.items()}
         wrong = [*unmatched(self.rules or (), linears), *misplaced(decided, linears), *unfit(decided, linears)]
         if wrong:
             raise RecipeError("\n".join(wrong))

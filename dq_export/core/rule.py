@@ -63,6 +63,22 @@ class Rule(BaseModel):
         """
         return scheme_of(self.action, self.granularity, self.group_size)
 
+    def placed(self, linear: Linear, written: Rule) -> Rule:
+        """The rule for a linear; what the recipe asks of all of them, and a convolution cannot have, is left out of it.
+
+        Args:
+            written: the rule before the recipe's bits, granularity and group size were put into it.
+        """
+        preset = scheme_of(self.action)
+        if not linear.convolution or preset.weight is None:
+            return self
+        if preset.activation is None and written.action == "bits":
+            return Rule(match=self.match, role=self.role, action="float", reason="no kernel unpacks a convolution's weight")
+        if preset.activation is None or written.granularity is not None or self.granularity in (None, "tensor"):
+            return self
+        reason = "; ".join(filter(None, [self.reason, "a convolution takes one scale for its input"]))
+        return self.model_copy(update={"granularity": "tensor", "reason": reason})
+
     def fitted(self, width: int) -> Rule:
         """The rule for a linear of `width` inputs, with the size of its blocks.
 
@@ -120,6 +136,13 @@ def misplaced(decided: Mapping[str, Rule], linears: Mapping[str, Linear]) -> lis
         if preset.activation is not None and role == "vector":
             wrong.append(
                 f"'{name}' works on one row per sample, where {rule.action.upper()} runs in float; use weight-only or float"
+            )
+        if linears[name].convolution and preset.weight is not None and preset.activation is None:
+            wrong.append(f"'{name}' is a convolution, whose weight no kernel unpacks; set its action to w8a8 or float")
+        if linears[name].convolution and rule.granularity in ("token", "token-group"):
+            wrong.append(
+                f"'{name}' is a convolution, whose patches share pixels: granularity {rule.granularity} does not exist for it; "
+                "set granularity tensor"
             )
         if preset.weight is not None and role == "edge":
             wrong.append(f"'{name}' is an embedder or a final projection and stays float; set its action to float")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dq_export.core.network import Float32, InputSite, Observer
+from dq_export.core.patches import Patches
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,8 @@ def observed(model: Any, sites: Sequence[InputSite], observer: Observer) -> Iter
 
     def watch(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            observer(name, inputs[0].detach().flatten(0, -2))
+            value = inputs[0].detach()
+            observer(name, Patches(value, module) if _convolves(module) else value.flatten(0, -2))
 
         return hook
 
@@ -41,7 +44,7 @@ def parameters_replaced(model: Any, weights: Mapping[str, Float32], biases: Mapp
     try:
         for name, kind, value in changes:
             module = model.get_submodule(name)
-            new = torch.from_numpy(value).to(module.weight.device)
+            new = torch.from_numpy(value).to(module.weight.device).reshape(module.weight.shape if kind == "weight" else -1)
             setattr(module, kind, torch.nn.Parameter(new, requires_grad=False))
         yield
     finally:
@@ -66,8 +69,12 @@ def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[s
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             value = inputs[0]
             if name not in seen or seen[name][0] is not value:  # readers of one tensor get one rounding of it
-                found = rounded(name, value.detach().flatten(0, -2).cpu().numpy(), timestep)
-                seen[name] = value, torch.from_numpy(found).to(value.device).reshape(value.shape)
+                # A convolution's channels are the last axis for that, each as often as a patch has it.
+                last, taps = value.detach().movedim(1, -1), math.prod(module.kernel_size) if _convolves(module) else 0
+                rows = last.flatten(0, -2).repeat_interleave(taps, 1) if taps else value.detach().flatten(0, -2)
+                found = torch.from_numpy(rounded(name, rows.cpu().numpy(), timestep)).to(value.device)
+                whole = found[:, ::taps].reshape(last.shape).movedim(-1, 1) if taps else found.reshape(value.shape)
+                seen[name] = value, whole
             return (seen[name][1],)
 
         return hook
@@ -80,3 +87,9 @@ def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[s
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _convolves(module: Any) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Conv2d)

@@ -151,7 +151,8 @@ class TorchNetwork:
         return self.structure.attention
 
     def weight(self, linear: str) -> Float32:
-        weight: Float32 = self.host.get(f"{linear}.weight", self.model.get_submodule(linear).weight).detach().numpy()
+        parameter = self.host.get(f"{linear}.weight", self.model.get_submodule(linear).weight)
+        weight: Float32 = parameter.detach().flatten(1).numpy()
         return weight
 
     def bias(self, linear: str) -> Float32:

@@ -96,7 +96,11 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Scheme], ba
         RecipeError: fewer than two choices are left.
     """
     assigned = recipe.assign(reference.linears)
-    sites = [site for site in reference.sites if assigned[site.linears[0]].scheme.activation]
+    sites = [
+        site
+        for site in reference.sites
+        if assigned[site.linears[0]].scheme.activation and not reference.linears[site.linears[0]].convolution
+    ]
     usable = tuple(scheme for scheme in choices if backend is None or isinstance(backend.supports(scheme), Lowering))
     shape = (len(sites), len(usable))
     allowed, size = np.zeros(shape, dtype=bool), np.zeros(shape)

@@ -73,8 +73,12 @@ def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
     FoldTranspose().rewrite(model)
     by_name = linears(model)
     role = roles(model, by_name, conditions)
-    kept = [item.site for item in graph_sites(model) if any(role[name] in ("gemm", "static") for name in item.site.linears)]
-    described = {name: Linear(name=name, role=role[name], width=linear.shape[1]) for name, linear in by_name.items()}
+    sites = (item.site for item in graph_sites(model, convolutions=True))
+    kept = [site for site in sites if any(role.get(name) in ("gemm", "static") for name in site.linears)]
+    described = {
+        name: Linear(name=name, role=role[name], width=linear.shape[1], convolution=linear.gemm.op_type == "Conv")
+        for name, linear in by_name.items()
+    }
     return Structure(linears=described, sites=tuple(kept), attention=_attention(model, by_name))
 
 
@@ -88,18 +92,22 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
         model: after fold_transpose.
         convolutions: whether convolutions count, too; their input takes no shift, which would be wrong at a padded border.
     """
-    by_name = {name: linear for name, linear in linears(model).items() if stored(linear.gemm.inputs[1]) is not None}
+    by_name = {
+        name: linear
+        for name, linear in linears(model).items()
+        if stored(linear.gemm.inputs[1]) is not None and linear.gemm.op_type != "Conv"
+    }
     kernels = _convolutions(model)
     readers = [Reader(name=n, node=g.gemm, width=g.shape[1], axis=-1) for n, g in by_name.items()]
     if convolutions:
         readers += [Reader(name=n, node=v.producer(), width=_inputs(v), axis=1) for v, n in kernels.items() if _inputs(v)]  # type: ignore[arg-type]
         order = {node: i for i, node in enumerate(model.graph)}
         readers.sort(key=lambda reader: order[reader.node])
-    by_value: dict[ir.Value, list[Reader]] = {}
+    by_value: dict[tuple[ir.Value, object], list[Reader]] = {}
     for reader in readers:
         value = reader.node.inputs[0]
         assert value is not None
-        by_value.setdefault(value, []).append(reader)
+        by_value.setdefault((value, _patches(reader.node)), []).append(reader)
     walk = Walk(
         linears={linear.output: linear for linear in by_name.values()},
         convolutions=kernels,
@@ -109,10 +117,10 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
     return _sites(walk, by_value)
 
 
-def _sites(walk: Walk, by_value: dict[ir.Value, list[Reader]]) -> list[GraphSite]:
+def _sites(walk: Walk, by_value: dict[tuple[ir.Value, object], list[Reader]]) -> list[GraphSite]:
     leaders: dict[ir.Node, str] = {}
     done: list[GraphSite] = []
-    for value, group in by_value.items():
+    for (value, _), group in by_value.items():
         name, nodes = group[0].name, {reader.node for reader in group}
         leader = leaders.get(group[0].node, "")
         if leader:
@@ -157,6 +165,14 @@ def _scaled(value: ir.Value, group: list[Reader]) -> Scaled:
     axis = group[0].axis % rank
     uses = tuple((reader.node, 0) for reader in group)
     return Scaled(value=value, uses=uses, axes=(axis,), span=(0, group[0].width), shift=group[0].axis != 1)
+
+
+def _patches(node: ir.Node) -> object:
+    """Equal for convolutions that read the same patches of a value."""
+    if node.op_type != "Conv" or node.inputs[1] is None or node.inputs[1].shape is None:
+        return ()
+    ints = {name: tuple(node.attributes.get_ints(name, ())) for name in ("strides", "pads", "dilations")}
+    return (tuple(node.inputs[1].shape.numpy()[2:]), *ints.values())
 
 
 def _convolutions(model: ir.Model) -> dict[ir.Value, str]:

@@ -41,7 +41,6 @@ class FoldScaling(GraphPass):
 
     Args:
         result: the calibration, whose sites are folded.
-        convolutions: whether there are sites that convolutions read.
     """
 
     name: ClassVar[str] = "fold_scaling"
@@ -49,12 +48,11 @@ class FoldScaling(GraphPass):
     after: ClassVar[tuple[str, ...]] = ("fold_transpose", "merge_duplicates")
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
-    convolutions: bool = False
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         named = linears(model)
-        sites = {item.site.name: item for item in graph_sites(model, convolutions=self.convolutions)}
+        sites = {item.site.name: item for item in graph_sites(model, convolutions=True)}
         for plan in self.result.sites.values():
             item = sites.get(plan.site.name)
             name = plan.site.name

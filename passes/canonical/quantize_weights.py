@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.grid import WeightGrid
+from dq_export.core.qtypes import INT8
 from dq_export.core.rule import Rule
 
 from ..base import GraphError, GraphPass, PassReport, computed_initializer, initializer, stored
@@ -26,6 +27,8 @@ class QuantizeWeights(GraphPass):
     float32[K / block, N], blocks along axis 0. Two levels: int4[K, N] times int8[K / block, 1, N] is an int8 code, dequantized
     with a scale[N] at axis 1: Cast -> Reshape -> Mul -> Reshape -> Cast -> DequantizeLinear, all of it constant, so that a
     runtime computes it once, when it loads the graph. int4 with one scale a channel under quantized activations is a Cast.
+    A convolution's codes are [N, channels, height, width], with a scale[N] at axis 0; those of int4 are stored as the int8
+    codes that they stand for.
 
     Codes are calibration's, or the nearest to the folded weight, ties to even. Zero points are explicit: without them ONNX
     Runtime runs the GEMM in float.
@@ -69,6 +72,9 @@ def _quantize(
     blocked = grid.scale.ndim == 2
     if not grid.fits(width, depth) or (codes is not None and codes.shape != (width, depth)):
         raise GraphError(f"'{name}': scales {grid.scale.shape} do not fit a weight {(depth, width)}; calibrate again")
+    if gemm.op_type == "Conv":
+        _quantize_convolution(graph, linear, grid, codes)
+        return
 
     def compute() -> npt.NDArray[np.generic]:
         found: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
@@ -83,6 +89,28 @@ def _quantize(
     attributes = {"axis": 0, "block_size": depth // grid.blocks} if blocked else {"axis": 1}
     node = ir.node("DequantizeLinear", [value, steps, zero], attributes=attributes, name=f"{name}.weight_dq")
     node.outputs[0].shape, node.outputs[0].dtype = ir.Shape((depth, width)), ir.DataType.FLOAT
+    graph.insert_before(gemm, node)
+    gemm.replace_input_with(1, node.outputs[0])
+
+
+def _quantize_convolution(graph: ir.Graph, linear: LinearNode, grid: WeightGrid, codes: npt.NDArray[np.int8] | None) -> None:
+    name, gemm, read, tensor = linear.name, linear.gemm, linear.weight_reader(), stored(linear.gemm.inputs[1])
+    assert tensor is not None
+    shape = tuple(tensor.shape.numpy())
+    dtype = element_type(grid.qtype) if grid.qtype.stored_bits == INT8.stored_bits else ir.DataType.INT8
+
+    def compute() -> npt.NDArray[np.generic]:
+        found = grid.codes(read()) if codes is None else codes.astype(np.float32)
+        if grid.multiplier is not None:
+            found = found * np.repeat(grid.multiplier.T.astype(np.float32), found.shape[1] // grid.blocks, axis=1)
+        whole: npt.NDArray[np.generic] = found.reshape(shape).astype(dtype.numpy())
+        return whole
+
+    value = computed_initializer(graph, f"{name}.weight_codes", dtype, shape, compute)
+    steps = initializer(graph, f"{name}.weight_scale", grid.scale)
+    zero = initializer(graph, f"{name}.weight_zero_point", np.zeros(grid.scale.shape, dtype=dtype.numpy()))
+    node = ir.node("DequantizeLinear", [value, steps, zero], attributes={"axis": 0}, name=f"{name}.weight_dq")
+    node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(shape), ir.DataType.FLOAT
     graph.insert_before(gemm, node)
     gemm.replace_input_with(1, node.outputs[0])
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.scales import ScaleTable, TokenScale
 
-from ..base import GraphPass, PassReport, constant, initializer, like, redirect
+from ..base import GraphPass, PassReport, computed_initializer, constant, initializer, like, redirect, stored
 from ..match import module_of
 from ..names import FACTOR, SITE
 
@@ -27,13 +27,14 @@ class FactorScale(GraphPass):
 
     What is constant along the rows of the GEMM commutes with it, so the codes are the same. c is the maximum of a table, or
     the constant of a scale for each token. With a timestep per sample the factors are [B, 1, 1], with a scale for each
-    token [B, T, 1]. c is not 1: with c of the activations' size a float16 GEMM result stays in range. TensorRT's GEMMs put
-    out c times the sum of products of codes, the weight's scales come behind: with `limit` c is as small as that needs.
+    token [B, T, 1]. A convolution is a GEMM, too: its factors are [B, 1, 1, 1], and its bias becomes an Add behind them.
+    c is not 1: with c of the activations' size a float16 GEMM result stays in range. TensorRT's GEMMs put out c times the
+    sum of products of codes, the weight's scales come behind: with `limit` c is as small as that needs.
 
     It does not act where
         1. the scale is a constant already, and within the limit,
         2. the node quantizes no site's input,
-        3. the dequantized value feeds anything but the first input of MatMuls,
+        3. the dequantized value feeds anything but the first input of MatMuls and convolutions,
         4. the scale is a table's, and `tables` is False.
 
     Args:
@@ -63,8 +64,8 @@ class FactorScale(GraphPass):
                 continue
             if plan is None or plan.activation is None:
                 skipped.append(f"'{quantize.name}': it quantizes no site's input (case 2)")
-            elif not all(user.op_type == "MatMul" for user in readers):
-                skipped.append(f"'{quantize.name}': read by more than MatMuls (case 3)")
+            elif not all(user.op_type in ("MatMul", "Conv") for user in readers):
+                skipped.append(f"'{quantize.name}': read by more than MatMuls and convolutions (case 3)")
             elif isinstance(plan.activation, ScaleTable) and fixed is None and not self.tables:
                 skipped.append(f"'{quantize.name}': its table stays in the direct form (case 4)")
             else:
@@ -90,8 +91,10 @@ class FactorScale(GraphPass):
             return np.float32(constant_scale), *_token_factors(graph, label, producer, activation, constant_scale)
         table = activation.scale if producer is None else activation.resample(self.result.bins()).scale
         largest = np.float32(min(float(table.max()), greatest))
-        before = _table_factor(graph, producer, f"{label}_before", largest / table)
-        return largest, before, _table_factor(graph, producer, f"{label}_after", table / largest)
+        readers = [user for dequantize, _ in quantize.outputs[0].uses() for user, _ in dequantize.outputs[0].uses()]
+        rank = 4 if any(user.op_type == "Conv" for user in readers) else 3
+        before = _table_factor(graph, producer, f"{label}_before", largest / table, rank)
+        return largest, before, _table_factor(graph, producer, f"{label}_after", table / largest, rank)
 
 
 def _factor(graph: ir.Graph, pair: tuple[ir.Node, ir.Node], largest: np.float32, before: ir.Value, after: ir.Value) -> None:
@@ -114,6 +117,8 @@ def _factor(graph: ir.Graph, pair: tuple[ir.Node, ir.Node], largest: np.float32,
         for attribute in ("axis", "block_size", "output_dtype"):
             node.attributes.pop(attribute, None)
     for matmul in [user for user, _ in dequantize.outputs[0].uses()]:
+        if matmul.op_type == "Conv" and len(matmul.inputs) > 2:
+            _detach_bias(graph, matmul)
         result = matmul.outputs[0]
         restored = ir.node("Mul", [result, after])
         FACTOR.write(restored, str(matmul.name))
@@ -122,16 +127,30 @@ def _factor(graph: ir.Graph, pair: tuple[ir.Node, ir.Node], largest: np.float32,
         redirect(result, restored.outputs[0])
 
 
-def _table_factor(graph: ir.Graph, gather: ir.Node | None, name: str, table: Float32) -> ir.Value:
-    """Gather(table, bin): a scalar, or [B, 1, 1] where the bin is [B]; a constant where there is no bin."""
+def _detach_bias(graph: ir.Graph, convolution: ir.Node) -> None:
+    """Conv(x, W, b)  ->  Conv(x, W) + b[N, 1, 1]."""
+    bias, result = stored(convolution.inputs[2]), convolution.outputs[0]
+    assert bias is not None
+    shape = (*bias.shape.numpy(), 1, 1)
+    name = f"{convolution.name}.added_bias"
+    column = computed_initializer(graph, name, bias.dtype, shape, lambda: bias.numpy().reshape(shape))
+    convolution.resize_inputs(2)
+    add = ir.node("Add", [result, column], metadata_props=dict(convolution.metadata_props))
+    like(add.outputs[0], result)
+    graph.insert_after(convolution, add)
+    redirect(result, add.outputs[0])
+
+
+def _table_factor(graph: ir.Graph, gather: ir.Node | None, name: str, table: Float32, rank: int) -> ir.Value:
+    """Gather(table, bin): a scalar, or [B, 1, 1] of so many axes where the bin is [B]; a constant where there is no bin."""
     if gather is None:
         return initializer(graph, f"{name}_factor", table.reshape(()))
     index = gather.inputs[1]
-    stored = initializer(graph, f"{name}_table", table)
-    node = ir.node("Gather", [stored, index], attributes={"axis": 0}, name=name)
+    rows = initializer(graph, f"{name}_table", table)
+    node = ir.node("Gather", [rows, index], attributes={"axis": 0}, name=name)
     nodes = [node]
     if index is not None and index.shape is not None and len(index.shape) == 1:
-        axes = initializer(graph, f"{name}_axes", np.asarray([1, 2], dtype=np.int64))
+        axes = initializer(graph, f"{name}_axes", np.arange(1, rank, dtype=np.int64))
         nodes.append(ir.node("Unsqueeze", [node.outputs[0], axes]))
     graph.insert_after(gather, nodes)
     return nodes[-1].outputs[0]

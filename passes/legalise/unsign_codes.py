@@ -22,14 +22,15 @@ class UnsignCodes(GraphPass):
 
     It does not act where
         1. the zero point is not an int8 constant of one element,
-        2. the node quantizes per sample (several zero points): factor_scale comes first there.
+        2. the node quantizes per sample (several zero points): factor_scale comes first there,
+        3. anything but a DequantizeLinear reads the codes: ONNX Runtime's integer convolutions want them as they are.
 
     Exactness: bit-exact.
     """
 
     name: ClassVar[str] = "unsign_codes"
     # A zero point for each sample becomes one.
-    after: ClassVar[tuple[str, ...]] = ("insert_qdq", "factor_scale")
+    after: ClassVar[tuple[str, ...]] = ("insert_qdq", "factor_scale", "integer_convolutions")
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
@@ -38,6 +39,8 @@ class UnsignCodes(GraphPass):
             zero = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
             if zero is None or zero.size != 1:
                 skipped.append(f"'{quantize.name}': its zero point is not one constant (cases 1, 2)")
+            elif any(user.op_type != "DequantizeLinear" for user, _ in quantize.outputs[0].uses()):
+                skipped.append(f"'{quantize.name}': its codes are read as they are (case 3)")
             elif zero.dtype == np.int8:
                 if shifted is None:
                     shifted = initializer(

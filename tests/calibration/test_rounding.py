@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 from conftest import calibrate_tiny, calibration_of, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.hessians import stream_hessians
+from dq_export.calibration.hessians import pairs_of, stream_hessians
 from dq_export.calibration.parallel import SPACE, parallel
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.core.folding import folded_weight
 from dq_export.core.grid import cover
+from dq_export.core.network import Linear
 from dq_export.core.recipe import RecipeError
 from dq_export.core.scales import TokenScale
 from dq_export.core.scheme import scheme_of
@@ -319,3 +321,17 @@ def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
 def test_float8_is_not_rounded_by_gptq(tiny: Reference) -> None:
     with pytest.raises(RecipeError, match="float8 codes are rounded to nearest; use rounding rtn or mse"):
         recipe_of(tiny, bits="fp8", rounding="gptq").assign(tiny.linears)
+
+
+def test_a_convolution_of_large_patches_is_rounded_to_nearest_by_its_inputs_mean_squares() -> None:
+    small, large = (Linear(name="blocks.0.conv", role="gemm", width=9 * channels, convolution=True) for channels in (640, 1280))
+    assert pairs_of(small)
+    assert not pairs_of(large)
+    assert pairs_of(replace(large, convolution=False)), "a linear of any width"
+    rng = np.random.default_rng(0)
+    weight, squares = rng.normal(size=(4, 36)).astype(np.float32), rng.uniform(1, 9, 36).astype(np.float32)
+    (grid, codes), (same, _) = (
+        rounding(weight, scheme_of("w8a8"), squares) for rounding in (ROUNDINGS["gptq"], ROUNDINGS["mse"])
+    )
+    assert codes is None
+    np.testing.assert_array_equal(grid.scale, same.scale)

@@ -22,6 +22,7 @@ from dq_export.calibration.collect.calls import Calls
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.network import BATCH, Axis, arguments
+from dq_export.core.patches import Patches
 from dq_export.deploy.openvino.engine import load_engine
 from dq_export.families import FAMILIES
 from dq_export.families.checkpoint import configuration, digest
@@ -131,10 +132,13 @@ def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) ->
 
 
 def test_the_graph_shows_every_linear_of_the_network(reference: Any) -> None:
-    """What the analysis did not find would stay float without a word."""
-    modules = {name: module for name, module in reference.model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name: linear.width for name, linear in reference.linears.items()} == {
-        name: module.in_features for name, module in modules.items()
+    """What the analysis did not find would stay float without a word. Convolutions count in the blocks."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    modules = {name: module for name, module in reference.model.named_modules() if isinstance(module, kinds)}
+    assert {name: (linear.width, linear.convolution) for name, linear in reference.linears.items()} == {
+        name: (module.weight[0].numel(), isinstance(module, torch.nn.Conv2d))
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) or any(part.isdigit() for part in name.split("."))
     }
 
 
@@ -143,7 +147,7 @@ def test_folding_random_scalings_leaves_the_float_output_unchanged(graph: tuple[
     model = load(path)
     model.ir_version = 10
     run_passes(model, [FoldTranspose(), MergeDuplicates()])
-    fold_at_random(model, [site.name for site in reference.sites])
+    fold_at_random(model, [site.name for site in reference.sites], convolutions=True)
     feed = feed_of(reference, 500 if shared else [500, 3, 999])
     exact, found = reference.forward(feed), run_onnx(model, feed)
     assert 0 < np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
@@ -157,7 +161,7 @@ def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
         return lambda _, inputs: read.__setitem__(name, inputs[0].detach().clone())
 
     handles = [reference.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in reference.linears]
-    with reference.observe(lambda name, value: observed.__setitem__(name, value.clone())):
+    with reference.observe(lambda name, value: observed.__setitem__(name, value[:].clone())):
         reference.forward(feed_of(reference))
     for handle in handles:
         handle.remove()
@@ -165,7 +169,10 @@ def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
         assert observed[site.name].ndim == 2
         assert observed[site.name].dtype == torch.float32
         for linear in site.linears:
-            assert torch.equal(observed[site.name], read[linear].flatten(0, -2))
+            module = reference.model.get_submodule(linear)
+            convolves = isinstance(module, torch.nn.Conv2d)
+            rows = Patches(read[linear], module)[:] if convolves else read[linear].flatten(0, -2)
+            assert torch.equal(observed[site.name], rows)
 
 
 def test_observing_ends_also_when_the_network_fails(reference: Any) -> None:

@@ -15,7 +15,8 @@ from toy import PROMPTS
 from unet import CLIP, TINY, XL, drawn_by_unet_pipeline, save_unet
 
 import dq_export
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
+from dq_export.core.scheme import scheme_of
 from dq_export.families.config_values import require_values
 from dq_export.families.reference import ModelError
 from dq_export.families.source import NAMED, load_reference
@@ -24,6 +25,8 @@ from dq_export.families.unet_values import UNetValues
 from dq_export.pipeline import run
 
 SEED = 3
+CONVOLUTIONS = 31
+"""Of a tiny network's blocks."""
 SD15 = {
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
     "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
@@ -130,6 +133,31 @@ def test_other_configurations_are_refused(changes: dict[str, Any], message: str,
         load_reference(str(folder))
 
 
+def test_recipes_give_convolutions_what_they_can_have(plain: Path) -> None:
+    """What the recipe asks of all linears is left out; a rule that asks it of a convolution is refused."""
+    linears = load_reference(str(plain)).linears
+    name = "mid_block.resnets.0.conv1"
+
+    def assigned(**values: Any) -> Any:
+        recipe = Recipe.parse({"model": "m", **values}, "test")
+        return recipe.model_copy(update={"rules": recipe.rules or UNET.rules}).assign(linears)
+
+    assert assigned(bits="w8a8")[name].scheme == scheme_of("w8a8")
+    tokens = assigned(granularity="token")
+    assert tokens["mid_block.attentions.0.transformer_blocks.0.ff.net.2"].scheme.per_token
+    assert tokens[name].scheme == scheme_of("w8a8")
+    assert tokens[name].reason == "a convolution takes one scale for its input"
+    packed = assigned(bits="w4a16")
+    assert (packed[name].action, packed[name].reason) == ("float", "no kernel unpacks a convolution's weight")
+    rest = [{"match": "", "action": "float"}]
+    for rule, message in (
+        ({"granularity": "token", "action": "w8a8"}, "whose patches share pixels: granularity token does not exist for it"),
+        ({"action": "w4a16"}, "whose weight no kernel unpacks; set its action to w8a8 or float"),
+    ):
+        with pytest.raises(RecipeError, match=f"'{name}' is a convolution, {message}"):
+            assigned(rules=[{"match": name, **rule}, *rest])
+
+
 def without_second(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     rest = {name: [None, None] if name.endswith("_2") else entry for name, entry in index.items()}
@@ -176,14 +204,17 @@ def test_short_names() -> None:
 
 
 def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None:
-    """The audit counts convolutions, which stay float."""
+    """Its convolutions run on codes."""
     values = {"steps": 4, "parity_size": 1, "guidance_scale": 2.0, "calib_size": 2, "scaling": "none", "bits": "w8a8"}
     report = run(Recipe.parse({"model": str(plain), "format": "ort", **values}, "test"), tmp_path / "out", until="verify")
     assert report is not None
     assert report.audit is not None
     assert report.audit.coverage == 1
-    flops = {gemm.name: gemm.flops for gemm in report.audit.gemms}
-    assert flops["mid_block.resnets.0.conv1"] == 2 * 4 * 4 * 64 * 64 * 9
+    convolution = next(gemm for gemm in report.audit.gemms if gemm.name == "mid_block.resnets.0.conv1")
+    assert (convolution.flops, convolution.wanted, convolution.kernel) == (2 * 4 * 4 * 64 * 64 * 9, "w8a8", "ConvInteger")
+    assert len([gemm for gemm in report.audit.gemms if gemm.kernel == "ConvInteger"]) == CONVOLUTIONS
+    edges = {gemm.name: gemm.kernel for gemm in report.audit.gemms if gemm.name in ("conv_in", "conv_out")}
+    assert edges == {"conv_in": "Conv", "conv_out": "Conv"}, "float, as all embedders and final projections"
     stand_in = dq_export.load(tmp_path / "out")
     assert repr(stand_in) == "StandIn of UNet2DConditionModel, to be set as pipe.unet"
     reference = encoded(plain)
@@ -195,3 +226,31 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
     )
     assert type(output).__name__ == "UNet2DConditionOutput"
     assert output.sample.shape == (2, 4, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "kernel", "least"),
+    [
+        ({"timesteps": "per-sample", "calibration": "progressive"}, "ConvInteger", 35),
+        ({"bits": "w4a8", "rounding": "gptq"}, "ConvInteger", 25),
+        ({"bits": "w6a6", "bias_correction": True}, "ConvInteger", 25),
+        ({"provider": "openvino"}, "Convolution u8", 35),
+        ({"format": "trt-rtx", "target": "sm89"}, "correlation Int8xInt8", None),
+        ({"format": "trt-rtx", "target": "sm89", "bits": "fp8"}, "correlation FP8xFP8", None),
+    ],
+    ids=["per-sample", "w4a8", "w6a6", "openvino", "trt-rtx", "fp8"],
+)
+def test_convolutions_run_on_codes_on_every_backend(
+    values: dict[str, Any], kernel: str, least: float | None, plain: Path, tmp_path: Path
+) -> None:
+    quick = {"steps": 4, "parity_size": 1, "guidance_scale": 2.0, "calib_size": 2, "scaling": "none", "min_sqnr": -100}
+    recipe = Recipe.parse({"model": str(plain), "format": "ort", **quick, **values}, "test")
+    report = run(recipe, tmp_path / "out", until="audit" if least is None else "verify")
+    assert report is not None
+    assert report.audit is not None
+    assert report.audit.coverage == 1
+    assert len([gemm for gemm in report.audit.gemms if gemm.kernel == kernel]) == CONVOLUTIONS
+    if least is not None:
+        assert report.parity is not None
+        assert min(call.sqnr for call in report.parity.calls if call.stage == "engine") > least

@@ -31,8 +31,8 @@ def call(
     with tempfile.TemporaryDirectory(prefix="dq-export-call-") as folder:
         output, error = Path(folder) / "stdout", Path(folder) / "stderr"
         arguments = [str(word) for word in words]
-        given = (arguments, str(cwd or Path.cwd()), dict(os.environ if env is None else env), str(output), str(error))
-        process = context.Process(target=_main, args=given)
+        values = (arguments, str(cwd or Path.cwd()), dict(os.environ if env is None else env), str(output), str(error))
+        process = context.Process(target=_main, args=values)
         process.start()
         process.join(timeout)
         if process.exitcode is None:

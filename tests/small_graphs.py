@@ -44,16 +44,16 @@ class Builder:
     def node(
         self, op: str, *inputs: ir.Value, module: str = "", outputs: int = 1, shape: list[Any] | None = None, **attributes: Any
     ) -> Any:
-        made = ir.node(op, list(inputs), attributes=attributes, num_outputs=outputs, name=f"{op}_{len(self.graph)}")
+        created = ir.node(op, list(inputs), attributes=attributes, num_outputs=outputs, name=f"{op}_{len(self.graph)}")
         if module:
-            made.metadata_props[SCOPES] = repr(["", "transformer", f"transformer.{module}", "linear"])
-        for i, out in enumerate(made.outputs):
+            created.metadata_props[SCOPES] = repr(["", "transformer", f"transformer.{module}", "linear"])
+        for i, out in enumerate(created.outputs):
             out.name = f"{op.lower()}{len(self.graph)}" + (f"_{i}" if outputs > 1 else "")
             out.type = ir.TensorType(ir.DataType.FLOAT)
             if shape is not None:
                 out.shape = ir.Shape(shape)
-        self.graph.append(made)
-        return made.outputs[0] if outputs == 1 else made.outputs
+        self.graph.append(created)
+        return created.outputs[0] if outputs == 1 else created.outputs
 
     def shaped(self, *outputs: ir.Value) -> ir.Model:
         """The model, with the shape of every value."""

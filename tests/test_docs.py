@@ -140,14 +140,14 @@ def test_the_page_about_formats_names_todays() -> None:
 @cache
 def messages() -> str:
     """Every text of the product, a line each, with … for what a text is filled with."""
-    found = []
+    texts = []
     for path in [path for top in TOP for path in sorted((ROOT / top).rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+                texts.append(node.value)
+    return "\n".join(texts)
 
 
 TROUBLES = re.findall(r"^### `(.+)`$", page("troubleshooting"), re.MULTILINE)

@@ -54,12 +54,12 @@ CLI_ONLY = {"typer", "rich"}
 
 def sources() -> list[tuple[str, Path]]:
     """(folder, file) of every module of the product."""
-    found = []
+    files = []
     for top in ("calibration", "passes", "deploy", "dq_export"):
         for path in sorted((ROOT / top).rglob("*.py")):
             if not any(parent.is_symlink() for parent in path.parents):
-                found.append(("dq_export/core" if path.parent == ROOT / "dq_export/core" else top, path))
-    return found
+                files.append(("dq_export/core" if path.parent == ROOT / "dq_export/core" else top, path))
+    return files
 
 
 def imports(path: Path, *, top_level: bool) -> list[str]:
@@ -90,11 +90,11 @@ def imports(path: Path, *, top_level: bool) -> list[str]:
 @cache
 def modules() -> dict[str, Path]:
     """Every module of the product by its import name."""
-    found = {}
+    paths = {}
     for folder, path in sources():
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts if folder.startswith("dq_export") else ("dq_export", *parts)).removesuffix(".__init__")] = path
-    return found
+        paths[".".join(parts if folder.startswith("dq_export") else ("dq_export", *parts)).removesuffix(".__init__")] = path
+    return paths
 
 
 def floor_of(name: str) -> str:

@@ -50,5 +50,5 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def headings(page: Path) -> set[str]:
     """The anchors of a page's headings, as Markdown's table of contents and GitHub make them."""
-    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", text.lower()).strip()) for text in found}
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", text.lower()).strip()) for text in titles}

@@ -30,8 +30,8 @@ def commands(text: str) -> list[list[str]]:
     """The words behind `dq-export` of every command of a page's shell blocks."""
     lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     parts = [part.strip() for line in lines for part in re.split(r" && | ; ", line)]
-    found = [re.match(r"(?:\S*/)?(?:torchrun .* -m dq_export|dq-export) (.*)", part) for part in parts]
-    return [shlex.split(match[1], comments=True) for match in found if match]
+    matches = [re.match(r"(?:\S*/)?(?:torchrun .* -m dq_export|dq-export) (.*)", part) for part in parts]
+    return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
 def judge(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

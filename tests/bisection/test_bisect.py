@@ -121,29 +121,31 @@ def polygraphy(out: Path, command: str) -> int:
 def test_the_pass_and_the_linear_are_named_and_the_part_fails(
     place: str, broken: GraphPass, linear: str, operators: set[str] | None, finished: Path, tmp_path: Path
 ) -> None:
-    found = replayed(finished, tmp_path, behind(place, broken))
-    assert found.broken is not None
-    assert (found.broken.name, found.linear) == (broken.name, linear)
-    assert [step.name for step in found.steps][-2:] == [place, broken.name]
-    assert all(step.sqnr > LIMIT for step in found.steps[:-1])
+    bisection = replayed(finished, tmp_path, behind(place, broken))
+    assert bisection.broken is not None
+    assert (bisection.broken.name, bisection.linear) == (broken.name, linear)
+    assert [step.name for step in bisection.steps][-2:] == [place, broken.name]
+    assert all(step.sqnr > LIMIT for step in bisection.steps[:-1])
     part = onnx.load(finished / "bisect" / "model.onnx")
     onnx.checker.check_model(part)
     used = {node.op_type for node in part.graph.node}
     assert used == operators if operators else {"QuantizeLinear", "DequantizeLinear", "MatMul"} <= used
     assert len(part.graph.node) < 25
     assert "Softmax" not in used, "nothing of what comes before"
-    assert polygraphy(finished, found.command) == 1
-    assert polygraphy(finished, found.command.replace(f" {LIMIT:.2f}", " -100.00")) == 0, "the files are what the command needs"
+    assert polygraphy(finished, bisection.command) == 1
+    assert polygraphy(finished, bisection.command.replace(f" {LIMIT:.2f}", " -100.00")) == 0, (
+        "the files are what the command needs"
+    )
 
 
 def test_an_intact_export_passes_every_step(finished: Path) -> None:
-    found = bisect_passes(finished, None)
-    assert found.broken is None
-    assert (found.linear, found.command) == ("", "")
-    names = [step.name for step in found.steps]
+    bisection = bisect_passes(finished, None)
+    assert bisection.broken is None
+    assert (bisection.linear, bisection.command) == ("", "")
+    names = [step.name for step in bisection.steps]
     assert names[:2] == ["float graph", "fold_transpose"]
     assert {"quantize_weights", "insert_qdq", "unsign_codes"} < set(names)
-    exact = {step.name: step.sqnr for step in found.steps}
+    exact = {step.name: step.sqnr for step in bisection.steps}
     assert exact["fold_scaling"] > 80 > exact["insert_qdq"]
 
 
@@ -200,11 +202,11 @@ def test_graphs_that_onnx_runtime_does_not_run_are_passed_over(tiny_folder: Path
     out = tmp_path / "out"
     fp8 = {"model": str(tiny_folder), **QUICK, "format": "trt", "bits": "fp8"}
     run(Recipe.parse(fp8, "test"), out, until="verify")
-    found = bisect_passes(out, 45.0)
-    assert found.broken is not None
-    assert found.broken.name == "insert_qdq, widen_codes, quantize_attention, factor_scale"
-    assert found.linear
-    assert polygraphy(out, found.command) == 1
+    bisection = bisect_passes(out, 45.0)
+    assert bisection.broken is not None
+    assert bisection.broken.name == "insert_qdq, widen_codes, quantize_attention, factor_scale"
+    assert bisection.linear
+    assert polygraphy(out, bisection.command) == 1
 
 
 def test_a_recorded_result_of_another_shape_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_the_help_has_the_groups_in_80_columns_and_examples_that_are_commands() 
     examples = re.findall(r"^ +dq-export ((?:--|[a-z]).*?) *$", text, re.MULTILINE)
     assert len(examples) == 5
     for words in examples:
-        asked = [*words.split(), "--help"]
-        assert CliRunner().invoke(app, asked).exit_code == 0, words
+        arguments = [*words.split(), "--help"]
+        assert CliRunner().invoke(app, arguments).exit_code == 0, words
 
 
 def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> None:
@@ -66,8 +66,8 @@ def test_flags_become_the_recipes_values(words: list[str], values: dict[str, Any
     """Up to the recipe that is parsed: what was not given is left to it."""
     seen: list[dict[str, Any]] = []
 
-    def remember(path: object, given: dict[str, Any]) -> Recipe:
-        seen.append(given)
+    def remember(path: object, flags: dict[str, Any]) -> Recipe:
+        seen.append(flags)
         raise SystemExit(0)
 
     monkeypatch.setattr(export, "recipe_of", remember)

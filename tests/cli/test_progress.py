@@ -24,9 +24,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(progress, "time", found)
-    return found
+    instance = Clock()
+    monkeypatch.setattr(progress, "time", instance)
+    return instance
 
 
 def ticks(lines: Lines, clock: Clock, *steps: tuple[float, int, int], unit: str = "calls") -> None:

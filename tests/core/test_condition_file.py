@@ -31,21 +31,21 @@ def test_conditions_come_back_with_their_names(tmp_path: Path) -> None:
     save_conditions(tmp_path / "one", written)
     save_conditions(tmp_path / "two", written)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    found = load_conditions(tmp_path / "one")
-    assert (found.names, len(found)) == (written.names, 3)
-    for ours, theirs in ((found.arrays, written.arrays), (found.null, written.null)):
+    conditions = load_conditions(tmp_path / "one")
+    assert (conditions.names, len(conditions)) == (written.names, 3)
+    for ours, theirs in ((conditions.arrays, written.arrays), (conditions.null, written.null)):
         assert set(ours) == set(theirs)
         for name, rows in theirs.items():
             np.testing.assert_array_equal(ours[name], rows)
-    assert misfit(found, INPUTS, guided=True) == ""
+    assert misfit(conditions, INPUTS, guided=True) == ""
 
 
 def test_conditions_of_others_have_numbers_for_names(tmp_path: Path) -> None:
     save_tensors(tmp_path / "file", arrays(2))
-    found = load_conditions(tmp_path / "file")
-    assert found.names == ("1", "2")
-    assert not found.null
-    assert misfit(found, INPUTS, guided=False) == ""
+    conditions = load_conditions(tmp_path / "file")
+    assert conditions.names == ("1", "2")
+    assert not conditions.null
+    assert misfit(conditions, INPUTS, guided=False) == ""
 
 
 def test_blank_conditions_fit(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_file_without_conditions_is_refused(tensors: Any, metadata: Any, messa
 def changed(**more: Any) -> Conditions:
     """Good conditions with some tensors replaced; None leaves one out."""
     tensors = {**arrays(2), **{f"null.{name}": rows for name, rows in arrays(1).items()}, **more}
-    found = {name: rows for name, rows in tensors.items() if rows is not None}
-    null = {name.removeprefix("null."): rows for name, rows in found.items() if name.startswith("null.")}
-    return Conditions(names=("a", "b"), arrays={n: r for n, r in found.items() if not n.startswith("null.")}, null=null)
+    kept = {name: rows for name, rows in tensors.items() if rows is not None}
+    null = {name.removeprefix("null."): rows for name, rows in kept.items() if name.startswith("null.")}
+    return Conditions(names=("a", "b"), arrays={n: r for n, r in kept.items() if not n.startswith("null.")}, null=null)
 
 
 @pytest.mark.parametrize(

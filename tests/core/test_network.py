@@ -28,11 +28,11 @@ def test_inputs_have_the_sizes_of_the_conditions() -> None:
         Input(name="mask", role="condition", dtype="float32", shape=(BATCH, length)),
     ]
     text = Conditions(names=("a",), arrays={"text": np.zeros((1, 77, 2)), "mask": np.zeros((1, 77))}, null={})
-    found = sized(inputs, text)
-    assert axes_of(found) == [height, Axis("length", 77, 512)]
-    assert [item.zeros(2).shape for item in found] == [(2, 3, 6), (2, 77, 2), (2, 77)]
-    assert found[0].shape[0] is BATCH
-    assert sized(found, text.only(["other"])) == found
+    inputs_of_text = sized(inputs, text)
+    assert axes_of(inputs_of_text) == [height, Axis("length", 77, 512)]
+    assert [item.zeros(2).shape for item in inputs_of_text] == [(2, 3, 6), (2, 77, 2), (2, 77)]
+    assert inputs_of_text[0].shape[0] is BATCH
+    assert sized(inputs_of_text, text.only(["other"])) == inputs_of_text
 
 
 def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:

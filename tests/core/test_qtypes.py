@@ -17,8 +17,8 @@ INTEGERS = [qtype for qtype in QUANT_TYPES if not qtype.mantissa]
 
 @pytest.mark.parametrize("qtype", INTEGERS, ids=lambda qtype: qtype.name)
 def test_every_code_fits_its_element_type(qtype: QuantType) -> None:
-    least = 0 if qtype.name.startswith("u") else -(2 ** (qtype.bits - 1))
-    assert least <= qtype.qmin < qtype.qmax <= least + 2**qtype.bits - 1
+    lowest = 0 if qtype.name.startswith("u") else -(2 ** (qtype.bits - 1))
+    assert lowest <= qtype.qmin < qtype.qmax <= lowest + 2**qtype.bits - 1
 
 
 @given(st.sampled_from(INTEGERS), st.floats(1e-3, 1e3), st.floats(-1, 1))
@@ -44,5 +44,5 @@ def test_float8_rounds_as_the_type_itself(values: list[float]) -> None:
 
 
 def test_integers_round_half_to_even_and_are_clipped() -> None:
-    found = INT8.round(np.asarray([0.5, 1.5, -2.5, 126.6, 400, -400], dtype=np.float32))
-    np.testing.assert_array_equal(found, [0, 2, -2, 127, 127, -127])
+    rounded = INT8.round(np.asarray([0.5, 1.5, -2.5, 126.6, 400, -400], dtype=np.float32))
+    np.testing.assert_array_equal(rounded, [0, 2, -2, 127, 127, -127])

@@ -220,16 +220,16 @@ def interrupt(words: list[str | Path], stage: str, number: signal.Signals) -> tu
     """Start a run, send a signal as soon as it says that `stage` starts; its status and what it said."""
     process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
-    said = ""
+    text = ""
     for line in process.stderr:
-        said += line
+        text += line
         if line.startswith(f"{stage} "):
             time.sleep(0.05)  # into the stage
             process.send_signal(number)
             break
-    said += process.stderr.read()
+    text += process.stderr.read()
     process.stderr.close()
-    return process.wait(), said
+    return process.wait(), text
 
 
 EVERY = (("load", "float", "calibrate", "build"), ("float", "calibrate", "reference", "quantize", "build", "verify"))
@@ -243,13 +243,13 @@ def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
 ) -> None:
     words = export(tiny_folder, tmp_path / "out")
     for stage in interrupted:
-        status, said = interrupt(words, stage, signal.SIGINT)
-        assert status == 130, said
-        assert "interrupted; the same command continues" in said
-        assert "Traceback" not in said
+        status, text = interrupt(words, stage, signal.SIGINT)
+        assert status == 130, text
+        assert "interrupted; the same command continues" in text
+        assert "Traceback" not in text
     for stage in killed:
-        status, said = interrupt(words, stage, signal.SIGKILL)
-        assert status == -signal.SIGKILL, f"not killed in {stage}: {said}"
+        status, text = interrupt(words, stage, signal.SIGKILL)
+        assert status == -signal.SIGKILL, f"not killed in {stage}: {text}"
     done = call(*words)
     assert done.returncode == 0, done.stderr
     assert "calibrate done" in done.stderr

@@ -30,17 +30,17 @@ def test_the_command_lists_libraries_processor_and_server() -> None:
 
 def test_a_missing_library_has_the_command_that_adds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tritonclient", None)
-    found = {item.part: item for item in diagnose()}["Triton's client"]
-    assert (found.state, found.remedy) == ("missing", "pip install 'dq-export[triton]'")
+    client = {item.part: item for item in diagnose()}["Triton's client"]
+    assert (client.state, client.remedy) == ("missing", "pip install 'dq-export[triton]'")
 
 
 def test_a_library_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_library.py").write_text("raise ImportError('libz.so.9: no such file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.syspath_prepend(tmp_path)
-    found = of_library(("broken_library",))
-    assert found.state == "cannot be imported: ImportError: libz.so.9: no such file"
-    assert found.remedy == "pip install --force-reinstall --no-deps numpy"
+    library = of_library(("broken_library",))
+    assert library.state == "cannot be imported: ImportError: libz.so.9: no such file"
+    assert library.remedy == "pip install --force-reinstall --no-deps numpy"
 
 
 def test_what_needs_a_gpu_is_not_promised_without_one() -> None:

@@ -22,9 +22,9 @@ def calibrate(out: Path, *words: str, processes: int = 1) -> subprocess.Popen[st
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
 
 
 SLOW = (("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8"))
@@ -37,9 +37,9 @@ def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], t
     finish(calibrate(tmp_path / "two", *words, processes=2))
     name = "calibration.safetensors"
     assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    said = finish(calibrate(tmp_path / "two", *words, processes=2))
-    assert "calibrate done: 24 inputs" in said
-    assert "kept from an earlier run" in said
+    output = finish(calibrate(tmp_path / "two", *words, processes=2))
+    assert "calibrate done: 24 inputs" in output
+    assert "kept from an earlier run" in output
 
 
 def workers(torchrun: int) -> dict[int, int]:
@@ -66,12 +66,12 @@ def test_a_process_that_dies_ends_the_run_and_finished_batches_are_kept(tmp_path
     while not journal.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "another process of the run" in said
+    assert "another process of the run" in output
     assert journal.exists()
     before = journal.stat().st_mtime_ns
-    said = finish(calibrate(tmp_path / "out", *words, processes=2))
+    output = finish(calibrate(tmp_path / "out", *words, processes=2))
     assert before > 0
     assert not journal.exists(), "what was gathered is deleted with the calibration finished"
     finish(calibrate(tmp_path / "alone", *words))

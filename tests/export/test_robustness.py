@@ -120,17 +120,17 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     }
     for stage, limit in upto.items():
         out = disk(f"size={limit}") / "out"
-        status, _, said = call("--model", tiny_folder, *FLAGS, "-o", out)
-        assert status == 1, said
-        last = [line for line in said.splitlines() if line.split()[0] in STAGES][-1]
-        assert last.split()[0] == stage, f"expected no space in {stage}: {said}"
-        assert "error: no space left for" in said
-        assert "run the same command again" in said
+        status, _, text = call("--model", tiny_folder, *FLAGS, "-o", out)
+        assert status == 1, text
+        last = [line for line in text.splitlines() if line.split()[0] in STAGES][-1]
+        assert last.split()[0] == stage, f"expected no space in {stage}: {text}"
+        assert "error: no space left for" in text
+        assert "run the same command again" in text
         assert not (out / ".partial").exists()
         assert not list(out.rglob(".*.new"))
-    status, _, said = call("--model", tiny_folder, *FLAGS, "-o", disk("size=64m") / "out")
+    status, _, text = call("--model", tiny_folder, *FLAGS, "-o", disk("size=64m") / "out")
     assert status == 0
-    assert any(line.startswith("float ") and "kept from an earlier run" in line for line in said.splitlines())
+    assert any(line.startswith("float ") and "kept from an earlier run" in line for line in text.splitlines())
     assert digests(out) == digests(tiny_exported)
 
 
@@ -138,10 +138,10 @@ def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path]
     (disk("size=1m") / "out").mkdir()
     root = disk("size=1m,ro")
     for out in (root / "out", root / "new"):
-        status, _, said = call("--model", tiny_folder, *FLAGS, "-o", out)
+        status, _, text = call("--model", tiny_folder, *FLAGS, "-o", out)
         assert status == 2
-        assert f"error: {out}: cannot be" in said
-        assert "Read-only file system" in said
+        assert f"error: {out}: cannot be" in text
+        assert "Read-only file system" in text
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_a_folder_that_cannot_be_written_is_an_error(disk: Callable[[str], Path]
 def test_a_bad_value_is_refused_before_anything_is_written(
     words: list[str], messages: list[str], call: Call, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    status, _, said = call("--model", tiny_folder, *FLAGS, *words, "-o", tmp_path / "out")
+    status, _, text = call("--model", tiny_folder, *FLAGS, *words, "-o", tmp_path / "out")
     assert status == 2
     for message in messages:
-        assert message in said
+        assert message in text
     assert not (tmp_path / "out").exists()
 
 
@@ -207,9 +207,9 @@ def truncate(path: Path) -> None:
 )
 def test_a_damaged_file_of_a_finished_export_is_named(words: list[str], name: str, status: int, call: Call, copied: Path) -> None:
     truncate(copied / name)
-    found, _, said = call(words[0], copied, *words[1:])
+    found, _, text = call(words[0], copied, *words[1:])
     assert found == status
-    assert str(copied / name).removesuffix(".data") in said
+    assert str(copied / name).removesuffix(".data") in text
 
 
 @pytest.mark.parametrize(
@@ -272,14 +272,14 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
 ) -> None:
     """A backend that forgets to legalise: ONNX Runtime then multiplies q, k and v in float."""
     monkeypatch.setattr(Ort, "legalise", lambda self, *, shared, result: ())
-    status, out, said = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
+    status, out, text = call("--model", tiny_folder, *FLAGS, "-o", tmp_path / "out")
     assert status == 3
     assert "FAILED" in out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in out
-    assert "75.0% of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires 95.0%" in said  # 9 of 12 units
+    assert "75.0% of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires 95.0%" in text  # 9 of 12 units
     for block in (0, 1):
         for letter in "qkv":
-            assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; an int8 activation that several operators read" in said
+            assert f"transformer_blocks.{block}.attn1.to_{letter}: MatMul; an int8 activation that several operators read" in text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["audit"]["coverage"] == pytest.approx(0.75)
     assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("failed", 3)
@@ -310,34 +310,34 @@ def test_verify_is_status_4_when_the_activation_scales_are_wrong(
         assert value.const_value is not None
         value.const_value = ir.tensor(np.asarray(value.const_value.numpy() * factor, dtype=np.float32), name=value.name)
     ir.save(model, out / "model.onnx", external_data="model.onnx.data")
-    status, said, _ = call("verify", out)
+    status, text, _ = call("verify", out)
     assert status == 4
-    assert "FAILED" in said
+    assert "FAILED" in text
 
 
 def test_verify_of_a_damaged_graph_is_one_line(call: Call, copied: Path) -> None:
     (copied / "model.onnx").write_bytes(b"no graph")
-    status, _, said = call("verify", copied)
+    status, _, text = call("verify", copied)
     assert status == 1
-    assert f"refuses {copied / 'model.onnx'}" in said
-    assert len(said.splitlines()) == 1
+    assert f"refuses {copied / 'model.onnx'}" in text
+    assert len(text.splitlines()) == 1
 
 
 def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_folder: Path, copied: Path) -> None:
     before = contents(copied)
     for words in (("--seed", "7"), ("--format", "onnx"), ("--exclude", "to_q$")):
-        status, _, said = call("--model", tiny_folder, *FLAGS, *words, "-o", copied)
+        status, _, text = call("--model", tiny_folder, *FLAGS, *words, "-o", copied)
         assert status == 2
-        assert "holds another run" in said
+        assert "holds another run" in text
         assert contents(copied) == before
 
 
 def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
-    _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
+    _, out, text = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
     assert "of all GEMM FLOPs" in out
-    assert [line for line in said.splitlines() if not line.startswith("warning:")] == []
-    _, out, said = call("--model", tiny_folder, *FLAGS, "-o", copied, "-v")
-    assert "calibrate" in said
+    assert [line for line in text.splitlines() if not line.startswith("warning:")] == []
+    _, out, text = call("--model", tiny_folder, *FLAGS, "-o", copied, "-v")
+    assert "calibrate" in text
     for word in ("insert_qdq", "fold_scaling", "bench: "):
         assert word in out
 

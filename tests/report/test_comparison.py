@@ -45,9 +45,9 @@ def other(tiny_exported: Path, tmp_path: Path) -> Path:
 def test_recipe_calls_kernels_size_and_linears_are_set_side_by_side(tiny_exported: Path, other: Path) -> None:
     report = Report.model_validate_json((tiny_exported / "report.json").read_text())
     assert report.size
-    found = compare_folders(tiny_exported, other)
-    assert found.recipe == (("rounding", "rtn", "gptq"),)
-    results = {name: (one, two) for name, one, two in found.results}
+    comparison = compare_folders(tiny_exported, other)
+    assert comparison.recipe == (("rounding", "rtn", "gptq"),)
+    results = {name: (one, two) for name, one, two in comparison.results}
     worst = report.worst_call("engine")
     assert worst
     at = f"dB at timestep {worst.timestep:g}"
@@ -56,19 +56,19 @@ def test_recipe_calls_kernels_size_and_linears_are_set_side_by_side(tiny_exporte
     assert [text.split(" MB")[0] for text in results["size"]] == [
         f"{report.size.engine_bytes / 1e6:.1f}", f"{report.size.engine_bytes // 2 / 1e6:.1f}"
     ]  # fmt: skip
-    kernels = {name: (one, two) for name, one, two in found.kernels}
+    kernels = {name: (one, two) for name, one, two in comparison.kernels}
     assert kernels["MatMulNBits"][1] == "100.0%"
     assert kernels["MatMulIntegerToFloat"][1] == "-"
-    ((name, one, two),) = found.linears
+    ((name, one, two),) = comparison.linears
     assert (name, two) == ("transformer_blocks.1.ff.net.2", "float")
     assert one.startswith("w8a8, ")
 
 
 def test_an_export_beside_itself_differs_in_nothing(tiny_exported: Path, tmp_path: Path) -> None:
-    found = compare_folders(tiny_exported, tiny_exported)
-    assert found.recipe == found.linears == ()
-    assert all(one == two for _, one, two in (*found.results, *found.kernels))
-    write_comparison(found, tmp_path / "page.html")
+    comparison = compare_folders(tiny_exported, tiny_exported)
+    assert comparison.recipe == comparison.linears == ()
+    assert all(one == two for _, one, two in (*comparison.results, *comparison.kernels))
+    write_comparison(comparison, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Both recipes are the same." in page
     assert page.count("<polyline") == 2

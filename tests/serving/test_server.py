@@ -263,20 +263,20 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("inputs", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_a_bad_request_is_told_what_is_wrong(client: Any, inputs: dict[str, Any], message: str) -> None:
-    status, told = refused(client, **inputs)
+    status, reason = refused(client, **inputs)
     assert status == "INVALID_ARGUMENT"
-    assert message in told
+    assert message in reason
 
 
 def test_a_wrong_type_and_an_unknown_input_are_refused(client: Any, running: server.Server) -> None:
     label = {"name": "class_labels", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}
-    status, told = post(running, "pipeline", {"inputs": [label]})
+    status, message = post(running, "pipeline", {"inputs": [label]})
     assert status == 400
-    assert "data-type" in told["error"]
+    assert "data-type" in message["error"]
     extra = {"name": "prompt", "datatype": "BYTES", "shape": [1, 1], "data": ["a seven"]}
-    status, told = post(running, "pipeline", {"inputs": [{**label, "datatype": "INT64", "data": [1]}, extra]})
+    status, message = post(running, "pipeline", {"inputs": [{**label, "datatype": "INT64", "data": [1]}, extra]})
     assert status == 400
-    assert "prompt" in told["error"]
+    assert "prompt" in message["error"]
 
 
 def test_a_stream_is_told_what_is_wrong_too(client: Any) -> None:
@@ -290,9 +290,9 @@ def test_a_stream_is_told_what_is_wrong_too(client: Any) -> None:
 def test_a_denoiser_batch_above_the_maximum_is_refused(client: Any) -> None:
     states = np.zeros((17, 1, 16, 16), dtype=np.float32)
     zeros = np.zeros((17, 1), dtype=np.int64)
-    status, told = refused(client, "denoiser", hidden_states=states, timestep=zeros, class_labels=zeros)
+    status, message = refused(client, "denoiser", hidden_states=states, timestep=zeros, class_labels=zeros)
     assert status == "INVALID_ARGUMENT"
-    assert "16" in told
+    assert "16" in message
 
 
 def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
@@ -342,9 +342,9 @@ def test_a_denoiser_that_goes_and_comes_back(client: Any) -> None:
     client.unload_model("denoiser")
     error = failed.get(timeout=30)
     assert "denoiser" in str(error)
-    status, told = refused(client, class_labels=[1])
+    status, message = refused(client, class_labels=[1])
     assert status == "INTERNAL"
-    assert "denoiser" in told
+    assert "denoiser" in message
     client.load_model("denoiser")
     assert np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact)
 
@@ -360,9 +360,9 @@ def test_too_many_requests_are_sent_away_and_those_inside_are_served(client: Any
                 "pipeline", tensors(class_labels=[1], num_inference_steps=100), lambda result, error: answers.put(error)
             )
         errors = [answers.get(timeout=30) for _ in range(6)]
-        told = [error for error in errors if error is not None]
-        assert len(told) == 3
-        assert all("UNAVAILABLE" in str(error.status()) and "3 requests are being sampled" in str(error) for error in told)
+        message = [error for error in errors if error is not None]
+        assert len(message) == 3
+        assert all("UNAVAILABLE" in str(error.status()) and "3 requests are being sampled" in str(error) for error in message)
     finally:
         client.unload_model("pipeline")
         client.load_model("pipeline")

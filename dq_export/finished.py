@@ -1,4 +1,4 @@
-"""What can be asked of a finished export's folder, without PyTorch."""
+"""Commands on a finished export's folder."""
 
 from __future__ import annotations
 

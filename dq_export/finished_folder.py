@@ -1,4 +1,4 @@
-"""A finished export's folder, read as something that a stranger may have packed."""
+"""A finished export's folder. Its content is not trusted: somebody else may have made it."""
 
 from __future__ import annotations
 

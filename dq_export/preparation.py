@@ -28,7 +28,7 @@ from .stages.triton import TRITON, require_served
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What decides a run beside its recipe.
+    """What decides a run in addition to its recipe.
 
     Args:
         exclude: regular expressions of module names that stay float, before all of the recipe's rules.

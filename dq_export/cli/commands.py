@@ -1,4 +1,4 @@
-"""The commands that work on what is there: a finished export's folder, an ONNX file, a model repository."""
+"""The commands that work on finished files: an export's folder, an ONNX file, a model repository, and this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: exit statuses, one message for an error of the user's, and interrupts."""
+"""How a command ends: exit statuses, one message for a user's error, and interrupts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
     watch, before = Lines(quiet=quiet), sys.unraisablehook
 
     def unraisable(failure: sys.UnraisableHookArgs) -> None:
-        # An interrupt inside a callback of the interpreter's: it goes on, until `watch` is next told how far it is.
+        # The interpreter swallows an interrupt inside one of its callbacks; the run then stops at its next report of progress.
         if not (watch.interrupted and isinstance(failure.exc_value, KeyboardInterrupt)):
             before(failure)
 
@@ -45,9 +45,10 @@ def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
 
 
 def end(status: int) -> NoReturn:
-    """End the process at once, all being on disk, whatever its libraries would make of its end.
+    """End the process at once, without the exit handlers of its libraries. All results are already on disk.
 
-    Python itself ends by SIGINT, not with a status, where the interrupt struck code that a library compiled from a string.
+    A plain `sys.exit` is not enough: if the interrupt hit code that a library had compiled from a string, Python ends with the
+    signal SIGINT in place of the status.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
@@ -56,7 +57,7 @@ def end(status: int) -> NoReturn:
 
 
 def statuses() -> dict[type[Exception], int]:
-    """Every error that is the user's to mend, with its exit status."""
+    """The exit status of every error that a user can correct."""
     from dq_export.core.artifacts import CalibrationError
     from dq_export.core.plugins import PluginError
     from dq_export.core.recipe import RecipeError
@@ -85,7 +86,7 @@ def statuses() -> dict[type[Exception], int]:
 
 
 def reason_of(error: Exception) -> str:
-    """What a plug-in, the system or the interpreter refused, and what to do; empty for an error of dq-export's own."""
+    """What a plug-in, the system or the interpreter refused, and what to do; empty for a fault of dq-export itself."""
     from dq_export.core.plugins import fault_of_plugin
 
     if fault := fault_of_plugin(error):
@@ -115,7 +116,7 @@ def print_misuse(error: Any) -> None:
 
 
 def print_error(message: str) -> None:
-    """Print lines on stderr: what names and files of others hold cannot steer the terminal, or flood it."""
+    """Print lines on stderr. Control characters in names and files are escaped, and the output is bounded."""
     from dq_export.core.documents import printable
 
     lines = [printable(line, LINE_LENGTH) for line in message.splitlines()]

@@ -33,14 +33,14 @@ def run_options(
     ] = Path("out"),
     device: Annotated[str, option("where PyTorch samples: cpu or cuda (default cpu)", "--device", group=RUN)] = "cpu",
     max_memory: Annotated[
-        float | None, option("GiB; what cannot fit is said before it starts", "--max-memory", group=RUN)
+        float | None, option("GiB; what cannot fit is refused before it starts", "--max-memory", group=RUN)
     ] = None,
     overwrite: Annotated[bool, option("redo in a folder of another run what differs", "--overwrite", group=RUN)] = False,
     as_json: Annotated[bool, option("print report.json instead of the summary", "--json", group=RUN)] = False,
     verbose: Annotated[bool, option("also what each pass and stage did", "--verbose", "-v", group=RUN)] = False,
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q", group=RUN)] = False,
 ) -> None:
-    """The options of every command that exports, beside the recipe's."""
+    """The options of every command that exports, in addition to the recipe's."""
 
 
 def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -> Callable[..., None]:
@@ -62,7 +62,7 @@ def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -
 def distill(
     out: Annotated[Path, path_argument("the output folder of an export, or of `dq-export calibrate`")],
     device: Annotated[str, option("where PyTorch computes: cpu or cuda (default cpu)", "--device")] = "cpu",
-    max_memory: Annotated[float | None, option("GiB; what cannot fit is said before it starts", "--max-memory")] = None,
+    max_memory: Annotated[float | None, option("GiB; what cannot fit is refused before it starts", "--max-memory")] = None,
 ) -> None:
     """Train OUT's blocks (--rounding distill), and export again what depends on them."""
     how = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}

@@ -20,17 +20,17 @@ from rich.progress import (
 EVERY = 5.0
 """Seconds between two plain lines of a stage."""
 AVERAGED = 3600.0
-"""Seconds of the past that the bar's estimate is from; one call of a large network takes many."""
+"""Seconds of past work that the bar's estimate uses: one call of a large network takes many seconds."""
 INDENT = " " * 10
-"""Under the text of a stage's line, which stands behind its name."""
+"""Continuation lines start under the text that follows a stage's name."""
 
 
 class Lines:
-    """Where a run says what it does; see `core.progress.Progress`.
+    """Prints the progress of a run; see `core.progress.Progress`.
 
-    On a terminal the running stage has rich's bar below the lines of those that are done: what is done of what there is, in
-    its unit, the time since the stage began, and the time that is left. Elsewhere it has a line every 5 seconds. No line is
-    wider than the terminal (80 columns where there is none), and none breaks inside a word.
+    On a terminal, a bar of rich shows the running stage below the lines of the finished ones: units done and in total, the
+    time since the stage began, and the time left. Elsewhere a plain line appears every 5 seconds. No line is wider than the
+    terminal (80 columns if there is none), and none breaks inside a word.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -42,7 +42,7 @@ class Lines:
         self.begin("", "", shown=False)
 
     def interrupt(self, number: int, frame: object) -> None:
-        """Stop the run. Some libraries swallow the exception, or report a failed import: the flag remembers."""
+        """Stop the run. Some libraries swallow the exception or report a failed import, so a flag also records it."""
         self.interrupted = True
         raise KeyboardInterrupt
 
@@ -92,7 +92,7 @@ class Lines:
         self._print(f"{self.stage:9} done: {result + ', ' if result else ''}{taken}")
 
     def stop(self) -> None:
-        """Take the bar away, so that other text can be printed."""
+        """Remove the bar, so that other text can be printed."""
         if self.bar:
             self.bar.stop()
             self.bar = None

@@ -31,7 +31,7 @@ def search_options(
     ] = Path("search"),
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q", group=RUN)] = False,
 ) -> None:
-    """What a search takes beside the recipe's options."""
+    """The options of a search, in addition to the recipe's."""
 
 
 def _search(**options: Any) -> None:

@@ -29,7 +29,7 @@ CELL = 2000
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """Print a table. What names and files of others hold is neither read as rich's markup nor sent to the terminal raw.
+    """Print a table. Text in a cell is not read as rich's markup, and its control characters are escaped.
 
     Args:
         heads: of the columns; all empty: a table without a head.

@@ -46,7 +46,7 @@ class Stage(ABC, Generic[R]):
         return True
 
     def modules(self, recipe: Recipe) -> tuple[str, ...]:
-        """What it imports, beside what its backend asks for itself."""
+        """Modules that it imports, in addition to those that its backend requires."""
         return ()
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Stage(ABC, Generic[R]):
         return ()
 
     def also(self, context: Context) -> dict[str, Any]:
-        """JSON values that decide what it writes, beside `fields` and `needs`."""
+        """JSON values that decide what it writes, in addition to `fields` and `needs`."""
         return {}
 
     def inputs(self, context: Context) -> dict[str, Any]:

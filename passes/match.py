@@ -227,6 +227,8 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 def _has_weight(node: ir.Node) -> bool:
     weight = node.inputs[1]
+    if node.op_type == INTEGER_GEMM:
+        return weight_codes(weight) is not None
     producer = weight.producer() if weight is not None else None
     if producer is not None:
         return producer.op_type == "DequantizeLinear" and weight_codes(producer.inputs[0]) is not None

@@ -63,6 +63,18 @@ def test_one_scale_for_the_whole_weight() -> None:
     np.testing.assert_allclose(run_onnx(model, FEED), before, rtol=0, atol=EXACT)
 
 
+def test_codes_of_four_bits_that_a_cast_widens_are_still_a_linear() -> None:
+    model = quantized_model()
+    weight = linears(model)["fc0"].gemm.inputs[1].producer()
+    assert weight is not None
+    cast = ir.node("Cast", [weight.inputs[0]], attributes={"to": ir.DataType.INT8}, name="widen")
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape([8, 4])
+    model.graph.insert_before(weight, cast)
+    weight.replace_input_with(0, cast.outputs[0])
+    run_passes(model, [MergeBiases()])
+    assert linears(model)["fc0"].gemm.op_type == "MatMulIntegerToFloat"
+
+
 def test_it_must_not_act() -> None:
     for model, case in (
         (quantized_model(activation=None), "case 1"),

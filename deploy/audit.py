@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
-from dq_export.passes.match import INTEGER_GEMM, linears, module_of
+from dq_export.passes.match import linears, module_of
 from dq_export.passes.names import origin
 from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
@@ -95,7 +95,7 @@ def audit_graph(
     by_node |= {linear.gemm: name for name, linear in linears(graph).items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm", "Attention", INTEGER_GEMM, *CONVOLUTIONS):
+        if node.op_type not in ("MatMul", "Gemm", "Attention", *CONVOLUTIONS):
             continue
         module = by_node.get(node)
         wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)

@@ -18,8 +18,6 @@ from .base import GraphError, computed_initializer, like, redirect, stored
 from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-INTEGER_GEMM = "MatMulIntegerToFloat"
-"""ONNX Runtime's operator: codes, scales, zero points and a bias of a whole linear; the bias is its seventh input."""
 Float32 = npt.NDArray[np.float32]
 ELEMENT_TYPES = {
     "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
@@ -41,12 +39,12 @@ def _last_module(scopes: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearNode:
-    """A linear layer in the graph: x @ W (+ bias), as MatMul + Add, as Gemm(transB=1) or as ONNX Runtime's integer GEMM; or a
-    convolution, whose weight [out, channels, height, width] is one of [out, in] for patches of its input.
+    """A linear layer in the graph, x @ W (+ bias), as MatMul + Add or as Gemm(transB=1); or a convolution,
+    whose weight [out, channels, height, width] is one of [out, in] for patches of its input.
 
     Args:
         name: module name.
-        gemm: the MatMul, Gemm, Conv or integer GEMM.
+        gemm: the MatMul, Gemm or Conv.
     """
 
     name: str
@@ -98,9 +96,8 @@ class LinearNode:
 
     def bias_tensor(self) -> ir.TensorProtocol | None:
         """The stored bias, [out] or with leading ones, its content not computed yet; None without one."""
-        place = {"Gemm": 2, "Conv": 2, INTEGER_GEMM: 6}.get(self.gemm.op_type)
-        if place is not None:
-            return stored(self.gemm.inputs[place]) if len(self.gemm.inputs) > place else None
+        if self.gemm.op_type != "MatMul":
+            return stored(self.gemm.inputs[2]) if len(self.gemm.inputs) > 2 else None
         bias_add = self.bias_add
         return None if bias_add is None else next(tensor for value in bias_add.inputs if (tensor := stored(value)) is not None)
 
@@ -155,7 +152,7 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
     found: dict[str, LinearNode] = {}
     for node in model.graph:
         name = module_of(node)
-        if not name or node.op_type not in ("MatMul", "Gemm", "Conv", INTEGER_GEMM) or not _has_weight(node):
+        if not name or node.op_type not in ("MatMul", "Gemm", "Conv") or not _has_weight(node):
             continue
         if node.op_type == "Conv" and not (any(part.isdigit() for part in name.split(".")) and _plain_convolution(node)):
             continue
@@ -227,8 +224,6 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 def _has_weight(node: ir.Node) -> bool:
     weight = node.inputs[1]
-    if node.op_type == INTEGER_GEMM:
-        return weight_codes(weight) is not None
     producer = weight.producer() if weight is not None else None
     if producer is not None:
         return producer.op_type == "DequantizeLinear" and weight_codes(producer.inputs[0]) is not None

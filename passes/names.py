@@ -17,7 +17,6 @@ PASSES = (
     "insert_qdq",
     "integer_convolutions",
     "lift_modulation",
-    "merge_biases",
     "merge_duplicates",
     "quantize_attention",
     "quantize_weights",

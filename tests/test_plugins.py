@@ -98,7 +98,7 @@ def test_a_pass_and_a_backend(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_family(tmp_path: Path) -> None:
     from toy import save_toy
 
-    assert [family.name for family in all_families()] == ["dit", "pixart", "sd3", "flux", "toy"]
+    assert [family.name for family in all_families()] == ["dit", "pixart", "sd3", "flux", "unet", "toy"]
     report = run(recipe(model=str(save_toy(tmp_path / "model"))), tmp_path / "out", until="quantize")
     assert report is not None
     assert {linear.action for linear in report.linears if linear.name.endswith("fc1")} == {"w8a8"}

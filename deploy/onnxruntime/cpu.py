@@ -23,7 +23,6 @@ from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.integer_convolutions import IntegerConvolutions
-from dq_export.passes.legalise.merge_biases import MergeBiases
 from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.trim_text import TrimText
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
@@ -113,7 +112,7 @@ class Ort(Backend):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
-        but for convolutions of codes; biases inside the GEMM or such that survive a fixed batch, and texts without their
+        but for convolutions of codes; biases that survive a fixed batch, and texts without their
         padding.
 
         Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
@@ -121,7 +120,7 @@ class Ort(Backend):
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
         codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), UnsignCodes())
-        return (*codes, TrimText(), *attention, MergeBiases(), RaiseBiases())
+        return (*codes, TrimText(), *attention, RaiseBiases())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

@@ -46,6 +46,7 @@ class UNetValues(Values):
     use_linear_projection: bool = False
     class_embed_type: None = None
     addition_embed_type: Literal["text_time"] | None = None
+    addition_embed_type_num_heads: Count = 64
     addition_time_embed_dim: Count | None = None
     num_class_embeds: None = None
     upcast_attention: bool | None = False

@@ -126,7 +126,7 @@ def test_an_export_is_of_the_fused_network_and_repeats(adapter: Path, tiny_folde
     assert np.abs(fused.forward(feed) - tiny.forward(feed)).max() > 1e-2
     assert report.digest == fused.digest
     recipe = Recipe.load(tmp_path / "out" / "recipe.yaml")
-    timed = _pytorch(recipe, 2)[0][0]
+    timed = _pytorch(recipe, 2, tmp_path / "out")[0][0]
     np.testing.assert_array_equal(_load(timed)(feed), fused.forward(feed))
     assert recipe.lora == (f"{adapter}:0.5",)
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}

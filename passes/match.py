@@ -164,9 +164,9 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
     return found
 
 
-def convolutions(model: ir.Model) -> dict[str, ir.Node]:
-    """Every convolution that a module computes, by the module's name."""
-    return {name: node for node in model.graph if node.op_type == "Conv" and (name := module_of(node))}
+def convolutions(model: ir.Model) -> dict[ir.Node, str]:
+    """Every convolution that a module computes, and the module's name."""
+    return {node: name for node in model.graph if node.op_type == "Conv" and (name := module_of(node))}
 
 
 def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:

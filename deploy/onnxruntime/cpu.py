@@ -112,8 +112,7 @@ class Ort(Backend):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
-        but for convolutions of codes; biases that survive a fixed batch, and texts without their
-        padding.
+        but for convolutions of codes; biases that survive a fixed batch, and texts without their padding.
 
         Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).

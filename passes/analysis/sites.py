@@ -12,7 +12,7 @@ from dq_export.core.network import InputSite, Linear
 
 from ..base import stored
 from ..canonical.fold_transpose import FoldTranspose
-from ..match import LinearNode, linears, module_of
+from ..match import LinearNode, convolutions, linears
 from .axes import dims
 from .roles import roles
 from .rules import RULES
@@ -176,11 +176,7 @@ def _patches(node: ir.Node) -> object:
 
 
 def _convolutions(model: ir.Model) -> dict[ir.Value, str]:
-    kernels = {}
-    for node in model.graph:
-        if node.op_type == "Conv" and module_of(node) and stored(node.inputs[1]) is not None:
-            kernels[node.outputs[0]] = module_of(node)
-    return kernels
+    return {node.outputs[0]: name for node, name in convolutions(model).items() if stored(node.inputs[1]) is not None}
 
 
 def _inputs(value: ir.Value) -> int:

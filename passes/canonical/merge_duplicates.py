@@ -41,7 +41,9 @@ class MergeDuplicates(GraphPass):
         removed = before - len(model.graph) - len(model.graph.initializers)
         changed = [f"removed {removed} duplicate nodes and initializers"] if removed else []
         taken = {node.name: node for node in model.graph}
-        for name, node in {**{name: linear.gemm for name, linear in linears(model).items()}, **convolutions(model)}.items():
+        named = {name: linear.gemm for name, linear in linears(model).items()}
+        named |= {name: node for node, name in convolutions(model).items()}
+        for name, node in named.items():
             if node.name != name:
                 if name in taken:
                     taken[name].name = f"{name}.renamed"

@@ -41,6 +41,8 @@ ELEMENTS = {"float": np.float32, "float16": np.float16, "double": np.float64, "i
 """Element types of inputs by ONNX Runtime's names."""
 ATTENTION_SINCE = (1, 24)
 """The first version that runs graphs of opset 23: before, it has no QuantizeLinear for them."""
+SIGNED_CONVOLUTIONS_SINCE = (1, 24)
+"""The first version whose ConvInteger takes int8 activations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,8 @@ class Ort(Backend):
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
-        codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), UnsignCodes())
+        unsigned = UnsignCodes(convolutions=_version() < SIGNED_CONVOLUTIONS_SINCE)
+        codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), unsigned)
         return (*codes, TrimText(), *attention, RaiseBiases())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:

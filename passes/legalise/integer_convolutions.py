@@ -27,6 +27,7 @@ class IntegerConvolutions(GraphPass):
     ONNX Runtime fuses a Conv between DequantizeLinears only where its result is quantized, too, which rounds it, and never
     one whose scale comes from a table. Of ConvInteger's four pairs of types int8 activations with uint8 weights run on
     VNNI: 3.1 to 3.7 times as fast as float for 3x3 kernels and 7 for 1x1; others down to a third of float's speed.
+    Before 1.24 it takes uint8 for both alone: see unsign_codes.
 
     It does not act where
         1. the activation's codes are not int8 with the zero point 0, or the weight's not int8 with a scale for each output,

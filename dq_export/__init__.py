@@ -59,19 +59,18 @@ def load(output_dir: str | Path) -> StandIn:
     of the diffusers model's `forward`. It runs where its runtime does, wherever the pipeline's other parts are.
 
     Args:
-        output_dir: the folder of a finished export.
+        output_dir: the folder of a finished export; or a text `owner/name` or `owner/name@revision` that is no folder here: an
+            export that `dq-export push` published on the hub.
 
     Raises:
         OutputError: it is none, or its engine is not built yet.
-        RecipeError, ModelError: its recipe or its `float/config.json` is damaged.
+        RecipeError: its recipe is damaged.
+        ModelError: its `float/config.json` is damaged; or the hub has no such export, or cannot be reached.
         BackendError: the engine's runtime is missing, or does not load it on this machine.
     """
-    import os
-    from pathlib import Path
-
     from .engine import load as load_engine
 
-    return load_engine(Path(os.path.expanduser(output_dir)))
+    return load_engine(output_dir)
 
 
 def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]) -> Report:

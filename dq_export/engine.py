@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from .families.loading import make_empty, read_config
 from .families.source import family_of
 from .families.stand_in import StandIn
 from .finished_folder import ENGINE, FLOAT_CONFIG, MODEL, REPORT, FinishedFolder, engine_of
+from .hub_folder import fetch, is_hub_id
 from .ledger import RECIPE
 from .output_folder import OutputError
 
 
-def load(out: Path) -> StandIn:
-    """The engine of an output folder; see `dq_export.load`.
+def load(place: str | Path) -> StandIn:
+    """The engine of an output folder, here or on the hub; see `dq_export.load`.
 
     A folder of format `onnx`, which has no engine, gives its graph on ONNX Runtime's CPU provider.
 
@@ -30,6 +32,7 @@ def load(out: Path) -> StandIn:
         OutputError, RecipeError, ModelError, BackendError: see `dq_export.load`.
     """
     require_packages(["torch", "diffusers", "accelerate"], "dq_export.load")
+    out = fetch(place) if isinstance(place, str) and is_hub_id(place) else Path(os.path.expanduser(place))
     recipe = FinishedFolder.open(out, RECIPE, MODEL, REPORT, FLOAT_CONFIG).recipe()
     backend = backend_of(recipe)
     if backend is not None and not (out / ENGINE).is_dir():

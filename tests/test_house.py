@@ -33,7 +33,7 @@ LAZY = {
     "passes": set(),
     "deploy": {"google", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy", "tritonclient"},
     "deploy/triton/serving": {"PIL", "triton_python_backend_utils", "tritonclient"},
-    "dq_export": {"PIL", "google", "jinja2", "safetensors"},
+    "dq_export": {"PIL", "google", "huggingface_hub", "jinja2", "safetensors"},
     "dq_export/search": {"google", "onnxruntime"},
     "dq_export/bisection": {"onnx", "onnx_graphsurgeon"},
     "dq_export/families": {

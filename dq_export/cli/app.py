@@ -50,7 +50,7 @@ STAGES = (
 )
 COMMANDS = (
     commands.verify, commands.bisect, commands.audit, commands.finish, commands.bench, commands.check, commands.triton,
-    commands.explain, commands.compare, commands.doctor, distill,
+    commands.explain, commands.compare, commands.push, commands.doctor, distill,
 )  # fmt: skip
 
 

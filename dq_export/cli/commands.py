@@ -13,6 +13,7 @@ import typer
 from .errors import AUDIT, FAILED, PARITY, watching
 from .options import option, path_argument, path_option
 from .tables import (
+    one_line,
     print_audit,
     print_bisection,
     print_comparison,
@@ -176,6 +177,18 @@ def compare(
     print_comparison(comparison)
     write_comparison(comparison, page)
     print(f"page: {page}")
+
+
+def push(
+    out: Folder,
+    name: Annotated[str, typer.Argument(help="owner/name on the hub", show_default=False)],
+) -> None:
+    """Publish an export on the Hugging Face hub, with a model card made from its report."""
+    from ..hub_folder import push as publish
+
+    address = publish(out, name)
+    print(f"published: {one_line(address)}")
+    print(f'anybody who may read it draws with: dq_export.load("{name}")')
 
 
 def doctor() -> None:

@@ -67,6 +67,7 @@ def statuses() -> dict[type[Exception], int]:
     from dq_export.passes.base import GraphError
 
     from ..families.reference import ModelError
+    from ..hub_folder import HubError
     from ..output_folder import OutputError
     from ..search.request import SearchError
 
@@ -78,6 +79,7 @@ def statuses() -> dict[type[Exception], int]:
         PluginError: FAILED,
         GraphError: FAILED,
         BackendError: FAILED,
+        HubError: FAILED,
         NotHereError: ELSEWHERE,
         AuditError: AUDIT,
         ParityError: PARITY,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dq_export.core.documents import DocumentError, printable, read_text, shown, shown_path
@@ -31,19 +31,37 @@ def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], tu
         ModelError: no such model or revision, no access, no weights, or neither network nor cache.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        with refusals(hub_id, revision):
+            names = HfApi().list_repo_files(hub_id, revision=revision or None)
+            folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(SMALL)))
+            chosen = wanted(names, variant, hub_id, approve(folder))
+            return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=chosen))
+    except (HTTPError, OSError) as error:
+        return _from_cache(hub_id, revision, error)
+
+
+@contextmanager
+def refusals(hub_id: str, revision: str) -> Iterator[None]:
+    """While active, what the hub refuses is one line; that it cannot be reached stays huggingface_hub's own error.
+
+    Args:
+        revision: branch, tag or commit; empty: the default branch.
+
+    Raises:
+        ModelError: no such model or revision, or no access.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        names = HfApi().list_repo_files(hub_id, revision=revision or None)
-        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(SMALL)))
-        chosen = wanted(names, variant, hub_id, approve(folder))
-        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=chosen))
+        yield
     except HFValidationError as error:
         raise ModelError(f"model {shown(hub_id)}: no such folder, and no hub id ({printable(str(error))})") from error
     except GatedRepoError as error:
@@ -54,8 +72,6 @@ def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], tu
         raise ModelError(f"model '{hub_id}': the hub has no such model, or it is private; log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model '{hub_id}': it has no revision {shown(revision)}; give a branch, a tag or a commit") from error
-    except (HTTPError, OSError) as error:
-        return _from_cache(hub_id, revision, error)
 
 
 def wanted(names: list[str], variant: str, where: str, encoders: tuple[str, ...] = ()) -> list[str]:

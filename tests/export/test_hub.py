@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from conftest import STAGES, save_tiny
+from local_hub import Hub, serving
 from safetensors.numpy import load_file
 from test_checkpoints import as_published, edit, save_vae
 
@@ -204,104 +202,44 @@ def test_text_encoders_are_downloaded_where_prompts_are_to_be_encoded() -> None:
     assert [name for name in half if name.endswith("safetensors")] == [names[-1], "text_encoder/model.fp16.safetensors"]
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's HTTP as its library asks for: what files a revision has, and their content."""
-
-    folder: Path
-    asked: list[str]
-
-    def _file(self) -> None:
-        name = self.path.split("/resolve/")[1].split("/", 1)[1]
-        path = self.folder / name
-        if not path.is_file():
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        self._answer(200, content, headers)
-        if self.command == "GET":
-            self.asked.append(name)
-
-    def _listing(self, recursive: bool) -> None:
-        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        names = [str(path.relative_to(self.folder)) for path in files]
-        if recursive:
-            tree = [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": COMMIT}
-                for name, path in zip(names, files, strict=True)
-            ]
-            self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-            return
-        info = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names], "private": False}
-        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        if "/owner/name" not in self.path:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif "/v9" in self.path:
-            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif "/resolve/" in self.path:
-            self._file()
-        else:
-            self._listing("/tree/" in self.path)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: Any) -> None: ...
-
-
 @pytest.fixture
-def hub(home: Path, tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
-    """The address of a hub with the published model, and what it was asked for."""
+def hub(home: Path, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with the published model."""
     shutil.copytree(home / "published", tmp_path / "served")
-    handler = type("Handler", (Hub,), {"folder": tmp_path / "served", "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tmp_path / "served", COMMIT) as hub:
+        yield hub
 
 
 LOCATE = "import sys; from dq_export.families.source import locate; print(locate(*sys.argv[1:]).checkpoint.weights.files[0])"
 
 
-def fetched(hub: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def fetched(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """What `locate` finds in a process of its own, for the library reads its address when it is imported."""
-    variables = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    variables = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return subprocess.run([sys.executable, "-c", LOCATE, *words], env=variables, capture_output=True, text=True, check=False)
 
 
-def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
-    address, handler = hub
+def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: Hub, tmp_path: Path) -> None:
+    address = hub.address
     done = fetched(address, tmp_path / "one", "owner/name", "main")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"snapshots/{COMMIT}/transformer/{STEM}.bin")
-    assert sorted(handler.asked) == sorted([*PLAIN[:4], f"transformer/{STEM}.bin", f"vae/{STEM}.bin"])
-    (handler.folder / "transformer" / f"{STEM}.safetensors").write_bytes(b"x")
-    handler.asked.clear()
+    assert sorted(hub.read) == sorted([*PLAIN[:4], f"transformer/{STEM}.bin", f"vae/{STEM}.bin"])
+    (hub.folder / "transformer" / f"{STEM}.safetensors").write_bytes(b"x")
+    hub.read.clear()
     assert fetched(address, tmp_path / "two", "owner/name").returncode == 0
-    assert [name for name in handler.asked if name.startswith("transformer/d")] == [f"transformer/{STEM}.safetensors"]
-    edit(handler.folder / "transformer" / "config.json", _class_name="WanTransformer3DModel")
-    handler.asked.clear()
+    assert [name for name in hub.read if name.startswith("transformer/d")] == [f"transformer/{STEM}.safetensors"]
+    edit(hub.folder / "transformer" / "config.json", _class_name="WanTransformer3DModel")
+    hub.read.clear()
     other = fetched(address, tmp_path / "three", "owner/name")
     assert "ModelError" in other.stderr
     assert "architecture 'WanTransformer3DModel' is not supported" in other.stderr
-    assert sorted(handler.asked) == sorted(PLAIN[:4]), "no weights of a model that cannot be used"
+    assert sorted(hub.read) == sorted(PLAIN[:4]), "no weights of a model that cannot be used"
 
 
 @pytest.mark.slow
-def test_what_a_hub_has_not_is_said(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
-    address, _ = hub
+def test_what_a_hub_has_not_is_said(hub: Hub, tmp_path: Path) -> None:
+    address = hub.address
     assert "it has no revision 'v9'; give a branch, a tag or a commit" in fetched(address, tmp_path, "owner/name", "v9").stderr
     assert "the hub has no such model, or it is private" in fetched(address, tmp_path, "owner/other").stderr
     assert "no weights of variant 'fp16'" in fetched(address, tmp_path, "owner/name", "", "fp16").stderr

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TOP = ("dq_export", "calibration", "passes", "deploy")
-OF_OTHERS = {"--onnxrt", "--load-inputs", "--strict", "--gpus"}
-"""Options of polygraphy, mkdocs and docker."""
+OF_OTHERS = {"--onnxrt", "--load-inputs", "--strict", "--gpus", "--dq-engine"}
+"""Options of polygraphy, mkdocs, docker, and of pytest with the product's plug-in."""
 
 
 def page(name: str) -> str:

@@ -48,6 +48,8 @@ LAZY = {
     },
 }
 """What functions may import beyond `THIRD_PARTY`."""
+PYTEST = {"dq_export/pytest_plugin.py"}
+"""Loaded by pytest alone."""
 COMMAND_LINE = "dq_export/cli"
 CLI_ONLY = {"typer", "rich"}
 
@@ -155,6 +157,7 @@ def test_every_floor_imports_only_its_libraries() -> None:
         relative = str(path.relative_to(ROOT))
         at_once = THIRD_PARTY.get(str(path.parent.relative_to(ROOT)), THIRD_PARTY[folder])
         at_once = at_once | (CLI_ONLY if str(path.parent.relative_to(ROOT)) == COMMAND_LINE else set())
+        at_once = at_once | ({"pytest"} if relative in PYTEST else set())
         in_functions = at_once | LAZY.get(str(path.parent.relative_to(ROOT)), LAZY[folder])
         for allowed, top_level in ((at_once, True), (in_functions, False)):
             wrong += [
@@ -240,6 +243,8 @@ def test_the_wheel_holds_the_licence_and_the_version(wheel: Path) -> None:
         (licence,) = [name for name in file.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
         assert file.read(licence) == (ROOT / "LICENSE").read_bytes()
         words = file.read(licence.replace("licenses/LICENSE", "METADATA")).decode().splitlines()
+        entries = file.read(licence.replace("licenses/LICENSE", "entry_points.txt")).decode()
+    assert "[pytest11]\ndq_export.pytest_plugin = dq_export.pytest_plugin\n" in entries
     assert f"Version: {dq_export.__version__}" in words
     assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(words)
 

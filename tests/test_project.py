@@ -22,8 +22,11 @@ def test_one_version() -> None:
 
 def test_the_workflow_runs_what_a_contributor_runs() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    commands = [step["run"] for job in jobs.values() for step in job.get("steps", ()) if "run" in step]
     assert ".ci/run" in commands
+    called = [job["uses"] for job in jobs.values() if "uses" in job]
+    assert called == ["./.github/workflows/parity.yml"]
+    assert (ROOT / called[0]).is_file()
     for path in re.findall(r"tests/[\w.]+", "\n".join(commands)):
         assert (ROOT / path).exists(), path
     pythons = {str(version) for version in jobs["parts"]["strategy"]["matrix"]["python"]}

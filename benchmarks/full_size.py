@@ -1,4 +1,4 @@
-"""Cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2 or larger ones: each comparison is one command, one table.
+"""Cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2, UNets or larger ones: each comparison is one command, one table.
 
     pip install -c constraints.txt ".[cpu,openvino]"
     python benchmarks/full_size.py cost       # time by stage and peak memory of one export, or of one with --rounding gptq
@@ -7,11 +7,11 @@
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
 
 The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. With
-`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`. With `--network sd35-medium` or
-`flux-dev`, at 512 pixels and in bfloat16, see `mmdit_xl.py`; `speed` holds all engines at once, which they are too large for,
-and `cost` times ONNX Runtime's in turn. A folder with conditions.safetensors is exported with them. Exports go to a
-temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static: 13 GB of memory and some
-minutes. Every table names the machine.
+`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`; `sd1.5` at 512 pixels, `sdxl`: see
+`unet_xl.py`; `sd35-medium`, `flux-dev` at 512 pixels and in bfloat16: see `mmdit_xl.py`. `speed` holds the engines of a
+runtime at once; for the last three `cost` times ONNX Runtime's in turn. A folder with conditions.safetensors is exported with
+them. Exports go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static, 13 GB of
+memory and some minutes, and with NNCF where it is installed. Every table names the machine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ MADE_BY = {
     "pixart": ("pixart_xl.py",),
     "sd35-medium": ("mmdit_xl.py", "--network", "sd35-medium"),
     "flux-dev": ("mmdit_xl.py", "--network", "flux-dev"),
+    "sd1.5": ("unet_xl.py", "--network", "sd1.5"),
+    "sdxl": ("unet_xl.py", "--network", "sdxl"),
 }
 SIDE = 512
 """Pixels along an axis of FLUX's pictures."""
@@ -63,8 +68,8 @@ def flags_of(model: Path) -> list[str]:
 
 
 def _is_flux(model: Path) -> bool:
-    config: dict[str, Any] = json.loads((model / "transformer" / "config.json").read_text())
-    return config["_class_name"] == "FluxTransformer2DModel"
+    classes = (json.loads(path.read_text()).get("_class_name") for path in model.glob("*/config.json"))
+    return "FluxTransformer2DModel" in classes
 
 
 def reference_of(model: Path) -> Any:
@@ -153,48 +158,69 @@ def flat(model: Path, temporary: Path) -> None:
 
 
 def speed(model: Path, temporary: Path, *, peers: bool) -> None:
-    """Latency of one call of a picture, engines in turn, each warm."""
-    from dq_export.deploy.backend import BackendError, Built
-    from dq_export.deploy.latency import measure
+    """Latency of one call of a picture, each runtime's engines in turn, each warm."""
+    from dq_export.deploy.latency import Latency, measure
     from dq_export.deploy.onnxruntime.cpu import open_graph
-    from dq_export.deploy.openvino.backend import OpenVino
 
     cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
     reference = reference_of(model)
     feed = feed_of(reference)
-    peer = quantize_static(cpu / "float" / "model.onnx", feed, temporary) if peers else None
-    engines: dict[str, Any] = {
-        "PyTorch fp32": reference.forward,
-        "PyTorch bf16": reference.in_dtype("bf16"),
-        "ONNX Runtime fp32": open_graph(cpu / "float" / "model.onnx"),
-        "dq-export W8A8, ONNX Runtime CPU": open_graph(cpu / "model.onnx"),
+    first: dict[str, Callable[[], Any]] = {
+        "PyTorch fp32": lambda: reference.forward,
+        "PyTorch bf16": lambda: reference.in_dtype("bf16"),
+        "ONNX Runtime fp32": lambda: open_graph(cpu / "float" / "model.onnx"),
+        "dq-export W8A8, ONNX Runtime CPU": lambda: open_graph(cpu / "model.onnx"),
     }
-    try:
-        OpenVino().require()
-    except BackendError as error:
-        print(f"without OpenVINO: {error}")
-    else:
-        other = temporary / "openvino"
-        shutil.copytree(cpu, other)
-        export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
-        for dtype in ("fp32", "bf16"):
-            openvino = OpenVino(dtype)
-            for name, graph in ((f"OpenVINO {dtype}", cpu / "float"), (f"dq-export W8A8, OpenVINO, rest {dtype}", other)):
-                engines[name] = openvino.load(
-                    Built(model=graph / "model.onnx", folder=graph / "engine"), batch=len(feed[reference.inputs[0].name])
-                )
-    if peer:
-        engines["onnxruntime quantize_static"] = open_graph(peer)
-    taken = measure(engines, feed, rounds=15)
+    if peers:
+        first["onnxruntime quantize_static"] = partial(open_graph, quantize_static(cpu / "float" / "model.onnx", feed, temporary))
+    taken: dict[str, Latency] = {}
+    for makers in (first, openvino_engines(model, temporary, len(feed[reference.inputs[0].name]))):
+        # One runtime's engines at a time: a UNet's do not all fit.
+        taken |= measure({name: make() for name, make in makers.items()}, feed)
+    if peers and find_spec("nncf"):
+        taken |= measure({"NNCF, OpenVINO": nncf(cpu / "float" / "model.onnx", feed, temporary)}, feed)
     base = taken["ONNX Runtime fp32"].median
     print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
     for name, latency in taken.items():
         print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
 
 
+def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Callable[[], Any]]:
+    """The float network and ours on OpenVINO, with the rest in both types; none where the library is missing."""
+    from dq_export.deploy.backend import BackendError, Built
+    from dq_export.deploy.openvino.backend import OpenVino
+
+    try:
+        OpenVino().require()
+    except BackendError as error:
+        print(f"without OpenVINO: {error}")
+        return {}
+    cpu, other = temporary / "cpu", temporary / "openvino"
+    shutil.copytree(cpu, other)
+    export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
+
+    def load(dtype: str, folder: Path) -> Any:
+        return OpenVino(dtype).load(Built(model=folder / "model.onnx", folder=folder / "engine"), batch=batch)
+
+    graphs = {"OpenVINO": cpu / "float", "dq-export W8A8, OpenVINO, rest": other}
+    return {f"{name} {dtype}": partial(load, dtype, graph) for dtype in ("fp32", "bf16") for name, graph in graphs.items()}
+
+
+def nncf(model: Path, feed: dict[str, Any], temporary: Path) -> Callable[[Any], Any]:
+    """NNCF's quantization of the float graph, on OpenVINO; 4 samples."""
+    import openvino
+    from peers import nncf as quantize
+
+    start = time.monotonic()
+    quantize(model, [feed] * 4, temporary / "nncf.xml")
+    print(f"NNCF with 4 samples: {time.monotonic() - start:.0f} s, {peak():.1f} GB at the peak of this process")
+    network = openvino.Core().compile_model(temporary / "nncf.xml", "CPU")
+    return lambda feed: network(dict(feed))[0]
+
+
 def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
-    """onnxruntime's own static quantization of the float graph: MatMul and Gemm, per channel, U8S8, MinMax, 4 samples."""
+    """onnxruntime's own static quantization of the float graph: MatMul, Gemm and Conv, per channel, U8S8, MinMax, 4 samples."""
     import onnx
     from peers import static
 
@@ -204,10 +230,14 @@ def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
     start = time.monotonic()
     target = folder / "model.onnx"
     static(folder / "float" / model.name, [feed] * 4, target, large=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak:.1f} GB at the peak of this process")
+    print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak():.1f} GB at the peak of this process")
     assert onnx.load(target, load_external_data=False).graph.node
     return target
+
+
+def peak() -> float:
+    """GB that this process took at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def resume(model: Path, temporary: Path, *, kills: int) -> None:

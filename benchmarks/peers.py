@@ -1,6 +1,6 @@
 """One quantizer of somebody else, run in a virtual environment of its own: `python peers.py NAME FLOAT.onnx FEEDS.npz TARGET`.
 
-    static    onnxruntime's quantize_static: MatMul and Gemm, per channel, U8S8, MinMax; pip install onnxruntime onnx
+    static    onnxruntime's quantize_static: MatMul, Gemm and Conv, per channel, U8S8, MinMax; pip install onnxruntime onnx
     modelopt  nvidia-modelopt's ONNX int8, calibration max; pip install torch==2.13.0 "nvidia-modelopt[onnx]"
     nncf      NNCF through OpenVINO, transformer preset; pip install nncf openvino
 
@@ -30,7 +30,7 @@ def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: boo
         model,
         target,
         Reader(),
-        op_types_to_quantize=["MatMul", "Gemm"],
+        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,

@@ -222,7 +222,8 @@ def _inferred(proto: Any) -> dict[str, tuple[int, ...]]:
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     known = {}
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
-        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        if all(shape):
+        kind = value.type.tensor_type
+        shape = [d.dim_value for d in kind.shape.dim]
+        if kind.HasField("shape") and all(shape):  # without the field even the number of dimensions is unknown
             known[value.name] = tuple(shape)
     return known

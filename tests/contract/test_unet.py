@@ -213,6 +213,8 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
     convolution = next(gemm for gemm in report.audit.gemms if gemm.name == "mid_block.resnets.0.conv1")
     assert (convolution.flops, convolution.wanted, convolution.kernel) == (2 * 4 * 4 * 64 * 64 * 9, "w8a8", "ConvInteger")
     assert len([gemm for gemm in report.audit.gemms if gemm.kernel == "ConvInteger"]) == CONVOLUTIONS
+    query = next(gemm for gemm in report.audit.gemms if gemm.name == "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert query.flops == 2 * 4 * 4 * 64 * 64, "of a value whose sizes the exporter alone knows"
     edges = {gemm.name: gemm.kernel for gemm in report.audit.gemms if gemm.name in ("conv_in", "conv_out")}
     assert edges == {"conv_in": "Conv", "conv_out": "Conv"}, "float, as all embedders and final projections"
     stand_in = dq_export.load(tmp_path / "out")

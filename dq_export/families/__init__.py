@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dq_export.core.plugins import load_plugins
 
+from .ddpm import DDPM_FAMILY
 from .dit import DIT
 from .family import Family
 from .flux import FLUX
@@ -11,7 +12,7 @@ from .pixart import PIXART
 from .sd3 import SD3_FAMILY
 from .unet import UNET
 
-FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX, UNET)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX, UNET, DDPM_FAMILY)
 
 
 def all_families() -> tuple[Family, ...]:

@@ -116,7 +116,8 @@ def _pipeline_around(network: Path) -> Path:
 
 
 def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:
-    """None where there is none and the pipeline's index names none.
+    """None where there is none and the pipeline's index names none. As in diffusers, a file beside the index stands in for one
+    in a folder.
 
     The default that stands in for a missing scheduler samples other pictures, so it must not hide a lost file.
     """
@@ -127,6 +128,8 @@ def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:
         raise ModelError(
             f"{shown_path(folder)}: no {SCHEDULER_CONFIG} in it; copy or download it again, or remove {shown_path(folder)}"
         )
+    if (pipeline / SCHEDULER_CONFIG).is_file():
+        return pipeline
     if _names(index, SCHEDULER):
         place = f"{SCHEDULER}/{SCHEDULER_CONFIG}"
         raise ModelError(

@@ -66,12 +66,7 @@ class VaeValues(Values):
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> VaeValues:
-        levels = len(self.block_out_channels)
-        for key in ("down_block_types", "up_block_types"):
-            if len(getattr(self, key)) != levels:
-                raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
-        if wrong := [width for width in self.block_out_channels if width % self.norm_num_groups]:
-            raise ValueError(f"block_out_channels {wrong[0]}: expected a multiple of norm_num_groups {self.norm_num_groups}")
+        require_levels(self)
         return self
 
 
@@ -143,6 +138,25 @@ class SchedulerValues(Values):
                 f"trained_betas: expected num_train_timesteps {self.num_train_timesteps} of them, found {len(self.trained_betas)}"
             )
         return self
+
+
+def require_levels(values: Any) -> None:
+    """Raise ValueError unless there is a block for each of `block_out_channels`, and GroupNorm divides them."""
+    levels = len(values.block_out_channels)
+    for key in ("down_block_types", "up_block_types"):
+        if len(getattr(values, key)) != levels:
+            raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
+    if wrong := [width for width in values.block_out_channels if width % values.norm_num_groups]:
+        raise ValueError(f"block_out_channels {wrong[0]}: expected a multiple of norm_num_groups {values.norm_num_groups}")
+
+
+def require_halved(values: Any) -> None:
+    """Raise ValueError unless `sample_size` can be halved between the levels."""
+    levels = len(values.block_out_channels)
+    if values.sample_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"sample_size {values.sample_size}: expected a multiple of {2 ** (levels - 1)}, which {levels} levels halve"
+        )
 
 
 def require_values(architecture: Any, values: type[Values], config: Mapping[str, Any], path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from dq_export.core.documents import shown_path
@@ -15,13 +13,11 @@ from .checkpoint import CONFIG, broken_weights
 from .config_values import VaeValues, refused
 from .float_graph import trace
 from .loading import load_weights, make_empty, read_config
-from .reference import Float32, ModelError
+from .old_names import todays_name
+from .reference import ModelError
 from .weights import find_weights
 
 ARCHITECTURE = "AutoencoderKL"
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""diffusers before 0.15 called the linears of a VAE's attention by the first names, as published checkpoints still do."""
-OLD_LINEAR = re.compile(rf"(mid_block\.attentions\.\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)$")
 
 
 def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "") -> str:
@@ -66,15 +62,6 @@ def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
     return model
 
 
-def pictures_of(vae: Any, latents: Float32) -> Float32:
-    """Pictures float32[N, 3, H, W] of latents float32[N, C, h, w], decoded one at a time for the memory."""
-    import torch
-
-    decoder = _wrapped(vae)
-    with torch.inference_mode():
-        return np.concatenate([decoder(torch.from_numpy(latents[i : i + 1])).numpy() for i in range(len(latents))])
-
-
 def _require_pictures(model: Any, path: Path) -> None:
     """Decode zeros of 2 x 2, for the errors of a configuration that fits the weights and still cannot decode."""
     import torch
@@ -83,11 +70,6 @@ def _require_pictures(model: Any, path: Path) -> None:
         shape = tuple(_wrapped(model)(torch.zeros(1, model.config.latent_channels, 2, 2)).shape)
     if shape[:2] != (1, 3):
         raise ModelError(f"{shown_path(path)}: the VAE decodes to {shape[1]} channels; expected 3")
-
-
-def todays_name(name: str) -> str:
-    """Of a VAE's tensor, as diffusers calls it today."""
-    return OLD_LINEAR.sub(lambda found: f"{found[1]}.{OLD_NAMES[found[2]]}.{found[3]}", name)
 
 
 def _wrapped(model: Any) -> Any:

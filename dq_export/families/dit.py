@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from .dit_values import DiTValues
 from .embeddings import settle_positions, settle_timesteps
 from .family import Family, Pictures
 from .reference import Float32
-from .sampling import set_steps
+from .sampling import sampled
 from .stand_in import StandIn
 
 DEFAULT_SCHEDULER = {
@@ -65,28 +64,7 @@ class DiT(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: with its label, then with the null label."""
-        import torch
-
-        set_steps(scheduler, steps)
-        latents = torch.from_numpy(pictures.noise) * scheduler.init_noise_sigma
-        guided = guidance > 1
-        labels = pictures.conditions["class_labels"]
-        if guided:
-            labels = np.concatenate([labels, pictures.null["class_labels"]])
-        extra = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            extra["generator"] = torch.Generator().manual_seed(0)
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-            feed = {"hidden_states": scaled.numpy(), "timestep": np.asarray([float(timestep)]), "class_labels": labels}
-            # A learned sigma doubles the channels; the samplers use the first half, the noise.
-            predicted = torch.from_numpy(network.run(feed))[:, : latents.shape[1]]
-            if guided:
-                conditional, unconditional = predicted.chunk(2)
-                predicted = unconditional + guidance * (conditional - unconditional)
-            latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
-        final: Float32 = latents.numpy()
-        return final
+        return sampled(network, scheduler, pictures, steps=steps, guidance=guidance)
 
 
 DIT = DiT()

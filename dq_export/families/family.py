@@ -76,6 +76,10 @@ class Family(ABC):
 
         return getattr(diffusers, architecture)
 
+    def todays_name(self, tensor: str) -> str:
+        """Of a checkpoint's tensor, as diffusers calls it today."""
+        return tensor
+
     @abstractmethod
     def prepare(self, model: Any) -> None:
         """Replace in a loaded network what would export badly or compute differently on another machine."""

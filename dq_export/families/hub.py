@@ -12,7 +12,10 @@ from .checkpoint import CONFIG, INDEX, NETWORKS, PROMPTS, SCHEDULER, SCHEDULER_C
 from .reference import ModelError
 from .weights import DIFFUSERS, TRANSFORMERS, choose
 
-SMALL = (INDEX, PROMPTS, f"{SCHEDULER}/{SCHEDULER_CONFIG}", CONFIG, *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE)))
+SMALL = (
+    *(INDEX, PROMPTS, CONFIG, SCHEDULER_CONFIG),
+    *(f"{SCHEDULER}/{SCHEDULER_CONFIG}", *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE))),
+)
 """Files that say what a model is."""
 TEXTS = (".json", ".model", ".txt")
 """Suffixes of a tokenizer's files and of an encoder's configuration."""

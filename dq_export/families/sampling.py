@@ -16,9 +16,11 @@ from dq_export.core.plugins import fault_of_plugin
 
 from .checkpoint import SCHEDULER_CONFIG
 from .config_values import RAISED, SchedulerValues, reason_of, refused, require_values
+from .family import Pictures
 from .loading import read_config, silent
 from .prediction import NOISE, Prediction
 from .reference import Float32, ModelError, Network
+from .stand_in import StandIn
 
 
 def load_scheduler(folder: Path | None, default: Mapping[str, Any], prediction: Prediction = NOISE) -> Any:
@@ -67,6 +69,35 @@ def set_steps(scheduler: Any, steps: int) -> None:
     """
     with silent(), refused(f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps", "change --steps"):
         scheduler.set_timesteps(steps)
+
+
+def sampled(network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+    """The latents of a plain loop, for networks whose pipelines do not take what ours are drawn from.
+
+    With guidance > 1 a feed holds every sample twice: with its condition, then without. Of an output with more channels than
+    the state, a learned sigma's, the first ones are used: they are the noise.
+    """
+    import torch
+
+    set_steps(scheduler, steps)
+    latents = torch.from_numpy(pictures.noise) * scheduler.init_noise_sigma
+    guided, state = guidance > 1, network.inputs[0].name
+    rows = dict(pictures.conditions)
+    if guided:
+        rows = {name: np.concatenate([value, pictures.null[name]]) for name, value in rows.items()}
+    extra = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = torch.Generator().manual_seed(0)
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+        feed = {state: scaled.numpy(), "timestep": np.asarray([float(timestep)]), **rows}
+        predicted = torch.from_numpy(network.run(feed))[:, : latents.shape[1]]
+        if guided:
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance * (conditional - unconditional)
+        latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+    final: Float32 = latents.numpy()
+    return final
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ class TorchNetwork:
         """
         architecture = family.network_class(str(architecture_of(checkpoint.config)))
         empty = make_empty(architecture, family.values, checkpoint.folder / CONFIG, checkpoint.config)
-        model = load_weights(empty, checkpoint.weights, place)
+        model = load_weights(empty, checkpoint.weights, place, family.todays_name)
         broken = broken_weights(model)
         if broken:
             raise ModelError(

@@ -1,9 +1,9 @@
-"""Family `unet`: text to image with diffusers `UNet2DConditionModel`: Stable Diffusion 1 and 2, and XL, of any size."""
+"""Family `unet`: text to image with diffusers `UNet2DConditionModel`: Stable Diffusion 1 and 2, XL, and LCMs, of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dq_export.core.network import BATCH, Axis, Conditions, Input
 
@@ -14,6 +14,7 @@ from .reference import Float32, ModelError
 from .sampling import set_steps
 from .stand_in import StandIn
 from .unet_values import SIZES, UNetValues
+from .upsampling import settle_upsamplers
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -26,7 +27,9 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 """Stable Diffusion's noise, for a folder without a scheduler."""
-PLAIN, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+CONSISTENT = {**SCHEDULER, "_class_name": "LCMScheduler", "set_alpha_to_one": True}
+"""That of a latent consistency model, for a folder without a scheduler."""
+PLAIN, XL, LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
 ALONE: dict[str, dict[str, Any]] = {
     PLAIN: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     XL: {"add_watermarker": False},
@@ -53,7 +56,7 @@ class UNet(Family):
     values = UNetValues
     encoders = PARTS[XL]
     optional = PARTS[XL][2:]
-    prompt_tokens = {PLAIN: TOKENS, XL: TOKENS}  # noqa: RUF012
+    prompt_tokens = {PLAIN: TOKENS, XL: TOKENS, LCM: TOKENS}  # noqa: RUF012
     unit = PIXELS
     default_guidance = 7.5  # StableDiffusionPipeline's
     default_scheduler = SCHEDULER
@@ -61,7 +64,15 @@ class UNet(Family):
     def prepare(self, model: Any) -> None:
         """See `Family.prepare`."""
         settle_timesteps(model)
-        _settle_upsamplers(model)
+        settle_upsamplers(model)
+
+    def scheduler_of(self, config: Any) -> Mapping[str, Any]:
+        """See `Family.scheduler_of`."""
+        return SCHEDULER if config.time_cond_proj_dim is None else CONSISTENT
+
+    def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
+        """See `Family.guided_by`. A latent consistency model reads the scale, as sines and cosines."""
+        return "null" if config.time_cond_proj_dim is None else "input"
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """See `Family.inputs`. XL takes the pooled text and numbers of the picture's size, too."""
@@ -74,6 +85,9 @@ class UNet(Family):
             Input(name="timestep", role="timestep", dtype="float32"),
             Input(name=STATES, role="condition", dtype="float32", shape=text),
         ]
+        if config.time_cond_proj_dim is not None:
+            scale = (BATCH, config.time_cond_proj_dim)
+            inputs.append(Input(name="timestep_cond", role="setting", dtype="float32", shape=scale))
         if config.addition_embed_type is not None:
             pooled = (BATCH, config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim)
             inputs.append(Input(name=POOLED, role="condition", dtype="float32", shape=pooled, within=ADDED))
@@ -82,6 +96,7 @@ class UNet(Family):
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. "" is the null of Stable Diffusion 1 and 2, zeros are that of XL, as the pipelines have it."""
+        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode alike, and the null is left out below
         if missing := [name for name in PARTS[pipeline] if name not in parts]:
             raise ModelError(f"{pipeline} encodes prompts with {' and '.join(missing)}, too; download the whole pipeline")
         used = {name: parts[name] for name in PARTS[pipeline]}
@@ -90,6 +105,8 @@ class UNet(Family):
         encoded = [tensor.float().cpu().numpy() for tensor in encoder.encode_prompt(list(prompts), **every)]
         names = (STATES, POOLED) if pipeline == XL else (STATES,)
         arrays, null = dict(zip(names, encoded[::2], strict=True)), dict(zip(names, encoded[1::2], strict=True))
+        if self.guided_by(config) != "null":
+            null = {}
         return Conditions(names=tuple(prompts), arrays=arrays, null={name: rows[:1] for name, rows in null.items()})
 
     def largest_activation(self, model: Any) -> int:
@@ -118,21 +135,6 @@ class UNet(Family):
             width=width,
             generator=torch.Generator().manual_seed(0),
         )
-
-
-def _settle_upsamplers(model: Any) -> None:
-    """Without diffusers' test for 64 samples, which lays the same numbers out anew: a traced graph would take no more than 63."""
-    import torch
-    from diffusers.models.upsampling import Upsample2D
-
-    class Doubled(Upsample2D):  # type: ignore[misc]
-        def forward(self, hidden_states: torch.Tensor, output_size: None = None) -> torch.Tensor:
-            doubled: torch.Tensor = self.conv(torch.nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
-            return doubled
-
-    for module in model.modules():
-        if type(module) is Upsample2D:
-            module.__class__ = Doubled
 
 
 UNET = UNet()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .config_values import Channels, Positive, Share, Values
+from .config_values import Channels, Positive, Share, Values, require_halved, require_levels
 
 SIZES = 6
 """Numbers that StableDiffusionXLPipeline sends of a picture: its original size, the corner of its crop, and its size."""
@@ -57,7 +57,7 @@ class UNetValues(Values):
     time_embedding_dim: Channels | None = None
     time_embedding_act_fn: None = None
     timestep_post_act: None = None
-    time_cond_proj_dim: None = None
+    time_cond_proj_dim: Annotated[int, Field(ge=4, le=16_384)] | None = None
     conv_in_kernel: Literal[1, 3, 5, 7] = 3
     conv_out_kernel: Literal[1, 3, 5, 7] = 3
     projection_class_embeddings_input_dim: Channels | None = None
@@ -69,25 +69,18 @@ class UNetValues(Values):
     @model_validator(mode="after")
     def _levels_fit(self) -> UNetValues:
         levels = len(self.block_out_channels)
-        for key in ("down_block_types", "up_block_types"):
-            if len(getattr(self, key)) != levels:
-                raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
+        require_levels(self)
         for key in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
             listed = getattr(self, key)
             if isinstance(listed, list) and len(listed) != levels:
                 raise ValueError(f"{key}: expected a number, or {levels} of them, one for each of block_out_channels")
         heads = self.attention_head_dim if isinstance(self.attention_head_dim, list) else [self.attention_head_dim] * levels
         for width, number in zip(self.block_out_channels, heads, strict=True):
-            if width % self.norm_num_groups:
-                raise ValueError(f"block_out_channels {width}: expected a multiple of norm_num_groups {self.norm_num_groups}")
             if width % number:
                 raise ValueError(
                     f"block_out_channels {width}: expected a multiple of attention_head_dim {number}, the number of heads"
                 )
-        if self.sample_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"sample_size {self.sample_size}: expected a multiple of {2 ** (levels - 1)}, which {levels} levels halve"
-            )
+        require_halved(self)
         return self
 
     @model_validator(mode="after")

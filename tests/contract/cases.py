@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import save_tiny
+from ddpm import drawn_by_ddpm_pipeline, save_ddpm
 from flux import SIDE, drawn_by_flux_pipeline, save_flux
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
-from unet import XL, drawn_by_unet_pipeline, save_unet
+from unet import SDXL, drawn_by_unet_pipeline, save_lcm, save_unet
 
 from dq_export.core.network import Float32
 from dq_export.families import FAMILIES
@@ -126,9 +127,21 @@ CASES = {
     ),
     "unet-xl": Case(
         family=FAMILIES[4],
-        save=lambda folder: save_unet(folder, **XL),
+        save=lambda folder: save_unet(folder, **SDXL),
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
+    ),
+    "unet-lcm": Case(
+        family=FAMILIES[4],
+        save=save_lcm,
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
+    ),
+    "ddpm": Case(
+        family=FAMILIES[5],
+        save=save_ddpm,
+        changes={"norm_eps": 1e-4},
+        draw=lambda folder, reference, chosen, guidance: drawn_by_ddpm_pipeline(folder, reference, None, SEED),
     ),
     "toy": Case(family=TOY, save=save_toy, changes={"size": 8}, draw=drawn_by_toy_pipeline),
 }

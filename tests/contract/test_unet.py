@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from toy import PROMPTS
-from unet import CLIP, TINY, XL, drawn_by_unet_pipeline, save_unet
+from unet import CLIP, SCALE, TINY, XL, drawn_by_unet_pipeline, save_lcm, save_unet
 
 import dq_export
 from dq_export.core.recipe import Recipe, RecipeError
@@ -86,6 +86,28 @@ def test_a_network_that_predicts_velocities_draws_the_pipelines_pictures(plain: 
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1 * np.abs(drawn[0]).max()
 
 
+def test_a_latent_consistency_model_reads_its_guidance_scale(tmp_path: Path) -> None:
+    folder = save_lcm(tmp_path)
+    reference, chosen = encoded(folder), np.asarray([1, 3])
+    assert (reference.sampler, reference.guided_by, reference.conditions.null) == ("LCMScheduler", "input", {})
+    drawn, sent = [], []
+
+    def watched(feed: Any) -> Any:
+        sent.append(feed["timestep_cond"])
+        return reference.forward(feed)
+
+    for guidance in (2.0, 8.5):
+        found = reference.draw(watched, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
+        exact = drawn_by_unet_pipeline(folder, reference, chosen, guidance, SEED)
+        assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+        drawn.append(found)
+    assert {rows.shape for rows in sent} == {(2, SCALE)}, "one call a step for both pictures, none without a prompt"
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 * np.abs(drawn[0]).max()
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    (folder / "scheduler").rmdir()
+    assert load_reference(str(folder)).sampler == "LCMScheduler"
+
+
 @pytest.mark.parametrize(
     ("size", "nearest"), [((72, 64), "64x64"), ((64, 90), "64x96"), ((4, 64), "16x64"), ((4096, 64), "256x64")]
 )
@@ -115,7 +137,11 @@ def test_published_configurations_are_taken(scale: dict[str, Any]) -> None:
         ({"in_channels": 9}, r"in_channels 9: expected out_channels 4; .*inpainting"),
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep': expected None"),
         ({"addition_embed_type": "image"}, "addition_embed_type = 'image'"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256"),
+        ({"time_cond_proj_dim": 2}, "time_cond_proj_dim = 2: expected greater than or equal to 4"),
+        (
+            {"time_cond_proj_dim": 256},
+            "do not fit each other: the weights lack 1 of the network's tensors",
+        ),
         ({"sample_size": 9}, "sample_size 9: expected a multiple of 2, which 2 levels halve"),
         ({"block_out_channels": [32]}, "down_block_types: expected 1 of them"),
         ({"layers_per_block": [1, 1, 1]}, "layers_per_block: expected a number, or 2 of them"),
@@ -164,16 +190,22 @@ def without_second(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(rest))
 
 
-def refiner(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+def of_pipeline(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+
+    return spoil
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (without_second, "StableDiffusionXLPipeline encodes prompts with tokenizer_2 and text_encoder_2, too"),
-        (refiner, "'StableDiffusionXLImg2ImgPipeline' does not draw with the family unet"),
+        *(
+            (of_pipeline(name), f"'{name}' does not draw with the family unet; expected StableDiffusionPipeline or")
+            for name in ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLControlNetPipeline")
+        ),
     ],
 )
 def test_a_pipeline_without_what_its_network_needs_is_refused(
@@ -228,6 +260,9 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
     )
     assert type(output).__name__ == "UNet2DConditionOutput"
     assert output.sample.shape == (2, 4, 8, 8)
+    residuals = {"down_block_additional_residuals": (torch.zeros(2, 32, 8, 8),), "mid_block_additional_residual": torch.zeros(1)}
+    with pytest.raises(TypeError, match="does not take down_block_additional_residuals, mid_block_additional_residual"):
+        stand_in(torch.zeros(2, 4, 8, 8), 5, torch.zeros(2, 77, TINY["cross_attention_dim"]), **residuals)
 
 
 @pytest.mark.slow

@@ -35,6 +35,18 @@ XL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * 4 + CLIP,
 }
 """What makes a network of it one of Stable Diffusion XL."""
+SDXL: dict[str, Any] = {
+    **XL,
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (2, 4, 8),
+}
+"""All 70 transformers of stable-diffusion-xl-base-1.0, at a tenth of its width."""
+SCALE = 16
+"""Sines and cosines of the guidance scale that a latent consistency model reads."""
 
 
 def save_unet(folder: Path, *, prediction: str = "epsilon", **changes: Any) -> Path:
@@ -64,6 +76,18 @@ def save_unet(folder: Path, *, prediction: str = "epsilon", **changes: Any) -> P
     return folder
 
 
+def save_lcm(folder: Path) -> Path:
+    """The same of a latent consistency model."""
+    save_unet(folder, time_cond_proj_dim=SCALE)
+    for name, kind in (
+        ("model_index.json", "LatentConsistencyModelPipeline"),
+        ("scheduler/scheduler_config.json", "LCMScheduler"),
+    ):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": kind}))
+    return folder
+
+
 def unet_pipeline(folder: Path, unet: Any = None) -> Any:
     """diffusers' own pipeline of a folder."""
     import diffusers
@@ -73,13 +97,14 @@ def unet_pipeline(folder: Path, unet: Any = None) -> Any:
     for name, (_, kind) in ((name, entry) for name, entry in index.items() if isinstance(entry, list)):
         loaded = getattr(transformers, kind).from_pretrained(folder / name)
         parts[name] = loaded.eval() if name.startswith("text_encoder") else loaded
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     plain = {} if "text_encoder_2" in parts else {"safety_checker": None, "feature_extractor": None}
     pipeline = getattr(diffusers, index["_class_name"])(
         **parts,
         **plain,
         vae=None,
         unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval() if unet is None else unet,
-        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=getattr(diffusers, kind).from_pretrained(folder / "scheduler"),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -97,5 +122,6 @@ def drawn_by_unet_pipeline(
         height=8 * reference.feed_shape[1],
         width=8 * reference.feed_shape[2],
         output_type="latent",
+        generator=torch.Generator().manual_seed(0),
     )
     return np.asarray(drawn.images)

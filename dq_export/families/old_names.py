@@ -1,0 +1,13 @@
+"""Names of the tensors of an attention, as diffusers before 0.15 wrote them and published checkpoints still have them."""
+
+from __future__ import annotations
+
+import re
+
+LINEARS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(LINEARS)})\.(weight|bias)$")
+
+
+def todays_name(tensor: str) -> str:
+    """As diffusers calls a tensor today."""
+    return OLD.sub(lambda found: f"{found[1]}.{LINEARS[found[2]]}.{found[3]}", tensor)

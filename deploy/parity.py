@@ -61,11 +61,26 @@ class TrajectoryParity(Difference):
         stage: what drew them, as in `CallParity`.
         samples: number of pictures. `sqnr` is over all of them together.
         worst_sqnr: dB of the worst picture.
+        psnr: peak signal to noise of the decoded pictures in dB, mean; None where they are latents that nobody decoded.
+        ssim: their structural similarity, mean; 1 of equal ones.
+        lpips: how different they look, mean; 0 of equal ones. None without the weights of the metric.
     """
 
     stage: str
     samples: int
     worst_sqnr: float = field(metadata=DECIBELS)
+    psnr: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
+
+    def seen(self) -> str:
+        """PSNR, SSIM and LPIPS, as far as they are known."""
+        parts = [
+            f"PSNR {self.psnr:.1f} dB" if self.psnr is not None else "",
+            f"SSIM {self.ssim:.4f}" if self.ssim is not None else "",
+            f"LPIPS {self.lpips:.4f}" if self.lpips is not None else "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,10 @@ from dq_export.deploy.backend import Backend
 from .families.prompts import conditions_of
 from .families.reference import ModelError, Reference
 from .memory import plan_memory
+from .stages.appearance import require_appearance
 from .stages.stage import Prepared, Stage
 from .stages.triton import TRITON, require_served
+from .stages.verify import VERIFY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,11 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     """
     from dq_export.deploy.backends import backend_of
 
-    from .families.recorded_file import settle_tables
+    from .families.recorded_file import settle_metrics, settle_tables
     from .families.source import load, pin, require_device
     from .families.text_encoders import encoder_bytes, require_prompts
 
-    recipe, source = pin(settle_tables(recipe))
+    recipe, source = pin(settle_metrics(settle_tables(recipe)))
     encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
     names = tuple(stage.name for stage in stages)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
@@ -92,6 +94,8 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     _require_blocks(resolved, reference, assigned)
     _require_shapes(resolved, reference)
     require_conditions(resolved, reference)
+    if VERIFY.name in memory.stages:
+        require_appearance(reference, resolved)
     tables = _tables(resolved, reference, assigned)
     if resolved.triton and TRITON.name in memory.stages:
         require_served(reference)

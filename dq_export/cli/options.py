@@ -30,13 +30,13 @@ GROUPS = {
         "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
         "finish",
     ),
-    "Proof": ("parity_size", "min_coverage", "min_sqnr"),
+    "Proof": ("parity_size", "min_coverage", "min_sqnr", "metric_weights", "max_lpips"),
 }  # fmt: skip
 """The recipe's fields in the order and under the headings of `--help`."""
 RUN = "Run"
 NAMES = {"model": ("--model", "-m"), "triton": ("--triton",)}
 """Options with other names than their field's alone."""
-METAVARS = {"prompts": "FILE", "conditions": "FILE", "tables": "FILE", "lora": "FILE[:SCALE]"}
+METAVARS = {"prompts": "FILE", "conditions": "FILE", "tables": "FILE", "lora": "FILE[:SCALE]", "metric_weights": "FOLDER"}
 """What `--help` calls a value that is a file; of prompts, what it holds becomes the field's."""
 REPEATED = ("lora",)
 """Options that may be given several times."""

@@ -195,7 +195,8 @@ def _verdict_rows(report: Report) -> list[tuple[str, str]]:
 def _measured_rows(report: Report) -> list[tuple[str, str]]:
     """Distance from PyTorch, size and speed."""
     rows = []
-    drawn = {row.stage: f"; pictures {row.sqnr:.1f} dB" for row in (report.parity.trajectories if report.parity else ())}
+    trajectories = report.parity.trajectories if report.parity else ()
+    drawn = {row.stage: ", ".join(filter(None, [f"; pictures {row.sqnr:.1f} dB", row.seen()])) for row in trajectories}
     for stage in report.stages():
         low = report.worst_call(stage)
         assert low is not None  # stages are those that have calls

@@ -118,6 +118,15 @@ class Recipe(BaseModel):
     min_sqnr: float = Field(
         20.0, ge=-1000, le=1000, allow_inf_nan=False, description="dB that every network call's output must keep"
     )
+    metric_weights: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="folder with the weights of LPIPS, to compare how pictures look",
+    )
+    max_lpips: float = Field(
+        0.10, ge=0, le=100, allow_inf_nan=False, description="for metric-weights: LPIPS that the pictures may have on average"
+    )
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from dq_export.core.documents import shown_path
@@ -14,7 +15,7 @@ from .config_values import VaeValues, refused
 from .float_graph import trace
 from .loading import load_weights, make_empty, read_config
 from .old_names import todays_name
-from .reference import ModelError
+from .reference import Float32, ModelError
 from .weights import find_weights
 
 ARCHITECTURE = "AutoencoderKL"
@@ -60,6 +61,15 @@ def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
         raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
     _require_pictures(model, vae / CONFIG)
     return model
+
+
+def pictures_of(vae: Any, latents: Float32) -> Float32:
+    """Pictures float32[N, 3, H, W] of latents float32[N, C, h, w], decoded one at a time for the memory."""
+    import torch
+
+    decoder = _wrapped(vae)
+    with torch.inference_mode():
+        return np.concatenate([decoder(torch.from_numpy(latents[i : i + 1])).numpy() for i in range(len(latents))])
 
 
 def _require_pictures(model: Any, path: Path) -> None:

@@ -26,6 +26,13 @@ def settle_tables(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"tables": str(path), "tables_sha256": digest})
 
 
+def settle_metrics(recipe: Recipe) -> Recipe:
+    """The recipe with the absolute place of its folder of metrics' weights, of which the files are looked at later."""
+    if recipe.metric_weights is None:
+        return recipe
+    return recipe.model_copy(update={"metric_weights": os.path.abspath(os.path.expanduser(recipe.metric_weights))})
+
+
 def place_of(key: str, text: str) -> Path:
     """The absolute path of a regular file.
 

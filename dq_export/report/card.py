@@ -103,6 +103,7 @@ def _rows(report: Report, origin: Origin) -> list[tuple[str, str]]:
     if report.parity and report.parity.trajectories:
         last = report.parity.trajectories[-1]
         rows.append(("SQNR of pictures", f"{last.sqnr:.1f} dB over {last.samples}, {last.worst_sqnr:.1f} dB worst"))
+        rows += [("looks", last.seen())] if last.seen() else []
     if size := report.size:
         rows.append(("size", f"{size.float_bytes / 1e6:.1f} to {size.engine_bytes / 1e6:.1f} MB"))
     if speed := report.latency:

@@ -102,6 +102,8 @@ def _results(report: Report) -> dict[str, str]:
         results["worst call"] = f"{low.sqnr:.1f} dB at timestep {low.timestep:g}"
     for trajectory in report.parity.trajectories if report.parity else ():
         results["SQNR of the pictures"] = f"{trajectory.sqnr:.1f} dB"
+        if trajectory.seen():
+            results["looks of the pictures"] = trajectory.seen()
     if report.size:
         results["size"] = f"{report.size.engine_bytes / 1e6:.1f} MB, float {report.size.float_bytes / 1e6:.1f}"
     if report.latency:

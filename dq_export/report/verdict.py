@@ -31,7 +31,8 @@ def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
     low = [call for stage in report.stages() if (call := report.worst_call(stage)) and call.sqnr < _floor(call, recipe)]
     quantized = [call for stage in report.stages() if stage != FLOAT_STAGE and (call := report.worst_call(stage))]
     in_float = _in_float(report.audit, recipe.min_coverage) if report.audit else []
-    status = IN_FLOAT if in_float else TOO_FAR if low else ELSEWHERE if unbuilt else 0
+    unlike = _unlike(report, recipe)
+    status = IN_FLOAT if in_float else TOO_FAR if low or unlike else ELSEWHERE if unbuilt else 0
     return Verdict(
         outcome="passed" if not status else "unfinished" if status == ELSEWHERE else "failed",
         status=status,
@@ -39,7 +40,7 @@ def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
         coverage=report.audit.coverage if report.audit else None,
         min_sqnr=recipe.min_sqnr,
         worst=min(quantized, key=lambda call: call.sqnr, default=None),
-        reasons=[*in_float, *(_too_far(call, recipe) for call in low), *filter(None, [unbuilt])],
+        reasons=[*in_float, *(_too_far(call, recipe) for call in low), *unlike, *filter(None, [unbuilt])],
         advice=_advice(low[0], recipe) if low else "",
     )
 
@@ -79,6 +80,13 @@ def _in_float(audit: Audit, required: float) -> list[str]:
 
 def _too_far(call: CallParity, recipe: Recipe) -> str:
     return f"{call.stage}: {call.sqnr:.1f} dB at timestep {call.timestep:g}, required {_floor(call, recipe):.1f} dB"
+
+
+def _unlike(report: Report, recipe: Recipe) -> list[str]:
+    """What looks too different; nothing where LPIPS was not measured."""
+    drawn = report.parity.trajectories if report.parity else ()
+    far = [item for item in drawn if item.lpips is not None and item.lpips > recipe.max_lpips]
+    return [f"{item.stage}: LPIPS {item.lpips:.4f} of the pictures, allowed {recipe.max_lpips:g}" for item in far]
 
 
 def _advice(call: CallParity, recipe: Recipe) -> str:

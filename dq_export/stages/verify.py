@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.parity import CallParity, Parity, compare_calls, compare_pictures, worst
 from dq_export.deploy.triton.serving.model import images_of
 
+from ..families.lpips import weight_files
 from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
 from ..heap import large_blocks_mapped
-from ..ledger import Result
+from ..ledger import Result, file_digest
+from .appearance import COLOURS, appearance
 from .build import BUILD
 from .calibrate import CALIBRATE
 from .quantize import QUANTIZE
@@ -53,13 +55,15 @@ class Verify(Stage[Verified]):
 
     def outputs(self, context: Context) -> tuple[str, ...]:
         """Pictures where latents are pictures, and a graph for the CPU where the engine's own does not run there."""
-        pictures = (PICTURES,) if context.reference.feed_shape[0] in (1, 3) else ()
+        pictures = (PICTURES,) if context.reference.feed_shape[0] in COLOURS else ()
         portable = portable_name(context.recipe)
         return (*pictures, *((portable, f"{portable}.data") if portable != MODEL else ()))
 
     def also(self, context: Context) -> dict[str, Any]:
-        """Whether this machine runs the engine."""
-        return {"engine": _runs(context)}
+        """Whether this machine runs the engine, and the weights that judge pictures."""
+        folder = context.recipe.metric_weights
+        weights = [file_digest(path) for path in weight_files(Path(folder))] if folder else []
+        return {"engine": _runs(context), **({"weights": weights} if weights else {})}
 
     def run(self, context: Context, target: Path) -> Verified:
         """Compare with one graph or engine in memory at a time."""
@@ -81,8 +85,10 @@ class Verify(Stage[Verified]):
             del engine
         apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
         save_pictures(target / PICTURES, [recording.pictures, pictures, apart])
-        trajectory, low = compare_pictures(last, recording.pictures, pictures), worst(rows, last)
-        summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), trajectory {trajectory.sqnr:.1f} dB"
+        looks = appearance(context.reference, context.recipe, recording.pictures, pictures)
+        trajectory, low = replace(compare_pictures(last, recording.pictures, pictures), **looks), worst(rows, last)
+        distances = ", ".join(filter(None, [f"trajectory {trajectory.sqnr:.1f} dB", trajectory.seen()]))
+        summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), {distances}"
         return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)))
 
 
@@ -150,7 +156,7 @@ def save_pictures(path: Path, rows: list[Float32]) -> bool:
     """One row of pictures for each array float32[N, 1 or 3, H, W] in [-1, 1], enlarged; False for other channels."""
     from PIL import Image
 
-    if rows[0].shape[1] not in (1, 3):
+    if rows[0].shape[1] not in COLOURS:
         return False
     framed = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in framed])

@@ -27,6 +27,8 @@ DECIDES_NOTHING_BY_ITSELF = {
     "group_size": "what the rules decide",
     "min_coverage": "the verdict alone, which no stage keeps",
     "min_sqnr": "the verdict alone",
+    "max_lpips": "the verdict alone",
+    "metric_weights": "the digests of its files",
     "triton": "whether its stage runs",
 }
 """Fields of a recipe that no stage has to declare, and through what they act."""

@@ -149,7 +149,13 @@ def _shared_blocks(gemm: Gemm) -> Judgement | None:
 
 
 def _run_time(gemm: Gemm) -> Judgement | None:
-    return ("float", *RUN_TIME) if any(operand.scale is None for operand in gemm.operands) else None
+    computed = [operand.dequantize.inputs[1] for operand in gemm.operands if operand.scale is None]
+    if not computed:
+        return None
+    scalar = any(value is not None and value.shape is not None and len(value.shape) == 0 for value in computed)
+    if gemm.node.op_type == "Conv" and len(gemm.operands) > 1 and scalar:
+        return "rejected", "a convolution's scale that is one number, computed at run time: the builder crashes", RUN_TIME[1]
+    return ("float", *RUN_TIME)
 
 
 def _run_time_trt(gemm: Gemm) -> Judgement | None:

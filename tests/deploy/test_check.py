@@ -22,7 +22,8 @@ RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reaso
 BUILT = (
     "int8, a scale an output channel", "fp8, one scale", "int4 blocks of 64 of 256", "uint8 codes, zero point 0",
     "scale from a table, direct", "one GEMM for q, k and v, a scale a channel", "Gemm, int32 bias",
-    "Conv, int8, result quantized", "Einsum, int8", "in a branch", "in a loop", "in a function", "in a function, called twice",
+    "Conv, int8, result quantized", "Conv, int8, scale from a table", "Einsum, int8", "in a branch", "in a loop", "in a function",
+    "in a function, called twice",
     "int4 blocks that two GEMMs read", "codes turned before the DQ", "a GEMM, and at an Add uint8 of zero point 128",
     "QLinearMatMul, uint8 x int8", "activation in blocks", "ConvTranspose, one scale", "nodes without names",
 )  # fmt: skip

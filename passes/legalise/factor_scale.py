@@ -148,6 +148,8 @@ def _table_factor(graph: ir.Graph, gather: ir.Node | None, name: str, table: Flo
     index = gather.inputs[1]
     rows = initializer(graph, f"{name}_table", table)
     node = ir.node("Gather", [rows, index], attributes={"axis": 0}, name=name)
+    like(node.outputs[0], rows)
+    node.outputs[0].shape = index.shape if index is not None else None
     nodes = [node]
     if index is not None and index.shape is not None and len(index.shape) == 1:
         axes = initializer(graph, f"{name}_axes", np.arange(1, rank, dtype=np.int64))

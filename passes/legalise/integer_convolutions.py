@@ -20,9 +20,11 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerConvolutions(GraphPass):
-    """Q(s, int8 0) -> DQ -> Conv(., DQ(w, v), b)  ->  Q(s, int8 0) -> ConvInteger(., w + 128, 0, 128) -> Cast -> * (s v) -> + b.
+    """Q(s, int8 0) -> DQ -> Conv(., DQ(w, v), b)  ->  Q(s, int8 0) -> ConvInteger(., w + 128, 0, 128) -> DQ(s v) -> + b.
 
-    v[N] are the weight's scales. A factor behind the Conv, of a table that factor_scale brought there, goes into that Mul.
+    v[N] are the weight's scales. A factor behind the Conv that is one number, of a table that factor_scale brought there, goes
+    into the DequantizeLinear, too. Where a vector for each sample [B, N, 1, 1] is added next, as a time embedding is, the bias
+    joins it.
 
     ONNX Runtime fuses a Conv between DequantizeLinears only where its result is quantized, too, which rounds it, and never
     one whose scale comes from a table. Of ConvInteger's four pairs of types int8 activations with uint8 weights run on
@@ -69,30 +71,49 @@ def _refusal(activation: ir.Node, weight: ir.Node) -> str:
 
 def _replace(graph: ir.Graph, node: ir.Node, activation: ir.Node, weight: ir.Node) -> None:
     product = _product(graph, node, activation, weight)
-    cast = ir.node("Cast", [product.outputs[0]], attributes={"to": ir.DataType.FLOAT.value})
     scales, scale = constant(weight.inputs[1]), activation.inputs[1]
     assert scales is not None
-    column, fixed = scales.reshape(-1, 1, 1).astype(np.float32), constant(scale)
-    column = column if fixed is None else (column * fixed.astype(np.float32)).astype(np.float32)
-    factor, nodes = initializer(graph, f"{node.name}.scales", column), [product, cast]
-    factors = [] if fixed is not None else [scale]
-    last, behind = node, only_user(node.outputs[0])
+    row, fixed = scales.reshape(-1).astype(np.float32), constant(scale)
+    row = row if fixed is None else (row * fixed.astype(np.float32)).astype(np.float32)
+    factor, small = initializer(graph, f"{node.name}.scales", row), list[ir.Node]()
+    behind, last = only_user(node.outputs[0]), node
+    values = [] if fixed is not None else [scale]
     if behind is not None and behind.op_type == "Mul" and FACTOR.read(behind):
-        factors += [value for value in behind.inputs if value is not node.outputs[0]]
+        values += [value for value in behind.inputs if value is not node.outputs[0]]
         last = behind
-    for value in factors:
-        nodes.append(ir.node("Mul", [factor, value]))
-        factor = nodes[-1].outputs[0]
-    nodes.append(ir.node("Mul", [cast.outputs[0], factor]))
+    numbers = [value for value in values if value is not None and value.shape is not None and len(value.shape) == 0]
+    for value in numbers:
+        small.append(ir.node("Mul", [factor, value]))
+        factor = small[-1].outputs[0]
+    # Cast and Mul in one.
+    large = [product, ir.node("DequantizeLinear", [product.outputs[0], factor], attributes={"axis": 1})]
+    large += [ir.node("Mul", [large[-1].outputs[0], value]) for value in values if value not in numbers]
     bias = stored(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], _column(graph, str(node.name), bias)]))
-    for made in (product, cast, nodes[-1]):
+        column = _column(graph, str(node.name), bias)
+        if not _join(graph, last.outputs[0], column):
+            large.append(ir.node("Add", [large[-1].outputs[0], column]))
+    for made in large:
         like(made.outputs[0], node.outputs[0])
     product.outputs[0].dtype = ir.DataType.INT32
     product.name, node.name = str(node.name), f"{node.name}.float"
-    graph.insert_before(last, nodes)
-    redirect(last.outputs[0], nodes[-1].outputs[0])
+    graph.insert_before(last, [*small, *large])
+    redirect(last.outputs[0], large[-1].outputs[0])
+
+
+def _join(graph: ir.Graph, result: ir.Value, bias: ir.Value) -> bool:
+    """Add a bias [N, 1, 1] to the vector [B, N, 1, 1] that is added to a result next; whether there is one."""
+    add = only_user(result)
+    other = (
+        next((value for value in add.inputs if value is not result), None) if add is not None and add.op_type == "Add" else None
+    )
+    if add is None or other is None or other.shape is None or tuple(other.shape)[1:] != (bias.shape[0], 1, 1):  # type: ignore[index]
+        return False
+    joined = ir.node("Add", [other, bias])
+    like(joined.outputs[0], other)
+    graph.insert_before(add, joined)
+    add.replace_input_with(list(add.inputs).index(other), joined.outputs[0])
+    return True
 
 
 def _product(graph: ir.Graph, node: ir.Node, activation: ir.Node, weight: ir.Node) -> ir.Node:

@@ -23,6 +23,7 @@ from dq_export.passes.legalise.unsign_codes import UnsignCodes
 NAME = "blocks.0.conv"
 SITE = InputSite(name=NAME, linears=(NAME,), fold=explicit(NAME, 4))
 RESULT = result_of(SITE, 4 * 9, scaled=False, out=6)
+NARROW = result_of(SITE, 4, scaled=False, out=6)
 ASSIGNED = {NAME: W8A8}
 EDGE = 100
 """Timestep from which the second scale of `result_of` is used."""
@@ -64,7 +65,7 @@ def test_the_sum_of_products_of_codes_is_exact(timestep: list[Any], biased: bool
     operators = [line.partition("(")[0] for line in listing(model)]
     assert operators.count("ConvInteger") == operators.count("QuantizeLinear") == 1
     assert "Conv" not in operators
-    assert "DequantizeLinear" not in operators
+    assert operators.count("DequantizeLinear") == 1, "of the sums of products, to float"
     assert operators.count("Add") == biased
     node = next(node for node in model.graph if node.op_type == "ConvInteger")
     assert node.name == NAME
@@ -78,6 +79,25 @@ def test_the_sum_of_products_of_codes_is_exact(timestep: list[Any], biased: bool
     exact = convolved(codes * scale, weight * 0.03, bias)
     np.testing.assert_allclose(run_onnx(model, feed), exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(run_onnx(model, feed, optimize=True), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_joins_a_vector_that_is_added_next() -> None:
+    b = Builder(
+        x=(ir.DataType.FLOAT, ["B", 4, 6, 6]),
+        embedding=(ir.DataType.FLOAT, ["B", 6, 1, 1]),
+        timestep=(ir.DataType.INT64, [1]),
+    )
+    read = b.node("Conv", b.value["x"], b.weight("w", 6, 4, 1, 1), b.weight("bias", 6), module=NAME, shape=["B", 6, 6, 6])
+    model = b.model(b.node("Add", read, b.value["embedding"], shape=["B", 6, 6, 6]))
+    run_passes(model, [QuantizeWeights(result=NARROW, assigned=ASSIGNED), InsertQdq(result=NARROW, assigned=ASSIGNED)])
+    shape = {"x": (2, 4, 6, 6), "embedding": (2, 6, 1, 1)}
+    feed = {name: RANDOM.normal(size=size).astype(np.float32) for name, size in shape.items()} | {"timestep": np.asarray([5])}
+    exact = run_onnx(model, feed)
+    run_passes(model, [IntegerConvolutions(), UnsignCodes(convolutions=True)])
+    assert listing(model)[-3:] == [
+        "DequantizeLinear(ConvInteger, Mul)", "Add(embedding, Conv_0.added_bias)", "Add(DequantizeLinear, Add)",
+    ]  # fmt: skip
+    np.testing.assert_allclose(run_onnx(model, feed), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_it_must_not_act() -> None:

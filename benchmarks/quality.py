@@ -92,8 +92,8 @@ class Bench:
     def __init__(self, name: str, model: str, temporary: Path, options: argparse.Namespace, reader: Reader) -> None:
         self.name, self.model, self.temporary, self.reader, self.count = name, model, temporary, reader, options.count
         self.steps, self.keep = options.steps, options.keep
-        self.guidance = NAMED.get(model, ("", 2.0))[1]
         self.reference: Reference = load_model(model)
+        self.guidance = 1.0 if self.reference.guided_by == "nothing" else NAMED.get(model, ("", 2.0))[1]
         self.rows: list[dict[str, Any]] = []
 
     def parsed(self, options: Mapping[str, Any]) -> Recipe:

@@ -72,12 +72,20 @@ def fit(
             save(copy.deepcopy(average))
 
 
-def run(train: Callable[[int, int, float, int, Path], None], text: str, *, folder: str, steps: int, learning_rate: float) -> None:
+def run(
+    train: Callable[[int, int, float, int, Path], None],
+    text: str,
+    *,
+    folder: str,
+    steps: int,
+    learning_rate: float,
+    batch: int = 128,
+) -> None:
     """The command line of a training: `text` describes it, and the others are defaults."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path(folder))
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -93,6 +93,11 @@ class UNetValues(Values):
         if self.addition_embed_type is None:
             return self
         sizes, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if sizes is not None and width == (SIZES - 1) * sizes + self.cross_attention_dim:
+            raise ValueError(
+                f"projection_class_embeddings_input_dim {width}: that of XL's refiner, which starts from a picture and takes its "
+                "aesthetic score; it is not supported"
+            )
         if sizes is None or width is None or width <= SIZES * sizes or sizes % 2:
             raise ValueError(
                 f"projection_class_embeddings_input_dim {width}: expected {SIZES} times addition_time_embed_dim {sizes}, an even "

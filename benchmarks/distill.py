@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from hard_copy import harden_folder
 
 FORMS: dict[str, dict[str, Any]] = {
-    "w4a8 per timestep": {"bits": "w4a8"},
+    "w4a8": {"bits": "w4a8"},
+    "w4a8 per timestep": {"bits": "w4a8", "granularity": "tensor"},
     "w4a8 per token": {"bits": "w4a8", "granularity": "token"},
     "w4a4 per timestep": {"bits": "w4a4"},
     "w4a4 per token": {"bits": "w4a4", "granularity": "token"},

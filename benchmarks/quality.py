@@ -42,7 +42,8 @@ from dq_export.stages.verify import save_pictures
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from hard_copy import harden_folder
 
-NONE, GPTQ, TOKEN = {"scaling": "none"}, {"rounding": "gptq"}, {"granularity": "token"}
+NONE, GPTQ, TOKEN, TENSOR = {"scaling": "none"}, {"rounding": "gptq"}, {"granularity": "token"}, {"granularity": "tensor"}
+NEAREST = {"rounding": "rtn"}
 GROUP = {"granularity": "token-group", "group_size": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "w8a8 static, no scaling": {**NONE, "bins": 1},
@@ -61,11 +62,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w8a8 token and group of 64 (Q-DiT)": {**NONE, **GROUP},
     "w6a6 per timestep, auto": {"bits": "w6a6"},
     "w6a6 per token, auto, gptq": {"bits": "w6a6", **TOKEN, **GPTQ},
-    "w4a8 token and group of 64, no scaling (Q-DiT)": {"bits": "w4a8", **NONE, **GROUP},
+    "w4a8 token and group of 64, no scaling (Q-DiT)": {"bits": "w4a8", **NONE, **GROUP, **NEAREST},
     "w4a8 token and group of 64, auto, gptq": {"bits": "w4a8", **GROUP, **GPTQ},
-    "w4a8 per timestep, auto": {"bits": "w4a8"},
-    "w4a8 per timestep, auto, gptq": {"bits": "w4a8", **GPTQ},
-    "w4a8 per token, auto": {"bits": "w4a8", **TOKEN},
+    "w4a8": {"bits": "w4a8"},
+    "w4a8 per timestep, auto": {"bits": "w4a8", **TENSOR, **NEAREST},
+    "w4a8 per timestep, auto, gptq": {"bits": "w4a8", **TENSOR, **GPTQ},
+    "w4a8 per token, auto": {"bits": "w4a8", **TOKEN, **NEAREST},
     "w4a8 per token, auto, mse": {"bits": "w4a8", **TOKEN, "rounding": "mse"},
     "w4a8 per token, auto, gptq": {"bits": "w4a8", **TOKEN, **GPTQ},
     "w4a16 no scaling": {"bits": "w4a16", **NONE},

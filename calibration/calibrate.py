@@ -62,7 +62,7 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
     if not samples(recipe, calibration.assigned) or not schemes:  # weights alone, which the first process rounds
         return _rounded(calibration, {}, ()) if group.rank == 0 else None
     statistics = collect_ranges(calibration.calls, tuple(schemes), calibration.folder)
-    if group.rank > 0 and recipe.method == "minmax" and recipe.rounding == "rtn":
+    if group.rank > 0 and recipe.method == "minmax" and recipe.first_rounding == "rtn":
         return None
     decisions = _choose_scalings(calibration, schemes, statistics)
     plans = _plans(calibration, decisions, statistics.timesteps, calibration.folder)
@@ -227,7 +227,7 @@ def measured(calibration: Calibration, statistics: Statistics, result: Calibrati
 
 def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
     """Whether anything depends on the inputs: activation scales, scalings, or how weights are rounded."""
-    asks = recipe.scaling != "none" or recipe.rounding != "rtn" or recipe.bias_correction
+    asks = recipe.scaling != "none" or recipe.first_rounding != "rtn" or recipe.bias_correction
     return any(rule.scheme.activation or (asks and rule.scheme.low_precision) for rule in assigned.values())
 
 

@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     from .families.source import load, pin, require_device
     from .families.text_encoders import encoder_bytes, require_prompts
 
-    recipe, source = pin(settle_metrics(settle_tables(recipe)))
+    recipe, source = pin(settle_metrics(settle_tables(recipe)).settled())
     encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
     names = tuple(stage.name for stage in stages)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
@@ -165,13 +165,22 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
         shared = False
     return recipe.model_copy(
         update={
-            "rules": (*front, *(reference.rules if recipe.rules is None else recipe.rules)),
+            "rules": (*front, *_rules(recipe, reference)),
+            "granularity": recipe.granularity or recipe.width.granularity,
             "provider": backend.provider if backend else None,
             "dtype": backend.dtype if backend else "fp32",
             "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
             "timesteps": "shared" if shared else "per-sample",
         }
     )
+
+
+def _rules(recipe: Recipe, reference: Reference) -> tuple[Rule, ...]:
+    """The recipe's rules, or the family's behind those of its width; who names a granularity gets it everywhere."""
+    if recipe.rules is not None:
+        return recipe.rules
+    first = recipe.width.rules(reference.blocks, reference.sites) if recipe.granularity is None else ()
+    return (*first, *reference.rules)
 
 
 def require_conditions(recipe: Recipe, reference: Reference) -> None:

@@ -17,6 +17,7 @@ from .qtypes import QuantType
 from .rule import Rule, misplaced, unfit, unmatched
 from .scheme import ATTENTION_TYPES, PRESETS, Attention, Bits, Granularity, Scheme, scheme_of
 from .violations import violations
+from .widths import PLAIN, WIDTHS, Rounding, Width
 
 
 class RecipeError(Exception):
@@ -62,14 +63,18 @@ class Recipe(BaseModel):
     opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
     max_shapes: str = Field("", description="the greatest: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
-    granularity: Granularity = Field("tensor", description="of activation scales: tensor (by timestep), token, token-group")
+    granularity: Granularity | None = Field(
+        default=None,
+        description="of activation scales: tensor (by timestep), token, token-group; null: tensor, of w4a8 token",
+    )
     group_size: int | None = Field(
         default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
     )
     attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
-    rounding: Literal["rtn", "mse", "gptq", "distill"] = Field(
-        "rtn", description="of weights: to nearest, least error, GPTQ, or GPTQ and then trained block by block"
+    rounding: Rounding | None = Field(
+        default=None,
+        description="of weights: to nearest, least error, GPTQ, or GPTQ and then trained block by block; null: rtn, of w4a8 gptq",
     )
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
     percentile: float = Field(
@@ -137,7 +142,16 @@ class Recipe(BaseModel):
     @property
     def first_rounding(self) -> str:
         """How weights are rounded before anything is trained."""
-        return "gptq" if self.rounding == "distill" else self.rounding
+        return "gptq" if self.rounding == "distill" else self.rounding or PLAIN.rounding
+
+    @property
+    def width(self) -> Width:
+        """The defaults of its bits. A file of tables decides its own."""
+        return PLAIN if self.tables is not None else WIDTHS.get(self.bits, PLAIN)
+
+    def settled(self) -> Recipe:
+        """With the rounding of its width where it names none."""
+        return self.model_copy(update={"rounding": self.rounding or self.width.rounding})
 
     @property
     def scheme(self) -> Scheme:

@@ -97,7 +97,7 @@ def _advice(call: CallParity, recipe: Recipe) -> str:
             "operator was exported wrongly; no option of quantization helps."
         )
     weight, activation = PRESETS[recipe.bits].weight, PRESETS[recipe.bits].activation
-    table = activation is not None and recipe.granularity == "tensor"
+    table = activation is not None and recipe.granularity in (None, "tensor")
     integers = weight is not None and not weight.qtype.is_float
     fitting = [
         ("--granularity token", table and integers and _runs(recipe, granularity="token")),

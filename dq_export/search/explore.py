@@ -95,7 +95,7 @@ def explore(
     watch = progress or Silent()
     watch.begin("load", recipe.model)
     start = time.monotonic()
-    recipe, source = pin(recipe)
+    recipe, source = pin(recipe.settled())
     if recipe.prompts is not None:
         require_packages(ENCODING, "prompts")
         require_prompts(source.family, source.checkpoint, recipe.prompts)

@@ -16,7 +16,22 @@ import dq_export
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import RecipeError
 
-QUICK = ("--model", "dit-digits", "--bits", "w4a8", "--steps", "6", "--calib-size", "4", "--parity-size", "1", "--min-sqnr", "10")
+QUICK = (
+    "--model",
+    "dit-digits",
+    "--bits",
+    "w4a8",
+    "--granularity",
+    "tensor",
+    "--steps",
+    "6",
+    "--calib-size",
+    "4",
+    "--parity-size",
+    "1",
+    "--min-sqnr",
+    "10",
+)
 TRAINING = ("--distill-iterations", "30", "--distill-batch", "8")
 BYTES = ("calibration.safetensors", "distilled.safetensors", "model.onnx", "model.onnx.data")
 

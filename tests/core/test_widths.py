@@ -1,0 +1,53 @@
+"""What a width is exported with where the recipe names nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from dq_export.core.folds import explicit
+from dq_export.core.network import InputSite, Linear
+from dq_export.core.recipe import Recipe
+from dq_export.core.rule import DEFAULT_RULES
+from dq_export.core.widths import PLAIN, WIDTHS
+
+BLOCKS = tuple(f"blocks.{index}" for index in (0, 1, 2, 3, 10))
+
+
+def site(*linears: str) -> InputSite:
+    return InputSite(name=linears[0], linears=linears, fold=explicit(linears[0], 64))
+
+
+def actions(sites: list[InputSite], blocks: tuple[str, ...] = BLOCKS) -> dict[str, str]:
+    """By linear: the action that w4a8 gives it."""
+    linears = {name: Linear(name=name, role="gemm", width=64) for item in sites for name in item.linears}
+    rules = (*WIDTHS["w4a8"].rules(blocks, sites), *DEFAULT_RULES)
+    recipe = Recipe.parse({"model": "m", "bits": "w4a8"}, "here").model_copy(update={"rules": rules})
+    return {name: rule.action for name, rule in recipe.assign(linears).items()}
+
+
+def test_w4a8_keeps_a_third_of_the_blocks_from_the_first_at_8_bit_weights() -> None:
+    found = actions([site(f"{block}.q") for block in BLOCKS])
+    assert found == dict(zip([f"{block}.q" for block in BLOCKS], ["w8a8", "w8a8", "w4a8", "w4a8", "w4a8"], strict=True))
+
+
+def test_readers_of_an_input_that_later_blocks_read_keep_the_widths_bits() -> None:
+    found = actions([site("blocks.0.q"), site("blocks.0.k", "blocks.2.k")])
+    assert found == {"blocks.0.q": "w8a8", "blocks.0.k": "w4a8", "blocks.2.k": "w4a8"}
+
+
+def test_a_network_without_blocks_and_other_widths_get_no_rule() -> None:
+    assert WIDTHS["w4a8"].rules((), [site("a")]) == ()
+    assert PLAIN.rules(BLOCKS, [site("blocks.0.q")]) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "rounding"),
+    [
+        ({"bits": "w4a8"}, "gptq"),
+        ({"bits": "w4a8", "rounding": "rtn"}, "rtn"),
+        ({"bits": "w4a8", "tables": "t.safetensors"}, "rtn"),
+        ({}, "rtn"),
+    ],
+)
+def test_a_rounding_that_is_not_named_is_that_of_the_width(options: dict[str, str], rounding: str) -> None:
+    assert Recipe.parse({"model": "m", **options}, "here").settled().rounding == rounding

@@ -37,12 +37,14 @@ def gptq(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[Weig
     return grid, None if hessian is None or hessian.ndim == 1 else compensate(weight, grid, hessian)
 
 
-ROUNDINGS: dict[str, Callable[[Float32, Scheme, Float32 | None], tuple[WeightGrid, Float32 | None]]] = {
+Rounder = Callable[[Float32, Scheme, Float32 | None], tuple[WeightGrid, Float32 | None]]
+"""(weight float32[out, K], scheme, Hessian float32[K, K] or None) -> (grid, codes float32[out, K]; None: nearest)."""
+ROUNDINGS: dict[str, Rounder] = {
     "rtn": rtn,
     "mse": mse,
     "gptq": gptq,
 }
-"""By name: (weight float32[out, K], scheme, Hessian float32[K, K] or None) -> (grid, codes float32[out, K]; None: nearest)."""
+"""By name."""
 
 
 def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:

@@ -14,6 +14,7 @@ from dq_export.core.folding import folded_weight, touching_plans, work_bytes
 from dq_export.core.grid import WeightGrid
 from dq_export.core.scheme import Scheme
 
+from .channel_bits import mixed
 from .context import Calibration
 from .hessians import pairs_of
 from .parallel import parallel
@@ -42,7 +43,7 @@ def round_weights(
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
     """
     denoiser, assigned, plugin, tables = calibration.denoiser, calibration.assigned, calibration.plugin, calibration.tables
-    rounding = ROUNDINGS[calibration.recipe.first_rounding]
+    rounding, mean = ROUNDINGS[calibration.recipe.first_rounding], calibration.recipe.channel_bits
     touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
@@ -56,7 +57,10 @@ def round_weights(
         weight = folded_weight(tables.weight(name, plugin.prepare(name, denoiser.weight(name)), in_scale), name, around)
         try:
             hessian = plugin.hessian(name, part.get(site), in_scale)
-            grid, codes = rounding(weight, scheme, hessian)
+            if scheme.mixes_widths and mean is not None:
+                grid, codes = mixed(weight, scheme, hessian, mean, rounding)
+            else:
+                grid, codes = rounding(weight, scheme, hessian)
         except ValueError as error:
             return f"'{name}': {error}"
         if codes is None and (plugin is not UNCHANGED or tables.has_weight(name)):

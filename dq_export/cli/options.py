@@ -21,7 +21,7 @@ GROUPS = {
     "Engine": (
         "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
     ),
-    "Quantization": ("bits", "granularity", "group_size", "attention", "rounding", "bias_correction"),
+    "Quantization": ("bits", "granularity", "group_size", "channel_bits", "attention", "rounding", "bias_correction"),
     "Calibration": (
         "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
         "guidance_scale", "size", "seed",

@@ -70,6 +70,9 @@ class Recipe(BaseModel):
     group_size: int | None = Field(
         default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
     )
+    channel_bits: int | None = Field(
+        default=None, ge=3, le=7, description="for bits w8a8: of weights on average, one more for channels with outliers; null: 8"
+    )
     attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
     method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Rounding | None = Field(
@@ -260,6 +263,12 @@ class Recipe(BaseModel):
         if self.rounding == "distill" and (self.bias_correction or self.calibration == "progressive"):
             option = "--bias-correction" if self.bias_correction else "--calibration progressive"
             return f"rounding distill with {option}: training decides that itself, and better; leave {option} out"
+        if self.channel_bits is not None and self.bits != "w8a8":
+            return f"channel_bits with bits {self.bits}: the widths are mixed inside 8-bit codes; take bits w8a8"
+        if self.channel_bits is not None and not any(scheme.mixes_widths for scheme in schemes):
+            return "channel_bits: no linear has 8-bit weights with a scale for each channel; take granularity tensor or token"
+        if self.channel_bits is not None and self.rounding == "distill":
+            return "channel_bits with rounding distill: training knows one width a weight; take rounding gptq"
         if self.first_rounding == "gptq" and any(weight.qtype.is_float for weight in weights):
             return f"fp8 with rounding {self.rounding}: float8 codes are rounded to nearest; use rounding rtn or mse"
         if not any(scheme.low_precision for scheme in schemes):

@@ -85,6 +85,12 @@ class Scheme:
         return self.graph_type is not None and self.weight is not None and self.weight.qtype.stored_bits < 8
 
     @property
+    def mixes_widths(self) -> bool:
+        """Whether output channels may use different shares of their codes: of 8 bits, with a scale for each channel."""
+        weight = self.weight
+        return self.activation is not None and weight is not None and (weight.qtype, weight.granularity) == (INT8, "channel")
+
+    @property
     def name(self) -> str:
         """The preset with the same element types."""
         return next(name for name, preset in PRESETS.items() if _types(preset) == _types(self))

@@ -102,7 +102,7 @@ class Calibrate(Stage[Calibrated]):
     name: str = "calibrate"
     result: type[Calibrated] = Calibrated
     fields: tuple[str, ...] = (
-        "attention", "method", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
+        "channel_bits", "attention", "method", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
         "calib_size", "calibration", "steps", "guidance_scale", "size", "seed", "tables_sha256",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE,)

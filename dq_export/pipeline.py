@@ -25,7 +25,7 @@ from .stages.bench import BENCH
 from .stages.build import BUILD
 from .stages.calibrate import CALIBRATE, assist
 from .stages.conditions import ENCODE
-from .stages.distill import DISTILL
+from .stages.distill import DISTILL, assist_training
 from .stages.float_graph import FLOAT
 from .stages.quantize import QUANTIZE
 from .stages.reference import REFERENCE
@@ -50,7 +50,8 @@ def run(
 
     Args:
         until: name of the last stage to run.
-        group: the processes that share the calibration. The first does everything else and gets the report, the others None.
+        group: the processes that share the calibration and the training. The first does everything else and gets the report,
+            the others None.
 
     Raises:
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, OutputError: see each. An engine that runs in float
@@ -70,6 +71,8 @@ def run(
     if group.rank > 0:
         if CALIBRATE.name in prepared.stages:
             assist(prepared, folder, group, options.device)
+        if DISTILL.name in prepared.stages and prepared.recipe.rounding == "distill":
+            assist_training(prepared, folder, group, options.device)
         return None
     with claim(folder, prepared.recipe.dump(), overwrite=options.overwrite) as ledger:
         context = Context(

@@ -30,7 +30,7 @@ class Distillation:
     finish: Outcome | None
 
 
-def distill(calibration: Calibration, start: CalibrationResult, finished: Callable[[Outcome], None]) -> Distillation:
+def distill(calibration: Calibration, start: CalibrationResult, finished: Callable[[Outcome], None]) -> Distillation | None:
     """Train the blocks of a calibrated network one after the other: weights, scale tables or clips of tokens, and biases.
 
     The input of a block is what the quantized and trained blocks before it put out, its target what the float network's
@@ -41,8 +41,15 @@ def distill(calibration: Calibration, start: CalibrationResult, finished: Callab
     Everything between two blocks lies in `calibration.folder`: a run that was killed goes on behind the last finished block,
     and gives the same bytes on a machine with as many threads.
 
+    Processes of a group share the samples: the pictures, each batch of a training, and what is computed of all samples. They
+    read and write the same folder. How a batch is shared changes the order of its sums, and with it codes that are near the
+    middle between two.
+
     Args:
         finished: called with each outcome.
+
+    Returns:
+        On the first process the result, on the others None.
 
     Source: DilateQuant (arXiv 2409.14307), sections 3.3 and 3.4 (temporal parallel quantizer, block-wise distillation).
 
@@ -68,6 +75,8 @@ def distill(calibration: Calibration, start: CalibrationResult, finished: Callab
         finish, part = trainer.finish(result)
         result = _with(result, part)
         finished(finish)
+    if calibration.group.rank > 0:
+        return None
     return Distillation(result=measured(calibration, statistics, result), blocks=tuple(blocks), network=network, finish=finish)
 
 

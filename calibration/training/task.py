@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.recipe import Recipe
 
+from ..group import ProcessGroup
 from .network import Layers
 
 if TYPE_CHECKING:
     import torch
 
+Part = TypeVar("Part")
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 BETAS = (0.9, 0.99)
@@ -61,6 +63,7 @@ class Task:
         timestep: float64[N], of every sample.
         held_back: bool[N], samples that judge.
         seed: of the batches.
+        group: the processes that share the samples of a batch, and those that judge.
     """
 
     run: Callable[[Layers, Int64], tuple[torch.Tensor, ...]]
@@ -69,19 +72,21 @@ class Task:
     held_back: npt.NDArray[np.bool_]
     effort: Effort
     seed: tuple[int, ...]
+    group: ProcessGroup
 
     def errors(self, layers: Layers, rows: Int64) -> tuple[Float64, Float64]:
         """(noise, signal), each float64[len(rows)]: the sum of squares of each sample's error, and of its target."""
         import torch
 
-        noise, signal = [], []
+        found = np.zeros((2, len(rows)))
         with torch.no_grad():
-            for start in range(0, len(rows), self.effort.batch):
-                part = rows[start : start + self.effort.batch]
-                exact = [tensor.double() for tensor in self.target(part)]
-                noise.append(squares([a.cpu() - b for a, b in zip(self.run(layers, part), exact, strict=True)]))
-                signal.append(squares(exact))
-        return np.concatenate(noise), np.concatenate(signal)
+            for start in own_parts(range(0, len(rows), self.effort.batch), self.group):
+                part = slice(start, start + self.effort.batch)
+                exact = [tensor.double() for tensor in self.target(rows[part])]
+                found[0, part] = squares([a.cpu() - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
+                found[1, part] = squares(exact)
+        noise, signal = self.group.total(found)
+        return noise, signal
 
     def weights(self, noise: Float64, rows: Int64) -> Float64:
         """float64[N]: the weight of each sample, one over the error that its timestep has at the start."""
@@ -91,7 +96,7 @@ class Task:
         return weights
 
     def train(self, layers: Layers, weights: Float64, progress: Callable[[int], None]) -> None:
-        """Train layers in place.
+        """Train layers in place. Each process computes the gradients of its share of a batch; their sum moves all alike.
 
         Args:
             weights: of each sample in the loss.
@@ -101,21 +106,46 @@ class Task:
 
         iterations = self.effort.iterations
         optimizer = torch.optim.Adam(layers.parameters(self.effort.rates), lr=0.0, betas=BETAS)
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         batches = _batches(np.flatnonzero(~self.held_back), self.effort.batch, self.seed)
         for iteration in range(iterations):
-            rows = next(batches)
+            rows = np.array_split(next(batches), self.group.size)[self.group.rank]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share_of_rate(iteration, iterations)
-            outputs, targets = self.run(layers, rows), self.target(rows)
-            of_sample = torch.stack(
-                [(a - b.to(a.device)).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)]
-            )
-            loss = (of_sample.sum(dim=0) * torch.from_numpy(weights[rows]).to(of_sample)).mean()
             optimizer.zero_grad()
-            loss.backward()
-            layers.forget()
+            if len(rows):  # a process more than samples has none
+                self._loss(layers, rows, weights).backward()
+                layers.forget()
+            add_gradients(trained, self.group)
             optimizer.step()
             progress(iteration + 1)
+
+    def _loss(self, layers: Layers, rows: Int64, weights: Float64) -> torch.Tensor:
+        """The part of a batch's loss that some of its samples have."""
+        import torch
+
+        outputs, targets = self.run(layers, rows), self.target(rows)
+        of_sample = torch.stack(
+            [(a - b.to(a.device)).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)]
+        )
+        return (of_sample.sum(dim=0) * torch.from_numpy(weights[rows]).to(of_sample)).sum() / self.effort.batch
+
+
+def own_parts(parts: Sequence[Part], group: ProcessGroup) -> Sequence[Part]:
+    """Those of a number of parts that this process works on."""
+    return parts[group.rank :: group.size]
+
+
+def add_gradients(parameters: Sequence[torch.Tensor], group: ProcessGroup) -> None:
+    """Put the sum of all processes' gradients into those of each. Exactness: the same bits on every process."""
+    import torch
+
+    if group.size == 1:
+        return
+    parts = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    total = torch.from_numpy(group.total(torch.cat([part.reshape(-1).cpu() for part in parts]).numpy()))
+    for item, part in zip(parameters, total.split([item.numel() for item in parameters]), strict=True):
+        item.grad = part.reshape(item.shape).to(item.device)
 
 
 def share_of_rate(iteration: int, iterations: int) -> float:

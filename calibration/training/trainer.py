@@ -19,7 +19,7 @@ from .boundary import Boundary
 from .feeds import Samples
 from .network import Layers, QuantizedNetwork
 from .outcome import Outcome
-from .task import Effort, Task, squares
+from .task import Effort, Task, own_parts, squares
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Trainer:
     """
 
     def __init__(self, calibration: Calibration, start: CalibrationResult, samples: Samples) -> None:
-        self.calibration, self.start, self.samples = calibration, start, samples
+        self.calibration, self.start, self.samples, self.group = calibration, start, samples, calibration.group
         self.names = calibration.denoiser.blocks
         self.everything, self.judges = np.arange(len(samples)), np.flatnonzero(samples.held_back)
         self.chain: Chain = calibration.denoiser.chain(samples.feed(self.everything[:2]))
@@ -48,7 +48,11 @@ class Trainer:
 
     def block(self, index: int) -> Trained:
         """What a block's training brings: of an earlier run's file, or trained now."""
-        return self._once(f"block.{index}", self.names[index], lambda: self._block(index))
+        trained = self._once(f"block.{index}", self.names[index], lambda: self._block(index))
+        if self.group.rank == 0:  # behind the file of the block, from which a run that is killed here goes on
+            for kind in ("exact", "error", "first"):
+                self._path(index, kind).unlink(missing_ok=True)
+        return trained
 
     def network(self) -> Outcome:
         """What the trained blocks bring together: the mean over the timesteps of a call's dB."""
@@ -63,12 +67,15 @@ class Trainer:
 
     def _once(self, file: str, name: str, train: Callable[[], Trained]) -> Trained:
         path = self.calibration.folder / f"{file}.safetensors"
-        if not path.exists():
+        missing = self.group.rank == 0 and not path.exists()
+        if self.group.largest(np.asarray([float(missing)])).any():  # the first process decides, and alone writes
             outcome, part = train()
             noted = {"before": repr(outcome.before), "after": repr(outcome.after), "kept": "yes" if outcome.kept else ""}
-            new = path.with_suffix(".new")
-            replace(part, provenance=noted).save(new)
-            new.replace(path)
+            if self.group.rank == 0:
+                new = path.with_suffix(".new")
+                replace(part, provenance=noted).save(new)
+                new.replace(path)
+            self._meet()
         part = CalibrationResult.load(path)
         noted = dict(part.provenance)
         return Outcome(name=name, before=float(noted["before"]), after=float(noted["after"]), kept=bool(noted["kept"])), part
@@ -83,8 +90,6 @@ class Trainer:
             self._task(index), kept, lambda: self.quantized.layers(name, "all") if trainable else kept, len(self.names), index
         )
         self._advance(index, layers, "error", self.everything)
-        for kind in ("exact", "error", "first"):
-            self._path(index, kind).unlink(missing_ok=True)
         return outcome, self._part(outcome, layers, self.start)
 
     def _finish(self, result: CalibrationResult) -> Trained:
@@ -135,6 +140,7 @@ class Trainer:
             held_back=self.samples.held_back,
             effort=Effort.of_block(recipe),
             seed=(recipe.seed, index),
+            group=self.group,
         )
 
     def _run(self, index: int, layers: Layers, kind: str, rows: Int64) -> tuple[torch.Tensor, ...]:
@@ -160,9 +166,10 @@ class Trainer:
 
         target = self._boundary(index + 1, "exact")
         with torch.no_grad():
-            for rows in self._parts(self.everything):
+            for rows in own_parts(self._parts(self.everything), self.group):
                 before = [part.to(self.chain.device) for part in self._boundary(index, "exact").read(rows)] if index else []
                 target.write(rows, self.chain.run(index, self.samples.feed(rows), before))
+        self._meet()
 
     def _advance(self, index: int, layers: Layers, kind: str, samples: Int64) -> None:
         """Write how far from the float chain's a quantized chain's output is: small numbers, which float16 holds well."""
@@ -170,9 +177,14 @@ class Trainer:
 
         exact, error = (self._boundary(index + 1, part) for part in ("exact", kind))
         with torch.no_grad():
-            for rows in self._parts(samples):
+            for rows in own_parts(self._parts(samples), self.group):
                 found = self._run(index, layers, kind, rows)
                 error.write(rows, [a.cpu() - b for a, b in zip(found, exact.read(rows), strict=True)])
+        self._meet()
+
+    def _meet(self) -> None:
+        """Wait until every process has written its share."""
+        self.group.largest(np.zeros(1))
 
     def _parts(self, samples: Int64) -> Sequence[Int64]:
         size = self.calibration.recipe.distill_batch

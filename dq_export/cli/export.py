@@ -66,7 +66,8 @@ def distill(
 ) -> None:
     """Train OUT's blocks (--rounding distill), and export again what depends on them."""
     how = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
-    _export("bench", {**how, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
+    until = "bench" if _processes() == 1 else "distill"  # torchrun's processes share nothing behind the training
+    _export(until, {**how, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
@@ -125,17 +126,23 @@ def recipe_of(path: Path | None, flags: dict[str, Any]) -> Recipe:
     return Recipe.parse(values, f"recipe {path} with flags" if path else "option")
 
 
+def _processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _group(until: str) -> Any:
     """The processes that torchrun started; one alone without it."""
     from dq_export.calibration.group import ALONE, join_group
     from dq_export.core.recipe import RecipeError
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
     if processes == 1:
         return ALONE
-    if until != "calibrate":
+    if until not in ("calibrate", "distill"):
         raise RecipeError(
-            f"{processes} processes share only a calibration: run `torchrun … -m dq_export calibrate …`, then dq-export alone"
+            f"{processes} processes share only a calibration and a training: run `torchrun … -m dq_export calibrate …`, or "
+            "`torchrun … -m dq_export distill OUT`, then dq-export alone"
         )
 
     def end(number: int, frame: object) -> None:

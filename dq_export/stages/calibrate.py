@@ -153,8 +153,13 @@ CALIBRATE = Calibrate()
 
 
 def announce(group: ProcessGroup, *, work: bool) -> None:
-    """Tell the other processes whether there is a calibration to share. Each of them waits for this in `assist`."""
+    """Tell the other processes whether there is a calibration, or a training, to share. Each of them waits for this."""
     group.largest(np.asarray([float(work)]))
+
+
+def announced(group: ProcessGroup) -> bool:
+    """Wait for what the first process announces."""
+    return bool(group.largest(np.zeros(1)).any())
 
 
 def assist(prepared: Prepared, folder: Path, group: ProcessGroup, device: str) -> None:
@@ -164,25 +169,33 @@ def assist(prepared: Prepared, folder: Path, group: ProcessGroup, device: str) -
         folder: the output folder, to which only the first process writes its results.
     """
     from dq_export.calibration.calibrate import calibrate
+
+    if announced(group):
+        with prepared.reference.on(device):
+            calibrate(calibration_beside(prepared, folder, folder / GATHERED, group))
+
+
+def calibration_beside(prepared: Prepared, folder: Path, gathered: Path, group: ProcessGroup) -> Calibration:
+    """What a process that is not the first one works on.
+
+    Args:
+        folder: the output folder. gathered: for the calibration's files meanwhile.
+    """
     from dq_export.calibration.context import Calibration
 
-    if not group.largest(np.zeros(1)).any():
-        return
     reference, recipe = prepared.reference, prepared.recipe
     if draws_prompts(recipe):
         set_conditions(reference, folder / CONDITIONS)
-    calibration = Calibration(
+    return Calibration(
         denoiser=reference,
         recipe=recipe,
         assigned=prepared.assigned,
         sampling=sampling_of(recipe, reference),
-        folder=folder / GATHERED,
+        folder=gathered,
         group=group,
         tables=prepared.tables,
         space=prepared.space,
     )
-    with reference.on(device):
-        calibrate(calibration)
 
 
 def described(tables: Tables, assigned: Mapping[str, Rule]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.training.outcome import Outcome
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_text
@@ -17,9 +18,17 @@ from dq_export.core.recipe import Recipe
 
 from ..output_folder import TRAINING, remove, write_text
 from ..report.report import Part
-from .calibrate import CALIBRATE, CALIBRATION, Calibrated, calibration_of
+from .calibrate import (
+    CALIBRATE,
+    CALIBRATION,
+    Calibrated,
+    announce,
+    announced,
+    calibration_beside,
+    calibration_of,
+)
 from .conditions import ENCODE
-from .stage import Context, Stage
+from .stage import Context, Prepared, Stage
 
 DISTILLED = "distilled.safetensors"
 """Its file in an output folder, in the format of `calibration.safetensors`."""
@@ -93,8 +102,10 @@ class Distill(Stage[Distilled]):
             kept = "" if outcome.kept else ", kept as it was"
             context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{kept}")
 
+        announce(context.group, work=True)
         with context.reference.on(context.device):
             distilled = distill(calibration_of(context, folder), start, finished)
+        assert distilled is not None  # the first process gets it
         distilled.result.save(target / DISTILLED)
         remove(folder)
         blocks = tuple(map(_reported, distilled.blocks))
@@ -108,8 +119,26 @@ class Distill(Stage[Distilled]):
         summarized = {**dict(Calibrated.of(distilled.result)), "summary": summary}
         return Distilled(**summarized, blocks=blocks, network=network, finish=finish)
 
+    def kept(self, context: Context) -> None:
+        """Send the other processes home."""
+        announce(context.group, work=False)
+
 
 DISTILL = Distill()
+
+
+def assist_training(prepared: Prepared, folder: Path, group: ProcessGroup, device: str) -> None:
+    """Take this process's share of the training, if the first process announces one.
+
+    Args:
+        folder: the output folder, to which only the first process writes its results.
+    """
+    from dq_export.calibration.training.distill import distill
+
+    if announced(group):
+        start = CalibrationResult.load(folder / CALIBRATION)
+        with prepared.reference.on(device):
+            distill(calibration_beside(prepared, folder, folder / TRAINING, group), start, lambda outcome: None)
 
 
 def _reported(outcome: Outcome) -> TrainedPart:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from dq_export.core.artifacts import CalibrationResult
 
 FEW = ("--calib-size", "20", "--steps", "6")
 
 
-def calibrate(out: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+def started(*words: str, processes: int = 1) -> subprocess.Popen[str]:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
-    start = [sys.executable, *(torchrun if processes > 1 else []), "-m", "dq_export", "calibrate"]
-    command = [*start, "--model", "dit-digits", "-o", str(out), *words]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "dq_export", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def calibrate(out: Path, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+    return started("calibrate", "--model", "dit-digits", "-o", str(out), *words, processes=processes)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -101,7 +108,29 @@ def test_only_a_calibration_is_shared(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dq_export", "--model", "dit-digits", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
-    assert "2 processes share only a calibration: run `torchrun" in done.stderr
+    assert "2 processes share only a calibration and a training: run `torchrun" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tiny_folder: Path, tmp_path: Path) -> None:
+    """What differs comes from the order of sums: few codes, by one."""
+    quick = ("--calib-size", "9", "--steps", "4", "--bits", "w4a4", "--rounding", "gptq", "--guidance-scale", "1")
+    training = ("--distill-iterations", "40", "--distill-batch", "7")  # an odd number of samples between two
+    finish(started("calibrate", "--model", str(tiny_folder), "-o", str(tmp_path / "one"), *quick, *training))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    finish(started("distill", str(tmp_path / "one")))
+    output = finish(started("distill", str(tmp_path / "two"), processes=2))
+    assert output.count("distill   done") == 1
+    assert not (tmp_path / "two" / ".training").exists()
+    one, two = (CalibrationResult.load(tmp_path / name / "distilled.safetensors") for name in ("one", "two"))
+    start = CalibrationResult.load(tmp_path / "one" / "calibration.safetensors")
+    for name, codes in one.codes.items():
+        moved, other = (np.abs(item.codes[name].astype(int) - codes) for item in (start, two))
+        assert moved.any(), name
+        assert other.mean() < 0.2 * moved.mean(), name
+    for name, plan in one.sites.items():
+        assert plan.activation is not None
+        np.testing.assert_allclose(two.sites[name].activation.scale, plan.activation.scale, rtol=0.01)
 
 
 def peak(out: Path, pictures: int, steps: int) -> float:

@@ -125,8 +125,9 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
 
 
 def _recipe_of(recipe: Recipe, site: InputSite, reader: Linear) -> Recipe:
-    """The recipe with the scaling that a site can have: patches of a convolution have one channel several times."""
-    if reader.convolution:
+    """The recipe with the scaling that a site can have: none where patches of a convolution have one channel several times."""
+    channels = max((part.channels[1] for part in site.fold.parts), default=0)
+    if reader.convolution and channels != reader.width:
         return recipe.model_copy(update={"scaling": "none", "shift": False})
     return recipe if site.fold.shifts else recipe.model_copy(update={"shift": False})
 

@@ -18,6 +18,7 @@ PASSES = (
     "integer_convolutions",
     "lift_modulation",
     "merge_duplicates",
+    "plain_group_norms",
     "quantize_attention",
     "quantize_weights",
     "raise_biases",

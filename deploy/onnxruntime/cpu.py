@@ -23,6 +23,7 @@ from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.integer_convolutions import IntegerConvolutions
+from dq_export.passes.legalise.plain_group_norms import PlainGroupNorms
 from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.trim_text import TrimText
 from dq_export.passes.legalise.unsign_codes import UnsignCodes
@@ -114,7 +115,8 @@ class Ort(Backend):
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
-        but for convolutions of codes; biases that survive a fixed batch, and texts without their padding.
+        but for convolutions of codes; biases that survive a fixed batch, texts without their padding, and normalizations of
+        groups by a kernel that there is.
 
         Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
         versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
@@ -122,7 +124,7 @@ class Ort(Backend):
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
         unsigned = UnsignCodes(convolutions=_version() < SIGNED_CONVOLUTIONS_SINCE)
         codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), unsigned)
-        return (*codes, TrimText(), *attention, RaiseBiases())
+        return (*codes, TrimText(), *attention, RaiseBiases(), PlainGroupNorms())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

@@ -7,6 +7,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 
 from .backend import Backend
 from .onnxruntime.cpu import ORT
+from .onnxruntime.cuda import OrtCuda
 from .openvino.backend import OpenVino
 from .tensorrt.backend import TensorRt, TensorRtRtx
 
@@ -14,6 +15,8 @@ BACKENDS: tuple[Backend, ...] = (
     ORT,
     OpenVino("fp32"),
     OpenVino("bf16"),
+    OrtCuda("fp16"),
+    OrtCuda("fp32"),
     *(kind(dtype) for kind in (TensorRt, TensorRtRtx) for dtype in ("fp16", "bf16", "fp32")),
 )
 """The first of a format is its default."""

@@ -56,7 +56,7 @@ OPTIONS = (
     "format", "provider", "dtype", "target", "min-shapes", "opt-shapes", "max-shapes", "bits", "granularity", "group-size",
     "rounding", "attention", "timesteps", "method", "percentile", "bins", "scaling", "alpha", "rho", "exclude", "calibration",
     "calib-size", "steps", "parity-size", "guidance-scale", "seed", "min-coverage", "min-sqnr", "device", "max-memory",
-    "model", "recipe", "prompts", "conditions",
+    "model", "recipe", "prompts", "conditions", "metric-weights", "max-lpips",
 )  # fmt: skip
 
 

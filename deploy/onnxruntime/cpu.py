@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,12 +134,12 @@ class Ort(Backend):
             OSError: no space left; ONNX Runtime itself does not tell that from a bad graph.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        options = _options(optimize=True)
+        options = session_options(optimize=True)
         options.optimized_model_filepath = str(folder / OPTIMIZED)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{OPTIMIZED}.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
-            session = _session(model, options)
+            session = self._session(model, options)
         except BackendError as error:
             if shutil.disk_usage(folder).free < sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*")):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
@@ -154,13 +154,21 @@ class Ort(Backend):
         """A session of the graph. It takes any batch: a fixed one was measured and gains nothing."""
         return open_graph(built.model)
 
+    def _session(self, model: Path, options: Any) -> Any:
+        """A session of the graph on the provider.
+
+        Raises:
+            BackendError: ONNX Runtime refuses it.
+        """
+        return new_session(model, options)
+
     def profile(self, built: Built, feed: Feed) -> dict[str, float]:
         """Milliseconds by operator, from ONNX Runtime's own profile of a few calls."""
         with tempfile.TemporaryDirectory() as folder:
-            options = _options(optimize=True)
+            options = session_options(optimize=True)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(built.model, options)
+            session = self._session(built.model, options)
             for _ in range(PROFILED):
                 session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -204,11 +212,11 @@ def open_graph(model: Path, *, optimize: bool = True, prepack: bool = True) -> O
     Raises:
         BackendError: ONNX Runtime is missing or refuses the graph.
     """
-    options = _options(optimize=optimize)
+    options = session_options(optimize=optimize)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    return OrtEngine(session=_session(model, options, without=() if prepack else ("ConstantFolding",)))
+    return OrtEngine(session=new_session(model, options, without=() if prepack else ("ConstantFolding",)))
 
 
 def onnxruntime() -> Any:
@@ -227,7 +235,8 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in onnxruntime().__version__.split(".")[:2])
 
 
-def _options(*, optimize: bool) -> Any:
+def session_options(*, optimize: bool) -> Any:
+    """Options of a quiet session, with or without its graph optimizations."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error's text is in the exception that it raises
@@ -236,10 +245,19 @@ def _options(*, optimize: bool) -> Any:
     return options
 
 
-def _session(model: Path, options: Any, *, without: tuple[str, ...] = ()) -> Any:
+def new_session(model: Path, options: Any, *, without: tuple[str, ...] = (), providers: Sequence[str] = PROVIDERS) -> Any:
+    """An onnxruntime.InferenceSession.
+
+    Args:
+        without: names of graph optimizations that are left out.
+        providers: the first that takes a node runs it.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the graph.
+    """
     ort = onnxruntime()
     try:
-        return ort.InferenceSession(str(model), options, providers=PROVIDERS, disabled_optimizers=list(without))
+        return ort.InferenceSession(str(model), options, providers=list(providers), disabled_optimizers=list(without))
     except session_errors() as error:
         raise BackendError(f"ONNX Runtime {ort.__version__} refuses {model}: {error}") from error
 

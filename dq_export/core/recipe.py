@@ -52,7 +52,7 @@ class Recipe(BaseModel):
         default=None, pattern="^[0-9a-f]{64}$", description="of the file of conditions; null: any"
     )
     format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: the graph alone")
-    provider: Literal["cpu", "openvino"] | None = Field(
+    provider: Literal["cpu", "openvino", "cuda"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"
     )
     dtype: Literal["fp32", "fp16", "bf16"] | None = Field(

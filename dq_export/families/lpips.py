@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _expected() -> dict[str, tuple[int, ...]]:
 
 def _file(folder: Path, name: str) -> Path:
     """The only file of a name in a folder; torchvision's file has a digest behind it."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes any name
         raise ModelError(f"metric_weights {shown_path(folder)}: no such folder")
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     fitting = [path for path in files if path.stem == name or (name == BACKBONE and path.stem.startswith(f"{name}-"))]

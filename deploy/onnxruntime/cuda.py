@@ -1,0 +1,146 @@
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA provider. Its sessions have not run on one here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.documents import DocumentError, read_json, shown_path
+from dq_export.core.progress import Advance, unwatched
+from dq_export.core.qtypes import INT4
+from dq_export.core.rule import Rule
+from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
+from dq_export.passes.base import GraphPass
+from dq_export.passes.legalise.cast_floats import CastFloats
+
+from ..audit import Audit
+from ..backend import BackendError, Built, NotHereError
+from ..lowerings import ANY_KERNEL, Lowering, Refusal
+from .cpu import PROVIDERS, Ort, OrtEngine, new_session, onnxruntime, session_options
+
+PROVIDER = "CUDAExecutionProvider"
+NODES = "nodes.json"
+"""Names of the graph's nodes that the provider took."""
+
+
+@dataclass(frozen=True)
+class OrtCuda(Ort):
+    """ONNX Runtime's CUDA provider. It has no integer GEMM for Q/DQ, so weights alone are quantized.
+
+    A build leaves what the CPU provider's leaves, and `nodes.json`: the CPU provider silently takes what the GPU does not.
+
+    Args:
+        dtype: fp16 or fp32, of what is not quantized.
+    """
+
+    name: ClassVar[str] = "ort"
+    provider: ClassVar[str | None] = "cuda"
+    title: ClassVar[str] = "ONNX Runtime's CUDA provider"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime-gpu",)
+    triton: ClassVar[str] = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether a session stays on the provider here."""
+        return not obstacle()
+
+    def supports(self, scheme: Scheme) -> Lowering | Refusal:
+        """The kernel that runs a scheme, or why there is none."""
+        weight = scheme.weight
+        if weight is None or not scheme.low_precision:
+            return ANY_KERNEL
+        if scheme.activation is not None:
+            nearest = PRESETS["w4a16" if weight.qtype == INT4 else "w8a16"]
+            return Refusal("it has no integer or float8 GEMM for Q/DQ; --format trt and trt-rtx have", nearest)
+        if weight.size is not None and weight.size not in BLOCK_SIZES:
+            size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
+            return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
+        return Lowering("MatMulNBits: blocks unpacked inside the GEMM", "MatMulNBits")
+
+    def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
+        """Everything that is not quantized in `dtype`."""
+        return (CastFloats(dtype=ir.DataType.FLOAT16),) if self.dtype == "fp16" else ()
+
+    def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
+        """Create the session once, as the CPU provider's build does, and note what the GPU takes.
+
+        Raises:
+            NotHereError: this machine has no GPU, or ONNX Runtime not its CUDA provider.
+            BackendError: ONNX Runtime refuses the graph.
+        """
+        if reason := obstacle():
+            raise NotHereError(
+                f"{reason}; {model.parent} is finished up to the graph. Copy the folder to the GPU machine and run there:\n"
+                f"  pip install 'dq-export[gpu]' && dq-export finish {model.parent}"
+            )
+        built = super().build(model, folder, progress)
+        options = session_options(optimize=True)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        parts = self._session(model, options).get_provider_graph_assignment_info()
+        taken = sorted(node.name for part in parts if part.ep_name == PROVIDER for node in part.get_nodes())
+        (folder / NODES).write_text(json.dumps(taken, indent=0) + "\n")
+        return built
+
+    def load(self, built: Built, *, batch: int | None = None) -> OrtEngine:
+        """A session of the graph on the GPU; it takes any batch.
+
+        Raises:
+            BackendError: there is none here.
+        """
+        if reason := obstacle():
+            raise BackendError(f"{reason}, needed to run {built.model}")
+        return OrtEngine(session=self._session(built.model, session_options(optimize=True)))
+
+    def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
+        """As the CPU provider's; what the GPU did not take does not count.
+
+        Raises:
+            BackendError: what the build left is missing or damaged.
+        """
+        path = built.folder / NODES
+        try:
+            taken = read_json(path, links=False)
+        except DocumentError as error:
+            raise BackendError(f"{error}; build the engine again") from error
+        if not isinstance(taken, list):
+            raise BackendError(f"{shown_path(path)}: expected a list of names; build the engine again")
+        lost = "the provider did not take it, and the CPU runs it"
+        gemms = super().audit(built, assigned).gemms
+        return Audit.of(g if g.name in taken else replace(g, integer=False, reason=lost if g.required else "") for g in gemms)
+
+    def _session(self, model: Path, options: Any) -> Any:
+        return new_session(model, options, providers=[PROVIDER, *PROVIDERS])
+
+
+@cache
+def obstacle() -> str:
+    """Why no session stays on the provider here; empty where one does.
+
+    ONNX Runtime itself only warns, and runs the graph on the CPU.
+    """
+    ort = onnxruntime()
+    if PROVIDER not in ort.get_available_providers():
+        return f"onnxruntime {ort.__version__} without its CUDA provider is installed here"
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        return f"onnxruntime {ort.__version__} here does not say what its CUDA provider takes; a later version does"
+    session = ort.InferenceSession(_identity(), session_options(optimize=True), providers=[PROVIDER, *PROVIDERS])
+    if session.get_providers()[0] != PROVIDER:
+        return f"onnxruntime {ort.__version__} cannot load its CUDA provider here: no GPU, or not its versions of CUDA and cuDNN"
+    return ""
+
+
+def _identity() -> bytes:
+    """The smallest graph."""
+    value = ir.val("x", dtype=ir.DataType.FLOAT, shape=[1])
+    node = ir.node("Identity", [value], name="identity")
+    node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+    graph = ir.Graph([value], node.outputs, nodes=[node], name="probe", opset_imports={"": 21})
+    content: bytes = ir.serde.serialize_model(ir.Model(graph, ir_version=10)).SerializeToString()
+    return content

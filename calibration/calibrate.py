@@ -101,6 +101,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             [denoiser.weight(name) for name in quantized],
             _recipe_of(recipe, group[0], denoiser.linears[linears[0]]),
             scheme=scheme,
+            free=group[0].fold.kind != "token",
         )
         return decisions_of(group, items, scaling)
 

@@ -16,6 +16,7 @@ PASSES = (
     "fuse_attention",
     "insert_qdq",
     "integer_convolutions",
+    "integer_gemms",
     "lift_modulation",
     "merge_duplicates",
     "plain_group_norms",

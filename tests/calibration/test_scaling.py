@@ -187,6 +187,26 @@ def test_a_shift_halves_the_range_of_one_sided_channels(side: int) -> None:
     assert shifted.error < plain.error
 
 
+def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
+    paid = 0
+    for seed in range(30):
+        found, weight = two_steps(seed)
+        recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
+        free, token = (choose_scaling(found, [weight], recipe, scheme=W8A8, free=free) for free in (True, False))
+        none = token.alternatives["none"]
+        unshifted = min(error for name, error in token.alternatives.items() if "+" not in name)
+        assert token.error >= free.error
+        if token.method == "none":
+            assert unshifted > none * 10**-0.1, "a Mul that gains 1 dB is left out"
+        elif not token.in_shift.any():
+            assert token.error == unshifted <= none * 10**-0.1, "a Mul gains less than 1 dB"
+        else:
+            base = token.alternatives[token.method.partition("+")[0]]
+            assert token.error <= base * 10**-0.1, "an Add gains less than 1 dB"
+        paid += token.error > free.error
+    assert paid, "no candidate gains less than 1 dB: the test shows nothing"
+
+
 @pytest.mark.parametrize("scaling", ["auto", "dilate", "smooth"])
 def test_readers_are_judged_as_one_linear_of_all_their_outputs(scaling: str) -> None:
     found, weight = two_steps()

@@ -9,6 +9,7 @@ from dq_export.core.documents import printable, shown, shown_path
 from dq_export.core.recipe import Recipe, RecipeError
 
 from ..ledger import file_digest
+from .lpips import require_weights
 
 
 def settle_tables(recipe: Recipe) -> Recipe:
@@ -27,10 +28,16 @@ def settle_tables(recipe: Recipe) -> Recipe:
 
 
 def settle_metrics(recipe: Recipe) -> Recipe:
-    """The recipe with the absolute place of its folder of metrics' weights, of which the files are looked at later."""
+    """The recipe with the absolute place of its folder of metrics' weights.
+
+    Raises:
+        ModelError: see `require_weights`.
+    """
     if recipe.metric_weights is None:
         return recipe
-    return recipe.model_copy(update={"metric_weights": os.path.abspath(os.path.expanduser(recipe.metric_weights))})
+    folder = Path(os.path.expanduser(recipe.metric_weights)).absolute()
+    require_weights(folder)
+    return recipe.model_copy(update={"metric_weights": str(folder)})
 
 
 def place_of(key: str, text: str) -> Path:

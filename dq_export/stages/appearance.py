@@ -12,7 +12,7 @@ from dq_export.core.likeness import psnr, ssim
 from dq_export.core.recipe import Recipe, RecipeError
 
 from ..families.decoder import load_vae, pictures_of
-from ..families.lpips import Lpips, require_weights
+from ..families.lpips import Lpips
 from ..families.reference import Float32, Reference
 
 COLOURS = (1, 3)
@@ -42,16 +42,13 @@ def appearance(reference: Reference, recipe: Recipe, references: Float32, latent
 
 
 def require_appearance(reference: Reference, recipe: Recipe) -> None:
-    """Look for what `--metric-weights` needs, before any work.
+    """Look for the VAE that `--metric-weights` needs, before any work.
 
     Raises:
-        ModelError: a file of the weights is missing or damaged, or the VAE is.
+        ModelError: it is damaged.
         RecipeError: no VAE makes pictures of the latents.
     """
-    if recipe.metric_weights is None:
-        return
-    require_weights(Path(recipe.metric_weights))
-    if reference.feed_shape[0] not in COLOURS:
+    if recipe.metric_weights is not None and reference.feed_shape[0] not in COLOURS:
         _vae(reference, recipe)
 
 

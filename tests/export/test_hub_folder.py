@@ -108,7 +108,12 @@ def test_a_second_push_takes_the_place_of_the_first(out: Path, tmp_path: Path) -
     [
         ("owner/name", "", "error: no token of the hub: log in with `hf auth login`"),
         ("owner/name", "hf_wrong", "error: the hub refuses 'owner/name': it does not know the token; log in with"),
-        ("owner/name", GUEST, "error: the hub refuses 'owner/name': the token may not write for 'owner'"),
+        pytest.param(
+            "owner/name",
+            GUEST,
+            "error: the hub refuses 'owner/name': the token may not write for 'owner'",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["no token", "unknown token", "another's repository"],
 )

@@ -16,7 +16,8 @@ from pathlib import Path
 from dq_export.core.documents import printable, shown_path
 
 LOCK, PARTIAL, GATHERED, TRAINING = ".lock", ".partial", ".calibration", ".training"
-FOLDERS = frozenset({"float", "engine", "parity", "triton", "bisect", "choices", "statistics", PARTIAL, GATHERED, TRAINING})
+FOLDERS = frozenset({"float", "engine", "parity", "triton", "diffusers", "bisect", "choices", "statistics"})
+FOLDERS |= {PARTIAL, GATHERED, TRAINING}
 FILES = frozenset({"recipe.yaml", "stages.json", "report.json", "report.html", "search.svg", "calibration.safetensors"})
 FILES |= {"conditions.safetensors", "distilled.safetensors"}
 FILES |= {"model.onnx", "model.onnx.data", "winner.yaml", "search.json", "evaluations.jsonl", LOCK}

@@ -27,13 +27,27 @@ from .stages.calibrate import CALIBRATE, assist
 from .stages.conditions import ENCODE
 from .stages.distill import DISTILL, assist_training
 from .stages.float_graph import FLOAT
+from .stages.layout import LAYOUT
 from .stages.quantize import QUANTIZE
 from .stages.reference import REFERENCE
 from .stages.stage import Context, Stage
 from .stages.triton import TRITON
 from .stages.verify import VERIFY
 
-STAGES: tuple[Stage[Any], ...] = (ENCODE, FLOAT, CALIBRATE, DISTILL, REFERENCE, QUANTIZE, BUILD, AUDIT, VERIFY, TRITON, BENCH)
+STAGES: tuple[Stage[Any], ...] = (
+    ENCODE,
+    FLOAT,
+    CALIBRATE,
+    DISTILL,
+    REFERENCE,
+    QUANTIZE,
+    BUILD,
+    AUDIT,
+    VERIFY,
+    LAYOUT,
+    TRITON,
+    BENCH,
+)
 """In the order in which they run."""
 
 

@@ -23,6 +23,7 @@ from .families.prompts import conditions_of
 from .families.reference import ModelError, Reference
 from .memory import plan_memory
 from .stages.appearance import require_appearance
+from .stages.layout import layout_timesteps, require_layout
 from .stages.stage import Prepared, Stage
 from .stages.triton import TRITON, require_served
 from .stages.verify import VERIFY
@@ -78,6 +79,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     names = tuple(stage.name for stage in stages)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
     require_device(options.device)
+    require_layout(recipe, source)
     backend = backend_of(recipe)
     _require_packages([stage for stage in stages if stage.name in memory.stages], recipe, backend)
     if recipe.prompts is not None:
@@ -101,6 +103,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         require_served(reference)
     return Prepared(
         recipe=resolved,
+        source=source,
         reference=reference,
         backend=backend,
         assigned=assigned,
@@ -159,7 +162,8 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     except ValidationError as error:
         reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise RecipeError(f"--exclude: {'; '.join(reasons)}") from error
-    shared = backend.shared_timesteps(recipe.timesteps) if backend else recipe.timesteps != "per-sample"
+    wanted = layout_timesteps(recipe, reference)
+    shared = backend.shared_timesteps(wanted) if backend else wanted != "per-sample"
     if recipe.triton:
         _require_servable(recipe, backend)
         shared = False

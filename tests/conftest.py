@@ -29,6 +29,7 @@ from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.stages.conditions import ENCODE
 from dq_export.stages.distill import DISTILL
+from dq_export.stages.layout import LAYOUT
 
 # Several processes of tests share the cores; PyTorch reads this when it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -55,8 +56,8 @@ TINY = {
 QUICK: dict[str, Any] = {"steps": 4, "calib_size": 2, "min_sqnr": 10}
 """Of an export of the tiny DiT, which takes seconds then."""
 SERVED_STEPS = 12
-STAGES = tuple(stage.name for stage in pipeline.STAGES if stage not in (ENCODE, DISTILL))
-"""Of a network that draws no prompts, and trains no blocks."""
+STAGES = tuple(stage.name for stage in pipeline.STAGES if stage not in (ENCODE, DISTILL, LAYOUT))
+"""Of a network that draws no prompts, trains no blocks, and is written as no pipeline's folder."""
 UNSERVED = [stage for stage in STAGES if stage != "triton"]
 """The stages of an export without a repository."""
 

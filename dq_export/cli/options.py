@@ -20,6 +20,7 @@ GROUPS = {
     "Model": ("model", "revision", "variant", "lora", "prompts", "conditions"),
     "Engine": (
         "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
+        "layout",
     ),
     "Quantization": ("bits", "granularity", "group_size", "channel_bits", "attention", "rounding", "bias_correction"),
     "Calibration": (

@@ -158,6 +158,7 @@ def print_faults(faults: Sequence[Fault]) -> None:
 
 def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
     """Print the closing table; `verbose` adds what each pass changed and how long each stage took."""
+    from ..stages.layout import FOLDER
     from ..stages.triton import REPOSITORY
 
     rows = [*_verdict_rows(report), *_measured_rows(report)]
@@ -169,6 +170,8 @@ def summarize(report: Report, folder: Path, *, verbose: bool) -> None:
     print(f"report: {one_line(folder / 'report.html')}")
     if (folder / REPOSITORY / "README.md").exists():
         print(f"Triton model repository: {one_line(folder / REPOSITORY)} (README.md there)")
+    if (folder / FOLDER).is_dir():
+        print(f"pipeline for optimum's ORTDiffusionPipeline: {one_line(folder / FOLDER)}")
     if report.latency:
         warn_if_slower(report.latency)
 

@@ -120,6 +120,9 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and conditions")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     triton: bool = Field(False, description="also write a Triton model repository")
+    layout: Literal["plain", "diffusers"] = Field(
+        "plain", description="diffusers: also write the folder that optimum's ORTDiffusionPipeline loads"
+    )
     min_coverage: float = Field(
         0.95, ge=0, le=1, allow_inf_nan=False, description="share of the quantized GEMMs' FLOPs that must be integer"
     )

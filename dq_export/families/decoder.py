@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,22 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
         return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
     # diffusers' upsampling copies its input from 64 samples on, which changes no number: the graph takes any batch.
     batch = torch.export.Dim("batch", min=1, max=63)
-    graph = trace(_wrapped(model), (torch.zeros(2, *shape),), ["latents"], "sample", [{0: batch}])
+    graph = trace(wrapped(model, _decoded), (torch.zeros(2, *shape),), ["latents"], ["sample"], [{0: batch}])
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return ""
 
 
-def load_vae(vae: Path, shape: tuple[int, ...], variant: str = "") -> Any:
-    """The VAE of a folder; None where it is of another architecture, or for other latents. See `export_decoder`."""
+def load_vae(vae: Path, shape: tuple[int, ...] | None, variant: str = "") -> Any:
+    """The VAE of a folder; None where it is of another architecture, or for other latents. See `export_decoder`.
+
+    Args:
+        shape: of the latents; None: whatever it is for.
+    """
     from diffusers import AutoencoderKL
 
     config = read_config(vae / CONFIG)
-    if config.get("_class_name") != ARCHITECTURE or config.get("latent_channels", 4) != shape[0]:
+    if config.get("_class_name") != ARCHITECTURE or (shape and config.get("latent_channels", 4) != shape[0]):
         return None
     weights = find_weights(vae, variant, required=False)
     model = load_weights(make_empty(AutoencoderKL, VaeValues, vae / CONFIG, config), weights, rename=todays_name)
@@ -67,9 +72,8 @@ def pictures_of(vae: Any, latents: Float32) -> Float32:
     """Pictures float32[N, 3, H, W] of latents float32[N, C, h, w], decoded one at a time for the memory."""
     import torch
 
-    decoder = _wrapped(vae)
     with torch.inference_mode():
-        return np.concatenate([decoder(torch.from_numpy(latents[i : i + 1])).numpy() for i in range(len(latents))])
+        return np.concatenate([_decoded(vae, torch.from_numpy(latents[i : i + 1])).numpy() for i in range(len(latents))])
 
 
 def _require_pictures(model: Any, path: Path) -> None:
@@ -77,24 +81,28 @@ def _require_pictures(model: Any, path: Path) -> None:
     import torch
 
     with refused(f"{shown_path(path)}: the VAE does not decode", "a value is wrong"), torch.inference_mode():
-        shape = tuple(_wrapped(model)(torch.zeros(1, model.config.latent_channels, 2, 2)).shape)
+        shape = tuple(_decoded(model, torch.zeros(1, model.config.latent_channels, 2, 2)).shape)
     if shape[:2] != (1, 3):
         raise ModelError(f"{shown_path(path)}: the VAE decodes to {shape[1]} channels; expected 3")
 
 
-def _wrapped(model: Any) -> Any:
+def _decoded(model: Any, latents: Any) -> Any:
+    """The picture of latents as the network samples them."""
+    factor, shift = 1 / float(model.config.scaling_factor), float(getattr(model.config, "shift_factor", None) or 0.0)
+    return model.decode(latents * factor + shift, return_dict=False)[0]
+
+
+def wrapped(model: Any, call: Callable[[Any, Any], Any]) -> Any:
+    """A module for `trace` that gives `call(model, value)` of its one value."""
     import torch
 
-    factor, shift = 1 / float(model.config.scaling_factor), float(getattr(model.config, "shift_factor", None) or 0.0)
-
-    class Decoder(torch.nn.Module):  # type: ignore[misc]
+    class Wrapper(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.vae = model
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            (latents,) = values
-            decoded: torch.Tensor = self.vae.decode(latents * factor + shift, return_dict=False)[0]
-            return decoded
+            output: torch.Tensor = call(self.vae, *values)
+            return output
 
-    return Decoder().eval()
+    return Wrapper().eval()

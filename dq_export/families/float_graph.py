@@ -33,7 +33,7 @@ INLINE = 1024
 DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
-def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str, dynamic: Sequence[Dims]) -> ir.Model:
+def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Sequence[Dims]) -> ir.Model:
     """Export a torch module with torch's own exporter (opset 21), weights untouched.
 
     torch.export sees the named dimensions first, and the exporter its result: on its own the exporter gives dimensions of
@@ -52,7 +52,7 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], output: str
     with _quiet():
         exported = torch.export.export(network, example, dynamic_shapes={"values": tuple(dynamic)}, strict=False)
         program = torch.onnx.export(
-            exported, dynamo=True, opset_version=21, input_names=inputs, output_names=[output], verbose=False
+            exported, dynamo=True, opset_version=21, input_names=inputs, output_names=outputs, verbose=False
         )
     assert program is not None
     model: ir.Model = program.model

@@ -110,7 +110,8 @@ def pin(recipe: Recipe) -> tuple[Recipe, Source]:
         ModelError: see `locate`.
         RecipeError: see `settle` and `settle_adapters`.
     """
-    source = locate(recipe.model, recipe.revision or "", recipe.variant or "", encoders=recipe.conditions is None)
+    encoders = recipe.conditions is None or recipe.layout == "diffusers"
+    source = locate(recipe.model, recipe.revision or "", recipe.variant or "", encoders=encoders)
     found = recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")})
     settled, adapters = settle_adapters(settle(found, source.family, source.checkpoint))
     return settled, replace(source, adapters=adapters)

@@ -44,7 +44,7 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     parts = parts_of(family, checkpoint)
     configs = {name: part.config() for name, part in parts.items() if part.encodes}
     for name in configs:
-        _weights(parts[name], checkpoint)
+        encoder_weights(parts[name], checkpoint)
     most = family.prompt_tokens[checkpoint.pipeline]
     texts = ["", *map(family.written, prompts)]
     shortest: dict[int, tuple[int, int]] = {}  # by prompt: tokens beyond the limit, and the limit
@@ -122,7 +122,7 @@ def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
     total = 0
     for part in parts_of(family, checkpoint).values():
         converted: dict[str, int] = {}
-        for file in _weights(part, checkpoint).files if part.encodes else ():
+        for file in encoder_weights(part, checkpoint).files if part.encodes else ():
             total += file.stat().st_size
             for name, place in stored(file).items():
                 found = BLOCK.search(name)
@@ -133,18 +133,31 @@ def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
     return total
 
 
-def _weights(part: Part, checkpoint: Checkpoint) -> Weights:
-    """Of the network's variant, where the encoder has that."""
+def encoder_weights(part: Part, checkpoint: Checkpoint) -> Weights:
+    """The files of an encoder's weights, of the network's variant where it has that."""
     return find_weights(part.folder, checkpoint.weights.variant, required=False, stem=TRANSFORMERS)
 
 
 def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
-    """The encoder in evaluation mode, its weights mapped, as the files have them; it computes in float32.
+    """The encoder of `stored_encoder`; it computes in float32.
 
     Float16, in which T5 is often stored, is too narrow for the activations of T5, and bfloat16 would lose digits of every
     condition. So the blocks are converted one at a time, while they run: that takes the memory of one in float32.
     """
     import torch
+
+    model = stored_encoder(part, checkpoint)
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    _compute_in_float32(model, blocks, device)
+    return model
+
+
+def stored_encoder(part: Part, checkpoint: Checkpoint) -> Any:
+    """The encoder in evaluation mode, its weights mapped, as the files have them.
+
+    Raises:
+        ModelError: its files are missing, damaged, or do not fit each other.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -154,7 +167,7 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
         model = kind(kind.config_class(**config.model_dump()))
     names = model.state_dict().keys()
     state: dict[str, Any] = {}
-    for file in _weights(part, checkpoint).files:
+    for file in encoder_weights(part, checkpoint).files:
         state |= {_todays_name(name, names): tensor for name, tensor in read_tensors(file).items()}
     for name in [name for name in state if name.endswith(POSITIONS)]:
         del state[name]
@@ -163,8 +176,6 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
             state[name] = state[source] = state.get(source, state.get(name))
     require_same(model.state_dict(), state, shown_path(part.folder))
     model.load_state_dict(state, assign=True)
-    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    _compute_in_float32(model, blocks, device)
     return model.eval()
 
 

@@ -81,7 +81,7 @@ def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.
         changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
-    graph = trace(_named_wrapper(model, inputs, part), tuple(example), names, output_name(names), dynamic)
+    graph = trace(_named_wrapper(model, inputs, part), tuple(example), names, [output_name(names)], dynamic)
     name_sizes(graph, axes_of(inputs))
     return graph
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.plugin import WeightPlugin
@@ -18,6 +18,9 @@ from dq_export.deploy.backend import Backend
 
 from ..families.reference import Reference
 from ..ledger import Ledger, R, Result
+
+if TYPE_CHECKING:
+    from ..families.source import Source
 
 SPEED = 6.5e8
 """Bytes of float32 weights a second that the export to ONNX and the build of an engine take; measured on two cores."""
@@ -119,6 +122,7 @@ class Prepared:
 
     Args:
         recipe: resolved: every value is there that depends on the model or the backend.
+        source: where the model was found.
         assigned: the completed rule of each linear.
         tables: what a file decides, and not calibration.
         stages: names of the stages that run.
@@ -127,6 +131,7 @@ class Prepared:
     """
 
     recipe: Recipe
+    source: Source
     reference: Reference
     backend: Backend | None
     assigned: Mapping[str, Rule]

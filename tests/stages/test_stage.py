@@ -30,6 +30,7 @@ DECIDES_NOTHING_BY_ITSELF = {
     "max_lpips": "the verdict alone",
     "metric_weights": "the digests of its files",
     "triton": "whether its stage runs",
+    "layout": "whether its stage runs",
 }
 """Fields of a recipe that no stage has to declare, and through what they act."""
 

@@ -1,10 +1,11 @@
 """Requests that share a denoiser's calls against one request at a time, on one real tritonserver.
 
-    python benchmarks/serving.py [--seconds 20] [--json FILE]
+    python benchmarks/serving.py [--model pixart-digits] [--seconds 20] [--json FILE]
 
-Exports `dit-digits`, starts a server with its repository and with the same pipeline holding one picture at a time, and asks
-both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask again at once), and as Poisson
-arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad requests.
+Exports `dit-digits`, or the small model that draws prompts, starts a server with its repository and with the same pipeline
+holding one picture at a time, and asks both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask
+again at once), and as Poisson arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad
+requests, with good ones meanwhile.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from serving_requests import ask, memory, tensors
 
 STEPS = (10, 20, 30, 50)
 CLIENTS = 32
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MODELS = ("dit-digits", "pixart-digits")
 SINGLE = {1: "one-at-a-time", 2: "one-at-a-time-guided"}
 """By rows of a picture, the model that holds one at a time."""
 
@@ -48,12 +51,18 @@ class Taken:
     rows: float
 
 
+def digit(network: str, number: int) -> dict[str, Any]:
+    """What a request asks for a picture of a digit with."""
+    return {"prompt": [f"a {DIGITS[number % 10]}"]} if network == "pixart-digits" else {"class_labels": [number % 10]}
+
+
 class Asker:
     """Sends requests and keeps how long each took."""
 
-    def __init__(self, address: str, guidance: float) -> None:
+    def __init__(self, address: str, guidance: float, network: str) -> None:
         import tritonclient.grpc as grpc
 
+        self.network = network
         self.grpc, self.client, self.guidance = grpc, grpc.InferenceServerClient(address), guidance
         self.answers: queue.Queue[tuple[float, Any]] = queue.Queue()
 
@@ -61,7 +70,8 @@ class Asker:
         """Send one request; its answer goes to `answers`."""
         start = time.monotonic()
         steps = STEPS[index % len(STEPS)]
-        inputs = tensors(class_labels=[index % 10], seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
+        asked = digit(self.network, index)
+        inputs = tensors(**asked, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
             if error:
@@ -123,23 +133,25 @@ def single(repository: Path, rows: int) -> None:
     path.write_text(text)
 
 
-def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
+def bad_requests(running: server.Server, count: int, network: str) -> tuple[float, float]:
     """MB of the server's processes before and after; each request must fail, and good ones go on meanwhile."""
     import tritonclient.grpc as grpc
     from tritonclient.utils import InferenceServerException
 
     client = grpc.InferenceServerClient(running.grpc)
+    one = digit(network, 1)
+    (key,) = one
     bad: tuple[dict[str, Any], ...] = (
-        {"class_labels": [10]}, {"class_labels": [[1, 1]]}, {"class_labels": [0] * 9}, {"class_labels": [1], "scheduler": b"x"},
-        {"class_labels": [1], "num_inference_steps": 0}, {"class_labels": [1], "num_inference_steps": 100_000},
-        {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)},
+        {"class_labels": [10]}, {"prompt": ["a " * 300]}, {"prompt": [b"\xff"]}, {key: one[key] * 9}, {**one, "scheduler": b"x"},
+        {**one, "num_inference_steps": 0}, {**one, "num_inference_steps": 100_000},
+        {**one, "latents": np.full((1, 1, 16, 16), np.nan)},
     )  # fmt: skip
     stop, good = threading.Event(), []
 
     def go_on() -> None:
-        exact = ask(client, class_labels=[5], seed=5)["latents"]
+        exact = ask(client, **digit(network, 5), seed=5)["latents"]
         while not stop.is_set():
-            good.append(np.array_equal(ask(client, class_labels=[5], seed=5)["latents"], exact))
+            good.append(np.array_equal(ask(client, **digit(network, 5), seed=5)["latents"], exact))
 
     def refuse(number: int) -> None:
         for index in range(number):
@@ -166,6 +178,7 @@ def bad_requests(running: server.Server, count: int) -> tuple[float, float]:
 def main() -> None:
     """Export, serve, load, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="of both models in turn (default 3)")
     parser.add_argument("--json", type=Path, help="also write the figures there")
@@ -174,13 +187,13 @@ def main() -> None:
         raise SystemExit(server.missing())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "dq_export", "--model", "dit-digits", "--triton", "-q", "-o", str(folder / "out")]
+        command = [sys.executable, "-m", "dq_export", "--model", options.model, "--triton", "-q", "-o", str(folder / "out")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for rows in SINGLE:
             single(folder / "out" / "triton", rows)
         with server.serving(folder / "out" / "triton", folder, wait="ready") as running:
-            measured = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options.seconds, options.rounds)]
-            before, after = bad_requests(running, 1000)
+            measured = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options)]
+            before, after = bad_requests(running, 1000, options.model)
     print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
     if options.json:
         options.json.write_text(
@@ -188,13 +201,13 @@ def main() -> None:
         )
 
 
-def loads(running: server.Server, guidance: float, seconds: float, rounds: int) -> list[tuple[float, Taken]]:
+def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Taken]]:
     """All loads with one guidance scale, models in turn; prints the rows of the median rounds."""
-    asker, measured = Asker(running.grpc, guidance), []
+    asker, measured, seconds = Asker(running.grpc, guidance, options.model), [], options.seconds
     asker.saturate("pipeline", 2.0)
     alone = SINGLE[2 if guidance > 1 else 1]
     full: dict[str, list[Taken]] = {model: [] for model in (alone, "pipeline")}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for model, rows in full.items():
             rows.append(asker.saturate(model, seconds))
     middle = {model: sorted(rows, key=lambda row: row.requests)[len(rows) // 2] for model, rows in full.items()}

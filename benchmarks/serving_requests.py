@@ -10,15 +10,18 @@ import numpy as np
 KINDS: dict[str, tuple[str, Any]] = {
     "class_labels": ("INT64", np.int64), "seed": ("UINT64", np.uint64), "num_inference_steps": ("INT32", np.int32),
     "guidance_scale": ("FP32", np.float32), "scheduler": ("BYTES", np.object_), "latents": ("FP32", np.float32),
-    "preview_every": ("INT32", np.int32), "hidden_states": ("FP32", np.float32), "timestep": ("INT64", np.int64),
+    "prompt": ("BYTES", np.object_), "negative_prompt": ("BYTES", np.object_), "prompt_embeds": ("FP32", np.float32),
+    "prompt_attention_mask": ("FP32", np.float32), "negative_prompt_embeds": ("FP32", np.float32),
+    "negative_prompt_attention_mask": ("FP32", np.float32), "preview_every": ("INT32", np.int32),
+    "hidden_states": ("FP32", np.float32), "timestep": ("INT64", np.int64),
 }  # fmt: skip
 
 
 def tensors(**inputs: Any) -> list[Any]:
-    """grpc inputs of a request: of one value a row for each of its `class_labels`, of n values a row each, arrays as they are."""
+    """grpc inputs of a request: of one value a row for each of its pictures, of n values a row each, arrays as they are."""
     import tritonclient.grpc as grpc
 
-    inputs_of_request, rows = [], np.atleast_1d(inputs.get("class_labels", 0)).shape[0]
+    inputs_of_request, rows = [], _pictures(inputs)
     for name, value in inputs.items():
         kind, dtype = KINDS[name]
         array = np.asarray(value, dtype=dtype)
@@ -27,6 +30,11 @@ def tensors(**inputs: Any) -> list[Any]:
         inputs_of_request.append(grpc.InferInput(name, list(array.shape), kind))
         inputs_of_request[-1].set_data_from_numpy(array)
     return inputs_of_request
+
+
+def _pictures(inputs: dict[str, Any]) -> int:
+    asked = (inputs[name] for name in ("class_labels", "prompt", "prompt_embeds") if name in inputs)
+    return int(np.atleast_1d(next(asked, 0)).shape[0])
 
 
 def ask(client: Any, model: str = "pipeline", **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         require_appearance(reference, resolved)
     tables = _tables(resolved, reference, assigned)
     if resolved.triton and TRITON.name in memory.stages:
-        require_served(reference)
+        require_served(resolved, reference)
     return Prepared(
         recipe=resolved,
         source=source,

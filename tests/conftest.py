@@ -75,6 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+PROMPTED_STEPS = 8
+
+
 class Nobody:
     """A client of a sampler that listens to nothing."""
 
@@ -250,6 +253,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "exported", make)
 
 
+@pytest.fixture(scope="session")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder of the small model that draws prompts, with its repository in `triton/`."""
+    import dq_export
+
+    def make(folder: Path) -> None:
+        more: dict[str, Any] = {"calib_size": 4, "parity_size": 2, "steps": PROMPTED_STEPS, "scaling": "none"}
+        dq_export.export(model="pixart-digits", output_dir=folder, bits="w8a8", triton=True, **more)
+
+    return shared(tmp_path_factory, "prompted", make)
+
+
 @pytest.fixture(scope="module")
 def toy_known() -> Iterator[None]:
     """The toy family of tests/contract stands beside the product's."""
@@ -278,6 +293,28 @@ def running(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options = ("--model-control-mode=explicit", "--load-model=*")
     with server.serving(exported / "triton", tmp_path_factory.mktemp("server"), *options, wait="ready") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def texts(prompted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
+    """A server that draws prompts, for all tests that leave it as it was."""
+    if server.missing():
+        pytest.skip(server.missing())
+    options = ("--model-control-mode=explicit", "--load-model=*")
+    with server.serving(prompted / "triton", tmp_path_factory.mktemp("texts"), *options, wait="ready") as found:
+        yield found
+
+
+@pytest.fixture
+def text_client(texts: server.Server) -> Iterator[Any]:
+    """As `client`, of the server that draws prompts."""
+    import tritonclient.grpc as grpc
+
+    made = grpc.InferenceServerClient(texts.grpc)
+    yield made
+    assert texts.process.poll() is None
+    assert made.is_server_ready()
+    made.close()
 
 
 @pytest.fixture

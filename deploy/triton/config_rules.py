@@ -137,7 +137,7 @@ def warm_up(model: Model) -> Iterator[Fault]:
             if len(item.dims) != len(dims) or any(a not in (b, -1) for a, b in zip(dims, item.dims, strict=True)):
                 told = f"model_warmup '{warm_up.name}': '{name}' has dims {shown(list(item.dims))}, the input {shown(dims)}"
                 yield model.fault(told, "dims of one sample, without the batch")
-        if warm_up.batch_size > model.config.max_batch_size:
+        if warm_up.batch_size > max(1, model.config.max_batch_size):
             yield model.fault(f"model_warmup '{warm_up.name}': batch_size above max_batch_size", "a smaller one")
 
 

@@ -32,6 +32,7 @@ class DiT(Family):
     name = "dit"
     architectures = ("DiTTransformer2DModel",)
     values = DiTValues
+    requests = {"class_labels": "class_labels"}  # noqa: RUF012
     blocks = ("transformer_blocks",)
     default_guidance = 4.0  # DiTPipeline's
     default_scheduler = DEFAULT_SCHEDULER

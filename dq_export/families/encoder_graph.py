@@ -34,11 +34,7 @@ def export_encoder(part: Part, checkpoint: Checkpoint, path: Path) -> None:
     """
     import torch
 
-    model = stored_encoder(part, checkpoint)
-    state = model.state_dict()
-    if any(tensor.dtype != torch.float32 for tensor in state.values()):
-        model.load_state_dict(widened(state, path.parent), assign=True)
-    model.set_attn_implementation("eager")  # the exporter does not convert T5's other one
+    model = float_encoder(part, checkpoint, path.parent)
     length = part.config().positions
     names = _outputs(part, model.config)
     batch = torch.export.Dim("batch", min=1, max=1024)
@@ -51,6 +47,25 @@ def export_encoder(part: Part, checkpoint: Checkpoint, path: Path) -> None:
     except Exception as error:  # see `TorchNetwork._graph`
         raise ModelError(f"PyTorch's exporter makes no graph of the {part.kind} in {part.folder} ({reason_of(error)})") from error
     save(graph, path, encoder_weights(part, checkpoint).files, f"{NAME}.")
+
+
+def float_encoder(part: Part, checkpoint: Checkpoint, place: Path) -> Any:
+    """The encoder in float32, as the exporter takes it.
+
+    Args:
+        place: a folder, whose disk holds weights of half precision as float32 while the encoder is used.
+
+    Raises:
+        ModelError: see `stored_encoder`, or there is no room.
+    """
+    import torch
+
+    model = stored_encoder(part, checkpoint)
+    state = model.state_dict()
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        model.load_state_dict(widened(state, place), assign=True)
+    model.set_attn_implementation("eager")  # the exporter does not convert T5's other one
+    return model
 
 
 def _outputs(part: Part, config: Any) -> list[str]:

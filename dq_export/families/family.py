@@ -46,6 +46,9 @@ class Family(ABC):
         optional: those of `encoders` that a pipeline may leave out, a tokenizer and its encoder together.
         prompt_tokens: by the class of a pipeline, as model_index.json names it, how many tokens a prompt may have; of a
             family with `encoders`.
+        lowercase: whether its pipelines write prompts in lower case, without white space around them.
+        requests: by condition input, what diffusers' pipelines call its embeddings and a server's request calls it; without
+            those that no request holds.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
         unit: pixels that the height and the width of its pictures are multiples of, before the network's own patches; 0: its
@@ -63,6 +66,8 @@ class Family(ABC):
     encoders: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
+    lowercase: bool = False
+    requests: Mapping[str, str] = MappingProxyType({})
     blocks: tuple[str, ...] = ()
     unit: int = 0
     default_guidance: float
@@ -111,12 +116,13 @@ class Family(ABC):
 
     def written(self, prompt: str) -> str:
         """A prompt as the family's pipelines give it to their tokenizers."""
-        return prompt
+        return prompt.lower().strip() if self.lowercase else prompt
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """The conditions of prompts. Of a family with `encoders`.
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """The condition inputs' float32 tensors [prompts, ...], as the pipeline makes them. Of a family with `encoders`.
 
-        Called with a few prompts at a time: the arrays' sizes behind the first must not depend on them.
+        Called with a few prompts at a time: the tensors' sizes behind the first must not depend on them. A server's graph is
+        traced through this.
 
         Args:
             pipeline: the pipeline's class, one of `prompt_tokens`.
@@ -125,6 +131,14 @@ class Family(ABC):
             config: of the network, as diffusers has it.
         """
         raise NotImplementedError
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """The conditions of prompts, with "" as the null; see `embed`."""
+        rows, null = (
+            {name: tensor.cpu().numpy() for name, tensor in self.embed(pipeline, parts, texts, config).items()}
+            for texts in (prompts, [""])
+        )
+        return Conditions(names=tuple(prompts), arrays=rows, null=null)
 
     @abstractmethod
     def largest_activation(self, model: Any) -> int:

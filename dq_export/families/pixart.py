@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from dq_export.core.network import BATCH, Axis, Conditions, Input
+from dq_export.core.network import BATCH, Axis, Input
 
 from .embeddings import Positions, settle_timesteps
 from .family import Family, Pictures
@@ -43,6 +41,8 @@ class PixArt(Family):
     values = PixArtValues
     encoders = ("tokenizer", "text_encoder")
     prompt_tokens = TOKENS
+    lowercase = True
+    requests = {STATES: "prompt_embeds", MASK: "prompt_attention_mask"}  # noqa: RUF012
     blocks = ("transformer_blocks",)
     unit = PIXELS
     default_guidance = 4.5  # the pipelines'
@@ -72,22 +72,18 @@ class PixArt(Family):
             *(sizes if model.use_additional_conditions else ()),
         )
 
-    def written(self, prompt: str) -> str:
-        """See `Family.written`."""
-        return prompt.lower().strip()
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """See `Family.embed`. As the pipeline does it; prompts are not cleaned, which needs more libraries."""
+        import torch
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. As the pipeline does it, "" as the null; prompts are not cleaned, which needs more libraries."""
         encoder = pipeline_of(pipeline, **parts, transformer=None, scheduler=None)
-        encoded = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS[pipeline])
-        text, mask, no_text, no_mask = (tensor.float().cpu().numpy() for tensor in encoded)
-        rows, null = ({STATES: states, MASK: kept} for states, kept in ((text, mask), (no_text[:1], no_mask[:1])))
+        states, mask, _, _ = encoder.encode_prompt(list(prompts), False, max_sequence_length=TOKENS[pipeline])
         # For the networks that take them: a picture's size is not that of its prompt.
-        side = float(MICRO_SIZE * PIXELS)
-        for part, count in ((rows, len(prompts)), (null, 1)):
-            part["resolution"] = np.full((count, 2), side, dtype=np.float32)
-            part["aspect_ratio"] = np.ones((count, 1), dtype=np.float32)
-        return Conditions(names=tuple(prompts), arrays=rows, null=null)
+        sizes = {
+            "resolution": torch.full((len(prompts), 2), float(MICRO_SIZE * PIXELS)),
+            "aspect_ratio": torch.ones(len(prompts), 1),
+        }
+        return {STATES: states.float(), MASK: mask.float(), **sizes}
 
     def largest_activation(self, model: Any) -> int:
         """The MLP's inner one."""

@@ -107,6 +107,22 @@ class Reference(Denoiser, Protocol):
             ModelError: see `encode`.
         """
 
+    @property
+    def requests(self) -> Mapping[str, str]:
+        """By condition input, what a server's request calls it; see `Family.requests`."""
+
+    @property
+    def lowercase(self) -> bool:
+        """Whether prompts are written in lower case; see `Family.lowercase`."""
+
+    def export_encoders(self, folder: Path) -> tuple[str, ...]:
+        """Write what encodes prompts as one ONNX graph, and its tokenizers, whose files' names are returned; none where the
+        network draws no prompts.
+
+        Raises:
+            ModelError: see `encode`.
+        """
+
     def forward(self, feed: Feed) -> Float32:
         """One float network call; a timestep of one row is every sample's."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input
+from dq_export.core.network import BATCH, Axis, Input
 
 from .embeddings import settle_timesteps
 from .family import Family, Pictures
@@ -36,6 +36,7 @@ class SD3(Family):
     encoders = PARTS
     optional = ("tokenizer_3", "text_encoder_3")
     prompt_tokens = {PIPELINE: TOKENS}  # noqa: RUF012
+    requests = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}  # noqa: RUF012
     blocks = ("transformer_blocks",)
     prediction = FLOW
     unit = PIXELS
@@ -61,14 +62,14 @@ class SD3(Family):
             Input(name=POOLED, role="condition", dtype="float32", shape=(BATCH, config.pooled_projection_dim)),
         )
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. "" is the null. Without T5 there are zeros in the place of its states, as diffusers has it."""
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """See `Family.embed`. Without T5 there are zeros in the place of its states, as diffusers has it."""
         network = _Described(config)
         encoder = pipeline_of(PIPELINE, **{**dict.fromkeys(PARTS), **parts}, transformer=network, scheduler=None)
-        encoded = encoder.encode_prompt(list(prompts), None, None, max_sequence_length=TOKENS)
-        text, no_text, pooled, no_pooled = (tensor.float().cpu().numpy() for tensor in encoded)
-        null = {STATES: no_text[:1], POOLED: no_pooled[:1]}
-        return Conditions(names=tuple(prompts), arrays={STATES: text, POOLED: pooled}, null=null)
+        text, _, pooled, _ = encoder.encode_prompt(
+            list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+        )
+        return {STATES: text.float(), POOLED: pooled.float()}
 
     def largest_activation(self, model: Any) -> int:
         """The MLP's inner one."""

@@ -27,6 +27,7 @@ from .float_graph import save
 from .loading import load_weights, make_empty
 from .lora import Adapter, fuse
 from .picture_size import inputs_at
+from .prompt_graph import export_encoders
 from .reference import Float32, ModelError, Network, Samplers
 from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler
@@ -177,6 +178,20 @@ class TorchNetwork:
                 tensor.data = self.host[name]
             self.host = {}
 
+    @property
+    def requests(self) -> Mapping[str, str]:
+        return self.family.requests
+
+    @property
+    def lowercase(self) -> bool:
+        return self.family.lowercase
+
+    def export_encoders(self, folder: Path) -> tuple[str, ...]:
+        if not self.family.encoders:
+            return ()
+        names = [item.name for item in self.inputs if item.role == "condition"]
+        return export_encoders(self.family, self.checkpoint, self.config, names, folder)
+
     def forward(self, feed: Feed) -> Float32:
         return np.concatenate([call(self.model, self.inputs, part) for part in self.parts(feed)])
 
@@ -246,7 +261,8 @@ class TorchNetwork:
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
 
     def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
-        return tabulate(self.scheduler, most, progress)
+        (timestep,) = (item.dtype for item in self.inputs if item.role == "timestep")
+        return tabulate(self.scheduler, most, progress, self.family.prediction, whole=timestep.startswith("int"))
 
     def draw(
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from dq_export.core.network import BATCH, Axis, Conditions, Input
 
 from .embeddings import settle_timesteps
@@ -57,6 +59,7 @@ class UNet(Family):
     encoders = PARTS[XL]
     optional = PARTS[XL][2:]
     prompt_tokens = {PLAIN: TOKENS, XL: TOKENS, LCM: TOKENS}  # noqa: RUF012
+    requests = {STATES: "prompt_embeds"}  # noqa: RUF012
     unit = PIXELS
     default_guidance = 7.5  # StableDiffusionPipeline's
     default_scheduler = SCHEDULER
@@ -94,20 +97,24 @@ class UNet(Family):
             inputs.append(Input(name="time_ids", role="setting", dtype="float32", shape=(BATCH, SIZES), within=ADDED))
         return tuple(inputs)
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. "" is the null of Stable Diffusion 1 and 2, zeros are that of XL, as the pipelines have it."""
-        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode alike, and the null is left out below
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """See `Family.embed`."""
+        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode alike
         if missing := [name for name in PARTS[pipeline] if name not in parts]:
             raise ModelError(f"{pipeline} encodes prompts with {' and '.join(missing)}, too; download the whole pipeline")
         used = {name: parts[name] for name in PARTS[pipeline]}
         encoder = pipeline_of(pipeline, **used, **ALONE[pipeline], unet=None, scheduler=None)
-        every = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-        encoded = [tensor.float().cpu().numpy() for tensor in encoder.encode_prompt(list(prompts), **every)]
+        every = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoded = encoder.encode_prompt(list(prompts), **every)
         names = (STATES, POOLED) if pipeline == XL else (STATES,)
-        arrays, null = dict(zip(names, encoded[::2], strict=True)), dict(zip(names, encoded[1::2], strict=True))
-        if self.guided_by(config) != "null":
-            null = {}
-        return Conditions(names=tuple(prompts), arrays=arrays, null={name: rows[:1] for name, rows in null.items()})
+        return {name: tensor.float() for name, tensor in zip(names, encoded[::2], strict=True)}
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """See `Family.encode`. Zeros are the null of XL, as its pipeline has it; latent consistency models have none."""
+        encoded = super().encode(pipeline, parts, prompts, config)
+        null = {name: np.zeros_like(rows) if pipeline == XL else rows for name, rows in encoded.null.items()}
+        guided = self.guided_by(config) == "null"
+        return Conditions(names=encoded.names, arrays=encoded.arrays, null=null if guided else {})
 
     def largest_activation(self, model: Any) -> int:
         """What the first level's GEGLU reads of its linear."""

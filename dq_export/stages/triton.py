@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dq_export.core.network import output_name
+from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.model_config import MOST_ROWS, Served
-from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, PROXY, README, SERVED, write_repository
+from dq_export.deploy.triton.readme import PROXY, README, SERVED
+from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, write_repository
+from dq_export.deploy.triton.serving.call import Call
 
 from ..families.reference import ModelError, Reference
 from ..finished_folder import ENGINE, MODEL
 from ..ledger import Result, file_digest
 from .build import BUILD
+from .conditions import ENCODING, draws_prompts
 from .quantize import QUANTIZE
 from .stage import Context, Stage, folder_bytes
 
@@ -21,8 +26,6 @@ REPOSITORY = "triton"
 """Its folder in an output folder."""
 FEW_STEPS = 12
 """Tables of so many steps show whether a sampler has any: its order, its noise, its clipping. Larger ones take seconds."""
-SERVED_INPUTS = ("hidden_states", "timestep", "class_labels")
-"""Of the networks that the server's requests are for."""
 MOST_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
@@ -40,6 +43,10 @@ class WriteRepository(Stage[Result]):
         """Where the recipe asks for it."""
         return context.recipe.triton
 
+    def modules(self, recipe: Recipe) -> tuple[str, ...]:
+        """What encodes prompts."""
+        return ENCODING if recipe.prompts is not None else ()
+
     def text(self, context: Context) -> str:
         """What is written."""
         return "model repository"
@@ -49,11 +56,13 @@ class WriteRepository(Stage[Result]):
         return (REPOSITORY,)
 
     def also(self, context: Context) -> dict[str, Any]:
-        """The checkpoint, its VAE, and the programs that are copied."""
+        """The checkpoint, its VAE, what encodes prompts, and the programs that are copied."""
         decoder = context.reference.decoder
         vae = sorted(path for path in decoder.iterdir() if path.is_file()) if decoder else []
         served = [SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)]
-        return {"model": context.reference.digest, "files": [file_digest(path) for path in (*vae, *served)]}
+        encoders = context.reference.encoding_files() if draws_prompts(context.recipe) else []
+        files = [file_digest(path) for path in (*vae, *served)]
+        return {"model": context.reference.digest, "files": files, "encoders": encoders}
 
     def run(self, context: Context, target: Path) -> Result:
         """Write `triton/`.
@@ -69,20 +78,26 @@ class WriteRepository(Stage[Result]):
         decoder, undecoded = target / "decoder" / MODEL, ""
         if reference.decoder:
             undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "")
+        encoder = target / "encoder"
+        tokenizers = reference.export_encoders(encoder)
         samplers = reference.samplers(max(MOST_STEPS, recipe.steps), context.progress.advance)
         plan = context.folder / ENGINE / PLAN
         served = Served(
             backend=context.backend.triton,
             model=model,
             plan=plan if plan.exists() else None,
+            call=call_of(reference, tokenizers),
+            shapes={item.name: item.zeros(1).shape[1:] for item in reference.inputs},
+            encoder=encoder if tokenizers else None,
             decoder=decoder if decoder.exists() else None,
             pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
             most_rows=context.backend.greatest_batch(model) or MOST_ROWS,
-            classes=len(reference.conditions),
+            classes=0 if tokenizers else len(reference.conditions),
             steps=recipe.steps,
             guidance=recipe.guidance_scale or 1.0,
             scheduler=samplers.own,
             schedules=samplers.schedules,
+            prompts=recipe.prompts or (),
         )
         faults = write_repository(served, target / REPOSITORY)
         refused = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
@@ -93,16 +108,36 @@ class WriteRepository(Stage[Result]):
 TRITON = WriteRepository()
 
 
-def require_served(reference: Reference) -> None:
+def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
+    """How a server calls the network."""
+    types = {item.name: item.dtype for item in reference.inputs}
+    return Call(
+        state=reference.inputs[0].name,
+        output=output_name(types),
+        timestep=types["timestep"],
+        conditions={name: reference.requests[name] for name in types if name in reference.requests},
+        tokenizers=tokenizers,
+        lowercase=reference.lowercase,
+    )
+
+
+def require_served(recipe: Recipe, reference: Reference) -> None:
     """Ask for what the server needs before anything is computed.
 
     Raises:
-        ModelError: the network has other inputs than the server's requests, or no sampler of the checkpoint can be served.
+        ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
+        RecipeError: what it draws comes from a file.
     """
-    names = tuple(item.name for item in reference.inputs)
-    if names != SERVED_INPUTS:
+    held = {reference.inputs[0].name, "timestep", *reference.requests}
+    others = [item.name for item in reference.inputs if item.name not in held]
+    if others or not reference.requests:
         raise ModelError(
-            f"--triton: the server's requests hold class labels, for a network with {', '.join(SERVED_INPUTS)}; this one has "
-            f"{', '.join(names)}. Leave --triton out"
+            f"--triton: the server's requests do not hold what this network takes: {', '.join(others) or 'its conditions'}. "
+            "Leave --triton out"
+        )
+    if recipe.conditions is not None:
+        raise RecipeError(
+            "--triton: the server encodes prompts with the checkpoint's own text encoders, which --conditions does without; "
+            "leave one of the two out"
         )
     reference.samplers(FEW_STEPS)

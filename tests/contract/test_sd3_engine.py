@@ -165,13 +165,6 @@ def test_layers_that_a_pipeline_would_skip_are_refused(model: Path, out: Path) -
         )  # fmt: skip
 
 
-def test_no_server_has_tables_for_it(model: Path, tmp_path: Path) -> None:
-    recipe = Recipe.parse({"model": str(model), "triton": True}, "test")
-    with pytest.raises(ModelError, match=r"^--triton: the server's requests hold class labels, .* Leave --triton out$"):
-        run(recipe, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("until", ["load", pytest.param("quantize", marks=pytest.mark.slow)])
 def test_half_precision_gives_what_its_values_in_float32_give(until: str, tmp_path: Path) -> None:
     half = save_sd3(tmp_path / "half", dtype=torch.bfloat16)

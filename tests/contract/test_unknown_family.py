@@ -88,5 +88,5 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_written(
 
 
 def test_a_network_that_the_server_does_not_serve_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"--triton: .* this one has sample, timestep, context, strength\. Leave --triton out"):
-        require_served(load_reference(str(save_toy(tmp_path))))
+    with pytest.raises(ModelError, match=r"--triton: .* do not hold what this network takes: context, strength\. Leave"):
+        require_served(Recipe.parse({"model": "toy"}, "test"), load_reference(str(save_toy(tmp_path))))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import Nobody
 
-from dq_export.deploy.triton.serving.request import SAFE_SEED, BadRequestError, Limits, UInt64, seeds_of
+from dq_export.deploy.triton.serving.conditions import BadRequestError, Labels
+from dq_export.deploy.triton.serving.request import SAFE_SEED, Limits, UInt64, seeds_of
 from dq_export.deploy.triton.serving.sampler import Job
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Schedules
 
-LIMITS = Limits(shape=(2, 4, 4), classes=5, max_images=4, max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
+LABELS = Labels("class_labels", classes=5, max_images=4)
+LIMITS = Limits(shape=(2, 4, 4), max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
 SCHEDULES = Schedules({name: np.full((10, len(COLUMNS)), 0.5) for name in ("one", "other")})
 
 
@@ -25,19 +27,21 @@ def job(**inputs: Any) -> Job:
     rows = len(inputs["class_labels"])
     columns = {name: np.asarray(value) for name, value in inputs.items()}
     columns = {name: np.broadcast_to(v.reshape(-1, 1), (rows, 1)) if v.ndim < 2 else v for name, v in columns.items()}
-    return LIMITS.job(columns, SCHEDULES, seeds(*range(rows)), Nobody())
+    return LIMITS.job(columns, LABELS.read(columns), SCHEDULES, seeds(*range(rows)), Nobody())
 
 
 def test_what_is_left_out_is_the_models() -> None:
     made = job(class_labels=[1, 2])
-    assert (len(made.steps), made.guidance, made.every, made.null, made.rows) == (3, 1.0, 0, 5, 2)
+    assert (len(made.steps), made.guidance, made.every, made.rows) == (3, 1.0, 0, 2)
+    assert made.feed()[2]["class_labels"].tolist() == [1, 2]
     made = job(class_labels=[1, 2], num_inference_steps=2, guidance_scale=1.5, preview_every=1, scheduler=b"other")
     assert (len(made.steps), made.guidance, made.every, made.rows) == (2, 1.5, 1, 4)
+    assert made.feed()[2]["class_labels"].tolist() == [1, 2, 5, 5]
 
 
 def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
     assert job(class_labels=[1, 2, 3]).rows == 3
-    with pytest.raises(BadRequestError, match="6 rows, a guided picture is two; expected 4 at the most"):
+    with pytest.raises(BadRequestError, match="3 pictures: a guided picture is two rows of a call; expected 4 rows"):
         job(class_labels=[1, 2, 3], guidance_scale=2.0)
 
 
@@ -58,21 +62,22 @@ def test_given_latents_take_the_noises_place() -> None:
 
 
 def test_an_absent_seed_is_one_that_json_can_hold() -> None:
-    chosen = seeds_of({"class_labels": np.zeros((100, 1), dtype=np.int64)})
+    chosen = seeds_of({}, 100)
     assert (chosen.shape, chosen.dtype) == ((100, 1), np.uint64)
     assert len(set(chosen.ravel().tolist())) == 100
     assert all(0 <= seed < SAFE_SEED for seed in chosen.ravel().tolist())
-    assert seeds_of({"seed": seeds(2**64 - 1), "class_labels": np.zeros((1, 1))}).tolist() == [[2**64 - 1]]
+    assert seeds_of({"seed": seeds(2**64 - 1)}, 1).tolist() == [[2**64 - 1]]
 
 
 @pytest.mark.parametrize("shape", [(1,), (0, 1), (5, 1), (1, 2), (1, 1, 1), ()])
 def test_labels_of_another_shape_are_refused_although_the_server_let_them_pass(shape: tuple[int, ...]) -> None:
     with pytest.raises(BadRequestError, match=r"expected shape .n, 1. with n from 1 to 4, found"):
-        LIMITS.job({"class_labels": np.ones(shape, dtype=np.int64)}, SCHEDULES, seeds(1), Nobody())
+        LABELS.read({"class_labels": np.ones(shape, dtype=np.int64)})
 
 
 def test_what_has_no_rows_or_other_rows_is_refused() -> None:
     with pytest.raises(BadRequestError, match="num_inference_steps: expected the same value"):
         job(class_labels=[1], num_inference_steps=np.zeros((0, 1)))
+    two = LABELS.read({"class_labels": np.ones((2, 1), dtype=np.int64)})
     with pytest.raises(BadRequestError, match=r"expected shape .2, 1., found .1, 1."):
-        LIMITS.job({"class_labels": np.ones((2, 1), dtype=np.int64)}, SCHEDULES, seeds(1), Nobody())
+        LIMITS.job({}, two, SCHEDULES, seeds(1), Nobody())

@@ -53,7 +53,8 @@ class Network:
         self.gate = threading.Semaphore(0)
         self.open = True
 
-    def __call__(self, states: Any, timestep: Any, labels: Any) -> Any:
+    def __call__(self, states: Any, timestep: Any, conditions: Any) -> Any:
+        labels = conditions["labels"]
         if not self.open:
             assert self.gate.acquire(timeout=10)
         self.calls.append([int(label) for label in labels])
@@ -64,9 +65,10 @@ class Network:
 
 def job(label: int = 1, steps: int = 4, *, pictures: int = 1, guidance: float = 1.0, every: int = 0) -> Job:
     table = tuple(Step(100.0 * (steps - i), 1.0, 1.0, 0.5, 0.25, 0.1, 0.05, 1.0, -0.5) for i in range(steps))
+    labels = np.repeat([label, 0] if guidance > 1 else [label], pictures)
     return Job(
-        client=Client(), steps=table, latents=np.ones((pictures, *SHAPE), dtype=np.float32), labels=np.full(pictures, label),
-        null=0, guidance=guidance, every=every,
+        client=Client(), steps=table, latents=np.ones((pictures, *SHAPE), dtype=np.float32),
+        conditions=lambda: {"labels": labels}, guidance=guidance, every=every,
     )  # fmt: skip
 
 
@@ -211,6 +213,22 @@ def test_what_is_not_finite_fails_alone(start: Callable[..., Sampler]) -> None:
     sampler.submit(good)
     assert "not finite at step 1" in str(client(bad).wait().error)
     assert np.array_equal(client(good).wait().latents, alone(job(2)))
+
+
+def test_conditions_that_cannot_be_computed_fail_their_job_alone(start: Callable[..., Sampler], network: Network) -> None:
+    def fails() -> Any:
+        raise DenoiserError("text_encoder: gone")
+
+    network.open = False
+    sampler, first, bad, good = start(), job(3, steps=2), job(1), job(2)
+    bad.conditions = fails
+    for item in (first, bad, good):
+        sampler.submit(item)
+    network.open = True
+    network.gate.release(50)
+    assert str(client(bad).wait().error) == "text_encoder: gone"
+    assert np.array_equal(client(good).wait().latents, alone(job(2)))
+    assert np.array_equal(client(first).wait().latents, alone(job(3, steps=2)))
 
 
 def test_an_unforeseen_error_is_told_and_the_sampler_lives_on(network: Network) -> None:

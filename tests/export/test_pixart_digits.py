@@ -59,13 +59,10 @@ def test_the_digits_that_prompts_name_are_drawn(pipeline: Any, reader: Reader) -
     assert (read == labels).mean() >= 0.9  # the float model reaches 0.99 over 500 pictures
 
 
-def test_an_engine_draws_them_inside_the_pipeline(pipeline: Any, reader: Reader, tmp_path: Path) -> None:
-    dq_export.export(
-        model="pixart-digits", output_dir=tmp_path / "out", bits="w8a8", steps=8, calib_size=4, parity_size=2, scaling="none"
-    )
+def test_an_engine_draws_them_inside_the_pipeline(pipeline: Any, reader: Reader, prompted: Path) -> None:
     prompts = PROMPTS[:10]
     exact = drawn(pipeline, prompts, length=16, steps=8)
-    float_network, pipeline.transformer = pipeline.transformer, dq_export.load(tmp_path / "out")
+    float_network, pipeline.transformer = pipeline.transformer, dq_export.load(prompted)
     try:
         quantized = drawn(pipeline, prompts, length=16, steps=8)
     finally:

@@ -12,6 +12,7 @@ from conftest import Nobody, save_tiny
 
 from dq_export.deploy.triton.serving.sampler import Job
 from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
+from dq_export.families.prediction import FLOW, NOISE
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.sampler_tables import KINDS, CurvedError, probe, table_of, tabulate
 from dq_export.families.source import load_reference
@@ -38,14 +39,15 @@ def sampled(
     reference: Reference, schedules: Schedules, name: str, steps: int, guidance: float, every: int = 0
 ) -> tuple[Any, Watcher]:
     """What a server would draw, with the float network."""
-    watcher, labels = Watcher(), np.array([1, 3])
+    watcher, null = Watcher(), len(reference.conditions)
+    labels = np.array([1, 3, null, null][: 4 if guidance > 1 else 2])
     job = Job(
-        client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7), labels=labels,
-        null=len(reference.conditions), guidance=guidance, every=every,
+        client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7),
+        conditions=lambda: {"class_labels": labels}, guidance=guidance, every=every,
     )  # fmt: skip
     while job.at < steps:
         states, timestep, rows = job.feed()
-        job.advance(reference.forward({"hidden_states": states, "timestep": timestep, "class_labels": rows}))
+        job.advance(reference.forward({"hidden_states": states, "timestep": timestep.astype(np.int64), **rows}))
     return job.latents, watcher
 
 
@@ -55,10 +57,10 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS[NOISE.what])
 def test_a_trajectory_is_diffusers_own(network: Any, name: str, prediction: str) -> None:
     """To 1e-5 of the picture's range, whatever the steps and the guidance."""
-    kind, options = KINDS[name]
+    kind, options = KINDS[NOISE.what][name]
     network.scheduler = made(kind, prediction_type=prediction, **options)
     schedules = tabulate(network.scheduler, 20, lambda done, total: None).schedules
     for steps in (1, 2, 5, 20):
@@ -123,9 +125,43 @@ def test_a_sampler_that_is_refused_is_named_and_another_takes_its_place() -> Non
 
 
 def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {"ddim": KINDS["ddim"]})
+    monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {NOISE.what: {"ddim": KINDS[NOISE.what]["ddim"]}})
     with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: DDIMScheduler clips"):
         tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_flows_trajectory_and_previews_are_diffusers_own(steps: int) -> None:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    found = tabulate(scheduler, 8, lambda done, total: None, FLOW, whole=False)
+    assert (found.own, found.refused) == ("euler", ())
+    scheduler.set_timesteps(steps)
+    table = found.schedules.steps("euler", steps)
+    exact = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 4, 4), dtype=np.float32))
+    latents = np.float32(table[0].noise) * exact.numpy()
+    zeros = np.zeros_like(latents)
+    for step, timestep, sigma in zip(table, scheduler.timesteps, scheduler.sigmas, strict=False):
+        assert step.timestep == float(timestep)
+        velocity = torch.tanh(exact * (1 + timestep / 1000))
+        picture = (exact - sigma * velocity).numpy()
+        assert np.abs(step.clean(latents, velocity.numpy()) - picture).max() < 1e-5
+        latents = step.advance(np.float32(step.input) * latents, velocity.numpy(), zeros, zeros)
+        exact = scheduler.step(velocity, timestep, exact).prev_sample
+        assert np.abs(latents - exact.numpy()).max() < 1e-5
+
+
+def test_a_flow_that_no_table_can_hold_is_refused_by_name() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    for changes in ({"use_dynamic_shifting": True}, {"stochastic_sampling": True}):
+        scheduler = FlowMatchEulerDiscreteScheduler(**changes)
+        with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: FlowMatchEulerDiscreteScheduler"):
+            tabulate(scheduler, 5, lambda done, total: None, FLOW, whole=False)
+    heun = tabulate(FlowMatchHeunDiscreteScheduler(), 5, lambda done, total: None, FLOW, whole=False)
+    assert heun.refused == ("FlowMatchHeunDiscreteScheduler, the checkpoint's own, is not offered",)
 
 
 def test_a_number_of_steps_with_a_call_too_many_has_no_row_and_the_others_have() -> None:

@@ -22,6 +22,7 @@ from conftest import SERVED_STEPS, Nobody, sqnr
 from serving_requests import ask, memory, tensors
 
 from dq_export.deploy.onnxruntime.cpu import open_graph
+from dq_export.deploy.triton.serving.conditions import Labels
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
 from dq_export.families.source import load_reference
@@ -33,8 +34,6 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     seeds = np.broadcast_to(np.asarray(inputs.pop("seed"), dtype=np.uint64).reshape(-1, 1), (rows, 1))
     limits = Limits(
         shape=(1, 16, 16),
-        classes=10,
-        max_images=8,
         max_rows=16,
         num_inference_steps=SERVED_STEPS,
         guidance_scale=2.0,
@@ -42,11 +41,12 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     )
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
     columns = {name: np.broadcast_to(np.asarray(value).reshape(-1, 1), (rows, 1)) for name, value in inputs.items()}
-    job = limits.job(columns, schedules, seeds, Nobody())
+    wanted = Labels("class_labels", classes=10, max_images=8).read(columns)
+    job = limits.job(columns, wanted, schedules, seeds, Nobody())
     engine = open_graph(exported / "model.onnx")
     while job.at < len(job.steps):
-        states, timestep, labels = job.feed()
-        job.advance(engine({"hidden_states": states, "timestep": timestep, "class_labels": labels}))
+        states, timestep, conditions = job.feed()
+        job.advance(engine({"hidden_states": states, "timestep": timestep.astype(np.int64), **conditions}))
     return job.latents
 
 

@@ -3,6 +3,7 @@
     pip install "tritonclient[grpc]" numpy pillow
     python client.py --labels 0,1,2,3 --steps 20 --seed 7 -o pictures.png
     python client.py --labels 3 --preview-every 5 -o picture.png      # picture-5.png, picture-10.png, ..., picture.png
+    python client.py --prompt "a house" --prompt "a tree"              # of a repository whose model draws prompts
 
 Models whose latents are no pictures give `latents` alone: -o latents.npy.
 """
@@ -22,8 +23,8 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     """Every response as (step, outputs by name), the last one with step 0.
 
     Args:
-        inputs: `class_labels`, one a picture, and any of the optional ones: `seed` and `latents` one a picture, the others
-            one for all; with `preview_every` the streaming model is asked.
+        inputs: `class_labels` or `prompt`, one a picture, and any of the optional ones: `seed` and `latents` one a picture, the
+            others one for all; with `preview_every` the streaming model is asked.
 
     Raises:
         tritonclient.utils.InferenceServerException: the server's error.
@@ -33,10 +34,11 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     kinds = {"class_labels": np.int64, "seed": np.uint64, "num_inference_steps": np.int32, "guidance_scale": np.float32}
     kinds |= {"preview_every": np.int32}
     names = {np.int64: "INT64", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}
-    tensors, pictures = [], len(inputs["class_labels"])
+    tensors, pictures = [], len(inputs["prompt" if "prompt" in inputs else "class_labels"])
     for name, value in inputs.items():
-        if name == "scheduler":
-            array, kind = np.full((pictures, 1), str(value).encode(), dtype=np.object_), "BYTES"
+        if name in ("prompt", "negative_prompt", "scheduler"):
+            texts = [value] * pictures if isinstance(value, str) else value
+            array, kind = np.array([[text.encode()] for text in texts], dtype=np.object_), "BYTES"
         elif name == "latents":
             array, kind = np.asarray(value, dtype=np.float32), "FP32"
         else:
@@ -87,7 +89,10 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="127.0.0.1:8001", help="the server's grpc address")
-    parser.add_argument("--labels", default="0", type=_labels, help="class labels, a picture each: 0,1,2")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--labels", default="0", type=_labels, help="class labels, a picture each: 0,1,2")
+    what.add_argument("--prompt", action="append", help="a picture of this text; more than one: a picture each")
+    parser.add_argument("--negative-prompt", help="what no picture is to show")
     parser.add_argument("--seed", type=_seed, help="of the first picture, the next ones count on; absent: chosen by the server")
     parser.add_argument("--steps", type=_count, help="sampler steps")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 and less: off")
@@ -96,10 +101,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="to wait for an answer")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
     options = parser.parse_args()
-    seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(len(options.labels))]
+    count = len(options.prompt or options.labels)
+    seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(count)]
     given = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
     given |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
-    inputs = {"class_labels": options.labels}
+    given |= {"negative_prompt": options.negative_prompt}
+    inputs = {"prompt": options.prompt} if options.prompt else {"class_labels": options.labels}
     try:
         for step, outputs in ask(
             options.url, {**inputs, **{k: v for k, v in given.items() if v is not None}}, seconds=options.seconds

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-PARAMETERS = ("pipelines", "network", "shape")
-"""Names of models, parted by commas; that of the denoiser; (C, H, W) of its latents, parted by commas."""
+ASKED = "asked"
+"""The parameter of config.pbtxt with the models to ask, JSON: [model, output, {input: [type, shape]}] of each."""
 
 
 class TritonPythonModel:
-    """Asks each pipeline for a seed, which draws nothing, and the denoiser for one row."""
+    """Asks each pipeline for a seed, which draws nothing, and each network for one row."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the models to ask from config.pbtxt: its `parameters` PARAMETERS."""
+        """Read the models to ask from config.pbtxt: its parameter `asked`."""
         parameters = json.loads(args["model_config"])["parameters"]
-        given = {key: value["string_value"] for key, value in parameters.items()}
-        zero: npt.NDArray[Any] = np.zeros((1, 1), dtype=np.int64)
-        states: npt.NDArray[Any] = np.zeros([1, *map(int, given["shape"].split(","))], dtype=np.float32)
-        self.asked = [(name, "seed", {"class_labels": zero}) for name in given["pipelines"].split(",")]
-        self.asked += [(given["network"], "sample", {"hidden_states": states, "timestep": zero, "class_labels": zero})]
+        asked = json.loads(parameters[ASKED]["string_value"])
+        self.asked = [
+            (model, output, {name: _nothing(kind, shape) for name, (kind, shape) in inputs.items()})
+            for model, output, inputs in asked
+        ]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Each request's `healthy`, or the error of the first model that does not answer."""
@@ -52,3 +52,10 @@ class TritonPythonModel:
             if errors:
                 return f"{model}: {errors[0]}"
         return ""
+
+
+def _nothing(kind: str, shape: list[int]) -> npt.NDArray[Any]:
+    """Empty texts, zeros as integers, and ones as numbers: a mask of zeros alone is no mask."""
+    if kind == "bytes":
+        return np.full(shape, b"", dtype=np.object_)
+    return np.full(shape, kind == "float32", dtype=kind)

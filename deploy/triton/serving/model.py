@@ -1,4 +1,4 @@
-"""The models `pipeline` and `pipeline_stream` of Triton's python backend: whole pictures from class labels."""
+"""The models `pipeline` and `pipeline_stream` of Triton's python backend: whole pictures from class labels or prompts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .request import BadRequestError, Limits, UInt64, seeds_of
+from .call import Call, CallError
+from .conditions import BadRequestError, Conditions, Feed, Labels, Texts, load_tokenizers
+from .request import Limits, UInt64, seeds_of
 from .sampler import AbandonedError, BusyError, DenoiserError, Sampler
-from .schedules import FILE, Float32, Schedules
+from .schedules import FILE, Float32, Float64, Schedules
 
 PARAMETERS = (
-    "denoiser", "decoder", "classes", "max_rows", "max_requests", "denoiser_calls", "num_inference_steps", "guidance_scale",
-    "scheduler", "schedulers",
+    "denoiser", "decoder", "text_encoder", "classes", "max_rows", "max_requests", "denoiser_calls", "num_inference_steps",
+    "guidance_scale", "scheduler", "schedulers",
 )  # fmt: skip
 """The keys of `parameters` in config.pbtxt; all are needed."""
 Paint = Callable[[Float32], npt.NDArray[np.uint8]]
@@ -28,30 +30,33 @@ class TritonPythonModel:
     """What the server calls. One sampler serves all requests of an instance."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read config.pbtxt and the tables.
+        """Read config.pbtxt, the tables and, for prompts, the tokenizers.
 
         Raises:
-            TritonModelException: a parameter is missing or of another kind.
+            TritonModelException: a parameter is missing or of another kind, or a file is damaged.
         """
         import triton_python_backend_utils as pb_utils
 
         config = json.loads(args["model_config"])
+        folder = Path(args["model_repository"]) / args["model_version"]
         try:
+            self.call = Call.load(folder)
             given = {key: value["string_value"] for key, value in config["parameters"].items()}
             shape = next(output["dims"] for output in config["output"] if output["name"] == "latents")
             self.limits = Limits(
                 shape=tuple(int(size) for size in shape),  # type: ignore[arg-type]
-                classes=int(given["classes"]),
-                max_images=int(config["max_batch_size"]),
                 max_rows=int(given["max_rows"]),
                 num_inference_steps=int(given["num_inference_steps"]),
                 guidance_scale=float(given["guidance_scale"]),
                 scheduler=given["scheduler"],
             )
             most_jobs, lanes = (int(given[key]) for key in ("max_requests", "denoiser_calls"))
+            self.text_encoder = given["text_encoder"]
+            self.conditions = self._conditions(config, int(given["classes"]), folder)
+        except CallError as error:
+            raise pb_utils.TritonModelException(f"network.json of {args['model_name']}: {error}") from error
         except (KeyError, ValueError) as error:
             raise pb_utils.TritonModelException(f"config.pbtxt of {args['model_name']}: parameters: {error!r}") from error
-        folder = Path(args["model_repository"]) / args["model_version"]
         self.schedules = Schedules.load(folder / FILE, given["schedulers"].split(","))
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.shows = any(output["name"] == "images" for output in config["output"])
@@ -72,8 +77,9 @@ class TritonPythonModel:
             caller = Caller(sender, images=images, streams=self.decoupled, answers=self.answers, slow=slow)
             try:
                 inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-                caller.seeds = seeds_of(inputs)
-                job = self.limits.job(inputs, self.schedules, caller.seeds, caller)
+                wanted = self.conditions.read(inputs)
+                caller.seeds = seeds_of(inputs, wanted.count)
+                job = self.limits.job(inputs, wanted, self.schedules, caller.seeds, caller)
                 if set(request.requested_output_names()) == {"seed"}:
                     caller.checked()
                 else:
@@ -86,12 +92,39 @@ class TritonPythonModel:
         self.sampler.close()
         self.answers.shutdown()
 
-    def _denoise(self, states: Float32, timestep: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Float32:
-        feed: dict[str, npt.NDArray[Any]] = {"hidden_states": states}
-        return _call(self.denoiser, {**feed, "timestep": timestep[:, None], "class_labels": labels[:, None]})
+    def _conditions(self, config: dict[str, Any], classes: int, folder: Path) -> Conditions:
+        import triton_python_backend_utils as pb_utils
+
+        images = int(config["max_batch_size"])
+        if not self.call.tokenizers:
+            return Labels(next(iter(self.call.conditions)), classes, images)
+        dims = {item["name"]: tuple(int(size) for size in item["dims"]) for item in config["input"]}
+        shapes = {name: dims[name] for name in self.call.conditions.values()}
+        try:
+            tokenizers = load_tokenizers(folder, self.call.tokenizers)
+        except ModuleNotFoundError as error:
+            told = f"{error}: prompts need it in the server's python3: pip install tokenizers"
+            raise pb_utils.TritonModelException(told) from error
+        except Exception as error:  # tokenizers raises Exception itself
+            raise pb_utils.TritonModelException(f"{', '.join(self.call.tokenizers)}: {error}") from error
+        return Texts(self.call, shapes, tokenizers, self._encode, images)
+
+    def _denoise(self, states: Float32, timesteps: Float64, conditions: Feed) -> Float32:
+        feed: dict[str, npt.NDArray[Any]] = {self.call.state: states, "timestep": timesteps.astype(self.call.timestep)[:, None]}
+        # A number a sample is a column to the server.
+        feed |= {name: rows[:, None] if rows.ndim == 1 else rows for name, rows in conditions.items()}
+        (sample,) = _call(self.denoiser, feed, [self.call.output])
+        if len(sample) != len(states):
+            raise DenoiserError(f"{self.denoiser}: {len(sample)} rows came back of {len(states)}")
+        return sample
+
+    def _encode(self, tokens: Feed) -> Feed:
+        names = list(self.call.conditions)
+        return dict(zip(names, _call(self.text_encoder, tokens, names), strict=True))
 
     def _decode(self, latents: Float32) -> npt.NDArray[np.uint8]:
-        return images_of(np.concatenate([_call(self.decoder, {"latents": latents[i : i + 1]}) for i in range(len(latents))]))
+        pictures = [_call(self.decoder, {"latents": latents[i : i + 1]}, ["sample"])[0] for i in range(len(latents))]
+        return images_of(np.concatenate(pictures))
 
 
 class Caller:
@@ -188,8 +221,8 @@ def images_of(pictures: Float32) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def _call(model: str, feed: dict[str, npt.NDArray[Any]]) -> Float32:
-    """The `sample` of another model on this server, a row for each of the feed's.
+def _call(model: str, feed: Feed, outputs: list[str]) -> list[Float32]:
+    """Outputs of another model on this server, in the order of their names.
 
     Raises:
         DenoiserError: it fails, or is not there.
@@ -198,7 +231,7 @@ def _call(model: str, feed: dict[str, npt.NDArray[Any]]) -> Float32:
 
     request = pb_utils.InferenceRequest(
         model_name=model,
-        requested_output_names=["sample"],
+        requested_output_names=outputs,
         inputs=[pb_utils.Tensor(name, value) for name, value in feed.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     )
@@ -210,8 +243,4 @@ def _call(model: str, feed: dict[str, npt.NDArray[Any]]) -> Float32:
         told = response.error().message()
         hint = EMPTY if told.endswith("got 0") and not np.__version__.startswith("1.") else ""
         raise DenoiserError(f"{model}: {told}{hint}")
-    sample: Float32 = np.array(pb_utils.get_output_tensor_by_name(response, "sample").as_numpy())
-    rows = len(next(iter(feed.values())))
-    if len(sample) != rows:
-        raise DenoiserError(f"{model}: {len(sample)} rows came back of {rows}")
-    return sample
+    return [np.array(pb_utils.get_output_tensor_by_name(response, name).as_numpy()) for name in outputs]

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .conditions import BadRequestError, Feed, Wanted
 from .sampler import Client, Job
 from .schedules import Float32, ScheduleError, Schedules
 
-Inputs = Mapping[str, npt.NDArray[Any]]
 UInt64 = npt.NDArray[np.uint64]
 SAFE_SEED = 2**53
 """Seeds that are chosen here stay below it: JSON readers hold numbers as float64."""
-
-
-class BadRequestError(ValueError):
-    """The request asks for what cannot be; the message says what is expected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +27,26 @@ class Limits:
 
     Args:
         shape: (C, H, W) of one picture's latents.
-        classes: labels are 0 to classes - 1; the null label is `classes`.
-        max_images: pictures of one request; `max_rows`: rows of one network call.
+        max_rows: rows of one network call.
     """
 
     shape: tuple[int, int, int]
-    classes: int
-    max_images: int
     max_rows: int
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
 
-    def job(self, inputs: Inputs, schedules: Schedules, seeds: UInt64, client: Client) -> Job:
+    def job(self, inputs: Feed, wanted: Wanted, schedules: Schedules, seeds: UInt64, client: Client) -> Job:
         """The work that a request asks for.
 
         Args:
-            inputs: `class_labels` int64[n, 1]; the others may be absent.
+            inputs: all but the conditions; each may be absent.
+            wanted: the conditions.
             seeds: uint64[n, 1], of the noise where there are no `latents`.
 
         Raises:
             BadRequestError: with the input, what is expected and what was found.
         """
-        labels = self._labels(inputs["class_labels"])
         count = int(_shared(inputs, "num_inference_steps", self.num_inference_steps))
         guidance = float(_shared(inputs, "guidance_scale", self.guidance_scale))
         if not (np.isfinite(guidance) and guidance >= 0):
@@ -69,31 +62,21 @@ class Limits:
             raise BadRequestError(f"scheduler: expected one of {', '.join(schedules.tables)}, found no UTF-8 text") from error
         except ScheduleError as error:
             raise BadRequestError(str(error)) from error
-        if seeds.shape != (len(labels), 1):
-            raise BadRequestError(f"seed: expected shape {[len(labels), 1]}, found {list(seeds.shape)}")
-        latents = self._latents(inputs["latents"], len(labels)) if "latents" in inputs else self.noise(seeds)
-        job = Job(
-            client=client, steps=steps, latents=latents, labels=labels, null=self.classes, guidance=guidance, every=every
-        )  # fmt: skip
-        if job.rows > self.max_rows:  # it would wait for ever
-            raise BadRequestError(f"class_labels: {job.rows} rows, a guided picture is two; expected {self.max_rows} at the most")
-        return job
+        if seeds.shape != (wanted.count, 1):
+            raise BadRequestError(f"seed: expected shape {[wanted.count, 1]}, found {list(seeds.shape)}")
+        latents = self._latents(inputs["latents"], wanted.count) if "latents" in inputs else self.noise(seeds)
+        guided = guidance > 1
+        if wanted.count * (1 + guided) > self.max_rows:  # it would wait for ever
+            raise BadRequestError(
+                f"{wanted.count} pictures: a guided picture is two rows of a call; expected {self.max_rows} rows at the most"
+            )
+        conditions = partial(wanted.rows, guided)
+        return Job(client=client, steps=steps, latents=latents, conditions=conditions, guidance=guidance, every=every)
 
     def noise(self, seeds: UInt64) -> Float32:
         """float32[n, C, H, W], each picture of its own seed alone; `seeds` is uint64[n, 1]."""
         each = (np.random.default_rng(int(seed)) for seed in seeds.ravel())
         return np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in each])
-
-    def _labels(self, given: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        # The server checks this, too, on the lower 32 bits of the batch.
-        if given.ndim != 2 or given.shape[1] != 1 or not 1 <= len(given) <= self.max_images:
-            expected = f"[n, 1] with n from 1 to {self.max_images}"
-            raise BadRequestError(f"class_labels: expected shape {expected}, found {list(given.shape)}")
-        labels: npt.NDArray[np.int64] = np.array(given[:, 0], dtype=np.int64)
-        if labels.min() < 0 or labels.max() >= self.classes:
-            wrong = [int(label) for label in labels if not 0 <= label < self.classes]
-            raise BadRequestError(f"class_labels: expected 0 to {self.classes - 1}, found {', '.join(map(str, wrong))}")
-        return labels
 
     def _latents(self, given: npt.NDArray[Any], pictures: int) -> Float32:
         latents: Float32 = np.array(given, dtype=np.float32)
@@ -104,14 +87,14 @@ class Limits:
         return latents
 
 
-def seeds_of(inputs: Inputs) -> UInt64:
-    """uint64[n, 1]: the request's seeds, or others of our own choice, for each of its n labels."""
+def seeds_of(inputs: Feed, count: int) -> UInt64:
+    """uint64[n, 1]: the request's seeds, or others of our own choice, for each of its pictures."""
     if "seed" in inputs:
         return np.array(inputs["seed"], dtype=np.uint64)
-    return np.array([[secrets.randbelow(SAFE_SEED)] for _ in inputs["class_labels"]], dtype=np.uint64)
+    return np.array([[secrets.randbelow(SAFE_SEED)] for _ in range(count)], dtype=np.uint64)
 
 
-def _shared(inputs: Inputs, name: str, default: Any) -> Any:
+def _shared(inputs: Feed, name: str, default: Any) -> Any:
     """The one value that all pictures of a request have."""
     values = list(inputs[name].ravel()) if name in inputs else [default]
     if len(values) == 0 or any(value != values[0] for value in values[1:]):

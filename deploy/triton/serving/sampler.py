@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from .schedules import Float32, Step
+from .conditions import Feed
+from .schedules import Float32, Float64, Step
 
-Int64 = npt.NDArray[np.int64]
-Denoise = Callable[[Float32, Int64, Int64], Float32]
-"""hidden_states float32[rows, ...], timestep int64[rows], class_labels int64[rows] -> float32[rows, ...]."""
+Denoise = Callable[[Float32, Float64, Feed], Float32]
+"""Latents float32[rows, ...], timesteps float64[rows], conditions with a row each by name -> float32[rows, ...]."""
 CLOSING = "the server is shutting down"
 WATCH = 0.2
 """Seconds between two questions whether a client still waits; each costs a message to the server."""
@@ -57,20 +56,20 @@ class Job:
     Args:
         steps: of its sampler, at least one.
         latents: float32[n, C, H, W], unit noise.
-        labels: int64[n], and `null` for the unconditional half.
-        guidance: above 1 each picture is two rows of a network call.
+        conditions: gives the network's conditions, `rows` of each; may take long, and raise DenoiserError.
+        guidance: above 1 each picture is two rows of a network call, with its condition and without.
         every: a preview each so many steps; 0: none.
     """
 
     client: Client
     steps: tuple[Step, ...]
     latents: Float32
-    labels: Int64
-    null: int
+    conditions: Callable[[], Feed]
     guidance: float
     every: int = 0
     at: int = 0
     asked: float = 0.0
+    drawn: Feed | None = None
     x_before: Float32 = field(init=False)
     e_before: Float32 = field(init=False)
 
@@ -80,21 +79,22 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether each picture is asked for with its label and without."""
+        """Whether each picture is asked for with its condition and without."""
         return self.guidance > 1
 
     @property
     def rows(self) -> int:
         """Rows of a network call."""
-        return len(self.labels) * (2 if self.guided else 1)
+        return len(self.latents) * (2 if self.guided else 1)
 
-    def feed(self) -> tuple[Float32, Int64, Int64]:
+    def feed(self) -> tuple[Float32, Float64, Feed]:
         """Its rows of the next network call."""
+        if self.drawn is None:
+            self.drawn = self.conditions()
         step = self.steps[self.at]
-        states, labels = step.input * self.latents, self.labels
-        if self.guided:
-            states, labels = np.concatenate([states, states]), np.concatenate([labels, np.full_like(labels, self.null)])
-        return states, np.full(self.rows, step.timestep, dtype=np.int64), labels
+        states = step.input * self.latents
+        states = np.concatenate([states, states]) if self.guided else states
+        return states, np.full(self.rows, step.timestep), self.drawn
 
     def advance(self, output: Float32) -> None:
         """Take one step.
@@ -195,7 +195,7 @@ class Sampler:
 
     def _round(self, lane: list[Job]) -> None:
         self._drop_abandoned(lane)
-        jobs = list(lane)
+        jobs = self._ready(lane)
         if not jobs:
             return
         outputs: list[Float32 | DenoiserError]
@@ -209,18 +209,26 @@ class Sampler:
         for job, output in zip(jobs, outputs, strict=True):
             self._advance(lane, job, output)
 
+    def _ready(self, lane: list[Job]) -> list[Job]:
+        """The lane's jobs, their conditions computed; those of which that fails end."""
+        for job in list(lane):
+            try:
+                job.feed()
+            except DenoiserError as error:
+                self._end(lane, job, error)
+        return list(lane)
+
     def _call(self, jobs: list[Job], *, filled: bool = False) -> list[Float32]:
         """One output a job.
 
         Args:
             filled: up to the greatest batch, so that the server can put no one else's rows into it.
         """
-        states, timesteps, labels = (np.concatenate(parts) for parts in zip(*(job.feed() for job in jobs), strict=True))
-        rows = len(labels)
-        if filled:
-            index = np.arange(self.most_rows) % rows
-            states, timesteps, labels = states[index], timesteps[index], labels[index]
-        output = self.denoise(states, timesteps, labels)[:rows]
+        states, timesteps, drawn = zip(*(job.feed() for job in jobs), strict=True)
+        rows = sum(job.rows for job in jobs)
+        index = np.arange(self.most_rows) % rows if filled else slice(None)
+        feed = {name: np.concatenate([each[name] for each in drawn])[index] for name in drawn[0]}
+        output = self.denoise(np.concatenate(states)[index], np.concatenate(timesteps)[index], feed)[:rows]
         return np.split(output, np.cumsum([job.rows for job in jobs])[:-1])
 
     def _alone(self, job: Job) -> Float32 | DenoiserError:

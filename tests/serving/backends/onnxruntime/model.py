@@ -35,6 +35,7 @@ class TritonPythonModel:
             names = {item.name for item in there}
             if names != set(wanted):
                 raise pb_utils.TritonModelException(f"unexpected inference {kind}s {sorted(wanted)}, allowed are {sorted(names)}")
+        self.outputs = [item["name"] for item in config["output"]]
         self.flat = {name for name, item in given.items() if item.get("reshape", {}).get("shape") == []}
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -42,8 +43,12 @@ class TritonPythonModel:
         whole = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
         whole = {name: value.reshape(len(value)) if name in self.flat else value for name, value in whole.items()}
         try:
-            (sample,) = self.session.run(["sample"], whole)
+            found = self.session.run(self.outputs, whole)
         except Exception as error:  # noqa: BLE001 - as the real one does: every request of the batch fails with the library's message
             return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))) for _ in requests]
         ends = np.cumsum([len(next(iter(feed.values()))) for feed in feeds])[:-1]
-        return [pb_utils.InferenceResponse([pb_utils.Tensor("sample", part)]) for part in np.split(sample, ends)]
+        split = [np.split(value, ends) for value in found]
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(name, part) for name, part in zip(self.outputs, parts, strict=True)])
+            for parts in zip(*split, strict=True)
+        ]

@@ -1,0 +1,136 @@
+"""What lies beside the models of a repository: its README, and the configuration of the proxy before its server."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from string import Template
+
+from .model_config import CALLS, MOST_REQUESTS, Served
+from .serving.conditions import ENCODED, PROMPT, PROMPT_BYTES
+
+SERVED = Path(__file__).parent / "serving"
+README, PROXY = "README.md", "nginx.conf"
+
+
+def readme(served: Served, opset: int) -> str:
+    """The README of a repository whose graph has an opset."""
+    template = Template((SERVED / README).read_text(encoding="utf-8"))
+    shape = _listed(served.latents)
+    return template.substitute(
+        _asking(served),
+        backend=served.backend,
+        needs=_needs(served, opset),
+        gpus="--gpus all " if served.backend == "tensorrt" else "",
+        call=_call(served),
+        rows=served.most_rows,
+        requests=MOST_REQUESTS,
+        calls=CALLS,
+        steps=served.steps,
+        guidance=f"{served.guidance:g}",
+        scheduler=served.scheduler,
+        schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
+        most_steps=served.schedules.most,
+        shape=shape,
+        megabytes=_megabytes(served),
+        pictures="`images` UINT8[n, H, W, C]" if served.pictures or served.decoder else "no `images`: there is no decoder here",
+        decoder=DECODED if served.decoder else "",
+        waiting="" if served.plan or served.backend == "onnxruntime" else PLANLESS,
+    )
+
+
+def proxy(served: Served) -> str:
+    """nginx's configuration: the shapes that JSON may name, and a body of the largest request, rounded up to MB."""
+    template = Template((SERVED / PROXY).read_text(encoding="utf-8"))
+    return template.substitute(shape="\\s*+,\\s*+".join(map(str, served.latents)), megabytes=_megabytes(served))
+
+
+def _asking(served: Served) -> dict[str, str]:
+    """What differs between class labels and prompts."""
+    images = served.most_images
+    if served.encoder is None:
+        return {
+            "first": "class_labels",
+            "asked": "`class_labels` INT64[n, 1]",
+            "example": '{"name": "class_labels", "datatype": "INT64", "shape": [2, 1], "data": [0, 1]}',
+            "pictures_of": "--labels 0,1,2,3",
+            "picture_of": "--labels 3",
+            "inputs": f"| `class_labels` | INT64[n, 1] | | 0 to {served.classes - 1}, n up to {images} |",
+            "prompts": "", "install": "", "encoder": "",
+        }  # fmt: skip
+    texts = [text for text in served.prompts if PLAIN.issuperset(text)][:2]
+    one, two = (*texts, *EXAMPLES)[:2]
+    names = list(served.call.conditions.values())
+    embeddings = "\n".join(
+        f"| `{name}`, `negative_{name}` | FP32[n, {_listed(served.shapes[key])}] | | in place of `prompt`, of `negative_prompt` |"
+        for key, name in served.call.conditions.items()
+    )
+    return {
+        "first": PROMPT,
+        "asked": "`prompt` STRING[n, 1]",
+        "example": f'{{"name": "prompt", "datatype": "BYTES", "shape": [2, 1], "data": ["{one}", "{two}"]}}',
+        "pictures_of": f'--prompt "{one}" --prompt "{two}"',
+        "picture_of": f'--prompt "{one}"',
+        "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
+        f'{images} |\n| `negative_prompt` | STRING[n, 1] | "" | as `prompt`; unused where guidance is off |\n{embeddings}',
+        "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
+        "install": INSTALL,
+        "encoder": ENCODER,
+    }
+
+
+def _call(served: Served) -> str:
+    """The inputs of one network call."""
+    kinds = {"int64": "INT64", "float32": "FP32"}
+    texts = [f"`{served.call.state}` FP32[n, {_listed(served.latents)}]", f"`timestep` {kinds[served.call.timestep]}[n, 1]"]
+    kind = "INT64" if served.encoder is None else "FP32"
+    texts += [f"`{name}` {kind}[n, {_listed(served.shapes[name]) or 1}]" for name in served.call.conditions]
+    return ", ".join(texts)
+
+
+def _listed(shape: object) -> str:
+    return ", ".join(map(str, shape))  # type: ignore[call-overload]
+
+
+def _megabytes(served: Served) -> int:
+    """More than the largest request has: float32 numbers for each row of a call."""
+    return 1 + math.ceil(served.most_rows * sum(map(math.prod, served.shapes.values())) * 4 / 1e6)
+
+
+def _needs(served: Served, opset: int) -> str:
+    if served.backend == "tensorrt":
+        return (
+            "The container's TensorRT must be the version that built the plan: a plan of another is refused. This tells it:\n"
+            "`docker run --rm \"$TRITON_IMAGE\" sh -c 'ls /usr/lib/*/libnvinfer.so.*'`."
+        )
+    if opset >= 23:
+        return f"The graph's opset {opset} needs ONNX Runtime 1.24: containers from 26.02 on."
+    return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.09 on."
+
+
+PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.")
+"""Signs that mean nothing in a shell, or in JSON."""
+EXAMPLES = ("a house", "a tree")
+DECODED = "\n| `decoder` | onnxruntime | one picture's `latents`, its scaling undone inside | `sample` FP32 in [-1, 1] |"
+ENCODER = "\n| `text_encoder` | onnxruntime | one prompt's tokens: `input_ids` and `attention_mask` | the denoiser's conditions |"
+INSTALL = """
+The pipelines read the tokenizers of the checkpoint with the package `tokenizers`, which the container does not hold:
+
+```sh
+printf 'FROM %s\\nRUN pip install tokenizers\\n' "$TRITON_IMAGE" | docker build -t triton-text -
+TRITON_IMAGE=triton-text
+```
+"""
+PROMPTS = """
+## Prompts
+
+`text_encoder` encodes each prompt alone, filled up with masked tokens to the length that the model's own pipeline fills it up to;
+so prompts of all lengths share the denoiser's calls, and a prompt's bytes depend on no other. The conditions of the last {kept}
+prompts are kept, "" among them. Those who encode prompts themselves send {embeddings}
+together, filled up to the same length.
+In JSON through the proxy below, write prompts as UTF-8, without escapes (`json.dumps(..., ensure_ascii=False)`); one with
+quotation marks goes over grpc.
+"""
+PLANLESS = """
+**The plan is not here yet.** `dq-export finish OUT` on the GPU machine builds it and puts it into `denoiser/1/`.
+"""

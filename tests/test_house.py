@@ -24,6 +24,7 @@ THIRD_PARTY = {
     "calibration": {"numpy", "threadpoolctl"},
     "passes": {"numpy", "onnx_ir"},
     "deploy": {"numpy", "onnx_ir"},
+    "deploy/triton/endpoint": {"numpy", "starlette", "tritonclient"},
     "deploy/triton/serving": {"numpy"},
     "dq_export": {"numpy", "onnx_ir", "pydantic"},
 }
@@ -32,6 +33,7 @@ LAZY = {
     "calibration": {"torch"},
     "passes": set(),
     "deploy": {"google", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "openvino", "polygraphy", "tritonclient"},
+    "deploy/triton/endpoint": {"uvicorn"},
     "deploy/triton/serving": {"PIL", "tokenizers", "triton_python_backend_utils", "tritonclient"},
     "dq_export": {"PIL", "google", "huggingface_hub", "jinja2", "safetensors"},
     "dq_export/search": {"google", "onnxruntime"},

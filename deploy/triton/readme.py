@@ -56,7 +56,7 @@ def _asking(served: Served) -> dict[str, str]:
             "pictures_of": "--labels 0,1,2,3",
             "picture_of": "--labels 3",
             "inputs": f"| `class_labels` | INT64[n, 1] | | 0 to {served.classes - 1}, n up to {images} |",
-            "prompts": "", "install": "", "encoder": "",
+            "prompts": "", "install": "", "encoder": "", "endpoint": "",
         }  # fmt: skip
     texts = [text for text in served.prompts if PLAIN.issuperset(text)][:2]
     one, two = (*texts, *EXAMPLES)[:2]
@@ -76,6 +76,7 @@ def _asking(served: Served) -> dict[str, str]:
         "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
         "install": INSTALL,
         "encoder": ENCODER,
+        "endpoint": ENDPOINT.format(prompt=one) if served.pictures or served.decoder else "",
     }
 
 
@@ -130,6 +131,29 @@ prompts are kept, "" among them. Those who encode prompts themselves send {embed
 together, filled up to the same length.
 In JSON through the proxy below, write prompts as UTF-8, without escapes (`json.dumps(..., ensure_ascii=False)`); one with
 quotation marks goes over grpc.
+"""
+ENDPOINT = """
+## OpenAI's images API
+
+`images.py` is a small service in front of the server, for clients that speak that API:
+
+```sh
+pip install "tritonclient[grpc]" starlette uvicorn
+python images.py --triton 127.0.0.1:8001 --port 9100
+curl -s 127.0.0.1:9100/v1/images/generations -H "content-type: application/json" -d '{{"prompt": "{prompt}", "seed": 7}}'
+TRITON_IMAGE=… ADMIN_KEY="$(openssl rand -hex 16)" docker compose up        # both in containers; docker itself was not tried
+```
+
+```python
+client = openai.OpenAI(base_url="http://127.0.0.1:9100/v1", api_key="none")
+answer = client.images.generate(prompt="{prompt}", n=2, extra_body={{"seed": 7, "num_inference_steps": 20}})
+```
+
+It takes `prompt`, `n` and `size` (the one size that the model draws, or `auto`), gives `b64_json` of PNG, and takes as extensions
+`seed` (picture i has `seed` + i), `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`. Of more than 64
+requests at a time (`--requests`) the others get 503, which OpenAI's clients repeat; bodies have 64 kB at the most. A client that
+hangs up frees its rows, as over grpc. `/health`, `/metrics` (Prometheus) and `/v1/models` are there; TLS and log-ins are yours
+to add.
 """
 PLANLESS = """
 **The plan is not here yet.** `dq-export finish OUT` on the GPU machine builds it and puts it into `denoiser/1/`.

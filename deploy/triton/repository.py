@@ -31,6 +31,9 @@ from .serving.schedules import FILE
 PROGRAM = ("model.py", "call.py", "conditions.py", "request.py", "sampler.py", "schedules.py")
 """What a pipeline's folder holds of `serving`."""
 CLIENT = "client.py"
+ENDPOINT = ("images.py", "compose.yaml")
+FRONT = SERVED.parent / "endpoint"
+"""What lies beside the models where prompts become pictures, and its folder here."""
 PROBE = "health.py"
 """What the model `health` runs."""
 INSTALL = "pip install 'dq-export[triton]'"
@@ -52,7 +55,7 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
     """Write the models `denoiser`, `pipeline`, `pipeline_stream`, `health`, for prompts `text_encoder`, and for latents
     `decoder`; check them.
 
-    Beside them lie a client, a configuration of nginx and a README.
+    Beside them lie a client, a configuration of nginx and a README, and for pictures of prompts an endpoint of OpenAI's kind.
 
     Returns:
         What the check of the finished repository says; a plan that is still to be built is no fault here.
@@ -89,6 +92,8 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         _add_encoder(served, kind, folder)
     shutil.copyfile(SERVED / PROBE, _add(folder, health) / "model.py")
     shutil.copyfile(SERVED / CLIENT, folder / CLIENT)
+    for file in ENDPOINT if served.encoder and image else ():
+        shutil.copyfile(FRONT / file, folder / file)
     (folder / PROXY).write_text(proxy(served), encoding="utf-8")
     (folder / README).write_text(readme(served, model.opset_imports[""]), encoding="utf-8")
     faults = [item for item in check_repository(folder) if served.plan or "model.plan" not in item.what]

@@ -11,7 +11,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.model_config import MOST_ROWS, Served
 from dq_export.deploy.triton.readme import PROXY, README, SERVED
-from dq_export.deploy.triton.repository import CLIENT, PROBE, PROGRAM, write_repository
+from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository
 from dq_export.deploy.triton.serving.call import Call
 
 from ..families.reference import ModelError, Reference
@@ -59,7 +59,7 @@ class WriteRepository(Stage[Result]):
         """The checkpoint, its VAE, what encodes prompts, and the programs that are copied."""
         decoder = context.reference.decoder
         vae = sorted(path for path in decoder.iterdir() if path.is_file()) if decoder else []
-        served = [SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)]
+        served = [*(SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)), *(FRONT / name for name in ENDPOINT)]
         encoders = context.reference.encoding_files() if draws_prompts(context.recipe) else []
         files = [file_digest(path) for path in (*vae, *served)]
         return {"model": context.reference.digest, "files": files, "encoders": encoders}

@@ -58,15 +58,16 @@ def test_a_picture_is_the_one_that_diffusers_draws_with_the_engine(text_client: 
     assert np.array_equal(found["images"], pixels.transpose(0, 2, 3, 1))
 
 
-def test_embeddings_take_the_prompts_place_and_give_diffusers_bytes(text_client: Any, pipeline: Any) -> None:
+def test_embeddings_take_the_prompts_place_and_a_step_is_diffusers_own(text_client: Any, pipeline: Any) -> None:
     text, mask, null, null_mask = (tensor.detach().numpy() for tensor in pipeline.encode_prompt(["a five"]))
     noise = noise_of(1)
     given = {"prompt_embeds": text, "prompt_attention_mask": mask.astype(np.float32)}
     given |= {"negative_prompt_embeds": null, "negative_prompt_attention_mask": null_mask.astype(np.float32)}
-    found = ask(text_client, **given, latents=noise, guidance_scale=3.0)["latents"]
-    exact = drawn(pipeline, ["a five"], noise, guidance_scale=3.0)
-    assert np.abs(found - exact).max() < 1e-5  # samplers as tables round otherwise than diffusers'
-    assert np.array_equal(found, ask(text_client, **given, latents=noise, guidance_scale=3.0)["latents"])
+    for steps in (1, PROMPTED_STEPS):
+        found = ask(text_client, **given, latents=noise, guidance_scale=3.0, num_inference_steps=steps)["latents"]
+        exact = drawn(pipeline, ["a five"], noise, guidance_scale=3.0, num_inference_steps=steps)
+        # From the second step on, what float32 rounds otherwise moves a few 8-bit activations to the next step.
+        assert np.abs(found - exact).max() < 1e-5 if steps == 1 else sqnr(exact, found) > 30
 
 
 def test_the_text_encoder_gives_what_transformers_does(text_client: Any, pipeline: Any) -> None:

@@ -1,0 +1,304 @@
+"""An images endpoint that OpenAI's clients speak, in front of this repository's Triton server.
+
+    pip install "tritonclient[grpc]" starlette uvicorn
+    python images.py --triton 127.0.0.1:8001 --port 9100
+    curl 127.0.0.1:9100/v1/images/generations -H "content-type: application/json" -d '{"prompt": "a house", "seed": 7}'
+
+Pictures come as base64 of PNG. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler` are
+extensions, `extra_body` to the Python client. A client that hangs up frees its rows of the network's calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import math
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc.aio as grpc
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from tritonclient.utils import InferenceServerException
+
+BODY_BYTES = 64 << 10
+SECONDS = 600
+"""The longest that a request may take."""
+SEEDS = 2**64
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str,), "negative_prompt": (str,), "scheduler": (str,), "n": (int,), "seed": (int,), "num_inference_steps": (int,),
+    "guidance_scale": (int, float), "model": (str,), "size": (str,), "response_format": (str,), "output_format": (str,),
+    "background": (str,), "stream": (bool,), "user": (str,), "quality": (str,), "style": (str,), "moderation": (str,),
+}  # fmt: skip
+"""Of the body. The last four change no picture here."""
+ONLY = {"response_format": ("b64_json",), "output_format": ("png",), "background": ("auto", "opaque"), "stream": (False,)}
+"""The values that some may have."""
+INPUTS: Mapping[str, tuple[str, Any]] = {
+    "prompt": ("BYTES", np.object_), "negative_prompt": ("BYTES", np.object_), "scheduler": ("BYTES", np.object_),
+    "num_inference_steps": ("INT32", np.int32), "guidance_scale": ("FP32", np.float32), "seed": ("UINT64", np.uint64),
+}  # fmt: skip
+"""What goes on to the server as it is, with Triton's and numpy's types."""
+STATUS = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504}
+"""By grpc's, http's; 500 for others."""
+
+
+class RefusedError(Exception):
+    """A request that gets no picture.
+
+    Args:
+        parameter: of the body, that is wrong; empty: none.
+    """
+
+    def __init__(self, status: int, message: str, parameter: str = "") -> None:
+        super().__init__(message)
+        self.status, self.message, self.parameter = status, message, parameter
+
+    def response(self) -> Response:
+        """As OpenAI's clients read errors; they ask again after 503."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.parameter or None, "code": None}
+        headers = {"Retry-After": "1"} if self.status == 503 else None
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the model `pipeline` of the server gives.
+
+    Args:
+        pictures: the greatest number of one request.
+        size: width and height in pixels, as in `size` of a request.
+    """
+
+    pictures: int
+    size: str
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Served:
+        """From its config.pbtxt as JSON.
+
+        Raises:
+            RefusedError: it takes no prompts, or gives no pictures.
+        """
+        dims = [item["dims"] for item in config["output"] if item["name"] == "images"]
+        if not dims or "prompt" not in [item["name"] for item in config["input"]]:
+            raise RefusedError(500, "the server's pipeline makes no pictures of prompts")
+        height, width = (int(size) for size in dims[0][:2])
+        return Served(int(config["max_batch_size"]), f"{width}x{height}")
+
+
+def wanted(content: bytes, served: Served, name: str) -> dict[str, Any]:
+    """The values of a request's body, None left out.
+
+    Raises:
+        RefusedError: 400, or 404 for another model, with the parameter, what is expected and what was found.
+    """
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "the body is no JSON") from error
+    if not isinstance(body, dict):
+        raise RefusedError(400, "expected a JSON object")
+    given = {key: value for key, value in body.items() if value is not None}
+    for key, value in given.items():
+        if key not in TYPES:
+            raise RefusedError(400, f"unknown parameter {key[:40]!r}", key[:40])
+        if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and key != "stream"):
+            raise RefusedError(400, f"{key}: expected {TYPES[key][-1].__name__}, found {type(value).__name__}", key)
+        if key in ONLY and value not in ONLY[key]:
+            raise RefusedError(400, f"{key}: expected {' or '.join(map(str, ONLY[key]))}", key)
+    if "prompt" not in given:
+        raise RefusedError(400, "prompt: missing", "prompt")
+    if given.get("model", name) != name:
+        raise RefusedError(404, f"model: this server has {name!r} alone", "model")
+    if given.get("size", "auto") not in ("auto", served.size):
+        raise RefusedError(400, f"size: expected {served.size} or auto", "size")
+    for key, low, high in (("n", 1, served.pictures), ("seed", 0, SEEDS - 1), ("num_inference_steps", 1, 2**31 - 1)):
+        if key in given and not low <= given[key] <= high:
+            raise RefusedError(400, f"{key}: expected {low} to {high}", key)
+    if not 0 <= given.get("guidance_scale", 0) < math.inf:
+        raise RefusedError(400, "guidance_scale: expected a finite number, 0 or more", "guidance_scale")
+    return given
+
+
+def tensors(given: Mapping[str, Any]) -> list[Any]:
+    """The server's inputs, a row for each picture; picture i has the seed `seed` + i."""
+    rows, inputs = given.get("n", 1), []
+    for key, (kind, dtype) in INPUTS.items():
+        if key in given:
+            value = given[key].encode("utf-8", "surrogatepass") if kind == "BYTES" else given[key]
+            column = [[(value + i) % SEEDS if key == "seed" else value] for i in range(rows)]
+            inputs.append(grpc.InferInput(key, [rows, 1], kind))
+            inputs[-1].set_data_from_numpy(np.array(column, dtype=dtype))
+    return inputs
+
+
+def png(picture: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG file of uint8[H, W, 1 or 3]."""
+    height, width, channels = picture.shape
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    lines = np.concatenate([np.zeros((height, 1), dtype=np.uint8), picture.reshape(height, -1)], axis=1)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@dataclass
+class Images:
+    """The endpoint.
+
+    Args:
+        triton: the server's grpc address.
+        name: of the model, as clients call it.
+        most: requests at a time; others get 503.
+    """
+
+    triton: str
+    name: str
+    most: int
+    counts: Counter[int] = field(default_factory=Counter)
+    spent: float = 0.0
+    pictures: int = 0
+    waiting: int = 0
+    known: Served | None = None
+    client: Any = None
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/images/generations", self.generate, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+        return Starlette(routes=routes, lifespan=self._lifespan)
+
+    async def generate(self, request: Request) -> Response:
+        """Draw what a request asks for."""
+        start = time.monotonic()
+        self.waiting += 1
+        try:
+            response = await self._answer(request)
+        except RefusedError as error:
+            response = error.response()
+        finally:
+            self.waiting -= 1
+        self.counts[response.status_code] += 1
+        self.spent += time.monotonic() - start
+        return response
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "dq-export"}]})
+
+    async def health(self, request: Request) -> Response:
+        """Whether every model of the server answers; see its model `health`."""
+        probe = grpc.InferInput("probe", [1], "BOOL")
+        probe.set_data_from_numpy(np.array([True]))
+        try:
+            await self.client.infer("health", [probe], client_timeout=60)
+        except InferenceServerException as error:
+            return RefusedError(503, f"the server is not healthy: {_first_line(error)}").response()
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        lines = [f'images_requests_total{{status="{status}"}} {count}' for status, count in sorted(self.counts.items())]
+        lines += [f"images_request_seconds_total {self.spent:g}", f"images_pictures_total {self.pictures}"]
+        return PlainTextResponse("\n".join([*lines, f"images_requests_in_flight {self.waiting}", ""]))
+
+    async def _answer(self, request: Request) -> Response:
+        if self.waiting > self.most:
+            raise RefusedError(503, f"{self.most} requests are being drawn or wait; try again later")
+        content = await _body(request)
+        served = await self._served()
+        given = wanted(content, served, self.name)
+        # Behind the body nothing comes but the news that the client hangs up.
+        drawing, leaving = asyncio.ensure_future(self._draw(given)), asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not drawing.done():
+                raise RefusedError(499, "the client is gone")
+            pictures = drawing.result()
+        finally:
+            drawing.cancel()
+            leaving.cancel()
+        encoded = await asyncio.to_thread(lambda: [base64.b64encode(png(picture)).decode() for picture in pictures])
+        self.pictures += len(encoded)
+        data = [{"b64_json": text} for text in encoded]
+        return JSONResponse({"created": int(time.time()), "data": data, "size": served.size, "output_format": "png"})
+
+    async def _draw(self, given: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+        """uint8[n, H, W, C]."""
+        outputs = [grpc.InferRequestedOutput("images")]
+        try:
+            result = await self.client.infer("pipeline", tensors(given), outputs=outputs, client_timeout=SECONDS)
+        except InferenceServerException as error:
+            status = STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
+            raise RefusedError(status, _first_line(error)) from error
+        images: npt.NDArray[np.uint8] = result.as_numpy("images")
+        return images
+
+    async def _served(self) -> Served:
+        """Asked for at the first request, since the server may start later."""
+        try:
+            self.known = self.known or Served.of((await self.client.get_model_config("pipeline", as_json=True))["config"])
+        except InferenceServerException as error:
+            raise RefusedError(503, f"the server does not answer: {_first_line(error)}") from error
+        return self.known
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.client = grpc.InferenceServerClient(self.triton)
+        yield
+        await self.client.close()
+
+
+async def _body(request: Request) -> bytes:
+    content = b""
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > BODY_BYTES:
+                raise RefusedError(413, f"the body: more than {BODY_BYTES} bytes")
+    except ClientDisconnect as error:
+        raise RefusedError(499, "the client is gone") from error
+    return content
+
+
+def _first_line(error: InferenceServerException) -> str:
+    return (str(error.message() or "no reason given").splitlines() or [""])[0][:500]
+
+
+def main() -> None:
+    """Parse the command line and serve."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--triton", default="127.0.0.1:8001", help="the server's grpc address")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9100)
+    parser.add_argument("--model-name", default="pipeline", help="as clients call it")
+    parser.add_argument("--requests", type=int, default=64, help="at a time; more get 503")
+    options = parser.parse_args()
+    images = Images(options.triton, options.model_name, options.requests)
+    uvicorn.run(images.app(), host=options.host, port=options.port, log_level="warning", timeout_keep_alive=30)
+
+
+if __name__ == "__main__":
+    main()

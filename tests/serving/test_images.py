@@ -85,6 +85,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 1}, "prompt: missing"),
     ({"prompt": "a", "seed": -1}, "seed: expected 0 to"),
     ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
+    ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale: expected a finite number, 0 or more"),
     ({"prompt": "a", "num_inference_steps": 1000}, "num_inference_steps 1000: expected 1 to 100"),
     ({"prompt": "a", "scheduler": "pndm"}, "scheduler 'pndm': expected"),
     ({"prompt": "a", "colour": "red"}, "unknown parameter 'colour'"),

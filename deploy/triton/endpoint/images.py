@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import base64
 import json
-import math
 import struct
 import time
 import zlib
@@ -37,6 +36,7 @@ BODY_BYTES = 64 << 10
 SECONDS = 600
 """The longest that a request may take."""
 SEEDS = 2**64
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 TYPES: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,), "negative_prompt": (str,), "scheduler": (str,), "n": (int,), "seed": (int,), "num_inference_steps": (int,),
     "guidance_scale": (int, float), "model": (str,), "size": (str,), "response_format": (str,), "output_format": (str,),
@@ -128,7 +128,7 @@ def wanted(content: bytes, served: Served, name: str) -> dict[str, Any]:
     for key, low, high in (("n", 1, served.pictures), ("seed", 0, SEEDS - 1), ("num_inference_steps", 1, 2**31 - 1)):
         if key in given and not low <= given[key] <= high:
             raise RefusedError(400, f"{key}: expected {low} to {high}", key)
-    if not 0 <= given.get("guidance_scale", 0) < math.inf:
+    if not 0 <= given.get("guidance_scale", 0) <= FLOAT32_MAX:
         raise RefusedError(400, "guidance_scale: expected a finite number, 0 or more", "guidance_scale")
     return given
 

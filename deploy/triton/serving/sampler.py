@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -89,12 +90,16 @@ class Job:
 
     def feed(self) -> tuple[Float32, Float64, Feed]:
         """Its rows of the next network call."""
+        step = self.steps[self.at]
+        states = self.latents if step.input == 1 else step.input * self.latents
+        states = np.concatenate([states, states]) if self.guided else states
+        return states, np.full(self.rows, step.timestep), self.prepared()
+
+    def prepared(self) -> Feed:
+        """Its conditions, computed at the first question for them."""
         if self.drawn is None:
             self.drawn = self.conditions()
-        step = self.steps[self.at]
-        states = step.input * self.latents
-        states = np.concatenate([states, states]) if self.guided else states
-        return states, np.full(self.rows, step.timestep), self.drawn
+        return self.drawn
 
     def advance(self, output: Float32) -> None:
         """Take one step.
@@ -109,7 +114,7 @@ class Job:
             raise DenoiserError(f"the denoiser's output is not finite at step {self.at + 1}")
         predicted = output[:, : self.latents.shape[1]]
         if self.guided:
-            conditional, unconditional = np.split(predicted, 2)
+            conditional, unconditional = predicted[: len(self.latents)], predicted[len(self.latents) :]
             predicted = unconditional + self.guidance * (conditional - unconditional)
         step, x = self.steps[self.at], self.latents
         self.latents = step.advance(x, predicted, self.x_before, self.e_before)
@@ -139,6 +144,7 @@ class Sampler:
         self.most_rows, self.most_jobs = most_rows, most_jobs
         self.waiting: deque[Job] = deque()
         self.lanes: list[list[Job]] = [[] for _ in range(lanes)]
+        self.joined: list[tuple[tuple[Job, ...], Feed]] = []
         self.changed = threading.Condition()
         self.closed = False
         self.threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in self.lanes]
@@ -213,7 +219,7 @@ class Sampler:
         """The lane's jobs, their conditions computed; those of which that fails end."""
         for job in list(lane):
             try:
-                job.feed()
+                job.prepared()
             except DenoiserError as error:
                 self._end(lane, job, error)
         return list(lane)
@@ -224,12 +230,22 @@ class Sampler:
         Args:
             filled: up to the greatest batch, so that the server can put no one else's rows into it.
         """
-        states, timesteps, drawn = zip(*(job.feed() for job in jobs), strict=True)
+        states, timesteps, drawn = (list(parts) for parts in zip(*(job.feed() for job in jobs), strict=True))
         rows = sum(job.rows for job in jobs)
         index = np.arange(self.most_rows) % rows if filled else slice(None)
-        feed = {name: np.concatenate([each[name] for each in drawn])[index] for name in drawn[0]}
-        output = self.denoise(np.concatenate(states)[index], np.concatenate(timesteps)[index], feed)[:rows]
-        return np.split(output, np.cumsum([job.rows for job in jobs])[:-1])
+        conditions = {name: values[index] for name, values in self._joined(tuple(jobs), drawn).items()}
+        output = self.denoise(np.concatenate(states)[index], np.concatenate(timesteps)[index], conditions)[:rows]
+        ends = list(accumulate(job.rows for job in jobs))
+        return [output[end - job.rows : end] for job, end in zip(jobs, ends, strict=True)]
+
+    def _joined(self, jobs: tuple[Job, ...], drawn: list[Feed]) -> Feed:
+        """The conditions of jobs one below the other, made once for as long as a lane's jobs are the same: texts are large."""
+        for known, feed in self.joined:
+            if known == jobs:
+                return feed
+        feed = {name: np.concatenate([each[name] for each in drawn]) for name in drawn[0]}
+        self.joined = [(jobs, feed), *self.joined[: len(self.lanes) - 1]]
+        return feed
 
     def _alone(self, job: Job) -> Float32 | DenoiserError:
         try:

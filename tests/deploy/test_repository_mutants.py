@@ -23,7 +23,7 @@ SECONDS = 10
 """Of one check, which takes 20 ms: a machine at work must not fail the test, a hang must."""
 FILES = (
     "denoiser/config.pbtxt", "pipeline/config.pbtxt", "health/config.pbtxt", "pipeline/1/model.py", "health/1/model.py",
-    "pipeline/1/schedules.npy", "denoiser/1/model.onnx", "denoiser/1/model.onnx.data",
+    "pipeline/1/schedules.npy", "pipeline/1/network.json", "denoiser/1/model.onnx", "denoiser/1/model.onnx.data",
 )  # fmt: skip
 TOKENS = (
     "9" * 5000, "-1", "0", "4294967296", "9223372036854775808", "-9223372036854775809", "1e999", "nan", "inf", '"x"',

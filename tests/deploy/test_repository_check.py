@@ -254,7 +254,7 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "error",
         "expected 2 tables of 9 columns, found (3, 5050, 9)",
     ),
-    "no description of the call": (remove(CALL), "error", "1/network.json: network.json: no such file"),
+    "no description of the call": (remove(CALL), "error", "network.json: no such file"),
     "a description that is none": (edit(CALL, "int64", "int8"), "error", "expected timestep int64 or float32"),
     "a condition that no request holds": (
         edit(CALL, '"class_labels": "class_labels"', '"class_labels": "label"'),
@@ -265,14 +265,18 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     "a tokenizer that is not there": (
         edit(CALL, r'"tokenizers": \[\]', '"tokenizers": ["t.json"]'),
         "error",
-        "1/t.json: t.json: no such file",
+        "t.json: no such file",
     ),
     "tokenizers without an encoder": (
         edit(CALL, r'"tokenizers": \[\]', '"tokenizers": ["network.json"]'),
         "error",
         "text_encoder and the tokenizers of 1/network.json do not fit",
     ),
-    "no text encoder": (set_parameter("text_encoder", "t5"), "error", "text_encoder 't5' is not here"),
+    "no text encoder": (
+        edit(PIPELINE, r'(key: "text_encoder"\s+value {)', r'\1 string_value: "t5"'),
+        "error",
+        "text_encoder 't5' is not here",
+    ),
     "an environment of this machine": (
         add(PIPELINE, parameter("EXECUTION_ENV_PATH", "/opt/env")),
         "warning",

@@ -9,13 +9,16 @@ from typing import Any
 
 import onnx_ir as ir
 
+from dq_export.core.documents import shown_path
 from dq_export.deploy.triton.serving.call import suffix
 
 from .checkpoint import Checkpoint
+from .config_values import reason_of
 from .encoder_graph import float_encoder
 from .family import Family
 from .float_graph import trace
 from .loading import silent as quiet_diffusers
+from .reference import ModelError
 from .text_parts import Part, other, parts_of, silent
 
 GRAPH = "model.onnx"
@@ -37,7 +40,7 @@ def export_encoders(
         The names of the tokenizers' files.
 
     Raises:
-        ModelError: a part is missing or damaged.
+        ModelError: a part is missing or damaged, there is no room for float32, or PyTorch's exporter makes no graph of it.
     """
     parts = parts_of(family, checkpoint)
     folder.mkdir(parents=True)
@@ -47,7 +50,14 @@ def export_encoders(
     for name in tokenizers:
         lengths.append(_save_tokenizer(parts[name], parts[other(name)], most, folder / f"{name}.json"))
     network = _wrapped(family, checkpoint.pipeline, loaded, tokenizers, config, conditions)
-    graph = _traced(network, lengths, conditions)
+    try:
+        graph = _traced(network, lengths, conditions)
+    except (ImportError, MemoryError, OSError):  # the machine's, not the network's
+        raise
+    except Exception as error:  # see `TorchNetwork._graph`
+        raise ModelError(
+            f"PyTorch's exporter makes no graph of the text encoders of {shown_path(checkpoint.home)} ({reason_of(error)})"
+        ) from error
     ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data", size_threshold_bytes=1024)
     return tuple(f"{name}.json" for name in tokenizers)
 

@@ -180,11 +180,12 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
 
 
 def _rules(recipe: Recipe, reference: Reference) -> tuple[Rule, ...]:
-    """The recipe's rules, or the family's behind those of its width; who names a granularity gets it everywhere."""
-    if recipe.rules is not None:
-        return recipe.rules
-    first = recipe.width.rules(reference.blocks, reference.sites) if recipe.granularity is None else ()
-    return (*first, *reference.rules)
+    """The recipe's rules, or the family's with those of its width; who names a granularity gets it everywhere."""
+    if recipe.rules is not None or recipe.granularity is not None:
+        return reference.rules if recipe.rules is None else recipe.rules
+    place = next((index for index, rule in enumerate(reference.rules) if rule.action == "bits"), len(reference.rules))
+    first = recipe.width.rules(reference.blocks, reference.sites, reference.linears)
+    return (*reference.rules[:place], *first, *reference.rules[place:])
 
 
 def require_conditions(recipe: Recipe, reference: Reference) -> None:

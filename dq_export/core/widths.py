@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .network import InputSite
+from .network import InputSite, Linear
 from .rule import Rule
 from .scheme import Bits, Granularity
 
@@ -27,10 +27,11 @@ class Width:
     rounding: Rounding = "rtn"
     wide: int = 0
 
-    def rules(self, blocks: Sequence[str], sites: Sequence[InputSite]) -> tuple[Rule, ...]:
-        """The rules that come before the family's: the first blocks have 8-bit weights.
+    def rules(self, blocks: Sequence[str], sites: Sequence[InputSite], linears: Mapping[str, Linear]) -> tuple[Rule, ...]:
+        """The rules that come before the family's with the action `bits`: the first blocks have 8-bit weights.
 
         Linears that read one input need one scheme: those that read an input of later blocks, too, keep the width's bits.
+        So do linears of the role `static`, which often read one text in all blocks.
 
         Args:
             blocks: module names in execution order; none where the network is not made of blocks.
@@ -39,8 +40,11 @@ class Width:
         if not first:
             return ()
         pattern = f"^({'|'.join(map(re.escape, first))})\\."
-        inside = {name: bool(re.match(pattern, name)) for site in sites for name in site.linears}
-        split = [name for site in sites for name in site.linears if len({inside[other] for other in site.linears}) > 1]
+        readers = [[name for name in site.linears if linears[name].role == "gemm"] for site in sites]
+        inside = {name: bool(re.match(pattern, name)) for names in readers for name in names}
+        split = [name for names in readers for name in names if len({inside[other] for other in names}) > 1]
+        if not any(inside.values()):
+            return ()
         rule = Rule(match=pattern, role="gemm", action="w8a8", group_size=0, reason=FIRST)
         if not split:
             return (rule,)

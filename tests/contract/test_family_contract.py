@@ -18,11 +18,13 @@ from cases import CASES, SEED, Case, loaded
 from conftest import feed_of, recipe_of, run_onnx, sqnr
 from folds import fold_at_random
 
+from dq_export.calibration.calibrate import site_schemes
 from dq_export.calibration.collect.calls import Calls
 from dq_export.calibration.collect.sampling import Sampling
 from dq_export.calibration.collect.statistics import collect_ranges
 from dq_export.core.network import BATCH, Axis, arguments
 from dq_export.core.patches import Patches
+from dq_export.core.recipe import Recipe
 from dq_export.deploy.openvino.engine import load_engine
 from dq_export.families import FAMILIES
 from dq_export.families.checkpoint import configuration, digest
@@ -32,6 +34,7 @@ from dq_export.families.source import load_reference
 from dq_export.passes.base import run_passes
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
+from dq_export.preparation import resolve
 
 pytestmark = pytest.mark.usefixtures("toy_known")
 SAME = 100
@@ -332,3 +335,11 @@ def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(referenc
         np.testing.assert_array_equal(rest[name].low, whole[name].low)
         np.testing.assert_array_equal(rest[name].high, whole[name].high)
         np.testing.assert_array_equal(rest[name].rows, whole[name].rows)
+
+
+def test_w4a8_with_its_defaults_gives_the_readers_of_one_input_one_scheme(reference: Any) -> None:
+    recipe = Recipe.parse({"model": "m", "bits": "w4a8", "group_size": 0}, "test")
+    assigned = resolve(recipe, (), reference, None).assign(reference.linears)
+    assert site_schemes(reference.sites, assigned)
+    wide = {name for name, rule in assigned.items() if rule.action == "w8a8"}
+    assert bool(wide) == bool(reference.blocks)

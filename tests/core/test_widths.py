@@ -17,10 +17,11 @@ def site(*linears: str) -> InputSite:
     return InputSite(name=linears[0], linears=linears, fold=explicit(linears[0], 64))
 
 
-def actions(sites: list[InputSite], blocks: tuple[str, ...] = BLOCKS) -> dict[str, str]:
+def actions(sites: list[InputSite], static: tuple[str, ...] = ()) -> dict[str, str]:
     """By linear: the action that w4a8 gives it."""
-    linears = {name: Linear(name=name, role="gemm", width=64) for item in sites for name in item.linears}
-    rules = (*WIDTHS["w4a8"].rules(blocks, sites), *DEFAULT_RULES)
+    names = [name for item in sites for name in item.linears]
+    linears = {name: Linear(name=name, role="static" if name in static else "gemm", width=64) for name in names}
+    rules = (*WIDTHS["w4a8"].rules(BLOCKS, sites, linears), *DEFAULT_RULES)
     recipe = Recipe.parse({"model": "m", "bits": "w4a8"}, "here").model_copy(update={"rules": rules})
     return {name: rule.action for name, rule in recipe.assign(linears).items()}
 
@@ -35,9 +36,16 @@ def test_readers_of_an_input_that_later_blocks_read_keep_the_widths_bits() -> No
     assert found == {"blocks.0.q": "w8a8", "blocks.0.k": "w4a8", "blocks.2.k": "w4a8"}
 
 
+def test_linears_that_read_the_text_in_all_blocks_keep_the_widths_bits() -> None:
+    text = ("blocks.0.text_k", "blocks.1.text_k", "blocks.2.text_k")
+    assert actions([site("blocks.0.q"), site(*text)], static=text) == {"blocks.0.q": "w8a8", **dict.fromkeys(text, "w4a8")}
+    assert actions([site(*text), site("blocks.3.q")], static=text) == {**dict.fromkeys(text, "w4a8"), "blocks.3.q": "w4a8"}
+
+
 def test_a_network_without_blocks_and_other_widths_get_no_rule() -> None:
-    assert WIDTHS["w4a8"].rules((), [site("a")]) == ()
-    assert PLAIN.rules(BLOCKS, [site("blocks.0.q")]) == ()
+    linears = {name: Linear(name=name, role="gemm", width=64) for name in ("a", "blocks.0.q")}
+    assert WIDTHS["w4a8"].rules((), [site("a")], linears) == ()
+    assert PLAIN.rules(BLOCKS, [site("blocks.0.q")], linears) == ()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 import dq_export
 from dq_export.core.recipe import Recipe
+from dq_export.core.rule import Rule
 from dq_export.families.reference import Reference
 from dq_export.preparation import resolve
 
@@ -34,6 +35,14 @@ def test_who_names_a_granularity_or_rules_gets_them(
     assert recipe.rules is not None
     assert recipe.granularity == granularity
     assert any((rule.match, rule.action) == (FIRST, "w8a8") for rule in recipe.rules) == wide
+
+
+def test_a_familys_own_exceptions_come_before_the_first_blocks(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Rule(match=r"\.ff\.", action="float", reason="the family's")
+    monkeypatch.setattr(tiny, "rules", (own, *tiny.rules))
+    recipe = resolve(Recipe.parse({"model": "m", "bits": "w4a8"}, "test"), (), tiny, None)
+    assert recipe.rules is not None
+    assert [rule.action for rule in recipe.rules[:3]] == ["float", "w8a8", "bits"]
 
 
 @pytest.mark.slow

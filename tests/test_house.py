@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import zipfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +13,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-import dq_export
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {"dq_export/core": 0, "calibration": 1, "passes": 2, "deploy": 3, "dq_export": 4}
@@ -207,70 +204,15 @@ def test_the_links_are_relative() -> None:
         assert (ROOT / "dq_export" / name).readlink() == Path("..") / name
 
 
-def tracked() -> list[str]:
-    """Every file of the repository that is there."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).is_symlink() or (ROOT / name).is_file()]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tracked files without a network."""
-    copy = tmp_path_factory.mktemp("wheel") / "source"
-    for name in tracked():
-        source, target = ROOT / name, copy / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_symlink():
-            target.symlink_to(source.readlink())
-        else:
-            target.write_bytes(source.read_bytes())
-    code = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return next((copy / "dist").glob("*.whl"))
-
-
-def test_the_wheel_holds_what_the_folders_hold(wheel: Path) -> None:
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = set()
-    for name in tracked():
-        top = name.split("/")[0]
-        if top in FLOORS and not (ROOT / name).is_symlink():
-            expected.add(name if top == "dq_export" else f"dq_export/{name}")
-    assert inside == expected
-    assert any(name.startswith("dq_export/models/") for name in inside)
-
-
-def test_the_wheel_holds_the_licence_and_the_version(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as file:
-        (licence,) = [name for name in file.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
-        assert file.read(licence) == (ROOT / "LICENSE").read_bytes()
-        words = file.read(licence.replace("licenses/LICENSE", "METADATA")).decode().splitlines()
-        entries = file.read(licence.replace("licenses/LICENSE", "entry_points.txt")).decode()
-    assert "[pytest11]\ndq_export.pytest_plugin = dq_export.pytest_plugin\n" in entries
-    assert f"Version: {dq_export.__version__}" in words
-    assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(words)
-
-
-def test_every_module_of_the_wheel_can_be_imported_from_it(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path)
-    # -I: neither this checkout nor an installed copy is found, only what is put in front.
-    code = (
-        "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
-        "found = [importlib.import_module(name).__file__ for name in sys.argv[2:]]\n"
-        "from dq_export.families.source import NAMED; print(NAMED['dit-digits'][0], *found, sep='\\n')"
-    )
-    names = [name for name in modules() if not name.endswith("__main__")]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(tmp_path), *names], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(Path(line).is_relative_to(tmp_path) and Path(line).exists() for line in done.stdout.splitlines())
-
-
 @pytest.mark.parametrize(
-    "words", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "-p", "dq_export"), ("codespell_lib",)]
+    "words",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy", "-p", "dq_export"),
+        ("codespell_lib",),
+        ("proselint", "check", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs"),
+    ],
 )
 def test_style(words: tuple[str, ...]) -> None:
     done = run("-m", *words)

@@ -35,7 +35,13 @@ def test_the_workflow_runs_what_a_contributor_runs() -> None:
 
 def test_hooks_run_what_the_suite_runs() -> None:
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert [hook["entry"] for hook in repository["hooks"]] == ["ruff check", "ruff format", "mypy -p dq_export", "codespell"]
+    assert [hook["entry"] for hook in repository["hooks"]] == [
+        "ruff check",
+        "ruff format",
+        "mypy -p dq_export",
+        "codespell",
+        "proselint check",
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

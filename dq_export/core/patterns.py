@@ -43,7 +43,7 @@ def require_pattern(pattern: str) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re2._Regexp:
+def _compiled(pattern: str) -> re2._Regexp[str]:
     if len(pattern) > LENGTH:
         raise PatternError(f"{shown(pattern)} has {len(pattern)} characters; a pattern may have {LENGTH}")
     if REPEATED.search(pattern):  # RE2 takes it for literal text

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-import time
-import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from conftest import calibrate_tiny, calibration_of, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.calibration.calibrate import calibrate
-from dq_export.calibration.hessians import pairs_of, stream_hessians
-from dq_export.calibration.parallel import SPACE, parallel
+from dq_export.calibration.hessians import pairs_of
 from dq_export.calibration.rounding import ROUNDINGS, compensate
 from dq_export.core.folding import folded_weight
 from dq_export.core.grid import cover
@@ -93,41 +88,6 @@ def test_a_hessian_of_another_size_or_not_finite_is_refused(hessian: np.ndarray)
         compensate(weight, cover(weight, W4), hessian.astype(np.float32))
 
 
-def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
-    recipe = recipe_of(tiny, bits="w4a8", granularity="token", scaling="smooth")
-    plans = calibrate_tiny(tiny, recipe)[0].sites
-    calls = calibration_of(tiny, recipe, Path()).calls
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in plans}
-    times: list[float] = []
-
-    def watch(name: str, value: Any) -> None:
-        seen[name].append(plans[name].quantized(value.numpy()[:: -(-len(value) // 256)], times[-1]))
-
-    order = tiny.timesteps(recipe.steps)
-    times.append(order[0])
-    with tiny.observe(watch):
-        tiny.trajectory(
-            np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0]))
-        )
-    reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
-
-    def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        for part in stream_hessians(calls, plans, reach, order, space, **words):
-            found |= part
-        return found
-
-    whole = streamed(1 << 30)
-    for name, items in seen.items():
-        rows = np.concatenate(items).astype(np.float64)
-        np.testing.assert_allclose(whole[name], rows.T @ rows / len(rows), atol=1e-5 * reach[name] ** 2)
-        np.testing.assert_array_equal(whole[name], whole[name].T)
-    for name, matrix in streamed(8 * 32 * 32).items():  # one site at a time
-        np.testing.assert_array_equal(matrix, whole[name])
-    for name, moments in streamed(1 << 30, diagonal=True).items():
-        np.testing.assert_allclose(moments, np.diagonal(whole[name]), rtol=1e-5)
-
-
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
 def test_gptq_and_the_fitted_grid_bring_the_network_nearer(bits: str, tiny: Reference, tiny_onnx: Path) -> None:
     found = {}
@@ -193,55 +153,6 @@ def test_a_scale_for_each_token_is_its_own_amax() -> None:
         TokenScale(constant=0.0)
 
 
-class Watched:
-    """Changes nothing; remembers the streamed Hessians for as long as somebody else does."""
-
-    name = ""
-
-    def __init__(self) -> None:
-        self.given: list[weakref.ref[np.ndarray]] = []
-
-    def alive(self) -> int:
-        return len({id(found) for ref in self.given if (found := ref()) is not None})
-
-    def prepare(self, linear: str, weight: np.ndarray) -> np.ndarray:
-        return weight
-
-    def hessian(self, linear: str, streamed: np.ndarray | None, in_scale: np.ndarray) -> np.ndarray | None:
-        if streamed is not None:
-            self.given.append(weakref.ref(streamed))
-        return streamed
-
-
-def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int, dict[str, np.ndarray]]:
-    """Of a calibration with GPTQ: runs over the pictures, the most Hessians at once, and the codes."""
-    recipe = recipe_of(tiny, bits="w4a8", rounding="gptq", scaling="none")
-    plugin = Watched()
-    runs, most = 0, 0
-
-    def watch(done: int, total: int, unit: str = "") -> None:
-        nonlocal runs, most
-        if total == calibration.sampling.calls:  # one of the pictures' network calls
-            assert plugin.alive() == 0
-            runs += done == total
-        most = max(most, plugin.alive())
-
-    calibration = calibration_of(tiny, recipe, folder, progress=watch, plugin=plugin, space=space)
-    result = calibrate(calibration)
-    assert result is not None
-    return runs, most, dict(result.codes)
-
-
-def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_path: Path) -> None:
-    runs, most, codes = rounded_within(tiny, 1 << 30, tmp_path / "wide")
-    assert (runs, most) == (2, len(tiny.sites))  # the first run is that of the ranges
-    runs, most, others = rounded_within(tiny, 8 * 32 * 32, tmp_path / "tight")
-    assert (runs, most) == (1 + len(tiny.sites), 1)
-    assert codes.keys() == others.keys()
-    for name, found in codes.items():
-        np.testing.assert_array_equal(found, others[name])
-
-
 def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, bits="w4a8", rounding="mse", scaling="none")
     seen: list[tuple[int, ...]] = []
@@ -257,31 +168,6 @@ def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Pa
     np.testing.assert_array_equal(whole, diagonal)
     assert none is not None
     assert not np.array_equal(whole, none)
-
-
-def most_at_once(each: int, wanted: int) -> int:
-    """How many items `parallel` works on together; fails where `wanted` never are."""
-    together, lock, running, most = threading.Barrier(wanted), threading.Lock(), 0, 0
-
-    def work(item: int) -> int:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        together.wait(timeout=10)
-        time.sleep(0.05)  # long enough for any more to come
-        with lock:
-            running -= 1
-        return item
-
-    items = list(range(2 * wanted))
-    assert parallel(work, items, lambda done, total, unit="": None, each) == items
-    return most
-
-
-def test_as_many_threads_work_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert [most_at_once(each, wanted) for each, wanted in ((1, 8), (SPACE // 3, 3), (2 * SPACE, 1))] == [8, 3, 1]
 
 
 class Halved:

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import feed_of, run_onnx, sqnr
-from hypothesis import given
-from hypothesis import strategies as st
-from sd3 import SHIFT, TINY, drawn_by_sd3_pipeline, save_clip, save_sd3, sd3_pipeline
+from sd3 import SHIFT, drawn_by_sd3_pipeline, save_clip, save_sd3, sd3_pipeline
 from toy import PROMPTS
 
 from dq_export.core.network import Conditions
 from dq_export.families.checkpoint import open_checkpoint
-from dq_export.families.config_values import require_values
 from dq_export.families.reference import ModelError
 from dq_export.families.sd3 import SD3_FAMILY
 from dq_export.families.sd3_values import SD3Values
@@ -215,7 +212,9 @@ def test_damaged_encoders_are_refused_in_one_line(name: str, model: Path) -> Non
 
 def test_an_encoder_of_another_width_does_not_fit_the_network(model: Path) -> None:
     save_clip(model, "_2", "CLIPTextModelWithProjection", width=8)
-    with pytest.raises(ModelError, match=r"its text encoders give what its network does not take: pooled_projections has shape"):
+    with pytest.raises(
+        ModelError, match=r"the outputs of its text encoders do not fit its network: pooled_projections has shape"
+    ):
         load_reference(str(model)).encode(PROMPTS, "cpu")
 
 
@@ -290,24 +289,3 @@ def test_values_of_no_sd3_are_refused_by_file_and_key(changes: dict[str, Any], m
     edit(model / "transformer" / "config.json", **changes)
     with pytest.raises(ModelError, match=rf"config\.json: {message}"):
         load_reference(str(model))
-
-
-JSON = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text(max_size=3)
-
-
-@given(key=st.sampled_from(sorted(SD3Values.model_fields)), value=JSON | st.lists(JSON, max_size=2))
-def test_any_value_is_refused_or_makes_a_network(key: str, value: Any) -> None:
-    """Without memory for parameters: what is accepted here must not fail there."""
-    from diffusers import SD3Transformer2DModel
-
-    config = {**TINY, key: value}
-    try:
-        require_values(SD3Transformer2DModel, SD3Values, config, Path("config.json"))
-    except ModelError as error:
-        named = key in str(error)
-    else:
-        named = True
-        if config["num_layers"] <= 8:
-            with torch.device("meta"):
-                SD3Transformer2DModel.from_config(config)
-    assert named

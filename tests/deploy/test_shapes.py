@@ -1,4 +1,4 @@
-"""Batches of a plan, as a user writes them; see test_trt for the rest of the syntax."""
+"""The shapes of a plan, as a user writes them."""
 
 from __future__ import annotations
 
@@ -75,3 +75,35 @@ def test_a_shape_that_the_graph_does_not_take_is_refused(shape: str, message: st
     with pytest.raises(BackendError, match=message) as caught:
         profiles(INPUTS, ("", shape, ""))
     assert len(str(caught.value)) < 300
+
+
+def test_shapes_default_to_batches_of_1_2_and_16() -> None:
+    found = profiles(INPUTS, ("", "", ""))
+    assert found == {
+        "hidden_states": ((1, 4, 8, 8), (2, 4, 8, 8), (16, 4, 8, 8)),
+        "class_labels": ((1,), (2,), (16,)),
+    }
+
+
+def test_shapes_in_trtexecs_syntax() -> None:
+    given = ("", "hidden_states:8x4x8x8,class_labels:8", "hidden_states:32x4x8x8,class_labels:32")
+    assert profiles(INPUTS, given)["hidden_states"] == ((1, 4, 8, 8), (8, 4, 8, 8), (32, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("hidden_states=2", "--opt-shapes 'hidden_states=2': expected name:AxBxC"),
+        ("latents:2x4x8x8", "the graph has no input 'latents'; it has hidden_states, timestep, class_labels"),
+        ("hidden_states:2x4x16x16", "'hidden_states' is Bx4x8x8, found 2x4x16x16"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(shape: str, message: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        profiles(INPUTS, ("", shape, ""))
+    assert message in str(caught.value)
+
+
+def test_shapes_must_grow() -> None:
+    with pytest.raises(BackendError, match="'class_labels': the shapes must grow"):
+        profiles(INPUTS, ("class_labels:4", "class_labels:2", ""))

@@ -16,21 +16,16 @@ import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, save_tiny, sqnr
 
-import dq_export
-from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.backend import BackendError, NotHereError, unwatched
-from dq_export.deploy.backends import backend_of
 from dq_export.deploy.tensorrt.backend import TensorRt, TensorRtRtx
 from dq_export.deploy.tensorrt.builder import PlanRequest, build_plan
-from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
-from dq_export.deploy.tensorrt.profiles import profiles
-from dq_export.deploy.tensorrt.runner import PlanEngine, compute_capability
+from dq_export.deploy.tensorrt.layers import read_layers
+from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 from dq_export.finished_folder import engine_of
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
-from dq_export.passes.sizes import Dims
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 TARGETS = ("sm89", "sm120")
@@ -143,8 +138,8 @@ def test_a_plan_says_what_it_wants(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("version", "was built by tensorrt_rtx 0.9, here is tensorrt_rtx 1."),
-        ("bytes", "is not the plan that was built; run `dq-export finish"),
+        ("version", "was built by tensorrt_rtx 0.9, but tensorrt_rtx 1."),
+        ("bytes", "was changed after the build; run `dq-export finish"),
         ("missing", "no model.plan; run `dq-export finish"),
     ],
 )
@@ -181,7 +176,7 @@ def test_a_build_that_is_killed_says_so(exported: Path, tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(BackendError, match="was killed, most likely for want of memory"):
+    with pytest.raises(BackendError, match="was killed, most likely for lack of memory"):
         rtx().build(exported / "model.onnx", tmp_path / "engine")
     killer.join()
 
@@ -238,68 +233,6 @@ def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: A
     assert all(float(scale) * 1e8 <= 65504 / 2 * (1 + 2**-10) for scale in scales)
 
 
-@RTX
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target": "sm90"}, "--target 'sm90': TensorRT-RTX builds for sm75, sm80, sm86, sm89, sm120, sm121"),
-        (
-            {"target": "sm86", "bits": "fp8"},
-            "on TensorRT-RTX: fp8 needs --target sm89 or later, found sm86; the nearest is w8a8",
-        ),
-        ({"target": "sm75", "dtype": "bf16"}, "--dtype bf16 needs --target sm80 or later, found sm75"),
-        ({"target": "sm80", "attention": "fp8"}, "--attention fp8 needs --target sm89 or later, found sm80"),
-        ({"format": "ort", "attention": "fp8"}, "--format ort does not run --attention fp8; trt and trt-rtx do"),
-        ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
-    ],
-)
-def test_what_no_plan_can_be_is_an_error_before_anything_is_done(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        backend_of(Recipe.parse({"model": "m", "format": "trt-rtx", **options}, "test"))
-    assert message in str(caught.value)
-
-
-@RTX
-@pytest.mark.parametrize(("action", "since"), [("fp8", "sm89"), ("w4a16", "sm80")])
-def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: str, since: str, tiny: Any) -> None:
-    """A recipe's rules decide, where it has them: neither do bits stand for them, nor does a rule that decides nothing."""
-    lowest = {"sm89": "sm80", "sm80": "sm75"}[since]
-    edges, one = {"match": "emb|norm|proj_out|pos_embed", "action": "float"}, {"match": r"0\.attn1\.to_q", "action": action}
-    quantized = {"match": "", "action": "w8a8"}
-
-    def require(*rules: dict[str, Any], target: str = lowest, bits: str = "w8a8") -> None:
-        recipe = Recipe.parse({"model": "m", "format": "trt-rtx", "target": target, "bits": bits, "rules": rules}, "test")
-        backend = backend_of(recipe)
-        assert backend is not None
-        backend.require_schemes(rule.scheme for rule in recipe.assign(tiny.linears).values())
-
-    with pytest.raises(RecipeError, match=f"{action} needs --target {since} or later, found {lowest}; the nearest is w.a8"):
-        require(edges, one, quantized)
-    require(edges, one, quantized, target=since)
-    require(edges, {"match": r"0\.attn1", "action": "float"}, one, quantized)
-    require(edges, quantized, bits=action)
-
-
-@RTX
-def test_a_rule_that_a_target_does_not_run_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
-    rules = [
-        {"match": r"0\.attn1\.to_q", "action": "fp8"},
-        {"match": "attn1|ff", "action": "bits"},
-        {"match": "", "action": "float"},
-    ]
-    with pytest.raises(RecipeError, match="fp8 needs --target sm89 or later, found sm80; the nearest is w8a8"):
-        dq_export.build(model=str(tiny_folder), output_dir=tmp_path / "out", format="trt-rtx", target="sm80,sm120", rules=rules)
-    assert not (tmp_path / "out").exists()
-
-
-def test_bits_that_a_format_does_not_run_are_an_error() -> None:
-    with pytest.raises(
-        RecipeError,
-        match=r"fp8 .* on ONNX Runtime's CPU provider: no CPU kernel takes float8; --format trt has one",
-    ):
-        backend_of(Recipe.parse({"model": "m", "bits": "fp8"}, "test"))
-
-
 def test_without_tensorrt_it_says_how_to_go_on(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt"):
         pytest.skip("TensorRT is installed here")
@@ -310,82 +243,5 @@ def test_without_tensorrt_it_says_how_to_go_on(tiny_onnx_per_sample: Path, calib
         backend.build(model, tmp_path / "engine")
 
 
-INPUTS: dict[str, Dims] = {"hidden_states": (None, 4, 32, 32), "timestep": (1,), "class_labels": (None,)}
-
-
-def test_shapes_default_to_batches_of_1_2_and_16() -> None:
-    found = profiles(INPUTS, ("", "", ""))
-    assert found == {
-        "hidden_states": ((1, 4, 32, 32), (2, 4, 32, 32), (16, 4, 32, 32)),
-        "class_labels": ((1,), (2,), (16,)),
-    }
-
-
-def test_shapes_in_trtexecs_syntax() -> None:
-    given = ("", "hidden_states:8x4x32x32,class_labels:8", "hidden_states:32x4x32x32,class_labels:32")
-    assert profiles(INPUTS, given)["hidden_states"] == ((1, 4, 32, 32), (8, 4, 32, 32), (32, 4, 32, 32))
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ("hidden_states=2", "--opt-shapes 'hidden_states=2': expected name:AxBxC"),
-        ("latents:2x4x32x32", "the graph has no input 'latents'; it has hidden_states, timestep, class_labels"),
-        ("hidden_states:2x4x64x64", "'hidden_states' is Bx4x32x32, found 2x4x64x64"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_errors(shape: str, message: str) -> None:
-    with pytest.raises(BackendError) as caught:
-        profiles(INPUTS, ("", shape, ""))
-    assert message in str(caught.value)
-
-
-def test_shapes_must_grow() -> None:
-    with pytest.raises(BackendError, match="'class_labels': the shapes must grow"):
-        profiles(INPUTS, ("class_labels:4", "class_labels:2", ""))
-
-
-def test_a_list_of_layers_of_another_form_is_an_error() -> None:
-    with pytest.raises(ValueError, match="found 'Layer 1 is a gemm'"):
-        read_layers("Layers:\nLayer 1 is a gemm")
-
-
-def test_a_gemm_in_parts_is_as_good_as_its_worst() -> None:
-    parts = (
-        Layer(name="a", kind="gemm", operands=("Int8", "Int8"), nodes=("n",)),
-        Layer(name="b", kind="gemm", operands=("Half", "Half"), nodes=("n",)),
-        Layer(name="c", kind="kgen", operands=("Half",), nodes=("n",)),
-    )
-    assert kernel_of(parts, "n") == ("gemm HalfxHalf", "")
-    assert kernel_of(parts[:1], "n") == ("gemm Int8xInt8", "Int8")
-    assert kernel_of(parts, "other") == ("not found", "")
-
-
 def test_numpy_is_enough_for_the_graph() -> None:
     assert np.dtype(ir.DataType.FLOAT8E4M3FN.numpy()).itemsize == 1
-
-
-class Buffer:
-    """Answers as polygraphy's runner does, which needs a GPU: every call writes to the same memory."""
-
-    def __init__(self) -> None:
-        self.memory = np.zeros(2, dtype=np.float32)
-
-    def infer(self, feed: Any, **options: Any) -> dict[str, Any]:
-        from polygraphy.exception import PolygraphyException
-
-        if feed["x"].shape != (2,):
-            raise PolygraphyException(f"For input: x, failed to set shape to:\n {feed['x'].shape}")
-        self.memory += feed["x"]
-        return {"sample": self.memory}
-
-
-def test_what_a_plan_puts_out_stays_and_inputs_of_other_sizes_are_refused_in_one_line() -> None:
-    plan = PlanEngine(engine=None)
-    plan.__dict__["_active"] = Buffer()
-    first, second = (plan({"x": np.ones(2, dtype=np.float32)}) for _ in range(2))
-    assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
-    with pytest.raises(
-        BackendError, match=r"^the plan cannot run on these inputs \(.* to: \(3,\)\); it takes the sizes .* name$"
-    ):
-        plan({"x": np.ones(3, dtype=np.float32)})

@@ -1,15 +1,13 @@
-"""Searching a recipe: the algorithms on a problem whose best is known, and a whole search whose winner is exported."""
+"""A whole search, whose winner is exported."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import command_line
-import numpy as np
 import pytest
 from conftest import save_tiny
 
@@ -23,129 +21,10 @@ from dq_export.families.source import load_reference
 from dq_export.output_folder import OutputError
 from dq_export.pipeline import run
 from dq_export.preparation import Options, resolve
-from dq_export.report.front import EXACT, UNIFORM, Front, apart
 from dq_export.search.explore import WINNER, explore
 from dq_export.search.request import SearchError, SearchRequest
-from dq_export.search.space import KNOWN, Q_DIT, Genome, Space, space_of, weight_bytes
-from dq_export.search.strategies import SEARCHES, Goal, Search, evaluations_of
+from dq_export.search.space import KNOWN, Q_DIT, space_of, weight_bytes
 from dq_export.search.trajectories import EVALUATIONS
-
-SITES, CHOICES = 6, 4
-RANDOM = np.random.default_rng(3)
-NOISE = 10 ** RANDOM.uniform(-6, -2, (SITES, CHOICES)) * np.asarray([1e-3, 0.1, 1, 3])
-SIZE = np.asarray([4.0, 2.0, 1.0, 0.5]) * RANDOM.uniform(0.5, 2, (SITES, 1))
-
-
-def problem() -> Space:
-    names = tuple(f"s{i}" for i in range(SITES))
-    schemes = tuple(scheme_of("w4a8", "token", 16 * (1 + i)) for i in range(CHOICES))
-    allowed = np.ones((SITES, CHOICES), dtype=bool)
-    return Space(sites=names, linears={name: (name,) for name in names}, choices=schemes, allowed=allowed, size=SIZE)
-
-
-def truth(genome: Genome) -> float:
-    """Noise that adds up, but for a pair of sites that make each other worse."""
-    chosen = list(genome)
-    noise = NOISE[np.arange(SITES), chosen].sum() + 5 * NOISE[0, chosen[0]] * (chosen[1] > 1)
-    return float(-10 * np.log10(noise))
-
-
-@pytest.mark.parametrize("strategy", list(SEARCHES))
-def test_a_search_keeps_its_bound_and_its_budget_and_repeats(strategy: str) -> None:
-    space = problem()
-    goal = Goal(cost=space.bytes_of, limit=0.4 * SIZE[:, 0].sum())
-    found = []
-    for _ in range(2):
-        counted: list[Genome] = []
-
-        def evaluate(genome: Genome, counted: list[Genome] = counted) -> float:
-            counted.append(genome)
-            return truth(genome)
-
-        search = Search(space, goal, evaluate, 120, lambda done, total, best: None)
-        SEARCHES[strategy](search, np.random.default_rng(0))
-        best = search.best()
-        assert best is not None
-        assert goal.legal(best)
-        assert len(counted) == len(set(counted)) <= 120
-        found.append(best)
-        front = search.front()
-        assert [point[0] for point in front] == sorted(point[0] for point in front)
-        assert [point[1] for point in front] == sorted(point[1] for point in front)
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("strategy", list(SEARCHES))
-def test_a_bound_that_only_the_cheapest_mixes_meet_is_met(strategy: str) -> None:
-    space = problem()
-    goal = Goal(cost=space.bytes_of, limit=SIZE.min(axis=1).sum() * 1.05)
-    search = Search(space, goal, truth, 40, lambda done, total, best: None)
-    SEARCHES[strategy](search, np.random.default_rng(0))
-    best = search.best()
-    assert best is not None
-    assert goal.legal(best)
-
-
-@pytest.mark.parametrize("strategy", list(SEARCHES))
-@pytest.mark.parametrize("evaluations", [1, 3, 8, 12, 22])
-def test_however_few_evaluations_the_winner_is_within_the_limit_and_beaten_by_no_uniform_choice(
-    strategy: str, evaluations: int
-) -> None:
-    space = problem()
-    assert evaluations <= evaluations_of(space) == CHOICES + 2 + SITES * (CHOICES - 1)
-    goal = Goal(cost=space.bytes_of, limit=0.4 * SIZE[:, 0].sum())
-    search = Search(space, goal, truth, evaluations, lambda done, total, best: None)
-    SEARCHES[strategy](search, np.random.default_rng(0))
-    best = search.best()
-    assert best is not None
-    assert goal.legal(best)
-    alike = [(truth(g), space.bytes_of(g)) for scheme in space.choices if goal.legal(g := space.everywhere(scheme))]
-    assert len(alike) == 2
-    if evaluations >= len(alike):
-        assert truth(best) >= max(alike)[0]
-        assert not any(sqnr > truth(best) and size < space.bytes_of(best) for sqnr, size in alike)
-    if strategy == "descend" and evaluations >= 12:
-        assert truth(best) > max(alike)[0], "the rest of the evaluations is used, too"
-
-
-def test_the_network_without_anything_quantized_is_no_winner() -> None:
-    space = problem()
-    for goal in (
-        Goal(cost=space.bytes_of, limit=1e9, quantizes=lambda genome: any(genome)),
-        Goal(cost=space.bytes_of, sqnr=200.0, quantizes=lambda genome: any(genome)),
-    ):
-        search = Search(space, goal, lambda genome: truth(genome) if any(genome) else 200.0, 60, lambda done, total, best: None)
-        SEARCHES["descend"](search, np.random.default_rng(0))
-        best = search.best()
-        assert best is not None
-        assert any(best)
-        assert goal.met(best, search.found[best]) == (goal.limit is not None)
-
-
-def test_descend_finds_the_best_of_all_with_a_fraction_of_them() -> None:
-    space = problem()
-    goal = Goal(cost=space.bytes_of, limit=0.4 * SIZE[:, 0].sum())
-    everything = [g for g in itertools.product(range(CHOICES), repeat=SITES) if goal.legal(g)]
-    exact = max(map(truth, everything))
-    search = Search(space, goal, truth, 100, lambda done, total, best: None)
-    SEARCHES["descend"](search, np.random.default_rng(0))
-    best = search.best()
-    assert best is not None
-    assert truth(best) == pytest.approx(exact)
-    assert len(everything) > 500
-
-
-def test_a_target_is_reached_at_the_least_cost() -> None:
-    space = problem()
-    wanted = 25.0
-    goal = Goal(cost=space.bytes_of, sqnr=wanted)
-    enough = [g for g in itertools.product(range(CHOICES), repeat=SITES) if truth(g) >= wanted]
-    search = Search(space, goal, truth, 150, lambda done, total, best: None)
-    SEARCHES["descend"](search, np.random.default_rng(0))
-    best = search.best()
-    assert best is not None
-    assert truth(best) >= wanted
-    assert space.bytes_of(best) <= min(map(space.bytes_of, enough)) * 1.02
 
 
 @pytest.fixture(scope="module")
@@ -317,46 +196,6 @@ def test_bytes_of_a_weight() -> None:
     assert weight_bytes(PRESETS["w8a8"], 10, 64) == 640 + 10 * 5
     assert weight_bytes(scheme_of("w4a8", "token", 32), 10, 64) == 320 + 10 * (2 + 5)
     assert weight_bytes(scheme_of("w4a16", group_size=32), 10, 64) == 320 + 20 * 4.5
-
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def drawn(front: Front) -> Any:
-    import xml.etree.ElementTree as Xml
-
-    return Xml.fromstring(front.draw())
-
-
-def texts(picture: Any) -> list[str]:
-    return [item.text or "" for item in picture.iter(f"{SVG}text")]
-
-
-def test_the_picture_of_the_front_is_whole() -> None:
-    uniform = (("float", 12.7, 200.0), ("w8a8 <token>", 4.8, 47.0), ("w4a8", 3.5, 28.0))
-    front = Front(unit="MB", mixes=((3.4, 27.0), (4.3, 45.0), (12.7, 200.0)), uniform=uniform, winner=(4.3, 45.0), limit=4.4)
-    picture = drawn(front)
-    assert {"w8a8 <token>", "float", "limit 4.4 MB", "12.7 MB, no error: off the scale"} <= set(texts(picture))
-    dots = [
-        (float(item.get("cx")), float(item.get("cy"))) for item in picture.iter(f"{SVG}circle") if item.get("fill") == UNIFORM
-    ]
-    inside = [point for point in dots if point[0] <= 500]
-    assert len(inside) == 2, "the float point would squeeze the others"
-    heights = sorted(y for _, y in inside)
-    assert heights[1] - heights[0] > 200
-    dashed = [item.get("d") for item in picture.iter(f"{SVG}path") if item.get("stroke-dasharray")]
-    assert len(dashed) == 1
-    limit = float(dashed[0][1:].split()[0])
-    assert inside[1][0] < limit < inside[0][0], "between w4a8 and w8a8"
-    assert "target 40 dB" in texts(drawn(Front(unit="ms", mixes=(), target=40.0)))
-    drawn(Front(unit="ms", mixes=((1.0, EXACT),)))
-
-
-def test_labels_lie_apart_from_each_other_and_from_the_points() -> None:
-    points = [(100.0 + i % 3, 100.0 + i // 3) for i in range(8)]
-    placed = apart(points)
-    for number, (x, y) in enumerate(placed):
-        assert all(abs(x - a) >= 9 or abs(y - b) >= 12 for a, b in (*placed[:number], *points))
 
 
 def test_the_command_says_what_to_export(folder: Path, tmp_path: Path) -> None:

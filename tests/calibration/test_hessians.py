@@ -1,0 +1,98 @@
+"""Second moments of quantized inputs: their values, and how long they stay in memory."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import calibrate_tiny, calibration_of, recipe_of
+
+from dq_export.calibration.calibrate import calibrate
+from dq_export.calibration.hessians import stream_hessians
+from dq_export.families.reference import Reference
+
+
+def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference) -> None:
+    recipe = recipe_of(tiny, bits="w4a8", granularity="token", scaling="smooth")
+    plans = calibrate_tiny(tiny, recipe)[0].sites
+    calls = calibration_of(tiny, recipe, Path()).calls
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in plans}
+    times: list[float] = []
+
+    def watch(name: str, value: Any) -> None:
+        seen[name].append(plans[name].quantized(value.numpy()[:: -(-len(value) // 256)], times[-1]))
+
+    order = tiny.timesteps(recipe.steps)
+    times.append(order[0])
+    with tiny.observe(watch):
+        tiny.trajectory(
+            np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0]))
+        )
+    reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
+
+    def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for part in stream_hessians(calls, plans, reach, order, space, **words):
+            found |= part
+        return found
+
+    whole = streamed(1 << 30)
+    for name, items in seen.items():
+        rows = np.concatenate(items).astype(np.float64)
+        np.testing.assert_allclose(whole[name], rows.T @ rows / len(rows), atol=1e-5 * reach[name] ** 2)
+        np.testing.assert_array_equal(whole[name], whole[name].T)
+    for name, matrix in streamed(8 * 32 * 32).items():  # one site at a time
+        np.testing.assert_array_equal(matrix, whole[name])
+    for name, moments in streamed(1 << 30, diagonal=True).items():
+        np.testing.assert_allclose(moments, np.diagonal(whole[name]), rtol=1e-5)
+
+
+class Watched:
+    """Changes nothing; remembers the streamed Hessians for as long as somebody else does."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[np.ndarray]] = []
+
+    def alive(self) -> int:
+        return len({id(found) for ref in self.given if (found := ref()) is not None})
+
+    def prepare(self, linear: str, weight: np.ndarray) -> np.ndarray:
+        return weight
+
+    def hessian(self, linear: str, streamed: np.ndarray | None, in_scale: np.ndarray) -> np.ndarray | None:
+        if streamed is not None:
+            self.given.append(weakref.ref(streamed))
+        return streamed
+
+
+def rounded_within(tiny: Reference, space: int, folder: Path) -> tuple[int, int, dict[str, np.ndarray]]:
+    """Of a calibration with GPTQ: runs over the pictures, the most Hessians at once, and the codes."""
+    recipe = recipe_of(tiny, bits="w4a8", rounding="gptq", scaling="none")
+    plugin = Watched()
+    runs, most = 0, 0
+
+    def watch(done: int, total: int, unit: str = "") -> None:
+        nonlocal runs, most
+        if total == calibration.sampling.calls:  # one of the pictures' network calls
+            assert plugin.alive() == 0
+            runs += done == total
+        most = max(most, plugin.alive())
+
+    calibration = calibration_of(tiny, recipe, folder, progress=watch, plugin=plugin, space=space)
+    result = calibrate(calibration)
+    assert result is not None
+    return runs, most, dict(result.codes)
+
+
+def test_hessians_are_dropped_before_the_next_are_summed(tiny: Reference, tmp_path: Path) -> None:
+    runs, most, codes = rounded_within(tiny, 1 << 30, tmp_path / "wide")
+    assert (runs, most) == (2, len(tiny.sites))  # the first run is that of the ranges
+    runs, most, others = rounded_within(tiny, 8 * 32 * 32, tmp_path / "tight")
+    assert (runs, most) == (1 + len(tiny.sites), 1)
+    assert codes.keys() == others.keys()
+    for name, found in codes.items():
+        np.testing.assert_array_equal(found, others[name])

@@ -1,0 +1,37 @@
+"""A plan that runs: its outputs, and inputs that it does not take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dq_export.deploy.backend import BackendError
+from dq_export.deploy.tensorrt.runner import PlanEngine
+
+
+class Buffer:
+    """Answers as polygraphy's runner does, which needs a GPU: every call writes to the same memory."""
+
+    def __init__(self) -> None:
+        self.memory = np.zeros(2, dtype=np.float32)
+
+    def infer(self, feed: Any, **options: Any) -> dict[str, Any]:
+        from polygraphy.exception import PolygraphyException
+
+        if feed["x"].shape != (2,):
+            raise PolygraphyException(f"For input: x, failed to set shape to:\n {feed['x'].shape}")
+        self.memory += feed["x"]
+        return {"sample": self.memory}
+
+
+def test_what_a_plan_puts_out_stays_and_inputs_of_other_sizes_are_refused_in_one_line() -> None:
+    plan = PlanEngine(engine=None)
+    plan.__dict__["_active"] = Buffer()
+    first, second = (plan({"x": np.ones(2, dtype=np.float32)}) for _ in range(2))
+    assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
+    with pytest.raises(
+        BackendError, match=r"^the plan cannot run on these inputs \(.* to: \(3,\)\); it takes only the sizes .* set$"
+    ):
+        plan({"x": np.ones(3, dtype=np.float32)})

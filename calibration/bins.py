@@ -15,25 +15,25 @@ TOLERANCE = 0.05
 
 
 def partition(scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-step"]) -> list[int]:
-    """Start index of each bin over scales in timestep order, so that the noise added by merging is least.
+    """Start index of each bin over scales in timestep order, with the least noise added by merging.
 
     A bin takes the largest scale S of its steps; a step whose own scale is s then has (S / s)^2 times the rounding
-    noise. The cost of a bin is the sum of (S / s)^2 - 1 over its steps; the partition of least total cost is found by
-    dynamic programming in O(T^2 * bins).
+    noise. The cost of a bin is the sum of (S / s)^2 - 1 over its steps. Dynamic programming finds the partition of least
+    total cost in O(T^2 * bins).
 
     Args:
         scale: float32[T], > 0, ordered by timestep.
-        bins: how many bins (at most T are made); `auto`: the fewest whose mean added noise is at most 5 % (0.2 dB);
+        bins: the number of bins (at most T); `auto`: the fewest whose mean added noise is at most 5 % (0.2 dB);
             `per-step`: T.
     """
     steps = len(scale)
-    most = steps if isinstance(bins, str) else min(bins, steps)
+    limit = steps if isinstance(bins, str) else min(bins, steps)
     if bins == "per-step":
         return list(range(steps))
     cost = _merge_costs(scale.astype(np.float64))
     best = cost[0].copy()
     starts = [np.zeros(steps, dtype=np.int64)]
-    while len(starts) < most and not (bins == "auto" and best[-1] <= TOLERANCE * steps):
+    while len(starts) < limit and not (bins == "auto" and best[-1] <= TOLERANCE * steps):
         # best[j]: least cost of steps 0..j in len(starts) bins; one more bin starts at i <= j.
         through = np.concatenate(([np.inf], best[:-1]))[:, None] + cost
         starts.append(through.argmin(axis=0))
@@ -51,12 +51,12 @@ def partition(scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-s
 def build_table(
     timesteps: Float64, scale: npt.NDArray[np.float32], bins: int | Literal["auto", "per-step"], qtype: QuantType = INT8
 ) -> ScaleTable:
-    """The scale table of one site. Edges lie half way between the calibrated timesteps on either side,
-    rounded to float32, in which the graph compares.
+    """The scale table of one site. Edges lie half way between neighbouring calibrated timesteps, rounded to float32, the
+    type in which the graph compares.
 
     Args:
         timesteps: float64[T], distinct, any order.
-        scale: float32[T], each timestep's own scale; zeros (an input that is zero at that timestep) take the least
+        scale: float32[T], each timestep's own scale; zeros (the input is zero at that timestep) are replaced by the least
             positive scale.
     """
     order = np.argsort(timesteps)
@@ -68,7 +68,7 @@ def build_table(
 
 
 def given_table(timesteps: Float64, scale: npt.NDArray[np.float32], qtype: QuantType) -> ScaleTable:
-    """The table of scales that are known: a bin for each timestep, neighbours with equal scales in one. Edges as in
+    """The table of imported scales: a bin for each timestep, where neighbours with equal scales share one. Edges as in
     `build_table`.
 
     Args:
@@ -80,7 +80,7 @@ def given_table(timesteps: Float64, scale: npt.NDArray[np.float32], qtype: Quant
 
 
 def _between(ordered: Float64, starts: list[int]) -> TimestepBins:
-    """The bins that start at some of the timesteps."""
+    """The bins that start at the given indices into the timesteps."""
     return TimestepBins(edges=tuple(float(np.float32((ordered[i - 1] + ordered[i]) / 2)) for i in starts[1:]))
 
 
@@ -91,6 +91,6 @@ def _merge_costs(scale: Float64) -> Float64:
     for i in range(steps):
         largest = np.maximum.accumulate(scale[i:])
         count = np.arange(1, steps - i + 1)
-        # Summed from i on: the difference of two sums from 0 on would drown in the terms of tiny scales before i.
+        # Summed from i on: in the difference of two sums from 0 on, the large terms of tiny scales before i would cancel badly.
         cost[i, i:] = np.maximum(largest**2 * np.cumsum(scale[i:] ** -2) - count, 0.0)
     return cost

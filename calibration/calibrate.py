@@ -1,4 +1,4 @@
-"""The whole calibration, phase by phase."""
+"""The calibration, phase by phase."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NO_COUNTS: npt.NDArray[np.int64] = np.zeros((0, 1), dtype=np.int64)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decision:
-    """How a site's input is scaled, and `amax`: float32[T], the range that is left at each timestep."""
+    """How a site's input is scaled, and `amax`: float32[T], the range at each timestep after the scaling."""
 
     site: InputSite
     scheme: Scheme
@@ -47,19 +47,19 @@ def calibrate(calibration: Calibration) -> CalibrationResult | None:
     """Decide every in_scale, in_shift, scale table and weight scale of an export.
 
     Phases: collect the ranges, choose the scalings, decide the scales, round the weights, collect the ranges of the
-    quantized network (`progressive`), and measure what it all costs.
+    quantized network (`progressive`), and measure the error.
 
     Returns:
-        On the first process the result, bit for bit that of one process alone; on the others None.
+        The result on the first process, bit for bit equal to that of a single process; None on the others.
 
     Raises:
         CalibrationError: an input that cannot be quantized; all of them in one message.
     """
     recipe, group = calibration.recipe, calibration.group
     if recipe.calibration == "progressive" and group.size > 1:
-        raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or take uniform")
+        raise CalibrationError("calibration progressive samples with one process; start it without torchrun, or use uniform")
     schemes = site_schemes(calibration.denoiser.sites, calibration.assigned)
-    if not samples(recipe, calibration.assigned) or not schemes:  # weights alone, which the first process rounds
+    if not samples(recipe, calibration.assigned) or not schemes:  # only weights, which the first process rounds
         return _rounded(calibration, {}, ()) if group.rank == 0 else None
     statistics = collect_ranges(calibration.calls, tuple(schemes), calibration.folder)
     if group.rank > 0 and recipe.method == "minmax" and recipe.first_rounding == "rtn":
@@ -81,7 +81,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
     """The scaling of every site; sites that share one are judged together.
 
     Raises:
-        CalibrationError: an input that a shift takes away entirely.
+        CalibrationError: a shift removes an input entirely.
     """
     denoiser, assigned, recipe, tables = calibration.denoiser, calibration.assigned, calibration.recipe, calibration.tables
     groups: dict[str, list[InputSite]] = {}
@@ -91,8 +91,8 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
 
     def decide(group: list[InputSite]) -> list[Decision]:
         items = [statistics[site.name] for site in group]
-        if (given := tables.scalings.get(group[0].name)) is not None:
-            return decisions_of(group, items, given)
+        if (imported := tables.scalings.get(group[0].name)) is not None:
+            return decisions_of(group, items, imported)
         linears = [name for site in group for name in site.linears]
         quantized = [name for name in linears if assigned[name].scheme.low_precision]
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
@@ -189,7 +189,7 @@ def _hessians(
     plans: Mapping[str, SitePlan],
     timesteps: npt.NDArray[np.float64],
 ) -> Iterable[dict[str, Float32]]:
-    """The second moments that the weights are rounded by; none where each goes to its nearest code."""
+    """The second moments for the rounding of the weights; none if weights are rounded to nearest."""
     rounding = calibration.recipe.first_rounding
     if rounding == "rtn":
         return ()
@@ -201,7 +201,7 @@ def _hessians(
 def _refined(
     calibration: Calibration, decisions: Sequence[Decision], result: CalibrationResult
 ) -> tuple[Statistics, CalibrationResult]:
-    """The statistics of the quantized network's inputs, and the result with scales from them."""
+    """Statistics of the quantized network's inputs, and the result with scales from these statistics."""
     with Simulation.of(calibration.denoiser, result, calibration.assigned).on(calibration.denoiser):
         statistics = collect_ranges(calibration.calls, tuple(result.sites), calibration.folder / "progressive")
         again = []
@@ -213,7 +213,7 @@ def _refined(
 
 
 def measured(calibration: Calibration, statistics: Statistics, result: CalibrationResult) -> CalibrationResult:
-    """The result with what the kept rows show of it: reaches, float8 scales, corrections, and errors."""
+    """The result with the numbers measured on the kept rows: reaches, float8 scales, corrections, and errors."""
     denoiser, assigned, progress = calibration.denoiser, calibration.assigned, calibration.progress
     reached = reach_of(denoiser, statistics, assigned, result, progress)
     attention: Mapping[str, float] = {}
@@ -234,11 +234,11 @@ def samples(recipe: Recipe, assigned: Mapping[str, Rule]) -> bool:
 
 
 def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> dict[str, Scheme]:
-    """By site: how its readers are quantized. Sites whose readers are float or weight-only are left out, but for those that
-    share the scaling of a quantized one.
+    """For each site, how its readers are quantized. Sites whose readers are float or weight-only are left out, except those
+    that share the scaling of a quantized site.
 
     Raises:
-        CalibrationError: readers of one input want different things; all of them in one message.
+        CalibrationError: readers of one input have different schemes; all of them in one message.
     """
     by_site: dict[str, Scheme] = {}
     wrong = []
@@ -258,7 +258,7 @@ def site_schemes(sites: Sequence[InputSite], assigned: Mapping[str, Rule]) -> di
 def _activation(
     decision: Decision, recipe: Recipe, timesteps: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
 ) -> ScaleTable | TokenScale | None:
-    """How a site's input is quantized. `counts`: see `collect_histograms`; without rows where no method asks for them."""
+    """How a site's input is quantized. `counts`: see `collect_histograms`; empty if the method does not need them."""
     scheme, scaling, amax = decision.scheme, decision.scaling, decision.amax
     activation, qtype = scheme.activation, scheme.graph_type
     if activation is None:

@@ -27,18 +27,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """What a calibration works on.
+    """The network, recipe and settings of one calibration.
 
     Args:
         assigned: the deciding rule of every linear, from `Recipe.assign`.
-        folder: where statistics lie meanwhile; the caller's to delete.
-        provenance: what the artifacts were made of, stored with them.
-        progress: called with (done, in all) of each phase in turn: network calls, inputs, weights. Methods that clip
+        folder: for statistics during the calibration; the caller deletes it.
+        provenance: the origin of the artifacts, stored with them.
+        progress: called with (done, total) of each phase in turn: network calls, inputs, weights. Methods that clip
             sample the same pictures twice.
         group: the processes that share the sampling.
         plugin: the user's own weights and Hessians.
-        tables: what is given, and not decided.
-        space: bytes of second moments and of rounding by them, see `stream_hessians`; more of it saves runs over the
+        tables: imported decisions.
+        space: bytes for second moments and the rounding by them, see `stream_hessians`; more space saves runs over the
             pictures.
     """
 
@@ -56,9 +56,9 @@ class Calibration:
 
     @property
     def calls(self) -> Calls:
-        """The network calls of its pictures."""
+        """The network calls that draw its pictures."""
         return Calls(denoiser=self.denoiser, sampling=self.sampling, progress=self.progress, group=self.group)
 
     def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in order, on several threads; an item is worth one linear's weight of memory."""
+        """`work(item)` for every item, in order, on several threads; an item takes about the memory of one linear's weight."""
         return parallel(work, items, self.progress, work_bytes(self.denoiser))

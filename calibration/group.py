@@ -22,13 +22,13 @@ class ProcessGroup(Protocol):
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """The number of processes."""
 
     def largest(self, values: Array) -> Array:
-        """Element-wise maximum over the processes. Exactness: exact, whatever the number of processes."""
+        """Element-wise maximum over the processes. Exactness: exact for any number of processes."""
 
     def total(self, values: Array) -> Array:
-        """Element-wise sum over the processes. Exactness: exact for integers, and where all but one bring zeros."""
+        """Element-wise sum over the processes. Exactness: exact for integers, and if only one process has values other than 0."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ ALONE = Alone()
 
 @dataclass(frozen=True)
 class TorchGroup:
-    """The processes that torchrun started, over gloo: what is reduced lies in the processor's memory, on GPUs too."""
+    """The processes that torchrun started, over gloo. Reduced arrays lie in main memory, also when the network runs on GPUs."""
 
     rank: int
     size: int
@@ -74,7 +74,7 @@ class TorchGroup:
         return self._reduce(values, "SUM")
 
     def leave(self) -> None:
-        """End the connection; every process calls it when all is done."""
+        """End the connection; every process calls this at the end."""
         import torch
 
         torch.distributed.destroy_process_group()
@@ -95,7 +95,7 @@ class TorchGroup:
 
 
 def join_group() -> TorchGroup:
-    """Join the processes that torchrun started; they find each other by the variables that it set."""
+    """Join the processes that torchrun started, using the environment variables that it set."""
     import torch
 
     torch.distributed.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""The second moments of every site's quantized input, which GPTQ rounds by."""
+"""The second moments of every site's quantized input, for GPTQ."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 SPACE = 1 << 30
-"""Bytes of sums that are held at once, where nobody says otherwise."""
+"""Default for the bytes of sums that are in memory at once."""
 ROWS = 256
-"""At most so many rows of a site count at each network call, evenly spaced."""
+"""The greatest number of rows of a site that each network call contributes, evenly spaced."""
 HEADROOM = 2.0**61
-"""What the sum of all calls may reach of int64."""
+"""The bound of the sum of all calls, inside the range of int64."""
 PATCH = 6144
-"""Inputs of a convolution up to which pairs of them are summed: 640 channels of 3 x 3. One of 2560 would take 4 GB, twice."""
+"""The greatest number of inputs of a convolution for which products of pairs are summed: 640 channels of 3 x 3. A convolution
+of 2560 channels would take 4 GB twice."""
 TILE = 64
-"""Rows of a sum that are made at once: few enough to stay in a core's cache."""
+"""Rows of a sum that are computed at once: few enough to fit in a core's cache."""
 
 
 def pairs_of(linear: Linear) -> bool:
-    """Whether the moments of pairs of its inputs are summed."""
+    """Whether products of pairs of its inputs are summed."""
     return not linear.convolution or linear.width <= PATCH
 
 
@@ -49,18 +50,18 @@ def stream_hessians(
     *,
     diagonal: bool = False,
 ) -> Iterator[dict[str, Float32]]:
-    """float32[K, K] by site: the mean of x x^T over the rows of x = the plan's quantized input. A few sites at a time.
-    float32[K], the mean of x^2, of convolutions whose patches are large; see `pairs_of`.
+    """For each site float32[K, K]: the mean of x x^T over the rows of x, the plan's quantized input. Yields a few sites at a
+    time. For convolutions with large patches float32[K], the mean of x^2; see `pairs_of`.
 
-    A further run over the same pictures for as many sites as fit in `space`. Each call's sum is rounded to a whole
-    multiple of 2^-61 of the most that all of them can reach, so the total does not depend on the order of the calls, nor
-    on which process made them.
+    Each part takes another run over the same pictures, for as many sites as fit in `space`. Each call's sum is rounded to a
+    whole multiple of 2^-61 of the greatest possible total, so the total depends neither on the order of the calls nor on the
+    process that computed them.
 
     Args:
-        reach: max |x| of each.
-        timesteps: the distinct ones of a trajectory, in order.
-        space: bytes of sums that are held at once; one site at the least.
-        diagonal: only the mean of x^2, float32[K].
+        reach: max |x| by site.
+        timesteps: the distinct timesteps of a trajectory, in order.
+        space: bytes of sums that are in memory at once; at least one site is.
+        diagonal: whether to sum only x^2, float32[K].
     """
     units = {name: HEADROOM / (calls.sampling.calls * ROWS * reach[name] ** 2) for name in plans}
     linears = calls.denoiser.linears
@@ -92,24 +93,24 @@ def _fill(
             sums[name] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
         else:
             add = partial(_add, sums[name], quantized, units[name])
-            # How a library shares one product among its threads changes the order of its sums, so each tile has one thread.
+            # Each tile has one thread: the way in which a library splits a product among threads changes the order of its sums.
             with libraries.limit(limits=1, user_api="blas"):
                 list(pool.map(add, range(0, len(sums[name]), TILE)))
         rows[name] += len(chosen)
 
     with pool:
         calls.watch(collect)
-    found = {}
+    moments = {}
     for name in names:
         total = calls.group.total(sums.pop(name)).astype(np.int64, copy=False)
         count = int(calls.group.total(np.asarray([rows[name]]))[0])
         unit = 1 / (units[name] * count)
-        found[name] = (total * unit).astype(np.float32) if total.ndim == 1 else _symmetric(total, unit)
-    return found
+        moments[name] = (total * unit).astype(np.float32) if total.ndim == 1 else _symmetric(total, unit)
+    return moments
 
 
 def _add(total: npt.NDArray[np.int64], rows: Float32, unit: float, start: int) -> None:
-    """Add some rows of rows.T @ rows, from the diagonal on, to the whole multiples of 1 / unit."""
+    """Add one tile of rows.T @ rows, from the diagonal on, rounded to whole multiples of 1 / unit."""
     tile = slice(start, start + TILE)
     product = np.multiply(rows[:, tile].T @ rows[:, start:], unit, dtype=np.float64)
     total[tile, start:] += np.rint(product, out=product).astype(np.int64)
@@ -128,7 +129,7 @@ def _symmetric(total: npt.NDArray[np.int64], unit: float) -> Float32:
 
 
 def _batches(shapes: Mapping[str, tuple[int, ...]], space: int) -> list[list[str]]:
-    """Names in order, as many together as fit in memory."""
+    """The names in order, in groups that fit in memory."""
     batches: list[list[str]] = []
     size = space + 1
     for name, shape in shapes.items():

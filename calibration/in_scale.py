@@ -1,4 +1,4 @@
-"""The formulas of an in_scale, from what weights and activations reach in each channel."""
+"""The formulas of an in_scale, from the ranges of weights and activations in each channel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
     """float32[K]: s_k = d_k * clip(a_k / (d_k T), 1, rho), d_k = min_j amax_j / |W[j, k]|, T = max_k(a_k / d_k) / rho.
 
-    d is weight dilation in symmetric form: the largest scaling of each input channel that leaves the range of every
-    output channel as it is; d_k >= 1, and 1 for a column of zeros. With rho > 1 the channels that still set the
-    activation's range are scaled down further, by rho at the most, so that the range shrinks by rho while no row grows
-    by more than rho. (The same rho for all channels would do nothing: x / rho and rho W cancel.)
+    d is weight dilation in symmetric form: the largest scaling of each input channel that does not change the range of any
+    output channel; d_k >= 1, and 1 for a column of zeros. With rho > 1 the channels that still determine the
+    activation's range are scaled down further, by at most rho, so that the range shrinks by rho while no row grows
+    by more than rho. (The same rho for all channels would have no effect: x / rho and rho W cancel.)
 
     Exactness: with rho = 1 every row's amax is unchanged, to rounding.
     Source: DilateQuant (arXiv 2409.14307), section "Weight Dilation"; the masks replace its division by clamped
@@ -31,10 +31,11 @@ def dilate(weight: Float32, activation_amax: Float32, rho: float) -> Float32:
 
 
 def room_of(weights: Sequence[Float32]) -> Float32:
-    """float32[K]: min over the rows of all W[out, K] of amax_row / |W|; at most MAX_SCALE, and 1 for a column of zeros."""
+    """float32[K]: the minimum of amax_row / |W| over the rows of all W[out, K]; at most MAX_SCALE, and 1 for a column of
+    zeros."""
 
     def largest_share(weight: Float32) -> Float32:
-        """float32[K]: of its row's range, the greatest that an element of each column takes; rows of zeros take none."""
+        """float32[K]: for each column, the greatest |element| relative to its row's range; 0 for rows of zeros."""
         magnitude = np.abs(weight)
         row_amax = magnitude.max(axis=1, keepdims=True)
         largest: Float32 = (magnitude / np.where(row_amax > 0, row_amax, 1.0)).max(axis=0)
@@ -67,8 +68,8 @@ def smooth(activation_amax: Float32, weight_amax: Float32, alpha: float) -> Floa
 def balance(amax: Float32, weight_amax: Float32) -> Float32:
     """float32[K]: s_k = sqrt(a_k / w_k) with a_k = sum_t eta_t amax[t, k], eta = softmax over t of -rho_t.
 
-    rho_t is Spearman's rank correlation of the channels' activation and weight maxima at timestep t: steps count most where
-    large activations meet small weights. Clamped, and 1 at zero channels, as `smooth`.
+    rho_t is Spearman's rank correlation of the channels' activation and weight maxima at timestep t: steps at which large
+    activations meet small weights have the largest weight. Clamped, and 1 for zero channels, like `smooth`.
 
     Source: PTQ4DiT (arXiv 2405.16005), channel-wise salience balancing with Spearman's rho-guided salience calibration.
 
@@ -85,7 +86,7 @@ def balance(amax: Float32, weight_amax: Float32) -> Float32:
 
 
 def equalize(activation_range: Float32, weight_range: Float32) -> Float32:
-    """float32[K]: s_k = sqrt(r_k / q_k), r and q the widths (greatest less least) of channel and weight column.
+    """float32[K]: s_k = sqrt(r_k / q_k), where r and q are the ranges (maximum - minimum) of channel and weight column.
 
     Source: AWEQ (arXiv 2311.01305), channel equalization; its bias correction is the recipe's `bias_correction`.
     """

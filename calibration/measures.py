@@ -1,4 +1,4 @@
-"""What the kept rows tell of a finished calibration: errors, by linear and timestep, and how far results reach."""
+"""Measurements of a finished calibration on the kept rows: errors by linear and timestep, and the range of results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .scaling import OUTPUTS
 
 Float32 = npt.NDArray[np.float32]
 MARGIN = 2.0
-"""Of float8's range, for results that the kept rows do not show: one exponent, which costs no precision."""
+"""Headroom in float8's range for results that the kept rows do not show: one exponent, which costs no precision."""
 
 
 def mean_errors(
     denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, Float32]:
-    """By linear: the mean over the kept rows of what quantization takes from its output, float32[out].
+    """For each linear, the mean error of its output by quantization over the kept rows, float32[out].
 
     Source: AWEQ (arXiv 2311.01305); b' = b + E[W x - Q(W) Q(x)].
     """
@@ -38,30 +38,30 @@ def mean_errors(
         item = statistics[plan.site.name]
         exact = ((item.rows - plan.in_shift) / plan.in_scale).mean(axis=0, dtype=np.float64)
         rounded = plan.quantized(item.rows, item.timesteps[item.row_step]).mean(axis=0, dtype=np.float64)
-        found = {}
+        results = {}
         for name in plan.site.linears:
             scheme = assigned[name].scheme
             if scheme.weight is None:
                 continue
             weight = folded_weight(denoiser.weight(name), name, touching[name])
-            found[name] = (weight @ exact - result.rounded(name, weight, scheme.weight.qtype) @ rounded).astype(np.float32)
-        return found
+            results[name] = (weight @ exact - result.rounded(name, weight, scheme.weight.qtype) @ rounded).astype(np.float32)
+        return results
 
     plans = list(result.sites.values())
-    return {name: item for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in found.items()}
+    return {name: item for results in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in results.items()}
 
 
 def sqnr_by_timestep(
     denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, Float32]:
-    """By linear: dB of up to OUTPUTS of its outputs at each timestep, float32[T]."""
+    """For each linear, the SQNR in dB over up to OUTPUTS of its outputs at each timestep, float32[T]."""
     touching = touching_plans(result.sites)
 
     def measure(plan: SitePlan) -> dict[str, Float32]:
         item = statistics[plan.site.name]
-        # In float64, as the order of float32 sums may move a figure over the edge of its rounding, and runs must repeat.
+        # In float64: runs must give equal figures, and the order of float32 sums could change how a figure is rounded.
         exact = ((item.rows - plan.in_shift) / plan.in_scale).astype(np.float32).astype(np.float64)
-        rounded, found = plan.quantized(item.rows, item.timesteps[item.row_step]).astype(np.float64), {}
+        rounded, results = plan.quantized(item.rows, item.timesteps[item.row_step]).astype(np.float64), {}
         for name in plan.site.linears:
             scheme = assigned[name].scheme
             if scheme.weight is None:
@@ -69,27 +69,29 @@ def sqnr_by_timestep(
             whole = folded_weight(denoiser.weight(name), name, touching[name])
             chosen = np.linspace(0, len(whole) - 1, min(len(whole), OUTPUTS)).round().astype(np.int64)
             few = whole[chosen]
-            del whole  # of a thread's memory it is the most
+            del whole  # the largest part of a thread's memory
             weight, nearest = few.astype(np.float64), result.rounded(name, few, scheme.weight.qtype, chosen).astype(np.float64)
             signal = exact @ weight.T
-            moved = weight @ plan.in_shift  # which the bias brings: part of what the output is
+            moved = weight @ plan.in_shift  # the bias adds it to the output
             noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)
             powers = [
                 np.bincount(item.row_step, np.square(value).mean(axis=1), len(item.timesteps))
                 for value in (signal + moved, noise)
             ]
             ratio = np.where(powers[0] + powers[1] > 0, decibels(*powers), np.nan)  # NaN: no row of the timestep was kept
-            found[name] = np.round(ratio, 1).astype(np.float32)
-        return found
+            results[name] = np.round(ratio, 1).astype(np.float32)
+        return results
 
     plans = list(result.sites.values())
-    return {name: value for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, value in found.items()}
+    return {
+        name: value for results in parallel(measure, plans, progress, work_bytes(denoiser)) for name, value in results.items()
+    }
 
 
 def reach_of(
     denoiser: Denoiser, statistics: Statistics, assigned: Mapping[str, Rule], result: CalibrationResult, progress: Advance
 ) -> dict[str, float]:
-    """By linear whose input the graph quantizes: see `CalibrationResult.reach`."""
+    """For each linear whose input the graph quantizes, the number of `CalibrationResult.reach`."""
     touching = touching_plans(result.sites)
 
     def measure(plan: SitePlan) -> dict[str, float]:
@@ -102,7 +104,7 @@ def reach_of(
         return {name: float(f"{longest * norm:.2e}") for name, norm in norms.items()}
 
     plans = list(result.sites.values())
-    return {name: item for found in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in found.items()}
+    return {name: item for results in parallel(measure, plans, progress, work_bytes(denoiser)) for name, item in results.items()}
 
 
 def _longest(plan: SitePlan, statistics: SiteStatistics) -> float:
@@ -125,9 +127,9 @@ def _longest_row(denoiser: Denoiser, name: str, plans: Sequence[SitePlan], scale
 def attention_scales(
     denoiser: Denoiser, plans: Mapping[str, SitePlan], statistics: Mapping[str, SiteStatistics], progress: Advance
 ) -> dict[str, float]:
-    """By projection: MARGIN times its greatest |result| over the kept rows / 448, value projections as they are folded.
+    """For each projection, MARGIN times its greatest |result| over the kept rows / 448; of value projections after folding.
 
-    Sites that stay float keep no rows; their attention stays float, too.
+    Sites that stay float have no kept rows; their attention stays float, too.
     """
     touching = touching_plans(plans)
     names = [(site, name) for group in denoiser.attention for name in group for site in _site_of(plans, name)]

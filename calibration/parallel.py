@@ -1,4 +1,4 @@
-"""Work on every item of a calibration, on as many threads as there are cores and memory for."""
+"""Work on every item of a calibration, on as many threads as cores and memory allow."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SPACE = 1 << 29
 def parallel(
     work: Callable[[Item], Result], items: Sequence[Item], progress: Advance, each: int, space: int = SPACE, unit: str = "inputs"
 ) -> list[Result]:
-    """`work` of every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock.
+    """`work(item)` for every item, in order, on as many threads as there are cores; numpy releases the interpreter's lock.
 
-    Each multiplies its matrices on its own thread: threads of the BLAS beside ours took three times as long.
+    BLAS uses one thread for each of ours: with threads of its own, the work took three times as long.
 
     Args:
-        each: bytes that an item takes while it is worked on.
-        space: bytes that all of them may take: so many cores are used as that allows, one at the least.
-        unit: what the items are, for `progress`.
+        each: bytes that one item takes during the work.
+        space: bytes that all items may take together; it limits the number of threads, which is at least one.
+        unit: the name of the items, for `progress`.
     """
     results = []
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads_for(each, space)) as pool:
@@ -40,5 +40,5 @@ def parallel(
 
 
 def threads_for(each: int, space: int = SPACE) -> int:
-    """As many threads as there are cores, and as `space` has room for items of `each` bytes; one at the least."""
+    """The number of threads: at most the number of cores, and at most `space` / `each`; at least one."""
     return max(1, min(os.cpu_count() or 1, space // max(each, 1)))

@@ -1,4 +1,4 @@
-"""What a user's own method may put in between: other weights before they are rounded, other Hessians to round by."""
+"""The interface of a user's own method: it may change weights before they are rounded, and the Hessians of the rounding."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class WeightPlugin(Protocol):
 
     @property
     def name(self) -> str:
-        """Identifies method and settings: an export is done again when it changes."""
+        """Identifies the method and its settings: when it changes, the export is repeated."""
 
     def prepare(self, linear: str, weight: Float32) -> Float32:
-        """float32[out, in]: what is quantized in place of a linear's weight; the weight itself to change nothing."""
+        """float32[out, in]: the weight to quantize instead of `weight`; return `weight` to change nothing."""
 
     def hessian(self, linear: str, streamed: Float32 | None, in_scale: Float32) -> Float32 | None:
-        """float32[in, in] to round by, over the scaled input x / in_scale; `streamed` to change nothing.
+        """float32[in, in] for the rounding, of the scaled input x / in_scale; return `streamed` to change nothing.
 
         Args:
-            streamed: the mean of x x^T over the quantized, scaled input; None where rounding `rtn` streams none, or where
-                the linear's input is not watched (modulation).
+            streamed: the mean of x x^T over the quantized, scaled input; None with rounding `rtn`, which streams none, and
+                for linears whose input is not observed (modulation).
         """
 
 
@@ -39,7 +39,7 @@ class Unchanged:
         return weight
 
     def hessian(self, linear: str, streamed: Float32 | None, in_scale: Float32) -> Float32 | None:
-        """The streamed one."""
+        """The streamed Hessian."""
         return streamed
 
 

@@ -1,4 +1,4 @@
-"""Scale methods: from what was seen at a timestep to the scale of that timestep. `METHODS` names them."""
+"""Scale methods: from the statistics of a timestep to its scale. `METHODS` lists them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def minmax(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8
 
 
 def percentile(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -> Float32:
-    """scale[t] = p / qmax, p the upper edge of the histogram cell that holds the percentile of |x| at timestep t.
+    """scale[t] = p / qmax, where p is the upper edge of the histogram cell that holds the percentile of |x| at timestep t.
 
     Exactness: within one cell, amax[t] / 2048.
     """
@@ -35,10 +35,10 @@ def percentile(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = 
 
 
 def mse(amax: Float32, counts: Int64, recipe: Recipe, qtype: QuantType = INT8) -> Float32:
-    """scale[t] = r * amax[t] / qmax with the ratio r in 0.30 … 1.00 of the least mean squared error at timestep t.
+    """scale[t] = r * amax[t] / qmax with the ratio r in 0.30 … 1.00 that has the least mean squared error at timestep t.
 
-    The error of a cell is that of its centre: clipping error above r * amax, else the rounding error of the centre.
-    Cells are 2048 and int8 codes 127, so a code covers 16 cells at r = 1 and 5 at r = 0.3.
+    The error of a cell is that of its centre: the clipping error above r * amax, otherwise the rounding error. There are 2048
+    cells and 127 int8 codes, so a code covers 16 cells at r = 1 and 5 cells at r = 0.3.
     """
     cells = counts.shape[1]
     centre = (np.arange(cells) + 0.5) / cells
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {"minmax": minmax, "percentile": percentile, "mse":
 
 
 def method_of(name: str) -> Method:
-    """The method of a name, of dq-export or of a plug-in, whose scales are checked.
+    """The method of a name, from dq-export or from a plug-in; the scales of a plug-in are checked.
 
     Raises:
         PluginError: a plug-in cannot be used.

@@ -1,4 +1,4 @@
-"""Rounding of weights: from a weight and what its inputs look like to codes. `ROUNDINGS` names the ways."""
+"""Rounding of weights: from a weight and statistics of its inputs to codes. `ROUNDINGS` lists the methods."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dq_export.core.scheme import Scheme
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean."""
+"""Share of the mean of the Hessian's diagonal that is added to the diagonal."""
 COLUMNS = 128
-"""Columns between two updates of all columns behind them."""
+"""Number of columns between two updates of all later columns."""
 LEAF = 64
-"""Columns of a triangle that are inverted at once."""
+"""Largest triangle, in columns, that is inverted at once."""
 
 
 def rtn(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
@@ -26,13 +26,13 @@ def rtn(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[Weigh
 
 
 def mse(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
-    """The grid of least error, inputs counted by their mean square, the Hessian's diagonal or all of it; codes to nearest."""
+    """The grid of least error, with inputs weighted by their mean square (the Hessian or only its diagonal); codes to nearest."""
     return fit(weight, scheme, hessian if hessian is None or hessian.ndim == 1 else np.diagonal(hessian).copy()), None
 
 
 def gptq(weight: Float32, scheme: Scheme, hessian: Float32 | None) -> tuple[WeightGrid, Float32 | None]:
-    """The grid of `mse`, and codes that make up for each other's errors; as `mse` where there is no Hessian, or its diagonal
-    alone."""
+    """The grid of `mse`, and codes that compensate each other's errors; equal to `mse` without a Hessian, or with only its
+    diagonal."""
     grid = mse(weight, scheme, hessian)[0]
     return grid, None if hessian is None or hessian.ndim == 1 else compensate(weight, grid, hessian)
 
@@ -48,9 +48,10 @@ ROUNDINGS: dict[str, Rounder] = {
 
 
 def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
-    """float32[out, K]: codes, column after column, each column's error made up for by those not rounded yet.
+    """float32[out, K]: codes, chosen column after column; columns not rounded yet compensate the error of each column.
 
-    Columns go in the order of falling Hessian diagonal (act-order); the grid is fixed before, so blocks stay where they are.
+    Columns are rounded in the order of decreasing Hessian diagonal (act-order). The grid is fixed before, so blocks do not
+    change.
     An input that is always zero gets the code 0.
 
     Args:
@@ -66,7 +67,7 @@ def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
         raise ValueError(f"expected a finite Hessian [{width}, {width}], found {list(hessian.shape)}")
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     upper = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
-    # Channels lie in rows from here on: each is read whole.
+    # From here on, input channels are rows, which makes each of them contiguous.
     left = np.where(np.diagonal(hessian) > 0, weight, 0.0).T[order].astype(np.float32)
     steps = np.broadcast_to(grid.steps(width), weight.shape).T[order]
     codes = np.empty_like(left)
@@ -79,9 +80,9 @@ def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
             errors[column - start] = error = (value - codes[column] * step) / upper[column, column]
             left[column + 1 : stop] -= np.outer(upper[column, column + 1 : stop], error)
         left[stop:] -= upper[start:stop, stop:].T @ errors
-    found = np.empty_like(weight)
-    found[:, order] = codes.T
-    return found
+    ordered = np.empty_like(weight)
+    ordered[:, order] = codes.T
+    return ordered
 
 
 def _inverse_factor(hessian: Float64) -> Float32:

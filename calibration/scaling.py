@@ -1,4 +1,4 @@
-"""Equivalent scaling: the in_scale and in_shift of a site, by rule or by measured output error."""
+"""Equivalent scaling: the in_scale and in_shift of a site, chosen by rule or by measured output error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Float64 = npt.NDArray[np.float64]
 AUTO_ALPHA = (0.35, 0.5, 0.65, 0.8, 0.95)
 AUTO_RHO = (1.0, 2.0, 4.0)
 AUTO_CLIP = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Shares of amax that `auto` tries below 8 bits; with 8 bits pictures got worse where calls got better."""
+"""Shares of amax that `auto` tries below 8 bits; with 8 bits, clipping improved calls but made pictures worse."""
 SMALLEST_HALF = 2.0**-17
 """Of scales that `auto` considers for a graph in float16, whose numbers lie 2^-24 apart there: rounding moves such a scale by
 0.4 % at most, which is half a code of 8 bits."""
@@ -32,18 +32,18 @@ WORTHWHILE = 10 ** (-1 / 10)
 """Share of the error that may be left, 1 dB less, where `auto` leaves a Mul or an Add on all tokens: one Add behind the wide
 hidden layer of a block takes 1.5 % of PixArt's time on ONNX Runtime, as much as a whole GEMM of the text."""
 OUTPUTS = 256
-"""Outputs of a site that a candidate is measured on."""
+"""Number of outputs of a site on which a candidate is measured."""
 EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
-"""Products of two codes whose sum float32 holds exactly."""
+"""Number of products of two codes whose sum float32 represents exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaling:
-    """A candidate: x becomes (x - in_shift) / in_scale, of whose range the share `clip` has codes.
+    """A candidate: x becomes (x - in_shift) / in_scale, and the codes cover the share `clip` of its range.
 
     Args:
         error: the measured relative output error; NaN if unmeasured.
-        alternatives: the errors of all candidates that were measured, by method; empty where there was no choice.
+        alternatives: the errors of all measured candidates, by method; empty if there was no choice.
     """
 
     method: str
@@ -55,14 +55,14 @@ class Scaling:
 
 
 def _product(rows: Float32, weight: Float32) -> Float64:
-    """rows @ weight.T, summed in float64: in any order equal to more digits than are kept."""
+    """rows @ weight.T, summed in float64: the order of summation does not affect the digits that are kept."""
     product: Float64 = rows.astype(np.float64) @ weight.T.astype(np.float64)
     return product
 
 
 def _code_product(left: Float32, right: Float32) -> Float64:
-    """left @ right.T of codes of 8 bits held as float32. Exact: sums of 1024 products stay below 2^24, and those are summed in
-    float64."""
+    """left @ right.T of 8-bit codes stored as float32. Exact: sums of 1024 products stay below 2^24, and these sums are added
+    in float64."""
     product = np.zeros((len(left), len(right)))
     for start in range(0, left.shape[1], EXACT_TERMS):
         part = slice(start, start + EXACT_TERMS)
@@ -70,10 +70,10 @@ def _code_product(left: Float32, right: Float32) -> Float64:
     return product
 
 
-def _evenly(weights: Sequence[Float32], most: int) -> Float32:
-    """float32[at most `most`, K]: rows of all weights, evenly spaced as if these were stacked."""
+def _evenly(weights: Sequence[Float32], limit: int) -> Float32:
+    """float32[at most `limit`, K]: rows of all weights, evenly spaced as if the weights were stacked."""
     total = sum(map(len, weights))
-    chosen = np.linspace(0, total - 1, min(total, most)).round().astype(np.int64)
+    chosen = np.linspace(0, total - 1, min(total, limit)).round().astype(np.int64)
     rows: list[Float32] = []
     start = 0
     for weight in weights:
@@ -94,7 +94,8 @@ def choose_scaling(
     the other gains 1 dB.
 
     Args:
-        weights: float32[out, K] of each reader that will be quantized. They are not stacked: a text is read by every block.
+        weights: float32[out, K] of each reader that will be quantized. They are not stacked, because every block reads a
+            text.
         scheme: how weights and activation are quantized.
         free: whether scale and shift fold away; else each is an operation on all tokens.
     """
@@ -142,14 +143,14 @@ def _worthwhile(candidates: Sequence[tuple[T, Scaling]], share: float) -> tuple[
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Trial:
-    """What the candidates of one site are measured on.
+    """The data on which the candidates of one site are measured.
 
     Args:
-        room: float32[K], how far each column can grow within its rows' ranges (weight dilation's d).
+        room: float32[K], the factor by which each column can grow within its rows' ranges (weight dilation's d).
         column_amax, column_range: float32[K], max |W| of each column, and max W - min W.
         weight: float32[at most 256, K], the outputs that are computed.
         exact: float64[rows, outputs], W x of the kept rows.
-        smallest: the least scale of an input or a weight that the graph's float type holds well.
+        smallest: the smallest scale of an input or a weight that the graph's float type represents well.
     """
 
     statistics: SiteStatistics
@@ -163,7 +164,7 @@ class _Trial:
 
     @staticmethod
     def of(statistics: SiteStatistics, weights: Sequence[Float32], scheme: Scheme, smallest: float) -> _Trial:
-        """For the weights float32[out, K] of all quantized readers."""
+        """A trial for the weights float32[out, K] of all quantized readers."""
         high = np.maximum.reduce([weight.max(axis=0) for weight in weights])
         low = np.minimum.reduce([weight.min(axis=0) for weight in weights])
         few = _evenly(weights, OUTPUTS)
@@ -182,8 +183,8 @@ class _Trial:
         """A candidate with its relative output error: |W x - Q(W) Q(x)|^2 / |W x|^2 over the kept rows, quantized as the
         site's scheme says, weights to nearest.
 
-        The shift's own output, W m, is added exactly: it is folded into the bias. Infinite where the shift takes away a
-        constant input entirely, so that nothing is left to have a scale, and where a scale is below `smallest`.
+        The output of the shift itself, W m, is added exactly, because it is folded into the bias. The error is infinite if the
+        shift removes a constant input entirely, so that no range is left for a scale, or if a scale is below `smallest`.
         """
         (name, strength), (suffix, shifted_by) = rule, shift
         label = (f"{name}({strength:g})" if strength else name) + suffix + (f"*{clip:g}" if clip < 1 else "")
@@ -198,16 +199,16 @@ class _Trial:
         product = self._product(moved, folded, grid, limit, clip)
         error = self.exact - _product(in_shift[None], self.weight) - product
         relative = float(np.square(error).sum() / max(np.square(self.exact).sum(), 1e-30))
-        # Six digits: the order of the sums above, which threads change, is far below them.
+        # Six digits: the order of the sums above, which depends on threads, affects only later digits.
         return Scaling(**candidate, error=float(f"{relative:.6g}"))  # type: ignore[arg-type]
 
     def _underflows(self, amax: Float32, grid: WeightGrid) -> bool:
-        """Whether a scale is below `smallest`. `amax`: of the input at each timestep; one of zeros has no scale."""
+        """Whether a scale is below `smallest`. `amax`: of the input at each timestep; a timestep of zeros has no scale."""
         qtype = self.scheme.graph_type
-        least = float(grid.scale.min())
+        lowest = float(grid.scale.min())
         if qtype is not None:
-            least = min(least, float(amax[amax > 0].min()) / qtype.qmax)
-        return least < self.smallest
+            lowest = min(lowest, float(amax[amax > 0].min()) / qtype.qmax)
+        return lowest < self.smallest
 
     def _product(self, moved: Float32, folded: Float32, grid: WeightGrid, amax: Float32, clip: float) -> Float64:
         """Q(W) Q(x), float64[rows, outputs]. `grid`: of the folded weight; `amax`: of the input at each timestep."""

@@ -1,4 +1,4 @@
-"""A quantized network on the float one: weights that stand for the codes, inputs rounded on their way in."""
+"""Simulate a quantized network with the float network: weights are replaced by their rounded values, and inputs are rounded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Simulation:
-    """What stands for a quantized network in the float network's own coordinates: scalings are taken out again.
+    """The values of a quantized network, with all scalings removed, so that they fit the float network.
 
     Args:
         weights: float32[out, in] by quantized linear.
-        biases: float32[out] by linear whose bias takes up a shift or a correction.
+        biases: float32[out] by linear whose bias absorbs a shift or a correction.
         plans: by site whose input is rounded.
 
     Exactness: as the Q/DQ graph, up to float32 rounding; GEMMs run in float.
@@ -35,7 +35,7 @@ class Simulation:
 
     @staticmethod
     def of(denoiser: Denoiser, result: CalibrationResult, assigned: Mapping[str, Rule]) -> Simulation:
-        """Of a whole calibration. Takes as much memory as the quantized linears' float weights."""
+        """The simulation of a complete calibration. It takes as much memory as the quantized linears' float weights."""
         touching = touching_plans(result.sites)
         weights, biases = {}, {}
         for name in result.weight_scale:
@@ -45,25 +45,25 @@ class Simulation:
             nearest = result.rounded(name, folded_weight(weight, name, plans), scheme.weight.qtype)
             factor = folded_weight(np.ones_like(weight), name, plans)
             weights[name] = (nearest / factor).astype(np.float32)
-            own = next((plan for plan in plans if name in plan.site.linears), None)
+            plan_of_input = next((plan for plan in plans if name in plan.site.linears), None)
             moved = np.zeros(len(weight))
-            if own and own.in_shift.any():
-                # The shift's own output is in the bias exactly, so what rounding the weight does to it is put back.
-                moved += (weight.astype(np.float64) - weights[name]) @ own.in_shift
-            if name in result.correction:  # of the folded bias
+            if plan_of_input and plan_of_input.in_shift.any():
+                # The bias contains the shift's exact output, so the error of the rounded weight on the shift is added back.
+                moved += (weight.astype(np.float64) - weights[name]) @ plan_of_input.in_shift
+            if name in result.correction:  # it applies to the folded bias
                 moved += result.correction[name] / row_factors(name, len(weight), plans)
             if moved.any():
                 biases[name] = (denoiser.bias(name) + moved).astype(np.float32)
         return Simulation(weights=weights, biases=biases, plans=result.sites)
 
     def rounded(self, site: str, rows: Float32, timestep: float) -> Float32:
-        """float32[rows, K]: a site's input as its readers get it."""
+        """float32[rows, K]: a site's input as its readers receive it."""
         plan = self.plans.get(site)
         if plan is None or plan.activation is None:
             return rows
-        found: Float32 = (plan.quantized(rows, timestep) * plan.in_scale + plan.in_shift).astype(np.float32, copy=False)
-        return found
+        restored: Float32 = (plan.quantized(rows, timestep) * plan.in_scale + plan.in_shift).astype(np.float32, copy=False)
+        return restored
 
     def on(self, denoiser: Denoiser) -> AbstractContextManager[None]:
-        """While active the denoiser computes what the quantized network does."""
+        """A context in which the denoiser computes like the quantized network."""
         return denoiser.replace(self.weights, self.biases, self.rounded)

@@ -1,4 +1,4 @@
-"""What a file of tables asks for that a network or a recipe does not have, in words."""
+"""Messages about a file of tables that does not fit the network or the recipe."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dq_export.core.table_file import Header, TableFile
 from dq_export.core.violations import nearest
 
 SHARED = ("activation.scale", "activation.zero_point", "in_scale", "in_shift")
-"""Parts that all readers of an input have alike."""
+"""Parts that must be equal for all readers of an input."""
 
 
 def schedule_fault(header: Header, timesteps: Sequence[float]) -> str:
-    """Why the rows of the file are not for the timesteps that a run sends; empty where they are.
+    """Why the rows of the file do not fit the timesteps that a run sends; empty if they do.
 
-    A timestep takes the row of the nearest one in the file, which may be as far away as two of the file's are apart. A table of
-    one row is for all timesteps.
+    A timestep takes the row of the nearest timestep in the file, which may be as far away as the file's timesteps are from
+    each other. A table of one row fits all timesteps.
     """
     rows = np.asarray(header.timesteps)
     if len(rows) == 1:
@@ -33,20 +33,20 @@ def schedule_fault(header: Header, timesteps: Sequence[float]) -> str:
         return ""
     near = rows[np.abs(rows - sent[worst]).argmin()]
     return (
-        f"its timesteps are {rows[0]:g} … {rows[-1]:g}, and the sampler sends {sent[worst]:g}, whose nearest row is of {near:g}; "
-        "give the timesteps as the network receives them, of the schedule that is sampled"
+        f"its timesteps are {rows[0]:g} … {rows[-1]:g}, but the sampler sends {sent[worst]:g}, whose nearest row is for "
+        f"{near:g}; give the timesteps of the sampled schedule, as the network receives them"
     )
 
 
 def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: Rule) -> Iterator[str]:
-    """What a linear of a file asks for that its rule does not give.
+    """Faults of one linear of a file: what does not fit its shape or its rule.
 
     Args:
-        weight: shape of its weight.
+        weight: the shape of its weight.
     """
     scheme = rule.scheme
     if scheme.weight is None:
-        yield f"{shown(linear)} stays float in the recipe ({rule.reason or 'its rule'}); take it out of the file"
+        yield f"{shown(linear)} stays float in the recipe ({rule.reason or 'its rule'}); remove it from the file"
         return
     outputs, width = weight
     for part, wanted in (
@@ -58,13 +58,13 @@ def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: R
         ("in_scale", (width,)),
         ("in_shift", (width,)),
     ):
-        found = file.shape(linear, part)
-        if found not in (None, wanted):
-            yield f"'{linear}.{part}' has shape {list(found or ())}; expected {list(wanted)}"
-            return  # the rest compares numbers
+        shape = file.shape(linear, part)
+        if shape not in (None, wanted):
+            yield f"'{linear}.{part}' has shape {list(shape or ())}; expected {list(wanted)}"
+            return  # the checks below compare numbers
     yield from _activation_faults(file, linear, scheme)
     if file.shape(linear, "weight") and scheme.weight.qtype.is_float:
-        yield f"{shown(linear)}: weights in float8 are rounded from the checkpoint's; take 'weight' out, or another --bits"
+        yield f"{shown(linear)}: weights in float8 are rounded from the checkpoint's; remove 'weight', or pass another --bits"
     if file.shape(linear, "weight.codes"):
         yield from _code_faults(file, linear, scheme, width)
 
@@ -72,17 +72,17 @@ def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: R
 def _activation_faults(file: TableFile, linear: str, scheme: Scheme) -> Iterator[str]:
     codes, where = file.header.linears[linear].activation, shown(linear)
     if not scheme.low_precision and (file.shape(linear, "in_scale") or file.shape(linear, "in_shift")):
-        yield f"{where}: the recipe quantizes its weight for memory alone, so its input is not scaled"
+        yield f"{where}: the recipe quantizes only its weight, so its input is not scaled"
     if codes is None:
         return
     if scheme.activation is None:
-        yield f"{where} has a table, and the recipe leaves its input float ({scheme}); take other --bits, or the table out"
+        yield f"{where} has a table, but the recipe leaves its input float ({scheme}); pass other --bits, or remove the table"
     elif scheme.graph_type is None or scheme.per_token:
-        yield f"{where} has a table, and the recipe finds a scale for each token; pass --granularity tensor"
+        yield f"{where} has a table, but the recipe computes a scale for each token; pass --granularity tensor"
     elif scheme.graph_type.is_float or scheme.graph_type.bits != codes.bits:
         yield (
-            f"{where} has a table for codes of {codes.bits} bits, and the recipe quantizes its input to "
-            f"{scheme.graph_type.name}; take the --bits that it was trained for"
+            f"{where} has a table for codes of {codes.bits} bits, but the recipe quantizes its input to "
+            f"{scheme.graph_type.name}; pass the --bits that it was trained for"
         )
 
 
@@ -90,7 +90,7 @@ def _code_faults(file: TableFile, linear: str, scheme: Scheme, width: int) -> It
     assert scheme.weight is not None
     qtype, block = scheme.weight.qtype, scheme.block_size(width)
     if qtype.is_float:
-        yield f"{shown(linear)}: float8 weights have no codes that a file could give; take another --bits"
+        yield f"{shown(linear)}: a file cannot give codes of float8 weights; pass another --bits"
         return
     outputs = (file.shape(linear, "weight.codes") or (0,))[0]
     blocks = (width // block, outputs) if block else None
@@ -99,18 +99,18 @@ def _code_faults(file: TableFile, linear: str, scheme: Scheme, width: int) -> It
     multiplier = blocks if scheme.two_level else None
     wrong = False
     for part, wanted in (("weight.scale", scale), ("weight.zero_point", scale), ("weight.multiplier", multiplier)):
-        found = file.shape(linear, part)
-        if found != wanted and not (part == "weight.zero_point" and found is None):
+        shape = file.shape(linear, part)
+        if shape != wanted and not (part == "weight.zero_point" and shape is None):
             wrong = True
             expected = f"expected {list(wanted)}" if wanted else "expected none"
-            yield f"'{linear}.{part}' has {f'shape {list(found)}' if found else 'no value'}; {expected} {form}"
+            yield f"'{linear}.{part}' has {f'shape {list(shape)}' if shape else 'no value'}; {expected} {form}"
     if wrong:
         return
     codes = centred_codes(file, linear)
     if codes.min() < qtype.qmin or codes.max() > qtype.qmax:
         yield (
-            f"'{linear}.weight.codes' reaches {codes.min()} … {codes.max()} about its zero point; {qtype.name} holds "
-            f"{qtype.qmin} … {qtype.qmax}: give it a rule with weights of more bits, or give 'weight' and let it be rounded"
+            f"'{linear}.weight.codes' has the range {codes.min()} … {codes.max()} around its zero point; {qtype.name} holds "
+            f"{qtype.qmin} … {qtype.qmax}: give it a rule with weights of more bits, or give 'weight', which is then rounded"
         )
     factor = file.read(linear, "weight.multiplier")
     if factor is not None and factor.max() > 127 // qtype.qmax:
@@ -118,7 +118,7 @@ def _code_faults(file: TableFile, linear: str, scheme: Scheme, width: int) -> It
 
 
 def centred_codes(file: TableFile, linear: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """int64[out, in]: the codes of a weight less its zero point, which is rounded."""
+    """int64[out, in]: the codes of a weight minus its zero point, which is rounded."""
     codes, point = file.read(linear, "weight.codes"), file.read(linear, "weight.zero_point")
     assert codes is not None
     centred = codes.astype(np.int64)
@@ -130,7 +130,7 @@ def centred_codes(file: TableFile, linear: str) -> np.ndarray[tuple[int, ...], n
 
 
 def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) -> Iterator[str]:
-    """What readers of one input have otherwise, and a shift that cannot be."""
+    """Faults of one input: readers whose tables differ, and a shift that the input cannot absorb."""
     readers = [name for name in site.linears if assigned[name].scheme.low_precision]
     having = [name for name in readers if any(file.shape(name, part) for part in SHARED)]
     if not having:
@@ -144,15 +144,15 @@ def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) 
             one, two = file.read(first, part), file.read(name, part)
             same = same and (np.array_equal(one, two) if one is not None and two is not None else one is two)
         if not same:
-            yield f"{shown(first)} and {shown(name)} read one input, and their tables differ; give them equal ones"
+            yield f"{shown(first)} and {shown(name)} read one input, but their tables differ; give them equal tables"
             return
     shift = file.read(first, "in_shift")
     if shift is not None and shift.any() and not site.fold.shifts:
-        yield f"{shown(first)}: its input cannot take up 'in_shift', which {site.target} would have to; train it without"
+        yield f"{shown(first)}: its input cannot have an 'in_shift', because {site.target} cannot absorb it; train it without"
 
 
 def name_faults(header: Header, linears: Sequence[str]) -> Iterator[str]:
-    """Names that are no linear of the network."""
+    """Names of linears that the network does not have."""
     for name in header.linears:
         if name not in linears:
-            yield f"{shown(name)} is no linear of the network.{nearest(name, list(linears))}"
+            yield f"{shown(name)} is not a linear of the network.{nearest(name, list(linears))}"

@@ -1,4 +1,4 @@
-"""From a file of tables to decisions: what calibration takes from it, once network and recipe are known to take all of it."""
+"""From a file of tables to the decisions that calibration takes from it, after checking that it fits network and recipe."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .tables import Tables
 
 Float32 = npt.NDArray[np.float32]
 FIXING = ("activation.scale", "weight.codes", "in_scale", "in_shift")
-"""Parts that mean something under one scaling of the input alone: the file's, or none."""
+"""Parts that are valid for only one scaling of the input: the file's, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Given:
-    """What a file says of one site's input, by one of its readers; all of them say the same."""
+class _Entry:
+    """The content of a file for one site's input, from one of its readers; all readers have the same."""
 
     reader: str
     in_scale: Float32
@@ -40,13 +40,13 @@ class _Given:
 def read_tables(
     path: Path, denoiser: Denoiser, assigned: Mapping[str, Rule], recipe: Recipe, timesteps: Sequence[float]
 ) -> Tables:
-    """Read a file, and look whether a network and a recipe take all of it.
+    """Read a file, and check that it fits a network and a recipe.
 
     Args:
-        timesteps: that the sampler sends.
+        timesteps: those that the sampler sends.
 
     Raises:
-        RecipeError: they do not, or the file is missing or damaged; a line for each fault, the first ten.
+        RecipeError: it does not fit, or it is missing or damaged; a line for each of the first ten faults.
     """
     try:
         file = load_table_file(path)
@@ -64,16 +64,16 @@ def read_tables(
 def _faults(
     file: TableFile, denoiser: Denoiser, assigned: Mapping[str, Rule], recipe: Recipe, timesteps: Sequence[float]
 ) -> list[str]:
-    """What the file asks for that cannot be; scalings are looked at after that."""
+    """The faults of the file, except those of scalings, which are checked later."""
     header = file.header
     faults = list(name_faults(header, list(denoiser.linears)))
     known = [name for name in header.linears if name in denoiser.linears]
     if reason := schedule_fault(header, timesteps):
         faults.append(reason)
     if recipe.rounding == "distill":
-        faults.append("rounding distill would train again what the file holds; take rounding gptq for the linears that it leaves")
+        faults.append("rounding distill would train again what the file holds; use rounding gptq for the other linears")
     if recipe.bias_correction and any(file.shape(name, part) for name in known for part in ("weight", "weight.codes", "bias")):
-        faults.append("bias_correction measures errors against the checkpoint's weights, which training left; leave it out")
+        faults.append("bias_correction measures errors against the checkpoint's weights, which the file replaces; leave it out")
     for name in known:
         faults += linear_faults(file, name, denoiser.weight(name).shape, assigned[name])
     return faults or [fault for site in denoiser.sites for fault in site_faults(file, site, assigned)]
@@ -82,7 +82,7 @@ def _faults(
 def _decisions(
     file: TableFile, sites: Sequence[InputSite], widths: Mapping[str, int], assigned: Mapping[str, Rule]
 ) -> tuple[Tables, list[str]]:
-    """The decisions by site, and why some cannot be; sites that share a scaling get one."""
+    """The decisions by site, and faults of scalings; sites that share a scaling get a common one."""
     groups: dict[str, list[InputSite]] = {}
     for site in sites:
         groups.setdefault(site.shares or site.name, []).append(site)
@@ -90,19 +90,19 @@ def _decisions(
     activations: dict[str, ScaleTable] = {}
     faults = []
     for group in groups.values():
-        given = {site.name: item for site in group if (item := _given(file, site, widths, assigned))}
-        if not given:
+        entries = {site.name: item for site in group if (item := _entry_of(file, site, widths, assigned))}
+        if not entries:
             continue
-        scaling, shift = _common_scaling(file.header.method, list(given.values()), shifts=group[0].fold.shifts)
-        faults += [*_group_faults(list(given.values()))]
-        faults += [*_width_faults(file, given.values(), shift, shifts=group[0].fold.shifts)]
+        scaling, shift = _common_scaling(file.header.method, list(entries.values()), shifts=group[0].fold.shifts)
+        faults += [*_group_faults(list(entries.values()))]
+        faults += [*_width_faults(file, entries.values(), shift, shifts=group[0].fold.shifts)]
         scalings |= dict.fromkeys([site.name for site in group], scaling)
-        activations |= {name: _symmetric(file, item, shift, assigned) for name, item in given.items() if item.table}
+        activations |= {name: _symmetric(file, item, shift, assigned) for name, item in entries.items() if item.table}
     return Tables(file=file, scalings=scalings, activations=activations), faults
 
 
-def _given(file: TableFile, site: InputSite, widths: Mapping[str, int], assigned: Mapping[str, Rule]) -> _Given | None:
-    """What the file says of a site; None where it leaves its scaling to calibration."""
+def _entry_of(file: TableFile, site: InputSite, widths: Mapping[str, int], assigned: Mapping[str, Rule]) -> _Entry | None:
+    """The content of the file for a site; None if the file leaves its scaling to calibration."""
     readers = [name for name in site.linears if assigned[name].scheme.low_precision]
     reader = next((name for name in readers if any(file.shape(name, part) for part in FIXING)), None)
     if reader is None:
@@ -113,7 +113,7 @@ def _given(file: TableFile, site: InputSite, widths: Mapping[str, int], assigned
     if scale is not None and codes is not None and qtype is not None:
         point = np.zeros_like(scale) if point is None else point
         table = Asymmetric(scale=scale, zero_point=point, codes=codes, qmax=qtype.qmax)
-    return _Given(
+    return _Entry(
         reader=reader,
         in_scale=np.ones(widths[reader], dtype=np.float32) if in_scale is None else in_scale,
         in_shift=np.zeros(widths[reader], dtype=np.float32) if in_shift is None else in_shift,
@@ -121,36 +121,36 @@ def _given(file: TableFile, site: InputSite, widths: Mapping[str, int], assigned
     )
 
 
-def _common_scaling(method: str, given: Sequence[_Given], *, shifts: bool) -> tuple[Scaling, float]:
-    """The scaling of sites that share one, and the share of its shift that makes their tables symmetric."""
-    shift = common_shift([item.table for item in given if item.table], shifts=shifts)
-    first = given[0]
+def _common_scaling(method: str, entries: Sequence[_Entry], *, shifts: bool) -> tuple[Scaling, float]:
+    """The scaling of sites that share one, and the part of its shift that makes their tables symmetric."""
+    shift = common_shift([item.table for item in entries if item.table], shifts=shifts)
+    first = entries[0]
     in_shift = (first.in_shift + first.in_scale * np.float32(shift)).astype(np.float32)
     label = f"given by {method}" + ("+shift" if in_shift.any() else "")
     return Scaling(method=label, in_scale=first.in_scale, in_shift=in_shift), shift
 
 
-def _group_faults(given: Sequence[_Given]) -> Iterator[str]:
-    first = given[0]
-    for other in given[1:]:
+def _group_faults(entries: Sequence[_Entry]) -> Iterator[str]:
+    first = entries[0]
+    for other in entries[1:]:
         if not (np.array_equal(first.in_scale, other.in_scale) and np.array_equal(first.in_shift, other.in_shift)):
             yield f"{shown(other.reader)} shares its scaling with {shown(first.reader)}; give both the same in_scale and in_shift"
 
 
-def _width_faults(file: TableFile, given: Iterable[_Given], shift: float, *, shifts: bool) -> Iterator[str]:
-    cause = "no one shift suits the zero points of all timesteps" if shifts else "its input cannot take up a shift"
-    for item in given:
+def _width_faults(file: TableFile, entries: Iterable[_Entry], shift: float, *, shifts: bool) -> Iterator[str]:
+    cause = "no one shift suits the zero points of all timesteps" if shifts else "its input cannot absorb a shift"
+    for item in entries:
         widened = item.table.widened(shift) if item.table else np.ones(1)
         worst = int(widened.argmax())
         if widened[worst] > LIMIT:
             yield (
                 f"{shown(item.reader)}: {cause}: at timestep {file.header.timesteps[worst]:g} the step would grow by "
-                f"{widened[worst] - 1:.0%}, and {LIMIT - 1:.0%} is the limit; train it with zero points that stay, or take its "
-                "table out"
+                f"{widened[worst] - 1:.0%}, and {LIMIT - 1:.0%} is the limit; train it with constant zero points, or remove its "
+                "table"
             )
 
 
-def _symmetric(file: TableFile, item: _Given, shift: float, assigned: Mapping[str, Rule]) -> ScaleTable:
+def _symmetric(file: TableFile, item: _Entry, shift: float, assigned: Mapping[str, Rule]) -> ScaleTable:
     qtype = assigned[item.reader].scheme.graph_type
     assert item.table is not None
     assert qtype is not None

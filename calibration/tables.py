@@ -1,4 +1,4 @@
-"""Scales, scalings and weights that another tool trained, in the place of what calibration would decide."""
+"""Scales, scalings and weights that another tool trained; they replace decisions of calibration."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Rounded = tuple[WeightGrid, npt.NDArray[np.int8]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tables:
-    """What a file decides, of which a network and a recipe are known to take all.
+    """The decisions of a file that fits the network and the recipe.
 
     Args:
-        file: None: nothing is given.
-        scalings: by site whose input may not be scaled otherwise.
+        file: the file; None if there is none.
+        scalings: by site whose scaling the file fixes.
         activations: by site.
     """
 
@@ -38,23 +38,23 @@ class Tables:
     activations: Mapping[str, ScaleTable] = field(default_factory=dict)
 
     def weight(self, linear: str, weight: Float32, in_scale: Float32) -> Float32:
-        """float32[out, in]: what is rounded in the place of a linear's `weight`: that itself, where the file has none.
+        """float32[out, in]: the weight to round instead of a linear's `weight`, or `weight` itself if the file has none.
 
         Args:
-            in_scale: of the linear's input; the file's weight multiplies the scaled input.
+            in_scale: of the linear's input; the file's weight applies to the scaled input.
         """
-        given = None if self.file is None else self.file.read(linear, "weight")
-        return weight if given is None else (given / in_scale).astype(np.float32, copy=False)
+        imported = None if self.file is None else self.file.read(linear, "weight")
+        return weight if imported is None else (imported / in_scale).astype(np.float32, copy=False)
 
     def has_weight(self, linear: str) -> bool:
-        """Whether a weight is given that is still to be rounded."""
+        """Whether the file has a float weight of the linear, which is still to be rounded."""
         return self.file is not None and self.file.shape(linear, "weight") is not None
 
     def rounded(self, linear: str, qtype: QuantType, plans: Sequence[SitePlan]) -> Rounded | None:
-        """The grid and the codes int8[out, in] of a linear whose codes are given, else None.
+        """The grid and the codes int8[out, in] of a linear if the file has its codes, otherwise None.
 
         Args:
-            plans: the scalings that touch its weight. Those of what reads its output divide rows, which scales hold alone.
+            plans: the scalings that touch its weight. Scalings of its output divide rows, which changes only the scales.
         """
         if self.file is None or self.file.shape(linear, "weight.codes") is None:
             return None
@@ -65,19 +65,19 @@ class Tables:
         return grid, centred_codes(self.file, linear).astype(np.int8)
 
     def corrections(self, denoiser: Denoiser, plans: Mapping[str, Sequence[SitePlan]]) -> dict[str, Float32]:
-        """By linear, float32[out]: what its folded bias needs, since that is made of the checkpoint's weight W and bias b.
+        """For each linear, float32[out]: the correction of its folded bias, which is computed from the checkpoint's W and b.
 
-        With the file's W' and b' and the input's shift m: (b' - b + (W' - W) m) / the rows' scaling.
+        With the file's W' and b' and the input's shift m it is (b' - b + (W' - W) m) / the rows' scaling.
 
         Args:
             plans: by linear, the scalings that touch its weight.
         """
-        found = {}
+        changes = {}
         for linear in self.file.header.linears if self.file else ():
             change = self._change(denoiser, linear, plans.get(linear, ()))
             if change is not None and change.any():
-                found[linear] = (change * row_factors(linear, len(change), plans.get(linear, ()))).astype(np.float32)
-        return found
+                changes[linear] = (change * row_factors(linear, len(change), plans.get(linear, ()))).astype(np.float32)
+        return changes
 
     def _change(self, denoiser: Denoiser, linear: str, plans: Sequence[SitePlan]) -> npt.NDArray[np.float64] | None:
         assert self.file is not None

@@ -23,21 +23,21 @@ from .rounding import ROUNDINGS
 
 Float32 = npt.NDArray[np.float32]
 FACTORS = 20
-"""Bytes by element of a Hessian that is factorized: two in float64, and the factor in float32."""
+"""Bytes per element of a Hessian that is factorized: two matrices in float64, and the factor in float32."""
 
 
 def factor_bytes(width: int) -> int:
-    """Bytes of rounding by the second moments of so many inputs, beside those of the work on the weight."""
+    """Bytes that rounding by the second moments of `width` inputs takes, in addition to the work on the weight."""
     return FACTORS * width**2
 
 
 def round_weights(
     calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Float32]]
 ) -> CalibrationResult:
-    """Grids and codes of every quantized weight as it will be once all scalings are folded in.
+    """Grids and codes of every quantized weight, with all scalings folded in.
 
     Args:
-        hessians: by site, of `stream_hessians`; each part is used and emptied before the next is asked for.
+        hessians: by site, from `stream_hessians`; each part is used and emptied before the next one is requested.
 
     Raises:
         CalibrationError: a linear whose width the blocks do not divide; all of them in one message.
@@ -50,8 +50,8 @@ def round_weights(
     def measure(part: Mapping[str, Float32], name: str) -> tuple[WeightGrid, npt.NDArray[np.int8] | None] | str:
         scheme, around = assigned[name].scheme, touching.get(name, ())
         assert scheme.weight is not None
-        if (given := tables.rounded(name, scheme.weight.qtype, around)) is not None:
-            return given
+        if (imported := tables.rounded(name, scheme.weight.qtype, around)) is not None:
+            return imported
         site = site_of.get(name, "")
         in_scale = plans[site].in_scale if site else np.ones(denoiser.linears[name].width, dtype=np.float32)
         weight = folded_weight(tables.weight(name, plugin.prepare(name, denoiser.weight(name)), in_scale), name, around)
@@ -64,7 +64,7 @@ def round_weights(
         except ValueError as error:
             return f"'{name}': {error}"
         if codes is None and (plugin is not UNCHANGED or tables.has_weight(name)):
-            codes = grid.codes(weight)  # the graph holds the checkpoint's weights: codes of any others are kept
+            codes = grid.codes(weight)  # the graph holds the checkpoint's weights, so codes of other weights must be stored
         return grid, None if codes is None else _stored(codes, scheme)
 
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
@@ -80,12 +80,12 @@ def round_weights(
     wrong = [item for item in results.values() if isinstance(item, str)]
     if wrong:
         raise CalibrationError("\n".join(wrong))
-    found = {name: item for name in names if not isinstance(item := results[name], str)}
+    rounded = {name: item for name in names if not isinstance(item := results[name], str)}
     return CalibrationResult(
         sites=plans,
-        weight_scale={name: grid.scale for name, (grid, _) in found.items()},
-        multiplier={name: grid.multiplier for name, (grid, _) in found.items() if grid.multiplier is not None},
-        codes={name: codes for name, (_, codes) in found.items() if codes is not None},
+        weight_scale={name: grid.scale for name, (grid, _) in rounded.items()},
+        multiplier={name: grid.multiplier for name, (grid, _) in rounded.items() if grid.multiplier is not None},
+        codes={name: codes for name, (_, codes) in rounded.items() if codes is not None},
         correction=tables.corrections(denoiser, touching),
         provenance=calibration.provenance,
     )
@@ -93,5 +93,5 @@ def round_weights(
 
 def _stored(codes: Float32, scheme: Scheme) -> npt.NDArray[np.int8]:
     if scheme.weight is None or scheme.weight.qtype.is_float:
-        raise CalibrationError(f"{scheme.name} keeps no codes of its own; take rounding rtn, and no plug-in")
+        raise CalibrationError(f"{scheme.name} does not store codes; use rounding rtn and no plug-in")
     return codes.astype(np.int8)

@@ -1,4 +1,4 @@
-"""Which GEMMs and convolutions of a built engine really run on low-precision kernels."""
+"""Which GEMMs and convolutions of a built engine run on low-precision kernels."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ CONVOLUTIONS = ("Conv", "ConvInteger")
 
 
 class AuditError(Exception):
-    """Too few of the GEMMs that the recipe quantizes run on low-precision kernels; names each, and why."""
+    """Too few of the quantized GEMMs run on low-precision kernels; the message names each one and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gemm:
-    """One GEMM or convolution of the graph. The bounds are those of a report that is read back.
+    """One GEMM or convolution of the graph. The bounds of the fields are checked when a report is read back.
 
     Args:
-        name: module name, or the node's name where no weight is involved (attention).
+        name: module name, or the node's name if no weight is involved (attention).
         flops: multiply-adds times 2, for one sample.
-        wanted: the recipe's action; `none` for GEMMs without a weight, `float` for convolutions that no rule is for.
+        wanted: the recipe's action; `none` for GEMMs without a weight, `float` for convolutions without a rule.
         required: whether the recipe asks for a low-precision kernel.
         kernel: the operator that runs it after optimisation.
         integer: whether that operator has the recipe's precision: multiplies integers or 8-bit floats, or unpacks blocks.
-        reason: why not, if the recipe wanted it to.
+        reason: why a required low-precision kernel is missing; empty otherwise.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Gemm:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What an engine really runs.
+    """The kernels that an engine runs.
 
     Args:
-        coverage: FLOPs in low-precision kernels / FLOPs that the recipe gives low-precision kernels.
-        integer_share: FLOPs in low-precision kernels / FLOPs of all GEMMs and convolutions of the network, attention included.
+        coverage: FLOPs in low-precision kernels / FLOPs for which the recipe requires low-precision kernels.
+        integer_share: FLOPs in low-precision kernels / FLOPs of all GEMMs and convolutions of the network, including attention.
         gemms: all GEMMs and convolutions of the network.
     """
 
@@ -67,8 +67,8 @@ class Audit:
     @staticmethod
     def of(gemms: Iterable[Gemm]) -> Audit:
         """The audit of these GEMMs."""
-        found = tuple(gemms)
-        return Audit(coverage=_low_share([g for g in found if g.required]), integer_share=_low_share(found), gemms=found)
+        listed = tuple(gemms)
+        return Audit(coverage=_low_share([g for g in listed if g.required]), integer_share=_low_share(listed), gemms=listed)
 
 
 def _low_share(gemms: Sequence[Gemm]) -> float:
@@ -84,10 +84,10 @@ def audit_graph(
     """Audit every GEMM and convolution of a graph.
 
     Args:
-        model: the graph that was handed to the runtime.
+        model: the graph that the runtime got.
         assigned: the recipe's decisions.
         kernel_of: the runtime's operator for a node's name, and whether it multiplies integers.
-        why_float: the reason for a node that should, but does not, given that operator.
+        why_float: the reason why a node does not run on a required low-precision kernel, from the node and its operator.
     """
     graph = _load(model)
     sizes = _shapes(model, sizes_of(read_sizes(graph)))
@@ -112,8 +112,8 @@ def audit_graph(
                 reason=reason,
             )
         )
-    found = set(by_node.values())
-    missing = [(name, rule.action) for name, rule in assigned.items() if rule.scheme.low_precision and name not in found]
+    present = set(by_node.values())
+    missing = [(name, rule.action) for name, rule in assigned.items() if rule.scheme.low_precision and name not in present]
     gemms += [
         Gemm(name=name, flops=1, wanted=action, required=True, kernel="none", integer=False, reason="the graph has no such GEMM")
         for name, action in missing
@@ -122,11 +122,11 @@ def audit_graph(
 
 
 def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Audit:
-    """Audit an ONNX Runtime session by the graph it optimised `model` to.
+    """Audit an ONNX Runtime session by its optimised graph.
 
     Args:
-        model: the graph that was handed to ONNX Runtime.
-        optimized: what the session wrote as its optimised graph.
+        model: the graph that ONNX Runtime got.
+        optimized: the optimised graph that the session wrote.
         assigned: the recipe's decisions.
 
     Raises:
@@ -181,7 +181,7 @@ def _wanted(rule: Rule | None) -> tuple[str, bool]:
 
 
 def _wanted_of_attention(node: ir.Node) -> tuple[str, bool]:
-    """The same for a matmul of attention, which has both operands quantized, in float8, or none."""
+    """The same for a matmul of attention, which has either both operands in float8 or none."""
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     both = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
     return ("fp8", True) if both else ("none", False)
@@ -201,9 +201,10 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _shapes(model: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values for a batch of one and pictures' sizes, without reading any weight.
+    """Shapes of all values for a batch of one and the pictures' sizes, without reading any weight.
 
-    Sizes that a graph computes from its inputs' are not all found anew; there the exporter's own shapes stand.
+    Shape inference does not find all sizes that a graph computes from those of its inputs; the exporter's shapes are used
+    for these.
 
     Args:
         sizes: of the dimensions by name; others are 1.
@@ -228,7 +229,7 @@ def _shapes(model: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]
 
 
 def _inferred(proto: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes that follow from those in the graph."""
+    """All shapes that shape inference finds."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)

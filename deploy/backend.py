@@ -1,4 +1,4 @@
-"""What the export needs from a backend."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class BackendError(Exception):
 
 
 class NotHereError(BackendError):
-    """The engine cannot be built on this machine; everything before it is done, and the message says how to go on elsewhere."""
+    """The engine cannot be built on this machine; all earlier stages are done, and the message says how to continue elsewhere."""
 
 
 class Engine(Protocol):
     """A loaded graph, ready to run."""
 
     def runner(self, name: str) -> Any:
-        """Polygraphy's runner of the loaded graph, not activated."""
+        """Polygraphy's runner of the loaded graph, not yet activated."""
 
     def __call__(self, feed: Feed) -> Float32:
         """One network call: `sample` float32."""
@@ -47,12 +47,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """An engine on the disk. A backend loads, audits and profiles what it built itself.
+    """An engine on disk. The backend that built it loads, audits and profiles it.
 
     Args:
-        model: the graph that the engine was built from.
-        folder: the backend's own files: a plan, a list of kernels. Empty for a graph that the runtime loads as it is.
-        note: what the user should know about the engine; usually empty.
+        model: the graph from which the engine was built.
+        folder: the backend's own files: a plan, a list of kernels. Empty if the runtime loads the graph as it is.
+        note: a remark for the user about the engine; usually empty.
     """
 
     model: Path
@@ -62,10 +62,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Backend(ABC):
-    """Legalises, builds and runs.
+    """Legalises, builds, loads and audits the engines of one runtime.
 
     Args:
-        dtype: the value of --dtype: the float type of what is not quantized.
+        dtype: the value of --dtype: the float type of everything that is not quantized.
     """
 
     name: ClassVar[str]
@@ -73,11 +73,11 @@ class Backend(ABC):
     provider: ClassVar[str | None] = None
     """The value of --provider, for formats that have several."""
     title: ClassVar[str]
-    """What runs its engine, for people."""
+    """The name of the runtime in messages."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions beside ONNX Runtime, under every name that they have, whose version decides the engine."""
+    """Distributions, under all their names and in addition to ONNX Runtime, whose versions determine the engine."""
     triton: ClassVar[str] = ""
-    """Triton's backend that serves its engine; empty: none does."""
+    """Triton's backend that serves its engine; empty if there is none."""
     attention: ClassVar[tuple[str, ...]] = ("float",)
     """The values of --attention that it runs."""
 
@@ -98,10 +98,10 @@ class Backend(ABC):
 
     @abstractmethod
     def require(self) -> None:
-        """Check before any costly work that everything is there that a build and a run need.
+        """Check, before any costly work, that this machine has everything that a build and a run need.
 
         Raises:
-            BackendError: a library is missing, or does not serve this machine.
+            BackendError: a library is missing, or does not support this machine.
         """
 
     @abstractmethod
@@ -112,7 +112,8 @@ class Backend(ABC):
         """Check that it runs every scheme.
 
         Raises:
-            RecipeError: it does not run some of them; the message has a line for each reason, with the nearest that it runs.
+            RecipeError: it does not run some of them; the message has a line for each reason, with the nearest scheme that it
+                runs.
         """
         refused: dict[str, Scheme] = {}
         for scheme in schemes:
@@ -123,18 +124,18 @@ class Backend(ABC):
             raise RecipeError("\n".join(f"{scheme} on {self.title}: {reason}" for reason, scheme in refused.items()))
 
     def shared_timesteps(self, wanted: str) -> bool:
-        """Whether `auto`, `shared` or `per-sample` means one timestep for the batch.
+        """Whether `wanted` (`auto`, `shared` or `per-sample`) means one timestep for the batch.
 
-        `auto` is shared: the direct form of a table has fewer operators than the factored form.
+        `auto` means shared: the direct form of a table has fewer operators than the factored form.
         """
         return wanted != "per-sample"
 
     @abstractmethod
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Passes from the canonical graph to the one that the backend runs on its low-precision kernels."""
+        """The passes from the canonical graph to the graph that the backend runs on its low-precision kernels."""
 
     def greatest_batch(self, model: Path) -> int | None:
-        """Rows that one call of its engine can take; None: any number.
+        """The greatest number of rows in one call of its engine; None for any number.
 
         Raises:
             BackendError: the recipe's shapes do not fit the graph.
@@ -142,18 +143,19 @@ class Backend(ABC):
         return None
 
     def portable(self, model: Path, folder: Path) -> Path:
-        """A graph that ONNX Runtime's CPU provider runs node by node with the engine's numbers: `model`, or one in `folder`."""
+        """A graph that gives the engine's numbers when ONNX Runtime's CPU provider runs it node by node: `model`, or a copy in
+        `folder`."""
         return model
 
     def baseline(self, model: Path, read: Reader, folder: Path) -> Built:
-        """The float graph as an engine, to compare an engine's speed with.
+        """The float graph as an engine, for comparing speed.
 
         Args:
             read: loads the graph, whose weights may be a link to the checkpoint's.
-            folder: for what has to be built; a runtime that loads the graph as it is leaves it empty.
+            folder: for files of the build; it stays empty if the runtime loads the graph as it is.
 
         Raises:
-            BackendError: as `build`.
+            BackendError: see `build`.
         """
         return Built(model=model, folder=folder)
 
@@ -174,7 +176,7 @@ class Backend(ABC):
         """
 
     def profile(self, built: Built, feed: Feed) -> dict[str, float]:
-        """Milliseconds of one call by operator, median of a few; empty where the runtime does not measure them."""
+        """Milliseconds of one call by operator, the median of a few calls; empty if the runtime does not measure them."""
         return {}
 
     @abstractmethod
@@ -182,5 +184,5 @@ class Backend(ABC):
         """Which GEMMs of an engine run on low-precision kernels.
 
         Raises:
-            BackendError: what the build left is damaged.
+            BackendError: the files of the build are damaged.
         """

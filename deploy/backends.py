@@ -1,4 +1,4 @@
-"""Every backend that --format, --provider and --dtype can name."""
+"""All backends that --format, --provider and --dtype can name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BACKENDS: tuple[Backend, ...] = (
     OrtCuda("fp32"),
     *(kind(dtype) for kind in (TensorRt, TensorRtRtx) for dtype in ("fp16", "bf16", "fp32")),
 )
-"""The first of a format is its default."""
+"""The first backend of a format is its default."""
 
 
 def all_backends() -> tuple[Backend, ...]:
     """dq-export's own backends and those of plug-ins.
 
     Raises:
-        PluginError: a plug-in cannot be used, or is called otherwise than its --format.
+        PluginError: a plug-in cannot be used, or its name differs from that of its backend.
     """
     added = load_plugins("backends", Backend, [backend.name for backend in BACKENDS])
     wrong = next((name for name, backend in added.items() if backend.name != name), None)
@@ -51,13 +51,13 @@ def backend_of(recipe: Recipe) -> Backend | None:
     fitting = [backend for backend in named if backend.provider == provider and recipe.dtype in (None, backend.dtype)]
     if not fitting:
         known = "; ".join(_flags(b.provider, b.dtype) for b in named)
-        asked = _flags(provider, recipe.dtype)
-        raise RecipeError(f"--format {recipe.format} does not run {asked}; it runs {known}")
+        flags = _flags(provider, recipe.dtype)
+        raise RecipeError(f"--format {recipe.format} does not run {flags}; it runs {known}")
     if recipe.attention not in fitting[0].attention:
         others = dict.fromkeys(backend.name for backend in backends if recipe.attention in backend.attention)
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")
     backend = fitting[0].configured(recipe)
-    if recipe.rules is None:  # the family's rules then say `bits`, which is refused before its weights are downloaded
+    if recipe.rules is None:  # the family's rules then use `bits`: refuse it before weights are downloaded
         backend.require_schemes([recipe.scheme])
     return backend
 

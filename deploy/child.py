@@ -1,4 +1,4 @@
-"""Work in a process of its own: its aborts and its memory stay there."""
+"""Run work in a separate process, which isolates its aborts and its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Exit:
 
     Args:
         status: 0, the exit status, or -N for signal N.
-        reason: the last line that it printed; a placeholder where it printed nothing.
+        reason: the last line that it printed, or a placeholder.
     """
 
     status: int
@@ -28,14 +28,14 @@ class Exit:
 
 
 def run_child(module: str, request: object, receive: Callable[[dict[str, Any]], None]) -> Exit:
-    """Run `python -m module FD`, write `request` to its standard input as JSON, and receive one JSON object a line from FD.
+    """Run `python -m module FD`, write `request` to its standard input as JSON, and receive one JSON object per line from FD.
 
-    The child's output is not shown: libraries print what they like. The child is killed if `receive` raises.
+    The child's own output, mostly messages of libraries, is not shown. The child is killed if `receive` raises.
 
     Args:
-        request: paths in it must be absolute: the child starts in the package's folder, so that it imports nothing from
-            the folder in which the command happens to run.
-        receive: called with each object as it comes.
+        request: its paths must be absolute: the child starts in the package's folder, so that it imports nothing from the
+            current folder.
+        receive: called with each object when it arrives.
     """
     reading, writing = os.pipe()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output, open(reading, encoding="utf-8") as answers:
@@ -46,7 +46,7 @@ def run_child(module: str, request: object, receive: Callable[[dict[str, Any]], 
             os.close(writing)
             assert child.stdin is not None
             try:
-                with suppress(BrokenPipeError):  # it ended before it read this; its status says how
+                with suppress(BrokenPipeError):  # the child ended before it read the request; its status gives the reason
                     child.stdin.write(json.dumps(request))
                     child.stdin.close()
                 for line in answers:

@@ -1,4 +1,4 @@
-"""Latency of engines against each other, interleaved in one process."""
+"""Latency of several engines, timed in turn in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .backend import Feed, Float32
 
 BUDGET, LEAST_ROUNDS = 60.0, 5
-"""Seconds, and rounds that are taken however long they take."""
+"""Seconds for all rounds, and the number of rounds that are timed in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,10 @@ class Latency:
 
 
 def measure(engines: Mapping[str, Callable[[Feed], Float32]], feed: Feed, *, rounds: int = 15) -> dict[str, Latency]:
-    """Time one network call of each engine in turn, `rounds` times after a warm-up, fewer where that takes over a minute.
+    """Time one network call of each engine in turn, `rounds` times after a warm-up, or fewer times if that takes over a minute.
 
-    Before each timed call the engine runs once untimed: the threads of the engine before it still spin for a while, and
-    its weights fill the caches. Read the ratios: the engines see the same noise of the machine, single figures do not.
+    Before each timed call the engine runs once untimed, because the threads of the previous engine still spin for a while,
+    and its weights fill the caches. Compare ratios, not single figures: noise of the machine affects all engines alike.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
     turns, begin = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a backend answers about a scheme: the lowering that runs it, or a refusal."""
+"""A backend's answer about a scheme: the lowering that runs it, or a refusal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Lowering:
     """How a backend runs a scheme.
 
     Args:
-        how: in words.
-        kernel: a part of the kernel's name as the audit reports it; empty: any kernel.
+        how: a description.
+        kernel: a part of the kernel's name in the audit; empty for any kernel.
     """
 
     how: str
@@ -28,7 +28,7 @@ class Refusal:
     """Why a backend does not run a scheme.
 
     Args:
-        reason: without the scheme's name.
+        reason: the reason, without the scheme's name.
         nearest: the nearest scheme that the same backend runs.
     """
 
@@ -44,7 +44,7 @@ ANY_KERNEL = Lowering("any kernel that the runtime chooses", "")
 
 
 def integer_gemm(scheme: Scheme, kernel: str) -> Lowering:
-    """The lowering of a scheme whose GEMM multiplies 8-bit codes; narrower types are held in them."""
+    """The lowering of a scheme whose GEMM multiplies 8-bit codes, which also hold narrower types."""
     how = "one integer GEMM"
     if scheme.per_token:
         how += " between two Muls by the token's scale"

@@ -1,4 +1,4 @@
-"""Packages that a command needs, asked for before it works."""
+"""Check that the packages of a command are installed, before it starts to work."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EXTRAS = {
     "tokenizers": "text",
     "sentencepiece": "text",
 }
-"""Of dq-export, by the module that it brings; all other modules come with dq-export itself."""
+"""The extra of dq-export that installs a module; all other modules are installed with dq-export itself."""
 PROJECTS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}
-"""The package of a module of another name."""
+"""The packages whose names differ from their modules'."""
 
 
 def require_packages(modules: Iterable[str], purpose: str) -> None:
-    """Ask for modules without importing them.
+    """Check that modules are installed, without importing them.
 
     Args:
         purpose: the command or option that needs them.
@@ -41,6 +41,6 @@ def require_packages(modules: Iterable[str], purpose: str) -> None:
 
 
 def install_command(modules: Iterable[str]) -> str:
-    """The pip command that brings the modules."""
+    """The pip command that installs the modules."""
     extras = sorted({extra for module in modules if module in EXTRAS for extra in EXTRAS[module].split(",")})
     return f"pip install 'dq-export[{','.join(extras)}]'" if extras else "pip install dq-export"

@@ -13,25 +13,25 @@ from dq_export.core.compare import MAX_SQNR, decibels
 from .backend import Engine, Feed, Float32
 
 FLOAT_SQNR = 80.0
-"""dB that the float graph must keep: float32 rounding costs about 130 dB, a wrong export is below 40."""
+"""The limit of the float graph in dB: with float32 rounding alone it has about 130 dB, a wrong export has below 40."""
 
 
 DECIBELS = {"ge": -MAX_SQNR, "le": MAX_SQNR}
-"""The bounds of a number of dB in a report that is read back."""
+"""The bounds of a number in dB, which are checked when a report is read back."""
 
 
 class ParityError(Exception):
-    """A stage's output is too far from the reference's; names the stage and the worst timestep."""
+    """A stage's output is too far from the reference; the message names the stage and the worst timestep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far an output is from PyTorch's.
+    """The difference between an output and PyTorch's.
 
     Args:
-        sqnr: signal to noise, dB; -200 where an output is not finite.
+        sqnr: signal to noise, dB; -200 if an output is not finite.
         cosine: cosine similarity of the flattened outputs.
-        max_error: greatest absolute difference; None where an output is not finite.
+        max_error: greatest absolute difference; None if an output is not finite.
     """
 
     sqnr: float = field(metadata=DECIBELS)
@@ -41,7 +41,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class CallParity(Difference):
-    """How far one network call is from PyTorch's.
+    """The difference between one network call and PyTorch's.
 
     Args:
         stage: float-onnx, qdq-onnx or engine.
@@ -55,15 +55,15 @@ class CallParity(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryParity(Difference):
-    """How far pictures are from PyTorch's that were sampled from the same noise.
+    """The difference between pictures and PyTorch's pictures, sampled from the same noise.
 
     Args:
-        stage: what drew them, as in `CallParity`.
+        stage: the stage that drew them, as in `CallParity`.
         samples: number of pictures. `sqnr` is over all of them together.
-        worst_sqnr: dB of the worst picture.
-        psnr: peak signal to noise of the decoded pictures in dB, mean; None where they are latents that nobody decoded.
-        ssim: their structural similarity, mean; 1 of equal ones.
-        lpips: how different they look, mean; 0 of equal ones. None without the weights of the metric.
+        worst_sqnr: SQNR of the worst picture, dB.
+        psnr: mean peak signal to noise of the decoded pictures, dB; None for latents that were not decoded.
+        ssim: mean structural similarity of the pictures; 1 if they are equal.
+        lpips: mean perceptual distance of the pictures; 0 if they are equal. None without the weights of the metric.
     """
 
     stage: str
@@ -85,10 +85,10 @@ class TrajectoryParity(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How near each stage is to PyTorch.
+    """The differences between each stage and PyTorch.
 
     Args:
-        replay: the polygraphy command that compares the calls again, to be run in the output folder.
+        replay: the polygraphy command that compares the calls again when it is run in the output folder.
     """
 
     calls: tuple[CallParity, ...] = field(metadata={"min_length": 1})
@@ -100,11 +100,11 @@ def difference(reference: Float32, other: Float32) -> Difference:
     """Compare two outputs of the same shape. A NaN or Inf gives -200 dB."""
     if not np.isfinite(other).all():
         return Difference(sqnr=-MAX_SQNR, cosine=0.0, max_error=None)
-    exact, found = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
-    noise, signal = float(np.square(exact - found).sum()), float(np.square(exact).sum())
-    norm = float(np.linalg.norm(exact) * np.linalg.norm(found))
-    cosine = float(exact @ found) / norm if norm else 1.0
-    return Difference(sqnr=float(decibels(signal, noise)), cosine=cosine, max_error=float(np.abs(exact - found).max()))
+    exact, actual = reference.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    noise, signal = float(np.square(exact - actual).sum()), float(np.square(exact).sum())
+    norm = float(np.linalg.norm(exact) * np.linalg.norm(actual))
+    cosine = float(exact @ actual) / norm if norm else 1.0
+    return Difference(sqnr=float(decibels(signal, noise)), cosine=cosine, max_error=float(np.abs(exact - actual).max()))
 
 
 def compare_pictures(stage: str, references: Float32, pictures: Float32) -> TrajectoryParity:
@@ -124,7 +124,7 @@ def compare_calls(
     """Run a stage on recorded network calls with polygraphy's runner of its runtime.
 
     Args:
-        calls: of each network call the feed, or its rows in several feeds.
+        calls: for each network call the feed, or its rows in several feeds.
         references: the PyTorch outputs.
         bins: the timestep bin of each call.
         count: called after each call.
@@ -133,24 +133,24 @@ def compare_calls(
     with engine.runner(stage) as runner:
         for feeds, reference, index in zip(calls, references, bins, strict=True):
             outputs = [np.array(value) for feed in feeds for value in runner.infer(dict(feed), check_inputs=False).values()]
-            timestep, found = float(np.asarray(feeds[0]["timestep"]).ravel()[0]), difference(reference, np.concatenate(outputs))
-            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, **vars(found)))
+            timestep, error = float(np.asarray(feeds[0]["timestep"]).ravel()[0]), difference(reference, np.concatenate(outputs))
+            rows.append(CallParity(stage=stage, timestep=timestep, bin=index, **vars(error)))
             count()
     return rows
 
 
 def worst(rows: Sequence[CallParity], stage: str) -> CallParity:
-    """The stage's call of the least SQNR."""
+    """The call of a stage with the lowest SQNR."""
     return min((row for row in rows if row.stage == stage), key=lambda row: row.sqnr)
 
 
-def pick_calls(bins: npt.NDArray[np.int64], least: int = 25) -> list[int]:
-    """Which calls of a trajectory to compare: the middle one of each bin's, and `least` evenly spaced ones.
+def pick_calls(bins: npt.NDArray[np.int64], spaced: int = 25) -> list[int]:
+    """The calls of a trajectory to compare: the middle call of each bin, and `spaced` evenly spaced ones.
 
     Args:
         bins: int64[T], the bin of each call.
     """
-    chosen = set(np.linspace(0, len(bins) - 1, min(least, len(bins))).round().astype(int).tolist())
+    chosen = set(np.linspace(0, len(bins) - 1, min(spaced, len(bins))).round().astype(int).tolist())
     for index in set(bins.tolist()):
         inside = np.flatnonzero(bins == index)
         chosen.add(int(inside[len(inside) // 2]))

@@ -1,4 +1,4 @@
-"""Importing libraries to see whether they work: a program that `deploy/child.py` runs."""
+"""Import libraries to check that they work: a program that `deploy/child.py` runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 def main() -> None:
     """Import the modules that standard input names as a JSON list; answer `{"cuda": bool}`, whether PyTorch uses a GPU.
 
-    An import that fails ends the process; the last line that it prints says why.
+    If an import fails, the process ends, and the last line that it prints gives the reason.
     """
     modules = json.load(sys.stdin)
     for name in modules:

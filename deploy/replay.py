@@ -1,4 +1,4 @@
-"""Recorded network calls on disk: written as `polygraphy run` loads them, read within bounds, and compared by polygraphy."""
+"""Recorded network calls on disk: written in the form of `polygraphy run`, read within bounds, and compared by polygraphy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .backend import Engine, Feed, Float32
 
 INPUTS, OUTPUTS, COMMAND = "inputs.json", "outputs.json", "command.txt"
 LIMIT = 1 << 30
-"""Bytes of a file of recorded calls."""
+"""The greatest size of a file of recorded calls, in bytes."""
 VALUES = 200_000
-"""JSON values of such a file; an array is one of them."""
+"""The greatest number of JSON values in such a file; an array counts as one."""
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(<[fi][248])', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n", re.DOTALL
 )
@@ -45,7 +45,7 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
     Polygraphy's own reader is not used: it decodes whatever type the file names.
 
     Raises:
-        DocumentError: a file is missing, too large or of another form, or holds an array that is no plain one, or not finite.
+        DocumentError: a file is missing, too large or malformed, or has an array that is not a plain one or not finite.
     """
     inputs, outputs = folder / INPUTS, folder / OUTPUTS
     try:
@@ -56,7 +56,7 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
         recorded = [value for call in _list(calls, outputs) for value in call["outputs"].values()]
         references = [_array(value["values"], outputs) for value in recorded]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DocumentError(f"{shown_path(folder)}: {INPUTS} and {OUTPUTS} are not what an export writes there") from error
+        raise DocumentError(f"{shown_path(folder)}: {INPUTS} or {OUTPUTS} is damaged; export again") from error
     if len(feeds) != len(references) or not feeds:
         raise DocumentError(f"{shown_path(folder)}: {len(feeds)} recorded inputs and {len(references)} recorded outputs")
     for feed in feeds:
@@ -66,12 +66,12 @@ def load_replay(folder: Path) -> tuple[list[Feed], list[Float32]]:
 
 
 def polygraphy_command(limit: float, model: str, folder: str = "parity") -> str:
-    """The command that replays the recorded calls from the output folder, for people and CIs. Nothing here reads it back.
+    """The command that replays the recorded calls from the output folder, for people and CI. dq-export never reads it back.
 
     Args:
-        limit: dB that every call must keep.
-        model: the graph, from the output folder.
-        folder: of the recorded calls.
+        limit: the lowest SQNR of a call, dB.
+        model: path of the graph, relative to the output folder.
+        folder: the folder of the recorded calls.
     """
     return (
         f"polygraphy run {model} --onnxrt --load-inputs {folder}/{INPUTS} --load-outputs {folder}/{OUTPUTS} "
@@ -80,11 +80,11 @@ def polygraphy_command(limit: float, model: str, folder: str = "parity") -> str:
 
 
 def replay(engine: Engine, feeds: Sequence[Feed], references: Sequence[Float32], limit: float, *, verbose: bool) -> list[float]:
-    """dB that each call keeps of its reference, by polygraphy's comparison; -200 for an output that is not finite.
+    """The SQNR of each call in dB, by polygraphy's comparison; -200 for an output that is not finite.
 
     Args:
-        limit: dB, for what polygraphy prints.
-        verbose: let polygraphy print what it does.
+        limit: dB, for polygraphy's own messages.
+        verbose: whether polygraphy prints messages.
 
     Raises:
         DocumentError: the engine has other inputs or outputs than the recorded calls.
@@ -96,16 +96,16 @@ def replay(engine: Engine, feeds: Sequence[Feed], references: Sequence[Float32],
     output = output_name(feeds[0])
     with G_LOGGER.verbosity(G_LOGGER.INFO if verbose else G_LOGGER.CRITICAL):
         try:
-            results = _run_results("pytorch", references, output)  # first: the signal is the first one's
+            results = _run_results("pytorch", references, output)  # the first one is the signal
             results.extend(Comparator.run([engine.runner("engine")], data_loader=[dict(feed) for feed in feeds]))
             (compared,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc(snr_threshold={output: limit}))
         except PolygraphyException as error:
             raise DocumentError(f"the recorded calls do not fit the graph ({str(error).splitlines()[0]})") from error
     ((_, calls),) = compared.items()
-    found = [call.get(output) for call in calls]
-    if len(found) != len(feeds) or not all(hasattr(item, "snr") for item in found):
-        raise DocumentError(f"the graph gives no '{output}' of the shape that was recorded")
-    return [-MAX_SQNR if math.isnan(item.snr) else float(np.clip(item.snr, -MAX_SQNR, MAX_SQNR)) for item in found]
+    compared_calls = [call.get(output) for call in calls]
+    if len(compared_calls) != len(feeds) or not all(hasattr(item, "snr") for item in compared_calls):
+        raise DocumentError(f"the graph has no output '{output}' of the recorded shape")
+    return [-MAX_SQNR if math.isnan(item.snr) else float(np.clip(item.snr, -MAX_SQNR, MAX_SQNR)) for item in compared_calls]
 
 
 def _run_results(name: str, values: Sequence[Float32], output: str) -> Any:
@@ -118,7 +118,7 @@ def _run_results(name: str, values: Sequence[Float32], output: str) -> Any:
 
 def _json(path: Path) -> Any:
     text = read_text(path, LIMIT, links=False)
-    # Before it is parsed: each value takes 60 bytes and more of memory. Base64 has none of these signs.
+    # Checked before parsing, because each value takes at least 60 bytes of memory. Base64 contains none of these characters.
     if sum(text.count(sign) for sign in "[{,") > VALUES:
         raise DocumentError(f"{shown_path(path)}: more than {VALUES} values")
     return parse_json(text, shown_path(path))
@@ -135,12 +135,12 @@ def _array(value: Mapping[str, Any], path: Path) -> npt.NDArray[Any]:
 
     Raises:
         DocumentError: another format, Python objects, more or fewer bytes than its shape, or NaN or infinity.
-        ValueError: no base64.
+        ValueError: not base64.
     """
     content = base64.b64decode(value["array"], validate=True)
     head = HEADER.match(content[:1024])
     if head is None:
-        raise DocumentError(f"{shown_path(path)}: an array that is not written as numpy writes plain numbers")
+        raise DocumentError(f"{shown_path(path)}: an array that is not in numpy's format of plain numbers")
     shape = tuple(int(size) for size in head[2].replace(b" ", b"").split(b",") if size)
     dtype = np.dtype(head[1].decode())
     if math.prod(shape) * dtype.itemsize != len(content) - head.end():

@@ -1,4 +1,4 @@
-"""The table of the documentation: what each backend answers about every scheme."""
+"""The table of the documentation: the answer of each backend about every scheme."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .lowerings import Refusal
 
 
 def support_table() -> str:
-    """Markdown, with a column for all backends that answer alike and a row for all bits that differ in nothing else."""
+    """Markdown, with one column for backends with equal answers and one row for bits whose other cells are equal."""
     schemes = tuple(all_schemes())
     columns: dict[tuple[str, ...], list[str]] = {}
     for backend in BACKENDS:

@@ -194,7 +194,7 @@ def _turn(engine: Timed, feed: str, *, first: bool) -> dict[str, Any]:
         return answer
     if code > 0:
         sys.exit(code)  # with the traceback that the turn printed
-    why = "was killed, most likely for want of memory" if code == -signal.SIGKILL else f"was ended by signal {-code}"
+    why = "was killed, most likely for lack of memory" if code == -signal.SIGKILL else f"was ended by signal {-code}"
     return {"error": f"the process that times {engine.model} {why}"}
 
 

@@ -1,4 +1,4 @@
-"""The contract of a pass, and the runner that holds every pass to it."""
+"""The contract of a pass, and the runner that checks it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PassReport:
     Args:
         name: the pass.
         changed: one line for each place it rewrote.
-        skipped: one line for each place it left alone although it looked alike, with the reason.
+        skipped: one line for each similar place that it left unchanged, with the reason.
     """
 
     name: str
@@ -49,7 +49,7 @@ class GraphPass(ir.passes.InPlacePass):
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> PassReport:
-        """Change `model` in place and say what changed."""
+        """Change `model` in place and report the changes."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """onnx_ir's entry point."""
@@ -57,7 +57,7 @@ class GraphPass(ir.passes.InPlacePass):
 
 
 def check_order(passes: Sequence[GraphPass]) -> None:
-    """Let a list of passes through whose order agrees with what each declares.
+    """Check that the order of a list of passes agrees with the declarations of each pass.
 
     Raises:
         GraphError: passes in a wrong order, or declarations that name no pass; all of them in one message.
@@ -67,7 +67,7 @@ def check_order(passes: Sequence[GraphPass]) -> None:
     for item in passes:
         for name in (*item.after, *item.before):
             if name not in place and name not in PASSES:
-                wrong.append(f"pass {item.name} declares its place by '{name}', and no pass is called that")
+                wrong.append(f"pass {item.name} declares its place by '{name}', but there is no pass of that name")
         here = place[item.name]
         wrong += [f"pass {item.name} must come after {name}" for name in item.after if place.get(name, here) > here]
         wrong += [f"pass {item.name} must come before {name}" for name in item.before if place.get(name, here) < here]
@@ -76,14 +76,14 @@ def check_order(passes: Sequence[GraphPass]) -> None:
 
 
 def run_passes(model: ir.Model, passes: Iterable[GraphPass]) -> list[PassReport]:
-    """Apply passes in order; each is checked for what it may not do.
+    """Apply passes in order and check the contract after each one.
 
     After each pass: the graph's inputs and outputs are unchanged, every value is produced, node names are unique, and
     a second application changes nothing. New nodes are stamped with the pass's name. Unused nodes and initializers are
     removed and the nodes sorted.
 
     Raises:
-        GraphError: the order is not what the passes declare, before anything runs; a pass broke the contract.
+        GraphError: the order contradicts the declarations (raised before anything runs), or a pass broke the contract.
     """
     passes = list(passes)
     check_order(passes)
@@ -110,7 +110,7 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass]) -> list[PassReport]
 
 
 def initializer(graph: ir.Graph, name: str, value: npt.NDArray[np.generic]) -> ir.Value:
-    """Register a new initializer; a taken name gets a number.
+    """Register a new initializer; if the name is in use, a number is appended.
 
     Args:
         value: its content; dtype and shape are kept.
@@ -121,12 +121,12 @@ def initializer(graph: ir.Graph, name: str, value: npt.NDArray[np.generic]) -> i
 def computed_initializer(
     graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], npt.NDArray[np.generic]]
 ) -> ir.Value:
-    """Register a new initializer whose content is computed each time it is read, at last when the graph is saved.
+    """Register a new initializer whose content is computed each time it is read, for the last time when the graph is saved.
 
-    A graph of any size is so rewritten without a weight in memory, and saved with a few at a time.
+    In this way a graph of any size is rewritten without a weight in memory, and saved with a few weights at a time.
 
     Args:
-        compute: gives an array of `dtype` and `shape`; must not depend on anything that changes.
+        compute: returns an array of `dtype` and `shape`; must not depend on anything that changes.
     """
 
     def tensor() -> ir.TensorProtocol:
@@ -140,13 +140,13 @@ def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value
     while unique in graph.initializers:
         unique, number = f"{name}_{number}", number + 1
     tensor.name = unique
-    made = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(made)
-    return made
+    value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
 
 
 def redirect(old: ir.Value, new: ir.Value) -> None:
-    """Make every reader of `old` read `new`, except the node that makes `new`; a graph output keeps its name."""
+    """Make every reader of `old` read `new`, except the node that produces `new`; a graph output keeps its name."""
     for user, index in list(old.uses()):
         if user is not new.producer():
             user.replace_input_with(index, new)
@@ -165,12 +165,12 @@ def like(value: ir.Value, source: ir.Value) -> None:
 
 
 def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of an initializer, its content not computed yet; None for anything else."""
+    """The tensor of an initializer, whose content may not be computed yet; None for other values."""
     return None if value is None or value.producer() is not None else value.const_value
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The content of an initializer, or None for anything else. For a large one that is computed lazily, ask `stored`."""
+    """The content of an initializer; None for other values. For large tensors, which are computed lazily, use `stored`."""
     tensor = stored(value)
     content: npt.NDArray[np.generic] | None = None if tensor is None else tensor.numpy()
     return content

@@ -1,4 +1,4 @@
-"""Questions that several passes ask of a graph."""
+"""Linears, convolutions and other patterns that several passes look for in a graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ELEMENT_TYPES = {
 
 
 def module_of(node: ir.Node) -> str:
-    """The torch module that a node was exported from, relative to the network, whatever its wrapper calls that; empty if
+    """The torch module that a node was exported from, relative to the network and without the wrapper's prefix; empty if
     unknown."""
     return _last_module(node.metadata_props.get(SCOPES, "[]"))
 
@@ -76,7 +76,7 @@ class LinearNode:
 
     @property
     def input(self) -> ir.Value:
-        """What it reads."""
+        """The value that it reads."""
         value = self.gemm.inputs[0]
         assert value is not None
         return value
@@ -94,10 +94,10 @@ class LinearNode:
         return (second, first) if self.gemm.op_type in MATMULS else (first, second)
 
     def weight_reader(self) -> Callable[[], Float32]:
-        """Gives float32[out, in] as it is now, whatever is rewritten later.
+        """A function that returns the present weight, float32[out, in], even if the graph is rewritten later.
 
         Raises:
-            GraphError: the weight is no float initializer (any more).
+            GraphError: the weight is not (or no longer) a float initializer.
         """
         tensor, transposed = self._weight_tensor(), self.gemm.op_type == "MatMul"
         return lambda: tensor.numpy().T if transposed else tensor.numpy().reshape(len(tensor.numpy()), -1)
@@ -114,7 +114,7 @@ class LinearNode:
         return None if bias_add is None else next(tensor for value in bias_add.inputs if (tensor := stored(value)) is not None)
 
     def change_weight(self, change: Callable[[Float32], npt.NDArray[np.floating]]) -> None:
-        """Replace the weight[out, in] by `change` of it, computed when it is read; others may share the old one."""
+        """Replace the weight[out, in] by `change(weight)`, computed when it is read; other nodes may still read the old one."""
         read, transposed = self.weight_reader(), self.gemm.op_type == "MatMul"
         shape = tuple(self._weight_tensor().shape.numpy())
 
@@ -122,28 +122,28 @@ class LinearNode:
             changed = change(read()).astype(np.float32, copy=False)
             return changed.T if transposed else changed.reshape(shape)
 
-        made = computed_initializer(_graph(self.gemm), f"{self.name}.weight", ir.DataType.FLOAT, shape, compute)
-        self.gemm.replace_input_with(1, made)
+        replacement = computed_initializer(_graph(self.gemm), f"{self.name}.weight", ir.DataType.FLOAT, shape, compute)
+        self.gemm.replace_input_with(1, replacement)
 
     def change_bias(self, change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.floating]]) -> None:
-        """Replace the bias[out] by `change` of it, computed when it is read; adds an Add where there was no bias."""
+        """Replace the bias[out] by `change(bias)`, computed when it is read; inserts an Add if there was no bias."""
         graph, out, before = _graph(self.gemm), self.shape[0], self.bias_tensor()
 
         def compute() -> Float32:
             bias = np.zeros(out) if before is None else before.numpy().astype(np.float64)
             return change(bias).astype(np.float32)
 
-        made = computed_initializer(graph, f"{self.name}.bias", ir.DataType.FLOAT, (out,), compute)
+        replacement = computed_initializer(graph, f"{self.name}.bias", ir.DataType.FLOAT, (out,), compute)
         bias_add = self.bias_add
         if self.gemm.op_type != "MatMul":
             self.gemm.resize_inputs(3)
-            self.gemm.replace_input_with(2, made)
+            self.gemm.replace_input_with(2, replacement)
         elif bias_add is not None:
             index = next(i for i, value in enumerate(bias_add.inputs) if stored(value) is not None)
-            bias_add.replace_input_with(index, made)
+            bias_add.replace_input_with(index, replacement)
         else:
             result = self.gemm.outputs[0]
-            add = ir.node("Add", [result, made], metadata_props=dict(self.gemm.metadata_props))
+            add = ir.node("Add", [result, replacement], metadata_props=dict(self.gemm.metadata_props))
             like(add.outputs[0], result)
             graph.insert_after(self.gemm, add)
             redirect(result, add.outputs[0])
@@ -156,47 +156,47 @@ class LinearNode:
 
 
 def linears(model: ir.Model) -> dict[str, LinearNode]:
-    """Every linear of the graph, and every convolution of its blocks, by module name.
+    """Every linear of the graph and every convolution inside its blocks, by module name.
 
     Raises:
         GraphError: two GEMMs with a weight come from one module, or a Gemm has another form than x @ W^T + b.
     """
-    found: dict[str, LinearNode] = {}
+    named: dict[str, LinearNode] = {}
     for node in model.graph:
         name = module_of(node)
         if not name or node.op_type not in (*MATMULS, "Gemm", "Conv") or not _has_weight(node):
             continue
         if node.op_type == "Conv" and not (any(part.isdigit() for part in name.split(".")) and _plain_convolution(node)):
             continue
-        if name in found:
-            raise GraphError(f"two GEMMs come from module '{name}': '{found[name].gemm.name}' and '{node.name}'")
+        if name in named:
+            raise GraphError(f"two GEMMs come from module '{name}': '{named[name].gemm.name}' and '{node.name}'")
         if node.op_type == "Gemm" and not _plain_gemm(node):
             raise GraphError(f"Gemm '{node.name}' of '{name}': expected transA=0, transB=1, alpha=beta=1")
-        found[name] = LinearNode(name=name, gemm=node)
-    return found
+        named[name] = LinearNode(name=name, gemm=node)
+    return named
 
 
 def convolutions(model: ir.Model) -> dict[ir.Node, str]:
-    """Every convolution that a module computes, and the module's name."""
+    """Every convolution of the graph that came from a module, with the module's name."""
     return {node: name for node in model.graph if node.op_type == "Conv" and (name := module_of(node))}
 
 
-def find_linear(found: Mapping[str, LinearNode], name: str) -> LinearNode:
-    """`found[name]`.
+def find_linear(named: Mapping[str, LinearNode], name: str) -> LinearNode:
+    """`named[name]`.
 
     Raises:
         GraphError: the graph has no such linear.
     """
-    if name not in found:
+    if name not in named:
         raise GraphError(f"the graph has no linear '{name}'; was it exported from another model?")
-    return found[name]
+    return named[name]
 
 
 def element_type(qtype: QuantType) -> ir.DataType:
     """ONNX's element type for codes; activations of fewer bits than 8 are stored as int8.
 
     Raises:
-        GraphError: a type that ONNX has no element type for, or that this table does not know yet.
+        GraphError: a type without an element type in ONNX, or one that this table does not have yet.
     """
     if qtype.name not in ELEMENT_TYPES:
         raise GraphError(f"codes of type '{qtype.name}': expected one of {', '.join(ELEMENT_TYPES)}")
@@ -204,7 +204,7 @@ def element_type(qtype: QuantType) -> ir.DataType:
 
 
 def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None] | None:
-    """Stored codes, and their multipliers where a weight has two levels; None for a value that is computed otherwise.
+    """Stored codes, and the multipliers of a weight of two levels; None for a value that is computed in another way.
 
     Forms: the initializer itself; Cast of it; Cast(Reshape(Reshape(Cast(codes)) * multipliers)).
     """
@@ -224,7 +224,7 @@ def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorPr
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, or None if there are several, none, or it is a graph output."""
+    """The only node that reads a value; None if several nodes or no node read it, or if it is a graph output."""
     users = {user for user, _ in value.uses()}
     return next(iter(users)) if len(users) == 1 and not value.is_graph_output() else None
 
@@ -245,7 +245,7 @@ def _has_weight(node: ir.Node) -> bool:
 
 
 def _plain_convolution(node: ir.Node) -> bool:
-    """Whether it is of images, and reads all channels at once."""
+    """Whether it is a 2-D convolution without groups."""
     weight = node.inputs[1]
     rank = len(weight.shape) if weight is not None and weight.shape is not None else 0
     return rank == 4 and node.attributes.get_int("group", 1) == 1

@@ -28,12 +28,12 @@ PASSES = (
     "widen_codes",
     "widen_floats",
 )
-"""Every pass of this package, for the check of the order: a declaration that names another one is a mistake."""
+"""Every pass of this package; the check of the order refuses declarations that name an unknown pass."""
 
 
 @dataclass(frozen=True)
 class Property:
-    """A metadata property of a node, which says what no runtime needs and passes ask.
+    """A metadata property of a node; passes read it, and runtimes ignore it.
 
     Args:
         key: its name in the file.
@@ -46,22 +46,22 @@ class Property:
         node.metadata_props[self.key] = text
 
     def read(self, node: ir.Node) -> str:
-        """Its text; empty where the node does not have it."""
+        """Its text; empty if the node does not have it."""
         return node.metadata_props.get(self.key, "")
 
 
 PASS = Property("dq_export.pass")
-"""The pass that made the node."""
+"""The pass that inserted the node."""
 SITE = Property("dq_export.site")
 """On a QuantizeLinear and DequantizeLinear: the site whose input they quantize."""
 FACTOR = Property("dq_export.factor")
-"""On a Mul behind a GEMM: the GEMM whose result it brings back to scale."""
+"""On a Mul after a GEMM: the GEMM whose result it scales back."""
 FOLDED = Property("dq_export.folded")
-"""On a site's first reader: the method of the scaling that is folded."""
+"""On a site's first reader: the method of the folded scaling."""
 CORRECTED = Property("dq_export.corrected")
-"""On a GEMM: its bias holds the correction."""
+"""On a GEMM: its bias contains the correction."""
 
 
 def origin(operator: str) -> str:
-    """The name of the node that a runtime's operator comes from: a runtime that fuses it adds `/` and what it became."""
+    """The name of the node that a runtime's operator comes from; a runtime that fuses the node appends `/` and a suffix."""
     return operator.partition("/")[0]

@@ -23,7 +23,7 @@ from .legalise.factor_scale import FactorScale
 
 
 def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
-    """From the exported float graph to the canonical Q/DQ graph in direct form."""
+    """The passes from the exported float graph to the canonical Q/DQ graph in direct form."""
     return (
         FoldTranspose(),
         MergeDuplicates(),
@@ -36,11 +36,12 @@ def canonical_passes(result: CalibrationResult, assigned: Mapping[str, Rule]) ->
 
 
 def factoring_passes(result: CalibrationResult, *, shared: bool = False, limit: float = math.inf) -> tuple[GraphPass, ...]:
-    """From the direct form to constant scales, with activations of fewer than 8 bits inside their codes.
+    """The passes from the direct form to constant scales, with activations of fewer than 8 bits clipped to their codes.
 
     Args:
-        shared: one timestep serves the batch, and the backend runs a table in the direct form. A scale for each token has a
-            kernel nowhere, and a Clip takes constants: those are factored all the same.
+        shared: one timestep serves the batch, and the backend runs a table in the direct form. Scales for each token are
+            factored in any case, because no backend has a kernel for them, and so are narrow types, because a Clip takes
+            constants.
         limit: see `FactorScale`.
     """
     narrow = any(plan.activation and plan.activation.qtype.bits < EIGHT for plan in result.sites.values())
@@ -48,10 +49,10 @@ def factoring_passes(result: CalibrationResult, *, shared: bool = False, limit: 
 
 
 def with_plugins(passes: Sequence[GraphPass], result: CalibrationResult, assigned: Mapping[str, Rule]) -> tuple[GraphPass, ...]:
-    """A list of passes with those of plug-ins, each at the place that it declares.
+    """A list of passes with those of plug-ins inserted, each at the place that it declares.
 
-    A plug-in is a function of `result` and `assigned` that returns a pass. The pass stands directly after the last of those
-    that it comes after; without them before the first that it comes before; else at the end.
+    A plug-in is a function of `result` and `assigned` that returns a pass. The pass is inserted directly after the last pass
+    of its `after`, or else before the first pass of its `before`, or else at the end.
 
     Raises:
         PluginError: a plug-in cannot be used.
@@ -60,7 +61,7 @@ def with_plugins(passes: Sequence[GraphPass], result: CalibrationResult, assigne
     for name, make in load_plugins("passes", Callable).items():
         try:
             item: object = make(result=result, assigned=assigned)
-        except Exception as error:  # of a stranger's function, which may raise anything
+        except Exception as error:  # a plug-in's function may raise anything
             raise PluginError(f"plug-in '{name}' (dq_export.passes): {type(error).__name__}: {printable(str(error))}") from error
         if not isinstance(item, GraphPass):
             raise PluginError(f"plug-in '{name}' (dq_export.passes): expected a pass, found {type(item).__name__}")

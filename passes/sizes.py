@@ -1,4 +1,4 @@
-"""The sizes of a graph's inputs that may change beside the batch: the export writes what they are into the file."""
+"""The sizes of a graph's inputs that may change in addition to the batch; the export writes them into the file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dq_export.core.network import BATCH, Axis
 from .base import GraphError
 
 Dims = tuple["int | Axis | None", ...]
-"""An input's dimensions: a number, an axis, or None: the batch where it comes first, else a size of which nothing is known."""
+"""An input's dimensions: a number, an axis, or None, which is the batch at the first place and an unknown size elsewhere."""
 MEASURES = frozenset({"Shape", "Size"})
-"""Operators whose result depends on their input's sizes alone."""
+"""Operators whose result depends only on their input's sizes."""
 KEY = "dq_export.sizes"
-"""Metadata property of a model: by axis, its size in pictures, the greatest one, and what each is a multiple of."""
-DAMAGED = f"the property {KEY} of the graph is not what an export writes; export again"
+"""Metadata property of a model: for each axis, its size in the pictures, its greatest size, and the step between sizes."""
+DAMAGED = f"the property {KEY} of the graph is damaged; export again"
 LARGEST = 1 << 20
-"""Of a size in a file that is read."""
+"""The greatest size that is accepted from a file."""
 LONGEST = 200
-"""Characters of a dimension's text that is read."""
+"""The greatest number of characters of a dimension's text."""
 OPERATORS: dict[type[ast.operator], Any] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.FloorDiv: floordiv}
 
 
 def name_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
-    """Call sizes by their axes' names: one that is a multiple comes out of the exporter as a product, `2*height_by_2`."""
+    """Name sizes after their axes: the exporter writes a size that is a multiple as a product, `2*height_by_2`."""
     products = {f"{axis.multiple}*{axis.unit}": axis.name for axis in axes}
     for value in _values(model):
         if value.shape is not None and any(str(dim) in products for dim in _texts(value)):
@@ -38,17 +38,17 @@ def name_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
 
 
 def write_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
-    """Write into the model what its inputs' sizes beside the batch may be; nothing where none may change."""
+    """Write into the model the possible sizes of its inputs other than the batch; nothing if none may change."""
     written = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
     if written:
         model.metadata_props[KEY] = json.dumps(written)
 
 
 def read_sizes(model: ir.Model) -> dict[str, Axis]:
-    """The axes that `write_sizes` wrote, by name; none where it wrote nothing.
+    """The axes that `write_sizes` wrote, by name; empty if it wrote nothing.
 
     Raises:
-        GraphError: what the file says is damaged.
+        GraphError: the property is damaged.
     """
     text = model.metadata_props.get(KEY)
     if text is None:
@@ -76,7 +76,7 @@ def input_sizes(model: ir.Model) -> dict[str, Dims]:
 
 
 def unbatched_inputs(model: ir.Model) -> set[str]:
-    """The inputs without a row for each sample, such as positions: what changes along their first dimension is no batch.
+    """The inputs without a row for each sample, such as positions, whose first dimension is not the batch.
 
     Raises:
         GraphError: see `read_sizes`.
@@ -85,7 +85,7 @@ def unbatched_inputs(model: ir.Model) -> set[str]:
 
 
 def size_of(text: str, sizes: Mapping[str, int]) -> int:
-    """The number that a dimension's text (`2*height`, `batch`) stands for; 1 where it has an unknown name or operator."""
+    """The number that a dimension's text (`2*height`, `batch`) stands for; 1 if it has an unknown name or operator."""
     if len(text) > LONGEST:
         return 1
     try:
@@ -96,7 +96,7 @@ def size_of(text: str, sizes: Mapping[str, int]) -> int:
 
 
 def sizes_of(axes: Mapping[str, Axis]) -> dict[str, int]:
-    """What the graph's names of sizes stand for in a call of one sample with the sizes of the pictures."""
+    """The value of each size name of the graph in a call of one sample with the sizes of the pictures."""
     units = {axis.unit: axis.size // axis.multiple for axis in axes.values()}
     return {BATCH.name: 1, **units, **{axis.name: axis.size for axis in axes.values()}}
 

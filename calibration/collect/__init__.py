@@ -1,1 +1,1 @@
-"""Statistics of every site's input, gathered on disk while the float reference samples pictures."""
+"""Statistics of every site's input, collected on disk while the float reference samples pictures."""

@@ -1,4 +1,4 @@
-"""The network calls that draw a calibration's pictures, and who watches them."""
+"""The network calls that draw a calibration's pictures, and the callbacks that observe them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Call:
     """One network call.
 
     Args:
-        number: over all batches, `steps` to a batch; `place` in its batch.
-        record: index of its timestep among the distinct ones.
-        seen: whether this process has finished a call at that timestep.
+        number: counted over all batches, with `steps` calls per batch; `place` is its number in the batch.
+        record: the index of its timestep among the distinct ones.
+        seen: whether this process has already finished a call at that timestep.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Call:
     seen: bool
 
     def kept(self, stride: int) -> bool:
-        """Whether rows of it are kept. Samplers may call the network more often than they have steps."""
+        """Whether rows of this call are kept. Samplers may call the network more often than they have steps."""
         return self.place < self.steps and self.number % stride == 0
 
 
@@ -51,9 +51,9 @@ class Calls:
     """The network calls that draw a calibration's pictures, on the float reference.
 
     Args:
-        progress: called with (network calls done, network calls in all) of each run over the pictures.
+        progress: called with (network calls done, all network calls) of each run over the pictures.
         group: the processes that share the pictures; each draws whole batches.
-        record: called with each call's batch, its place in it, and its inputs.
+        record: called with each call's batch, its number in the batch, and its inputs.
     """
 
     denoiser: Denoiser
@@ -63,10 +63,10 @@ class Calls:
     record: Callable[[int, int, Feed], None] | None = None
 
     def watch(self, collect: Collect, journal: Journal | None = None) -> list[float]:
-        """Draw this process's batches, and hand each site's input to `collect` as it passes.
+        """Draw this process's batches, and pass each site's input to `collect`.
 
         Args:
-            journal: of the batches that an earlier run has finished, which are left out; None: all are drawn.
+            journal: the batches that an earlier run has finished, which are skipped; None: all are drawn.
 
         Returns:
             The timesteps of one batch's calls, in order, on every process.
@@ -109,7 +109,7 @@ class Calls:
 
 
 def _shared(group: ProcessGroup, timesteps: list[float]) -> list[float]:
-    """The timesteps on every process: one without a batch learns them from the others."""
+    """The timesteps on every process; a process without a batch gets them from the others."""
     length = int(group.largest(np.asarray([len(timesteps)]))[0])
     known = np.full(length, -np.inf)
     known[: len(timesteps)] = timesteps

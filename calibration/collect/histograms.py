@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 HISTOGRAM_BINS = 2048
 HISTOGRAM_ROWS = 128
-"""About how many rows of a site each network call adds to the histogram, evenly spaced; the range is from all rows."""
+"""Approximate number of rows of a site that each network call adds to the histogram, evenly spaced; the range covers all
+rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Histograms(Mapping[str, npt.NDArray[np.int64]]):
-    """int64[T, 2048] by site; read from disk each time it is asked for."""
+    """int64[T, 2048] by site; read from disk at each access."""
 
     steps: int
     counts: RecordFile
@@ -48,12 +49,12 @@ def collect_histograms(
 ) -> Histograms:
     """int64[T, 2048] by site: counts of |(x - in_shift) / in_scale| in equal cells of [0, amax[t]], for each timestep.
 
-    A second run over the same pictures: clipping acts on the scaled input, and the scaling was chosen from the first.
-    The counts lie in `folder`; they are whole numbers, so their sum is the same for any number of processes.
+    This is a second run over the same pictures: clipping acts on the scaled input, and the first run chose the scaling.
+    The counts lie in `folder`; they are integers, so their sum is the same for any number of processes.
 
     Args:
         transforms: (in_scale, in_shift) by site.
-        amax: float32[T] by site, as `SiteStatistics.amax` of the same transform gives it.
+        amax: float32[T] by site, from `SiteStatistics.amax` of the same transform.
     """
     import torch
 
@@ -73,8 +74,8 @@ def collect_histograms(
             limit = float(amax[name][call.record])
             rows = value[:: max(1, len(value) // HISTOGRAM_ROWS)]
             scaled = ((rows - in_shift) * inverse).abs_().clamp_(max=limit)
-            found = torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).cpu().numpy().astype(np.int64)
-            counts.write(call.record, name, counts.read(call.record, name) + found)
+            counted = torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).cpu().numpy().astype(np.int64)
+            counts.write(call.record, name, counts.read(call.record, name) + counted)
 
     calls.watch(collect)
     if group.size > 1:

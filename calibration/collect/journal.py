@@ -11,7 +11,7 @@ from dq_export.core.documents import DocumentError, read_json
 
 
 class Journal:
-    """How many of its batches a process has finished, in a file; in memory only without a folder."""
+    """How many of its batches a process has finished, stored in a file, or only in memory if there is no folder."""
 
     def __init__(self, folder: Path | None, rank: int, key: Mapping[str, object]) -> None:
         self._path = folder / f"journal.{rank}.json" if folder else None
@@ -23,7 +23,7 @@ class Journal:
             self.done, self.timesteps = self._kept(self._path)
 
     def _kept(self, path: Path) -> tuple[int, list[float]]:
-        """What the file says of the same key; nothing is finished where it is damaged."""
+        """The content of the file if it has the same key; a damaged file counts as no finished batch."""
         try:
             kept = read_json(path, links=False)
         except DocumentError:
@@ -36,7 +36,7 @@ class Journal:
         return (done, timesteps) if all(isinstance(item, int | float) for item in timesteps) else (0, [])
 
     def finish(self, timesteps: list[float]) -> None:
-        """Another batch is finished; `timesteps` of its calls."""
+        """Count another finished batch, whose calls had `timesteps`."""
         self.done, self.timesteps = self.done + 1, timesteps
         if self._path:
             new = self._path.with_suffix(".new")

@@ -1,4 +1,4 @@
-"""Records on disk: what calibration gathers, without a price in memory."""
+"""Records on disk: statistics of calibration that take no memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RecordFile:
     Nothing is mapped or cached in the process, so its memory does not grow with the records.
 
     Args:
-        path: made if it is not there; what is in it is kept.
-        sizes: numbers that a record holds for each name.
-        dtype: of all numbers.
+        path: created if it does not exist; existing content is kept.
+        sizes: how many numbers a record holds for each name.
+        dtype: the type of all numbers.
     """
 
     def __init__(self, path: Path, sizes: Mapping[str, int], dtype: npt.DTypeLike) -> None:
@@ -33,7 +33,7 @@ class RecordFile:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def write(self, record: int, name: str, values: npt.NDArray[np.generic]) -> None:
-        """Put one name's array into a record.
+        """Write one name's array into a record.
 
         Raises:
             OSError: no space left.
@@ -44,25 +44,25 @@ class RecordFile:
         """One name's array of a record that was written.
 
         Raises:
-            CalibrationError: the file is shorter than what was written.
+            CalibrationError: the file is shorter than it should be.
         """
         return self._read(record * self._record + self._starts[name], self.sizes[name])
 
     @property
     def length(self) -> int:
-        """Numbers in a record."""
+        """How many numbers a record holds."""
         return self._record // self.dtype.itemsize
 
     def read_record(self, record: int) -> npt.NDArray[np.generic]:
         """All numbers of a record that was written, in the order of the names.
 
         Raises:
-            CalibrationError: the file is shorter than what was written.
+            CalibrationError: the file is shorter than it should be.
         """
         return self._read(record * self._record, self.length)
 
     def write_record(self, record: int, values: npt.NDArray[np.generic]) -> None:
-        """Put all numbers of a record."""
+        """Write all numbers of a record."""
         self._write(record * self._record, values)
 
     def __del__(self) -> None:
@@ -85,7 +85,7 @@ class RecordFile:
 def merge(
     file: RecordFile, written: list[bool], reduce: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], absent: float
 ) -> None:
-    """Reduce every record over the processes; `written` says which this process has, `absent` stands for the others."""
+    """Reduce every record over the processes. `written` says which records this process has; `absent` replaces the others."""
     for record, here in enumerate(written):
         values = file.read_record(record) if here else np.full(file.length, absent, dtype=file.dtype)
         file.write_record(record, reduce(values))

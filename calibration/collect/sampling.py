@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which pictures calibration samples: `calib_size` of them, of each condition in turn, from one seed, `batch` to a call."""
+    """The pictures that calibration samples: `calib_size` of them, of each condition in turn, from one seed, `batch` per call."""
 
     calib_size: int
     steps: int
@@ -21,16 +21,16 @@ class Sampling:
 
     @property
     def batches(self) -> int:
-        """Runs of the sampler."""
+        """The number of runs of the sampler."""
         return -(-self.calib_size // self.batch)
 
     @property
     def calls(self) -> int:
-        """Network calls in all."""
+        """The number of network calls."""
         return self.steps * self.batches
 
     def pictures(self, batch: int) -> tuple[npt.NDArray[np.int64], int]:
-        """(index of each picture's condition, seed) of a batch. They do not depend on how many batches follow it."""
+        """(index of each picture's condition, seed) of a batch. They do not depend on the number of later batches."""
         start = batch * self.batch
         conditions = np.arange(start, min(start + self.batch, self.calib_size), dtype=np.int64) % self.conditions
         return conditions, self.seed + start

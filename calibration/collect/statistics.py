@@ -1,4 +1,4 @@
-"""Statistics of every site's input, gathered on disk while the float reference samples pictures."""
+"""Statistics of every site's input, collected on disk while the float reference samples pictures."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROWS_KEPT = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteStatistics:
-    """What one site's input looked like.
+    """Statistics of one site's input.
 
     Args:
-        timesteps: float64[T], in the order in which they were sampled.
+        timesteps: float64[T], in the order of sampling.
         low, high: float32[T, K], the least and greatest value of each channel at each timestep.
-        rows: float32[R, K], rows kept to measure the output error of a choice, and row_step: int64[R], each row's index
-            into `timesteps`.
+        rows: float32[R, K], rows that are kept to measure output errors, and row_step: int64[R], each row's index into
+            `timesteps`.
     """
 
     timesteps: npt.NDArray[np.float64]
@@ -42,7 +42,7 @@ class SiteStatistics:
     row_step: npt.NDArray[np.int64]
 
     def joined(self, other: SiteStatistics) -> SiteStatistics:
-        """Those of two tensors that are scaled as one."""
+        """The statistics of two tensors that share a scaling."""
         return SiteStatistics(
             timesteps=self.timesteps,
             low=np.minimum(self.low, other.low),
@@ -59,7 +59,7 @@ class SiteStatistics:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics(Mapping[str, SiteStatistics]):
-    """What was gathered, by site; read from disk each time it is asked for."""
+    """The statistics of all sites, by name; read from disk at each access."""
 
     timesteps: npt.NDArray[np.float64]
     row_step: npt.NDArray[np.int64]
@@ -86,17 +86,17 @@ class Statistics(Mapping[str, SiteStatistics]):
 def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept: int = ROWS_KEPT) -> Statistics:
     """Statistics by site. They lie in `folder`: memory grows neither with the pictures nor with the timesteps.
 
-    A run that ends early leaves its finished batches there, and a later call with the same arguments goes on behind
-    them. Each batch is sampled by one process; extremes and kept rows do not depend on the order, so the result is the
+    A run that ends early leaves its finished batches there, and a later call with the same arguments continues after
+    them. One process samples each batch; extremes and kept rows do not depend on the order, so the result is the
     same, bit for bit, for any number of processes and interruptions.
 
     Args:
-        sites: names of the sites to watch.
-        folder: of this calibration only, made if it is not there.
-        rows_kept: how many rows of each site are kept at most, spread evenly over batches and timesteps.
+        sites: names of the sites to observe.
+        folder: used only by this calibration; created if it does not exist.
+        rows_kept: the greatest number of kept rows of each site, spread evenly over batches and timesteps.
 
     Raises:
-        CalibrationError: an input with NaN or Inf, one that is zero throughout, or another process has ended.
+        CalibrationError: an input has NaN or Inf or is always zero, or another process has ended.
     """
     import torch
 
@@ -113,8 +113,8 @@ def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept
         if name not in widths:
             return
         low, high = value.extremes() if isinstance(value, Patches) else torch.aminmax(value, dim=0)
-        found = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
-        ranges.write(call.record, name, np.maximum(found, ranges.read(call.record, name)) if call.seen else found)
+        extremes = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        ranges.write(call.record, name, np.maximum(extremes, ranges.read(call.record, name)) if call.seen else extremes)
         if call.kept(stride):
             random.manual_seed((sampling.seed * 1_000_003 + call.number) % 2**64)
             chosen = torch.randint(len(value), (each,), generator=random)

@@ -1,4 +1,4 @@
-"""What a target will do with the quantized operators of an ONNX file, before anything is built."""
+"""Predict how a target will run the quantized operators of an ONNX file, without building anything."""
 
 from .canonical import CanonicalError
 from .findings import Finding, Target, check

@@ -33,7 +33,7 @@ class CanonicalError(Exception):
 
 
 def canonical(model: ir.Model) -> ir.Model:
-    """A copy of `model` in which equal graphs are spelled alike; stored tensors are shared with it.
+    """A copy of `model` in a form that is equal for equal graphs; stored tensors are shared with it.
 
     Calls of the model's functions become the functions' nodes, Constant nodes and casts of or arithmetic on constants
     become initializers, Identities disappear. Large tensors are not read.
@@ -66,7 +66,7 @@ def canonical(model: ir.Model) -> ir.Model:
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
-    """Let every reader of a node's result read `value`; a graph output keeps its node."""
+    """Make every reader of a node's result read `value`; a graph output keeps its node."""
     for user, index in list(node.outputs[0].uses()):
         user.replace_input_with(index, value)
     if node.graph is not None and not node.outputs[0].is_graph_output():
@@ -74,7 +74,7 @@ def _replace(node: ir.Node, value: ir.Value) -> None:
 
 
 def _same(node: ir.Node) -> ir.Value | None:
-    """What an Identity, or a Cast to the type that is there, hands on."""
+    """The input of an Identity, or of a Cast to the type that the input already has; None otherwise."""
     if node.op_type not in ("Identity", "Cast") or not node.inputs or node.inputs[0] is None:
         return None
     source = node.inputs[0]
@@ -83,7 +83,7 @@ def _same(node: ir.Node) -> ir.Value | None:
 
 
 def _computed(node: ir.Node, budget: int) -> ir.TensorProtocol | None:
-    """What a node gives, if that is a constant and small enough, or only a cast."""
+    """The result of a node if it is a small constant or a cast of a constant; None otherwise."""
     if len(node.outputs) != 1:
         return None
     if node.op_type == "Constant":
@@ -106,7 +106,7 @@ def _computed(node: ir.Node, budget: int) -> ir.TensorProtocol | None:
 
 
 def _constant(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor of a Constant node, in whichever attribute it stands."""
+    """The tensor of a Constant node, from any of its attributes."""
     for name, dtype in (
         ("value_float", np.float32),
         ("value_floats", np.float32),
@@ -121,7 +121,7 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def _cast(tensor: ir.TensorProtocol, node: ir.Node) -> ir.TensorProtocol | None:
-    """A tensor of another type, computed when it is read: stored codes are cast, too, and nobody reads those."""
+    """A tensor of another type. Large ones are computed when they are read: stored codes are cast, too, but never read."""
     dtype = ir.DataType(attribute(node, "to", 0))
     if dtype == ir.DataType.STRING or tensor.dtype == ir.DataType.STRING:
         return None
@@ -146,5 +146,5 @@ def _arithmetic(node: ir.Node, arrays: list[Array | None], limit: int) -> Array 
         if node.op_type == "Squeeze":
             return first.squeeze() if second is None else first.squeeze(tuple(int(axis) for axis in second.reshape(-1)))
         return None if second is None else np.expand_dims(first, tuple(int(axis) for axis in second.reshape(-1)))
-    except (ValueError, IndexError):  # shapes that do not fit: the runtime will say so
+    except (ValueError, IndexError):  # shapes that do not fit: the runtime reports them
         return None

@@ -20,7 +20,7 @@ MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather", "GatherElements", "Slice", "Split", "Expand", "Tile",
      "Resize", "MaxPool", "ReduceMax", "ReduceMin", "Identity"}
 )  # fmt: skip
-"""Operators that it moves to the codes' side."""
+"""Operators that it applies to the codes."""
 MULTIPLY = frozenset(
     {
         "Attention",
@@ -40,11 +40,11 @@ BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def around(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Judgement:
-    """What a target does with an operator that is no GEMM and reads a DequantizeLinear."""
+    """How a target runs an operator that is not a GEMM and reads a DequantizeLinear."""
     operands = [operand for value in node.inputs if (operand := operand_of(value)) is not None]
-    found = next((item for operand in operands if (item := _pair(operand, target, compute, opset)) is not None), None)
-    if found is not None:
-        return found
+    refusal = next((item for operand in operands if (item := _pair(operand, target, compute, opset)) is not None), None)
+    if refusal is not None:
+        return refusal
     if node.op_type in MULTIPLY:
         return "float", f"no kernel for {node.op_type} on codes", "its matrix products as MatMul, each between quantized operands"
     if target == "ort" and _on_codes(node, operands):
@@ -53,10 +53,10 @@ def around(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Ju
 
 
 def alone(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Judgement:
-    """What a target does with a QuantizeLinear or DequantizeLinear that nothing reads but operators on codes, or the caller."""
+    """How a target runs a QuantizeLinear or DequantizeLinear that only operators on codes, or the caller, read."""
     operand = operand_of(node.outputs[0]) if node.op_type == "DequantizeLinear" else None
-    if operand is not None and (found := _pair(operand, target, compute, opset)) is not None:
-        return found
+    if operand is not None and (refusal := _pair(operand, target, compute, opset)) is not None:
+        return refusal
     if node.op_type == "QuantizeLinear" and target in ("trt", "trt-rtx"):
         zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if codes_of(node) not in (INT8, FP8):
@@ -67,7 +67,7 @@ def alone(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Jud
 
 
 def _pair(operand: Operand, target: str, compute: Sequence[str], opset: int) -> Judgement | None:
-    """Why a target refuses a pair, wherever it stands."""
+    """Why a target refuses a pair at any place."""
     if target in ("trt", "trt-rtx"):
         needed = SINCE.get(operand.dtype) if operand.dtype else None
         if needed and any(TARGETS.index(item) < TARGETS.index(needed) for item in compute):

@@ -24,16 +24,16 @@ RULES: dict[str, tuple[GemmRule, ...]] = {"trt": TRT, "trt-rtx": TRT_RTX, "ort":
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What happens to one quantized operator.
+    """The verdict on one quantized operator.
 
     Args:
         node: its name.
-        verdict: `rejected`: the target refuses it, or computes other numbers than ONNX says; `float`: it runs on floats;
-            `low precision`: the kernel multiplies the codes, or unpacks them inside; `unknown`: no rule knows the operator.
-        rule: why; empty where it is as it should be.
+        verdict: `rejected`: the target refuses it, or computes other numbers than ONNX specifies; `float`: it runs on floats;
+            `low precision`: the kernel multiplies the codes, or unpacks them inside; `unknown`: no rule covers the operator.
+        rule: the reason; empty if nothing is wrong.
         fix: what to change.
-        weight_only: float, and meant so, as far as can be seen: only the weight is quantized.
-        gemm: it multiplies matrices; other operators may stay in float.
+        weight_only: whether only the weight is quantized, so that float is probably intended.
+        gemm: whether it multiplies matrices; other operators may stay in float.
     """
 
     node: str
@@ -45,17 +45,17 @@ class Finding:
 
     @property
     def failed(self) -> bool:
-        """Whether somebody should look at it."""
+        """Whether the user should look at it."""
         return self.verdict in ("rejected", "unknown") or (self.verdict == "float" and self.gemm and not self.weight_only)
 
 
 def check(model: ir.Model, target: Target, compute: Sequence[str] = ()) -> list[Finding]:
-    """A verdict for every GEMM with a quantized operand, every other operator behind a DequantizeLinear, and every operator
+    """A verdict for every GEMM with a quantized operand, every other operator after a DequantizeLinear, and every operator
     that works on codes by itself, in the main graph, in bodies of If, Loop and Scan, and in functions.
 
-    Rules for `trt-rtx` were read off TensorRT-RTX 1.7's own builds, those for `trt` are the same plus what NVIDIA's pages
-    forbid (scales that are not constants); `ort` is ONNX Runtime 1.31's CPU provider on x86-64, read off its own optimised
-    graphs; `ort-cuda` its CUDA provider. No weight is read.
+    The rules for `trt-rtx` come from builds of TensorRT-RTX 1.7; those for `trt` add what NVIDIA's documentation forbids
+    (scales that are not constants). `ort` is ONNX Runtime 1.31's CPU provider on x86-64, and its rules come from its
+    optimised graphs; `ort-cuda` is its CUDA provider. No weight is read.
 
     Args:
         compute: for trt-rtx, the targets: sm75 …
@@ -84,14 +84,17 @@ def check(model: ir.Model, target: Target, compute: Sequence[str] = ()) -> list[
     for node in nodes:
         if node.op_type in QUANTIZE and node not in covered and node not in findings:
             findings[node] = _finding(node, alone(node, target, compute, opset), gemm=False)
-    found = [findings[node] for node in nodes if node in findings]
-    names = unbuildable(model, target) if found else ()
-    return [*(Finding(node=name, verdict=verdict, rule=why, fix=fix, gemm=False) for name, (verdict, why, fix) in names), *found]
+    ordered = [findings[node] for node in nodes if node in findings]
+    names = unbuildable(model, target) if ordered else ()
+    return [
+        *(Finding(node=name, verdict=verdict, rule=why, fix=fix, gemm=False) for name, (verdict, why, fix) in names),
+        *ordered,
+    ]
 
 
 def _judge(gemm: Gemm, target: Target) -> Judgement:
-    found = next((item for rule in RULES[target] if (item := rule(gemm)) is not None), None)
-    return found or ("low precision", "", "")
+    judgement = next((item for rule in RULES[target] if (item := rule(gemm)) is not None), None)
+    return judgement or ("low precision", "", "")
 
 
 def _finding(node: ir.Node, judgement: Judgement, *, gemm: bool = True, weight_only: bool = False) -> Finding:
@@ -101,11 +104,11 @@ def _finding(node: ir.Node, judgement: Judgement, *, gemm: bool = True, weight_o
 
 
 def _neighbours(node: ir.Node) -> Iterator[ir.Node]:
-    """The QuantizeLinears and DequantizeLinears that hand codes to an operator on codes, and take its own."""
+    """The QuantizeLinears and DequantizeLinears before and after an operator on codes."""
     makers = [value.producer() for value in node.inputs if value is not None]
     yield from (item for item in (*makers, *readers(node)) if item is not None and item.op_type in QUANTIZE)
 
 
 def _passes_on(node: ir.Node) -> bool:
-    """Whether a view only hands on what is judged where it is read."""
+    """Whether a view only passes on a value that is judged at its readers."""
     return node.op_type in VIEWS and any(reader.op_type not in QUANTIZE for reader in readers(node))

@@ -1,4 +1,4 @@
-"""A matrix product or convolution with quantized operands, as the rules see it."""
+"""A matrix product or convolution with quantized operands, in the form that the rules use."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Gemm:
 
     Args:
         node: the operator.
-        left: its first operand, if quantized; usually the activation.
-        right: its second, if quantized; usually the weight.
-        bias: what a Gemm or convolution adds, if quantized.
-        compute: the GPUs that TensorRT-RTX builds for: sm75 …
-        opset: of the graph.
+        left: its first operand if it is quantized; usually the activation.
+        right: its second operand if it is quantized; usually the weight.
+        bias: the bias of a Gemm or convolution if it is quantized.
+        compute: the GPUs for which TensorRT-RTX builds: sm75 …
+        opset: the opset of the graph.
     """
 
     node: ir.Node
@@ -39,7 +39,7 @@ class Gemm:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """Those of left and right that are quantized."""
+        """The quantized ones of left and right."""
         return tuple(item for item in (self.left, self.right) if item is not None)
 
     @property
@@ -49,7 +49,7 @@ class Gemm:
 
     @property
     def output_axis(self) -> int | None:
-        """The axis of the second operand's codes that becomes output channels; None where a view hides it."""
+        """The axis of the second operand's codes that holds the output channels; None if a view hides it."""
         assert self.right is not None
         if self.node.op_type in CONVOLUTIONS:
             return 0 if self.node.op_type == "Conv" else 1
@@ -74,7 +74,7 @@ GemmRule = Callable[[Gemm], Judgement | None]
 
 
 def gemm_of(node: ir.Node, compute: Sequence[str], opset: int) -> Gemm | None:
-    """`node` with its quantized operands; None where it is no GEMM, or reads no DequantizeLinear."""
+    """`node` with its quantized operands; None if it is not a GEMM or reads no DequantizeLinear."""
     if node.op_type not in GEMMS or len(node.inputs) < 2:
         return None
     left, right = operand_of(node.inputs[0]), operand_of(node.inputs[1])
@@ -90,7 +90,7 @@ def readers(node: ir.Node) -> list[ir.Node]:
 
 
 def only_reader(node: ir.Node) -> ir.Node | None:
-    """The one node that reads a node's results, by one input; None where there are several or a graph output."""
+    """The only node that reads a node's results, through one input; None if there are several, or if it is a graph output."""
     users = readers(node)
     return users[0] if len(users) == 1 and not any(output.is_graph_output() for output in node.outputs) else None
 
@@ -103,5 +103,5 @@ def _einsum_axis(node: ir.Node) -> int | None:
         return None
     operands, result = text.split("->")
     first, second = operands.split(",")
-    found = [index for index, letter in enumerate(second) if letter in result and letter not in first]
-    return found[-1] if found else None
+    axes = [index for index, letter in enumerate(second) if letter in result and letter not in first]
+    return axes[-1] if axes else None

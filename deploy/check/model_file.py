@@ -1,4 +1,4 @@
-"""An ONNX file that somebody brings, read so that nothing in it leads elsewhere or takes a reader down."""
+"""Read an untrusted ONNX file safely: within bounds, and without following references to other places."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ import onnx_ir as ir
 from dq_export.core.documents import DocumentError, printable, read_bytes, shown, shown_path
 
 LIMIT = 2 << 30
-"""Bytes of an ONNX file without its data; protobuf writes no larger one."""
+"""The greatest size, in bytes, of an ONNX file without its data; protobuf cannot write a larger one."""
 SMALL = 1 << 10
-"""Bytes of an initializer that shape inference may want to see."""
+"""The greatest size, in bytes, of an initializer whose content shape inference may need."""
 NODES = 1 << 20
-"""Nodes of a graph after its functions are written out; the largest network known has 30,000."""
+"""The greatest number of nodes of a graph after inlining its functions; the largest known network has 30,000."""
 EXTERNAL = 1
 INVALID = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
-"""What onnx and onnx_ir raise on a damaged graph, beside onnx's ValidationError and InferenceError; they have no common class."""
+"""The errors of onnx and onnx_ir on a damaged graph, besides onnx's ValidationError and InferenceError; they have no common
+class."""
 
 
 class ModelFileError(Exception):
-    """No ONNX model, one that no runtime can load, or one whose data is not what it says; one line."""
+    """Not an ONNX model, a model that no runtime can load, or one with wrong data; the message has one line."""
 
 
 def read_model(path: Path) -> ir.Model:
     """An ONNX file with the shapes and types of all values, as far as they can be inferred.
 
     External data must lie in the file's own folder, or behind a link from there into the blobs of a hub cache. It is
-    mapped, and read where somebody asks for a tensor.
+    mapped, and read when a tensor is used.
 
     Raises:
-        ModelFileError: see there.
+        ModelFileError: see the class.
     """
     from google.protobuf.message import DecodeError
     from onnx import ModelProto
@@ -69,7 +70,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensors(proto: Any) -> Iterator[Any]:
-    """Every TensorProto of a model, those in attributes of nodes and in functions as well, always in one order."""
+    """Every TensorProto of a model, including those in attributes of nodes and in functions, always in the same order."""
     from onnx import TensorProto
 
     waiting = [proto]
@@ -147,15 +148,15 @@ def _locate(tensor: Any, what: str, folder: Path, expected: int) -> None:
     if not real.is_relative_to(os.path.realpath(folder)) and not _is_blob(folder, real):
         raise ModelFileError(f"{file} is a link that leads out of the model's folder")
     try:
-        found = real.stat()
+        status = real.stat()
     except OSError as error:
         raise ModelFileError(f"{file} cannot be read ({error.strerror}); it belongs beside the model") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ModelFileError(f"{file} is no regular file")
     if length != expected:
         raise ModelFileError(f"{file} gives it {length} bytes, its shape {shown(list(tensor.dims))} needs {expected}")
-    if offset + length > found.st_size:
-        raise ModelFileError(f"{file} is cut short: {found.st_size} bytes of at least {offset + length}; download it again")
+    if offset + length > status.st_size:
+        raise ModelFileError(f"{file} is cut short: {status.st_size} bytes of at least {offset + length}; download it again")
     del tensor.external_data[:]
     for key, value in (("location", str(real)), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
@@ -215,15 +216,15 @@ def _taken_out(proto: Any) -> dict[int, Any]:
     """Make the external tensors of nodes and bodies empty; gives them by their place among all tensors."""
     from onnx import TensorProto
 
-    found = {}
+    contents = {}
     for index, tensor in enumerate(_tensors(proto)):
         if tensor.data_location == EXTERNAL:
-            found[index] = TensorProto()
-            found[index].CopyFrom(tensor)
+            contents[index] = TensorProto()
+            contents[index].CopyFrom(tensor)
             tensor.Clear()
-            tensor.name, tensor.data_type, tensor.raw_data = found[index].name, found[index].data_type, b""
+            tensor.name, tensor.data_type, tensor.raw_data = contents[index].name, contents[index].data_type, b""
             tensor.dims.append(0)
-    return found
+    return contents
 
 
 def _is_shapeless(value: Any) -> bool:

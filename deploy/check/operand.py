@@ -135,8 +135,8 @@ def codes_of(quantize: ir.Node) -> ir.DataType:
 
 def attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute; `default` where it is missing or of another type."""
-    found = node.attributes.get(name)
-    return found.as_int() if found is not None and found.type == ir.AttributeType.INT and found.value is not None else default
+    entry = node.attributes.get(name)
+    return entry.as_int() if entry is not None and entry.type == ir.AttributeType.INT and entry.value is not None else default
 
 
 def shape_of(value: ir.Value) -> tuple[int | None, ...]:

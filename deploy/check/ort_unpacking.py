@@ -11,7 +11,7 @@ from .ort_result import bias_of
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 NARROW = (*BYTES, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2)
 UNMOVED = ("Flatten",)
-"""Views that a DequantizeLinear is not moved behind."""
+"""Views that are not swapped with a preceding DequantizeLinear."""
 
 
 def direct(gemm: Gemm, operand: Operand | None) -> bool:

@@ -1,4 +1,4 @@
-"""How ONNX Runtime's CUDA provider runs a quantized GEMM. Read from its sources and its public bug reports, not measured here."""
+"""How ONNX Runtime's CUDA provider runs a quantized GEMM. From its sources and its public bug reports, not measured here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How TensorRT and TensorRT-RTX run a quantized operator: in low precision, in float or not at all.
 
-Measured on what TensorRT-RTX 1.7 builds (`benchmarks/checker.py`); for TensorRT what NVIDIA's pages forbid on top.
+Measured on builds of TensorRT-RTX 1.7 (`benchmarks/checker.py`); TensorRT also has the restrictions of NVIDIA's documentation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .operand import Operand, shape_of
 INT8, UINT8, INT4, FP8 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 CODES = (INT8, INT4, FP8, UINT8)
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX 1.7 builds for, the oldest first; it has no sm90 and no sm100."""
+"""The targets of TensorRT-RTX 1.7, the oldest first; it has no sm90 and no sm100."""
 SINCE = {INT4: "sm80", FP8: "sm89"}
 INT32_BIAS: Judgement = (
     "rejected",
@@ -28,7 +28,7 @@ INT32_BIAS: Judgement = (
 def refused(operand: Operand) -> Judgement | None:
     """Why the parser refuses a pair of QuantizeLinear and DequantizeLinear, or reads other codes than ONNX; None if it does not.
 
-    Holds wherever the pair stands, before a GEMM or not.
+    This applies to every pair, before a GEMM or not.
     """
     if operand.dtype == ir.DataType.INT32:
         return INT32_BIAS
@@ -77,7 +77,7 @@ def _scales(operand: Operand) -> Judgement | None:
 
 
 def refused_at_run_time(operand: Operand) -> Judgement | None:
-    """TensorRT wants constant scales, wherever they stand."""
+    """TensorRT needs constant scales everywhere."""
     return None if operand.scale is not None else ("rejected", *RUN_TIME)
 
 
@@ -87,7 +87,7 @@ RUN_TIME = ("a scale that is computed at run time", "factor it: x*(c/s) -> Q/DQ 
 def _operands(gemm: Gemm) -> Judgement | None:
     if gemm.bias is not None:
         return INT32_BIAS if gemm.bias.dtype == ir.DataType.INT32 else refused(gemm.bias)
-    return next((found for operand in gemm.operands if (found := refused(operand)) is not None), None)
+    return next((judgement for operand in gemm.operands if (judgement := refused(operand)) is not None), None)
 
 
 def _compute(gemm: Gemm) -> Judgement | None:
@@ -102,16 +102,16 @@ def _compute(gemm: Gemm) -> Judgement | None:
 def _float_types(gemm: Gemm) -> Judgement | None:
     if gemm.weight_only and gemm.right is not None and any(view.op_type == "Cast" for view in gemm.right.after):
         return "float", "a Cast between DequantizeLinear and GEMM", "scales of the GEMM's own type"
-    found = set()
+    types = set()
     for value, operand in zip(gemm.node.inputs[:2], (gemm.left, gemm.right), strict=True):
         if operand is None:
-            found |= {value.dtype} if value is not None else set()
+            types |= {value.dtype} if value is not None else set()
             continue
         scale = operand.dequantize.inputs[1]
-        found |= {operand.float_type, scale.dtype if scale is not None else None}
-        found |= {operand.source.dtype} if operand.quantize is not None else set()
-        found |= {view.outputs[0].dtype for view in operand.after if view.op_type == "Cast"}
-    names = sorted(dtype.name for dtype in found if dtype is not None)
+        types |= {operand.float_type, scale.dtype if scale is not None else None}
+        types |= {operand.source.dtype} if operand.quantize is not None else set()
+        types |= {view.outputs[0].dtype for view in operand.after if view.op_type == "Cast"}
+    names = sorted(dtype.name for dtype in types if dtype is not None)
     if len(names) > 1:
         return "rejected", f"operands of {' and '.join(names)}", "one float type through x, both scales and the weight"
     return None
@@ -159,7 +159,7 @@ def _run_time(gemm: Gemm) -> Judgement | None:
 
 
 def _run_time_trt(gemm: Gemm) -> Judgement | None:
-    return next((found for operand in gemm.operands if (found := refused_at_run_time(operand)) is not None), None)
+    return next((judgement for operand in gemm.operands if (judgement := refused_at_run_time(operand)) is not None), None)
 
 
 def _kernels(gemm: Gemm) -> Judgement | None:
@@ -198,14 +198,14 @@ def _granularity(gemm: Gemm) -> Judgement | None:
 
 
 def _rows(gemm: Gemm) -> bool:
-    """Whether the first operand is a matrix with a scale a row, which is applied to the product's rows."""
+    """Whether the first operand is a matrix with a scale for each row, which is applied to the product's rows."""
     codes = gemm.left.dequantize.inputs[0] if gemm.left is not None else None
     matrix = codes is not None and len(shape_of(codes)) == 2
     return matrix and gemm.left is not None and not gemm.left.after and gemm.left.axis == 0 and gemm.node.op_type == "MatMul"
 
 
 def _split(gemm: Gemm) -> Judgement | None:
-    """One GEMM for q, k and v, whose stored weight has a scale an output channel: the builder cuts it into heads."""
+    """One GEMM for q, k and v, whose stored weight has a scale for each output channel: the builder splits it into heads."""
     right = gemm.right
     if gemm.left is None or right is None or right.quantize is not None or right.scale is None or right.scale.size == 1:
         return None

@@ -1,6 +1,6 @@
 """How ONNX Runtime's CPU provider on x86-64 runs a quantized GEMM: on an integer kernel, in float, or not at all.
 
-Measured on the graphs that ONNX Runtime 1.31 makes of small ones, and on what those give (`benchmarks/checker.py`).
+Measured on ONNX Runtime 1.31's optimised graphs of small models, and on their outputs (`benchmarks/checker.py`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ROW = "MatMul and Add, with an input of rank 3"
 
 
 def _loads(gemm: Gemm) -> Judgement | None:
-    """What ONNX Runtime refuses when it loads the file."""
+    """Forms that ONNX Runtime refuses when it loads the file."""
     types = set()
     for value, operand in zip(gemm.node.inputs[:2], (gemm.left, gemm.right), strict=True):
         if operand is None:
             types |= {value.dtype} if value is not None else set()
             continue
         scale = operand.dequantize.inputs[1]
-        own = {operand.float_type, scale.dtype if scale is not None else None}
-        own |= {operand.source.dtype} if operand.quantize is not None else set()
-        names = sorted(dtype.name for dtype in own if dtype is not None)
+        of_operand = {operand.float_type, scale.dtype if scale is not None else None}
+        of_operand |= {operand.source.dtype} if operand.quantize is not None else set()
+        names = sorted(dtype.name for dtype in of_operand if dtype is not None)
         if len(names) > 1:
             return "rejected", f"a scale and values of {' and '.join(names)}", "one float type for x and its scale"
         if "BFLOAT16" in names:
@@ -136,7 +136,7 @@ def _signed(gemm: Gemm) -> Judgement | None:
 
 
 def _joined(gemm: Gemm) -> Judgement | None:
-    """A MatMul and an Add that become Reshape, Gemm and Reshape: the first Reshape stands behind the DequantizeLinear."""
+    """A MatMul and an Add that become Reshape, Gemm and Reshape, where the first Reshape follows the DequantizeLinear."""
     if becomes_gemm(gemm) is None or gemm.left is None:
         return None
     rank = len(shape_of(gemm.node.inputs[0])) if gemm.node.inputs[0] is not None else 2

@@ -9,7 +9,7 @@ from .gemm import readers
 from .operand import Operand, attribute
 
 MOVED = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "MaxPool")
-"""Operators that ONNX Runtime moves a DequantizeLinear behind."""
+"""Operators that ONNX Runtime swaps with a preceding DequantizeLinear."""
 UNSIGNED = "uint8 with zero point 128: the same numbers"
 
 
@@ -38,9 +38,9 @@ def why_signed(operand: Operand) -> tuple[str, str] | None:
 
 
 def breaks(operand: Operand, opset: int) -> str:
-    """Why ONNX Runtime's own rewrite of int8 codes to uint8 leaves a graph that it then refuses; empty if it does not.
+    """Why ONNX Runtime's own rewrite of int8 codes to uint8 produces a graph that it then refuses; empty if it does not.
 
-    From opset 21 on QuantizeLinear has `output_dtype`, which the rewrite does not change.
+    Since opset 21, QuantizeLinear has `output_dtype`, which the rewrite does not change.
     """
     if operand.dtype != ir.DataType.INT8 or operand.quantize is None or why_signed(operand) is not None:
         return ""

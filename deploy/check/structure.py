@@ -44,7 +44,7 @@ def _written_out(model: ir.Model) -> list[tuple[ir.Graph | ir.Function, int]]:
 
     def count(key: ir.OperatorIdentifier) -> int:
         if key not in times:
-            callers = (caller for caller, found in calls.items() if found[key])
+            callers = (caller for caller, callees in calls.items() if callees[key])
             times[key] = main[key] + sum(calls[caller][key] * count(caller) for caller in callers)
         return times[key]
 

@@ -36,13 +36,13 @@ from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..packages import require_packages
 
 PROFILED = 5
-"""Calls of a profile."""
+"""The number of calls in a profile."""
 PROVIDERS = ["CPUExecutionProvider"]
 OPTIMIZED = "optimized.onnx"
 ELEMENTS = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32}
-"""Element types of inputs by ONNX Runtime's names."""
+"""Element types of inputs, by ONNX Runtime's names."""
 ATTENTION_SINCE = (1, 24)
-"""The first version that runs graphs of opset 23: before, it has no QuantizeLinear for them."""
+"""The first version that runs graphs of opset 23; earlier ones have no QuantizeLinear for them."""
 SIGNED_CONVOLUTIONS_SINCE = (1, 24)
 """The first version whose ConvInteger takes int8 activations."""
 
@@ -64,14 +64,14 @@ class OrtEngine:
             value = feed[item.name]
             fits = value.dtype == types.get(item.type) and value.ndim == len(item.shape)
             for name, size in zip(item.shape, value.shape, strict=False):
-                # A name stands for the same size in every input.
+                # A name denotes the same size in every input.
                 fits &= size == (name if isinstance(name, int) else sizes.setdefault(name, size))
             if not fits:
                 return f"'{item.name}' is {value.dtype}{list(value.shape)}, expected {item.type} {item.shape}"
         return ""
 
     def runner(self, name: str) -> Any:
-        """Polygraphy's runner of the session, not activated."""
+        """Polygraphy's runner of the session, not yet activated."""
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
         return OnnxrtRunner(self.session, name=name)
@@ -88,7 +88,7 @@ class OrtEngine:
 class Ort(Backend):
     """ONNX Runtime's CPU provider.
 
-    A build leaves the optimised graph as `optimized.onnx`, which the audit reads; sessions load the graph itself.
+    A build writes the optimised graph as `optimized.onnx` for the audit; sessions load the graph itself.
     """
 
     name: ClassVar[str] = "ort"
@@ -119,8 +119,8 @@ class Ort(Backend):
         but for convolutions of codes; biases that survive a fixed batch, texts without their padding, and normalizations of
         groups by a kernel that there is.
 
-        Attention becomes one operator where the installed library has it. Without, the graph is of opset 21, which
-        versions from 1.19 on run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
+        Attention becomes one operator if the installed library has it. Otherwise the graph has opset 21, which versions
+        since 1.19 run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
         unsigned = UnsignCodes(convolutions=_version() < SIGNED_CONVOLUTIONS_SINCE)
@@ -132,7 +132,7 @@ class Ort(Backend):
 
         Raises:
             BackendError: ONNX Runtime is missing or refuses the graph.
-            OSError: no space left; ONNX Runtime itself does not tell that from a bad graph.
+            OSError: no space is left, which ONNX Runtime itself reports as a bad graph.
         """
         folder.mkdir(parents=True, exist_ok=True)
         options = session_options(optimize=True)
@@ -152,7 +152,7 @@ class Ort(Backend):
         return Built(model=model, folder=folder)
 
     def load(self, built: Built, *, batch: int | None = None) -> OrtEngine:
-        """A session of the graph. It takes any batch: a fixed one was measured and gains nothing."""
+        """A session of the graph. It takes any batch: in measurements a fixed batch was not faster."""
         return open_graph(built.model)
 
     def _session(self, model: Path, options: Any) -> Any:
@@ -207,8 +207,8 @@ def open_graph(model: Path, *, optimize: bool = True, prepack: bool = True) -> O
 
     Args:
         optimize: False runs the graph node by node as written.
-        prepack: False uses the weights where the file has them, neither transposed nor packed, and gives the memory of a call
-            back: for a few calls only. The usual arena grows to twice what a call holds.
+        prepack: False uses the weights directly from the file, neither transposed nor packed, and frees the memory after each
+            call, which is good for a few calls only. The usual arena grows to twice the memory of a call.
 
     Raises:
         BackendError: ONNX Runtime is missing or refuses the graph.
@@ -264,7 +264,7 @@ def new_session(model: Path, options: Any, *, without: tuple[str, ...] = (), pro
 
 
 def session_errors() -> tuple[type[Exception], ...]:
-    """onnxruntime's own exceptions, which share no base class, and ValueError, by which it refuses inputs."""
+    """onnxruntime's own exceptions, which have no common base class, and ValueError, which it raises for bad inputs."""
     state = onnxruntime().capi.onnxruntime_pybind11_state
     names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
     return (ValueError, *(getattr(state, name) for name in names))

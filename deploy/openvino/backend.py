@@ -1,6 +1,6 @@
-"""OpenVINO on the CPU: as an execution provider of ONNX Runtime (plugin onnxruntime-ep-openvino), or by itself.
+"""OpenVINO on the CPU: as an execution provider of ONNX Runtime (plugin onnxruntime-ep-openvino), or by its own runtime.
 
-The plugin takes Intel processors only. OpenVINO has integer kernels for others, too, so there its own runtime runs the graph.
+The plugin supports only Intel processors. OpenVINO has integer kernels for others, too, so its own runtime runs the graph there.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ALONE = "by OpenVINO's own runtime: ONNX Runtime's plugin takes Intel processors
 
 @dataclass(frozen=True)
 class OpenVino(Backend):
-    """OpenVINO on the CPU. A build leaves `kernels.json`: OpenVINO's own list of what it compiled the graph to.
+    """OpenVINO on the CPU. A build writes `kernels.json`: OpenVINO's own list of the kernels of the compiled graph.
 
     Args:
-        dtype: fp32 or bf16, of what is not quantized.
+        dtype: fp32 or bf16, the type of everything that is not quantized.
     """
 
     name: ClassVar[str] = "ort"
@@ -75,7 +75,7 @@ class OpenVino(Backend):
         return factoring_passes(result)
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
-        """Load the graph once, and write what OpenVINO compiles it to.
+        """Load the graph once, and write the list of OpenVINO's kernels.
 
         Raises:
             BackendError: a library is missing, or OpenVINO refuses the graph.
@@ -83,7 +83,7 @@ class OpenVino(Backend):
         folder.mkdir(parents=True, exist_ok=True)
         engine = self._open(model, None)
         providers = engine.session.get_providers() if isinstance(engine, OrtEngine) else []
-        own = engine if isinstance(engine, OpenVinoEngine) else load_engine(model, self._config, None)
+        compiled = engine if isinstance(engine, OpenVinoEngine) else load_engine(model, self._config, None)
         described = {
             "onnxruntime": onnxruntime().__version__,
             "openvino": openvino().__version__,
@@ -92,14 +92,14 @@ class OpenVino(Backend):
             "model": model.name,
         }
         (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / KERNELS).write_text(json.dumps(own.kernels(), indent=0, sort_keys=True) + "\n")
+        (folder / KERNELS).write_text(json.dumps(compiled.kernels(), indent=0, sort_keys=True) + "\n")
         return Built(model=model, folder=folder, note="" if providers else ALONE)
 
     def load(self, built: Built, *, batch: int | None = None) -> Engine:
-        """Compile the graph, for any batch or for a fixed one, which OpenVINO runs faster.
+        """Compile the graph for any batch, or for a fixed batch, which OpenVINO runs faster.
 
         Raises:
-            BackendError: the plugin is missing, or OpenVINO does not take the graph.
+            BackendError: the plugin is missing, or OpenVINO refuses the graph.
         """
         return self._open(built.model, batch)
 
@@ -122,7 +122,7 @@ class OpenVino(Backend):
         return OrtEngine(session=session)
 
     def profile(self, built: Built, feed: Feed) -> dict[str, float]:
-        """Milliseconds by kernel from OpenVINO's counters, for the feed's shapes; one call after two of warm-up."""
+        """Milliseconds by kernel from OpenVINO's counters, for the feed's shapes; one call after two calls of warm-up."""
         request = load_engine(built.model, {**self._config, "PERF_COUNT": True}, batch_of(feed)).request
         for _ in range(3):
             request.infer(dict(feed))
@@ -133,7 +133,7 @@ class OpenVino(Backend):
         return {label: time for label, time in spent.items() if time > 0}
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
-        """Audit by the names of the nodes that each compiled kernel stands for.
+        """Audit by the names of the nodes from which each kernel was compiled.
 
         Raises:
             BackendError: the list of kernels is missing or damaged.
@@ -151,7 +151,7 @@ def _read_kernels(path: Path) -> dict[str, list[str]]:
     """Node name -> [layer type, precision].
 
     Raises:
-        BackendError: the file is not what `build` wrote.
+        BackendError: the file is damaged.
     """
     try:
         kernels = read_json(path, links=False)
@@ -164,13 +164,13 @@ def _read_kernels(path: Path) -> dict[str, list[str]]:
 
 
 def _devices(ort: Any) -> list[Any]:
-    """The processor, where the plugin takes it."""
+    """The processor, if the plugin supports it."""
     require_packages(["onnxruntime_ep_openvino"], "--provider openvino")
     import onnxruntime_ep_openvino as plugin
 
     _register(ort, plugin.get_library_path())
-    found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
-    return [device for device in found if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    return [device for device in devices if device.device.type == ort.OrtHardwareDeviceType.CPU][:1]
 
 
 @cache
@@ -179,4 +179,4 @@ def _register(ort: Any, library: str) -> None:
 
 
 def _why_float(node: ir.Node, kernel: str) -> str:
-    return f"OpenVINO runs it as {kernel}; it wants constant scales and zero points of 0 on both inputs"
+    return f"OpenVINO runs it as {kernel}; it needs constant scales and zero points of 0 on both inputs"

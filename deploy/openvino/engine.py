@@ -1,4 +1,4 @@
-"""A network on OpenVINO's own runtime, for processors that ONNX Runtime's plugin does not take."""
+"""A network on OpenVINO's own runtime, for processors that ONNX Runtime's plugin does not support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OpenVinoEngine:
     request: Any
 
     def runner(self, name: str) -> Any:
-        """A runner of the same request, not activated; polygraphy itself has none for OpenVINO."""
+        """A runner of the same request, not yet activated; polygraphy has no runner for OpenVINO."""
         from polygraphy.backend.base import BaseRunner
         from polygraphy.common import TensorMetadata
 
@@ -31,11 +31,11 @@ class OpenVinoEngine:
 
         class OpenVinoRunner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
             def get_input_metadata_impl(self) -> Any:
-                found = TensorMetadata()
+                metadata = TensorMetadata()
                 for port in request.get_compiled_model().inputs:
                     shape = [size.get_length() if size.is_static else None for size in port.partial_shape]
-                    found.add(port.any_name, dtype=port.element_type.to_dtype(), shape=shape)
-                return found
+                    metadata.add(port.any_name, dtype=port.element_type.to_dtype(), shape=shape)
+                return metadata
 
             def infer_impl(self, feed_dict: Feed) -> dict[str, Float32]:
                 return {port.any_name: value for port, value in request.infer(dict(feed_dict)).items()}
@@ -51,14 +51,14 @@ class OpenVinoEngine:
 
     def kernels(self) -> dict[str, list[str]]:
         """Node name -> [layer type, precision] of the kernel that runs it."""
-        found: dict[str, list[str]] = {}
+        kernels_by_node: dict[str, list[str]] = {}
         for operation in self.request.get_compiled_model().get_runtime_model().get_ops():
             info = operation.get_rt_info()
             kind, precision, names = (info[key].value for key in ("layerType", "runtimePrecision", "originalLayersNames"))
             for name in names.split(","):
-                # `<node>/DequantizationMultiply` is what OpenVINO makes of a MatMul whose inputs it took as integers.
-                found.setdefault(origin(name), [kind, precision])
-        return found
+                # OpenVINO names a MatMul with integer inputs `<node>/DequantizationMultiply`.
+                kernels_by_node.setdefault(origin(name), [kind, precision])
+        return kernels_by_node
 
 
 def openvino() -> Any:
@@ -78,7 +78,7 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
 
     Args:
         config: OpenVINO's properties of the CPU device.
-        batch: what every input's first dimension is set to, where it is no other size; None leaves them open.
+        batch: the first dimension of every input that has a batch; None leaves it open.
 
     Raises:
         BackendError: OpenVINO refuses the graph.
@@ -97,6 +97,6 @@ def load_engine(model: Path, config: Mapping[str, Any], batch: int | None) -> Op
 
 
 def _sizes(shape: Any, batch: int) -> list[int]:
-    """A partial shape with its batch fixed; -1 is a size that stays open."""
+    """A partial shape with a fixed batch; -1 is a size that stays open."""
     first, *rest = [-1 if size.is_dynamic else int(size.get_length()) for size in shape]
     return [batch if first < 0 else first, *rest]

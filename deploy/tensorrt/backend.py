@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one builder, two libraries (they differ in targets and in where a plan can be read)."""
+"""TensorRT and TensorRT-RTX: one builder for two libraries, which differ in their targets and in where a plan can be read."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ from .runner import compute_capability, load_plan
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
 LAYERS_LIMIT = 256 << 20
-"""Bytes of the list of layers; DiT-XL/2's has 2 million."""
+"""The greatest size of the list of layers in bytes; DiT-XL/2's has 2 million."""
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
-"""The greatest float16."""
+"""The greatest finite float16 number."""
 SINCE = {FP8.name: "sm89", INT4.name: "sm80", "bf16": "sm80"}
-"""The first target whose GEMMs take an element type."""
+"""The first target whose GEMMs support an element type."""
 
 
 @dataclass(frozen=True)
 class TensorRt(Backend):
     """TensorRT, which builds for the GPU of this machine.
 
-    A build leaves `model.plan`, the builder's list of layers, and `plan.json`, which describes the plan.
+    A build writes `model.plan`, the builder's list of layers, and `plan.json`, which describes the plan.
 
     Args:
-        targets: compute capabilities that the plan serves; empty: the GPU of this machine.
+        targets: compute capabilities that the plan supports; empty for the GPU of this machine.
         shapes: least, best and greatest, in trtexec's syntax.
     """
 
@@ -68,10 +68,10 @@ class TensorRt(Backend):
     triton: ClassVar[str] = "tensorrt"
     attention: ClassVar[tuple[str, ...]] = ("float", "fp8")
     module: ClassVar[str] = "tensorrt"
-    """What Python imports."""
+    """The Python module of the library."""
     install: ClassVar[str] = "pip install 'dq-export[trt]'"
     checked_as: ClassVar[CheckTarget] = "trt"
-    """Its rules in the static checker."""
+    """The name of its rules in the static checker."""
 
     targets: tuple[str, ...] = ()
     shapes: tuple[str, str, str] = ("", "", "")
@@ -86,10 +86,11 @@ class TensorRt(Backend):
         return replace(self, shapes=(recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes))
 
     def require(self) -> None:
-        """Nothing: everything but the build works without TensorRT, which another machine may have."""
+        """Check nothing: everything except the build works without TensorRT, which may be installed on another machine."""
 
     def shared_timesteps(self, wanted: str) -> bool:
-        """Whether the batch shares one timestep; `auto` is one for each sample: it costs nothing, and a batch may mix steps."""
+        """Whether the batch shares one timestep. `auto` means a timestep for each sample: it costs nothing, and a batch may mix
+        steps."""
         return wanted == "shared"
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
@@ -100,7 +101,7 @@ class TensorRt(Backend):
         if activation is None:
             return self._unpacked(scheme, weight.qtype)
         if activation.granularity == "token-group":
-            return Refusal("an integer GEMM has one scale a token", scheme_of(scheme.name, "token"))
+            return Refusal("an integer GEMM has one scale per token", scheme_of(scheme.name, "token"))
         if not activation.qtype.is_float:
             return integer_gemm(scheme, "Int8xInt8")
         if scheme.per_token:
@@ -109,9 +110,9 @@ class TensorRt(Backend):
         return Refusal(problem, PRESETS["w8a8"]) if problem else Lowering("one float8 GEMM", "FP8xFP8")
 
     def _unpacked(self, scheme: Scheme, qtype: QuantType) -> Lowering | Refusal:
-        """The same for weights alone."""
+        """The same for schemes that quantize only weights."""
         if qtype != INT4:
-            return Refusal(f"{qtype.name} blocks are unpacked by a kernel of their own", PRESETS["w4a16"])
+            return Refusal(f"{qtype.name} blocks are unpacked by a separate kernel", PRESETS["w4a16"])
         problem = self._too_old(scheme.name, qtype.name)
         return Refusal(problem, PRESETS["w4a8"]) if problem else Lowering("int4 blocks unpacked inside the GEMM", "Int4")
 
@@ -122,8 +123,8 @@ class TensorRt(Backend):
         return f"{what} needs --target {since} or later, found {lowest}" if TARGETS.index(lowest) < TARGETS.index(since) else ""
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Factored form: a scale that is computed at run time builds, and runs in half precision."""
-        limit = HALF / 2 if self.dtype == "fp16" else math.inf  # half: activations that calibration did not see
+        """Factored form: a GEMM with a scale that is computed at run time builds, but runs in half precision."""
+        limit = HALF / 2 if self.dtype == "fp16" else math.inf  # headroom of 2 for activations that calibration did not see
         return (
             WidenCodes(),
             QuantizeAttention(scales=result.attention),
@@ -157,10 +158,10 @@ class TensorRt(Backend):
         return self.build(folder / "model.onnx", folder / "engine")
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
-        """Build the plan in a process of its own.
+        """Build the plan in a separate process.
 
         Raises:
-            NotHereError: TensorRT is missing here.
+            NotHereError: TensorRT is not installed on this machine.
             BackendError: the graph, a shape or a target is refused.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ class TensorRt(Backend):
         """Load the plan on an NVIDIA GPU. It takes the batches that it was built for.
 
         Raises:
-            BackendError: no plan, one of another library or version, one cut short, or for other GPUs than this one.
+            BackendError: the plan is missing, damaged, or of another library, version or GPU.
         """
         plan, again = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
         if not plan.exists() or not (built.folder / METADATA).exists():
@@ -210,14 +211,14 @@ class TensorRt(Backend):
             raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan}")
         library = f"{self.module} {importlib.import_module(self.module).__version__}"
         if described["library"] != library:
-            raise BackendError(f"{plan} was built by {described['library']}, here is {library}; {again}")
+            raise BackendError(f"{plan} was built by {described['library']}, but {library} is installed here; {again}")
         content = plan.read_bytes()
         if hashlib.sha256(content).hexdigest() != described["sha256"]:
-            raise BackendError(f"{plan} is not the plan that was built; {again}")
+            raise BackendError(f"{plan} was changed after the build; {again}")
         return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
-        """Audit by the list of layers that the builder printed.
+        """Audit by the builder's list of layers.
 
         Raises:
             BackendError: the list is missing or damaged.
@@ -244,7 +245,7 @@ class TensorRt(Backend):
 
 @dataclass(frozen=True)
 class TensorRtRtx(TensorRt):
-    """TensorRT-RTX, which builds on any machine one plan for several kinds of GPU.
+    """TensorRT-RTX, which builds one plan for several kinds of GPU on any machine.
 
     Args:
         targets: sm75 … sm121.
@@ -253,7 +254,7 @@ class TensorRtRtx(TensorRt):
     name: ClassVar[str] = "trt-rtx"
     title: ClassVar[str] = "TensorRT-RTX"
     packages: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
-    triton: ClassVar[str] = ""  # Triton's tensorrt backend loads TensorRT's plans alone
+    triton: ClassVar[str] = ""  # Triton's tensorrt backend loads only plans of TensorRT
     module: ClassVar[str] = "tensorrt_rtx"
     install: ClassVar[str] = "pip install 'dq-export[rtx]'"
     checked_as: ClassVar[CheckTarget] = "trt-rtx"
@@ -262,7 +263,7 @@ class TensorRtRtx(TensorRt):
         """The backend with the recipe's targets and shapes.
 
         Raises:
-            RecipeError: an unknown target, or one without the element types that the recipe needs.
+            RecipeError: a target is unknown, or does not have the element types that the recipe needs.
         """
         targets = tuple(part.strip().lower() for part in recipe.target.split(","))
         for target in targets:
@@ -282,10 +283,10 @@ class TensorRtRtx(TensorRt):
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """`plan.json`, of which a run needs `library`, `sha256` and `targets`.
+    """The content of `plan.json`; a run needs its keys `library`, `sha256` and `targets`.
 
     Raises:
-        BackendError: the file is not what `build` wrote.
+        BackendError: the file is damaged.
     """
     try:
         described = read_json(path, links=False)
@@ -295,5 +296,5 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     targets = values.get("targets")
     known = isinstance(targets, list) and all(target in TARGETS for target in targets)
     if not known or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):
-        raise BackendError(f"{shown_path(path)}: not what a build writes; build the plan again with `dq-export finish`")
+        raise BackendError(f"{shown_path(path)}: damaged; build the plan again with `dq-export finish`")
     return values

@@ -1,4 +1,4 @@
-"""Building one TensorRT or TensorRT-RTX plan, in a process of its own: aborts and memory stay there."""
+"""Build one TensorRT or TensorRT-RTX plan in a separate process, which isolates aborts and memory."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Shape = tuple[int, ...]
 Tell = Callable[[dict[str, Any]], None]
 TIMINGS = "timing.cache"
 PHASES = 1000
-"""Parts in which a build's progress is told."""
+"""Resolution of a build's progress: the number of parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to build.
+    """A plan to build.
 
     Args:
-        module: `tensorrt` or `tensorrt_rtx`; their builders differ in the targets only.
+        module: `tensorrt` or `tensorrt_rtx`; their builders differ only in the targets.
         model: absolute path of the ONNX file.
         plan: absolute path of the plan to write.
-        targets: compute capabilities such as `SM89`, for tensorrt_rtx; tensorrt builds for the GPU at hand.
+        targets: compute capabilities such as `SM89`, for tensorrt_rtx; tensorrt builds for the GPU of the machine.
         profiles: input name -> (least, best, greatest) shape.
     """
 
@@ -47,14 +47,14 @@ class PlanRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """What was built.
+    """A plan that was built.
 
     Args:
-        version: of the library.
-        seconds: parsing and building.
-        peak_bytes: of the build process's memory.
-        sha256: of the plan.
-        layers: the builder's own list of layers, as it printed it.
+        version: version of the library.
+        seconds: time of parsing and building.
+        peak_bytes: peak memory of the build process.
+        sha256: digest of the plan.
+        layers: the builder's own list of layers, unchanged.
     """
 
     version: str
@@ -85,20 +85,20 @@ def build_plan(request: PlanRequest, progress: Advance) -> PlanReport:
         raise BackendError(f"{request.module} cannot build {request.model}: {last['error']}")
     if end.status == -signal.SIGKILL:
         raise BackendError(
-            f"the process that builds {request.model} was killed, most likely for want of memory: a build takes 3 to 4 times "
+            f"the process that builds {request.model} was killed, most likely for lack of memory: a build takes 3 to 4 times "
             "the bytes of model.onnx.data; finished stages are kept"
         )
     raise BackendError(f"the process that builds {request.model} ended with status {end.status}: {end.reason}")
 
 
-def serve(channel: TextIO, asked: str) -> None:
-    """The child: answers a request with progress and then the report or the error, a JSON line each."""
+def serve(channel: TextIO, text: str) -> None:
+    """The child process: answer a request with progress and then the report or the error, one JSON line each."""
 
     def tell(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    raw = json.loads(asked)
+    raw = json.loads(text)
     profiles: Any = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw.pop("profiles").items()}
     request = PlanRequest(profiles=profiles, **raw)
     try:
@@ -120,11 +120,11 @@ def serve(channel: TextIO, asked: str) -> None:
 
 
 class PlanError(Exception):
-    """The library refuses; its own words."""
+    """The library refuses; the message is the library's."""
 
 
 def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
-    """The plan, and the builder's list of layers (empty where the library prints none)."""
+    """The plan, and the builder's list of layers (empty if the library prints none)."""
     messages: list[tuple[str, str]] = []
 
     class Log(library.ILogger):  # type: ignore[misc, name-defined]
@@ -139,9 +139,9 @@ def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
     network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = library.OnnxParser(network, log)
     if not parser.parse_from_file(request.model):
-        raise PlanError("; ".join(_told(parser.get_error(index)) for index in range(parser.num_errors)))
+        raise PlanError("; ".join(_described(parser.get_error(index)) for index in range(parser.num_errors)))
     config = builder.create_builder_config()
-    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # the list of layers is printed at no other
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # only this level prints the list of layers
     config.progress_monitor = _monitor(library, tell)
     if request.targets and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = len(request.targets)
@@ -163,14 +163,14 @@ def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
 
 
 def _timing_cache(config: Any, path: Path) -> Any:
-    """What TensorRT measured in earlier builds, read from beside the graph; TensorRT-RTX measures nothing."""
+    """TensorRT's measurements of earlier builds, from a file beside the graph; TensorRT-RTX measures nothing."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
 def _inspected(library: Any, log: Any, plan: bytes) -> str:
-    """The list of layers as the engine inspector tells it, for a builder that does not print it; needs the GPU."""
+    """The list of layers from the engine inspector, for a builder that does not print it; needs the GPU."""
     engine = library.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         raise PlanError("the plan was built, but cannot be read on this machine to see what it runs")
@@ -178,13 +178,13 @@ def _inspected(library: Any, log: Any, plan: bytes) -> str:
     return text
 
 
-def _told(error: Any) -> str:
+def _described(error: Any) -> str:
     return f"{error.code().name} at node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
 
 
 def _monitor(library: Any, tell: Tell) -> Any:
     class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Tells the outermost phase's progress."""
+        """Sends the progress of the outermost phase."""
 
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)

@@ -1,4 +1,4 @@
-"""The list of layers that TensorRT and TensorRT-RTX print when they build, and which GEMMs of it are low precision."""
+"""The list of layers that TensorRT and TensorRT-RTX print during a build, and which of its GEMMs have low precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GEMMS = ("gemm", "correlation")
-"""Layer types that multiply matrices with a kernel of the library."""
+"""Layer types that multiply matrices with one of the library's kernels."""
 LOW = frozenset({"Int8", "FP8", "FP8E4M3", "Float8E4M3", "FP8 E4M3", "FP4E2M1"})
 WEIGHT_ONLY = frozenset({"Int4"})
 
@@ -17,10 +17,10 @@ class Layer:
     """One layer of a plan.
 
     Args:
-        name: the builder's.
+        name: the builder's name.
         kind: its layer type: gemm, kgen, runtime_fusion …
-        operands: element types of what it reads, tensors first, constants behind.
-        nodes: names of the ONNX nodes that it stands for.
+        operands: element types of its inputs, first tensors, then constants.
+        nodes: names of the ONNX nodes that it computes.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Layer:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it may hold a GEMM."""
+        """Whether it may contain a GEMM."""
         return self.kind in GEMMS or self.attention or (self.kind == "runtime_fusion" and "Fc" in self.name)
 
     @property
     def precision(self) -> str:
-        """`Int8`, `FP8 …` where both operands are codes, `Int4` where the weight is and is unpacked inside the GEMM, or ``."""
+        """`Int8` or `FP8 …` if both operands are codes, `Int4` if the GEMM unpacks the weight's codes, otherwise empty."""
         first = self.operands[:2]
         if self.kind == "runtime_fusion":
             codes = [item for item in self.operands if item in WEIGHT_ONLY]
@@ -52,7 +52,7 @@ def read_layers(text: str) -> tuple[Layer, ...]:
     """Parse the list.
 
     Raises:
-        ValueError: a line has another form; the library has changed what it prints.
+        ValueError: a line has another form, because the library has changed its format.
     """
     layers = []
     for line in text.split("\n\n")[0].split("\n")[1:]:
@@ -71,7 +71,7 @@ def read_layers(text: str) -> tuple[Layer, ...]:
 def kernel_of(layers: Iterable[Layer], node: str) -> tuple[str, str]:
     """The layer type that runs a GEMM of the graph, and its precision (see `Layer.precision`).
 
-    A GEMM that the builder split is as good as its worst part.
+    If the builder split a GEMM, its worst part counts.
     """
     parts = [layer for layer in layers if node in layer.nodes and layer.multiplies]
     if not parts:

@@ -1,4 +1,4 @@
-"""The shapes that a plan is built for."""
+"""The shapes for which a plan is built."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..backend import BackendError
 
 Shape = tuple[int, ...]
 MAX_BATCH = BATCH.limit
-"""The greatest batch that the graph is exported for."""
+"""The greatest batch of an exported graph."""
 BATCHES = (1, 2, 16)
-"""Least, best and greatest batch where the recipe names no shapes."""
+"""Least, best and greatest batch if the recipe names no shapes."""
 
 
-def profiles(inputs: Mapping[str, Dims], given: tuple[str, str, str]) -> dict[str, tuple[Shape, Shape, Shape]]:
+def profiles(inputs: Mapping[str, Dims], flags: tuple[str, str, str]) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Input name -> (least, best, greatest) shape, for the inputs with a dimension that may change.
 
-    Sizes beside the batch are the pictures' alone where no shape is named: a plan for one size is the fastest.
+    If no shape is named, all sizes other than the batch are those of the pictures: a plan for one size is the fastest.
 
     Args:
-        inputs: the graph's.
-        given: least, best and greatest in trtexec's syntax, `name:2x4x32x32,other:2`; empty where BATCHES serve.
+        inputs: the inputs of the graph.
+        flags: least, best and greatest in trtexec's syntax, `name:2x4x32x32,other:2`; empty for BATCHES.
 
     Raises:
-        BackendError: another syntax, an unknown input, a shape that does not fit its input or its neighbours, or none for an
-            input with a size of which nothing is known.
+        BackendError: another syntax, an unknown input, a shape that does not fit its input or the other shapes, or no shape
+            for an input with an unknown size.
     """
     wanted = [
-        _parse(text, flag, inputs) for text, flag in zip(given, ("--min-shapes", "--opt-shapes", "--max-shapes"), strict=True)
+        _parse(text, flag, inputs) for text, flag in zip(flags, ("--min-shapes", "--opt-shapes", "--max-shapes"), strict=True)
     ]
-    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    shapes_of: dict[str, tuple[Shape, Shape, Shape]] = {}
     for name, dims in inputs.items():
         if all(isinstance(size, int) for size in dims):
             continue
@@ -45,20 +45,20 @@ def profiles(inputs: Mapping[str, Dims], given: tuple[str, str, str]) -> dict[st
         if named[2] is None and named[1] is not None:
             batches[2] = max(BATCHES[2], named[1][0])
         if named[1] is None:
-            least, greatest = (shape[0] if shape else batch for shape, batch in ((named[0], BATCHES[0]), (named[2], BATCHES[2])))
-            batches[1] = min(max(BATCHES[1], least), greatest)
+            lowest, greatest = (shape[0] if shape else batch for shape, batch in ((named[0], BATCHES[0]), (named[2], BATCHES[2])))
+            batches[1] = min(max(BATCHES[1], lowest), greatest)
         low, best, high = (shape or _unnamed(name, dims, named[1], batch) for shape, batch in zip(named, batches, strict=True))
         if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             raise BackendError(f"'{name}': the shapes must grow from least to best to greatest, found {low}, {best}, {high}")
-        found[name] = (low, best, high)
-    _require_alike(inputs, found)
-    return found
+        shapes_of[name] = (low, best, high)
+    _require_alike(inputs, shapes_of)
+    return shapes_of
 
 
-def _require_alike(inputs: Mapping[str, Dims], found: Mapping[str, tuple[Shape, Shape, Shape]]) -> None:
-    """Inputs that share an axis must have the same sizes of it."""
+def _require_alike(inputs: Mapping[str, Dims], profiles_of: Mapping[str, tuple[Shape, Shape, Shape]]) -> None:
+    """Check that inputs that share an axis have the same sizes of it."""
     first: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, shapes in found.items():
+    for name, shapes in profiles_of.items():
         for place, axis in enumerate(inputs[name]):
             if not isinstance(axis, Axis):
                 continue
@@ -66,8 +66,8 @@ def _require_alike(inputs: Mapping[str, Dims], found: Mapping[str, tuple[Shape, 
             other, expected = first.setdefault(axis.name, (name, sizes))
             if sizes != expected:
                 raise BackendError(
-                    f"'{name}': its {axis.name} goes {_range(sizes)}, and that of '{other}' {_range(expected)}; name the shapes "
-                    "of both alike"
+                    f"'{name}': its {axis.name} goes {_range(sizes)}, and that of '{other}' {_range(expected)}; give both the "
+                    "same sizes"
                 )
 
 
@@ -76,7 +76,7 @@ def _range(sizes: tuple[int, ...]) -> str:
 
 
 def _unnamed(name: str, dims: Dims, best: Shape | None, batch: int) -> Shape:
-    """A shape that the recipe does not name: the best one, or the graph's with the pictures' sizes, with another batch."""
+    """A shape that the recipe does not name: the best shape, or the graph's with the pictures' sizes, with another batch."""
     sizes: tuple[int | None, ...] = best or tuple(size.size if isinstance(size, Axis) else size for size in dims)
     rest = tuple(size for size in sizes[1:] if size is not None)
     if len(rest) < len(sizes) - 1:
@@ -90,7 +90,7 @@ def _text(dims: Dims) -> str:
 
 
 def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]:
-    found = {}
+    named = {}
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"'?([^':]+)'?:([0-9]{1,9}(?:x[0-9]{1,9})*)", part.strip())
         if match is None:
@@ -108,12 +108,12 @@ def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]
                 raise BackendError(f"{flag}: '{name}' has a {axis.name} of {number}; the graph takes a {axis}")
         if dims[0] is None and not 1 <= shape[0] <= MAX_BATCH:
             raise BackendError(f"{flag}: '{name}' has a batch of {shape[0]}; expected 1 to {MAX_BATCH}, as the graph takes")
-        found[name] = shape
-    return found
+        named[name] = shape
+    return named
 
 
 def _example(inputs: Mapping[str, Dims]) -> str:
-    """The flag's value for a batch of 2 of the inputs that may change."""
+    """An example of the flag's value: a batch of 2, for the inputs that may change."""
     changing = {name: dims for name, dims in inputs.items() if not all(isinstance(size, int) for size in dims)}
     sizes = {
         name: [size.size if isinstance(size, Axis) else 2 if size is None else size for size in dims]

@@ -1,4 +1,4 @@
-"""Running a plan on the NVIDIA GPU of this machine, through polygraphy."""
+"""Run a plan on the NVIDIA GPU of this machine, through polygraphy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PlanEngine:
     engine: Any
 
     def runner(self, name: str) -> Any:
-        """Polygraphy's runner of the plan, not activated."""
+        """Polygraphy's runner of the plan, not yet activated."""
         from polygraphy.backend.trt import TrtRunner
 
         return TrtRunner(self.engine, name=name)
@@ -42,10 +42,10 @@ class PlanEngine:
         except PolygraphyException as error:
             reason = printable(" ".join(str(error).split()))
             raise BackendError(
-                f"the plan cannot run on these inputs ({reason}); it takes the sizes that it was built for, which --min-shapes, "
-                "--opt-shapes and --max-shapes name"
+                f"the plan cannot run on these inputs ({reason}); it takes only the sizes that it was built for, which "
+                "--min-shapes, --opt-shapes and --max-shapes set"
             ) from error
-        # A copy: polygraphy writes the next call's output to the same memory, and samplers of several steps keep outputs.
+        # Copied because polygraphy writes the next call's output to the same memory, and multistep samplers keep outputs.
         result: Float32
         (result,) = (output.copy() for output in outputs.values())
         return result
@@ -55,17 +55,17 @@ def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine
     """Load a plan.
 
     Args:
-        targets: compute capabilities that it was built for; empty: the GPU at hand was.
-        rtx: TensorRT-RTX's plan, not TensorRT's.
+        targets: compute capabilities that it was built for; empty for this machine's GPU.
+        rtx: whether it is a plan of TensorRT-RTX and not of TensorRT.
 
     Raises:
-        BackendError: no NVIDIA GPU, or one that the plan is not for.
+        BackendError: there is no NVIDIA GPU, or the plan is for other GPUs.
     """
-    found = compute_capability()
-    if not found:
+    capability = compute_capability()
+    if not capability:
         raise BackendError("a plan runs on an NVIDIA GPU, and this machine shows none")
-    if targets and not any(_runs_on(target, found) for target in targets):
-        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {found}; build it with --target {found}")
+    if targets and not any(_runs_on(target, capability) for target in targets):
+        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {capability}; build it with --target {capability}")
     from polygraphy import config
 
     config.USE_TENSORRT_RTX = rtx  # read when its backend is first imported
@@ -75,7 +75,7 @@ def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine
 
 
 def compute_capability() -> str:
-    """`sm89` and the like, of the first GPU; empty where the driver shows none.
+    """The compute capability of the first GPU, such as `sm89`; empty if the driver shows none.
 
     Source: CUDA driver API, cuDeviceGetAttribute, attributes 75 and 76.
     """
@@ -93,6 +93,6 @@ def compute_capability() -> str:
     return f"sm{major.value}{minor.value}"
 
 
-def _runs_on(target: str, found: str) -> bool:
-    """A plan for one minor version runs on later ones of the same major version."""
-    return target[:-1] == found[:-1] and target <= found
+def _runs_on(target: str, capability: str) -> bool:
+    """Whether a plan for `target` runs on a GPU: one of the same major version, and of the same or a later minor version."""
+    return target[:-1] == capability[:-1] and target <= capability

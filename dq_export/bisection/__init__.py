@@ -1,1 +1,1 @@
-"""Which pass, and which linear, moves a graph away from PyTorch."""
+"""Find the pass and the linear at which a graph departs from PyTorch."""

@@ -1,4 +1,4 @@
-"""Which pass, and in which linear, moves a finished export's graph away from PyTorch: the passes replayed one by one."""
+"""Find the pass and the linear at which a finished export's graph departs from PyTorch, by replaying the passes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Step:
     """The graph after a pass.
 
     Args:
-        name: of the pass; of several, where ONNX Runtime runs no graph between them.
-        sqnr: dB of the worst recorded call.
-        call: its index.
+        name: the name of the pass, or of several passes if ONNX Runtime cannot run the graphs between them.
+        sqnr: SQNR of the worst recorded call, dB.
+        call: the index of this call.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """What replaying the passes showed.
+    """The result of replaying the passes.
 
     Args:
-        steps: the float graph and each pass, up to the first after which a call falls below the limit.
-        limit: dB that every call must keep.
-        linear: the first, as the graph runs, whose result that pass moves beyond the limit; empty if none does.
-        command: the polygraphy command that shows it, to be run in the output folder; empty where parity holds.
+        steps: the float graph and each pass, up to the first pass after which a call falls below the limit.
+        limit: the least SQNR of every call, dB.
+        linear: the first linear, in execution order, whose result this pass moves beyond the limit; empty if there is none.
+        command: the polygraphy command that shows the failure when it is run in the output folder; empty without a failure.
     """
 
     steps: tuple[Step, ...]
@@ -80,10 +80,10 @@ def bisect_passes(out: Path, min_sqnr: float | None, progress: Advance = unwatch
     """Replay the passes of a finished export and find the first that breaks parity; the failing graph goes to `out/bisect`.
 
     Args:
-        min_sqnr: dB that every recorded call must keep; None: what the recipe requires.
+        min_sqnr: the least SQNR of every recorded call, dB; None for the recipe's limit.
 
     Raises:
-        OutputError: `out` holds no whole export, or it is damaged.
+        OutputError: `out` does not hold a complete export, or it is damaged.
         RecipeError: its recipe is damaged, or `min_sqnr` is not finite.
         BackendError: a library is missing.
         GraphError: a pass refuses the graph.

@@ -1,1 +1,1 @@
-"""The words of the product, numpy only: scales, grids, recipes, artifacts, and what a network is."""
+"""The data types of the product, with numpy only: scales, grids, recipes, artifacts, and the interface of a network."""

@@ -1,4 +1,4 @@
-"""What calibration decided, as data: saved to safetensors, read by the passes."""
+"""The decisions of calibration as data: saved to safetensors, read by the passes."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ Float32 = npt.NDArray[np.float32]
 FORMAT = "dq-export calibration 4"
 TYPES = {qtype.name: qtype for qtype in QUANT_TYPES}
 KINDS = {"scale": np.float32, "multiplier": np.int8, "codes": np.int8, "correction": np.float32, "sqnr": np.float32}
-"""What a file holds for a linear, and its element type."""
+"""The tensors of a linear in a file, and their element types."""
 
 
 class CalibrationError(Exception):
-    """Calibration cannot measure or decide; the message says for which site or file, and what to do."""
+    """Calibration cannot measure or decide; the message names the site or file and says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SitePlan:
-    """What happens to one site's input.
+    """The decisions for one site's input.
 
     The input h[.., K] becomes (h - in_shift) / in_scale, folded where `site.fold` says, and is then quantized with the
     scale of the timestep's bin.
 
     Args:
-        site: which tensor.
+        site: the tensor.
         method: how the equivalent scaling was chosen, for the report: `none`, `smooth(0.50)`, `dilate(1.0)+shift` …
-        in_scale: float32[K], finite, > 0; all ones where nothing is scaled.
-        in_shift: float32[K], finite; all zeros where nothing is shifted.
-        activation: the scale table, or the rule that finds a scale for each token; None where the input stays float.
+        in_scale: float32[K], finite, > 0; all ones if the input is not scaled.
+        in_shift: float32[K], finite; all zeros if the input is not shifted.
+        activation: the scale table, or the rule for a scale of each token; None if the input stays float.
         error: the measured relative output error of the choice (noise power / signal power), or NaN if not measured.
-        alternatives: that error of every candidate that `auto` measured, by method; empty where the recipe chose.
+        alternatives: this error for every candidate that `auto` measured, by method; empty if the recipe fixed the method.
     """
 
     site: InputSite
@@ -63,13 +63,13 @@ class SitePlan:
             raise ValueError(f"{self.site.name}: in_scale must be > 0 and as long as in_shift")
 
     def quantized(self, rows: Float32, timestep: npt.ArrayLike) -> Float32:
-        """float32[R, K]: (rows - in_shift) / in_scale as the GEMM reads them; `timestep`: of all rows, or float[R]."""
+        """float32[R, K]: (rows - in_shift) / in_scale as the GEMM reads it; `timestep`: one for all rows, or float[R]."""
         moved = ((rows - self.in_shift) / self.in_scale).astype(np.float32, copy=False)
         return moved if self.activation is None else self.activation.nearest(moved, timestep)
 
     @property
     def scaled(self) -> bool:
-        """Whether in_scale or in_shift does anything."""
+        """Whether in_scale or in_shift changes the input."""
         return bool((self.in_scale != 1).any() or (self.in_shift != 0).any())
 
 
@@ -79,16 +79,16 @@ class CalibrationResult:
 
     Args:
         sites: plan by site name, in execution order.
-        weight_scale: by linear, the scale of its `WeightGrid`: float32[out], or float32[in / block, out].
-        multiplier: by linear with a grid of two levels, int8[in / block, out].
-        codes: by linear whose codes are not just the nearest to its folded weight, int8[out, in].
-        correction: by linear, float32[out] to be added to its bias.
-        reach: by linear with quantized activations, a bound of |sum of products of codes|: the greatest length of a row of
-            activation codes seen times that of an output channel's (Cauchy and Schwarz). A backend whose GEMMs put the sum
-            out in float16 must keep it in range.
-        attention: by query, key or value projection the scale of its result, where attention is quantized.
-        sqnr: by linear, float32[T] at `timesteps`: dB of its output over the kept rows, its input exact before it is rounded;
-            NaN where no row was kept.
+        weight_scale: for each linear, the scale of its `WeightGrid`: float32[out], or float32[in / block, out].
+        multiplier: for each linear with a grid of two levels, int8[in / block, out].
+        codes: for each linear whose codes are not simply the nearest to its folded weight, int8[out, in].
+        correction: for each linear, float32[out], which is added to its bias.
+        reach: for each linear with quantized activations, a bound of |sum of products of codes|: the greatest observed norm
+            of a row of activation codes times the greatest norm of an output channel's codes (Cauchy and Schwarz). A backend
+            whose GEMMs return this sum in float16 must keep it in range.
+        attention: for each query, key or value projection, the scale of its result, if attention is quantized.
+        sqnr: for each linear, float32[T] at `timesteps`: SQNR of its output in dB over the kept rows, with exact inputs before
+            the rounding; NaN for timesteps without kept rows.
         provenance: model hash, seed, sampler, samples, versions.
     """
 
@@ -112,11 +112,11 @@ class CalibrationResult:
         return bins
 
     def grid(self, linear: str, qtype: QuantType) -> WeightGrid:
-        """The grid of a quantized weight, whose element type its rule gives."""
+        """The grid of a quantized weight; the rule gives its element type."""
         return WeightGrid(scale=self.weight_scale[linear], multiplier=self.multiplier.get(linear), qtype=qtype)
 
     def rounded(self, linear: str, folded: Float32, qtype: QuantType, rows: npt.NDArray[np.int64] | None = None) -> Float32:
-        """float32[out, in]: what a linear's codes stand for, given its folded weight; both of some `rows` only where given."""
+        """float32[out, in]: the values of a linear's codes, from its folded weight; only some `rows` of both if given."""
         grid, codes = self.grid(linear, qtype), self.codes.get(linear)
         if rows is not None:
             grid, codes = grid.of_rows(rows), None if codes is None else codes[rows]
@@ -154,7 +154,7 @@ class CalibrationResult:
         """Read what `save` wrote.
 
         Raises:
-            CalibrationError: no such file, or not one that `save` could have written.
+            CalibrationError: the file is missing or damaged.
         """
         try:
             tensors, metadata = load_tensors(path)
@@ -254,10 +254,10 @@ class _Header(BaseModel):
 
 
 def _of_kind(kind: str, tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """By linear the tensors of a kind.
+    """The tensors of a kind, by linear.
 
     Raises:
-        ValueError: of another element type than `save` gives them, or a scale that is not finite and positive.
+        ValueError: a tensor has the wrong element type, or a scale is not finite and positive.
     """
     suffix = f".weight.{kind}"
     tensors = {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}

@@ -1,4 +1,4 @@
-"""How far a result is from its reference: the only place that says what an SQNR is."""
+"""The SQNR of a result against its reference; only this module defines it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_SQNR = 200.0
-"""dB of a result without any error, which has no logarithm; the negative of it where there is no reference."""
+"""The SQNR, in dB, of a result without error, whose logarithm does not exist; its negative stands for a missing reference."""
 
 
 def decibels(signal: npt.ArrayLike, noise: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """10 log10(signal / noise), float64 of their common shape, within -MAX_SQNR and MAX_SQNR.
 
     Args:
-        signal, noise: sums or means of squares, not negative. A noise of NaN or infinity, of a result that is not finite,
+        signal, noise: sums or means of squares, not negative. A noise of NaN or infinity, from a result that is not finite,
             gives -MAX_SQNR.
     """
     power, error = np.asarray(signal, dtype=np.float64), np.asarray(noise, dtype=np.float64)

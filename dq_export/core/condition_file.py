@@ -15,24 +15,24 @@ from .tensor_file import load_tensors, save_tensors
 CONDITIONS = "conditions.safetensors"
 """Its name in an output folder."""
 NULL = "null."
-"""In front of an input's name: its row without a condition."""
+"""Prefix of an input's name for its row without a condition."""
 PROMPTS = "prompts"
 """Key of the metadata: a JSON list of the conditions' names."""
 
 
 def save_conditions(path: Path, conditions: Conditions) -> None:
-    """Write conditions; equal ones give equal bytes."""
+    """Write conditions; equal conditions give equal bytes."""
     null = {f"{NULL}{name}": rows for name, rows in conditions.null.items()}
     save_tensors(path, {**conditions.arrays, **null}, {PROMPTS: json.dumps(list(conditions.names))})
 
 
 def load_conditions(path: Path) -> Conditions:
-    """The conditions in a file, whoever wrote it. Whether a network takes them, `misfit` says.
+    """The conditions in a file of any origin. `misfit` says whether a network takes them.
 
-    Conditions without names in the metadata are called by their numbers, from 1.
+    Conditions without names in the metadata are numbered, from 1.
 
     Raises:
-        DocumentError: no safetensors file, no conditions in it, or arrays of different lengths.
+        DocumentError: it is not a safetensors file, it has no conditions, or its arrays have different lengths.
     """
     tensors, metadata = load_tensors(path)
     arrays = {name: rows for name, rows in tensors.items() if not name.startswith(NULL)}
@@ -51,10 +51,10 @@ def load_conditions(path: Path) -> Conditions:
 
 
 def misfit(conditions: Conditions, inputs: Sequence[Input], *, guided: bool) -> str:
-    """Why a network does not take conditions, in words; empty if it does.
+    """Why a network does not take conditions; empty if it does.
 
     Args:
-        inputs: the network's.
+        inputs: the inputs of the network.
         guided: whether rows without a condition are needed.
     """
     if guided and not conditions.null:
@@ -66,7 +66,7 @@ def misfit(conditions: Conditions, inputs: Sequence[Input], *, guided: bool) -> 
 def _misfits(conditions: Conditions, inputs: Sequence[Input]) -> Iterator[str]:
     sizes: dict[str, tuple[int, str]] = {}
     for arrays, front, count in ((conditions.arrays, "", len(conditions)), (conditions.null, NULL, 1)):
-        if not arrays:  # a null that no guidance needs
+        if not arrays:  # a null row without guidance is not needed
             continue
         expected = {f"{front}{item.name}" for item in inputs}
         present = {f"{front}{name}" for name in arrays}

@@ -1,4 +1,4 @@
-"""Files that people write, read within bounds: of a regular file, of so many bytes, of so many levels and no duplicate key."""
+"""Read files of users within bounds: only regular files, with limits on bytes and levels and without duplicate keys."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from typing import Any
 import yaml
 
 TEXT_LIMIT = 16 << 20
-"""Bytes of a JSON file. The longest that a tool writes, the index of a sharded checkpoint, has under one million."""
+"""The greatest size of a JSON file in bytes. The largest known, the index of a sharded checkpoint, has under one million."""
 YAML_LIMIT = 1 << 20
-"""Bytes of a YAML file; a recipe with a rule for each of 500 linears has 60,000."""
+"""The greatest size of a YAML file in bytes; a recipe with a rule for each of 500 linears has 60,000."""
 YAML_NODES = 20_000
-"""Scalars, lists and mappings of a YAML file. PyYAML makes about 30,000 a second."""
+"""The greatest number of scalars, lists and mappings in a YAML file. PyYAML reads about 30,000 per second."""
 DEPTH = 32
-"""Lists and mappings inside one another."""
+"""The greatest depth of nested lists and mappings."""
 DIGITS = 400
-"""Of a whole number: more than any float64 has, fewer than Python refuses to print."""
+"""The greatest number of digits of an integer: more than any float64 has, fewer than Python refuses to print."""
 
 
 class DocumentError(Exception):
-    """A file cannot be read as what it should be; one line with its path, what is wrong, and where it helps what to do."""
+    """A file cannot be read; the message is one line with its path, the fault, and possibly the remedy."""
 
 
 class MissingError(DocumentError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, links: bool = True) -> bytes:
     """The content of a regular file.
 
     Args:
-        limit: bytes that it may have at most.
-        links: follow a symbolic link.
+        limit: its greatest size in bytes.
+        links: whether to follow a symbolic link.
 
     Raises:
-        MissingError: no such file.
-        DocumentError: a folder, a device, a pipe, a larger file, or one that the system does not let us read.
+        MissingError: the file does not exist.
+        DocumentError: it is a folder, a device, a pipe or too large, or the system does not allow reading it.
     """
     # Opening a pipe waits for its other end unless the call must not block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
@@ -51,7 +51,7 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, links: bool = True) -> by
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DocumentError(f"{shown_path(path)}: not a regular file")
-            # The size first: nothing of a file that is too large is read. It may still grow, or be 0 as in /proc.
+            # The size is checked first, so that nothing of a large file is read. It may still grow, or be 0 as in /proc.
             content = file.read(limit + 1) if status.st_size <= limit else b""
     except FileNotFoundError as error:
         raise MissingError(f"{shown_path(path)}: no such file") from error
@@ -67,7 +67,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT, *, links: bool = True) -> str
     """The content of a regular UTF-8 file.
 
     Raises:
-        DocumentError: see `read_bytes`, and bytes that are no UTF-8.
+        DocumentError: see `read_bytes`; or the bytes are not UTF-8.
     """
     try:
         return read_bytes(path, limit, links=links).decode("utf-8")
@@ -79,7 +79,7 @@ def read_json(path: Path, limit: int = TEXT_LIMIT, *, links: bool = True, finite
     """The value of a JSON file.
 
     Args:
-        finite: refuse NaN and infinities, which JSON does not have and Python's own writer writes.
+        finite: refuse NaN and infinities, which JSON does not have but Python's writer produces.
 
     Raises:
         DocumentError: see `read_text` and `parse_json`.
@@ -91,10 +91,10 @@ def parse_json(text: str, source: str, *, finite: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
-        source: what the text is, for messages.
+        source: the name of the text in messages.
 
     Raises:
-        DocumentError: no JSON, a byte order mark, two equal keys, more than DEPTH levels, or a number out of range.
+        DocumentError: it is not JSON, has a byte order mark, two equal keys, too many levels, or a number out of range.
     """
 
     def number(digits: str) -> int:
@@ -139,10 +139,10 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text: scalars, lists and mappings; dates are text.
 
     Args:
-        source: where the text is from, as messages name it.
+        source: the name of the text in messages.
 
     Raises:
-        DocumentError: no YAML, an alias, a tag, two equal keys, more than YAML_NODES values or more than DEPTH levels.
+        DocumentError: it is not YAML, or has an alias, a tag, two equal keys, too many values or too many levels.
     """
     try:
         value = yaml.load(text, _BoundedLoader)
@@ -157,7 +157,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def shown(value: object, width: int = 60) -> str:
-    """`value` as a message quotes it: its repr without control characters, cut to about `width` characters."""
+    """`value` in the form of messages: its repr without control characters, cut to about `width` characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = width
     short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 4, 6, 6
@@ -176,7 +176,7 @@ def printable(text: str, width: int = 300) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """A path as a message names it, see `printable`."""
+    """A path in the form of messages; see `printable`."""
     return printable(str(path))
 
 
@@ -190,7 +190,7 @@ def _unique(pairs: Iterable[tuple[Any, Any]], source: str) -> dict[Any, Any]:
 
 
 def _require_plain(value: Any, source: str) -> None:
-    """Refuse deep values, and texts with half a surrogate pair, which no file and no terminal takes."""
+    """Refuse values that are too deep, and texts with half a surrogate pair, which files and terminals do not take."""
     level = [value]
     for _ in range(DEPTH):
         for item in level:

@@ -1,4 +1,4 @@
-"""What the equivalent scalings of all sites make of a weight."""
+"""Weights after the equivalent scalings of all sites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .network import Denoiser
 
 Float32 = npt.NDArray[np.float32]
 TEMPORARIES = 5
-"""Arrays of a weight's size that are made of it, at most."""
+"""The greatest number of temporary arrays of a weight's size."""
 
 
 def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Float32:
@@ -29,18 +29,18 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
 
 
 def row_factors(linear: str, outputs: int, plans: Sequence[SitePlan]) -> Float32:
-    """float32[out]: what the scalings of those that read a linear's output multiply its rows by."""
+    """float32[out]: the factors by which the scalings of its output's readers multiply a linear's rows."""
     producing = [plan for plan in plans if linear not in plan.site.linears]
     return folded_weight(np.ones((outputs, 1), dtype=np.float32), linear, producing)[:, 0]
 
 
 def work_bytes(denoiser: Denoiser) -> int:
-    """Bytes that work on one linear's folded weight takes at most: the widest weight's, with its temporaries."""
+    """The greatest number of bytes for the work on one folded weight: those of the largest weight with its temporaries."""
     return TEMPORARIES * max(denoiser.weight(name).nbytes for name in denoiser.linears)
 
 
 def touching_plans(plans: Mapping[str, SitePlan]) -> dict[str, list[SitePlan]]:
-    """By linear: the plans whose scaling is folded into its weight."""
+    """For each linear, the plans whose scaling is folded into its weight."""
     touching: dict[str, list[SitePlan]] = {}
     for plan in plans.values():
         producers = (part.name for part in plan.site.fold.parts if part.kind in ROWS)

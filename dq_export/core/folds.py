@@ -1,6 +1,6 @@
-"""Where the equivalent scaling of a site goes, and what it makes of the tensors that take it up: the algebra, once.
+"""The fold of a site: the tensors that absorb its equivalent scaling, and the algebra of how they change.
 
-A site's input x becomes y = (x - m) / s. Its readers undo that, and the parts of its fold bring it about.
+A site's input x becomes y = (x - m) / s. The parts of its fold apply the scaling, and its readers undo it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import numpy.typing as npt
 Float = npt.NDArray[np.floating]
 Kind = Literal["linear", "convolution", "norm", "constant", "vector", "token"]
 FREE: tuple[Kind, ...] = ("linear", "convolution", "norm", "constant")
-"""Kinds whose scaling is held by a stored tensor, so that nothing is left to compute."""
+"""Kinds whose scaling a stored tensor absorbs, so that it costs nothing at run time."""
 ROWS: tuple[Kind, ...] = ("linear", "convolution")
 """Kinds that are rows of a weight, which may be quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor that takes up a share of a site's scaling: v becomes (v + plus - m) / s, m where `shift`.
+    """One tensor that absorbs a share of a site's scaling: v becomes (v + plus - m) / s, with m only if `shift`.
 
     Args:
         kind: `linear`: rows of a GEMM's weight and of its bias; `convolution`: the same of a convolution; `norm`: gain and
-            bias of a normalization; `constant`: a stored operand. Where no stored tensor can take it, a Mul (and an Add)
-            is left in the graph: `vector`: on one row a sample; `token`: on all tokens or pixels.
-        name: the module's name of a linear or convolution; of all others the name of the graph's value.
-        rows: the outputs of it that change, (start, stop).
-        channels: the site's channels that they make, (start, stop), as many.
-        shift: whether it takes up the shift, too.
+            bias of a normalization; `constant`: a stored operand. If no stored tensor can absorb it, a Mul (and an Add)
+            stays in the graph: `vector`: on one row per sample; `token`: on all tokens or pixels.
+        name: the module's name of a linear or convolution; for other kinds the name of the graph's value.
+        rows: the range of its outputs that change, (start, stop).
+        channels: the range of the site's channels that they compute, (start, stop), of equal length.
+        shift: whether it absorbs the shift, too.
         plus: a constant that the graph adds to it, which moves into its bias.
     """
 
@@ -63,11 +63,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """Where a site's scaling goes: parts that cover each of its channels.
+    """The parts that absorb a site's scaling; together they cover all its channels.
 
     Args:
-        parts: the tensors that take it up; none where another site's parts scale this one's input as well.
-        shifts: whether the input can be shifted at all: a factor cannot take up a shift.
+        parts: the tensors that absorb it; empty if another site's parts scale this site's input as well.
+        shifts: whether the input can be shifted; a factor cannot absorb a shift.
     """
 
     parts: tuple[Part, ...]
@@ -75,13 +75,13 @@ class Fold:
 
     @property
     def kind(self) -> Literal["free", "vector", "token"]:
-        """What it costs at run time: nothing, operations on one row a sample, or operations on all tokens."""
+        """The cost at run time: nothing, operations on one row per sample, or operations on all tokens."""
         kinds = {part.kind for part in self.parts}
         return "token" if "token" in kinds else "vector" if "vector" in kinds else "free"
 
     @property
     def target(self) -> str:
-        """What takes up the scaling, in words."""
+        """A description of what absorbs the scaling."""
         left = {"token": "a Mul on all tokens", "vector": "a Mul on one row a sample"}
         return ", ".join(dict.fromkeys(left.get(part.kind, part.name) for part in self.parts))
 
@@ -95,7 +95,7 @@ class Fold:
 
 
 def explicit(name: str, width: int) -> Fold:
-    """A fold that leaves (x - m) / s in the graph, in front of the linear `name` of so many inputs."""
+    """A fold that leaves (x - m) / s in the graph, before the linear `name` with `width` inputs."""
     return Fold(parts=(Part(kind="token", name=name, rows=(0, width), channels=(0, width), shift=True),))
 
 

@@ -1,4 +1,4 @@
-"""The grid of a weight: which real numbers its codes stand for."""
+"""The grid of a weight: the real numbers that its codes represent."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RATIOS = np.linspace(0.5, 1.0, 26, dtype=np.float32)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightGrid:
-    """A weight[out, K] is `code * step`, and this gives the step of every element.
+    """The steps of a weight[out, K], whose elements are `code * step`.
 
-    Three forms: a scale for each output channel; a scale for each block along the input; two levels, where a block's step
-    is a whole multiple of its channel's scale, so that `code * multiplier` is an 8-bit code of one integer GEMM.
+    There are three forms: a scale for each output channel; a scale for each block along the input; two levels, where a
+    block's step is a whole multiple of its channel's scale, so that `code * multiplier` is an 8-bit code of one integer GEMM.
 
     Args:
         scale: float32[out], or float32[K / block, out], > 0.
@@ -82,7 +82,7 @@ def fit(weight: Float32, scheme: Scheme, importance: Float32 | None) -> WeightGr
     """The grid of least squared error: each channel's or block's amax times the best of RATIOS.
 
     Args:
-        importance: float32[K], the mean square of each input, by which its column's errors count; None: all alike.
+        importance: float32[K], the mean square of each input, which weights its column's errors; None for equal weights.
 
     Raises:
         ValueError: the scheme's blocks do not divide the width.
@@ -95,7 +95,7 @@ def fit(weight: Float32, scheme: Scheme, importance: Float32 | None) -> WeightGr
     lowest = np.full(amax.shape, np.inf)
     for ratio in RATIOS[::-1]:
         candidate = ratio * amax / qtype.qmax
-        # Two levels fit the multiplier below; here each block's own step, which it then comes near to.
+        # For two levels this is each block's own step; the multiplier is fitted to it below.
         steps = np.repeat(np.where(candidate > 0, candidate, 1.0).T, size, axis=1)
         error = np.square(qtype.round((weight / steps).astype(np.float32)) * steps - weight) * counts
         errors = error.reshape(len(weight), -1, size).sum(axis=2).T
@@ -110,7 +110,7 @@ def _form(weight: Float32, scheme: Scheme) -> tuple[QuantType, int]:
 
 
 def _amax(weight: Float32, block: int) -> Float32:
-    """float32[blocks, out], one block for a scale an output channel."""
+    """float32[blocks, out]; one block if there is a scale for each output channel."""
     blocks: Float32 = np.abs(weight).reshape(len(weight), -1, block or weight.shape[1]).max(axis=2).T
     return blocks
 

@@ -1,4 +1,4 @@
-"""What calibration needs from a model: the protocol that every model family implements."""
+"""The interface of a network to calibration, which every model family implements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
-"""Inputs of one network call by name. They have a row for each sample, but positions, and a timestep that all samples share."""
+"""Inputs of one network call by name. They have a row for each sample, except positions and a timestep for all samples."""
 Role = Literal["gemm", "vector", "edge", "static"]
 Observer = Callable[[str, "torch.Tensor | Patches"], None]
 
@@ -29,9 +29,9 @@ class Axis:
 
     Args:
         name: the graph's name of the dimension.
-        size: of the pictures that are sampled, and of examples.
+        size: the size of sampled pictures and of examples.
         limit: the greatest size that the graph takes.
-        multiple: what every size is a multiple of.
+        multiple: a number that divides every size.
     """
 
     name: str
@@ -58,16 +58,16 @@ BATCH = Axis("batch", 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input of a network. Its first dimension is the batch, but for positions, which all samples share.
+    """One input of a network. Its first dimension is the batch, except for positions, which all samples share.
 
     Args:
-        name: diffusers' name, which the graph's input bears.
-        role: `state` is what a sampler moves, the first input of every network; `timestep` is the input of that name;
-            `condition` is what a picture is drawn of; `setting` is what a pipeline sends beside these, the same in all calls of
-            a picture: positions, the scale of a guidance that the network itself applies.
+        name: diffusers' name, which is also the name of the graph's input.
+        role: `state` is the value that a sampler changes, the first input of every network; `timestep` is the input of that
+            name; `condition` says what the picture shows; `setting` is a further value of a pipeline that is the same in all
+            calls of a picture: positions, the scale of a guidance that the network itself applies.
         dtype: numpy's name of the element type.
-        within: the dictionary argument of the network's `forward` that holds the input; empty where it is an argument itself.
-        limit: the greatest index that the input takes, from 0; None where it holds no indices.
+        within: the dictionary argument of the network's `forward` that holds the input; empty if it is an argument itself.
+        limit: the greatest index that the input takes, from 0; None if it does not hold indices.
     """
 
     name: str
@@ -90,12 +90,12 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditions:
-    """What pictures can be drawn of. A condition is an index into these arrays.
+    """The conditions of pictures. A condition is an index into these arrays.
 
     Args:
-        names: of each of the N conditions: the prompt, or the class label as text.
-        arrays: by input, [N, ...]: the input's row for each condition; empty where a network takes none.
-        null: by input, [1, ...]: the row without a condition, from which guidance leads away; empty where there is none.
+        names: the name of each of the N conditions: the prompt, or the class label as text.
+        arrays: for each input, [N, ...]: its row for each condition; empty if a network takes none.
+        null: for each input, [1, ...]: the row of the empty condition for guidance; empty if there is none.
     """
 
     names: tuple[str, ...]
@@ -107,7 +107,7 @@ class Conditions:
 
     @staticmethod
     def blank(inputs: Iterable[Input]) -> Conditions:
-        """One condition of zeros, with a null of zeros: for calls whose results nobody looks at."""
+        """One condition of zeros, with a null of zeros: for calls whose results are not used."""
         rows = {item.name: item.zeros(1) for item in inputs if item.role == "condition"}
         return Conditions(names=("",), arrays=rows, null=rows)
 
@@ -134,7 +134,7 @@ def arguments(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, A
 
 
 def axes_of(inputs: Iterable[Input]) -> list[Axis]:
-    """The dimensions beside the batch that may change, each once."""
+    """The dimensions, other than the batch, that may change; each once."""
     axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis) and axis is not BATCH}
     return list(axes.values())
 
@@ -160,24 +160,24 @@ def resized(inputs: Iterable[Input], sizes: Mapping[str, int]) -> tuple[Input, .
 
 
 def output_name(inputs: Iterable[str]) -> str:
-    """The graph's name of the network's output: diffusers' `sample`, or `out_sample` where an input is called so."""
+    """The graph's name of the network's output: diffusers' `sample`, or `out_sample` if an input has that name."""
     return "out_sample" if "sample" in inputs else "sample"
 
 
 def batch_of(feed: Feed) -> int:
-    """How many samples a network call has: the rows of its first input that is no timestep, the state or a condition."""
+    """The number of samples of a network call: the rows of its first input other than the timestep."""
     return len(next(rows for name, rows in feed.items() if name != "timestep"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSite:
-    """One tensor that quantized linears read, and where its equivalent scaling goes.
+    """One tensor that quantized linears read, and the fold of its equivalent scaling.
 
     Args:
-        name: unique, stable: the first reader's module name.
+        name: the first reader's module name, which is unique and stable.
         linears: module names of all readers; they share one activation scale, in_scale and in_shift.
-        fold: what takes up (x - in_shift) / in_scale.
-        shares: the site whose in_scale and in_shift this one takes, since one fold scales both; empty if it has a fold.
+        fold: the parts that absorb (x - in_shift) / in_scale.
+        shares: the site whose in_scale and in_shift apply here, because one fold scales both; empty if it has a fold.
     """
 
     name: str
@@ -193,13 +193,13 @@ class InputSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer of the network, or a convolution of its blocks, which is one on patches.
+    """A linear layer of the network, or a convolution of its blocks, which is a linear layer on patches.
 
     Args:
-        name: its module name; the quantized GEMM's node bears it.
-        role: `gemm`: works on all tokens; `vector`: on one row a sample; `edge`: embedders and final layers; `static`: on tokens
-            that are the same throughout a trajectory.
-        width: number of its inputs; of a convolution those of a patch, each channel's elements side by side.
+        name: its module name, which is also the name of the quantized GEMM's node.
+        role: `gemm`: works on all tokens; `vector`: on one row per sample; `edge`: embedders and final layers; `static`: on
+            tokens that are constant along a trajectory.
+        width: number of its inputs; for a convolution those of a patch, with each channel's elements side by side.
         convolution: whether it reads patches of an image.
     """
 
@@ -210,35 +210,35 @@ class Linear:
 
 
 class Chain(Protocol):
-    """The blocks of a network, each of which reads what the one before puts out and what all of them share."""
+    """The blocks of a network; each reads the output of the block before it and values that all blocks share."""
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """By block, the shapes of a sample's outputs."""
+        """For each block, the shapes of a sample's outputs."""
 
     @property
     def behind(self) -> tuple[str, ...]:
-        """Linears that the network calls behind its last block."""
+        """Linears that the network calls after its last block."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
 
     def run(self, index: int, feed: Feed, before: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What a block puts out, with gradients of the block alone where they are enabled. The last one is run with all that
-        the network does behind it: its output is the network's.
+        """The output of a block, with gradients of this block only, if they are enabled. The last block runs together with the
+        rest of the network after it: its output is the network's.
 
         Args:
             feed: the network's inputs; each sample may have its own timestep.
-            before: what the block before it puts out; empty for the first one.
+            before: the output of the block before it; empty for the first block.
         """
 
     def whole(self, feed: Feed) -> tuple[torch.Tensor, ...]:
-        """What the network puts out, with gradients through all blocks where they are enabled."""
+        """The output of the network, with gradients through all blocks if they are enabled."""
 
 
 class Denoiser(Protocol):
-    """A float reference network with its sampler. Tensors are float32 unless said otherwise."""
+    """A float reference network with its sampler. Tensors are float32 unless stated otherwise."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -258,13 +258,14 @@ class Denoiser(Protocol):
 
     @property
     def batch(self) -> int:
-        """Pictures that are sampled together: as many as keep the activations small beside the weights, 8 at most."""
+        """The number of pictures that are sampled together: at most 8, and few enough to keep activations small beside the
+        weights."""
 
     def weight(self, linear: str) -> Float32:
         """float32[out, in]; a view where possible."""
 
     def bias(self, linear: str) -> Float32:
-        """float32[out]; zeros where it has none."""
+        """float32[out]; zeros if it has no bias."""
 
     def trajectory(
         self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[Feed], None]

@@ -1,4 +1,4 @@
-"""A network's folder, what lies beside it, and what every family does alike with both."""
+"""A network's folder and its pipeline, and the operations on both that all families share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .weights import Weights, find_weights
 NETWORKS = ("transformer", "unet")
 """Folders of a pipeline that may hold its network."""
 SCHEDULER, VAE = "scheduler", "vae"
-"""Folders of its other parts."""
+"""Folders of a pipeline's other parts."""
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 PROMPTS = "prompts.txt"
-"""Beside the index: what the model was made to draw."""
+"""A file beside the index with the prompts that the model was trained to draw."""
 RENAMED = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
@@ -36,15 +36,15 @@ follows the same table when it loads."""
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A network's folder, and what lies beside it in its pipeline.
+    """A network's folder and its pipeline.
 
     Args:
-        folder: of the network's config.json and weights.
-        home: of the pipeline; the network's own where it is alone.
-        config: what config.json says.
-        index: what the pipeline's model_index.json says; empty where there is none.
-        scheduler: the folder of the pipeline's scheduler; None where it has none.
-        vae: the folder of the pipeline's VAE, which only a server needs: it is not looked at. None where there is none.
+        folder: the folder of the network's config.json and weights.
+        home: the folder of the pipeline; the network's own if there is no pipeline.
+        config: the content of config.json.
+        index: the content of the pipeline's model_index.json; empty if there is none.
+        scheduler: the folder of the pipeline's scheduler; None if it has none.
+        vae: the folder of the pipeline's VAE, which is not checked here; None if there is none.
     """
 
     folder: Path
@@ -57,13 +57,13 @@ class Checkpoint:
 
     @property
     def pipeline(self) -> str:
-        """The pipeline's diffusers class; empty where the index names none."""
+        """The pipeline's diffusers class; empty if the index names none."""
         name = self.index.get("_class_name")
         return name if isinstance(name, str) else ""
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The diffusers class that a configuration is for, an old name replaced as diffusers does; None where it names none."""
+    """The diffusers class of a configuration, with old names replaced as diffusers does; None if it names none."""
     name, norm = config.get("_class_name"), config.get("norm_type")
     if not isinstance(name, str):
         return None
@@ -83,10 +83,10 @@ def network_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, variant: str = "") -> Checkpoint:
-    """Find the parts of a pipeline folder, or of a folder of only the network, whose pipeline may lie around it.
+    """Find the parts of a pipeline folder, or of a network's folder, which may be inside a pipeline.
 
     Raises:
-        ModelError: no configuration, no weights, or a scheduler's folder without its file.
+        ModelError: the configuration, the weights, or the file of a scheduler's folder are missing.
     """
     network = _network_folder(folder)
     config = network_config(folder)
@@ -108,7 +108,7 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _pipeline_around(network: Path) -> Path:
-    """The pipeline's folder of a network's, however it was reached (`.`, a link); the network's own where it is alone."""
+    """The pipeline's folder for a network's folder, which may be given as `.` or a link; the network's own without a pipeline."""
     for place in (Path(os.path.abspath(network)), network.resolve()):
         if place.name in NETWORKS:
             return place.parent
@@ -139,13 +139,13 @@ def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:
 
 
 def _names(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a pipeline's index names a class for a part; it has `[null, null]` for one that is left out."""
+    """Whether a pipeline's index names a class for a part; a part that is left out has `[null, null]`."""
     entry = index.get(part)
     return isinstance(entry, list) and any(isinstance(word, str) for word in entry)
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without a network's configuration is."""
+    """A description of a folder without a network's configuration."""
     if (folder / SCHEDULER_CONFIG).is_file():
         return "a scheduler's folder; pass that of the pipeline"
     network = _network_folder(folder)
@@ -169,33 +169,33 @@ def configuration(model: Any) -> Any:
 def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
     """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
 
-    Where the folder lies does not matter. Tensors are hashed side by side, which releases the interpreter's lock.
+    It does not depend on the folder's place. Tensors are hashed in parallel, which releases the interpreter's lock.
 
     Args:
-        progress: called with (tensors hashed, tensors in all).
+        progress: called with (tensors hashed, all tensors).
     """
     settings = [_taken(model), type(scheduler).__name__, _taken(scheduler)]
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    hashed = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     state = model.state_dict()
     with ThreadPoolExecutor() as pool:
         for done, (name, content) in enumerate(zip(state, pool.map(_content_hash, state.values()), strict=True), start=1):
-            found.update(name.encode())
-            found.update(content)
+            hashed.update(name.encode())
+            hashed.update(content)
             progress(done, len(state))
-    return found.hexdigest()
+    return hashed.hexdigest()
 
 
 def broken_weights(model: Any) -> list[str]:
     """Names of the weights with NaN or Inf."""
     import torch
 
-    # A sum is one quick pass; only where it is not finite (it may also have overflowed) is every element looked at.
+    # A sum is one quick pass. Only if it is not finite (it may also have overflowed) is every element checked.
     suspect = {name: value for name, value in model.state_dict().items() if not torch.isfinite(value.sum())}
     return [name for name, value in suspect.items() if not torch.isfinite(value).all()]
 
 
 def _taken(part: Any) -> dict[str, Any]:
-    """The values of its configuration that a diffusers class takes; old files have more."""
+    """The values of the configuration that the diffusers class takes; old files have more."""
     names = inspect.signature(type(part).__init__).parameters
     return {key: value for key, value in part.config.items() if key in names}
 

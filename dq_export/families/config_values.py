@@ -1,4 +1,4 @@
-"""What the values of a checkpoint's configuration files may be, looked at before anything is made of them."""
+"""The possible values of a checkpoint's configuration files, checked before an object is created from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dq_export.core.documents import printable, shown, shown_path
 from .reference import ModelError
 
 STEPS = 10_000
-"""Training timesteps of a scheduler. Published checkpoints have 1000, a few 4000; every one of them costs time and memory."""
+"""The greatest number of training timesteps of a scheduler. Published checkpoints have 1000, a few 4000; each timestep costs
+time and memory."""
 RAISED = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
@@ -37,7 +38,7 @@ class Values(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
     buffers_stored: ClassVar[bool] = False
-    """Whether all that a network computes when it is made is also in its files."""
+    """Whether the files contain everything that a network computes at its creation."""
 
 
 class VaeValues(Values):
@@ -71,7 +72,7 @@ class VaeValues(Values):
 
 
 class SchedulerValues(Values):
-    """Of every scheduler; each knows some of the keys."""
+    """The keys of all schedulers; each scheduler uses some of them."""
 
     num_train_timesteps: int = Field(1000, ge=1, le=STEPS)
     beta_start: Beta = 1e-4
@@ -160,7 +161,7 @@ def require_halved(values: Any) -> None:
 
 
 def require_values(architecture: Any, values: type[Values], config: Mapping[str, Any], path: Path) -> None:
-    """Let a configuration pass whose values the class takes, as far as they can be told without making one.
+    """Check that a class takes the values of a configuration, as far as this is possible without creating an object.
 
     Args:
         architecture: a diffusers class; keys that it does not take are not looked at.
@@ -180,10 +181,10 @@ def require_values(architecture: Any, values: type[Values], config: Mapping[str,
 
 @contextmanager
 def refused(what: str, advice: str) -> Iterator[None]:
-    """Around a call of diffusers on a file's values: whatever it raises becomes a ModelError of one line.
+    """A context for a call of diffusers with a file's values; any error becomes a ModelError of one line.
 
     Args:
-        what: the file and what it does not make.
+        what: the beginning of the message: the file and what failed.
         advice: what to do.
     """
     try:
@@ -193,7 +194,7 @@ def refused(what: str, advice: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
+    """The first line of an error's message, or its class if the message is empty."""
     return printable(str(error).strip().split("\n")[0], 200) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""A latent checkpoint's VAE decoder as an ONNX file, for a server that is to give pictures."""
+"""Export a latent checkpoint's VAE decoder as an ONNX file, for a server that returns pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
         variant: of the weights, where the folder has it.
 
     Returns:
-        Empty, or why this one is not exported: it is another architecture, or for other latents.
+        Empty, or the reason why the VAE is not exported: it has another architecture, or is for other latents.
 
     Raises:
         ModelError: its files are missing, damaged, or do not fit each other.
@@ -77,7 +77,7 @@ def pictures_of(vae: Any, latents: Float32) -> Float32:
 
 
 def _require_pictures(model: Any, path: Path) -> None:
-    """Decode zeros of 2 x 2, for the errors of a configuration that fits the weights and still cannot decode."""
+    """Decode zeros of 2 x 2, to find errors of a configuration that fits the weights but cannot decode."""
     import torch
 
     with refused(f"{shown_path(path)}: the VAE does not decode", "a value is wrong"), torch.inference_mode():

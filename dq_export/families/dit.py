@@ -23,11 +23,11 @@ DEFAULT_SCHEDULER = {
     "beta_end": 0.02,
     "clip_sample": False,
 }
-"""DiT's own (section 4 of arXiv 2212.09748, the ADM schedule), for a folder without a scheduler."""
+"""DiT's own scheduler (section 4 of arXiv 2212.09748, the ADM schedule), for a folder without one."""
 
 
 class DiT(Family):
-    """Data, and DiTPipeline's sampling loop, which has ImageNet's null label written into it where it stands."""
+    """Data, and DiTPipeline's sampling loop, rewritten because the pipeline contains ImageNet's null label as a constant."""
 
     name = "dit"
     architectures = ("DiTTransformer2DModel",)
@@ -52,14 +52,14 @@ class DiT(Family):
         )
 
     def conditions(self, model: Any) -> Conditions:
-        """Every class label; the one behind the last is the null label of guidance."""
+        """Every class label; the label after the last one is the null label of guidance."""
         classes = model.config.num_embeds_ada_norm
         labels = np.arange(classes + 1, dtype=np.int64)
         names = tuple(map(str, range(classes)))
         return Conditions(names=names, arrays={"class_labels": labels[:-1]}, null={"class_labels": labels[-1:]})
 
     def largest_activation(self, model: Any) -> int:
-        """The MLP's inner one."""
+        """The inner activation of the MLP."""
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
         return int(tokens * 4 * model.inner_dim)
 

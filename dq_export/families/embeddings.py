@@ -95,13 +95,13 @@ def settle_timesteps(model: Any) -> None:
     from diffusers.models.embeddings import Timesteps
 
     class Table(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self, own: Any) -> None:
+        def __init__(self, embedding: Any) -> None:
             super().__init__()
-            half = own.num_channels // 2
-            exact = own.scale * np.exp(-np.log(10_000) * np.arange(half) / (half - own.downscale_freq_shift))
+            half = embedding.num_channels // 2
+            exact = embedding.scale * np.exp(-np.log(10_000) * np.arange(half) / (half - embedding.downscale_freq_shift))
             # No buffer: a copy of the network in bfloat16 must keep these in float32, as diffusers does.
             self.frequencies = torch.from_numpy(exact.astype(np.float32))
-            self.cosines_first = own.flip_sin_to_cos
+            self.cosines_first = embedding.flip_sin_to_cos
 
         def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
             angles = timesteps[:, None].to(torch.float32) * self.frequencies.to(timesteps.device)[None]
@@ -127,16 +127,16 @@ def settle_rotations(model: Any) -> None:
     """
     import torch
 
-    own = model.pos_embed
+    embedding = model.pos_embed
 
     class Rotations(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             # Each axis of the positions turns pairs of neighbouring channels.
-            exact = [own.theta ** -(np.arange(0, size, 2) / size) for size in own.axes_dim]
+            exact = [embedding.theta ** -(np.arange(0, size, 2) / size) for size in embedding.axes_dim]
             # No buffers: see `settle_timesteps`.
             self.frequencies = torch.from_numpy(np.concatenate(exact).repeat(2).astype(np.float32))
-            self.axes = torch.from_numpy(np.arange(len(exact)).repeat(own.axes_dim))
+            self.axes = torch.from_numpy(np.arange(len(exact)).repeat(embedding.axes_dim))
 
         def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             positions = ids.to(torch.float32)[:, self.axes.to(ids.device)]

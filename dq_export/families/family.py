@@ -1,4 +1,4 @@
-"""What one network architecture adds to what all torch networks share."""
+"""The interface of a family: the part of a network architecture that differs from other torch networks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .stand_in import StandIn
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pictures:
-    """What a sampler starts from.
+    """The starting point of a sampler.
 
     Args:
         noise: float32[P, ...], in the shape of the network's state.
-        conditions: the conditional inputs' rows, P of each.
-        null: the same inputs' rows without a condition, P of each; empty where the network has none.
-        size: height and width in pixels; None: the network's own.
+        conditions: P rows of each conditional input.
+        null: P rows of each of these inputs for the empty condition; empty if the network has none.
+        size: height and width in pixels; None for the network's own.
     """
 
     noise: Float32
@@ -38,13 +38,13 @@ class Family(ABC):
     """How the networks of one architecture are called.
 
     Attributes:
-        name: as in the report.
-        part: what diffusers' pipelines call its networks, in their folders as well: `pipe.transformer`, `transformer/`.
-        architectures: the diffusers classes of its networks, as `architecture_of` gives them.
-        values: what their configurations may hold.
-        encoders: folders of a pipeline that encode prompts, tokenizers among them; empty: prompts are nothing that it draws.
+        name: its name in the report.
+        part: the name of its networks in diffusers' pipelines and their folders: `pipe.transformer`, `transformer/`.
+        architectures: the diffusers classes of its networks, as `architecture_of` returns them.
+        values: the possible values of their configurations.
+        encoders: folders of a pipeline that encode prompts, including tokenizers; empty if the family does not draw prompts.
         optional: those of `encoders` that a pipeline may leave out, a tokenizer and its encoder together.
-        prompt_tokens: by the class of a pipeline, as model_index.json names it, how many tokens a prompt may have; of a
+        prompt_tokens: for each class of a pipeline in model_index.json, the greatest number of tokens of a prompt; only for a
             family with `encoders`.
         lowercase: whether its pipelines write prompts in lower case, without white space around them.
         requests: by condition input, what diffusers' pipelines call its embeddings and a server's request calls it; without
@@ -56,7 +56,7 @@ class Family(ABC):
         default_guidance: guidance scale for a checkpoint that has no better one.
         prediction: what its networks give, which decides the schedulers that sample them.
         default_scheduler: configuration, with the class as `_class_name`, for a folder without a scheduler.
-        rules: the default recipe rules; together they match every linear. By role, where a family has none of its own.
+        rules: the default recipe rules; together they match every linear. By default they are by role.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Family(ABC):
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
     def network_class(self, architecture: str) -> Any:
-        """The class of one of `architectures`; diffusers' own of that name."""
+        """The class of one of `architectures`; by default diffusers' class of that name."""
         import diffusers
 
         return getattr(diffusers, architecture)
@@ -87,30 +87,31 @@ class Family(ABC):
 
     @abstractmethod
     def prepare(self, model: Any) -> None:
-        """Replace in a loaded network what would export badly or compute differently on another machine."""
+        """Replace parts of a loaded network that would export badly or compute differently on another machine."""
 
     @abstractmethod
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """The network's inputs, by the names of its `forward`, the state first."""
 
     def conditions(self, model: Any) -> Conditions:
-        """What the network draws. Of a family without `encoders`."""
+        """The conditions that the network draws; only for a family without `encoders`."""
         raise NotImplementedError
 
     def scheduler_of(self, config: Any) -> Mapping[str, Any]:
-        """`default_scheduler`, or another one that suits a network of this configuration."""
+        """`default_scheduler`, or another one that fits a network of this configuration."""
         return self.default_scheduler
 
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
-        """What a guidance scale above 1 takes: calls without a condition, an input of the network, or neither does it."""
+        """The kind of guidance above a scale of 1: calls without a condition, an input of the network, or none."""
         return "null"
 
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
-        """By axis of the inputs, the sizes for a picture of so many times `unit` pixels. Of a family with a `unit`."""
+        """For each axis of the inputs, its size for a picture of the given multiples of `unit`; only for a family with a
+        `unit`."""
         return {"height": height, "width": width}
 
     def output_shape(self, config: Any, state: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the network's output, from that of the state: channels behind the batch, twice as many with a learned
+        """The shape of the network's output, from that of the state: channels after the batch, twice as many with a learned
         sigma."""
         return (state[0], config.get("out_channels") or state[1], *state[2:])
 
@@ -126,9 +127,9 @@ class Family(ABC):
 
         Args:
             pipeline: the pipeline's class, one of `prompt_tokens`.
-            parts: by folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32. Without those
-                of `optional` that the pipeline leaves out.
-            config: of the network, as diffusers has it.
+            parts: for each folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32. Parts of
+                `optional` that the pipeline leaves out are missing.
+            config: the configuration of the network, as diffusers has it.
         """
         raise NotImplementedError
 
@@ -142,14 +143,14 @@ class Family(ABC):
 
     @abstractmethod
     def largest_activation(self, model: Any) -> int:
-        """Elements of the largest activation of one sample."""
+        """The number of elements of the largest activation of one sample."""
 
     @abstractmethod
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """The latents that a scheduler samples with a network, float32 of the shape of the noise.
 
-        A diffusers pipeline takes `network` in its denoiser's place; a loop of one's own calls `network.run`.
+        A diffusers pipeline takes `network` in its denoiser's place; a custom loop calls `network.run`.
 
-        Called before any other work with a network that gives zeros, to see whether the scheduler runs: what the
-        scheduler raises, and ValueError for timesteps that the network does not take, becomes the user's error.
+        It is called before any other work with a network that returns zeros, to check that the scheduler runs: errors of
+        the scheduler, and ValueError for timesteps that the network does not take, become the user's error.
         """

@@ -1,4 +1,4 @@
-"""The float network as an ONNX file whose weights are the checkpoint's own bytes."""
+"""The float network as an ONNX file that uses the checkpoint's own bytes as weights."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .tensors import stored
 FLOAT = ir.DataType.FLOAT
 Dims = Mapping[int, Any]
 SYMBOL = re.compile(r"\bs\d+\b")
-"""The exporter's own name of a size."""
+"""The exporter's names of sizes."""
 INLINE = 1024
-"""Bytes up to which a tensor stays in the graph file."""
+"""The greatest size, in bytes, of a tensor that stays in the graph file."""
 DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
 def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Sequence[Dims]) -> ir.Model:
     """Export a torch module with torch's own exporter (opset 21), weights untouched.
 
-    torch.export sees the named dimensions first, and the exporter its result: on its own the exporter gives dimensions of
-    one name several symbols, and fails where a network reshapes by one of them and adds a tensor of another.
+    torch.export gets the named dimensions first, and the exporter gets its result: by itself the exporter gives dimensions of
+    one name several symbols, and fails if a network reshapes by one of them and adds a tensor with another.
 
-    Weights that the exporter's optimiser transposed become their parameter and a Transpose again: nothing is copied.
+    Weights that the exporter's optimiser transposed become the parameter and a Transpose again, so nothing is copied.
 
     Args:
         network: its parameters' names, after `network.state_dict()`, become the initializers' names. Its `forward` takes
@@ -64,14 +64,14 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: li
 
 
 def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str, changed: Collection[str] = ()) -> None:
-    """Write the graph; weights that one of the checkpoint's files holds as float32 are read from a link to it.
+    """Write the graph; float32 weights of the checkpoint's files are read through links to these files.
 
-    The link is a hard link, or a copy where the file system has none. All other weights go to `<path>.data`.
+    The link is a hard link, or a copy if the file system has none. All other weights go to `<path>.data`.
 
     Args:
         weights: the checkpoint's files.
-        prefix: what precedes a checkpoint's names in the graph's.
-        changed: names of weights that are no longer those of the files.
+        prefix: the prefix of the graph's names, which the checkpoint's names do not have.
+        changed: names of weights that differ from those of the files.
     """
     places = {prefix + name: place for file in weights for name, place in stored(file).items() if name not in changed}
     written = []
@@ -98,13 +98,13 @@ def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str, chan
 
 
 def load(path: Path) -> ir.Model:
-    """Read what `save` wrote, weights memory-mapped.
+    """Read a graph that `save` wrote; weights are memory-mapped.
 
-    onnx and onnx_ir refuse external data with several hard links, for fear of a file smuggled into a model; here the
-    links are our own.
+    onnx and onnx_ir refuse external data with several hard links, to protect against foreign files in a model; here the
+    export itself made the links.
 
     Raises:
-        GraphError: the file or its weights are not what `save` wrote.
+        GraphError: the file or its weights are damaged.
     """
     from google.protobuf.message import DecodeError
 
@@ -131,7 +131,7 @@ def _map_weights(model: ir.Model, folder: Path) -> None:
 
 
 def _forget_sources(model: ir.Model) -> None:
-    """Keep of the exporter's notes the module names alone: stack traces hold this machine's paths, so bytes would differ."""
+    """Keep only the module names of the exporter's notes: stack traces contain this machine's paths, and bytes would differ."""
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         scopes = node.metadata_props.get(SCOPES)
@@ -141,7 +141,7 @@ def _forget_sources(model: ir.Model) -> None:
 
 
 def _names_of_sizes(model: ir.Model, dynamic: Sequence[Dims]) -> dict[str, str]:
-    """The names of the dimensions, by the exporter's symbols; of a multiple of a dimension the name of that one as well."""
+    """The names of the dimensions by the exporter's symbols; a multiple of a dimension also gives the dimension's name."""
     names: dict[str, str] = {}
     for value, dims in zip(model.graph.inputs, dynamic, strict=True):
         for axis, dim in dims.items():
@@ -154,7 +154,7 @@ def _names_of_sizes(model: ir.Model, dynamic: Sequence[Dims]) -> dict[str, str]:
 
 
 def _name_parameters(model: ir.Model, state: Mapping[str, Any]) -> None:
-    """Give constants that are a parameter's memory, laid out otherwise, the parameter's name."""
+    """Give the parameter's name to constants that view the parameter's memory in another layout."""
     _name_transposed(model, state)
     _name_lengthened(model, state)
 
@@ -168,16 +168,16 @@ def _name_lengthened(model: ir.Model, state: Mapping[str, Any]) -> None:
         name = at.get(content.ctypes.data) if content is not None and initializer.name not in state else None
         if content is None or name is None or name in graph.initializers:
             continue
-        own = tuple(state[name].shape)
-        added = content.ndim - len(own)
-        if added > 0 and content.shape == (1,) * added + own and content.flags.c_contiguous:
+        shape_of_parameter = tuple(state[name].shape)
+        added = content.ndim - len(shape_of_parameter)
+        if added > 0 and content.shape == (1,) * added + shape_of_parameter and content.flags.c_contiguous:
             del graph.initializers[str(initializer.name)]
             initializer.name = name
             graph.register_initializer(initializer)
 
 
 def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:
-    """MatMul(x, constant) whose constant is a parameter's memory seen transposed -> MatMul(x, Transpose(parameter))."""
+    """MatMul(x, constant), where the constant is a transposed view of a parameter -> MatMul(x, Transpose(parameter))."""
     graph = model.graph
     at = {value.data_ptr(): name for name, value in state.items() if value.ndim == 2}
     for initializer in list(graph.initializers.values()):
@@ -211,7 +211,7 @@ def _link(file: Path, target: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's chatter, and without the garbage collector, which walks its graphs for a third of the time."""
+    """Silence the exporter, and stop the garbage collector, which takes a third of the time for walking its graphs."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # it warns of every optional package that is not installed
     quiet = redirect_stderr(io.StringIO())  # of a network that it cannot trace it prints a listing

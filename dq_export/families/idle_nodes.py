@@ -1,4 +1,4 @@
-"""Nodes of an exported graph that change nothing."""
+"""Remove nodes of an exported graph that have no effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dq_export.passes.base import constant
 
 
 def drop_idle(model: ir.Model) -> None:
-    """Take out squeezes of axes that are longer than 1, and cuts whose parts are put together again, in place."""
+    """Remove squeezes of axes that are longer than 1, and slices whose parts are concatenated again, in place."""
     for node in list(model.graph):
         if node.op_type == "Squeeze":
             _drop_squeeze(model.graph, node)
@@ -26,7 +26,7 @@ def _drop_squeeze(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _drop_rejoined(graph: ir.Graph, node: ir.Node) -> None:
-    """Concat(x[:, :n], x[:, n:]) -> x: between blocks FLUX cuts one stream into text and picture, and joins them again."""
+    """Concat(x[:, :n], x[:, n:]) -> x: between blocks FLUX splits one stream into text and picture, and joins them again."""
     cuts = [value.producer() if value is not None else None for value in node.inputs]
     if len(cuts) != 2 or node.outputs[0].is_graph_output():
         return
@@ -52,9 +52,9 @@ def _drop_rejoined(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _number(node: ir.Node, index: int) -> int | None:
-    """The only number of a constant input; None where it is anything else."""
-    found = constant(node.inputs[index])
-    return int(found.reshape(-1)[0]) if found is not None and found.size == 1 else None
+    """The only number of a constant input; None for other inputs."""
+    content = constant(node.inputs[index])
+    return int(content.reshape(-1)[0]) if content is not None and content.size == 1 else None
 
 
 def _bypass(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:

@@ -1,4 +1,4 @@
-"""A diffusers network from its configuration and its files of weights, in float32, mapped from files."""
+"""Create a diffusers network from its configuration and its files of weights, in float32, mapped from the files."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
 
 
 def load_weights(model: Any, weights: Weights, place: Path | None = None, rename: Callable[[str], str] = str) -> Any:
-    """The network of `make_empty` in evaluation mode, its parameters those of the files.
+    """The network of `make_empty` in evaluation mode, with the parameters of the files.
 
     Args:
-        place: where weights that are not float32 are written as such, see `widened`.
-        rename: today's name of a tensor from the file's.
+        place: the folder for float32 copies of other weights, see `widened`.
+        rename: maps the name of a tensor in a file to today's name.
 
     Raises:
         ModelError: a file is damaged, the files do not fit the network, or there is no room for float32.
@@ -51,15 +51,15 @@ def load_weights(model: Any, weights: Weights, place: Path | None = None, rename
 
 
 def make_empty(architecture: Any, values: type[Values], path: Path, config: Mapping[str, Any]) -> Any:
-    """The network without memory for its parameters; buffers that only computing gives, such as position embeddings, are real.
+    """The network without memory for its parameters. Buffers that must be computed, such as position embeddings, are real.
 
     Args:
-        architecture: the class; its old names are not looked at any more.
-        values: what the configuration may hold.
+        architecture: the class, under its present name.
+        values: the possible values of the configuration.
         path: of the configuration, for messages.
 
     Raises:
-        ModelError: no such network can be made of the configuration.
+        ModelError: the configuration does not describe such a network.
     """
     import torch
     from accelerate import init_empty_weights
@@ -94,7 +94,7 @@ def _state(weights: Weights, place: Path | None, rename: Callable[[str], str]) -
 
 
 def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
-    """Raise unless both have the same names and shapes.
+    """Check that both have the same names and shapes.
 
     Args:
         expected: the tensors of a network; `state`: those of its files.
@@ -121,7 +121,7 @@ def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: s
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without diffusers' warnings, of keys that an old configuration has and a class of today does not take."""
+    """A context without diffusers' warnings about keys of old configurations that today's classes do not take."""
     from diffusers.utils import logging
 
     with silenced(logging):
@@ -130,7 +130,7 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def silenced(logging: Any) -> Iterator[None]:
-    """Without the warnings of a library. `logging`: its module of that name, diffusers' or transformers'."""
+    """A context without the warnings of a library. `logging`: its module of that name, diffusers' or transformers'."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

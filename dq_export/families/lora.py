@@ -20,21 +20,21 @@ from .reference import ModelError
 from .tensors import read_tensors
 
 PREFIX = re.compile(r"(base_model\.model\.)?((transformer|unet)\.)?")
-"""In front of a module's name: peft's, and that of diffusers' pipelines."""
+"""Prefixes of a module's name: peft's, and that of diffusers' pipelines."""
 PART = re.compile(r"(?P<module>.+?)\.((?P<A>lora_A|lora\.down|lora_down)|(?P<B>lora_B|lora\.up|lora_up))(\.default)?\.weight")
 ALPHA = re.compile(r"(?P<module>.+?)(\.lora)?\.alpha")
 METADATA = "lora_adapter_metadata"
 """Key of diffusers' settings in a safetensors file, whose own keys begin with `transformer.`."""
 CONFIG = "adapter_config.json"
-"""peft's settings, beside its file."""
+"""The file of peft's settings, beside the weights."""
 NETWORK = "transformer."
 UNFIT = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "bias")
-"""Settings of adapters that add more than B A, or lay it out otherwise: all must be false, or `none`."""
+"""Settings of adapters that add more than B A, or have another layout: all must be false, or `none`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A file of low-rank weights, and how much of them is added."""
+    """A file of low-rank weights, and their scale."""
 
     path: Path
     scale: float
@@ -44,7 +44,7 @@ class Adapter:
         """From FILE[:SCALE].
 
         Raises:
-            RecipeError: no such file, or a scale that is not finite.
+            RecipeError: the file does not exist, or the scale is not finite.
         """
         front, colon, behind = text.rpartition(":")
         try:
@@ -60,10 +60,10 @@ class Adapter:
 
 
 def settle_adapters(recipe: Recipe) -> tuple[Recipe, tuple[Adapter, ...]]:
-    """The recipe with the places and digests of its adapters, and the adapters.
+    """The recipe with the paths and digests of its adapters, and the adapters.
 
     Raises:
-        RecipeError: a file is missing or has changed since it was recorded, or there are other numbers of files and digests.
+        RecipeError: a file is missing or has changed since it was recorded, or the numbers of files and digests differ.
     """
     if recipe.lora is None:
         if recipe.lora_sha256 is not None:
@@ -85,7 +85,7 @@ def fuse(model: Any, adapters: Sequence[Adapter]) -> frozenset[str]:
         The names of the parameters that changed.
 
     Raises:
-        ModelError: a file is damaged, or holds what the network does not take; it is named.
+        ModelError: a file is damaged, or has tensors that do not fit the network; the message names it.
     """
     import torch
 
@@ -131,9 +131,9 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
     """By module, the matrices of a file.
 
     Raises:
-        ModelError: the file is damaged, or a tensor is no part of a low-rank adapter of the network.
+        ModelError: the file is damaged, or a tensor does not belong to a low-rank adapter of the network.
     """
-    found: dict[str, _Pair] = {}
+    pairs: dict[str, _Pair] = {}
     for name, tensor in read_tensors(adapter.path).items():
         plain = name[PREFIX.match(name).end() :]  # type: ignore[union-attr]
         part, alpha = PART.fullmatch(plain), ALPHA.fullmatch(plain)
@@ -142,15 +142,15 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
                 f"{where}: tensor {shown(name, 120)} is no part of a low-rank adapter of the network; expected "
                 "'transformer.<module>.lora_A.weight' and 'lora_B.weight' in floating point, as diffusers and peft write them"
             )
-        pair = found.setdefault((part or alpha)["module"], _Pair())  # type: ignore[index]
+        pair = pairs.setdefault((part or alpha)["module"], _Pair())  # type: ignore[index]
         if part:
             pair.parts["A" if part["A"] else "B"] = tensor
         else:
             pair.alpha = float(tensor)
-    if not found:
+    if not pairs:
         raise ModelError(f"{where}: holds no tensors")
-    _set_alphas(found, _settings(adapter, where), where)
-    return found
+    _set_alphas(pairs, _settings(adapter, where), where)
+    return pairs
 
 
 def _set_alphas(pairs: Mapping[str, _Pair], settings: Mapping[str, Any], where: str) -> None:
@@ -176,10 +176,10 @@ def _number(value: Any, where: str) -> float | None:
 
 
 def _settings(adapter: Adapter, where: str) -> dict[str, Any]:
-    """peft's settings: diffusers' in the file, or peft's own beside it; empty where there are none, as alpha is rank then.
+    """The adapter's settings: diffusers' in the file, or peft's beside it; empty if there are none, so that alpha is the rank.
 
     Raises:
-        ModelError: they are damaged, or peft's are not there.
+        ModelError: they are damaged, or peft's are missing.
     """
     try:
         text = open_tensors(adapter.path).metadata.get(METADATA) if adapter.path.suffix == ".safetensors" else None

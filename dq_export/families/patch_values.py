@@ -1,4 +1,4 @@
-"""What the values of a network of square patches, DiT's or PixArt's, may be in its config.json."""
+"""The possible values in config.json of a network of square patches: DiT or PixArt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from .config_values import Channels, Share, Values
 
 POSITIONS = 2**25
-"""Numbers of a position embedding, which is computed when a network is made: 170 x 170 patches of width 1152."""
+"""The greatest size of a position embedding, which is computed when a network is created: 170 x 170 patches of width 1152."""
 
 
 class PatchValues(Values):

@@ -11,7 +11,7 @@ from .reference import ModelError
 
 
 def inputs_at(family: Family, inputs: Sequence[Input], height: int, width: int) -> tuple[Input, ...]:
-    """The inputs of a network for pictures of so many pixels.
+    """The inputs of a network for pictures of the given size in pixels.
 
     Raises:
         ModelError: the network does not draw that size.
@@ -21,20 +21,20 @@ def inputs_at(family: Family, inputs: Sequence[Input], height: int, width: int) 
         raise ModelError(f"size {height}x{width}: family {family.name} draws pictures of one size; leave it out")
     sizes = family.sizes(height // unit, width // unit)
     if height % unit or width % unit or not all(axes[name].takes(size) for name, size in sizes.items()):
-        most = ", ".join(str(axes[name]) for name in sizes)
+        limits = ", ".join(str(axes[name]) for name in sizes)
         raise ModelError(
-            f"size {height}x{width}: expected HEIGHTxWIDTH in steps of {unit} pixels, which the network takes as {most}"
+            f"size {height}x{width}: expected HEIGHTxWIDTH in steps of {unit} pixels, which the network takes as {limits}"
             f"{_nearest(axes, height, width, unit)}"
         )
     return resized(inputs, sizes)
 
 
 def _nearest(axes: Mapping[str, Axis], height: int, width: int, unit: int) -> str:
-    """The nearest size that a network with a height and a width takes, in words; empty for one whose sizes are tokens."""
+    """A phrase with the nearest size of a network that has a height and a width; empty for one whose sizes are tokens."""
     if not axes.keys() >= {"height", "width"}:
         return ""
-    found = []
+    sizes = []
     for name, pixels in (("height", height), ("width", width)):
         step = unit * axes[name].multiple
-        found.append(min(max(round(pixels / step), 1) * step, unit * axes[name].limit))
-    return f"; the nearest is {found[0]}x{found[1]}"
+        sizes.append(min(max(round(pixels / step), 1) * step, unit * axes[name].limit))
+    return f"; the nearest is {sizes[0]}x{sizes[1]}"

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines as the sampling loops of families."""
+"""diffusers' own pipelines, used as sampling loops of families."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .reference import Float32
 
 
 def pipeline_of(name: str, **parts: Any) -> Any:
-    """A pipeline of a diffusers class, without a VAE, that shows no progress of its own.
+    """A pipeline of a diffusers class, without a VAE and without a progress bar.
 
     Args:
         parts: the arguments of its constructor but for the VAE; None where it calls for nothing.

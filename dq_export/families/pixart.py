@@ -22,14 +22,14 @@ SCHEDULER = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
 }
-"""PixArt's own, for a folder without a scheduler."""
+"""PixArt's own scheduler, for a folder without one."""
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 TOKENS = {ALPHA: 120, SIGMA: 300}
-"""That a pipeline fills every text up to."""
+"""The number of tokens to which a pipeline pads every text."""
 LARGER = 4
-"""Height and width that the graph takes, against the checkpoint's; the pipelines' longest formats are twice as long."""
+"""The greatest height and width of the graph relative to the checkpoint's; the pipelines' longest formats are twice as long."""
 PIXELS = 8
-"""Of a latent, along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
+"""Pixels per latent along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
 STATES, MASK, SIZES = "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs"
 
 
@@ -53,7 +53,7 @@ class PixArt(Family):
         settle_timesteps(model)
         model.pos_embed.pos_embed = None
         model.pos_embed.register_forward_hook(Positions(model.pos_embed, model.inner_dim))
-        # The blocks reshape the modulation to [batch, 6, width], which that of one timestep for all samples does not fill.
+        # The blocks reshape the modulation to [batch, 6, width]; the modulation of one timestep for all samples is too small.
         model.adaln_single.emb.register_forward_hook(_repeated, with_kwargs=True)
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
@@ -86,7 +86,7 @@ class PixArt(Family):
         return {STATES: states.float(), MASK: mask.float(), **sizes}
 
     def largest_activation(self, model: Any) -> int:
-        """The MLP's inner one."""
+        """The inner activation of the MLP."""
         tokens = (model.config.sample_size // model.config.patch_size) ** 2
         return int(tokens * 4 * model.inner_dim)
 

@@ -1,4 +1,4 @@
-"""What networks predict, and the schedulers of diffusers that sample each kind."""
+"""The kinds of prediction of networks, and diffusers' schedulers for each kind."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ class Prediction:
     """One kind of output.
 
     Args:
-        what: in words.
-        schedulers: diffusers' classes that sample it. A loop over another one may run to its end and draw nothing of what the
-            network learned.
+        what: a description.
+        schedulers: diffusers' classes that sample it. With another class the loop may run, but the pictures are wrong.
         plain: one of them, which runs with the keys of the others.
-        changes: keys of a configuration with values that change the way of sampling alone, and nothing that the network was
+        changes: keys of a configuration with values that change only the way of sampling, and not what the network was
             trained for.
     """
 

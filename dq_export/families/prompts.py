@@ -1,4 +1,4 @@
-"""What a run draws: prompts, or a file of conditions, settled before any work."""
+"""The prompts or the file of conditions of a run, determined before any work."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ PACKAGED = Path(__file__).parent.parent / "models" / PROMPTS
 
 
 def settle(recipe: Recipe, family: Family, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the texts that are encoded, or with the place and digest of its conditions; none for other families.
+    """The recipe with its prompts as texts, or with the path and digest of its conditions; unchanged for other families.
 
     Raises:
-        RecipeError: both are given, the network draws neither, or a file is missing, damaged, or changed since it was recorded.
+        RecipeError: the recipe has both, the network draws neither, or a file is missing, damaged, or changed since it was
+            recorded.
     """
-    given = [key for key in ("prompts", "conditions", "conditions_sha256") if getattr(recipe, key) is not None]
-    if given and not family.encoders:
-        raise RecipeError(f"{given[0]}: family {family.name} draws no text; leave it out")
-    if "prompts" in given and "conditions" in given:
+    keys = [key for key in ("prompts", "conditions", "conditions_sha256") if getattr(recipe, key) is not None]
+    if keys and not family.encoders:
+        raise RecipeError(f"{keys[0]}: family {family.name} draws no text; leave it out")
+    if "prompts" in keys and "conditions" in keys:
         raise RecipeError("prompts and conditions: give one of them; conditions are prompts that are encoded already")
-    if given == ["conditions_sha256"]:
+    if keys == ["conditions_sha256"]:
         raise RecipeError("conditions_sha256: it is of a file, and conditions names none; add conditions, or leave it out")
     if not family.encoders:
         return recipe

@@ -1,4 +1,4 @@
-"""Files that a recipe names: where they lie, and that they are those that were recorded."""
+"""Files that a recipe names: their paths, and the check that they did not change since they were recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .lpips import require_weights
 
 
 def settle_tables(recipe: Recipe) -> Recipe:
-    """The recipe with the place and digest of its file of tables.
+    """The recipe with the path and digest of its file of tables.
 
     Raises:
         RecipeError: the file is missing, or has changed since it was recorded.
@@ -44,7 +44,7 @@ def place_of(key: str, text: str) -> Path:
     """The absolute path of a regular file.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the file does not exist.
     """
     path = Path(os.path.expanduser(text)).absolute()
     if not path.is_file():
@@ -57,10 +57,10 @@ def require_recorded(key: str, path: Path, recorded: str | None) -> str:
     """The sha256 of a file, hexadecimal.
 
     Args:
-        recorded: what it must be; None: anything.
+        recorded: the expected digest; None to accept any.
 
     Raises:
-        RecipeError: it is another one, or the file cannot be read.
+        RecipeError: the digest differs, or the file cannot be read.
     """
     try:
         digest = file_digest(path)

@@ -1,4 +1,4 @@
-"""What an export needs from a model family, beyond what calibration needs."""
+"""The interface of a loaded network: what an export needs from it in addition to what calibration needs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ModelError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Samplers:
-    """What a server can sample with.
+    """The samplers that a server can offer.
 
     Args:
-        schedules: the tables.
-        own: the name of the checkpoint's own sampler, or of the one that takes its place.
-        refused: why others have no table.
+        schedules: their tables.
+        own: the name of the checkpoint's own sampler, or of its replacement.
+        refused: the reasons why other samplers have no table.
     """
 
     schedules: Schedules
@@ -40,12 +40,12 @@ class Samplers:
 
 
 class Reference(Denoiser, Protocol):
-    """The float PyTorch network of a checkpoint with its sampler: what every later stage is compared with.
+    """The float PyTorch network of a checkpoint with its sampler. Every later stage is compared with it.
 
     Attributes:
-        conditions: what it draws. A network that draws prompts has none until somebody sets them.
-        shared: whether the graph that is traced for `linears` and `sites`, equal for both, has one timestep for all samples;
-            `export_onnx` of the same kind then need not trace again.
+        conditions: the conditions of its pictures. A network that draws prompts has none until they are set.
+        shared: whether the graph that is traced for `linears` and `sites` has one timestep for all samples; both kinds have
+            the same linears and sites, and `export_onnx` of the same kind does not trace again.
     """
 
     conditions: Conditions
@@ -57,7 +57,7 @@ class Reference(Denoiser, Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What a config.json holds of the network: its diffusers class as `_class_name`, and the values that it takes."""
+        """The network's config.json: its diffusers class as `_class_name`, and the values that the class takes."""
 
     @property
     def guidance(self) -> float:
@@ -65,10 +65,10 @@ class Reference(Denoiser, Protocol):
 
     @property
     def guided_by(self) -> Literal["null", "input", "nothing"]:
-        """What a guidance scale above 1 takes; see `Family.guided_by`."""
+        """The kind of guidance that a scale above 1 uses; see `Family.guided_by`."""
 
     def draw_at(self, height: int, width: int) -> None:
-        """Draw pictures of another size than the model's own, in pixels; before anything else is asked of the network.
+        """Draw pictures of another size than the model's own, in pixels. Must be called before the network is used.
 
         Raises:
             ModelError: the network does not draw that size.
@@ -84,24 +84,24 @@ class Reference(Denoiser, Protocol):
 
     @property
     def feed_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's state, without the batch."""
+        """The shape of one sample's state, without the batch."""
 
     @property
     def decoder(self) -> Path | None:
-        """The folder of the checkpoint's VAE, whose latents this network samples; None where its latents are pictures."""
+        """The folder of the checkpoint's VAE, whose latents this network samples; None if its latents are pictures."""
 
     def on(self, device: str) -> AbstractContextManager[None]:
-        """While active the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` are as before."""
+        """A context in which the network computes on `device` (`cpu`, `cuda`, `cuda:1`); `weight` and `bias` do not change."""
 
     def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
-        """The conditions of prompts; what encodes them is loaded for it, computes on `device`, and is freed.
+        """Encode prompts. The text encoders are loaded, compute on `device`, and are freed.
 
         Raises:
             ModelError: a part of the pipeline is missing or damaged, or does not fit the network.
         """
 
     def encoding_files(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change of each file that encodes prompts.
+        """Name, size and time of change of each file of the tokenizers and text encoders.
 
         Raises:
             ModelError: see `encode`.
@@ -124,29 +124,29 @@ class Reference(Denoiser, Protocol):
         """
 
     def forward(self, feed: Feed) -> Float32:
-        """One float network call; a timestep of one row is every sample's."""
+        """One float network call; a timestep of one row applies to every sample."""
 
     def parts(self, feed: Feed) -> list[Feed]:
-        """The rows of a call in feeds that are small enough for its activations to take little memory beside the weights."""
+        """Split the rows of a call into feeds whose activations are small compared with the weights."""
 
     def in_dtype(self, dtype: str) -> Network:
-        """A copy of the network that computes in `bf16`; takes and gives float32 as `forward` does."""
+        """A copy of the network that computes in `bf16`, with float32 inputs and outputs like `forward`."""
 
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps that a trajectory sends, in order.
 
         Raises:
-            ModelError: the scheduler cannot make so many steps.
+            ModelError: the scheduler cannot sample in this number of steps.
         """
 
     def release(self) -> None:
-        """Free the weights, for good: `forward`, `weight`, `observe` and `export_onnx` must not be called any more."""
+        """Free the weights; afterwards `forward`, `weight`, `observe` and `export_onnx` must not be called."""
 
     def noise(self, samples: int, seed: int) -> Float32:
-        """float32[samples, ...]: the same for the same arguments on every machine."""
+        """float32[samples, ...]; equal arguments give equal numbers on every machine."""
 
-    def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
-        """The samplers that a server offers, for up to `most` steps.
+    def samplers(self, limit: int, progress: Advance = unwatched) -> Samplers:
+        """The samplers that a server can offer, for up to `limit` steps.
 
         Raises:
             ModelError: no sampler of the checkpoint has a table.
@@ -158,4 +158,4 @@ class Reference(Denoiser, Protocol):
         """The sampled latents, shape of `noise`, from the index of each picture's condition."""
 
     def export_onnx(self, path: Path, *, shared: bool) -> None:
-        """Write the float network as ONNX (opset 21, external data), `timestep` of one row if shared."""
+        """Write the float network as ONNX (opset 21, external data); `timestep` has one row if it is shared."""

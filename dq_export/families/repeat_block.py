@@ -1,4 +1,4 @@
-"""The graph of a network of many equal blocks, from the graph of the same network with three."""
+"""Extend the graph of a network with three equal blocks to the graph of the same network with many."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from dq_export.passes.base import stored
 from dq_export.passes.match import SCOPES
 
 SHARED = 65536
-"""Bytes up to which two constants are compared, and the first stands for both."""
+"""The greatest size, in bytes, of constants that are compared and shared if they are equal."""
 
 
 def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, Any]) -> bool:
     """x -> block 0 -> block 1 -> block 2 -> y  becomes  x -> ... -> block 2 -> ... -> the last block -> y, in place.
 
-    Tracing costs time for every block, copying nodes costs next to none. Block 2 is the pattern: what it reads from
-    block 1, block n reads from block n - 1; parameters `<prefix>.2.*` become `<prefix>.n.*`; all else is shared. (Block 0
-    is no pattern: it also holds what the optimiser found to be common to all.) Numbers count from the start of the run.
+    Tracing takes time for every block, copying nodes takes almost none. Block 2 is the pattern: block n reads from
+    block n - 1 what block 2 reads from block 1; parameters `<prefix>.2.*` become `<prefix>.n.*`; everything else is shared.
+    (Block 0 is not a pattern, because it also has the nodes that the optimiser merged for all blocks.) Numbers count from the
+    start of the run.
 
-    It does not act where block 2 does not begin as block 1, node for node; then it returns False and leaves the graph as it
-    is. What block 2 has more at its end is what the network does behind the last block.
+    It does not act if block 2 does not begin like block 1, node for node; then it returns False and does not change the
+    graph. Further nodes at the end of block 2 belong to the part of the network after the last block.
 
-    Exactness: the graph that tracing all blocks gives, up to the names of nodes and values.
+    Exactness: the graph equals that of tracing all blocks, except for the names of nodes and values.
 
     Args:
         prefix: name of the list of blocks, as in `state` and in the nodes' scopes.
@@ -69,7 +70,7 @@ class _Copier:
     state: Mapping[str, Any]
 
     def copy(self, node: ir.Node, known: dict[ir.Value, ir.Value], index: int) -> ir.Node:
-        """One node; `known` maps the pattern's values to this block's, and learns the new ones."""
+        """Copy one node; `known` maps the pattern's values to this block's, and gets the new values."""
         inputs = [known.get(value, self._parameter(value, index)) if value is not None else None for value in node.inputs]
         copied = ir.Node(
             node.domain,
@@ -92,8 +93,8 @@ class _Copier:
         renamed = self._renamed(name, index)
         if renamed not in self.graph.initializers:
             content = self.state[renamed].numpy().reshape(tensor.shape.numpy())  # the graph may hold it with axes of 1 before it
-            made = ir.Value(name=renamed, const_value=ir.tensor(content, name=renamed), shape=value.shape, type=value.type)
-            self.graph.register_initializer(made)
+            parameter = ir.Value(name=renamed, const_value=ir.tensor(content, name=renamed), shape=value.shape, type=value.type)
+            self.graph.register_initializer(parameter)
         return self.graph.initializers[renamed]
 
     def _renamed(self, text: str, index: int) -> str:
@@ -102,7 +103,7 @@ class _Copier:
 
 
 def _nodes_of(graph: ir.Graph, module: str) -> list[ir.Node]:
-    """The nodes from the module's first to its last, with those between them that bear no scope."""
+    """The nodes from the module's first to its last, including nodes without a scope between them."""
     nodes = list(graph)
     inside = [i for i, node in enumerate(nodes) if re.search(rf"'{re.escape(module)}\b", node.metadata_props.get(SCOPES, ""))]
     return nodes[inside[0] : inside[-1] + 1] if inside else []

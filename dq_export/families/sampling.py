@@ -1,4 +1,4 @@
-"""A checkpoint's diffusers scheduler: loaded, and tried before any work."""
+"""Load a checkpoint's diffusers scheduler, and try it before any work."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .stand_in import StandIn
 
 
 def load_scheduler(folder: Path | None, default: Mapping[str, Any], prediction: Prediction = NOISE) -> Any:
-    """The diffusers scheduler of a folder; the one that `default` describes where there is none.
+    """The diffusers scheduler of a folder, or the one that `default` describes if the folder has none.
 
     Args:
         prediction: what the network predicts.
 
     Raises:
-        ModelError: the folder names something that does not sample such a network, or values that it does not take.
+        ModelError: the folder's class does not sample such a network, or its configuration has invalid values.
     """
     import diffusers
 
@@ -49,10 +49,10 @@ def load_scheduler(folder: Path | None, default: Mapping[str, Any], prediction: 
 
 
 def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
-    """Let a diffusers class pass that samples a network which predicts this.
+    """Check that a diffusers class samples a network with this prediction.
 
     Raises:
-        ModelError: another one.
+        ModelError: it does not.
     """
     if name not in prediction.schedulers:
         raise ModelError(
@@ -65,7 +65,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
     """`scheduler.set_timesteps`.
 
     Raises:
-        ModelError: the scheduler does not take so many. What else it cannot do, a `Rehearsal` finds.
+        ModelError: the scheduler does not take this number of steps. A `Rehearsal` finds other faults.
     """
     with silent(), refused(f"scheduler {type(scheduler).__name__} cannot sample in {steps} steps", "change --steps"):
         scheduler.set_timesteps(steps)
@@ -102,12 +102,12 @@ def sampled(network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int,
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """A trajectory with a network that gives zeros, before any work.
+    """A trajectory with a network that returns zeros, before any work.
 
     Args:
-        draw: samples a picture with a scheduler in a number of steps; raises what the scheduler raises, and ValueError for
+        draw: samples a picture with a scheduler in a number of steps; raises the scheduler's errors, and ValueError for
             timesteps that the network does not take.
-        state: name of the input that the sampler moves.
+        state: name of the input that the sampler changes.
         output: the shape of the network's output, from that of the state.
         prediction: what the network predicts.
     """
@@ -121,8 +121,8 @@ class Rehearsal:
         """The timesteps of the trajectory, one for each call.
 
         Raises:
-            ModelError: the scheduler fails, sends timesteps that the network does not take, or gives NaN or Inf; the
-                message says what to change, and that was tried.
+            ModelError: the scheduler fails, sends timesteps that the network does not take, or returns NaN or Inf; the
+                message says what to change, and this change was tried.
             PluginError: the loop of a plug-in's family fails.
         """
         try:
@@ -130,7 +130,7 @@ class Rehearsal:
         except ModelError as error:  # of `set_steps`
             problem = reason_of(error.__cause__ or error)
         except RAISED as error:
-            # A family's loop has ValueError for timesteps that its network does not take; what else it raises is its fault.
+            # A family's loop raises ValueError for timesteps that its network does not take; other errors are its own faults.
             fault = None if isinstance(error, ValueError) else fault_of_plugin(error, within=True)
             if fault:
                 raise fault from error
@@ -159,7 +159,7 @@ class Rehearsal:
         return timesteps
 
     def _remedy(self, scheduler: Any, steps: int) -> str:
-        """The first change with which the scheduler runs, by running it."""
+        """The first change with which the scheduler runs, found by trying it."""
         import diffusers
 
         kind = type(scheduler)

@@ -140,8 +140,8 @@ def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool 
     if not HUB_ID.fullmatch(place) or os.path.lexists(path):
         raise ModelError(f"model {shown(model, 200)}: {_no_folder(model, path)}")
 
-    def approve(found: Path) -> tuple[str, ...]:
-        family = family_of(network_config(found), found)
+    def approve(folder: Path) -> tuple[str, ...]:
+        family = family_of(network_config(folder), folder)
         return family.encoders if encoders else ()
 
     folder = fetch(place, revision, variant, approve)

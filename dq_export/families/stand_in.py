@@ -1,4 +1,4 @@
-"""What takes the denoiser's place in a diffusers pipeline: a network of arrays, called as the diffusers model is."""
+"""An object for the denoiser's place in a diffusers pipeline: a network of arrays with the diffusers model's interface."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .reference import Float32, Network
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StandIn:
-    """Answers a diffusers pipeline as its denoiser does: `Pipeline(transformer=stand_in, ...)`, `pipe.unet = stand_in`.
+    """Replaces the denoiser of a diffusers pipeline: `Pipeline(transformer=stand_in, ...)`, `pipe.unet = stand_in`.
 
-    It is no torch.nn.Module, so a pipeline's `to`, `save_pretrained` and offloading pass it over: its network computes where
-    it was loaded, in its own precision. Tensors may lie on any device and be of any floating type; the result is where the
-    state is, in the state's type.
+    It is not a torch.nn.Module, so a pipeline's `to`, `save_pretrained` and offloading ignore it: its network computes where
+    it was loaded, in its own precision. Tensors may lie on any device and have any floating type; the result has the device
+    and the type of the state.
 
     Args:
         network: computes the output, from each input's array by name.
-        inputs: what the network takes, the state first.
-        config: of the diffusers model, its keys also as attributes.
-        architecture: the diffusers class, whose `forward` has the arguments.
-        shared: the network takes a timestep of one row for the whole batch, not one for each sample.
-        part: what pipelines call the denoiser.
+        inputs: the inputs of the network, the state first.
+        config: the configuration of the diffusers model, whose keys are also attributes.
+        architecture: the diffusers class whose `forward` defines the arguments.
+        shared: whether the network takes one timestep for the whole batch, not one for each sample.
+        part: the name of the denoiser in pipelines.
     """
 
     network: Network
@@ -44,14 +44,14 @@ class StandIn:
 
     @property
     def dtype(self) -> Any:
-        """torch.float32, in which a pipeline makes its latents."""
+        """torch.float32, the type of the latents that a pipeline creates."""
         import torch
 
         return torch.float32
 
     @property
     def device(self) -> Any:
-        """The processor, on which arrays lie."""
+        """The CPU, because the network takes arrays."""
         import torch
 
         return torch.device("cpu")
@@ -66,16 +66,16 @@ class StandIn:
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=self.config["projection_class_embeddings_input_dim"]))
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Around a call: FLUX's pipeline names it, for caches of diffusers that a torch module may have."""
+        """A context for calls that FLUX's pipeline uses with diffusers' caches; it does nothing here."""
         return nullcontext()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One network call with the arguments of the diffusers class's `forward`.
 
-        Arguments that are None, or dictionaries without values, count as left out.
+        Arguments that are None, and dictionaries without values, count as missing.
 
         Returns:
-            diffusers' output of the class, or with `return_dict=False` the tuple of its only tensor.
+            The class's diffusers output, or with `return_dict=False` a tuple with its only tensor.
 
         Raises:
             TypeError: an argument is missing, or is one that the network does not take.
@@ -83,9 +83,9 @@ class StandIn:
         """
         import torch
 
-        given, return_dict = self._given(args, kwargs)
-        output = torch.from_numpy(self.run({name: _array_of(value) for name, value in given.items()}))
-        state = given[self.inputs[0].name]
+        values, return_dict = self._given(args, kwargs)
+        output = torch.from_numpy(self.run({name: _array_of(value) for name, value in values.items()}))
+        state = values[self.inputs[0].name]
         output = output.to(state.device, state.dtype)
         return _output_class(self.architecture)(sample=output) if return_dict else (output,)
 
@@ -93,8 +93,8 @@ class StandIn:
         """One network call with arrays.
 
         Args:
-            feed: by input, an array whose values the input's element type holds exactly; floating types are rounded to the
-                input's. A timestep may also have no dimension, one row, or equal rows where the network takes one.
+            feed: for each input an array whose values the input's element type represents exactly; floating types are
+                rounded to the input's. A timestep may also have no dimension, one row, or equal rows if the network takes one.
 
         Raises:
             TypeError: an input is missing or unknown.
@@ -111,26 +111,26 @@ class StandIn:
         return self.network(arrays)
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """By input, what the pipeline gives for it; and its `return_dict`."""
+        """The pipeline's value for each input, and its `return_dict`."""
         try:
             bound = inspect.signature(self.architecture.forward).bind(None, *args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{self.architecture.__name__}: {error}; {self._remedy}") from error
         _, *arguments = bound.items()
-        given: dict[tuple[str, str], Any] = {}
+        values: dict[tuple[str, str], Any] = {}
         for name, value in arguments:
             entries = {(name, key): entry for key, entry in value.items()} if isinstance(value, Mapping) else {("", name): value}
-            given |= {place: entry for place, entry in entries.items() if entry is not None}
-        return_dict = bool(given.pop(("", "return_dict"), True))
+            values |= {place: entry for place, entry in entries.items() if entry is not None}
+        return_dict = bool(values.pop(("", "return_dict"), True))
         self._require(
-            {".".join(filter(None, place)) for place in given},
+            {".".join(filter(None, place)) for place in values},
             {".".join(filter(None, (item.within, item.name))) for item in self.inputs},
         )
-        return {name: value for (_, name), value in given.items()}, return_dict
+        return {name: value for (_, name), value in values.items()}, return_dict
 
-    def _require(self, given: Any, taken: set[str]) -> None:
-        """Raise TypeError unless the inputs are those that the network takes."""
-        for names, problem in ((taken - given, "misses"), (given - taken, "does not take")):
+    def _require(self, values: Any, taken: set[str]) -> None:
+        """Check that the inputs are those that the network takes; raises TypeError."""
+        for names, problem in ((taken - values, "misses"), (values - taken, "does not take")):
             if names:
                 raise TypeError(
                     f"this {self.architecture.__name__} {problem} {', '.join(sorted(names))} (it takes "
@@ -142,7 +142,7 @@ class StandIn:
         return "use a pipeline that is for this network"
 
     def _timesteps(self, timesteps: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
-        """One row for the whole batch, or one for each sample, as the network takes them."""
+        """The timesteps in the network's form: one row for the whole batch, or one for each sample."""
         timesteps = np.atleast_1d(timesteps)
         if not self.shared:
             return np.repeat(timesteps, rows) if timesteps.shape == (1,) else timesteps
@@ -158,7 +158,7 @@ class StandIn:
 
 
 def _output_class(architecture: Any) -> Any:
-    """What the `forward` of a diffusers class gives: UNet2DConditionOutput of UNet2DConditionModel, of transformers one class."""
+    """The class of a `forward`'s output: UNet2DConditionOutput for UNet2DConditionModel, and one class for all transformers."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     name = f"{architecture.__name__.removesuffix('Model')}Output"

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 KNOWN: dict[tuple[str, str], Structure] = {}
-"""By architecture and configuration, which together decide the graph but for its weights."""
+"""By architecture and configuration, which together determine the graph except for its weights."""
 
 
 def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Model]) -> Structure:
-    """The structure of a diffusers network; of equal ones in a process only the first one's graph is traced for it.
+    """The structure of a diffusers network. Of equal networks in a process, only the graph of the first is traced.
 
     Args:
-        inputs: the network's.
-        graph: gives its float graph, which stays as it is.
+        inputs: the inputs of the network.
+        graph: returns its float graph, which is not changed.
     """
     options = {name: value for name, value in model.config.items() if not name.startswith("_")}  # diffusers' notes
     key = (type(model).__name__, str(options))

@@ -1,4 +1,4 @@
-"""The tensors of a file of weights, safetensors or pickle: the only place that opens one."""
+"""The tensors of a file of weights, safetensors or pickle; only this module opens such files."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ PLAIN = re.compile(
     r"collections\.OrderedDict|torch\.Size|torch\.\w*Storage|torch\.storage\.\w*Storage"
     r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter)|torch\.(b?float|u?int|bool|half)\w*"
 )
-"""What a pickle of tensors by name refers to. torch's restricted loader lets more pass: `bytearray` of any size, for one."""
+"""The names to which a pickle of tensors refers. torch's restricted loader allows more, for example `bytearray` of any size."""
 REFERENCES = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
-"""Operations of a pickle that refer to a name; torch's own files have GLOBAL alone."""
+"""Operations of a pickle that refer to a name; torch's own files use only GLOBAL."""
 OLD_PICKLES = 5
 """At the head of a file from before torch 1.6: magic number, version, machine, tensors, names of their storages."""
 PICKLE_LIMIT = 64 << 20
-"""Bytes of the pickle in a zip file, which names the tensors; that of 10,000 tensors has under 2 million."""
+"""The greatest size, in bytes, of the pickle in a zip file, which names the tensors; 10,000 tensors take under 2 million."""
 BROKEN = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
     UnpicklingError, ValueError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What torch, zipfile and pickletools raise on damaged files; torch's loader has no error of its own for them."""
+"""The errors that torch, zipfile and pickletools raise on damaged files; torch's loader has no class for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Args:
-        offset: of its first byte in `file`; None where its bytes do not lie there in C order, in this machine's byte order.
+        offset: of its first byte in `file`; None if its bytes are not in C order or not in this machine's byte order.
     """
 
     file: Path
@@ -55,7 +55,7 @@ class Stored:
 
 
 def stored(file: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a file, its content unread.
+    """Name -> place of every tensor of a file; the content is not read.
 
     Raises:
         ModelError: not regular, cut short, or damaged.
@@ -65,9 +65,9 @@ def stored(file: Path) -> dict[str, Stored]:
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """Name -> torch tensor of every tensor of a file, as the file has them, mapped from it.
+    """Name -> torch tensor of every tensor of a file, in the file's types, mapped from the file.
 
-    A pickle from before torch 1.6 has no zip file around it and is read into memory.
+    A pickle from before torch 1.6 is not a zip file, and is read into memory.
 
     Raises:
         ModelError: see `stored`, and a pickle of anything but tensors by name.
@@ -87,7 +87,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
 
 
 def _require_weights(file: Path) -> None:
-    """Refuse what no loader should open: folders, pipes, empty files, and git-lfs's text in the place of a file."""
+    """Refuse files that no loader should open: folders, pipes, empty files, and git-lfs's pointers."""
     if not file.is_file():
         problem = "a link to nothing, or not a regular file" if file.is_symlink() or file.exists() else "no such file"
         raise ModelError(f"{shown_path(file)}: {problem}; expected the weights; {AGAIN}")
@@ -153,7 +153,7 @@ def _stored_pickle(file: Path) -> dict[str, Stored]:
 
 
 def _load_pickle(file: Path, device: str = "cpu") -> dict[str, Any]:
-    """Every pickle of a checkpoint is read here, by torch's restricted loader, after a look at what it refers to."""
+    """Read a pickle with torch's restricted loader, after checking the names to which it refers."""
     import torch
 
     where = shown_path(file)
@@ -162,27 +162,27 @@ def _load_pickle(file: Path, device: str = "cpu") -> dict[str, Any]:
             zipped = content.read(2) == b"PK"
             content.seek(0)
             _require_plain_zip(file) if zipped else _require_plain_pickles(content, where, OLD_PICKLES)
-        found = torch.load(str(file), map_location=device, weights_only=True, mmap=zipped and device == "cpu")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ModelError(f"{where}: holds {shown(type(found).__name__)}; expected tensors by name, as state_dict() gives them")
-    other = next((name for name, value in found.items() if not _dense(value)), None)
+        tensors = torch.load(str(file), map_location=device, weights_only=True, mmap=zipped and device == "cpu")
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ModelError(f"{where}: holds {shown(type(tensors).__name__)}; expected tensors by name, as state_dict() gives them")
+    other = next((name for name, value in tensors.items() if not _dense(value)), None)
     if other is not None:
         raise ModelError(
-            f"{where}: {shown(other)} is {shown(type(found[other]).__name__)}; expected a dense tensor for each name"
+            f"{where}: {shown(other)} is {shown(type(tensors[other]).__name__)}; expected a dense tensor for each name"
         )
-    # A tensor of stride 0 has any shape on the bytes of one number, and whatever copies it takes the memory of the shape.
-    repeated = next((name for name, value in found.items() if value.untyped_storage().nbytes() < value.nbytes), None)
+    # A tensor with stride 0 can have any shape on the bytes of one number, and a copy of it takes the memory of that shape.
+    repeated = next((name for name, value in tensors.items() if value.untyped_storage().nbytes() < value.nbytes), None)
     if repeated is not None:
         raise ModelError(
-            f"{where}: {shown(repeated)} has shape {shown(tuple(found[repeated].shape))} and repeats fewer stored numbers; "
+            f"{where}: {shown(repeated)} has shape {shown(tuple(tensors[repeated].shape))} and repeats fewer stored numbers; "
             "save it anew after .contiguous()"
         )
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 @contextmanager
 def _damage(where: str) -> Iterator[None]:
-    """Around everything that reads a pickle: whatever it raises becomes a ModelError of one line."""
+    """A context for reading a pickle; any error becomes a ModelError of one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickles that it refuses next
@@ -204,7 +204,7 @@ def _dense(value: Any) -> bool:
 
 
 def _require_plain_zip(file: Path) -> None:
-    """Refuse a zip file of torch.save that holds more than tensors, or compressed records, which cannot be mapped."""
+    """Refuse a zip file of torch.save that holds other objects than tensors, or compressed records, which cannot be mapped."""
     where = shown_path(file)
     with zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
@@ -218,7 +218,7 @@ def _require_plain_zip(file: Path) -> None:
 
 
 def _require_plain_pickles(content: IO[bytes], where: str, count: int) -> None:
-    """Refuse pickles that refer to more than tensors, the first `count` of a file."""
+    """Refuse pickles that refer to other names than those of tensors; checks the first `count` pickles of a file."""
     for _ in range(count):
         for operation, argument, _ in pickletools.genops(content):
             name = str(argument).replace(" ", ".", 1) if operation.name in ("GLOBAL", "INST") else operation.name
@@ -230,7 +230,7 @@ def _require_plain_pickles(content: IO[bytes], where: str, count: int) -> None:
 
 
 def _byte_order(file: Path) -> str | None:
-    """`little` or `big`, where a zip file of torch.save says so."""
+    """`little` or `big` if a zip file of torch.save states its byte order."""
     if not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Prompts through a pipeline's text encoders, which are loaded for that and then gone."""
+"""Encode prompts with a pipeline's text encoders, which are loaded for this and then freed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .text_parts import INSTEAD, Part, other, parts_of, silent
 from .weights import TRANSFORMERS, Weights, find_weights
 
 TOGETHER = 8
-"""Prompts to a call."""
+"""The number of prompts in a call."""
 BLOCK = re.compile(r"\.(?:block|layers)\.(\d+)\.")
 """In the names of the tensors of an encoder's blocks, which are computed one after the other."""
 PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
@@ -34,9 +34,9 @@ PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
 
 
 def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str]) -> None:
-    """Ask for all that encoding needs, without the encoders' weights.
+    """Check everything that encoding needs, without the encoders' weights.
 
-    Of several encoders one must read the whole of a prompt; diffusers gives the others the front of it.
+    If there are several encoders, one must read the complete prompt; diffusers gives the others its beginning.
 
     Raises:
         ModelError: a part is missing or damaged, or a prompt is longer than its pipeline takes.
@@ -45,12 +45,12 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     configs = {name: part.config() for name, part in parts.items() if part.encodes}
     for name in configs:
         encoder_weights(parts[name], checkpoint)
-    most = family.prompt_tokens[checkpoint.pipeline]
+    limit_of_pipeline = family.prompt_tokens[checkpoint.pipeline]
     texts = ["", *map(family.written, prompts)]
     shortest: dict[int, tuple[int, int]] = {}  # by prompt: tokens beyond the limit, and the limit
     for name in sorted(parts.keys() - configs.keys()):
         reader = configs.get(other(name))
-        limit = min(most, reader.positions or most) if reader else most
+        limit = min(limit_of_pipeline, reader.positions or limit_of_pipeline) if reader else limit_of_pipeline
         for number, tokens in enumerate(_tokens(parts[name], texts, reader)):
             prompt = f"prompt {number} ({shown(prompts[number - 1])})" if number else "the empty prompt"
             if reader and max(tokens) >= reader.vocab_size:
@@ -67,10 +67,10 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
 
 
 def _tokens(part: Part, prompts: Sequence[str], reader: EncoderValues | None) -> Iterator[list[int]]:
-    """Of each prompt its tokens, and behind them the one that fills rows up.
+    """The tokens of each prompt, followed by the padding token.
 
     Raises:
-        ModelError: the tokenizer is damaged, or fills texts up to more tokens than the encoder that reads them takes.
+        ModelError: the tokenizer is damaged, or pads texts to more tokens than its encoder takes.
     """
     tokenizer = part.tokenizer()
     if reader and reader.positions is not None and tokenizer.model_max_length > reader.positions:
@@ -87,12 +87,12 @@ def _tokens(part: Part, prompts: Sequence[str], reader: EncoderValues | None) ->
 def encode_prompts(
     family: Family, checkpoint: Checkpoint, config: Any, prompts: Sequence[str], device: str, progress: Advance
 ) -> Conditions:
-    """The conditions of prompts; the encoders are loaded for it, and freed.
+    """Encode prompts; the encoders are loaded and freed.
 
     Args:
-        config: of the network, as diffusers has it.
-        device: where the encoders compute.
-        progress: called with (prompts encoded, prompts in all).
+        config: the configuration of the network, as diffusers has it.
+        device: the device of the encoders.
+        progress: called with (prompts encoded, all prompts).
 
     Raises:
         ModelError: a part is missing or damaged.
@@ -114,7 +114,7 @@ def encode_prompts(
 
 
 def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
-    """Memory that the encoders of a pipeline take: the files, mapped, and what is in float32 at a time; see `_load_encoder`.
+    """The memory of a pipeline's encoders: the mapped files, and the largest part in float32; see `_load_encoder`.
 
     Raises:
         ModelError: a part is missing or damaged.
@@ -125,8 +125,8 @@ def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
         for file in encoder_weights(part, checkpoint).files if part.encodes else ():
             total += file.stat().st_size
             for name, place in stored(file).items():
-                found = BLOCK.search(name)
-                block = found[1] if found else ""
+                match = BLOCK.search(name)
+                block = match[1] if match else ""
                 converted[block] = converted.get(block, 0) + (0 if place.float32 else 4 * math.prod(place.shape))
         outside = converted.pop("", 0)
         total += outside + max(converted.values(), default=0)
@@ -142,7 +142,7 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
     """The encoder of `stored_encoder`; it computes in float32.
 
     Float16, in which T5 is often stored, is too narrow for the activations of T5, and bfloat16 would lose digits of every
-    condition. So the blocks are converted one at a time, while they run: that takes the memory of one in float32.
+    condition. So the blocks are converted one at a time, while they run, which takes the memory of one block in float32.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders of a pipeline: found in its index, and looked at before anything is made of them."""
+"""Tokenizers and text encoders of a pipeline: find them in its index, and check their files before use."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ VOCABULARIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "T5": (("tokenizer.json",), ("spiece.model",)),
     "CLIP": (("tokenizer.json",), ("vocab.json", "merges.txt")),
 }
-"""By what a tokenizer's class begins with, the files that it needs, in one form or another; without any, transformers makes an
-empty one."""
+"""For the beginning of a tokenizer's class, the alternative files that it needs; without any of them transformers would create
+an empty tokenizer."""
 TOKENIZER_BYTES = 64 << 20
-"""Of a file of a tokenizer; the largest of T5 has 2.4 million."""
+"""The greatest size of a tokenizer's file in bytes; the largest of T5 has 2.4 million."""
 INSTEAD = "or pass --conditions FILE with prompts that are encoded already"
 
 
@@ -49,7 +49,7 @@ class Part:
         return self.kind in ENCODERS
 
     def config(self) -> EncoderValues:
-        """What decides the network of an encoder; files hold more, some of which would make another network of it.
+        """The values that determine the network of an encoder. Files have more values, some of which would change the network.
 
         Raises:
             ModelError: a value is missing, of another type or out of range.
@@ -77,7 +77,7 @@ class Part:
 
     @contextmanager
     def damage(self) -> Iterator[None]:
-        """Around calls of transformers and tokenizers on the files: whatever they raise becomes a ModelError of one line."""
+        """A context for calls of transformers and tokenizers on the files; any error becomes a ModelError of one line."""
         try:
             yield
         except (ImportError, MemoryError):
@@ -89,7 +89,7 @@ class Part:
 
 
 def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
-    """By folder, what encodes prompts in a pipeline; without what it leaves out and may.
+    """The tokenizers and encoders of a pipeline by folder, without optional parts that it leaves out.
 
     Raises:
         ModelError: a pipeline of another class, without one of the family's parts, or with an encoder and no tokenizer for it.
@@ -111,33 +111,33 @@ def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
 
 
 def other(name: str) -> str:
-    """The encoder's folder of a tokenizer's, or the tokenizer's of an encoder's."""
+    """The encoder's folder for a tokenizer's, or the tokenizer's folder for an encoder's."""
     first, second = "tokenizer", "text_encoder"
     return name.replace(first, second) if name.startswith(first) else name.replace(second, first)
 
 
 def _names(entry: Any) -> bool:
-    """Whether an index's entry of a part names a class; it has `[null, null]` for one that is left out."""
+    """Whether an index's entry of a part names a class; a part that is left out has `[null, null]`."""
     return entry not in (None, [None, None])
 
 
 def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change of each file that encodes prompts. They are gigabytes, which no run reads to compare.
+    """Name, size and time of change of each file of tokenizers and encoders; reading gigabytes to compare would take too long.
 
     Raises:
         ModelError: see `parts_of`.
     """
-    found = []
+    files = []
     for name, part in parts_of(family, checkpoint).items():
         for path in sorted(path for path in part.folder.iterdir() if path.is_file()):
             status = path.stat()
-            found.append((f"{name}/{path.name}", status.st_size, status.st_mtime_ns))
-    return found
+            files.append((f"{name}/{path.name}", status.st_size, status.st_mtime_ns))
+    return files
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without transformers' warnings, of keys that old files have."""
+    """A context without transformers' warnings about keys of old files."""
     from transformers.utils import logging
 
     with silenced(logging):
@@ -158,7 +158,7 @@ def _part(checkpoint: Checkpoint, name: str) -> Part:
 
 
 def _require_protobuf() -> None:
-    """Import what transformers reads spiece.model with; where that fails, it takes the file for another format.
+    """Import the packages with which transformers reads spiece.model; if that fails, it would assume another format.
 
     Raises:
         ModelError: the packages, as installed, do not work together.
@@ -172,10 +172,10 @@ def _require_protobuf() -> None:
 
 
 def _require_vocabulary(part: Part) -> None:
-    """Read a tokenizer's files before transformers does, which takes some damaged ones for an empty vocabulary.
+    """Check a tokenizer's files before transformers reads them, because it reads some damaged ones as an empty vocabulary.
 
     Raises:
-        ModelError: none is there, or one is too large or damaged.
+        ModelError: there is none, or one is too large or damaged.
     """
     folder = part.folder
     forms = next(forms for start, forms in VOCABULARIES.items() if part.kind.startswith(start))

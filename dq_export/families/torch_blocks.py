@@ -18,21 +18,21 @@ Outputs = tuple["torch.Tensor", ...]
 
 
 class _Reached(Exception):
-    """Ends a network call behind the block that was wanted."""
+    """Ends a network call after the requested block."""
 
 
 class TorchChain:
     """The blocks of a network one by one; see `core.network.Chain`.
 
-    A call of one block is a call of the whole network in which earlier blocks do not compute: the one before puts out what
-    the caller gives it. So what a network does between its blocks is done by the network itself.
+    A call of one block is a call of the whole network in which earlier blocks do not compute: the preceding block returns
+    the caller's values. So the network itself does the work between its blocks.
 
     Args:
-        names: of the blocks in execution order.
-        feed: an example of a call, for the sizes of what blocks put out.
+        names: the blocks in execution order.
+        feed: an example of a call, which gives the sizes of the blocks' outputs.
 
     Raises:
-        ModelError: a block reads more than what the one before puts out and what all blocks share.
+        ModelError: a block reads other values than the outputs of the preceding block and values that all blocks share.
     """
 
     def __init__(self, model: Any, inputs: Sequence[Input], names: Sequence[str], feed: Feed) -> None:
@@ -40,7 +40,7 @@ class TorchChain:
 
         self.model, self.inputs, self.names = model, inputs, tuple(names)
         self.blocks = [model.get_submodule(name) for name in names]
-        model.requires_grad_(False)  # what is trained stands in the place of the network's own
+        model.requires_grad_(False)  # the trained parameters replace the network's own
         seen, behind = list[Any](), list[str]()
         handles = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in self.blocks]
         handles += [
@@ -62,12 +62,12 @@ class TorchChain:
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """By block, the shapes of a sample's outputs."""
+        """For each block, the shapes of a sample's outputs."""
         return tuple(tuple(tuple(leaf.shape[1:]) for leaf in _leaves(form)) for form in self.forms)
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
         device: torch.device = self.model.device
         return device
 
@@ -75,13 +75,13 @@ class TorchChain:
         """See `core.network.Chain`."""
         import torch
 
-        enabled, found = torch.is_grad_enabled(), []
+        enabled, outputs = torch.is_grad_enabled(), []
         kept = self.blocks[index].forward
 
         def last(*args: Any, **kwargs: Any) -> Any:
             with torch.set_grad_enabled(enabled):
                 output = kept(*args, **kwargs)
-            found.append(_leaves(output))
+            outputs.append(_leaves(output))
             if index == len(self.blocks) - 1:
                 return output
             raise _Reached
@@ -89,13 +89,13 @@ class TorchChain:
         rows = len(feed[self.inputs[0].name])
         with ExitStack() as stack:
             for place, block in enumerate(self.blocks[:index]):
-                given = iter(before) if place == index - 1 else None
-                stack.enter_context(computing(block, _constant(_filled(self.forms[place], given, rows))))
+                values = iter(before) if place == index - 1 else None
+                stack.enter_context(computing(block, _constant(_filled(self.forms[place], values, rows))))
             stack.enter_context(computing(self.blocks[index], last))
             stack.enter_context(suppress(_Reached))
             stack.enter_context(torch.set_grad_enabled(enabled and index == len(self.blocks) - 1))
             return _leaves(self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False))
-        return found[0]
+        return outputs[0]
 
     def whole(self, feed: Feed) -> Outputs:
         """See `core.network.Chain`."""
@@ -111,7 +111,7 @@ class TorchChain:
                     torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(again, outputs[index], strict=True)
                 ):
                     raise ModelError(
-                        f"{self.names[index]} of {type(self.model).__name__} reads more than what the block before it puts out; "
+                        f"{self.names[index]} of {type(self.model).__name__} reads more than the output of the block before it; "
                         "the network cannot be trained block by block"
                     )
 
@@ -127,7 +127,7 @@ def block_names(model: Any, linears: Iterable[str]) -> tuple[str, ...]:
 
 @contextmanager
 def computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """While active a module computes something else."""
+    """A context in which a module computes another function."""
     module.forward = forward
     try:
         yield
@@ -137,7 +137,7 @@ def computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def linears_computing(model: Any, functions: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    """While active, linears compute something else of their input."""
+    """A context in which linears compute other functions of their inputs."""
     with ExitStack() as stack:
         for name, function in functions.items():
             stack.enter_context(computing(model.get_submodule(name), function))
@@ -149,7 +149,7 @@ def _constant(value: Any) -> Callable[..., Any]:
 
 
 def _leaves(output: Any) -> Outputs:
-    """The tensors of what a block puts out: one, or a tuple in which some may be None."""
+    """The tensors of a block's output: a tensor, or a tuple in which some entries may be None."""
     parts = output if isinstance(output, tuple) else (output,)
     return tuple(part for part in parts if part is not None)
 
@@ -161,10 +161,10 @@ def _empty(output: Any) -> Any:
     return None if output is None else output[:1] * 0
 
 
-def _filled(form: Any, given: Iterator[torch.Tensor] | None, rows: int) -> Any:
+def _filled(form: Any, values: Iterator[torch.Tensor] | None, rows: int) -> Any:
     """The form with the given tensors; zeros where there are none."""
     if isinstance(form, tuple):
-        return tuple(_filled(part, given, rows) for part in form)
+        return tuple(_filled(part, values, rows) for part in form)
     if form is None:
         return None
-    return form.expand(rows, *form.shape[1:]) if given is None else next(given)
+    return form.expand(rows, *form.shape[1:]) if values is None else next(values)

@@ -25,7 +25,7 @@ def call(model: Any, inputs: Sequence[Input], feed: Feed) -> Float32:
 def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any]:
     """The keyword arguments of a network's `forward`, in its own floating type and on its device.
 
-    A timestep of one row becomes every sample's, and keeps its type, which the network's sines need.
+    A timestep of one row is repeated for every sample, and keeps its type, which the network's sines need.
     """
     import torch
 
@@ -37,7 +37,7 @@ def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any
 
 
 def parts_of(inputs: Sequence[Input], feed: Feed, rows: int) -> list[Feed]:
-    """A network call in calls of at most `rows` samples; what one row holds for all of them stays as it is."""
+    """Split a network call into calls of at most `rows` samples; inputs with one row for all samples are not split."""
     many = {item.name for item in inputs if item.batched and len(feed[item.name]) > 1}
     parts = [slice(start, start + rows) for start in range(0, len(feed[inputs[0].name]), rows)]
     return [{name: value[part] if name in many else value for name, value in feed.items()} for part in parts]

@@ -20,12 +20,12 @@ TRACED = 3
 
 
 def export_graph(model: Any, inputs: Sequence[Input], part: str, blocks: Sequence[str], *, shared: bool) -> ir.Model:
-    """Trace a network, `TRACED` blocks of each run of equal ones where the graph shows them equal, and all where it does not.
+    """Trace a network: only `TRACED` blocks of each run of equal blocks if the graph confirms that they are equal, else all.
 
     Args:
         model: a diffusers network, which takes `inputs` by name.
-        part: what precedes the network's names of modules and parameters in its graph, with a dot behind it.
-        blocks: names of its lists of blocks, which its `forward` calls one after the other; empty: trace them all.
+        part: the prefix of the network's modules and parameters in its graph; a dot follows it.
+        blocks: names of its lists of blocks, which its `forward` calls one after the other; empty to trace all blocks.
         shared: the timestep has one row for all samples.
     """
     listed = {name: getattr(model, name) for name in blocks}
@@ -59,7 +59,7 @@ def runs_of(blocks: Iterable[Any]) -> list[range]:
 
 
 def _without(blocks: Iterable[Any], left_out: Collection[int]) -> Any:
-    """A list of blocks less some; the others keep their names."""
+    """A list of blocks without some; the others keep their names."""
     import torch
 
     kept = torch.nn.ModuleList()
@@ -87,7 +87,7 @@ def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.
 
 
 def _sizes(item: Input) -> list[int]:
-    """Of an example. One that may change is no 1, which torch.export would take for a fixed one."""
+    """The size in an example. A size that may change is not 1, because torch.export would treat 1 as fixed."""
     return [max(size.size, 2 * size.multiple) if isinstance(size, Axis) else size for size in item.shape]
 
 
@@ -101,7 +101,7 @@ def _dim(axis: Axis) -> Any:
 
 
 def _named_wrapper(model: Any, inputs: Sequence[Input], part: str) -> Any:
-    """The network with its named inputs as positional arguments; its module is called `part`."""
+    """The network with its named inputs as positional arguments; its module is named `part`."""
     import torch
 
     class Wrapper(torch.nn.Module):  # type: ignore[misc]

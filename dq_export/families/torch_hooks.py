@@ -1,4 +1,4 @@
-"""Watching and changing the linears of a torch network while it computes."""
+"""Observe and change the linears of a torch network while it computes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def observed(model: Any, sites: Sequence[InputSite], observer: Observer) -> Iter
 
 @contextmanager
 def parameters_replaced(model: Any, weights: Mapping[str, Float32], biases: Mapping[str, Float32]) -> Iterator[None]:
-    """While active, linears have other weights and biases. A linear without a bias gets one, as in the graph."""
+    """A context in which linears have other weights and biases. A linear without a bias gets one, as in the graph."""
     import torch
 
     changes = [(name, "weight", value) for name, value in weights.items()]
@@ -54,7 +54,7 @@ def parameters_replaced(model: Any, weights: Mapping[str, Float32], biases: Mapp
 
 @contextmanager
 def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[str, Float32, float], Float32]) -> Iterator[None]:
-    """While active, every site's readers read `rounded(site.name, float32[rows, K], timestep)`."""
+    """A context in which every site's readers read `rounded(site.name, float32[rows, K], timestep)`."""
     import torch
 
     timestep = 0.0
@@ -72,8 +72,8 @@ def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[s
                 # A convolution's channels are the last axis for that, each as often as a patch has it.
                 last, taps = value.detach().movedim(1, -1), math.prod(module.kernel_size) if _convolves(module) else 0
                 rows = last.flatten(0, -2).repeat_interleave(taps, 1) if taps else value.detach().flatten(0, -2)
-                found = torch.from_numpy(rounded(name, rows.cpu().numpy(), timestep)).to(value.device)
-                whole = found[:, ::taps].reshape(last.shape).movedim(-1, 1) if taps else found.reshape(value.shape)
+                replacement = torch.from_numpy(rounded(name, rows.cpu().numpy(), timestep)).to(value.device)
+                whole = replacement[:, ::taps].reshape(last.shape).movedim(-1, 1) if taps else replacement.reshape(value.shape)
                 seen[name] = value, whole
             return (seen[name][1],)
 

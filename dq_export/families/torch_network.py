@@ -1,4 +1,4 @@
-"""A diffusers network under torch with its sampler: what the networks of every family share."""
+"""A diffusers network under torch with its sampler; the part that the networks of all families share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 ACTIVATION_BYTES = 16 << 20
-"""Of the largest activation; a network call holds about four such."""
+"""The greatest size of the largest activation in bytes; a network call holds about four of that size."""
 
 
 class TorchNetwork:
@@ -91,12 +91,13 @@ class TorchNetwork:
         """Load a checkpoint of one of the family's architectures, in float32.
 
         Args:
-            guidance: the scale that suits it; 0: its family's.
-            progress: called with (tensors read, tensors in all).
-            adapters, place: to be fused into its weights; see `load_weights`.
+            guidance: the guidance scale of the checkpoint; 0 for its family's.
+            progress: called with (tensors read, all tensors).
+            adapters: fused into its weights.
+            place: see `load_weights`.
 
         Raises:
-            ModelError: its files are damaged or do not fit each other, weights that are not finite, or see `fuse`.
+            ModelError: its files are damaged or do not fit each other, a weight is not finite, or an error of `fuse`.
         """
         architecture = family.network_class(str(architecture_of(checkpoint.config)))
         empty = make_empty(architecture, family.values, checkpoint.folder / CONFIG, checkpoint.config)
@@ -113,7 +114,7 @@ class TorchNetwork:
 
     @cached_property
     def structure(self) -> Structure:
-        """What the network's graph is made of. The graph is kept for `export_onnx`."""
+        """The structure of the network's graph. The graph is kept for `export_onnx`."""
 
         def graph() -> ir.Model:
             self.graphs[self.shared] = self._graph(shared=self.shared)
@@ -211,7 +212,7 @@ class TorchNetwork:
         conditions = encoded.only(taken)
         if reason := misfit(conditions, self.inputs, guided=False):
             raise ModelError(
-                f"{shown_path(self.checkpoint.home)}: its text encoders give what its network does not take: {reason}"
+                f"{shown_path(self.checkpoint.home)}: the outputs of its text encoders do not fit its network: {reason}"
             )
         return conditions
 
@@ -245,7 +246,7 @@ class TorchNetwork:
     def noise(self, samples: int, seed: int) -> Float32:
         import torch
 
-        # One generator for each sample: picture i does not depend on how many are drawn with it. PyTorch takes 64 bits.
+        # One generator for each sample, so that picture i does not depend on the number of pictures. Seeds have 64 bits.
         seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]
         each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
         noise: Float32 = torch.stack(each).numpy()
@@ -260,9 +261,9 @@ class TorchNetwork:
 
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
 
-    def samplers(self, most: int, progress: Advance = unwatched) -> Samplers:
+    def samplers(self, limit: int, progress: Advance = unwatched) -> Samplers:
         (timestep,) = (item.dtype for item in self.inputs if item.role == "timestep")
-        return tabulate(self.scheduler, most, progress, self.family.prediction, whole=timestep.startswith("int"))
+        return tabulate(self.scheduler, limit, progress, self.family.prediction, whole=timestep.startswith("int"))
 
     def draw(
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float

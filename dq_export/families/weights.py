@@ -1,4 +1,4 @@
-"""Which files of a folder hold a network's weights: safetensors or pickles, whole or in shards, by variant."""
+"""Find the files of a folder that hold a network's weights: safetensors or pickles, whole or in shards, by variant."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dq_export.core.violations import nearest
 from .reference import ModelError
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "(?:pytorch_)?model"
-"""What the names of weights start with in the folders of either library: regular expressions."""
+"""Regular expressions for the beginning of the names of weights in the folders of either library."""
 SUFFIXES = (".safetensors", ".bin")
-"""By preference: a pickle is read only where there are no safetensors of the same variant."""
+"""In order of preference: a pickle is read only if there are no safetensors of the same variant."""
 SHARD = r"(\.[\w-]+?)?-\d+-of-\d+\.(safetensors|bin)"
 WHOLE = r"(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)"
 INDEX = r"(?P<suffix>\.safetensors|\.bin)(?:\.index\.(?P<variant>[\w-]+)|\.(?P<old>[\w-]+)\.index|\.index)\.json"
@@ -26,7 +26,7 @@ OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf", "
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A file that stands for all weights of a network: one file with all of them, or the index of its shards.
+    """A file that represents all weights of a network: one file with all of them, or the index of its shards.
 
     Args:
         variant: `fp16`, `ema` …; empty for a file without one.
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The files that hold a network's weights, and the variant that they are."""
+    """The files that hold a network's weights, and their variant."""
 
     files: tuple[Path, ...]
     variant: str
@@ -59,13 +59,13 @@ def choose(names: Iterable[str], variant: str, where: str, *, required: bool = T
     Safetensors go before pickles, an index before a whole file (as in diffusers), files without a variant before others.
 
     Args:
-        variant: that it must be; empty: none, or the only one there is.
+        variant: the variant to use; empty for none, or for the only one.
         where: the folder, for messages.
-        required: else a variant that is not there is as one that is not asked for.
+        required: whether a missing variant is an error; otherwise it is ignored.
         stem: DIFFUSERS or TRANSFORMERS.
 
     Raises:
-        ModelError: no weights, none of the variant, or several variants and none that is asked for.
+        ModelError: there are no weights, none of the variant, or several variants without a choice.
     """
     names = list(names)
     entries = [entry for name in names if (entry := _entry(name, stem))]
@@ -91,7 +91,7 @@ def find_weights(folder: Path, variant: str = "", *, required: bool = True, stem
     """The weights in a network's folder. See `choose`.
 
     Raises:
-        ModelError: none, an index that is damaged, or that names files which are not there or not in the folder.
+        ModelError: there are none, or an index is damaged or names files that are missing or outside the folder.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -113,11 +113,11 @@ def find_weights(folder: Path, variant: str = "", *, required: bool = True, stem
 def _entry(name: str, stem: str) -> Entry | None:
     if re.fullmatch(stem + SHARD, name):
         return None
-    if found := re.fullmatch(stem + INDEX, name):
-        variant = found["variant"] or found["old"] or ""
-        return Entry(name=name, suffix=found["suffix"], variant=variant, sharded=True)
-    if found := re.fullmatch(stem + WHOLE, name):
-        return Entry(name=name, suffix=found["suffix"], variant=found["variant"] or "", sharded=False)
+    if match := re.fullmatch(stem + INDEX, name):
+        variant = match["variant"] or match["old"] or ""
+        return Entry(name=name, suffix=match["suffix"], variant=variant, sharded=True)
+    if match := re.fullmatch(stem + WHOLE, name):
+        return Entry(name=name, suffix=match["suffix"], variant=match["variant"] or "", sharded=False)
     return None
 
 

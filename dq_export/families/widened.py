@@ -1,4 +1,4 @@
-"""Weights of half precision as float32 in a file, from which they are mapped: in memory they would take twice the checkpoint."""
+"""Convert weights of half precision to float32 in a file and map them from there, because memory could not hold both."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..heap import large_blocks_mapped
 from .reference import ModelError
 
 ALIGNED = 64
-"""Bytes that every tensor starts at a multiple of."""
+"""The alignment of every tensor, in bytes."""
 
 
 def widened(tensors: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
-    """float32 copies of torch tensors, mapped from a file without a name, which ends with them.
+    """float32 copies of torch tensors, mapped from an unnamed file, which is deleted with them.
 
-    One tensor at a time is in memory. What is written to a copy stays in memory, not in the file.
+    One tensor at a time is in memory. Later changes of a copy stay in memory and do not reach the file.
 
     Args:
-        place: the folder whose disk holds the file; None: the system's folder for temporary files.
+        place: the folder whose disk holds the file; None for the system's folder for temporary files.
 
     Raises:
-        ModelError: no file can be made there, or the disk has too little room.
+        ModelError: the file cannot be created there, or the disk has too little space.
     """
     import torch
 
@@ -50,8 +50,8 @@ def widened(tensors: Mapping[str, Any], place: Path | None) -> dict[str, Any]:
             content = np.memmap(file, dtype=np.uint8, mode="c")
     except OSError as error:
         raise ModelError(f"{shown_path(folder)}: cannot hold the weights as float32 ({error.strerror})") from error
-    found = {}
+    copies = {}
     for name, tensor in tensors.items():
         part = content[starts[name] : starts[name] + 4 * tensor.numel()].view(np.float32)
-        found[name] = torch.from_numpy(part.reshape(tuple(tensor.shape)))
-    return found
+        copies[name] = torch.from_numpy(part.reshape(tuple(tensor.shape)))
+    return copies

@@ -1,1 +1,1 @@
-"""Search for a recipe: which granularity each input gets."""
+"""Search for the best recipe: how each input is quantized."""

@@ -1,4 +1,4 @@
-"""A whole search: calibrate every choice, look for the best mix, write it down as a recipe."""
+"""A complete search: calibrate every choice, find the best mix, and write it as a recipe."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ WINNER = "winner.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a search found.
+    """The result of a search.
 
     Args:
-        recipe: the winner, to be exported as any other.
-        sqnr, held_back: dB of its trajectories, on the pictures of the search and on others.
+        recipe: the winner, which can be exported like any other recipe.
+        sqnr, held_back: SQNR of its trajectories in dB, on the pictures of the search and on other pictures.
         size: megabytes of weights; `milliseconds`: of one network call by the table of kernels, NaN if not timed.
-        evaluations: trajectories that were sampled for it.
-        uniform: the same figures of recipes with one choice everywhere: (choice, megabytes, milliseconds, dB held back).
-        front: (cost, dB, genome) of everything that nothing beats.
+        evaluations: the number of sampled trajectories.
+        uniform: the same figures for recipes with one choice everywhere: (choice, megabytes, milliseconds, dB held back).
+        front: (cost, dB, genome) of every mix that no other mix beats.
         reached: whether the winner meets the goal.
     """
 
@@ -74,15 +74,15 @@ def explore(
 ) -> Outcome:
     """Search how each input of a model is quantized.
 
-    Writes `winner.yaml`, `search.json` and `search.svg` into `folder`; `evaluations.jsonl` there makes a killed search go on.
+    Writes `winner.yaml`, `search.json` and `search.svg` into `folder`; with `evaluations.jsonl` there a killed search continues.
 
     Args:
-        recipe: of everything that is not searched: model, format, rounding, calibration, seed.
+        recipe: everything that is not searched: model, format, rounding, calibration, seed.
 
     Raises:
-        RecipeError: a request that cannot be met or understood, or a model without choices.
-        SearchError: nothing that was tried meets the request; there is then no `winner.yaml`.
-        BackendError: kernels are to be timed, and the format does not run here.
+        RecipeError: the request is invalid or cannot be met, or the model has no choices.
+        SearchError: no mix that was tried meets the request; then there is no `winner.yaml`.
+        BackendError: kernels must be timed, but the format does not run here.
         ModelError, CalibrationError, OutputError: see each.
     """
     request.require_valid()
@@ -133,7 +133,7 @@ def explore(
 
 
 def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: int, watch: Progress) -> Search:
-    """Look for the best mix."""
+    """Find the best mix."""
     start = time.monotonic()
     watch.begin(
         "search", f"{request.strategy}, {request.evaluations} mixes by {request.pictures} pictures of {request.steps} steps"
@@ -148,7 +148,7 @@ def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: 
 
 
 def _outcome(search: Search, base: Recipe, trials: Trajectories, folder: Path) -> Outcome:
-    """The best mix, judged by pictures that the search did not see, beside one choice everywhere."""
+    """The best mix, judged by pictures that the search did not see, compared with one choice everywhere."""
     space, best = search.space, search.best()
     assert best is not None
     fresh = _fresh(trials, folder)
@@ -175,7 +175,7 @@ def _unmet(outcome: Outcome, request: SearchRequest) -> str:
 
 
 def _encode(reference: Reference, base: Recipe, folder: Path, watch: Progress) -> None:
-    """Give the network its conditions, where it draws prompts: encoded once and kept beside the evaluations."""
+    """Set the conditions of a network that draws prompts; they are encoded once and kept beside the evaluations."""
     if not draws_prompts(base):
         return
     path, start = folder / CONDITIONS, time.monotonic()
@@ -192,7 +192,7 @@ def _encode(reference: Reference, base: Recipe, folder: Path, watch: Progress) -
 def _calibrate(
     reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress
 ) -> dict[Scheme, CalibrationResult]:
-    """Every choice everywhere: the pictures are sampled once and kept beside the evaluations."""
+    """Calibrate every choice everywhere; the pictures are sampled once and kept beside the evaluations."""
     from dq_export.calibration.calibrate import calibrate
     from dq_export.calibration.context import Calibration
 

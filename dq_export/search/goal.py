@@ -1,4 +1,4 @@
-"""The goal of a search, and what can be known to be out of its reach before it starts."""
+"""The goal of a search, and the check, before it starts, that the goal is possible."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MEGABYTE = 1e6
 
 
 def goal_of(space: Space, request: SearchRequest) -> Goal:
-    """The request in terms of genomes."""
+    """The request, expressed for genomes."""
     by_size = request.max_latency is None
     cost = (lambda genome: space.bytes_of(genome) / MEGABYTE) if by_size else space.milliseconds_of
     return Goal(cost=cost, limit=request.limit, sqnr=request.target_sqnr, quantizes=space.quantizes)
 
 
 def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
-    """Ask that the cheapest mix is within the limit.
+    """Check that the cheapest mix is within the limit.
 
     Raises:
-        RecipeError: it is not; the message says what it costs.
+        RecipeError: it is not; the message states its cost.
     """
     costs = np.where(space.allowed, space.size if space.time is None else space.time, np.inf)
     lowest = goal.cost(tuple(np.argmin(costs, axis=1).tolist()))
@@ -34,7 +34,7 @@ def require_possible(space: Space, goal: Goal, request: SearchRequest) -> None:
 
 
 def require_timing(backend: Backend | None, recipe: Recipe) -> None:
-    """Ask for what timing kernels needs, before anything is loaded."""
+    """Check the requirements of timing kernels, before anything is loaded."""
     if backend is None:
         raise RecipeError(f"--max-latency times kernels, and --format {recipe.format} builds none; choose another --format")
     if not backend.runs:

@@ -1,4 +1,4 @@
-"""What a search is asked for."""
+"""The request of a search."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dq_export.core.violations import nearest
 from .strategies import SEARCHES
 
 HIGHEST_SQNR = 200.0
-"""dB of a trajectory without any error, as `trajectories` caps it."""
+"""The SQNR, in dB, of a trajectory without error, as `trajectories` caps it."""
 LIMITS = {"evaluations": 100_000, "pictures": 1_000, "steps": 1_000}
-"""The greatest value of each whole number; a picture's float trajectory is held in memory."""
+"""The greatest value of each integer; a picture's float trajectory is kept in memory."""
 
 
 class SearchError(Exception):
-    """Nothing that a search tried is what it was asked for."""
+    """No mix that a search tried meets the request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """A goal, of which exactly one is not None, and how long to look for it.
+    """A goal, exactly one of which is not None, and the effort of the search.
 
     Args:
-        target_sqnr: dB that the sampled trajectory must keep, at the least size.
+        target_sqnr: the least SQNR of the sampled trajectory in dB, at the least size.
         max_size: megabytes of weights, for the best trajectory.
         max_latency: milliseconds of one network call of batch 2, by a table of kernels that is timed here.
         evaluations: different mixes to try.
@@ -53,14 +53,14 @@ class SearchRequest:
 
     @property
     def option(self) -> str:
-        """The goal as it was given on the command line."""
+        """The goal in the form of the command line."""
         return next(f"{flag} {value:g}" for flag, value in self._goals().items() if value is not None)
 
     def require_valid(self) -> None:
-        """Ask for everything that can be known of the request alone.
+        """Check everything that depends only on the request.
 
         Raises:
-            RecipeError: all that is wrong, one line each.
+            RecipeError: all faults, one line each.
         """
         wrong = []
         goals = {flag: value for flag, value in self._goals().items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a search may choose: for each input of the network how its readers are quantized, and what that costs."""
+"""The choices of a search: how the readers of each input are quantized, and the costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dq_export.deploy.lowerings import Lowering
 from ..families.reference import Reference
 
 FLOAT = 4
-"""Bytes of a weight that is not quantized, of a scale and of a bias."""
+"""Bytes of an unquantized weight, a scale or a bias."""
 KNOWN = (
     scheme_of("float"),
     scheme_of("w8a8", "token"),
@@ -43,8 +43,8 @@ class Space:
         choices: the same for every site.
         allowed: bool[sites, choices]: whether the choice's groups divide the site's width.
         size: float64[sites, choices], bytes of the readers' weights with their scales.
-        time: float64[sites, choices], milliseconds of the readers' GEMMs with what stands around them; None: not timed.
-        rest: (bytes, milliseconds) of all that the search leaves alone.
+        time: float64[sites, choices], milliseconds of the readers' GEMMs with the operators around them; None if not timed.
+        rest: (bytes, milliseconds) of everything that the search does not change.
     """
 
     sites: tuple[str, ...]
@@ -70,13 +70,13 @@ class Space:
         return any(self.choices[choice].low_precision for choice in genome)
 
     def everywhere(self, scheme: Scheme) -> Genome:
-        """One choice wherever its groups fit; elsewhere the first other that quantizes and fits."""
+        """One choice wherever its groups fit; elsewhere the first other choice that quantizes and fits."""
         index = self.choices.index(scheme)
         quantizes = np.asarray([choice.low_precision for choice in self.choices])
         return tuple(index if row[index] else int(np.argmax(row & quantizes)) for row in self.allowed)
 
     def rules(self, genome: Genome) -> tuple[Rule, ...]:
-        """The genome as a recipe's rules, one a site."""
+        """The genome as a recipe's rules, one for each site."""
         rules = []
         for site, chosen in zip(self.sites, genome, strict=True):
             names = "|".join(name.replace(".", r"\.") for name in self.linears[site])
@@ -89,8 +89,8 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Scheme], ba
     """The space of a model.
 
     Args:
-        recipe: resolved; its rules decide what is not chosen.
-        backend: choices that it does not run are left out; None: none is.
+        recipe: resolved; its rules apply to everything that is not searched.
+        backend: choices that it does not run are left out; None keeps all choices.
 
     Raises:
         RecipeError: fewer than two choices are left.

@@ -1,4 +1,4 @@
-"""Searching a recipe: how each input is quantized, so that the sampled pictures stay near and the network small or fast."""
+"""Search strategies: choose how each input is quantized, for pictures close to the float model and a small or fast network."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ POPULATION, PARENTS, MUTATION, TRIES = 50, 10, 0.1, 10
 """Of Q-DiT's evolution.sh: candidates an epoch, of which the best so many breed, and the share of genes that mutate."""
 Noise = npt.NDArray[np.float64]
 MULTIPLIERS = 24
-"""Points at which the additive model's front is looked at."""
+"""Prices at which the additive model's front is evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """Either the best pictures at a cost, or the least cost of good enough pictures.
+    """Either the best pictures within a cost, or the least cost of good enough pictures.
 
     Args:
         cost: of a genome: megabytes or milliseconds.
         limit: the greatest cost that a genome may have, or None.
         sqnr: dB that the trajectory must have, or None.
-        quantizes: whether a genome quantizes anything: the float network is never what a search looks for.
+        quantizes: whether a genome quantizes anything: the float network is never a valid result.
     """
 
     cost: Callable[[Genome], float]
@@ -38,11 +38,11 @@ class Goal:
         return self.quantizes(genome) and (self.limit is None or self.cost(genome) <= self.limit)
 
     def met(self, genome: Genome, sqnr: float) -> bool:
-        """Whether a genome of that trajectory is what the search looks for."""
+        """Whether a genome with this SQNR meets the goal."""
         return self.legal(genome) and (self.sqnr is None or sqnr >= self.sqnr)
 
     def rank(self, genome: Genome, sqnr: float) -> tuple[float, ...]:
-        """Greater is better; a genome that meets the goal is better than any that does not."""
+        """A key to compare genomes: greater is better, and a genome that meets the goal is better than one that does not."""
         if self.limit is not None:
             return (float(self.met(genome, sqnr)), sqnr if self.legal(genome) else -self.cost(genome))
         met = self.met(genome, sqnr)
@@ -50,12 +50,12 @@ class Goal:
 
 
 class Search:
-    """The state of a search: what was evaluated, how often, and the best.
+    """The state of a search: the evaluated genomes, their number, and the best.
 
     Args:
-        evaluate: dB of a genome's trajectory; repeats are free.
-        evaluations: how many different genomes may be evaluated.
-        progress: called with (evaluations, in all, the best so far).
+        evaluate: the SQNR of a genome's trajectory in dB; repeats are free.
+        evaluations: the number of different genomes that may be evaluated.
+        progress: called with (evaluations, all evaluations, the best so far).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Search:
         self.found: dict[Genome, float] = {}
 
     def evaluate(self, genome: Genome) -> float:
-        """dB; a new genome uses up one evaluation."""
+        """The SQNR in dB; a new genome uses up one evaluation."""
         if genome not in self.found:
             self.left -= 1
             self.found[genome] = self._evaluate(genome)
@@ -83,7 +83,7 @@ class Search:
         return max(self.found, key=lambda genome: self.goal.rank(genome, self.found[genome]), default=None)
 
     def front(self) -> list[tuple[float, float, Genome]]:
-        """(cost, dB, genome) of everything that nothing beats in both, by rising cost."""
+        """(cost, dB, genome) of every genome that no other beats in both, by increasing cost."""
         points = sorted((self.goal.cost(genome), -sqnr, genome) for genome, sqnr in self.found.items())
         kept: list[tuple[float, float, Genome]] = []
         for cost, negative, genome in points:
@@ -95,9 +95,9 @@ class Search:
 def evolve(search: Search, random: np.random.Generator) -> None:
     """Q-DiT's evolutionary search, until the evaluations are used up.
 
-    Population 50, the first generation random but for presets: one choice everywhere, and the cheapest of all. Each later one
-    is bred from the ten best ever seen: 25 by crossover (each gene from either of two parents), 25 by mutation (each gene
-    drawn anew with probability 0.1), random ones fill it up. Only legal genomes that were never seen are evaluated.
+    The population is 50. The first generation is random, except for presets: one choice everywhere, and the cheapest genome.
+    Each later generation is bred from the ten best genomes so far: 25 by crossover (each gene from either of two parents), 25
+    by mutation (each gene redrawn with probability 0.1), and random ones fill it up. Only new legal genomes are evaluated.
 
     Source: Q-DiT (arXiv 2406.17343) algorithm 1, with the numbers of its published evolution.sh. There the fitness is the FID
     of 800 drawn images and the constraint a mean group size of 128; here the trajectory's error and the goal's cost.
@@ -137,12 +137,13 @@ def evolve(search: Search, random: np.random.Generator) -> None:
 def descend(search: Search, random: np.random.Generator) -> None:
     """Evaluate one choice everywhere, measure each choice of each site alone, and refine by measured exchanges.
 
-    The noise powers of single choices, every other site at its most accurate, add up to a first model of any genome's; the
-    model's front at MULTIPLIERS prices is evaluated. Then, until the evaluations are used up, the exchanges of one or two
-    sites that the model likes best at the best genome so far, from whose measured noise it counts.
+    The noise powers of single choices, with every other site at its most accurate, add up to a first model of the noise of
+    any genome. The model's front at MULTIPLIERS prices is evaluated. Then, until the evaluations are used up, the search
+    evaluates the exchanges of one or two sites that the model ranks highest at the best genome so far, starting from its
+    measured noise.
 
-    Where `evaluations_of` the space are more than there are, no site is measured alone: each is taken to cause an equal share
-    of the noise of one choice everywhere, and every exchange corrects that.
+    If there are fewer evaluations than `evaluations_of` the space, no site is measured alone: each site is assumed to cause
+    an equal share of the noise of one choice everywhere, and every exchange corrects this.
     """
     noise = _shared_noise(search)
     measured = search.left >= _single_evaluations(search.space)
@@ -163,7 +164,7 @@ def descend(search: Search, random: np.random.Generator) -> None:
 
 
 def _learn(search: Search, noise: Noise, best: Genome, candidate: Genome) -> None:
-    """Share what the model's noise of an evaluated exchange was wrong by among the sites that changed."""
+    """Distribute the model's error for an evaluated exchange among the sites that changed."""
     changed = [site for site, (old, new) in enumerate(zip(best, candidate, strict=True)) if old != new]
     expected = sum(noise[site, candidate[site]] - noise[site, best[site]] for site in changed)
     surplus = _noise(search.found[candidate]) - _noise(search.found[best]) - expected
@@ -172,7 +173,7 @@ def _learn(search: Search, noise: Noise, best: Genome, candidate: Genome) -> Non
 
 
 def evaluations_of(space: Space) -> int:
-    """Evaluations that `descend` needs to measure every choice of every site before it mixes them."""
+    """The number of evaluations with which `descend` measures every choice of every site before it mixes them."""
     return len(space.choices) + 1 + _single_evaluations(space)
 
 
@@ -182,9 +183,9 @@ def _single_evaluations(space: Space) -> int:
 
 
 def _shared_noise(search: Search) -> Noise:
-    """Noise power by site and choice: an equal share of that of one choice everywhere. Evaluates those, the legal first.
+    """Noise power by site and choice: an equal share of the noise of one choice everywhere. Evaluates these, legal ones first.
 
-    The cheapest mix is evaluated before, if none of them is legal, so that something within the limit is always known.
+    If none of them is legal, the cheapest mix is evaluated before, so that a genome within the limit is always known.
     """
     space = search.space
     noise = np.where(space.allowed, 1.0, np.inf)
@@ -202,7 +203,7 @@ def _everywhere(space: Space, choice: int) -> Genome:
 
 
 def _measure_singles(search: Search, noise: Noise) -> None:
-    """Fill `noise` with what each choice adds alone, every other site at its most accurate."""
+    """Fill `noise` with the noise of each choice alone, with every other site at its most accurate."""
     space = search.space
     base = tuple(int(np.flatnonzero(row)[0]) for row in space.allowed)
     base_noise = _noise(search.evaluate(base))

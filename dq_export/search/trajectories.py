@@ -26,7 +26,7 @@ from .space import Genome, Space
 
 EVALUATIONS = "evaluations.jsonl"
 JOURNAL_LIMIT = 1 << 28
-"""Bytes: more than 100,000 evaluations take."""
+"""The greatest size of the journal in bytes; 100,000 evaluations take less."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,9 +34,9 @@ class Trajectories:
     """Pictures whose float trajectories are known.
 
     Args:
-        simulations: by choice, of the whole network quantized so.
-        exact: the latents before every network call and at the end, of every batch.
-        journal: file that keeps each result.
+        simulations: for each choice, the simulation of the whole network.
+        exact: for every batch, the latents before every network call and at the end.
+        journal: the file that stores each result.
         conditions: int64[pictures], the index of each picture's condition.
         known: results so far.
     """
@@ -56,7 +56,7 @@ class Trajectories:
         reference: Reference, space: Space, recipe: Recipe, calibrated: Mapping[Scheme, CalibrationResult], *,
         seed: int, size: int, journal: Path,
     ) -> Trajectories:  # fmt: skip
-        """Sample `size` float pictures, and read what an earlier search with the same arguments found.
+        """Sample `size` float pictures, and read the results of an earlier search with the same arguments.
 
         Raises:
             OutputError: the journal is of another search.
@@ -80,7 +80,7 @@ class Trajectories:
         return trajectories
 
     def sqnr(self, genome: Genome) -> float:
-        """dB: the float latents' power over the power of their difference, over all steps and the final picture."""
+        """The SQNR in dB: the power of the float latents over that of the difference, over all steps and the final picture."""
         if genome not in self.known:
             weights, biases = {}, {}
             chosen = {}
@@ -102,7 +102,7 @@ class Trajectories:
         return self.known[genome]
 
     def latents(self, network: Network) -> Float32:
-        """float32[calls + 1, pictures, ...]: what the sampler holds before each call and at the end."""
+        """float32[calls + 1, pictures, ...]: the sampler's latents before each call and at the end."""
         batches = []
         for start in range(0, len(self.conditions), self.reference.batch):
             part = slice(start, start + self.reference.batch)
@@ -146,7 +146,7 @@ class Trajectories:
 
 
 def _evaluation(line: str) -> dict[str, Any]:
-    """A line of the journal; empty where a kill or another hand left something else."""
+    """The content of a line of the journal; empty if the line is damaged."""
     try:
         value = parse_json(line, EVALUATIONS)
     except DocumentError:

@@ -1,1 +1,1 @@
-"""What an export knows of a network from its float graph: linears and their roles, sites, and where their scalings go."""
+"""Analysis of a network's float graph: linears and their roles, sites, and the places that absorb their scalings."""

@@ -1,4 +1,4 @@
-"""Which axes of a value hold the channels, on both sides of a node that only lays elements out anew.
+"""Which axes of a value hold the channels, on both sides of a node that only rearranges elements.
 
 Channels are held by one or more axes, slowest first: (2,) in [B, T, K], (1, 3) in [B, heads, T, K / heads].
 """
@@ -17,14 +17,14 @@ LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity")
 
 
 def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
-    """The value's sizes: numbers, names of symbolic ones, and objects equal to nothing for those that are not known."""
+    """The value's sizes: numbers, names of symbolic sizes, and for unknown sizes objects that equal nothing else."""
     if value is None or value.shape is None:
         return None
     return tuple(dim if isinstance(dim, int) else dim.value or object() for dim in value.shape)
 
 
 def size(value: ir.Value | None, axes: Axes) -> int:
-    """Elements along some axes; 0 if one of them is not known, or not there."""
+    """The number of elements along some axes; 0 if an axis is unknown or missing."""
     shape = dims(value)
     if shape is None or not all(0 <= axis < len(shape) for axis in axes):
         return 0
@@ -33,12 +33,12 @@ def size(value: ir.Value | None, axes: Axes) -> int:
 
 
 def before(node: ir.Node, axes: Axes) -> Axes | None:
-    """The axes of the input of a LAYOUT node that hold what `axes` of its result do; None if there are no such axes."""
+    """The axes of a LAYOUT node's input that hold the elements of `axes` of its result; None if there are no such axes."""
     return _across(node, axes, node.outputs[0], node.inputs[0], forward=False)
 
 
 def after(node: ir.Node, axes: Axes) -> Axes | None:
-    """The axes of the result of a LAYOUT node that hold what `axes` of its input do; None if there are no such axes."""
+    """The axes of a LAYOUT node's result that hold the elements of `axes` of its input; None if there are no such axes."""
     return _across(node, axes, node.inputs[0], node.outputs[0], forward=True)
 
 
@@ -81,14 +81,15 @@ def _reshaped(near: tuple[Dim, ...], far: tuple[Dim, ...], axes: Axes) -> Axes |
             return None
         inner = [axis for axis in part[0] if near[axis] != 1 or axis in rest]
         if rest[: len(inner)] != inner:
-            return None  # only some of the axes that are joined hold channels
+            return None  # only some of the joined axes hold channels
         across += part[1]
         rest = rest[len(inner) :]
     return tuple(axis for axis in across if far[axis] != 1) or tuple(across[:1])
 
 
 def _aligned(near: tuple[Dim, ...], far: tuple[Dim, ...]) -> list[tuple[list[int], list[int]]]:
-    """Groups of axes on both sides that hold the same elements, from the front and from the back as far as sizes are known."""
+    """Groups of axes on both sides that hold the same elements, matched from the front and from the back as far as sizes are
+    known."""
     front = _groups(near, far)
     back = [
         ([len(near) - 1 - i for i in reversed(a)], [len(far) - 1 - i for i in reversed(b)])

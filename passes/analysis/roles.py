@@ -1,4 +1,4 @@
-"""What part each linear plays, by the shape of its input and its place in the network."""
+"""The role of each linear, derived from the shape of its input and its place in the network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .axes import dims
 def roles(model: ir.Model, linears: Mapping[str, LinearNode], conditions: Collection[str] = ()) -> dict[str, Role]:
     """The role of every linear.
 
-    `edge`: outside the lists of blocks, as embedders and final projections are; and embedders inside of them, whose results
-    reach no tokens but through other linears that work on one row a sample. `vector`: works on one row a sample.
-    `static`: on tokens of the conditions alone, so that its result is the same throughout a trajectory. `gemm`: on all else.
+    `edge`: outside the lists of blocks, such as embedders and final projections; also embedders inside the blocks, whose
+    results reach tokens only through other linears that work on one row per sample. `vector`: works on one row per sample.
+    `static`: works only on tokens of the conditions, so that its result is constant along a trajectory. `gemm`: all others.
 
     Args:
         conditions: the graph inputs that do not change along a trajectory.
@@ -44,7 +44,7 @@ def _is_vector(value: ir.Value) -> bool:
 
 
 def _behind(values: Collection[ir.Value]) -> set[ir.Value]:
-    """All values that depend on the content of some; their sizes are the same throughout a trajectory."""
+    """All values that depend on the content of the given ones. Sizes do not count: they are constant along a trajectory."""
     dependent, todo = set(values), list(values)
     while todo:
         for node, _ in todo.pop().uses():

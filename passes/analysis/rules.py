@@ -1,4 +1,4 @@
-"""How a scaling passes each operator, upstream."""
+"""How a scaling moves upstream through each operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _layout(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _cut(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """A slice of tokens: the whole takes the scaling, as the other slices' readers share it. A slice of channels: rows."""
+    """A slice of tokens: the whole value takes the scaling, which the other slices' readers share. A slice of channels: rows."""
     axis = cut_axis(node)
     if axis is None:
         return None
@@ -37,7 +37,7 @@ def _cut(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _rows(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """A chunk of a linear's result: those rows, while no other reader sees them."""
+    """A chunk of a linear's result: the rows of the chunk, if no other reader uses them."""
     source, start = node.inputs[0], _start(node, scaled.value)
     linear = walk.linears.get(source) if source is not None else None
     if (
@@ -61,7 +61,7 @@ def _rows(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _start(node: ir.Node, output: ir.Value) -> int | None:
-    """Where an output of a Slice or Split of channels starts in what is cut."""
+    """The first channel of an output of a Slice or Split in the value that is cut."""
     axis = cut_axis(node)
     if axis is None:
         return None
@@ -76,7 +76,7 @@ def _start(node: ir.Node, output: ir.Value) -> int | None:
 
 
 def _concat(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """Along channels each input has its share; along tokens all have the same."""
+    """Along channels, each input takes its share of the scaling; along tokens, all inputs take the same scaling."""
     rank = len(dims(scaled.value) or ())
     axis = node.attributes.get_int("axis", 0) % max(rank, 1)
     if axis in scaled.axes and scaled.axes != (axis,):
@@ -101,7 +101,7 @@ def _joined(ways: list[Way]) -> Way:
 
 
 def _norm(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """A normalization's gain takes the scale, its bias the rest."""
+    """A normalization's gain takes the scale, and its bias takes the shift."""
     rank = len(dims(scaled.value) or ())
     last = node.op_type == "LayerNormalization"
     if last and node.attributes.get_int("axis", -1) % max(rank, 1) != rank - 1:
@@ -115,7 +115,7 @@ def _norm(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _operand(walk: Walk, scaled: Scaled, node: ir.Node, index: int, *, shift: bool) -> Way | None:
-    """A way for one operand of an element-wise node; None where it has not got the channels."""
+    """A way for one operand of an element-wise node; None if the operand does not have the channels."""
     value = node.inputs[index]
     shape, rank = dims(value), len(dims(scaled.value) or ())
     if value is None or shape is None:
@@ -123,13 +123,13 @@ def _operand(walk: Walk, scaled: Scaled, node: ir.Node, index: int, *, shift: bo
     lost = rank - len(shape)
     axes = tuple(axis - lost for axis in scaled.axes)
     whole = replace(scaled, value=value, uses=((node, index),), shift=shift, depth=scaled.depth + 1)
-    if stored(value) is not None:  # whatever its size: it is stored with all channels
+    if stored(value) is not None:  # of any size: the pass stores it again with all channels
         return Way(places=(place("constant", str(node.outputs[0].name), whole),))
     return walk.best(replace(whole, axes=axes)) if min(axes) >= 0 else None
 
 
 def _product(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """One factor takes the scale; none can take a shift. Of a quotient it is the dividend."""
+    """One factor takes the scale, and of a quotient the dividend; a product cannot take a shift."""
     if scaled.shift:
         return None
     indices = (0,) if node.op_type == "Div" else (0, 1)
@@ -138,7 +138,7 @@ def _product(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _sum(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """Both operands take the scale, one of them the shift: of a difference the first."""
+    """Both operands take the scale, and one takes the shift; in a difference it is the first."""
     choices = (
         [(False, False)] if not scaled.shift else [(True, False)] if node.op_type == "Sub" else [(True, False), (False, True)]
     )
@@ -154,9 +154,9 @@ def _sum(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
 
 
 def _absorbed(node: ir.Node, scaled: Scaled, pair: list[Way]) -> Way | None:
-    """A number that is added to rows of a linear moves into its bias, as the "1 +" of adaLN does.
+    """A constant that is added to rows of a linear, such as the "1 +" of adaLN, moves into the linear's bias.
 
-    Divided by s apart from them it would cancel in low precision: 1 / s + (g - 1) / s.
+    Dividing the constant by s separately would lose digits in low precision: 1 / s + (g - 1) / s.
     """
     for index in (0, 1):
         tensor, other = stored(node.inputs[index]), pair[1 - index].places
@@ -169,7 +169,7 @@ def _absorbed(node: ir.Node, scaled: Scaled, pair: list[Way]) -> Way | None:
 
 
 def _attention(walk: Walk, scaled: Scaled, node: ir.Node) -> Way | None:
-    """P V: the value takes it, the shift as well where the rows of P sum to 1."""
+    """P V: the value V takes the scale, and the shift as well if the rows of P sum to 1."""
     left, right = (dims(value) for value in node.inputs)
     rank = len(dims(scaled.value) or ())
     if left is None or right is None or len(left) != rank or len(right) != rank or rank - 2 in scaled.axes:
@@ -191,4 +191,4 @@ RULES: dict[str, FoldRule] = {
     "Concat": _concat,
     "MatMul": _attention,
 }
-"""By operator: how a scaling passes it."""
+"""For each operator, how a scaling moves through it."""

@@ -1,4 +1,4 @@
-"""The sites of a float graph: values that linears read, and where the scaling of each one goes."""
+"""The sites of a float graph: the values that linears read, and the places that absorb the scaling of each."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Reader:
     Args:
         name: its module.
         node: the MatMul, Gemm or Conv; input 0 is the site's value.
-        width: channels that it reads.
-        axis: of its input, which holds them.
+        width: number of channels that it reads.
+        axis: the axis of its input that holds the channels.
     """
 
     name: str
@@ -47,7 +47,7 @@ class GraphSite:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Structure:
-    """What an exported float network is made of.
+    """The linears, sites and attentions of an exported float network.
 
     Args:
         linears: by module name, in execution order.
@@ -61,7 +61,7 @@ class Structure:
 
 
 def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
-    """The structure of a float graph; the graph stays as it is, and no weight is read.
+    """The structure of a float graph. The graph is not changed, and no weight is read.
 
     Args:
         conditions: the graph inputs that do not change along a trajectory.
@@ -83,14 +83,14 @@ def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
 
 
 def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSite]:
-    """Every value that linears read, in execution order, and where its scaling goes.
+    """Every value that linears read, in execution order, and the places that absorb its scaling.
 
-    Of sites that are slices of one value, such as the streams of joint attention, the first one has the fold; the others share
-    its scaling.
+    If several sites are slices of one value, such as the streams of joint attention, the first has the fold, and the others
+    share its scaling.
 
     Args:
         model: after fold_transpose.
-        convolutions: whether convolutions count, too; their input takes no shift, which would be wrong at a padded border.
+        convolutions: whether to include the inputs of convolutions, which take no shift: it would be wrong at a padded border.
     """
     by_name = {
         name: linear
@@ -129,7 +129,7 @@ def _sites(walk: Walk, by_value: dict[tuple[ir.Value, object], list[Reader]]) ->
             continue
         way, shifts = _cheapest(walk, value, group)
         partners = {reader.node for item in done for reader in item.readers} & way.readers
-        if partners:  # they are scaled already, on their own
+        if partners:  # other sites already scale these GEMMs separately
             way, shifts = _alone(walk, value, group), True
         leaders |= dict.fromkeys(way.readers - nodes, name)
         fold = Fold(parts=tuple(place.part for place in way.places), shifts=shifts)
@@ -144,7 +144,7 @@ def _names(group: list[Reader]) -> tuple[str, ...]:
 
 
 def _cheapest(walk: Walk, value: ir.Value, group: list[Reader]) -> tuple[Way, bool]:
-    """The cheapest way, and whether it takes a shift. In a tie it is one that does."""
+    """The cheapest way, and whether it takes a shift. In a tie, a way with a shift wins."""
     scaled = _scaled(value, group)
     ways = []
     for shift in (False,) if group[0].axis == 1 else (True, False):
@@ -168,7 +168,7 @@ def _scaled(value: ir.Value, group: list[Reader]) -> Scaled:
 
 
 def _patches(node: ir.Node) -> object:
-    """Equal for convolutions that read the same patches of a value."""
+    """A key that is equal for convolutions that read the same patches of a value."""
     if node.op_type != "Conv" or node.inputs[1] is None or node.inputs[1].shape is None:
         return ()
     ints = {name: tuple(node.attributes.get_ints(name, ())) for name in ("strides", "pads", "dilations")}
@@ -180,7 +180,7 @@ def _convolutions(model: ir.Model) -> dict[ir.Value, str]:
 
 
 def _inputs(value: ir.Value) -> int:
-    """Channels that a convolution reads; 0 where it has groups."""
+    """The number of channels that a convolution reads; 0 if it has groups."""
     node = value.producer()
     assert node is not None
     tensor = stored(node.inputs[1])
@@ -203,7 +203,7 @@ def _attention(model: ir.Model, by_name: dict[str, LinearNode]) -> tuple[tuple[s
 
 
 def _projection(value: ir.Value | None, by_output: dict[ir.Value, str]) -> str:
-    """The linear whose result, laid out anew or times a number, a value is; empty if there is none."""
+    """The linear whose result, rearranged or multiplied, is the value; empty if there is none."""
     while value is not None and value not in by_output:
         node = value.producer()
         if node is None or node.op_type not in ("Reshape", "Transpose", "Mul", "Cast"):

@@ -1,7 +1,7 @@
-"""The walk upstream from a value to what can take up its scaling.
+"""The walk upstream from a value to the places that can absorb its scaling.
 
-y = (x - m) / s is pushed from x to its producer, and on, while nothing but the site reads the value. Each step keeps the
-cheapest way; where there is none, the scaling stays there as a Mul and an Add.
+y = (x - m) / s is pushed from x to its producer, and further, as long as only the site reads the value. Each step keeps the
+cheapest way; if there is none, the scaling stays there as a Mul and an Add.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Place:
 
     Args:
         part: the part.
-        value: the value that changes; of a linear its result.
-        axes: the axes of `value` that hold the part's channels; of a constant, the axes of the result of the node that reads it.
-        uses: the reads of `value` that are to see the change.
+        value: the value that changes; for a linear, its result.
+        axes: the axes of `value` that hold the part's channels; for a constant, the axes of the result of the node that reads it.
+        uses: the reads of `value` that the change affects.
         skip: an Add of `part.plus`, which the part makes superfluous.
     """
 
@@ -44,11 +44,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Way:
-    """One way to bring a scaling about.
+    """One way to apply a scaling.
 
     Args:
-        places: where.
-        readers: the GEMMs that read the same scaled elements behind other nodes, as the streams of joint attention do.
+        places: the values that change.
+        readers: the GEMMs that read the same scaled elements through other nodes, as the streams of joint attention do.
     """
 
     places: tuple[Place, ...]
@@ -56,7 +56,8 @@ class Way:
 
     @property
     def cost(self) -> tuple[int, int, int, int]:
-        """Channels scaled on tokens, then on vectors, then in norms and constants rather than in GEMMs; then parts."""
+        """Compared in this order: channels scaled on tokens, channels scaled on vectors, parts in norms and constants (not in
+        GEMMs), all parts."""
         sizes = dict.fromkeys(("token", "vector"), 0)
         for place in self.places:
             if place.part.kind not in FREE:
@@ -67,14 +68,14 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaled:
-    """A value whose channels are to become (v - m) / s.
+    """A value v whose channels are to become (v - m) / s.
 
     Args:
-        uses: the reads of it that are to see that.
-        axes: which hold the channels.
-        span: the site's channels that they are.
-        shift: whether m is to be taken off as well.
-        depth: nodes up to here.
+        uses: the reads of it that the scaling affects.
+        axes: the axes that hold the channels.
+        span: the range of the site's channels that the value holds.
+        shift: whether m is subtracted as well.
+        depth: number of nodes from the site to here.
     """
 
     value: ir.Value
@@ -85,7 +86,7 @@ class Scaled:
     depth: int = 0
 
     def up(self, value: ir.Value | None, use: Use, axes: Axes | None, **changes: object) -> Scaled | None:
-        """The same of a value that the producer reads."""
+        """The same scaling, of a value that the producer reads."""
         if value is None or axes is None:
             return None
         return replace(self, value=value, uses=(use,), axes=axes, depth=self.depth + 1, **changes)  # type: ignore[arg-type]
@@ -96,10 +97,10 @@ class Walk:
     """A walk over one graph.
 
     Args:
-        linears: by their results.
+        linears: the linears, by their results.
         convolutions: module names of convolutions with a stored weight, by their results.
         readers: width of every GEMM whose input can be scaled.
-        rules: by operator, how a scaling passes it.
+        rules: for each operator, how a scaling moves through it.
     """
 
     linears: Mapping[ir.Value, LinearNode]
@@ -108,7 +109,7 @@ class Walk:
     rules: Mapping[str, FoldRule]
 
     def best(self, scaled: Scaled) -> Way | None:
-        """The cheapest way; None where the value's channels are not known."""
+        """The cheapest way; None if the value's channels are not known."""
         width = scaled.span[1] - scaled.span[0]
         if stored(scaled.value) is not None:
             return self._constant(scaled)
@@ -152,7 +153,7 @@ class Walk:
         return rule(self, scaled, node) if rule is not None and node is not None else None
 
     def _other_readers(self, scaled: Scaled) -> frozenset[ir.Node] | None:
-        """The GEMMs behind all other reads of the value; None if one of those cannot undo the scaling."""
+        """The GEMMs that all other reads of the value lead to; None if one of them cannot undo the scaling."""
         if scaled.value.is_graph_output():
             return None
         readers: set[ir.Node] = set()
@@ -165,7 +166,8 @@ class Walk:
         return frozenset(readers)
 
     def behind(self, node: ir.Node, index: int, axes: Axes, span: Span) -> set[ir.Node] | None:
-        """The GEMMs that read input `index` of a node, through layout and slices of tokens; None if anything else does."""
+        """The GEMMs that read input `index` of a node through layout nodes and slices of tokens; None if another node reads
+        it."""
         value = node.inputs[index]
         shape = dims(value)
         if node in self.readers and index == 0 and shape is not None:
@@ -190,14 +192,14 @@ class Walk:
 
 
 def place(kind: str, name: str, scaled: Scaled, rows: Span | None = None) -> Place:
-    """The place of a scaled value: rows of `name`, all of them in order without `rows`."""
+    """The place of a scaled value: the given rows of `name`, or all rows in order."""
     width = scaled.span[1] - scaled.span[0]
     part = Part(kind=kind, name=name, rows=rows or (0, width), channels=scaled.span, shift=scaled.shift)  # type: ignore[arg-type]
     return Place(part=part, value=scaled.value, axes=scaled.axes, uses=scaled.uses)
 
 
 def cut_axis(node: ir.Node) -> int | None:
-    """The one axis that a Slice or Split cuts, from 0; None if it is not known or there are more."""
+    """The axis that a Slice or Split cuts, counted from 0; None if it is unknown or not the only one."""
     shape = dims(node.inputs[0])
     if shape is None:
         return None
@@ -208,4 +210,4 @@ def cut_axis(node: ir.Node) -> int | None:
 
 
 FoldRule = Callable[[Walk, Scaled, ir.Node], "Way | None"]
-"""From a scaled result of a node to a way beyond the node."""
+"""Maps the scaled result of a node to a way further upstream."""

@@ -1,1 +1,1 @@
-"""Rewrites from the exported float graph to the canonical Q/DQ graph, one a file."""
+"""Rewrites from the exported float graph to the canonical Q/DQ graph, one per file."""

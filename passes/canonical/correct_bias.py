@@ -1,4 +1,4 @@
-"""Add to each bias what quantization takes from the output on average."""
+"""Add to each bias the mean error that quantization causes in the output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..names import CORRECTED
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CorrectBias(GraphPass):
-    """W x + b  ->  W x + (b + d), d the calibration's correction of the linear; an Add where there was no bias.
+    """W x + b  ->  W x + (b + d), where d is the calibration's correction of the linear; inserts an Add if there was no bias.
 
     It does not act where
         1. calibration has no correction,
@@ -29,16 +29,16 @@ class CorrectBias(GraphPass):
     """
 
     name: ClassVar[str] = "correct_bias"
-    # The correction is of the folded bias.
+    # The correction applies to the folded bias.
     after: ClassVar[tuple[str, ...]] = ("fold_scaling",)
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        found = linears(model) if self.result.correction else {}
+        named = linears(model) if self.result.correction else {}
         changed = []
         for name, correction in self.result.correction.items():
-            linear = find_linear(found, name)
+            linear = find_linear(named, name)
             if not CORRECTED.read(linear.gemm):
                 linear.change_bias(lambda bias, d=correction: bias + d)  # type: ignore[misc]
                 CORRECTED.write(linear.gemm, "yes")

@@ -1,4 +1,4 @@
-"""Fold the equivalent scaling of every site into what can take it up."""
+"""Fold the equivalent scaling of every site into the weights, norms and constants before it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FoldScaling(GraphPass):
-    """x -> W x + b  becomes  (x - m) / s -> (W diag(s)) x' + (b + W m), and (x - m) / s goes into what makes x.
+    """x -> W x + b  becomes  (x - m) / s -> (W diag(s)) x' + (b + W m), and (x - m) / s folds into the nodes that compute x.
 
-    The places are those of `graph_sites`, the algebra is that of `Part`. Rows of a linear or convolution: W /= s and
-    b = (b - m) / s; gain and bias of a normalization and stored operands likewise. Where nothing stored can take it:
-    Mul(v, 1 / s), and Add(-m / s) where there is a shift. A number that the graph adds to a linear's rows, as the "1 +" of
-    adaLN, moves into its bias, whether there is a scaling or not.
+    `graph_sites` finds the places, and `Part` holds the algebra. Rows of a linear or convolution: W /= s and
+    b = (b - m) / s; likewise the gain and bias of a normalization, and stored operands. If no stored tensor can absorb it:
+    Mul(v, 1 / s), and Add(-m / s) if there is a shift. A constant that the graph adds to a linear's rows, such as the "1 +"
+    of adaLN, moves into its bias, with or without a scaling.
 
     It does not act where
         1. the plan has no scaling,
@@ -44,7 +44,7 @@ class FoldScaling(GraphPass):
     """
 
     name: ClassVar[str] = "fold_scaling"
-    # It changes float weights, and each linear once.
+    # It changes float weights, and each linear only once.
     after: ClassVar[tuple[str, ...]] = ("fold_transpose", "merge_duplicates")
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     result: CalibrationResult
@@ -73,7 +73,7 @@ class FoldScaling(GraphPass):
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
     def _require_same(self, item: GraphSite, plan: SitePlan) -> None:
-        """What was calibrated must be what the graph has."""
+        """Check that the graph has the same site as the calibration."""
         site, here = plan.site, item.site
         same = (site.linears, site.shares, site.fold.of_kind("linear")) == (
             here.linears,
@@ -101,7 +101,7 @@ def _undo(graph: ir.Graph, named: Mapping[str, LinearNode], reader: Reader, plan
 
 
 def _change(graph: ir.Graph, named: Mapping[str, LinearNode], place: Place, plan: SitePlan) -> None:
-    """Bring (x - m) / s about at one place."""
+    """Apply (x - m) / s at one place."""
     part, in_scale, in_shift = place.part, plan.in_scale, plan.in_shift
 
     def divided(gain: Float) -> Float:
@@ -134,7 +134,7 @@ def _skip(add: ir.Node) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, name: str, change: Callable[[Float], Float]) -> None:
-    """Let a node read `change` of a stored tensor, of zeros where it reads none; other nodes may share the old one."""
+    """Make a node read `change` of a stored tensor, or of zeros if it has none; other nodes may share the old tensor."""
     before = stored(node.inputs[index]) if index < len(node.inputs) else None
     gain = stored(node.inputs[1])
     assert gain is not None
@@ -151,7 +151,7 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, name: str, change: Call
 
 
 def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Float]) -> None:
-    """Store a constant operand with all channels, changed."""
+    """Store the changed constant operand, broadcast to all channels."""
     (node, index), axes = place.uses[0], place.axes
     before, result = stored(node.inputs[index]), node.outputs[0]
     assert before is not None
@@ -177,7 +177,7 @@ def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Flo
 
 
 def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:
-    """Put Mul(1 / s), and Add(-m / s) where there is a shift, on a value."""
+    """Insert Mul(1 / s), and Add(-m / s) if there is a shift, after a value."""
     first, index = place.uses[0]
     source = first.inputs[index]
     assert source is not None

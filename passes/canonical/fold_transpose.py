@@ -1,4 +1,4 @@
-"""Store transposed what the graph transposes at every call."""
+"""Store weights transposed, instead of transposing them at every call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..base import GraphPass, PassReport, computed_initializer, stored
 
 @dataclass(frozen=True, kw_only=True)
 class FoldTranspose(GraphPass):
-    """MatMul(x, Transpose(W))  ->  MatMul(x, W^T), W^T an initializer.
+    """MatMul(x, Transpose(W))  ->  MatMul(x, W^T), where W^T is an initializer.
 
     The exported float graph keeps torch's layout, so that its weights can be the checkpoint's own bytes.
 
     It does not act where
-        1. what is transposed is no initializer of two axes.
+        1. the transposed value is not an initializer with two axes.
 
     Exactness: bit-exact.
     """
@@ -37,7 +37,7 @@ class FoldTranspose(GraphPass):
 
 def _fold(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol) -> None:
     first, second = tensor.shape.numpy()
-    made = computed_initializer(graph, str(node.name), tensor.dtype, (second, first), lambda: tensor.numpy().T)
+    transposed = computed_initializer(graph, str(node.name), tensor.dtype, (second, first), lambda: tensor.numpy().T)
     for user, index in list(node.outputs[0].uses()):
-        user.replace_input_with(index, made)
+        user.replace_input_with(index, transposed)
     graph.remove(node, safe=True)

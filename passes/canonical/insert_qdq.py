@@ -20,23 +20,23 @@ from ..match import LinearNode, element_type, find_linear, linears
 from ..names import SITE
 
 FAINTEST = 2.0**-13
-"""Of the constant range: the least token that still takes all codes."""
+"""The range of the smallest token that still uses all codes, relative to the constant range."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InsertQdq(GraphPass):
     """x -> MatMul  ->  x -> QuantizeLinear(s, 0) -> DequantizeLinear(s, 0) -> MatMul, with s = Gather(table, bin(timestep)).
 
-    bin(t) counts the edges that are <= t, once for all tables: each is resampled to the union of all bins, which
-    changes no scale. With one timestep for the batch, s is a scalar. With a timestep per sample s is [B] along axis 0,
+    bin(t) counts the edges that are <= t, once for all tables: each table is resampled to the union of all bins, which
+    changes no scale. With one timestep for the batch, s is a scalar. With a timestep per sample, s is [B] along axis 0,
     which is legal ONNX; backends with integer kernels need it factored. A table with one bin is a constant scale.
 
-    A scale for each token is s = max(|x| of the token, c qmax 2^-13) clip / qmax, [B, T, 1]: blocks along the last axis, one a
-    token. Only here there is no zero point, which would have to be computed, too, to have the shape of s.
+    A scale for each token is s = max(|x| of the token, c qmax 2^-13) clip / qmax, [B, T, 1]: blocks along the last axis, one
+    per token. Only this form has no zero point, which would have to be computed as well to have the shape of s.
 
     It does not act where
         1. no reader of the site takes quantized activations,
-        2. a reader reads a DequantizeLinear already.
+        2. a reader already reads a DequantizeLinear.
 
     Exactness: lossy by design; each element moves by at most s / 2 unless it is clipped.
     Source: ONNX QuantizeLinear-21; per-timestep tables as DilateQuant's temporal parallel quantizer (arXiv 2409.14307).
@@ -48,15 +48,15 @@ class InsertQdq(GraphPass):
     """
 
     name: ClassVar[str] = "insert_qdq"
-    # An explicit scaling stands before the QuantizeLinear; the GEMMs are finished.
+    # An explicit scaling must precede the QuantizeLinear, and the GEMMs must be in their final form.
     after: ClassVar[tuple[str, ...]] = ("merge_duplicates", "fold_scaling", "quantize_weights")
     result: CalibrationResult
     assigned: Mapping[str, Rule]
     timestep: str = "timestep"
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        found = linears(model)
-        todo = [(plan, gemms) for plan in self.result.sites.values() if (gemms := self._readers(found, plan))]
+        named = linears(model)
+        todo = [(plan, gemms) for plan in self.result.sites.values() if (gemms := self._readers(named, plan))]
         if not todo:
             return PassReport(name=self.name)
         graph = model.graph
@@ -91,8 +91,8 @@ class InsertQdq(GraphPass):
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
         return changed
 
-    def _readers(self, found: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
-        gemms = [find_linear(found, n).gemm for n in plan.site.linears if self.assigned[n].scheme.graph_type]
+    def _readers(self, named: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
+        gemms = [find_linear(named, n).gemm for n in plan.site.linears if self.assigned[n].scheme.graph_type]
         return [gemm for gemm in gemms if not _dequantized(gemm.inputs[0])]
 
 
@@ -102,7 +102,7 @@ def _dequantized(value: ir.Value | None) -> bool:
 
 
 def _bin_index(graph: ir.Graph, timestep: str, bins: TimestepBins) -> tuple[ir.Value, bool]:
-    """int64 index of the bin, and whether it is a scalar: [] for a timestep input [1], else [B]."""
+    """The int64 index of the bin, and whether it is a scalar: [] for a timestep input [1], otherwise [B]."""
     source = next((value for value in graph.inputs if value.name == timestep), None)
     if source is None or source.shape is None or len(source.shape) != 1:
         raise GraphError(f"expected a graph input '{timestep}' of rank 1, found {[str(v) for v in graph.inputs]}")
@@ -137,10 +137,10 @@ def _gather(graph: ir.Graph, name: str, table: npt.NDArray[np.generic], index: i
 
 
 def _insert(graph: ir.Graph, site: str, gemms: list[ir.Node], scales: list[ir.Value], **attributes: int) -> None:
-    """Let the GEMMs read a Q/DQ of their input.
+    """Insert Q/DQ before the GEMMs.
 
     Args:
-        scales: the scale and, unless `attributes` has the element type, the zero point.
+        scales: the scale, and the zero point unless `attributes` has the element type.
     """
     source = gemms[0].inputs[0]
     assert source is not None
@@ -170,7 +170,7 @@ def _insert_token(graph: ir.Graph, site: str, token: TokenScale, gemms: list[ir.
     axes = initializer(graph, f"{site}.token_axes", np.asarray([-1], dtype=np.int64))
     size = ir.node("Abs", [source])
     largest = ir.node("ReduceMax", [size.outputs[0], axes], attributes={"keepdims": 1})
-    # A token of zeros has no range; one of far less than the others' is rounded as if it had 2^-13 of theirs, which keeps
+    # A token of zeros has no range. A token far below the others is rounded as if its range were 2^-13 of theirs, which keeps
     # the factor inside float16.
     amax = ir.node("Max", [largest.outputs[0], initializer(graph, f"{site}.token_least", np.asarray(faintest))])
     unit = initializer(graph, f"{site}.token_scale", np.asarray(np.float32(token.clip) / qmax))
@@ -185,7 +185,7 @@ def _insert_token(graph: ir.Graph, site: str, token: TokenScale, gemms: list[ir.
 
 
 def _stored_type(qtype: QuantType) -> ir.DataType:
-    """ONNX's element type for codes of an activation: int4's are stored as int8, which integer GEMMs take."""
+    """ONNX's element type for codes of an activation: int4 codes are stored as int8, which integer GEMMs take."""
     return ir.DataType.INT8 if qtype == INT4 else element_type(qtype)
 
 

@@ -17,10 +17,10 @@ from ..match import LinearNode, linears, only_user
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LiftModulation(GraphPass):
-    """Two rewrites of a linear that works on one row a sample, c[B, K]:
+    """Two rewrites of a linear that works on one row per sample, c[B, K]:
 
         Gemm -> Split -> Unsqueeze    becomes    Unsqueeze -> MatMul[B, 1, N] -> Add -> Split (chunks [B, 1, D])
-        Gemm, whatever reads it       becomes    Unsqueeze -> MatMul[B, 1, N] -> Add -> Squeeze
+        Gemm with other readers       becomes    Unsqueeze -> MatMul[B, 1, N] -> Add -> Squeeze
 
     ONNX Runtime fuses a 2-D MatMul and Add into Gemm before it looks at Q/DQ, and a Gemm with a dequantized weight runs
     DequantizeLinear at every call. At rank 3 it stays a MatMul, which becomes MatMulNBits.
@@ -35,7 +35,7 @@ class LiftModulation(GraphPass):
     """
 
     name: ClassVar[str] = "lift_modulation"
-    # Fold_scaling expects the Gemm and the Split as they were exported; only a MatMul is quantized.
+    # Pass fold_scaling expects the Gemm and the Split as they were exported; only a MatMul is quantized.
     after: ClassVar[tuple[str, ...]] = ("fold_scaling",)
     before: ClassVar[tuple[str, ...]] = ("quantize_weights",)
     assigned: Mapping[str, Rule]
@@ -62,7 +62,7 @@ def _unsqueezed(chunk: ir.Value) -> bool:
 
 
 def _lift(graph: ir.Graph, linear: LinearNode, axis: ir.Value) -> ir.Value:
-    """The linear once more at rank 3, before its Gemm: [B, 1, N]."""
+    """Insert the linear at rank 3 before its Gemm, and return its result [B, 1, N]."""
     name, gemm = linear.name, linear.gemm
     read, (width, depth) = linear.weight_reader(), linear.shape
     weight = computed_initializer(graph, f"{name}.weight", ir.DataType.FLOAT, (depth, width), lambda: read().T)
@@ -76,7 +76,7 @@ def _lift(graph: ir.Graph, linear: LinearNode, axis: ir.Value) -> ir.Value:
 
 
 def _split(graph: ir.Graph, linear: LinearNode, split: ir.Node, lifted: ir.Value) -> None:
-    """Split the lifted result instead; its chunks need no Unsqueeze."""
+    """Split the lifted result instead of the Gemm's; the chunks need no Unsqueeze."""
     sizes = split.inputs[1:]
     number = {} if sizes else {"num_outputs": len(split.outputs)}
     chunks = ir.node("Split", [lifted, *sizes], attributes={"axis": 2, **number}, num_outputs=len(split.outputs))
@@ -93,7 +93,7 @@ def _split(graph: ir.Graph, linear: LinearNode, split: ir.Node, lifted: ir.Value
 
 
 def _squeeze(graph: ir.Graph, linear: LinearNode, lifted: ir.Value, axis: ir.Value) -> None:
-    """Give the readers of the Gemm the lifted result at rank 2."""
+    """Make the readers of the Gemm read the lifted result at rank 2."""
     squeeze = ir.node("Squeeze", [lifted, axis])
     graph.insert_before(linear.gemm, squeeze)
     like(squeeze.outputs[0], linear.output)

@@ -12,16 +12,16 @@ from ..base import GraphPass, PassReport
 from ..match import convolutions, linears
 
 FIRST = 64
-"""Elements that must agree before two tensors are compared whole."""
+"""Number of leading elements that must agree before two tensors are compared completely."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeDuplicates(GraphPass):
     """embedder(t) in every block  ->  one embedder(t) that all blocks read.
 
-    diffusers' DiT stores one copy of the timestep and label embedder per block. Each GEMM or convolution then bears its
-    module's name, by which the report, the audit and TensorRT's layer dump know it. Only tensors of one shape whose
-    first elements agree are read whole.
+    diffusers' DiT stores one copy of the timestep and label embedder per block. Afterwards each GEMM or convolution has its
+    module's name, which the report, the audit and TensorRT's layer dump use. Only tensors of one shape whose first
+    elements agree are read completely.
 
     Exactness: bit-exact.
 
@@ -31,7 +31,7 @@ class MergeDuplicates(GraphPass):
     """
 
     name: ClassVar[str] = "merge_duplicates"
-    # A weight that is stored transposed is merged as it is read.
+    # Weights are compared in the layout that the GEMMs read.
     after: ClassVar[tuple[str, ...]] = ("fold_transpose",)
 
     def rewrite(self, model: ir.Model) -> PassReport:

@@ -23,24 +23,24 @@ from ..match import LinearNode, element_type, linears
 class QuantizeWeights(GraphPass):
     """MatMul(x, W)  ->  MatMul(x, DequantizeLinear(codes, scale, 0)).
 
-    One scale a channel: int8 or float8e4m3fn[K, N], scale float32[N] at axis 1. Blocks: int8 or int4[K, N], scale
+    One scale per channel: int8 or float8e4m3fn[K, N], scale float32[N] at axis 1. Blocks: int8 or int4[K, N], scale
     float32[K / block, N], blocks along axis 0. Two levels: int4[K, N] times int8[K / block, 1, N] is an int8 code, dequantized
-    with a scale[N] at axis 1: Cast -> Reshape -> Mul -> Reshape -> Cast -> DequantizeLinear, all of it constant, so that a
-    runtime computes it once, when it loads the graph. int4 with one scale a channel under quantized activations is a Cast.
-    A convolution's codes are [N, channels, height, width], with a scale[N] at axis 0; those of int4 are stored as the int8
-    codes that they stand for.
+    with a scale[N] at axis 1: Cast -> Reshape -> Mul -> Reshape -> Cast -> DequantizeLinear, all constant, so that a
+    runtime computes it once, when it loads the graph. int4 with one scale per channel and quantized activations needs only a
+    Cast. A convolution's codes are [N, channels, height, width], with a scale[N] at axis 0; int4 codes are stored widened to
+    int8 there.
 
-    Codes are calibration's, or the nearest to the folded weight, ties to even. Zero points are explicit: without them ONNX
-    Runtime runs the GEMM in float.
+    Codes come from the calibration, or are the nearest to the folded weight, ties to even. Zero points are explicit: without
+    them ONNX Runtime runs the GEMM in float.
 
     It does not act where
         1. the recipe leaves the linear float,
-        2. the weight is stored as codes already.
+        2. the weight is already stored as codes.
 
     Exactness: lossy by design; each weight moves by at most scale / 2.
 
     Args:
-        result: holds the scale of every quantized weight.
+        result: the scales of all quantized weights.
         assigned: the deciding rule of every linear.
     """
 
@@ -67,7 +67,7 @@ def _quantize(
 ) -> None:
     name, gemm, dtype = linear.name, linear.gemm, element_type(grid.qtype)
     if gemm.op_type == "Gemm":
-        raise GraphError(f"'{name}' is a Gemm, which reads one row a sample; make it weight-only or float")
+        raise GraphError(f"'{name}' is a Gemm, which reads one row per sample; make it weight-only or float")
     read, (width, depth) = linear.weight_reader(), linear.shape
     blocked = grid.scale.ndim == 2
     if not grid.fits(width, depth) or (codes is not None and codes.shape != (width, depth)):
@@ -77,8 +77,8 @@ def _quantize(
         return
 
     def compute() -> npt.NDArray[np.generic]:
-        found: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
-        return found
+        transposed: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
+        return transposed
 
     value = computed_initializer(graph, f"{name}.weight_codes", dtype, (depth, width), compute)
     if widened:
@@ -100,10 +100,10 @@ def _quantize_convolution(graph: ir.Graph, linear: LinearNode, grid: WeightGrid,
     dtype = element_type(grid.qtype) if grid.qtype.stored_bits == INT8.stored_bits else ir.DataType.INT8
 
     def compute() -> npt.NDArray[np.generic]:
-        found = grid.codes(read()) if codes is None else codes.astype(np.float32)
+        rounded = grid.codes(read()) if codes is None else codes.astype(np.float32)
         if grid.multiplier is not None:
-            found = found * np.repeat(grid.multiplier.T.astype(np.float32), found.shape[1] // grid.blocks, axis=1)
-        whole: npt.NDArray[np.generic] = found.reshape(shape).astype(dtype.numpy())
+            rounded = rounded * np.repeat(grid.multiplier.T.astype(np.float32), rounded.shape[1] // grid.blocks, axis=1)
+        whole: npt.NDArray[np.generic] = rounded.reshape(shape).astype(dtype.numpy())
         return whole
 
     value = computed_initializer(graph, f"{name}.weight_codes", dtype, shape, compute)

@@ -1,4 +1,4 @@
-"""Compute in float16 or bfloat16 what is not quantized."""
+"""Compute everything that is not quantized in float16 or bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..base import GraphPass, PassReport, computed_initializer, like, stored
 from ..sizes import MEASURES
 
 WIDE = frozenset({"LayerNormalization"})
-"""Operators that stay in float32: sums of squares over a row leave float16's range where nothing else does."""
+"""Operators that stay in float32: only their sums of squares over a row leave float16's range."""
 OTHER = MEASURES | {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear"}
 """Operators whose result is never of their input's type."""
 SMALL = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -20,15 +20,15 @@ FLOATS = (ir.DataType.FLOAT, *SMALL)
 
 @dataclass(frozen=True, kw_only=True)
 class CastFloats(GraphPass):
-    """float32 graph  ->  the same graph in `dtype`, with Casts at its edges and around what stays float32.
+    """float32 graph  ->  the same graph in `dtype`, with Casts at its edges and around nodes that stay float32.
 
     Initializers are rounded once. Every QuantizeLinear, DequantizeLinear, scale and GEMM of a chain has one float type.
     The graph's inputs and outputs keep their types.
 
     It does not act where
-        1. a node depends on no input but the timestep, the conditions and the sizes of the state, and no GEMM with a quantized
-           weight lies before it: the sines of the timestep and of positions, the embedders' MLPs and the bin of the timestep
-           need float32 and cost nothing,
+        1. a node depends only on the timestep, the conditions and the sizes of the state, and no GEMM with a quantized weight
+           precedes it: the sines of the timestep and of positions, the embedders' MLPs and the bin of the timestep need
+           float32, and their cost is negligible,
         2. the operator is a LayerNormalization.
 
     Exactness: rounds every intermediate value to `dtype`: relative error 2^-11 (float16) or 2^-8 (bfloat16) each.
@@ -38,7 +38,7 @@ class CastFloats(GraphPass):
     """
 
     name: ClassVar[str] = "cast_floats"
-    # What they insert is float32.
+    # These passes insert float32 values.
     after: ClassVar[tuple[str, ...]] = ("insert_qdq", "widen_codes", "quantize_attention", "factor_scale", "clip_codes")
     dtype: ir.DataType
 
@@ -60,7 +60,7 @@ class CastFloats(GraphPass):
                         types[cast[key]] = wanted
                     node.replace_input_with(index, cast[key])
             if node.op_type == "Cast" or not any(value in types for value in node.inputs):
-                continue  # its type is in an attribute
+                continue  # an attribute gives its type
             for output in node.outputs:
                 if output in types:
                     types[output] = wanted
@@ -72,39 +72,40 @@ class CastFloats(GraphPass):
         return PassReport(name=self.name, changed=(f"{len(small)} nodes in {self.dtype.name}, {kept} as they are",))
 
     def _small(self, graph: ir.Graph) -> set[ir.Node]:
-        """Nodes behind the state, the graph's first input, or behind something quantized, and the scales' gathers."""
+        """Nodes that depend on the state (the graph's first input) or on a quantized value, and the gathers of scales."""
         behind: set[ir.Value] = set(graph.inputs[:1])
-        found: set[ir.Node] = set()
+        nodes: set[ir.Node] = set()
         for node in graph:
             if node.op_type in MEASURES:
                 continue
-            # Also those of the text's keys and values, which depend on no state: a GEMM's two operands have one type.
+            # Q/DQ of the text's keys and values are included, which do not depend on the state: both operands of a GEMM need
+            # the same type.
             quantized = node.op_type in ("QuantizeLinear", "DequantizeLinear")
             gathers = node.op_type == "Gather" and stored(node.inputs[0]) is not None and _feeds_scales(node)
             if quantized or gathers or any(value in behind for value in node.inputs):
                 behind.update(node.outputs)
                 if node.op_type not in WIDE:
-                    found.add(node)
-        return found
+                    nodes.add(node)
+        return nodes
 
 
 def _feeds_scales(node: ir.Node) -> bool:
-    """Whether a Gather's result only goes into the quantization of activations: a scalar or a column a sample."""
+    """Whether a Gather reads a table of scales, and its result is a scalar or a number for each sample."""
     table = stored(node.inputs[0])
     return table is not None and len(table.shape) == 1 and table.dtype == ir.DataType.FLOAT
 
 
 def _float_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
-    """Every value that holds floats, by its type now. A value without a type has that of its node's first float input."""
+    """The present type of every value that holds floats. A value without a type has that of its node's first float input."""
     types = {value: value.dtype for value in (*graph.inputs, *graph.initializers.values()) if value.dtype in FLOATS}
-    found: dict[ir.Value, ir.DataType] = {value: dtype for value, dtype in types.items() if dtype is not None}
+    floats: dict[ir.Value, ir.DataType] = {value: dtype for value, dtype in types.items() if dtype is not None}
     for node in graph:
-        inherited = None if node.op_type in OTHER else next((found[v] for v in node.inputs if v in found), None)
+        inherited = None if node.op_type in OTHER else next((floats[v] for v in node.inputs if v in floats), None)
         for output in node.outputs:
             dtype = output.dtype if output.dtype is not None else inherited
             if dtype in FLOATS:
-                found[output] = dtype
-    return found
+                floats[output] = dtype
+    return floats
 
 
 def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Keep activations of fewer than 8 bits inside their codes, which are stored as 8."""
+"""Clip activations of fewer than 8 bits to the range of their codes, which are stored as int8."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EIGHT = 8
 class ClipCodes(GraphPass):
     """x -> Q(c) -> DQ(c)  ->  x -> Clip(-qmax c, qmax c) -> Q(c) -> DQ(c), for codes of fewer than 8 bits.
 
-    ONNX has no 6-bit type, and kernels no 4-bit activations: the codes are int8, and without the Clip a value beyond the
-    calibrated range would take more bits than the recipe says.
+    ONNX has no 6-bit type, and no kernel takes 4-bit activations: the codes are int8, and without the Clip a value beyond
+    the calibrated range would use more bits than the recipe says.
 
     It does not act where
-        1. the codes have 8 bits, whose saturation is the type's own,
-        2. a Clip stands there already.
+        1. the codes have 8 bits, because their type saturates by itself,
+        2. the input already comes from a Clip.
 
     Exactness: bit-exact inside the codes' range.
 
@@ -33,7 +33,7 @@ class ClipCodes(GraphPass):
         result: the sites and their element types.
 
     Raises:
-        GraphError: a scale that is computed at run time; factor_scale comes before.
+        GraphError: a scale is computed at run time; factor_scale must run before.
     """
 
     name: ClassVar[str] = "clip_codes"

@@ -25,25 +25,25 @@ Float32 = npt.NDArray[np.float32]
 class FactorScale(GraphPass):
     """x -> Q(s) -> DQ(s) -> MatMul  ->  x * (c / s) -> Q(c) -> DQ(c) -> MatMul -> * (s / c), s computed and c constant.
 
-    What is constant along the rows of the GEMM commutes with it, so the codes are the same. c is the maximum of a table, or
-    the constant of a scale for each token. With a timestep per sample the factors are [B, 1, 1], with a scale for each
-    token [B, T, 1]. A convolution is a GEMM, too: its factors are [B, 1, 1, 1], and its bias becomes an Add behind them.
-    c is not 1: with c of the activations' size a float16 GEMM result stays in range. TensorRT's GEMMs put out c times the
-    sum of products of codes, the weight's scales come behind: with `limit` c is as small as that needs.
+    A factor that is constant along the rows of the GEMM commutes with it, so the codes are the same. c is the maximum of a
+    table, or the constant of a scale for each token. With a timestep per sample the factors are [B, 1, 1], with a scale for
+    each token [B, T, 1]. A convolution counts as a GEMM: its factors are [B, 1, 1, 1], and its bias becomes an Add after them.
+    c is not 1: with c as large as the activations, a float16 GEMM result stays in range. TensorRT's GEMMs return c times the
+    sum of products of codes and apply the weight's scales afterwards: `limit` keeps c small enough for that.
 
     It does not act where
-        1. the scale is a constant already, and within the limit,
-        2. the node quantizes no site's input,
-        3. the dequantized value feeds anything but the first input of MatMuls and convolutions,
-        4. the scale is a table's, and `tables` is False.
+        1. the scale is already a constant within the limit,
+        2. the node does not quantize the input of a site,
+        3. the dequantized value feeds other inputs than the first of MatMuls and convolutions,
+        4. the scale comes from a table, and `tables` is False.
 
     Args:
-        result: the scales, and by linear a bound of |sum of products of codes|.
-        tables: False leaves tables in the direct form, which a backend with one timestep a batch may run as it stands.
+        result: the scales, and for each linear a bound of |sum of products of codes|.
+        tables: False leaves tables in the direct form, which some backends run if one timestep serves the batch.
         limit: the upper bound of c times that sum.
 
-    Exactness: reorders float operations: x * (c / s) / c in place of x / s, so a value within 2^-22 of a rounding
-    boundary may get the neighbouring code; all else is equal to float32 rounding.
+    Exactness: reorders float operations: x * (c / s) / c instead of x / s, so a value within 2^-22 of a rounding
+    boundary may get the neighbouring code; everything else is equal up to float32 rounding.
     """
 
     name: ClassVar[str] = "factor_scale"
@@ -98,7 +98,7 @@ class FactorScale(GraphPass):
 
 
 def _factor(graph: ir.Graph, pair: tuple[ir.Node, ir.Node], largest: np.float32, before: ir.Value, after: ir.Value) -> None:
-    """Let Q and DQ have the constant scale, and multiply what goes in by `before` and what the GEMMs put out by `after`."""
+    """Give Q and DQ the constant scale, and multiply their input by `before` and the GEMMs' results by `after`."""
     quantize, dequantize = pair
     label = f"{SITE.read(quantize)}.activation"
     scale = initializer(graph, f"{label}_constant_scale", np.asarray(largest))
@@ -142,7 +142,7 @@ def _detach_bias(graph: ir.Graph, convolution: ir.Node) -> None:
 
 
 def _table_factor(graph: ir.Graph, gather: ir.Node | None, name: str, table: Float32, rank: int) -> ir.Value:
-    """Gather(table, bin): a scalar, or [B, 1, 1] of so many axes where the bin is [B]; a constant where there is no bin."""
+    """Gather(table, bin): a scalar, or [B, 1, 1 …] of rank `rank` if the bin is [B]; a constant if there is no bin."""
     if gather is None:
         return initializer(graph, f"{name}_factor", table.reshape(()))
     index = gather.inputs[1]
@@ -162,7 +162,7 @@ def _token_factors(graph: ir.Graph, label: str, unit: ir.Node, token: TokenScale
     """c / s and s / c of s = amax * (clip / qmax), each rounded once.
 
     Args:
-        unit: the Mul that makes s of amax.
+        unit: the Mul that computes s from amax.
     """
     amax = unit.inputs[0]
     assert amax is not None

@@ -20,22 +20,22 @@ from .fuse_attention import split_source, unscaled, untransposed
 class QuantizeAttention(GraphPass):
     """MatMul(q, k) -> Softmax -> MatMul(p, v)  ->  the same with Q/DQ float8 at q, k, p and v.
 
-    Scales are constants: a type with an exponent loses nothing where a timestep's values are ten times smaller. That of p is
-    1 / 448, for no probability exceeds 1. Query and key are quantized behind their factor 1 / sqrt(sqrt(head)).
+    Scales are constants: a type with an exponent loses no precision if a timestep's values are ten times smaller. The scale of
+    p is 1 / 448, because no probability exceeds 1. Query and key are quantized after their factor 1 / sqrt(sqrt(head)).
 
     It does not act where
         1. query, key or value are not heads split from a linear that has a scale,
-        2. they are quantized already.
+        2. they are already quantized.
 
     Exactness: lossy by design; 3 bits of mantissa.
-    Source: NVIDIA's Model-Optimizer places them so; TensorRT fuses no other placement (both operands of both matmuls).
+    Source: the placement of NVIDIA's Model-Optimizer; TensorRT fuses no other placement (both operands of both matmuls).
 
     Args:
         scales: by module name of the query, key and value projections.
     """
 
     name: ClassVar[str] = "quantize_attention"
-    # The Mul behind a GEMM would hide which linear makes the heads.
+    # The Mul after a GEMM would hide the linear that produces the heads.
     before: ClassVar[tuple[str, ...]] = ("factor_scale",)
     scales: Mapping[str, float]
 
@@ -51,12 +51,12 @@ class QuantizeAttention(GraphPass):
                 continue
             (query, first), (key, second) = unscaled(scores.inputs[0]), unscaled(scores.inputs[1])
             sources = (split_source(query), split_source(untransposed(key)), split_source(product.inputs[1]))
-            found = [self._scale(source) for source in sources]
-            if None in found:
-                skipped.append(f"'{softmax.name}': its operands are no heads of linears with a scale (case 1)")
+            scales = [self._scale(source) for source in sources]
+            if None in scales:
+                skipped.append(f"'{softmax.name}': its operands are not heads of linears with a scale (case 1)")
                 continue
             label = str(softmax.name)
-            q, k, v = (float(scale or 0.0) for scale in found)
+            q, k, v = (float(scale or 0.0) for scale in scales)
             for node, index, name, scale in (
                 (scores, 0, "query", q * first),
                 (scores, 1, "key", k * second),

@@ -1,4 +1,4 @@
-"""Biases that no runtime merges into a float GEMM."""
+"""Give biases a shape that ONNX Runtime does not merge into a float GEMM."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..match import LinearNode, linears
 
 @dataclass(frozen=True, kw_only=True)
 class RaiseBiases(GraphPass):
-    """MatMul -> Add(b [N])  ->  MatMul -> Add(b [1, 1, N]), of linears whose weight is dequantized.
+    """MatMul -> Add(b [N])  ->  MatMul -> Add(b [1, 1, N]), for linears whose weight is dequantized.
 
-    Where all shapes are constant, as with a fixed batch, ONNX Runtime first makes a Gemm of MatMul and the Add of a vector,
-    and then finds no Q/DQ that it knows around it: the engine ran in float, at a quarter of its speed. It makes no Gemm of a
-    bias of more dimensions.
+    If all shapes are constant, for example with a fixed batch, ONNX Runtime first merges MatMul and the Add of a vector into
+    a Gemm, and then does not recognize the Q/DQ around it: the engine ran in float, at a quarter of its speed. It does not
+    merge a bias of more dimensions.
 
     It does not act where
         1. the MatMul's result has fewer than three dimensions, or an unknown number of them,
@@ -63,6 +63,6 @@ def _refusal(linear: LinearNode) -> str:
 
 
 def _raised(graph: ir.Graph, name: str, bias: ir.TensorProtocol, rank: int) -> ir.Value:
-    """A bias with leading ones, computed when it is read: a shift makes it a product with a whole weight."""
+    """A bias with leading ones. It is computed when it is read, because a shift multiplies it by the complete weight."""
     shape = (1,) * (rank - 1) + tuple(bias.shape.numpy())
     return computed_initializer(graph, name, bias.dtype, shape, lambda: bias.numpy().reshape(shape))

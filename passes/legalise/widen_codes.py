@@ -17,12 +17,12 @@ from ..match import weight_codes
 class WidenCodes(GraphPass):
     """Cast(int4 codes) [* multipliers] -> DequantizeLinear  ->  int8 codes -> DequantizeLinear.
 
-    For builders that take a DequantizeLinear's input as it is stored and fold nothing before it.
+    For builders that need the input of a DequantizeLinear as a stored tensor and fold no constants before it.
 
     It does not act where
-        1. the codes of a DequantizeLinear are stored already, or are no weight.
+        1. the codes of a DequantizeLinear are already stored as its input, or are not a weight.
 
-    Exactness: bit-exact; the weight takes 8 bits an element again.
+    Exactness: bit-exact; each element of the weight takes 8 bits again.
     """
 
     name: ClassVar[str] = "widen_codes"

@@ -1,4 +1,4 @@
-"""Compute a bfloat16 graph in float32, rounded as it would be: for runtimes without bfloat16 kernels."""
+"""Compute a bfloat16 graph in float32 with bfloat16's rounding, for runtimes without bfloat16 kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import onnx_ir as ir
 from ..base import GraphPass, PassReport, computed_initializer, redirect, stored
 
 MOVES = frozenset({"Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators whose result holds no number that was not in their input."""
+"""Operators whose result holds only numbers of their input."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WidenFloats(GraphPass):
     """Node in bfloat16  ->  node in float32 -> Cast to bfloat16 -> Cast to float32.
 
-    Initializers become float32, with the numbers that they have. The graph's inputs and outputs are float32 already.
+    Initializers become float32 with the same numbers. The graph's inputs and outputs are already float32.
 
     It does not act where nothing is bfloat16.
 
@@ -43,7 +43,7 @@ class WidenFloats(GraphPass):
 
 
 def _rounds(node: ir.Node) -> ir.Node | None:
-    """The Cast to float32 behind a Cast to bfloat16, where that is its only reader."""
+    """The Cast to float32 that is the only reader of a Cast to bfloat16, or None."""
     users = {user for user, _ in node.outputs[0].uses()}
     user = next(iter(users)) if len(users) == 1 else None
     wide = user is not None and user.op_type == "Cast" and user.attributes.get_int("to") == ir.DataType.FLOAT.value
@@ -58,7 +58,7 @@ def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def _round(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
-    """Insert the pair of Casts; a Cast to bfloat16 needs only the second, and what moves numbers neither."""
+    """Insert the pair of Casts; a Cast to bfloat16 needs only the second, and operators of MOVES need neither."""
     users = list(output.uses())
     if node.op_type == "Cast":
         casts = [ir.node("Cast", [output], attributes={"to": ir.DataType.FLOAT.value})]

@@ -99,5 +99,5 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
 
 def test_progressive_calibration_does_not_share_its_pictures(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, calibration="progressive")
-    with pytest.raises(CalibrationError, match="start it without torchrun, or take uniform"):
+    with pytest.raises(CalibrationError, match="start it without torchrun, or use uniform"):
         calibrate(calibration_of(tiny, recipe, tmp_path, group=TorchGroup(0, 2)))

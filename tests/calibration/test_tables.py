@@ -209,12 +209,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any], str]] =
     "part": ((FC1,), {"weight__scales": np.ones(128, F32)}, {}, "weight.scales' is of no linear.* Did you mean '.*weight.scale'"),
     "in_scale": ((FC1,), {"in_scale": np.ones(31, F32)}, {}, r"in_scale' has shape \[31\]; expected \[32\]"),
     "both": ((FC1,), {"weight": np.ones((128, 32), F32)}, {}, "has a weight and codes of one; give one of them"),
-    "bits": ((FC1,), {}, {"bits": "w4a4", "group_size": 16}, "has a table for codes of 8 bits, and .* to int4; take the --bits"),
-    "token": ((FC1,), {}, {"granularity": "token"}, "finds a scale for each token; pass --granularity tensor"),
+    "bits": ((FC1,), {}, {"bits": "w4a4", "group_size": 16}, "has a table for codes of 8 bits, but .* to int4; pass the --bits"),
+    "token": ((FC1,), {}, {"granularity": "token"}, "computes a scale for each token; pass --granularity tensor"),
     "float input": ((FC1,), {}, {"bits": "w8a16", "group_size": 16}, "the recipe leaves its input float"),
-    "fp8": ((FC1,), {}, {"bits": "fp8"}, "float8 weights have no codes that a file could give"),
-    "reader": (QKV, {"activation__scale": np.ones(5, F32)}, {}, "to_q' and '.*to_k' read one input, and their tables"),
-    "lacking": (QKV[:2], {}, {}, "to_q' and '.*to_v' read one input, and their tables differ"),
+    "fp8": ((FC1,), {}, {"bits": "fp8"}, "a file cannot give codes of float8 weights"),
+    "reader": (QKV, {"activation__scale": np.ones(5, F32)}, {}, "to_q' and '.*to_k' read one input, but their tables"),
+    "lacking": (QKV[:2], {}, {}, "to_q' and '.*to_v' read one input, but their tables differ"),
     "correction": ((FC1,), {}, {"bias_correction": True}, "bias_correction measures errors against the checkpoint's weights"),
     "distill": ((FC1,), {}, {"rounding": "distill", "bins": "per-step"}, "rounding distill would train again what the file"),
     "excluded": ((FC1,), {}, {"rules": (Rule(match="net.0", action="float", reason="no"), Rule(action="w8a8"))}, "stays float"),
@@ -245,7 +245,7 @@ def header_of(own: tuple[Header, Tensors], **changes: Any) -> tuple[Header, Tens
     [
         ({"timesteps": (0.0, 200.0, 200.0, 600.0, 800.0)}, "must be distinct and ascend, found 200 before 200; sort the rows"),
         ({"timesteps": (800.0, 600.0, 400.0, 200.0, 0.0)}, "must be distinct and ascend, found 800 before 600; sort the rows"),
-        ({"timesteps": (0.0, 0.2, 0.4, 0.6, 0.8)}, "are 0 … 0.8, and the sampler sends 800, whose nearest row is of 0.8; give"),
+        ({"timesteps": (0.0, 0.2, 0.4, 0.6, 0.8)}, "are 0 … 0.8, but the sampler sends 800, whose nearest row is for 0.8;"),
         ({"timesteps": (0.0, float("inf"))}, "not a finite number|finite number"),
         ({"timesteps": (0.0, 1e300)}, "less than or equal to 1000000000"),
         ({"timesteps": ()}, "timesteps = .*at least 1 item"),
@@ -270,7 +270,7 @@ def test_an_unknown_linear_is_named_with_the_nearest(tiny: Reference, own: tuple
     other = "blocks.1.ff.net.0.proj"
     renamed = {key.replace(FC1, other): value for key, value in tensors.items()}
     path = save(tmp_path / "tables", (header.model_copy(update={"linears": {other: header.linears[FC1]}}), renamed))
-    with pytest.raises(RecipeError, match=rf"'{other}' is no linear of the network. Did you mean '.*ff.net.0.proj'"):
+    with pytest.raises(RecipeError, match=rf"'{other}' is not a linear of the network. Did you mean '.*ff.net.0.proj'"):
         given(tiny, path)
 
 
@@ -298,11 +298,11 @@ def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) 
     tensors = {f"{FC2}.activation.scale": np.ones(STEPS, F32)}
     header = Header(method="x", timesteps=timesteps, linears={FC2: Entry(activation=Codes(bits=8, signed=False))})
     path = save(tmp_path / "one", (header, tensors))
-    with pytest.raises(RecipeError, match=r"its input cannot take up a shift: at timestep .* would grow by 100%"):
+    with pytest.raises(RecipeError, match=r"its input cannot absorb a shift: at timestep .* would grow by 100%"):
         given(tiny, path)
     tensors[f"{FC2}.in_shift"] = np.ones(128, F32)
     path = save(tmp_path / "two", (header, tensors))
-    with pytest.raises(RecipeError, match="its input cannot take up 'in_shift', which a Mul on all tokens would have to"):
+    with pytest.raises(RecipeError, match="its input cannot have an 'in_shift', because a Mul on all tokens cannot absorb it"):
         given(tiny, path)
 
 

@@ -74,7 +74,7 @@ def test_an_encoder_that_gives_nan_is_refused(model: Path) -> None:
     path = model / "text_encoder" / "model.safetensors"
     save_file({**load_file(path), "encoder.final_layer_norm.weight": torch.full((WIDTH,), float("nan"))}, path)
     with pytest.raises(
-        ModelError, match=r"its text encoders give what its network does not take: context has NaN or Inf in row 0"
+        ModelError, match=r"the outputs of its text encoders do not fit its network: context has NaN or Inf in row 0"
     ):
         load_reference(str(model)).encode(PROMPTS, "cpu")
 
@@ -212,7 +212,7 @@ def test_an_encoder_of_another_width_does_not_fit_the_network(model: Path, tmp_p
     sizes = {"d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     T5EncoderModel(T5Config(vocab_size=11, **sizes)).save_pretrained(model / "text_encoder")
     with pytest.raises(
-        ModelError, match=r"its text encoders give what its network does not take: context has shape \[4, 5, 12\];"
+        ModelError, match=r"the outputs of its text encoders do not fit its network: context has shape \[4, 5, 12\];"
     ):
         run(recipe(model), tmp_path / "out", until="calibrate")
 

@@ -225,7 +225,7 @@ def test_a_text_encoder_of_another_width_is_refused(plain: Path, xl: Path, tmp_p
     folder = Path(shutil.copytree(plain, tmp_path / "model"))
     shutil.rmtree(folder / "unet")
     shutil.copytree(xl / "unet", folder / "unet")
-    with pytest.raises(ModelError, match="its text encoders give what its network does not take"):
+    with pytest.raises(ModelError, match="the outputs of its text encoders do not fit its network"):
         load_reference(str(folder)).encode(PROMPTS, "cpu")
 
 

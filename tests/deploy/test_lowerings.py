@@ -156,7 +156,7 @@ def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibra
         ({"bits": "w4a8", "granularity": "token-group", "group_size": 48}, "16; the nearest is .* token-group group_size 16"),
         ({"bits": "fp8"}, "no CPU kernel takes float8; --format trt has one; the nearest is w8a8 granularity tensor"),
         ({"bits": "w8a16", "format": "trt-rtx"}, "w8a16 on TensorRT-RTX: int8 blocks .*; the nearest is w4a16"),
-        ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "one scale a token; the nearest is w4a8 .* token"),
+        ({"bits": "w4a8", "granularity": "token-group", "format": "trt"}, "one scale per token; the nearest is w4a8 .* token"),
         ({"bits": "w4a8", "provider": "openvino"}, "not measured there; the nearest is w8a8 granularity tensor"),
     ],
 )  # fmt: skip

@@ -57,7 +57,7 @@ def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_
     model = saved(tiny_onnx, tiny_calibrated, tmp_path / "model.onnx")  # direct form
     audit = BACKEND.audit(BACKEND.build(model, tmp_path / "engine"), tiny_calibrated[1])
     assert audit.coverage == 0
-    assert all("it wants constant scales" in gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
+    assert all("it needs constant scales" in gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
 
 
 def test_it_computes_what_the_graph_says(tiny: Any, built: Built) -> None:

@@ -33,7 +33,7 @@ def test_an_output_that_is_not_finite_is_the_worst(bad: float) -> None:
 
 def test_each_bin_is_compared() -> None:
     bins = np.asarray([3] * 40 + [2] + [1] * 5 + [0] * 54)
-    chosen = pick_calls(bins, least=5)
+    chosen = pick_calls(bins, spaced=5)
     assert {int(bins[i]) for i in chosen} == {0, 1, 2, 3}
     assert chosen[0] == 0
     assert chosen[-1] == 99

@@ -101,7 +101,7 @@ def test_efficientdm(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None
     given = centred_codes(file, NAME) * file.read(NAME, "weight.scale")[:, None]
     np.testing.assert_allclose(given, merged(state, tiny, NAME, 4), atol=1e-6)
     with pytest.raises(
-        RecipeError, match=r"weight.codes' reaches .* int4 holds -7 … 7: give it a rule with weights of more bits"
+        RecipeError, match=r"weight.codes' has the range .* int4 holds -7 … 7: give it a rule with weights of more bits"
     ):
         taken(tiny, tmp_path / "tables", bits="w4a4", group_size=0)
     convert_efficientdm.main([*words, "--activation-bits", "4", "--float-weights"])
@@ -173,7 +173,7 @@ def test_quest(channels: bool, tiny: Reference, tiny_folder: Path, tmp_path: Pat
         np.testing.assert_allclose(file.read(NAME, "activation.scale"), np.linspace(0.02, 0.03, T), rtol=1e-6)
         np.testing.assert_array_equal(file.read(NAME, "activation.zero_point"), 120)
         before = centred_codes(file, NAME)
-        with pytest.raises(RecipeError, match=r"weight.codes' reaches .* about its zero point; int8 holds -127 … 127"):
+        with pytest.raises(RecipeError, match=r"weight.codes' has the range .* around its zero point; int8 holds -127 … 127"):
             taken(tiny, tmp_path / "tables")
         convert_quest.main([*words, "--activation-bits", "8", "--weight-bits", "8", "--float-weights"])
         assert taken(tiny, tmp_path / "tables").has_weight(NAME)

@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_is_named(tiny: Any, tiny_onnx: Path) -> None:
     killer.start()
     taken = time_engines([engine("a", tiny_onnx), engine("b", tiny_onnx)], feed_of(tiny, samples=2), rounds=1)
     killer.join()
-    assert taken["a"].error == f"the process that times {tiny_onnx} was killed, most likely for want of memory"
+    assert taken["a"].error == f"the process that times {tiny_onnx} was killed, most likely for lack of memory"
     assert taken["b"].median > 0
 
 

@@ -202,7 +202,7 @@ def test_a_pickled_array_runs_nothing(out: Path, call: Call) -> None:
     rewrite(out / "parity" / "inputs.json", lambda value: value[0].update(hidden_states=content))
     status, _, error = call("verify", out)
     assert status == 2
-    assert "not written as numpy writes plain numbers" in error
+    assert "not in numpy's format of plain numbers" in error
     assert not (out / "owned").exists()
 
 

@@ -121,7 +121,7 @@ class Misspelt(Good):
     [
         ((Later(), Restless()), "pass later must come after restless; the list is later, restless"),
         ((Renamer(), Later()), "pass later must come before renamer"),
-        ((Misspelt(),), "pass misspelt declares its place by 'correct_biases', and no pass is called that"),
+        ((Misspelt(),), "pass misspelt declares its place by 'correct_biases', but there is no pass of that name"),
         ((Renamer(), Later(), Restless()), "after restless; pass later must come before renamer"),
     ],
 )

@@ -59,5 +59,5 @@ def test_a_dimensions_text_is_computed_for_one_picture(text: str, number: int) -
 def test_what_no_export_writes_is_refused(text: str) -> None:
     model = graph_of(("x", ["batch", 3]))
     model.metadata_props[KEY] = text
-    with pytest.raises(GraphError, match=r"^the property dq_export\.sizes of the graph is not what an export writes"):
+    with pytest.raises(GraphError, match=r"^the property dq_export\.sizes of the graph is damaged"):
         input_sizes(model)

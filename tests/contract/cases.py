@@ -16,7 +16,7 @@ from flux import SIDE, drawn_by_flux_pipeline, save_flux
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
-from unet import SDXL, drawn_by_unet_pipeline, save_lcm, save_unet
+from unet import XL, drawn_by_unet_pipeline, save_lcm, save_unet
 
 from dq_export.core.network import Float32
 from dq_export.families import FAMILIES
@@ -127,7 +127,7 @@ CASES = {
     ),
     "unet-xl": Case(
         family=FAMILIES[4],
-        save=lambda folder: save_unet(folder, **SDXL),
+        save=lambda folder: save_unet(folder, **XL),
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),

@@ -35,16 +35,6 @@ XL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * 4 + CLIP,
 }
 """What makes a network of it one of Stable Diffusion XL."""
-SDXL: dict[str, Any] = {
-    **XL,
-    "block_out_channels": (32, 64, 128),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (2, 4, 8),
-}
-"""All 70 transformers of stable-diffusion-xl-base-1.0, at a tenth of its width."""
 SCALE = 16
 """Sines and cosines of the guidance scale that a latent consistency model reads."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -118,17 +117,21 @@ def dependencies(folder: Path) -> Path:
 def test_it_installs_from_an_index_and_exports_outside_the_repository(index: str, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / "bin"
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
-    (packages / "dependencies.pth").write_text(f"{dependencies(tmp_path / 'dependencies')}\n")
     # Without the variables of this process: no PYTHONPATH leads back to the checkout, and no setting of pip to another index.
-    environment = {"PATH": f"{scripts}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    environment = {"PATH": f"{scripts}:/usr/bin:/bin", "HOME": str(tmp_path)}
 
-    def run(*words: str) -> str:
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    def run(program: str, *words: str) -> str:
+        done = subprocess.run(
+            [scripts / program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(str(scripts / "pip"), "install", "--index-url", index, "dq-export[cpu]")
+    if sys.version_info < (3, 12):
+        run("pip", "uninstall", "-y", "setuptools")  # venv brings an old one, which would hide that of the dependencies
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (packages / "dependencies.pth").write_text(f"{dependencies(tmp_path / 'dependencies')}\n")
+    run("pip", "install", "--index-url", index, "dq-export[cpu]")
     assert (packages / "dq_export" / "__init__.py").is_file()
     assert run("dq-export", "--version").strip() == f"dq-export {dq_export.__version__}"
     run("dq-export", "--model", "dit-digits", "--steps", "4", "--calib-size", "2", "--min-sqnr", "5", "-o", "out")

@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import server
+from conftest import sqnr
 from flux import save_flux
 from pixart import ALPHA, save_pixart
 from sd3 import save_sd3
+from serving_requests import ask
 from toy import PROMPTS
 from unet import XL, save_unet
 
+import dq_export
 from dq_export.core.recipe import Recipe
+from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.triton.serving.conditions import Texts
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
@@ -49,6 +54,32 @@ def test_a_graph_gives_the_conditions_of_the_pipeline(save: Callable[[Path], Pat
     for name, rows in exact.arrays.items():
         expected = np.concatenate([rows, np.repeat(exact.null[name], len(PROMPTS), axis=0)])
         np.testing.assert_allclose(found[name], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [save_sd3, save_unet])
+def test_a_server_draws_what_the_pipeline_draws_with_the_engine(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    import tritonclient.grpc as grpc
+
+    if server.missing():
+        pytest.skip(server.missing())
+    folder, out = save(tmp_path / "model"), tmp_path / "out"
+    more: dict[str, Any] = {"steps": 4, "calib_size": 2, "parity_size": 2, "min_sqnr": 5.0, "guidance_scale": 2.0}
+    dq_export.export(model=str(folder), output_dir=out, triton=True, prompts=tuple(PROMPTS), **more)
+    reference: Any = load_reference(str(folder))
+    reference.conditions = reference.encode(PROMPTS, "cpu")
+    engine, noise = open_graph(out / "model.onnx"), reference.noise(2, 7)
+
+    def network(feed: Any) -> Any:
+        rows = len(feed[reference.inputs[0].name])
+        return engine({**feed, "timestep": np.repeat(feed["timestep"], rows)})
+
+    exact = reference.draw(network, noise, np.array([0, 1]), steps=4, guidance=2.0)
+    with server.serving(out / "triton", tmp_path, wait="ready") as running:
+        client = grpc.InferenceServerClient(running.grpc)
+        found = ask(client, prompt=list(PROMPTS[:2]), latents=noise)["latents"]
+        client.close()
+    assert sqnr(exact, found) > 30
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def model_folder(path: Path, network: str, layers: str, *, pickle: bool) -> Path
 def flags_of(model: Path) -> list[str]:
     """For a network that draws prompts, and for one whose own pictures are larger than the others'."""
     flags = ["--conditions", str(model / CONDITIONS)] if (model / CONDITIONS).exists() else []
-    return [*flags, *(["--size", f"{SIDE}x{SIDE}"] if _is_flux(model) else [])]
+    return [*flags, *(["--sizes", f"{SIDE}x{SIDE}"] if _is_flux(model) else [])]
 
 
 def _is_flux(model: Path) -> bool:

@@ -22,6 +22,7 @@ from dq_export.deploy.backend import Backend
 from .families.prompts import conditions_of
 from .families.reference import ModelError, Reference
 from .memory import plan_memory
+from .sizes import plan_shapes, require_sizes
 from .stages.appearance import require_appearance
 from .stages.layout import layout_timesteps, require_layout
 from .stages.stage import Prepared, Stage
@@ -150,8 +151,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
         ModelError: the network does not draw pictures of the recipe's size.
         RecipeError: a pattern of `exclude` is no regular expression, or a guidance that the network does not take.
     """
-    if recipe.size is not None:
-        reference.draw_at(*map(int, recipe.size.split("x")))
+    require_sizes(recipe, reference)
     if reference.guided_by == "nothing" and (recipe.guidance_scale or 1.0) > 1:
         raise RecipeError(
             f"guidance_scale {recipe.guidance_scale:g}: this network has no input for it, and no call without a condition; "
@@ -175,6 +175,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
             "dtype": backend.dtype if backend else "fp32",
             "guidance_scale": reference.guidance if recipe.guidance_scale is None else recipe.guidance_scale,
             "timesteps": "shared" if shared else "per-sample",
+            **plan_shapes(recipe, reference),
         }
     )
 

@@ -101,7 +101,8 @@ class Calls:
                 timesteps.clear()
                 self.progress(done, total, "calls")
                 before, guidance = partial(start_call, batch), sampling.guidance
-                self.denoiser.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=guidance, before=before)
+                with self.denoiser.drawing(sampling.size(batch)):
+                    self.denoiser.trajectory(conditions, steps=sampling.steps, seed=seed, guidance=guidance, before=before)
                 journal.finish([*timesteps])
                 done += sampling.steps
         self.progress(total, total, "calls")

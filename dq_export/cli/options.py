@@ -25,7 +25,7 @@ GROUPS = {
     "Quantization": ("bits", "granularity", "group_size", "channel_bits", "attention", "rounding", "bias_correction"),
     "Calibration": (
         "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
-        "guidance_scale", "size", "seed",
+        "guidance_scale", "sizes", "seed",
     ),
     "Training": (
         "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",

@@ -272,6 +272,10 @@ class Denoiser(Protocol):
     ) -> None:
         """Sample a picture of each condition on the reference; `before` is called with the inputs of each network call."""
 
+    def drawing(self, size: tuple[int, int] | None) -> AbstractContextManager[None]:
+        """While active, pictures have another height and width, in pixels, and are sampled at the same timesteps as before;
+        None: it changes nothing."""
+
     def replace(
         self, weights: Mapping[str, Float32], biases: Mapping[str, Float32], rounded: Callable[[str, Float32, float], Float32]
     ) -> AbstractContextManager[None]:

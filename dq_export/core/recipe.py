@@ -26,6 +26,7 @@ class RecipeError(Exception):
 
 FORMATS = OneOf("backends", ("onnx", "ort", "trt", "trt-rtx"))
 METHODS = OneOf("methods", ("minmax", "percentile", "mse"))
+SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
 
 
 class Recipe(BaseModel):
@@ -114,8 +115,11 @@ class Recipe(BaseModel):
     guidance_scale: float | None = Field(
         default=None, ge=1, le=1000, allow_inf_nan=False, description="classifier-free guidance; null: the model's default"
     )
-    size: str | None = Field(
-        default=None, pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="HEIGHTxWIDTH in pixels; null: the model's own"
+    sizes: str | None = Field(
+        default=None,
+        max_length=200,
+        pattern=f"^{SIZE}(,{SIZE})*$",
+        description="HEIGHTxWIDTH in pixels, or several: 512x512,1024x768; null: the model's own",
     )
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and conditions")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
@@ -170,6 +174,12 @@ class Recipe(BaseModel):
             return scheme_of(self.bits, self.granularity, self.group_size)
         except ValueError as error:
             raise RecipeError(str(error)) from error
+
+    @property
+    def pixels(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each of `sizes`, each once; none where pictures have the model's own."""
+        texts = dict.fromkeys(self.sizes.split(",")) if self.sizes else ()
+        return tuple((int(height), int(width)) for height, _, width in (text.partition("x") for text in texts))
 
     @field_validator("prompts")
     @classmethod

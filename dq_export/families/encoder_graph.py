@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .config_values import reason_of
-from .float_graph import save, trace
-from .reference import ModelError
+from .float_graph import exporting, save, trace
 from .text_encoders import encoder_weights, stored_encoder
 from .text_parts import Part
 from .widened import widened
@@ -40,12 +38,8 @@ def export_encoder(part: Part, checkpoint: Checkpoint, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=1024)
     sizes = {0: batch} if length else {0: batch, 1: torch.export.Dim("length", min=1, max=LONGEST)}
     example = torch.zeros(2, length or LONGEST // 4, dtype=torch.int64)
-    try:
+    with exporting(part.kind):
         graph = trace(_wrapped(model, names), (example,), ["input_ids"], names, [sizes])
-    except (ImportError, MemoryError, OSError):  # the machine's, not the network's
-        raise
-    except Exception as error:  # see `TorchNetwork._graph`
-        raise ModelError(f"PyTorch's exporter makes no graph of the {part.kind} in {part.folder} ({reason_of(error)})") from error
     save(graph, path, encoder_weights(part, checkpoint).files, f"{NAME}.")
 
 

@@ -105,6 +105,10 @@ class Family(ABC):
         """The kind of guidance above a scale of 1: calls without a condition, an input of the network, or none."""
         return "null"
 
+    def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
+        """A scheduler that sends the same timesteps at every size: those of pictures of these inputs."""
+        return scheduler
+
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
         """For each axis of the inputs, its size for a picture of the given multiples of `unit`; only for a family with a
         `unit`."""

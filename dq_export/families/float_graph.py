@@ -21,7 +21,9 @@ from dq_export.passes.base import GraphError
 from dq_export.passes.match import SCOPES
 
 from ..collector import collector_paused
+from .config_values import reason_of
 from .idle_nodes import drop_idle
+from .reference import ModelError
 from .tensors import stored
 
 FLOAT = ir.DataType.FLOAT
@@ -207,6 +209,19 @@ def _link(file: Path, target: Path) -> None:
         os.link(file.resolve(), target)
     except OSError:
         shutil.copyfile(file, target)
+
+
+@contextmanager
+def exporting(kind: str) -> Iterator[None]:
+    """Around the tracing of a network of this class: what the exporter raises of it becomes a ModelError."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError):  # the machine's, not the network's
+        raise
+    except Exception as error:  # of the exporter, which runs the network's code and has exceptions of many bases
+        raise ModelError(
+            f"PyTorch's exporter makes no graph of {kind} ({reason_of(error)}); try another version of PyTorch or diffusers"
+        ) from error
 
 
 @contextmanager

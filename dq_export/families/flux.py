@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input
+from dq_export.core.network import BATCH, Axis, Conditions, Input, axes_of
 
 from .embeddings import settle_rotations, settle_timesteps
 from .family import Family, Pictures
@@ -80,6 +80,16 @@ class Flux(Family):
             *([guidance] if config.guidance_embeds else []),
         )
 
+    def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
+        """See `Family.scheduler_at`. dev's shift follows the number of tokens."""
+        settings = {**SCHEDULER, **scheduler.config}
+        if not settings["use_dynamic_shifting"]:
+            return scheduler
+        least, most = settings["base_image_seq_len"], settings["max_image_seq_len"]
+        slope = (settings["max_shift"] - settings["base_shift"]) / (most - least)
+        shift = settings["base_shift"] + slope * (_tokens(inputs) - least)
+        return type(scheduler).from_config({**scheduler.config, "base_shift": shift, "max_shift": shift})
+
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
         """See `Family.sizes`."""
         return {"tokens": height * width}
@@ -111,6 +121,11 @@ class Flux(Family):
             height=height,
             width=width,
         )
+
+
+def _tokens(inputs: Sequence[Input]) -> int:
+    """Of a picture."""
+    return next(axis.size for axis in axes_of(inputs) if axis.name == "tokens")
 
 
 FLUX = Flux()

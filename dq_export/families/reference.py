@@ -74,6 +74,13 @@ class Reference(Denoiser, Protocol):
             ModelError: the network does not draw that size.
         """
 
+    def at(self, size: tuple[int, int]) -> AbstractContextManager[None]:
+        """While active, pictures have another height and width, in pixels, and the timesteps that go with them.
+
+        Raises:
+            ModelError: the network does not draw that size.
+        """
+
     @property
     def sampler(self) -> str:
         """The scheduler's class, for the report."""

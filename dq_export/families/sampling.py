@@ -48,6 +48,16 @@ def load_scheduler(folder: Path | None, default: Mapping[str, Any], prediction: 
         return scheduler.from_config(config)  # type: ignore[attr-defined]
 
 
+def noise_of(shape: tuple[int, ...], samples: int, seed: int) -> Float32:
+    """float32[samples, *shape] with one generator for each sample: picture i does not depend on how many are drawn with it."""
+    import torch
+
+    seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]  # PyTorch takes 64 bits
+    each = [torch.randn(shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
+    noise: Float32 = torch.stack(each).numpy()
+    return noise
+
+
 def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
     """Check that a diffusers class samples a network with this prediction.
 

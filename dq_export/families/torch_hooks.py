@@ -15,6 +15,23 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def moved(model: Any, device: str) -> Iterator[dict[str, torch.Tensor]]:
+    """While active the network's tensors are on a device; gives those of the processor, which stay mapped, by name.
+
+    On the processor itself it moves nothing and gives none.
+    """
+    named = {} if device == "cpu" else {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    host = {name: tensor.data for name, tensor in named.items()}
+    try:
+        for tensor in named.values():
+            tensor.data = tensor.data.to(device)
+        yield host
+    finally:
+        for name, tensor in named.items():
+            tensor.data = host[name]
+
+
+@contextmanager
 def observed(model: Any, sites: Sequence[InputSite], observer: Observer) -> Iterator[None]:
     """See `Denoiser.observe`."""
 

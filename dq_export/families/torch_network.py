@@ -21,16 +21,15 @@ from dq_export.passes.sizes import write_sizes
 
 from ..collector import collect_everything
 from .checkpoint import CONFIG, Checkpoint, architecture_of, broken_weights, configuration, digest
-from .config_values import reason_of
 from .family import Family, Pictures
-from .float_graph import save
+from .float_graph import exporting, save
 from .loading import load_weights, make_empty
 from .lora import Adapter, fuse
 from .picture_size import inputs_at
 from .prompt_graph import export_encoders
 from .reference import Float32, ModelError, Network, Samplers
 from .sampler_tables import tabulate
-from .sampling import Rehearsal, load_scheduler
+from .sampling import Rehearsal, load_scheduler, noise_of
 from .stand_in import StandIn
 from .structure import structure_of
 from .text_encoders import encode_prompts
@@ -38,7 +37,7 @@ from .text_parts import files_of
 from .torch_blocks import TorchChain, block_names, linears_computing
 from .torch_call import call, parts_of
 from .torch_export import export_graph
-from .torch_hooks import inputs_replaced, observed, parameters_replaced
+from .torch_hooks import inputs_replaced, moved, observed, parameters_replaced
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,6 +130,27 @@ class TorchNetwork:
         self.size = (height, width)
         self.graphs.clear()
 
+    @contextmanager
+    def at(self, size: tuple[int, int]) -> Iterator[None]:
+        before = self.inputs, self.size
+        self.inputs, self.size = inputs_at(self.family, self.inputs, *size), size
+        try:
+            yield
+        finally:
+            self.inputs, self.size = before
+
+    @contextmanager
+    def drawing(self, size: tuple[int, int] | None) -> Iterator[None]:
+        if size is None:
+            yield
+            return
+        scheduler, self.scheduler = self.scheduler, self.family.scheduler_at(self.scheduler, self.inputs)
+        try:
+            with self.at(size):
+                yield
+        finally:
+            self.scheduler = scheduler
+
     @property
     def conditions(self) -> Conditions:
         return self.drawn
@@ -165,18 +185,10 @@ class TorchNetwork:
 
     @contextmanager
     def on(self, device: str) -> Iterator[None]:
-        if device == "cpu":
-            yield
-            return
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        self.host = {name: tensor.data for name, tensor in tensors.items()}  # stays mapped from the checkpoint
         try:
-            for tensor in tensors.values():
-                tensor.data = tensor.data.to(device)
-            yield
+            with moved(self.model, device) as self.host:
+                yield
         finally:
-            for name, tensor in tensors.items():
-                tensor.data = self.host[name]
             self.host = {}
 
     @property
@@ -244,13 +256,7 @@ class TorchNetwork:
         collect_everything()
 
     def noise(self, samples: int, seed: int) -> Float32:
-        import torch
-
-        # One generator for each sample, so that picture i does not depend on the number of pictures. Seeds have 64 bits.
-        seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]
-        each = [torch.randn(self.feed_shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
-        noise: Float32 = torch.stack(each).numpy()
-        return noise
+        return noise_of(self.feed_shape, samples, seed)
 
     def trajectory(
         self, conditions: npt.NDArray[np.int64], *, steps: int, seed: int, guidance: float, before: Callable[[Feed], None]
@@ -307,12 +313,5 @@ class TorchNetwork:
         collect_everything()
 
     def _graph(self, *, shared: bool) -> ir.Model:
-        try:
+        with exporting(type(self.model).__name__):
             return export_graph(self.model, self.inputs, self.family.part, self.family.blocks, shared=shared)
-        except (ImportError, MemoryError, OSError):  # the machine's, not the network's
-            raise
-        except Exception as error:  # of the exporter, which runs the network's code and has exceptions of many bases
-            raise ModelError(
-                f"PyTorch's exporter makes no graph of {type(self.model).__name__} ({reason_of(error)}); try another version of "
-                "PyTorch or diffusers"
-            ) from error

@@ -21,7 +21,7 @@ from .verdict import concluded
 
 CHOICES = (
     "bits", "granularity", "group_size", "attention", "rounding", "format", "provider", "dtype", "target", "timesteps", "method",
-    "bins", "scaling", "calibration", "calib_size", "steps", "guidance_scale", "size", "seed",
+    "bins", "scaling", "calibration", "calib_size", "steps", "guidance_scale", "sizes", "seed",
 )  # fmt: skip
 """The recipe's keys that the report shows, in this order."""
 

@@ -103,7 +103,7 @@ class Calibrate(Stage[Calibrated]):
     result: type[Calibrated] = Calibrated
     fields: tuple[str, ...] = (
         "channel_bits", "attention", "method", "bias_correction", "percentile", "bins", "scaling", "alpha", "rho", "shift",
-        "calib_size", "calibration", "steps", "guidance_scale", "size", "seed", "tables_sha256",
+        "calib_size", "calibration", "steps", "guidance_scale", "sizes", "seed", "tables_sha256",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
@@ -240,7 +240,8 @@ def sampling_of(recipe: Recipe, reference: Reference) -> Sampling:
         seed=recipe.seed,
         guidance=recipe.guidance_scale or 1.0,
         conditions=len(reference.conditions),
-        batch=reference.batch,
+        batch=min(reference.batch, recipe.calib_size // max(1, len(recipe.pixels))),
+        sizes=recipe.pixels,
     )
 
 

@@ -67,7 +67,7 @@ class Distill(Stage[Distilled]):
     fields: tuple[str, ...] = (
         "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
         "finish",
-        "calib_size", "steps", "guidance_scale", "size", "seed",
+        "calib_size", "steps", "guidance_scale", "sizes", "seed",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)
     network: bool = True

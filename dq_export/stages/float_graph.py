@@ -21,7 +21,7 @@ class FloatGraph(Stage[Result]):
 
     name: str = "float"
     result: type[Result] = Result
-    fields: tuple[str, ...] = ("timesteps", "size")
+    fields: tuple[str, ...] = ("timesteps", "sizes")
     network: bool = True
 
     def modules(self, recipe: Recipe) -> tuple[str, ...]:

@@ -58,32 +58,54 @@ class Recording:
 def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Path, progress: Advance) -> None:
     """Sample `recipe.parity_size` pictures with PyTorch; write them, and one call for each timestep bin, to `folder`.
 
+    Of the sizes behind the first one a batch of pictures is sampled, of which the calls alone are written.
+
     Raises:
         ModelError: PyTorch's own output is not finite.
     """
-    timesteps = reference.timesteps(recipe.steps)
-    chosen = pick_calls(bins.index(timesteps))
-    feeds: list[Feed] = []
-    outputs: list[Float32] = []
-    calls = 0
-
-    def recorded(feed: Feed) -> Float32:
-        nonlocal calls
-        output = reference.forward(feed)
-        if not np.isfinite(output).all():
-            step = float(np.asarray(feed["timestep"]).ravel()[0])
-            raise ModelError(f"PyTorch's own output has NaN or Inf at timestep {step:g}; check the checkpoint")
-        if calls in chosen:  # of the first batch only
-            feeds.append(feed_of(feed, recipe))
-            outputs.append(output)
-        calls += 1
-        progress(calls, len(timesteps) * -(-recipe.parity_size // reference.batch), "calls")
-        return output
-
-    pictures = draw(reference, recorded, recipe)
+    batches = -(-recipe.parity_size // reference.batch)
+    others, fewer = recipe.pixels[1:], min(recipe.parity_size, reference.batch)
+    total = len(reference.timesteps(recipe.steps)) * (batches + len(others))
+    calls = _Calls(reference, bins, progress, total)
+    pictures = calls.draw(recipe)
+    for size in others:
+        with reference.at(size):
+            calls.draw(recipe.model_copy(update={"parity_size": fewer}))
+    feeds, outputs = calls.feeds, calls.outputs
     folder.mkdir(parents=True, exist_ok=True)
     save_replay(folder, feeds, outputs)
     save_tensors(folder / PICTURES, {"pictures": pictures})
+
+
+class _Calls:
+    """The chosen calls of trajectories, PyTorch's outputs, and progress over all calls."""
+
+    def __init__(self, reference: Reference, bins: TimestepBins, progress: Advance, total: int) -> None:
+        self.reference, self.bins, self.progress, self.total, self.done = reference, bins, progress, total, 0
+        self.feeds: list[Feed] = []
+        self.outputs: list[Float32] = []
+
+    def draw(self, recipe: Recipe) -> Float32:
+        """The pictures of a recipe, at the reference's size; of the first batch one call for each bin is kept.
+
+        Raises:
+            ModelError: PyTorch's own output is not finite.
+        """
+        start, chosen = self.done, pick_calls(self.bins.index(self.reference.timesteps(recipe.steps)))
+
+        def recorded(feed: Feed) -> Float32:
+            output = self.reference.forward(feed)
+            if not np.isfinite(output).all():
+                step = float(np.asarray(feed["timestep"]).ravel()[0])
+                raise ModelError(f"PyTorch's own output has NaN or Inf at timestep {step:g}; check the checkpoint")
+            if self.done - start in chosen:
+                self.feeds.append(feed_of(feed, recipe))
+                self.outputs.append(output)
+            self.done += 1
+            self.progress(self.done, self.total, "calls")
+            return output
+
+        return draw(self.reference, recorded, recipe)
 
 
 def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:

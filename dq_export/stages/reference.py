@@ -26,7 +26,7 @@ class DrawReference(Stage[Result]):
 
     name: str = "reference"
     result: type[Result] = Result
-    fields: tuple[str, ...] = ("parity_size", "steps", "seed", "guidance_scale", "size", "timesteps")
+    fields: tuple[str, ...] = ("parity_size", "steps", "seed", "guidance_scale", "sizes", "timesteps")
     needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
 

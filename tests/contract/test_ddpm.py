@@ -140,7 +140,7 @@ def test_other_configurations_are_refused(changes: dict[str, Any], message: str,
     [
         ({"guidance_scale": 2.0}, "guidance_scale 2: this network has no input for it"),
         ({"prompts": ["a cat"]}, "prompts: family ddpm draws no text; leave it out"),
-        ({"size": "16x16"}, "size 16x16: family ddpm draws pictures of one size; leave it out"),
+        ({"sizes": "16x16"}, "size 16x16: family ddpm draws pictures of one size; leave it out"),
     ],
 )
 def test_what_such_a_network_does_not_take_is_refused(values: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:

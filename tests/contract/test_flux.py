@@ -118,7 +118,7 @@ def test_schnell_has_no_guidance_and_refuses_one_before_any_work(tmp_path: Path)
 @pytest.mark.parametrize(("size", "message"), [("100x96", "in steps of 16 pixels"), ("2048x2064", "tokens up to 16384")])
 def test_a_size_that_it_does_not_draw_is_refused(size: str, message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"^size {size}: expected HEIGHTxWIDTH .*{message}"):
-        run(Recipe.parse({"model": str(folder), "size": size}, "test"), tmp_path / "out")
+        run(Recipe.parse({"model": str(folder), "sizes": size}, "test"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -147,7 +147,7 @@ def test_a_file_of_conditions_needs_no_null(folder: Path, tmp_path: Path) -> Non
     sizes = {"encoder_hidden_states": (2, 6, 8), "pooled_projections": (2, 4)}
     arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
     save_conditions(tmp_path / CONDITIONS, Conditions(names=("a", "b"), arrays=arrays, null={}))
-    recipe = {"model": str(folder), "conditions": str(tmp_path / CONDITIONS), "size": "64x96", "steps": 2, "calib_size": 1}
+    recipe = {"model": str(folder), "conditions": str(tmp_path / CONDITIONS), "sizes": "64x96", "steps": 2, "calib_size": 1}
     run(Recipe.parse(recipe, "test"), tmp_path / "out", until="conditions")
 
 

@@ -42,7 +42,7 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(model: Path, out: Path, until: str, **options: Any) -> Report:
     values = {"steps": STEPS, "parity_size": PICTURES, "guidance_scale": GUIDANCE, "calib_size": 2, "bins": "per-step"}
-    recipe = {"model": str(model), "size": SIZE, "min_sqnr": 10, **values, **options}
+    recipe = {"model": str(model), "sizes": SIZE, "min_sqnr": 10, **values, **options}
     report = run(Recipe.parse(recipe, "test"), out, until=until)
     assert report is not None
     assert report.audit is not None

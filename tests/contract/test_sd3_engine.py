@@ -154,7 +154,7 @@ def test_a_size_is_drawn_or_refused_before_any_work(size: str, takes: bool, mode
         assert len(reference.timesteps(STEPS)) == STEPS
         return
     with pytest.raises(ModelError, match=rf"^size {size}: expected HEIGHTxWIDTH in steps of 8 .*height up to 18 in steps"):
-        run(Recipe.parse({"model": str(model), "size": size}, "test"), tmp_path / "out")
+        run(Recipe.parse({"model": str(model), "sizes": size}, "test"), tmp_path / "out")
 
 
 def test_layers_that_a_pipeline_would_skip_are_refused(model: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from dq_export.core.scales import ScaleTable, TokenScale
 from dq_export.core.scheme import Scheme, scheme_of
 
 from .bins import build_table
+from .channel_bits import narrow
 from .collect.histograms import collect_histograms
 from .collect.statistics import SiteStatistics, Statistics, collect_ranges
 from .context import Calibration
@@ -96,6 +97,8 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
         linears = [name for site in group for name in site.linears]
         quantized = [name for name in linears if assigned[name].scheme.low_precision]
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
+        if recipe.channel_bits is not None and scheme.mixes_widths:
+            scheme = narrow(scheme, recipe.channel_bits)
         scaling = choose_scaling(
             reduce(SiteStatistics.joined, items),
             [denoiser.weight(name) for name in quantized],

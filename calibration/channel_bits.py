@@ -25,16 +25,16 @@ def mixed(
     Of SHARES the one with the least squared error is taken. Codes of few bits are 8-bit codes that use a part of their range.
 
     Args:
-        hessian: as `rounding` takes it; its diagonal also weighs the errors that are compared.
+        hessian: as `rounding` takes it; it also weighs the errors that are compared.
 
     Source: MPQ-DM (arXiv 2412.11549), outlier-driven mixed quantization.
     """
-    counts = np.ones(weight.shape[1]) if hessian is None else hessian if hessian.ndim == 1 else np.diagonal(hessian)
+    moments = np.ones(1, dtype=np.float32) if hessian is None else hessian
     order = np.argsort(_kurtosis(weight), kind="stable")
     best: tuple[float, Float32, Float32] | None = None
     rounded = {}
     for bits in (mean - 1, mean, mean + 1):  # each channel is rounded by itself, whatever the others' bits are
-        grid, codes = rounding(weight, _narrow(scheme, bits), hessian)
+        grid, codes = rounding(weight, narrow(scheme, bits), hessian)
         rounded[bits] = grid.scale, grid.codes(weight) if codes is None else codes
     for count in dict.fromkeys(int(share * len(weight)) for share in SHARES):
         bits_of = np.full(len(weight), mean)
@@ -42,7 +42,8 @@ def mixed(
         bits_of[order[len(order) - count :]] += 1
         scale = np.choose(bits_of - mean + 1, [part[0] for part in rounded.values()])
         codes = np.choose((bits_of - mean + 1)[:, None], [part[1] for part in rounded.values()])
-        error = float((np.square(codes * scale[:, None] - weight) @ counts).sum())
+        apart = codes * scale[:, None] - weight
+        error = float((apart * (apart @ moments if moments.ndim > 1 else apart * moments)).sum(dtype=np.float64))
         if best is None or error < best[0]:
             best = error, scale, codes
     assert best is not None
@@ -57,7 +58,7 @@ def _kurtosis(weight: Float32) -> npt.NDArray[np.float64]:
     return found
 
 
-def _narrow(scheme: Scheme, bits: int) -> Scheme:
+def narrow(scheme: Scheme, bits: int) -> Scheme:
     """The scheme with 8-bit codes that use `bits` of them."""
     assert scheme.weight is not None
     limit = 2 ** (bits - 1) - 1

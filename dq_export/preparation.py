@@ -88,6 +88,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     reference = load(source, progress.advance, place)
     progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
+    reference.shared = recipe.timesteps != "per-sample"  # to resolve a recipe may trace the network
     resolved = resolve(recipe, options.exclude, reference, backend)
     reference.shared = resolved.timesteps == "shared"
     assigned = resolved.assign(reference.linears)

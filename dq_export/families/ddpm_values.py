@@ -44,6 +44,7 @@ class DDPMValues(Values):
     add_attention: bool = True
     class_embed_type: None = None
     num_class_embeds: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    num_train_timesteps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> DDPMValues:

@@ -51,7 +51,7 @@ def mean_sqnr(reference: Reference, result: CalibrationResult, recipe: Recipe) -
     ("options", "gain"),
     [
         ({"bits": "w4a4"}, 0.2),
-        ({"bits": "w4a4", "granularity": "token"}, 0.1),
+        ({"bits": "w4a4", "granularity": "token", "scaling": "smooth", "shift": True}, 0.1),
         ({"bits": "w4a8", "scaling": "smooth", "shift": True}, 0.2),
     ],
     ids=["w4a4", "token", "w4a8"],

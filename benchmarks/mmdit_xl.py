@@ -20,6 +20,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from random_texts import TEXTS, as_conditions
 
 from dq_export.core.condition_file import save_conditions
 from dq_export.core.network import Conditions
@@ -43,7 +44,7 @@ SD35_MEDIUM = {
 """The hub's, for pictures of 512 pixels where that has 1024."""
 FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
 """All else is diffusers' default."""
-TEXTS, WIDTH = 4, 4096
+WIDTH = 4096
 NETWORKS: dict[str, tuple[str, dict[str, Any], str, int, int]] = {
     "sd35-medium": ("SD3Transformer2DModel", SD35_MEDIUM, "StableDiffusion3Pipeline", 333, 2048),
     "flux-dev": ("FluxTransformer2DModel", FLUX_DEV, "FluxPipeline", 512, 768),
@@ -77,11 +78,7 @@ def conditions(tokens: int, pooled: int, *, null: bool, seed: int) -> Conditions
     rng = np.random.default_rng(seed)
     states = rng.normal(scale=0.2, size=(TEXTS + 1, tokens, WIDTH)).astype(np.float32)
     rows = {"encoder_hidden_states": states, "pooled_projections": rng.normal(size=(TEXTS + 1, pooled)).astype(np.float32)}
-    return Conditions(
-        names=tuple(f"text {index + 1}" for index in range(TEXTS)),
-        arrays={name: value[1:] for name, value in rows.items()},
-        null={name: value[:1] for name, value in rows.items()} if null else {},
-    )
+    return as_conditions(rows, null=null)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from random_texts import TEXTS, as_conditions
 
 from dq_export.core.condition_file import save_conditions
 from dq_export.core.network import Conditions
@@ -38,7 +39,7 @@ XL = {
     "caption_channels": 4096,
     "use_additional_conditions": False,
 }
-TOKENS, TEXTS, WIDTH = 300, 4, 4096
+TOKENS, WIDTH = 300, 4096
 PIXELS = (256, 512, 1024, 2048)
 
 
@@ -63,11 +64,7 @@ def conditions(seed: int) -> Conditions:
     lengths = np.asarray([1, 8, 20, 60, 200])
     mask = (np.arange(TOKENS) < lengths[:, None]).astype(np.float32)
     rows = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-    return Conditions(
-        names=tuple(f"text {index + 1}" for index in range(TEXTS)),
-        arrays={name: value[1:] for name, value in rows.items()},
-        null={name: value[:1] for name, value in rows.items()},
-    )
+    return as_conditions(rows)
 
 
 if __name__ == "__main__":

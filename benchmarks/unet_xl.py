@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from random_texts import TEXTS, as_conditions
 
 from dq_export.core.condition_file import save_conditions
 from dq_export.core.network import Conditions
@@ -46,7 +47,7 @@ SDXL: dict[str, Any] = {
 }
 """All else is diffusers' default."""
 NETWORKS = {"sd1.5": (SD15, "StableDiffusionPipeline"), "sdxl": (SDXL, "StableDiffusionXLPipeline")}
-TOKENS, TEXTS, POOLED = 77, 4, 1280
+TOKENS, POOLED = 77, 1280
 
 
 def make(folder: Path, network: str, layers: int, dtype: str, *, seed: int = 0) -> None:
@@ -69,11 +70,7 @@ def conditions(config: dict[str, Any], seed: int) -> Conditions:
     rows = {"encoder_hidden_states": rng.normal(size=shape).astype(np.float32)}
     if "addition_embed_type" in config:
         rows["text_embeds"] = rng.normal(size=(TEXTS + 1, POOLED)).astype(np.float32)
-    return Conditions(
-        names=tuple(f"text {index + 1}" for index in range(TEXTS)),
-        arrays={name: value[1:] for name, value in rows.items()},
-        null={name: value[:1] for name, value in rows.items()},
-    )
+    return as_conditions(rows)
 
 
 if __name__ == "__main__":

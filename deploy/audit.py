@@ -133,10 +133,10 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         AuditError: one of the two files is damaged.
     """
     # A float convolution on channels in blocks is named after the value that it makes.
-    graph = _load(model).graph
+    graph, optimized_graph = _load(model).graph, _load(optimized).graph
     made = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in graph if node.op_type == "Conv"}
-    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in _load(optimized).graph}
-    kernels |= _fused(graph, _load(optimized).graph)
+    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in optimized_graph}
+    kernels |= _fused(graph, optimized_graph)
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")

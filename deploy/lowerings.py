@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dq_export.core.scheme import Scheme
+from dq_export.core.scheme import BLOCK_SIZES, Scheme
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,16 @@ def integer_gemm(scheme: Scheme, kernel: str) -> Lowering:
     if scheme.two_level:
         how += "; int4 codes are widened to 8 bits when the engine is loaded"
     return Lowering(how, kernel)
+
+
+def unpacked_blocks(scheme: Scheme, how: str = "") -> Lowering | Refusal:
+    """The lowering of a scheme whose weight is unpacked in blocks by ONNX Runtime's MatMulNBits.
+
+    Args:
+        how: what else the kernel does, in words.
+    """
+    weight = scheme.weight
+    if weight is not None and weight.size is not None and weight.size not in BLOCK_SIZES:
+        size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
+        return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
+    return Lowering(f"MatMulNBits: blocks unpacked inside the GEMM{how}", "MatMulNBits")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from dq_export.core.documents import printable, shown, shown_path
 from dq_export.core.recipe import Recipe
 
+from .families.float_graph import link
 from .families.hub import refusals
 from .families.loading import read_config
 from .families.reference import ModelError
@@ -113,7 +113,7 @@ def fetch(name: str) -> Path:
         raise ModelError(f"model '{hub_id}': no finished export, for it has no {', '.join(missing)}")
     folder = Path(cached_assets_path("dq-export", hub_id, snapshot.name))
     for file in (path for path in snapshot.rglob("*") if path.is_file()):
-        _place(file.resolve(), folder / file.relative_to(snapshot))
+        _place(file, folder / file.relative_to(snapshot))
     return folder
 
 
@@ -129,10 +129,7 @@ def _place(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.new")
     try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        link(source, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

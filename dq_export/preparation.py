@@ -88,9 +88,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     reference = load(source, progress.advance, place)
     progress.begin("load", TRACING)  # at the first question for its linears
     _require_decoder(recipe, reference)
-    reference.shared = recipe.timesteps != "per-sample"  # to resolve a recipe may trace the network
     resolved = resolve(recipe, options.exclude, reference, backend)
-    reference.shared = resolved.timesteps == "shared"
     assigned = resolved.assign(reference.linears)
     _require_trained(reference)
     if backend:
@@ -146,7 +144,7 @@ def _require_decoder(recipe: Recipe, reference: Reference) -> None:
 
 
 def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, backend: Backend | None) -> Recipe:
-    """The recipe with every value filled in that depends on the model or the backend.
+    """The recipe with every value filled in that depends on the model or the backend; the network is traced as it says.
 
     Raises:
         ModelError: the network does not draw pictures of the recipe's size.
@@ -168,6 +166,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     if recipe.triton:
         _require_servable(recipe, backend)
         shared = False
+    reference.shared = shared  # the first question for its linears, which rules ask, traces the network in this form
     return recipe.model_copy(
         update={
             "rules": (*front, *_rules(recipe, reference)),

@@ -135,6 +135,11 @@ def computed_initializer(
     return _register(graph, name, ir.LazyTensor(tensor, dtype, ir.Shape(shape)))
 
 
+def reshaped_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
+    """Register a stored tensor in another shape, computed when it is read: it may be computed itself, from a whole weight."""
+    return computed_initializer(graph, name, tensor.dtype, shape, lambda: tensor.numpy().reshape(shape))
+
+
 def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     unique, number = name, 1
     while unique in graph.initializers:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -308,22 +309,24 @@ def texts(prompted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture
 def text_client(texts: server.Server) -> Iterator[Any]:
     """As `client`, of the server that draws prompts."""
-    import tritonclient.grpc as grpc
-
-    made = grpc.InferenceServerClient(texts.grpc)
-    yield made
-    assert texts.process.poll() is None
-    assert made.is_server_ready()
-    made.close()
+    with whole_after(texts) as connected:
+        yield connected
 
 
 @pytest.fixture
 def client(running: server.Server) -> Iterator[Any]:
     """A grpc client; the server must still be whole when the test ends."""
+    with whole_after(running) as connected:
+        yield connected
+
+
+@contextmanager
+def whole_after(running: server.Server) -> Iterator[Any]:
+    """A grpc client of a server that must still be whole at the end."""
     import tritonclient.grpc as grpc
 
-    made = grpc.InferenceServerClient(running.grpc)
-    yield made
+    connected = grpc.InferenceServerClient(running.grpc)
+    yield connected
     assert running.process.poll() is None
-    assert made.is_server_ready()
-    made.close()
+    assert connected.is_server_ready()
+    connected.close()

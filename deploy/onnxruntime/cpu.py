@@ -19,7 +19,7 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import printable, shown
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.rule import Rule
-from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
+from dq_export.core.scheme import PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.integer_convolutions import IntegerConvolutions
@@ -32,7 +32,7 @@ from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_ort
 from ..backend import Backend, BackendError, Built, Feed, Float32
-from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
+from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm, unpacked_blocks
 from ..packages import require_packages
 
 PROFILED = 5
@@ -109,10 +109,7 @@ class Ort(Backend):
             return Refusal("no CPU kernel takes float8; --format trt has one", PRESETS["w8a8"])
         if codes is not None:
             return integer_gemm(scheme, "MatMulIntegerToFloat")
-        if weight.size is not None and weight.size not in BLOCK_SIZES:
-            size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
-            return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
-        return Lowering("MatMulNBits: blocks unpacked inside the GEMM, which rounds its input to 8 bits a block", "MatMulNBits")
+        return unpacked_blocks(scheme, ", which rounds its input to 8 bits a block")
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,

@@ -16,13 +16,13 @@ from dq_export.core.documents import DocumentError, read_json, shown_path
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.qtypes import INT4
 from dq_export.core.rule import Rule
-from dq_export.core.scheme import BLOCK_SIZES, PRESETS, Scheme
+from dq_export.core.scheme import PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.cast_floats import CastFloats
 
 from ..audit import Audit
 from ..backend import BackendError, Built, NotHereError
-from ..lowerings import ANY_KERNEL, Lowering, Refusal
+from ..lowerings import ANY_KERNEL, Lowering, Refusal, unpacked_blocks
 from .cpu import PROVIDERS, Ort, OrtEngine, new_session, onnxruntime, session_options
 
 PROVIDER = "CUDAExecutionProvider"
@@ -59,10 +59,7 @@ class OrtCuda(Ort):
         if scheme.activation is not None:
             nearest = PRESETS["w4a16" if weight.qtype == INT4 else "w8a16"]
             return Refusal("it has no integer or float8 GEMM for Q/DQ; --format trt and trt-rtx have", nearest)
-        if weight.size is not None and weight.size not in BLOCK_SIZES:
-            size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
-            return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
-        return Lowering("MatMulNBits: blocks unpacked inside the GEMM", "MatMulNBits")
+        return unpacked_blocks(scheme)
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Everything that is not quantized in `dtype`."""

@@ -84,11 +84,11 @@ def save(model: ir.Model, path: Path, weights: Sequence[Path], prefix: str, chan
         name = str(initializer.name)
         place = places.get(name)
         if place and place.float32 and place.offset is not None and (tensor.dtype, tuple(tensor.shape)) == (FLOAT, place.shape):
-            link = path.parent / place.file.name
-            if not link.exists():
-                _link(place.file, link)
+            linked = path.parent / place.file.name
+            if not linked.exists():
+                link(place.file, linked)
             initializer.const_value = ir.ExternalTensor(
-                link.name, place.offset, tensor.nbytes, FLOAT, shape=ir.Shape(place.shape), name=name, base_dir=path.parent
+                linked.name, place.offset, tensor.nbytes, FLOAT, shape=ir.Shape(place.shape), name=name, base_dir=path.parent
             )
         else:
             written.append(initializer)
@@ -204,7 +204,8 @@ def _name_transposed(model: ir.Model, state: Mapping[str, Any]) -> None:
         del graph.initializers[str(initializer.name)]
 
 
-def _link(file: Path, target: Path) -> None:
+def link(file: Path, target: Path) -> None:
+    """Hard-link a file, behind whatever links lead to it, or copy it where the file system cannot."""
     try:
         os.link(file.resolve(), target)
     except OSError:

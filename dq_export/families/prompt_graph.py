@@ -13,12 +13,10 @@ from dq_export.core.documents import shown_path
 from dq_export.deploy.triton.serving.call import suffix
 
 from .checkpoint import Checkpoint
-from .config_values import reason_of
 from .encoder_graph import float_encoder
 from .family import Family
-from .float_graph import trace
+from .float_graph import exporting, trace
 from .loading import silent as quiet_diffusers
-from .reference import ModelError
 from .text_parts import Part, other, parts_of, silent
 
 GRAPH = "model.onnx"
@@ -50,14 +48,8 @@ def export_encoders(
     for name in tokenizers:
         lengths.append(_save_tokenizer(parts[name], parts[other(name)], most, folder / f"{name}.json"))
     network = _wrapped(family, checkpoint.pipeline, loaded, tokenizers, config, conditions)
-    try:
+    with exporting(f"the text encoders of {shown_path(checkpoint.home)}"):
         graph = _traced(network, lengths, conditions)
-    except (ImportError, MemoryError, OSError):  # the machine's, not the network's
-        raise
-    except Exception as error:  # see `TorchNetwork._graph`
-        raise ModelError(
-            f"PyTorch's exporter makes no graph of the text encoders of {shown_path(checkpoint.home)} ({reason_of(error)})"
-        ) from error
     ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data", size_threshold_bytes=1024)
     return tuple(f"{name}.json" for name in tokenizers)
 

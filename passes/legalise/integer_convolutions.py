@@ -11,7 +11,17 @@ import onnx_ir as ir
 
 from dq_export.core.qtypes import UINT8
 
-from ..base import GraphPass, PassReport, computed_initializer, constant, initializer, like, redirect, stored
+from ..base import (
+    GraphPass,
+    PassReport,
+    computed_initializer,
+    constant,
+    initializer,
+    like,
+    redirect,
+    reshaped_initializer,
+    stored,
+)
 from ..match import only_user
 from ..names import FACTOR
 
@@ -90,7 +100,7 @@ def _replace(graph: ir.Graph, node: ir.Node, activation: ir.Node, weight: ir.Nod
     large += [ir.node("Mul", [large[-1].outputs[0], value]) for value in values if value not in numbers]
     bias = stored(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
-        column = _column(graph, str(node.name), bias)
+        column = reshaped_initializer(graph, f"{node.name}.added_bias", bias, (*bias.shape.numpy(), 1, 1))
         if not _join(graph, last.outputs[0], column):
             large.append(ir.node("Add", [large[-1].outputs[0], column]))
     for made in large:
@@ -137,9 +147,3 @@ def _product(graph: ir.Graph, node: ir.Node, activation: ir.Node, weight: ir.Nod
         attributes=dict(node.attributes),
         metadata_props=dict(node.metadata_props),
     )
-
-
-def _column(graph: ir.Graph, name: str, bias: ir.TensorProtocol) -> ir.Value:
-    """A bias [N] as [N, 1, 1], computed when it is read."""
-    shape = (*bias.shape.numpy(), 1, 1)
-    return computed_initializer(graph, f"{name}.added_bias", bias.dtype, shape, lambda: bias.numpy().reshape(shape))

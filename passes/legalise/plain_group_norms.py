@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..base import GraphPass, PassReport, computed_initializer, initializer, like, redirect, stored
+from ..base import GraphPass, PassReport, initializer, like, redirect, reshaped_initializer, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,4 +83,4 @@ def _column(graph: ir.Graph, node: ir.Node, index: int, label: str) -> ir.Value:
     assert x is not None
     assert x.shape is not None
     shape = (*tensor.shape.numpy(), *[1] * (len(x.shape) - 2))
-    return computed_initializer(graph, f"{node.name}.{label}", tensor.dtype, shape, lambda: tensor.numpy().reshape(shape))
+    return reshaped_initializer(graph, f"{node.name}.{label}", tensor, shape)

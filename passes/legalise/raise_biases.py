@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..base import GraphPass, PassReport, computed_initializer, stored
+from ..base import GraphPass, PassReport, reshaped_initializer, stored
 from ..match import LinearNode, linears
 
 
@@ -43,7 +43,8 @@ class RaiseBiases(GraphPass):
             assert add is not None
             assert bias is not None
             assert product.shape is not None
-            whole = _raised(model.graph, f"{name}.raised_bias", bias, len(product.shape))
+            shape = (1,) * (len(product.shape) - 1) + tuple(bias.shape.numpy())
+            whole = reshaped_initializer(model.graph, f"{name}.raised_bias", bias, shape)
             add.replace_input_with(0 if add.inputs[1] is product else 1, whole)
             changed.append(f"'{name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
@@ -60,9 +61,3 @@ def _refusal(linear: LinearNode) -> str:
     if stored(linear.gemm.inputs[1]) is not None:
         return "case 3: a float weight"
     return ""
-
-
-def _raised(graph: ir.Graph, name: str, bias: ir.TensorProtocol, rank: int) -> ir.Value:
-    """A bias with leading ones. It is computed when it is read, because a shift multiplies it by the complete weight."""
-    shape = (1,) * (rank - 1) + tuple(bias.shape.numpy())
-    return computed_initializer(graph, name, bias.dtype, shape, lambda: bias.numpy().reshape(shape))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ddpm import CLASSES, drawn_by_ddpm_pipeline, save_ddpm
+from json_file import edit
 
 import dq_export
 from dq_export.core.recipe import Recipe, RecipeError
@@ -129,8 +130,7 @@ def test_published_configurations_are_taken() -> None:
 )
 def test_other_configurations_are_refused(changes: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "model"))
-    path = folder / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(folder / "unet" / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
         load_reference(str(folder))
 

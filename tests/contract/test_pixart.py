@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from json_file import edit
 from pixart import ALPHA, TINY, drawn_by_pixart_pipeline, save_pixart
 from toy import PROMPTS
 
@@ -174,8 +175,7 @@ def test_values_of_no_pixart_are_refused_by_file_and_key(
     changes: dict[str, Any], message: str, sigma: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(sigma, tmp_path / "model")
-    path = tmp_path / "model" / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(tmp_path / "model" / "transformer" / "config.json", **changes)
     with pytest.raises(ModelError, match=rf"config\.json: {message}"):
         load_reference(str(tmp_path / "model"))
 

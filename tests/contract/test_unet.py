@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from json_file import edit
 from toy import PROMPTS
 from unet import CLIP, SCALE, TINY, XL, drawn_by_unet_pipeline, save_lcm, save_unet
 
@@ -157,8 +158,7 @@ def test_published_configurations_are_taken(scale: dict[str, Any]) -> None:
 )
 def test_other_configurations_are_refused(changes: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "model"))
-    path = folder / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(folder / "unet" / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
         load_reference(str(folder))
 

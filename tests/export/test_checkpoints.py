@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny
+from json_file import edit
 from typer.testing import CliRunner
 
 from dq_export.core.recipe import Recipe
@@ -27,10 +28,6 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny pipeline, to be changed."""
     shutil.copytree(tiny_folder, tmp_path / "model")
     return tmp_path / "model"
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def save_vae(folder: Path, **options: Any) -> Any:

@@ -38,11 +38,6 @@ VAE = {
 }  # fmt: skip
 
 
-def edit(folder: Path, part: str, name: str, **changes: Any) -> None:
-    path = folder / part / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, feed_of, save_tiny, sqnr
+from json_file import edit
 
 from dq_export.core.network import Feed
 from dq_export.families.reference import Float32, ModelError
@@ -118,9 +119,8 @@ def cut(share: float) -> Callable[[Path], None]:
     return spoil
 
 
-def edit(transformer: Path, **changes: Any) -> None:
-    path = transformer / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edit_config(transformer: Path, **changes: Any) -> None:
+    edit(transformer / "config.json", **changes)
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,17 @@ def edit(transformer: Path, **changes: Any) -> None:
         (cut(0), "safetensors: empty; copy or download it again"),
         (cut(0.5), "safetensors: cut short"),
         (cut(0.999), "safetensors: cut short"),
-        (lambda t: edit(t, norm_type="layer_norm"), "ada_norm_zero|layer_norm"),
+        (lambda t: edit_config(t, norm_type="layer_norm"), "ada_norm_zero|layer_norm"),
         (
-            lambda t: edit(t, in_channels=3, out_channels=3),
+            lambda t: edit_config(t, in_channels=3, out_channels=3),
             r"pos_embed\.proj\.weight has shape \(32, 2, 2, 2\) in the weights and \(32, 3, 2, 2\) in the network",
         ),
-        (lambda t: edit(t, num_layers=1), r"do not fit each other: the weights hold \d+ tensors that the network does not have"),
+        (
+            lambda t: edit_config(t, num_layers=1),
+            r"do not fit each other: the weights hold \d+ tensors that the network does not have",
+        ),
         (lambda t: (t / "config.json").write_text("[]"), "expected a JSON object, found list"),
-        (lambda t: edit(t, _class_name=None), "architecture None is not supported; supported: DiTTransformer2DModel"),
+        (lambda t: edit_config(t, _class_name=None), "architecture None is not supported; supported: DiTTransformer2DModel"),
     ],
     ids=["empty", "half", "nearly whole", "norm", "channels", "blocks", "list", "no class"],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import save_tiny, sqnr
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from json_file import edit
 
 import dq_export
 from dq_export.core.recipe import Recipe
@@ -160,8 +160,7 @@ def test_a_batch_that_the_engine_was_not_built_for_is_refused(shared: Path, monk
 
 
 def configured(out: Path, **changes: Any) -> None:
-    path = out / "float" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(out / "float" / "config.json", **changes)
 
 
 def exported_for(out: Path, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import save_tiny
+from json_file import edit
 
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import NAMED, load_reference
@@ -89,8 +90,7 @@ def test_without_a_network_the_error_names_both_ways_out(monkeypatch: pytest.Mon
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(folder / "transformer" / "config.json", **changes)
 
 
 def truncate(folder: Path) -> None:

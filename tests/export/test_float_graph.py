@@ -178,9 +178,13 @@ def test_text_that_is_no_utf8_is_refused_when_the_graph_is_written(tiny: Referen
         quantize_graph(source, tmp_path / "model.onnx", canonical_passes(result, assigned))
 
 
-@pytest.mark.parametrize("timesteps", ["shared", "per-sample"])
+@pytest.mark.parametrize(
+    ("options", "timesteps"),
+    [({"timesteps": "shared"}, "shared"), ({"timesteps": "per-sample"}, "per-sample"), ({"triton": True}, "per-sample")],
+    ids=["shared", "per-sample", "triton"],
+)
 def test_one_trace_serves_the_structure_and_the_graph(
-    timesteps: str, tiny_folder: Path, tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], timesteps: str, tiny_folder: Path, tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traces = []
 
@@ -190,7 +194,7 @@ def test_one_trace_serves_the_structure_and_the_graph(
 
     monkeypatch.setattr(torch_network, "export_graph", traced)
     monkeypatch.setattr(structure, "KNOWN", {})  # of this process's other tests
-    run(Recipe.parse({"model": str(tiny_folder), "timesteps": timesteps}, "test"), tmp_path / "out", until="float")
+    run(Recipe.parse({"model": str(tiny_folder), **options}, "test"), tmp_path / "out", until="float")
     assert traces == [timesteps == "shared"]
     (known,) = structure.KNOWN.values()
     assert known.sites == tiny.sites

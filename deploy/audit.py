@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dq_export.core.rule import Rule
 from dq_export.core.scheme import Scheme
-from dq_export.passes.match import MATMULS, linears, module_of
+from dq_export.passes.match import linears, module_of
 from dq_export.passes.names import origin
 from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
@@ -95,7 +95,7 @@ def audit_graph(
     by_node |= {linear.gemm: name for name, linear in linears(graph).items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in (*MATMULS, "Gemm", "Attention", *CONVOLUTIONS):
+        if node.op_type not in ("MatMul", "Gemm", "Attention", *CONVOLUTIONS):
             continue
         module = by_node.get(node)
         wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)
@@ -133,10 +133,8 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         AuditError: one of the two files is damaged.
     """
     # A float convolution on channels in blocks is named after the value that it makes.
-    graph, optimized_graph = _load(model).graph, _load(optimized).graph
-    made = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in graph if node.op_type == "Conv"}
-    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in optimized_graph}
-    kernels |= _fused(graph, optimized_graph)
+    made = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in _load(model).graph if node.op_type == "Conv"}
+    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in _load(optimized).graph}
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
@@ -154,16 +152,6 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         return rules().get(str(node.name)) or f"ONNX Runtime chose {kernel}; no known rule says why"
 
     return audit_graph(model, assigned, kernel_of, why_float)
-
-
-def _fused(graph: ir.Graph, optimized: ir.Graph) -> dict[str, str]:
-    """The kernels of products of codes that a runtime merged with what follows, by the node's name.
-
-    Such a kernel has a name of its own and what it reads is what it is known by.
-    """
-    named = {node.inputs[1].name: str(node.name) for node in graph if node.op_type == "MatMulInteger" and node.inputs[1]}
-    read = {node.inputs[1].name: node.op_type for node in optimized if node.op_type in PRODUCTS and node.inputs[1]}
-    return {name: read[codes] for codes, name in named.items() if codes in read}
 
 
 def _load(path: Path) -> ir.Model:

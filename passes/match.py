@@ -19,7 +19,6 @@ from .names import FACTOR
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 Float32 = npt.NDArray[np.float32]
-MATMULS = ("MatMul", "MatMulInteger")
 ELEMENT_TYPES = {
     "int8": ir.DataType.INT8, "int6": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "int4": ir.DataType.INT4,
     "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
@@ -41,33 +40,22 @@ def _last_module(scopes: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class LinearNode:
     """A linear layer in the graph, x @ W (+ bias), as MatMul + Add or as Gemm(transB=1); or a convolution,
-    whose weight [out, channels, height, width] is one of [out, in] for patches of its input. A product of codes is
-    MatMulInteger -> Cast -> Mul (+ bias).
+    whose weight [out, channels, height, width] is one of [out, in] for patches of its input.
 
     Args:
         name: module name.
-        gemm: the MatMul, MatMulInteger, Gemm or Conv.
+        gemm: the MatMul, Gemm or Conv.
     """
 
     name: str
     gemm: ir.Node
 
     @property
-    def product(self) -> ir.Value:
-        """x @ W, in the scale of its operands' codes where a factor follows."""
-        value = self.gemm.outputs[0]
-        if self.gemm.op_type == "MatMulInteger":
-            for _ in ("Cast", "Mul"):
-                user = only_user(value)
-                value = user.outputs[0] if user is not None else value
-        return value
-
-    @property
     def bias_add(self) -> ir.Node | None:
         """The Add behind a MatMul, or None."""
-        if self.gemm.op_type not in MATMULS:
+        if self.gemm.op_type != "MatMul":
             return None
-        user = only_user(self.product)
+        user = only_user(self.gemm.outputs[0])
         if user is not None and user.op_type == "Mul" and FACTOR.read(user):
             user = only_user(user.outputs[0])
         if user is None or user.op_type != "Add" or module_of(user) != module_of(self.gemm):
@@ -84,14 +72,14 @@ class LinearNode:
     @property
     def output(self) -> ir.Value:
         """Its result, bias included."""
-        return self.bias_add.outputs[0] if self.bias_add is not None else self.product
+        return (self.bias_add or self.gemm).outputs[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         first, *others = self._weight_tensor().shape.numpy()
         second = math.prod(others)
-        return (second, first) if self.gemm.op_type in MATMULS else (first, second)
+        return (second, first) if self.gemm.op_type == "MatMul" else (first, second)
 
     def weight_reader(self) -> Callable[[], Float32]:
         """A function that returns the present weight, float32[out, in], even if the graph is rewritten later.
@@ -108,7 +96,7 @@ class LinearNode:
 
     def bias_tensor(self) -> ir.TensorProtocol | None:
         """The stored bias, [out] or with leading ones, its content not computed yet; None without one."""
-        if self.gemm.op_type not in MATMULS:
+        if self.gemm.op_type != "MatMul":
             return stored(self.gemm.inputs[2]) if len(self.gemm.inputs) > 2 else None
         bias_add = self.bias_add
         return None if bias_add is None else next(tensor for value in bias_add.inputs if (tensor := stored(value)) is not None)
@@ -164,7 +152,7 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
     named: dict[str, LinearNode] = {}
     for node in model.graph:
         name = module_of(node)
-        if not name or node.op_type not in (*MATMULS, "Gemm", "Conv") or not _has_weight(node):
+        if not name or node.op_type not in ("MatMul", "Gemm", "Conv") or not _has_weight(node):
             continue
         if node.op_type == "Conv" and not (any(part.isdigit() for part in name.split(".")) and _plain_convolution(node)):
             continue
@@ -237,8 +225,6 @@ def _graph(node: ir.Node) -> ir.Graph:
 def _has_weight(node: ir.Node) -> bool:
     weight = node.inputs[1]
     producer = weight.producer() if weight is not None else None
-    if node.op_type == "MatMulInteger":
-        return weight_codes(weight) is not None
     if producer is not None:
         return producer.op_type == "DequantizeLinear" and weight_codes(producer.inputs[0]) is not None
     return stored(weight) is not None

@@ -16,7 +16,6 @@ PASSES = (
     "fuse_attention",
     "insert_qdq",
     "integer_convolutions",
-    "integer_gemms",
     "lift_modulation",
     "merge_duplicates",
     "plain_group_norms",

@@ -23,7 +23,6 @@ from dq_export.core.scheme import PRESETS, Scheme
 from dq_export.passes.base import GraphPass
 from dq_export.passes.legalise.fuse_attention import FuseAttention
 from dq_export.passes.legalise.integer_convolutions import IntegerConvolutions
-from dq_export.passes.legalise.integer_gemms import IntegerGemms
 from dq_export.passes.legalise.plain_group_norms import PlainGroupNorms
 from dq_export.passes.legalise.raise_biases import RaiseBiases
 from dq_export.passes.legalise.trim_text import TrimText
@@ -122,7 +121,7 @@ class Ort(Backend):
         attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
         unsigned = UnsignCodes(convolutions=_version() < SIGNED_CONVOLUTIONS_SINCE)
         codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), unsigned)
-        return (*codes, TrimText(), *attention, IntegerGemms(), RaiseBiases(), PlainGroupNorms())
+        return (*codes, TrimText(), *attention, RaiseBiases(), PlainGroupNorms())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
         """Create the session once with the graph that it will run written to `folder`.

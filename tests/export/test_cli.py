@@ -16,7 +16,6 @@ from pathlib import Path
 import command_line
 import pytest
 from conftest import save_tiny
-from qdq_form import use_qdq
 
 QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
 BYTES = (
@@ -187,7 +186,6 @@ def test_too_far_from_pytorch_is_status_4_and_in_float_status_3(tiny_folder: Pat
     import onnx_ir as ir
 
     model = ir.load(tmp_path / "out" / "model.onnx")
-    use_qdq(model)
     for node in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         dequantize = next(iter(node.outputs[0].uses()))[0]
         for user, index in list(dequantize.outputs[0].uses()):

@@ -15,7 +15,6 @@ import onnx_ir as ir
 import pytest
 from conftest import QUICK, UNSERVED, save_tiny
 from hard_copy import harden_folder
-from qdq_form import use_qdq
 
 import dq_export
 from dq_export.core.recipe import Recipe, RecipeError
@@ -184,7 +183,6 @@ def test_a_graph_that_runs_in_float_fails_the_audit(tiny_exported: Path, tmp_pat
 
     shutil.copytree(tiny_exported, tmp_path / "out")
     model = ir.load(tmp_path / "out" / "model.onnx")
-    use_qdq(model)
     for node in model.graph:  # signed codes again: what a naive export would write
         if node.op_type == "QuantizeLinear":
             zero = ir.Value(name=f"{node.name}.z", const_value=ir.tensor(np.asarray(0, dtype=np.int8), name=f"{node.name}.z"))

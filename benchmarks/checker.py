@@ -1,9 +1,10 @@
 """The static checker against ONNX Runtime and against the real TensorRT-RTX builder: one small graph a form, both verdicts.
 
     pip install -c constraints.txt ".[cpu,rtx]" && python benchmarks/checker.py [ort] [trt-rtx]
+    pip install ".[gpu]" && python benchmarks/checker.py ort-cuda     on a machine with an NVIDIA GPU
 
-No GPU is needed: TensorRT-RTX's verdict is read off the list of layers that its builder prints, ONNX Runtime's off the graph
-that it optimised, and off the numbers that this graph gives beside those of the graph as it was.
+The first command needs no GPU: TensorRT-RTX's verdict is read off the list of layers that its builder prints, ONNX Runtime's off
+the graph that it optimised, and off the numbers that this graph gives beside those of the graph as it was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from dq_export.deploy.tensorrt.builder import PlanRequest, serve
 from dq_export.deploy.tensorrt.layers import Layer, kernel_of, read_layers
 
 TARGETS = ("ort", "trt-rtx")
+FLOAT = "float.onnx"
+"""The form in float32."""
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 LOW = frozenset(
     {
         "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits", "MatMulBnb4", "ConvInteger",
@@ -100,39 +104,72 @@ def _in_a_body(layers: tuple[Layer, ...]) -> tuple[str, str]:
 
 def ort_verdict(path: Path) -> tuple[str, str]:
     """What ONNX Runtime does: refuses, computes other numbers than without optimisation, or the kernel of the GEMM."""
+    return _ort(path, CPU, 0.0)
+
+
+def ort_cuda_verdict(path: Path) -> tuple[str, str]:
+    """The same for its CUDA provider. Its numbers are compared with those of the CPU without optimisation, and both round to
+    float16: each may be as far from float32 as the CPU is."""
+    import onnxruntime
+
+    try:
+        (narrow, _), (wide, _) = (_run(onnxruntime, item, None) for item in (path, path.with_name(FLOAT)))
+    except session_errors():  # a form that the CPU refuses has no rounding to compare
+        return _ort(path, CUDA, 0.0)
+    return _ort(path, CUDA, 2 * _apart(narrow, wide))
+
+
+def _ort(path: Path, provider: str, rounding: float) -> tuple[str, str]:
+    """The verdict; a kernel of another provider does not count as low precision.
+
+    Args:
+        rounding: by how much the numbers may differ beyond `OTHER_NUMBERS`.
+    """
     import onnxruntime
 
     optimized = path.with_name("optimized.onnx")
     try:
-        fast = _run(onnxruntime, path, optimized)
+        fast, taken = _run(onnxruntime, path, optimized, provider)
     except session_errors() as error:
         return "rejected", str(error).splitlines()[0]
-    low = [node.op_type for graph in ir.load(optimized).graphs() for node in graph if _named(node) and _is_low(node)]
-    kernel = " ".join(node.op_type for graph in ir.load(optimized).graphs() for node in graph)
+    nodes = [node for graph in ir.load(optimized).graphs() for node in graph]
+    elsewhere = {node for node in nodes if taken.get(str(node.name), taken.get(node.op_type, provider)) != provider}
+    low = [node for node in nodes if _named(node) and _is_low(node) and node not in elsewhere]
+    kernel = " ".join(node.op_type + (" (CPU)" if node in elsewhere else "") for node in nodes)
     try:
-        exact = _run(onnxruntime, path, None)
+        exact, _ = _run(onnxruntime, path, None)
     except session_errors():  # no kernel for the graph as it is
         exact = fast
-    difference = np.sqrt(np.square(fast - exact).mean() / max(np.square(exact).mean(), 1e-12))
-    if not difference < OTHER_NUMBERS and np.isfinite(exact).all():
+    difference = _apart(fast, exact)
+    if not difference < OTHER_NUMBERS + rounding and np.isfinite(exact).all():
         return "rejected", f"other numbers: {difference:.3f} of the result ({kernel})"
     return ("low precision" if low else "float"), kernel
 
 
-def _run(onnxruntime: Any, path: Path, optimized: Path | None) -> np.ndarray:
+def _apart(result: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.sqrt(np.square(result - exact).mean() / max(np.square(exact).mean(), 1e-12)))
+
+
+def _run(onnxruntime: Any, path: Path, optimized: Path | None, provider: str = CPU) -> tuple[np.ndarray, dict[str, str]]:
+    """(the result, the provider of every node by its name)."""
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     if optimized is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:
         options.optimized_model_filepath = str(optimized)
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys([provider, CPU])))
+    assert session.get_providers()[0] == provider, f"{provider} cannot be loaded here"
     random, feed = np.random.default_rng(1), {}
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
     for value in session.get_inputs():
         shape = [dim if isinstance(dim, int) else 2 for dim in value.shape]
         feed[value.name] = (random.normal(0, 1, shape) if value.name == "x" else np.zeros(shape)).astype(kinds[value.type])
-    return session.run(None, feed)[0].astype(np.float64)
+    placed = [(node, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    # By operator, too: a change of layout writes nodes anew, without their names.
+    taken = {node.op_type: name for node, name in placed} | {node.name: name for node, name in placed}
+    return session.run(None, feed)[0].astype(np.float64), taken
 
 
 def _named(node: ir.Node) -> bool:
@@ -145,13 +182,15 @@ def _is_low(node: ir.Node) -> bool:
     return node.op_type in LOW or node.op_type.startswith("QLinear") or moves
 
 
-REAL = {"ort": ort_verdict, "trt-rtx": rtx_verdict}
+REAL = {"ort": ort_verdict, "ort-cuda": ort_cuda_verdict, "trt-rtx": rtx_verdict}
 
 
 def compare(form: Form, target: str, folder: Path) -> tuple[str, str, str]:
     """The checker's verdict, the runtime's, and what is wrong about it; empty where nothing is."""
     path = folder / "form.onnx"
     judged, rule = static_verdict(form, target, path)
+    if target == "ort-cuda":
+        ir.save(form.model("ort"), folder / FLOAT)
     real, words = REAL[target](path)
     trap = form.trap and target == "trt-rtx"
     right = judged == "rejected" if trap else judged == real
@@ -160,7 +199,7 @@ def compare(form: Form, target: str, folder: Path) -> tuple[str, str, str]:
 
 def table(target: str) -> int:
     """Print a target's table; the number of wrong verdicts."""
-    forms, wrong = [form for form in FORMS if form.only in ("", target)], 0
+    forms, wrong = [form for form in FORMS if target.startswith(form.only)], 0
     print(f"\n| form | checker | {target} | |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for form in forms:
@@ -172,7 +211,7 @@ def table(target: str) -> int:
 
 
 def main() -> None:
-    """Both tables, or those of the targets that the command line names."""
+    """The tables that need no GPU, or those of the targets that the command line names."""
     wrong = [table(target) for target in sys.argv[1:] or TARGETS]
     sys.exit(any(wrong))
 

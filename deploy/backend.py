@@ -80,6 +80,8 @@ class Backend(ABC):
     """Triton's backend that serves its engine; empty if there is none."""
     attention: ClassVar[tuple[str, ...]] = ("float",)
     """The values of --attention that it runs."""
+    device: ClassVar[str] = "cpu"
+    """Where its engines run, by PyTorch's name."""
 
     dtype: str = "fp32"
 

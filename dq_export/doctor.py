@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dq_export.core.documents import printable
+from dq_export.deploy.check.rules_nvidia import TARGETS
 from dq_export.deploy.child import run_child
 from dq_export.deploy.packages import install_command
 from dq_export.deploy.tensorrt.runner import compute_capability
@@ -124,8 +125,9 @@ def _cpu() -> Diagnosis:
 def _gpu(capability: str) -> Diagnosis:
     if not capability:
         return Diagnosis(part="NVIDIA GPU", state="none", purpose="to run plans, and to build those of --format trt")
+    option = f"--target {capability}" if capability in TARGETS else "--format trt: TensorRT-RTX does not run there"
     kinds = "INT8 and FP8" if int(capability.removeprefix("sm")) >= FIRST_FP8 else "INT8"
-    return Diagnosis(part="NVIDIA GPU", state=capability, purpose=f"plans with {kinds} GEMMs; --target {capability}")
+    return Diagnosis(part="NVIDIA GPU", state=capability, purpose=f"plans with {kinds} GEMMs; {option}")
 
 
 def _library(library: Library, capability: str) -> Diagnosis:

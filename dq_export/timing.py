@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,6 +50,7 @@ class Timed:
         profile: also measure the time by operator.
         files: for PyTorch: revision and variant.
         lora: for PyTorch: adapters that are fused.
+        device: for PyTorch: where it computes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Timed:
     profile: bool = False
     files: tuple[str, str] = ("", "")
     lora: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def built(self) -> Built:
@@ -204,17 +206,17 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
         inputs = dict(content)
     before = _resident()
     try:
-        network = _load(engine)
-        network(inputs)
-        memory = _resident() - before
-        for _ in range(WARM_CALLS - 1):
+        with _network(engine) as network:
             network(inputs)
-        milliseconds: list[float] = []
-        start = time.perf_counter()
-        while len(milliseconds) < CALLS or time.perf_counter() - start < SECONDS:
-            begin = time.perf_counter()
-            network(inputs)
-            milliseconds.append((time.perf_counter() - begin) * 1e3)
+            memory = _resident() - before
+            for _ in range(WARM_CALLS - 1):
+                network(inputs)
+            milliseconds: list[float] = []
+            start = time.perf_counter()
+            while len(milliseconds) < CALLS or time.perf_counter() - start < SECONDS:
+                begin = time.perf_counter()
+                network(inputs)
+                milliseconds.append((time.perf_counter() - begin) * 1e3)
         del network
         spent = _backend(engine).profile(engine.built, inputs) if profile else {}
     except (BackendError, ModelError) as error:
@@ -222,15 +224,20 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
     return {"milliseconds": milliseconds, "memory_mb": memory, "profile": spent}
 
 
-def _load(engine: Timed) -> Callable[[Feed], Float32]:
+@contextlib.contextmanager
+def _network(engine: Timed) -> Iterator[Callable[[Feed], Float32]]:
     if engine.runs_on[0] != "torch":
         with large_blocks_mapped():
-            return _backend(engine).load(engine.built, batch=engine.batch)
-    from .families.source import load_reference
+            yield _backend(engine).load(engine.built, batch=engine.batch)
+        return
+    from .families.source import load_reference, missing_device
 
+    if reason := missing_device(engine.device):
+        raise ModelError(f"{reason}; install a CUDA build of PyTorch to time it on the GPU")
     revision, variant = engine.files
     reference = load_reference(engine.model, revision=revision, variant=variant, lora=engine.lora, place=Path(engine.folder))
-    return reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
+    with reference.on(engine.device):
+        yield reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
 
 
 def _backend(engine: Timed) -> Backend:

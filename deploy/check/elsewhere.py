@@ -11,6 +11,7 @@ from dq_export.passes.base import constant
 
 from .gemm import Judgement, only_reader, readers
 from .operand import Operand, codes_of, operand_of
+from .rules_cuda import blocks
 from .rules_nvidia import FP8, INT8, SINCE, TARGETS, refused, refused_at_run_time
 from .signedness import MOVED, breaks, why_signed
 
@@ -77,8 +78,10 @@ def _pair(operand: Operand, target: str, compute: Sequence[str], opset: int) -> 
     if len(floats) > 1:
         names = " and ".join(sorted(item.name for item in floats if item is not None))
         return "rejected", f"a scale and values of {names}", "one float type for x and its scale"
-    if target == "ort" and ir.DataType.BFLOAT16 in floats:
-        return "rejected", "bfloat16: the CPU provider has no QuantizeLinear for it", "float32"
+    if ir.DataType.BFLOAT16 in floats:
+        return "rejected", "bfloat16: ONNX Runtime has no QuantizeLinear for it", "float32"
+    if target == "ort-cuda" and (refusal := blocks(operand)) is not None:
+        return refusal
     if target == "ort" and breaks(operand, opset):
         return (
             "rejected",

@@ -29,7 +29,9 @@ OTHERS = frozenset(
     }
 )  # fmt: skip
 """Those that do not; ONNX Runtime's CPU provider has all of both."""
-CUDA = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QAttention"})
+CUDA = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"})
+SIGNED_CUDA = frozenset({"MatMulInteger", "QAttention"})
+"""Those whose CUDA kernels take int8 for both operands."""
 LOOKS = re.compile(r"Q(Linear|Gemm|Attention|Embed|Ordered)|.*(Quantize|Integer|NBits|Bnb4)|TRT_(FP4|FP8|INT4|MXFP8)")
 QDQ = "write QuantizeLinear, DequantizeLinear and MatMul: quantize_static with QuantFormat.QDQ does"
 
@@ -57,8 +59,11 @@ def judged(node: ir.Node, target: str) -> Judgement:
         return _cpu(node)
     if kind in CUDA:
         return "low precision", "", ""
-    if kind == "MatMulInteger" and all(_code_type(value) == INT8 for value in node.inputs[:2]):
+    if kind in SIGNED_CUDA and all(_code_type(value) == INT8 for value in node.inputs[:2]):
         return "low precision", "", ""
+    refusal = _cpu(node)
+    if refusal[0] == "rejected":
+        return refusal
     return "float", f"{kind} has no kernel in the CUDA provider: it runs on the CPU, with copies to and fro", ELSEWHERE
 
 

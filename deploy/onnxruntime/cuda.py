@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU, by its CUDA provider. Its sessions have not run on one here."""
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA provider."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class OrtCuda(Ort):
     provider: ClassVar[str | None] = "cuda"
     title: ClassVar[str] = "ONNX Runtime's CUDA provider"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime-gpu",)
+    device: ClassVar[str] = "cuda"
     triton: ClassVar[str] = ""
 
     @property

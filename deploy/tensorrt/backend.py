@@ -39,7 +39,7 @@ from ..packages import require_packages
 from .builder import PlanRequest, build_plan
 from .layers import kernel_of, read_layers
 from .profiles import profiles
-from .runner import compute_capability, load_plan
+from .runner import compute_capability, load_plan, runs_on
 
 PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
 LAYERS_LIMIT = 256 << 20
@@ -67,6 +67,7 @@ class TensorRt(Backend):
     packages: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
     triton: ClassVar[str] = "tensorrt"
     attention: ClassVar[tuple[str, ...]] = ("float", "fp8")
+    device: ClassVar[str] = "cuda"
     module: ClassVar[str] = "tensorrt"
     """The Python module of the library."""
     install: ClassVar[str] = "pip install 'dq-export[trt]'"
@@ -258,6 +259,11 @@ class TensorRtRtx(TensorRt):
     module: ClassVar[str] = "tensorrt_rtx"
     install: ClassVar[str] = "pip install 'dq-export[rtx]'"
     checked_as: ClassVar[CheckTarget] = "trt-rtx"
+
+    @property
+    def runs(self) -> bool:
+        """Whether this machine has the library, and a GPU that a plan for the targets runs on."""
+        return super().runs and runs_on(self.targets, compute_capability())
 
     def configured(self, recipe: Recipe) -> TensorRtRtx:
         """The backend with the recipe's targets and shapes.

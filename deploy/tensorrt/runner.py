@@ -10,6 +10,7 @@ from typing import Any
 from dq_export.core.documents import printable
 
 from ..backend import BackendError, Feed, Float32
+from ..check.rules_nvidia import TARGETS
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,9 @@ def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine
     capability = compute_capability()
     if not capability:
         raise BackendError("a plan runs on an NVIDIA GPU, and this machine shows none")
-    if targets and not any(_runs_on(target, capability) for target in targets):
-        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {capability}; build it with --target {capability}")
+    if not runs_on(targets, capability):
+        other = f"--target {capability}" if capability in TARGETS else "--format trt, for TensorRT-RTX does not run there"
+        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {capability}; build it with {other}")
     from polygraphy import config
 
     config.USE_TENSORRT_RTX = rtx  # read when its backend is first imported
@@ -93,6 +95,10 @@ def compute_capability() -> str:
     return f"sm{major.value}{minor.value}"
 
 
-def _runs_on(target: str, capability: str) -> bool:
-    """Whether a plan for `target` runs on a GPU: one of the same major version, and of the same or a later minor version."""
-    return target[:-1] == capability[:-1] and target <= capability
+def runs_on(targets: tuple[str, ...], capability: str) -> bool:
+    """Whether a plan for `targets` runs on a GPU: for one target, major versions are equal and the GPU's minor one is no earlier.
+
+    Args:
+        targets: empty for the GPU of this machine.
+    """
+    return not targets or any(target[:-1] == capability[:-1] and target <= capability for target in targets)

@@ -154,16 +154,18 @@ def require_device(device: str) -> None:
     Raises:
         ModelError: PyTorch has it not.
     """
-    import torch
-
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ModelError(f"--device '{device}': expected cpu, cuda or cuda:N")
-    index = int(device.partition(":")[2] or 0)
-    if device != "cpu" and torch.cuda.device_count() <= index:
-        raise ModelError(
-            f"--device {device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; pass --device cpu, "
-            "or install a CUDA build of PyTorch"
-        )
+    if reason := missing_device(device):
+        raise ModelError(f"--device {device}: {reason}; pass --device cpu, or install a CUDA build of PyTorch")
+
+
+def missing_device(device: str) -> str:
+    """Why PyTorch does not compute on `cpu`, `cuda` or `cuda:N`; empty if it does."""
+    import torch
+
+    count, index = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
+    return f"PyTorch {torch.__version__} sees {count} CUDA devices" if device != "cpu" and count <= index else ""
 
 
 def _source(folder: Path, model: str, revision: str | None, variant: str, guidance: float) -> Source:

@@ -66,8 +66,8 @@ def bench(
     """Latency of the engine and of the float graph on the engine's own runtime, in turn, on parity's first input.
 
     Args:
-        recipe: names the model that the folder was exported from, to time PyTorch in float32 and bfloat16, and operators,
-            too; None: neither.
+        recipe: names the model that the folder was exported from, to time PyTorch on the engine's device in float32 and
+            bfloat16, and operators, too; None: neither.
 
     Raises:
         BackendError: the float graph or the engine cannot be loaded or run.
@@ -75,7 +75,7 @@ def bench(
     """
     feed = _feed(folder)
     rows = batch_of(feed)
-    pytorch, skipped = _pytorch(recipe, rows, folder) if recipe else ([], {})
+    pytorch, skipped = _pytorch(recipe, rows, folder, backend.device) if recipe else ([], {})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         baseline = backend.baseline(folder / "float" / "model.onnx", load, Path(temporary))
         built = {"float": baseline, "engine": engine_of(folder)}
@@ -103,8 +103,8 @@ def _feed(folder: Path) -> Feed:
     return {name: value if name in shared else value[:BATCH] for name, value in feeds[0].items()}
 
 
-def _pytorch(recipe: Recipe, rows: int, folder: Path) -> tuple[list[Timed], dict[str, str]]:
-    """PyTorch's networks; none, with the reason, where the checkpoint is gone."""
+def _pytorch(recipe: Recipe, rows: int, folder: Path, device: str) -> tuple[list[Timed], dict[str, str]]:
+    """PyTorch's networks on the engine's device; none, with the reason, where the checkpoint is gone."""
     from ..families.source import pin
 
     try:
@@ -115,7 +115,8 @@ def _pytorch(recipe: Recipe, rows: int, folder: Path) -> tuple[list[Timed], dict
 
     def network(name: str, dtype: str) -> Timed:
         runs_on = ("torch", None, dtype)
-        return Timed(name=name, model=r.model, folder=place, runs_on=runs_on, batch=rows, files=files, lora=r.lora or ())
+        lora = r.lora or ()
+        return Timed(name=name, model=r.model, folder=place, runs_on=runs_on, batch=rows, files=files, lora=lora, device=device)
 
     return [network(name, dtype) for name, dtype in PYTORCH.items()], {}
 

@@ -101,6 +101,16 @@ def test_every_quantized_form_has_a_finding(target: Any) -> None:
         ("int4 blocks of 64 of 256", "low precision", ""),
         ("MatMulNBits", "low precision", ""),
         ("int4 blocks along axis -2", "float", "along axis 0"),
+        ("int8 blocks of 8 of 256", "rejected", "blocks of int4"),
+        ("int8 in 2 blocks under int8 activations", "rejected", "blocks of int4"),
+        ("float8_e4m3fn blocks of 64 of 256", "rejected", "blocks of int4"),
+        ("int16 blocks of 64 of 256", "float", "along axis 0"),
+        ("int4 blocks along two axes", "rejected", "only the axis of the blocks"),
+        ("127 scales for 128 channels", "rejected", "one scale for each index"),
+        ("weight scale of another float type", "rejected", "one float type"),
+        ("Flatten behind DQ, int8, opset 21", "low precision", ""),
+        ("QLinearMatMul, int8 x uint8", "rejected", "int8 for both"),
+        ("QAttention", "float", "TensorRT provider"),
     ],
 )
 def test_the_cuda_provider_has_no_integer_gemm(name: str, verdict: str, remedy: str) -> None:
@@ -108,7 +118,7 @@ def test_the_cuda_provider_has_no_integer_gemm(name: str, verdict: str, remedy: 
     found = next(item for item in findings if item.node == "gemm")
     assert found.verdict == verdict
     assert remedy in found.fix
-    assert found.failed == (verdict == "float" and not found.weight_only)
+    assert found.failed == (verdict == "rejected" or (verdict == "float" and not found.weight_only))
 
 
 def test_an_operator_that_no_rule_knows_is_not_passed_over() -> None:

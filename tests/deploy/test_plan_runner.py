@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from dq_export.deploy.backend import BackendError
-from dq_export.deploy.tensorrt.runner import PlanEngine
+from dq_export.deploy.tensorrt import backend, runner
+from dq_export.deploy.tensorrt.backend import TensorRtRtx
+from dq_export.deploy.tensorrt.runner import PlanEngine, load_plan
 
 
 class Buffer:
@@ -35,3 +37,25 @@ def test_what_a_plan_puts_out_stays_and_inputs_of_other_sizes_are_refused_in_one
         BackendError, match=r"^the plan cannot run on these inputs \(.* to: \(3,\)\); it takes only the sizes .* set$"
     ):
         plan({"x": np.ones(3, dtype=np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "runs", "remedy"),
+    [
+        ("sm89", True, ""),
+        ("sm121", True, ""),
+        ("sm86", False, "--target sm86"),
+        ("sm90", False, "--format trt, for TensorRT-RTX does not run there"),
+    ],
+)
+def test_an_export_leaves_out_what_this_gpu_cannot_run(
+    gpu: str, runs: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an H200, which TensorRT-RTX refuses: the plan is built and audited, and not run."""
+    for module in (backend, runner):
+        monkeypatch.setattr(module, "compute_capability", lambda: gpu)
+    targets = ("sm89", "sm120")
+    assert TensorRtRtx(targets=targets).runs == runs
+    if not runs:
+        with pytest.raises(BackendError, match=f"^the plan is for sm89, sm120, this GPU is {gpu}; build it with {remedy}$"):
+            load_plan(b"", targets, rtx=True)

@@ -47,6 +47,8 @@ def test_what_needs_a_gpu_is_not_promised_without_one() -> None:
     assert of_library(("numpy",), gpu="runs its plans").purpose == "for this; an NVIDIA GPU runs its plans"
     assert of_library(("numpy",), "sm89", gpu="runs its plans").purpose == "for this; runs its plans"
     assert doctor._gpu("sm86").purpose == "plans with INT8 GEMMs; --target sm86"
+    rtx = "plans with INT8 and FP8 GEMMs; --format trt: TensorRT-RTX does not run there"
+    assert doctor._gpu("sm90").purpose == rtx  # as its runtime says on an H200
     assert doctor._gpu("sm120").purpose == "plans with INT8 and FP8 GEMMs; --target sm120"
 
 

@@ -71,7 +71,7 @@ def test_finish_builds_what_is_not_built(exported: Path) -> None:
 def test_bench_of_a_plan_says_that_it_needs_a_gpu(exported: Path) -> None:
     done = call("bench", exported)
     assert done.returncode == 2
-    assert "an engine of --format trt-rtx runs on an NVIDIA GPU only" in done.stderr
+    assert "an engine of --format trt-rtx runs on an NVIDIA GPU of --target sm89,sm120 only" in done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")

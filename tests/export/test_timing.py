@@ -102,6 +102,16 @@ def test_pytorch_is_timed_as_well_and_a_missing_checkpoint_says_why(tiny: Any, t
     assert "no such model or folder" in taken["gone"].error
 
 
+def test_pytorch_is_not_timed_on_the_processor_beside_an_engine_on_a_gpu(tiny: Any, tiny_folder: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch has a GPU here")
+    on_gpu = engine("torch", tiny_folder, runs_on=("torch", None, "fp32"), device="cuda")
+    error = time_engines([on_gpu], feed_of(tiny, samples=2), rounds=1)["torch"].error
+    assert error == f"PyTorch {torch.__version__} sees 0 CUDA devices; install a CUDA build of PyTorch to time it on the GPU"
+
+
 def test_what_the_runtime_refuses_reaches_the_user(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     feed = feed_of(tiny, samples=2)

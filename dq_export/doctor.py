@@ -44,7 +44,6 @@ class Library:
     Args:
         distributions: whose version is shown: the first that is installed.
         gpu: what only a machine with an NVIDIA GPU does with it; empty: nothing.
-        cuda: the option that needs the library's own support of CUDA; empty: none.
     """
 
     title: str
@@ -52,7 +51,6 @@ class Library:
     distributions: tuple[str, ...]
     purpose: str
     gpu: str = ""
-    cuda: str = ""
 
 
 LIBRARIES = (
@@ -61,14 +59,12 @@ LIBRARIES = (
         modules=("torch", "diffusers", "accelerate", "onnxscript", "polygraphy"),
         distributions=("torch",),
         purpose="every export",
-        cuda="--device cuda",
     ),
     Library(
         title="ONNX Runtime",
         modules=("onnxruntime",),
         distributions=("onnxruntime", "onnxruntime-gpu"),
         purpose="quantize, verify; builds and runs --format ort",
-        cuda="--provider cuda",
     ),
     Library(
         title="OpenVINO",
@@ -151,8 +147,8 @@ def _library(library: Library, capability: str) -> Diagnosis:
         # Without --no-deps pip would also load PyTorch anew, which is gigabytes.
         remedy = f"pip install --force-reinstall --no-deps {next(iter(versions), library.distributions[0])}"
         return Diagnosis(part=library.title, state=reason, purpose=purpose, remedy=remedy)
-    if library.cuda and any(answer["cuda"] for answer in answers):
-        purpose += f", also with {library.cuda}"
+    if any(answer["cuda"] for answer in answers):
+        purpose += ", also with --device cuda"
     return Diagnosis(part=library.title, state=next(iter(versions.values()), "installed"), purpose=purpose)
 
 

@@ -1,1 +1,1 @@
-"""A Triton model repository: written, checked, and what its server runs of ours."""
+"""Writes and checks Triton model repositories, and holds the programs that their servers run."""

@@ -1,4 +1,4 @@
-"""What is wrong with a Triton model repository, as far as its files tell: also what the server accepts and ignores."""
+"""Checks the files of a Triton model repository, also for settings that the server accepts and ignores."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ REPOSITORY_RULES: tuple[RepositoryRule, ...] = (
 )  # fmt: skip
 CONFIG_LIMIT = 256 << 10
 """Bytes of a config.pbtxt; the export writes 4,000."""
-MOST_FAULTS = 200
-"""Of a repository: more help nobody."""
+MAX_FAULTS = 200
+"""The greatest number of faults in one report."""
 
 
 def check_repository(folder: Path) -> list[Fault]:
-    """The faults of every model of a repository; nothing is loaded or run.
+    """Return the faults of every model of a repository. Nothing is loaded or run.
 
-    Not known without the server: whether it has the backend, a GPU, the versions that a plan or an ONNX operator needs.
+    The check cannot tell whether the server has the backend, a GPU, or the versions that a plan or an ONNX operator needs.
     """
     try:
-        faults = list(islice(_faults(folder), MOST_FAULTS + 1))
+        faults = list(islice(_faults(folder), MAX_FAULTS + 1))
     except OSError as error:
-        return [_whole(f"{folder}: cannot be read ({error.strerror or error})", "pass a model repository")]
-    if len(faults) > MOST_FAULTS:
-        faults[MOST_FAULTS:] = [_whole(f"more than {MOST_FAULTS} faults", "correct these first")]
+        return [_repository_fault(f"{folder}: cannot be read ({error.strerror or error})", "pass a model repository")]
+    if len(faults) > MAX_FAULTS:
+        faults[MAX_FAULTS:] = [_repository_fault(f"more than {MAX_FAULTS} faults", "correct these first")]
     return faults
 
 
 def _faults(folder: Path) -> Iterator[Fault]:
     folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not folders:
-        yield _whole(f"{folder}: no model folders", "pass a model repository")
+        yield _repository_fault(f"{folder}: no model folders", "pass a model repository")
         return
     yield from stray(folder)
     configs: dict[str, Any] = {}
@@ -59,23 +59,24 @@ def _faults(folder: Path) -> Iterator[Fault]:
 
 
 def _config(folder: Path) -> Any:
-    """A model's ModelConfig, or the fault that it cannot be read with."""
+    """Read a model's ModelConfig; return a fault if it cannot be read."""
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
     file = folder / "config.pbtxt"
     if not file.exists() and not file.is_symlink():
-        what = "no config.pbtxt: what the server makes up may have other inputs, two instances and a batch of 4"
-        return Fault(model=folder.name, severity="error", what=what, fix="write one")
+        problem = "no config.pbtxt: the server's own guess may have other inputs, two instances and a batch of 4"
+        return Fault(model=folder.name, severity="error", problem=problem, fix="write one")
     try:
         text = content(file, folder.parent, CONFIG_LIMIT).decode("utf-8")
-        with warnings.catch_warnings():  # Python's own, about odd escapes in a text
+        with warnings.catch_warnings():  # Python warns about odd escapes in texts
             warnings.simplefilter("ignore")
             return text_format.Parse(text, model_config_pb2.ModelConfig())
-    # Besides its ParseError the parser lets through what its own calls raise: ValueError, OverflowError, RecursionError ...
+    # The parser raises ParseError, and also errors of its inner calls: ValueError, OverflowError, RecursionError ...
     except (DocumentError, text_format.Error, ValueError, ArithmeticError, RecursionError, TypeError) as error:
-        return Fault(model=folder.name, severity="error", what=f"config.pbtxt: {printable(str(error))}", fix="mend that line")
+        problem = f"config.pbtxt: {printable(str(error))}"
+        return Fault(model=folder.name, severity="error", problem=problem, fix="correct that line")
 
 
-def _whole(what: str, fix: str) -> Fault:
-    return Fault(model="", severity="error", what=what, fix=fix)
+def _repository_fault(problem: str, fix: str) -> Fault:
+    return Fault(model="", severity="error", problem=problem, fix=fix)

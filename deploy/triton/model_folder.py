@@ -1,4 +1,4 @@
-"""One model's folder of a repository, and what can be wrong with it."""
+"""The folder of one model of a repository, and its faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dq_export.core.documents import DocumentError, printable, read_bytes
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt", "ensemble": "ensemble"}
 NAME_LIMIT = 255
-"""Bytes of a file's name on Linux."""
+"""The greatest length in bytes of a file name on Linux."""
 
 
 def type_of(entry: Any) -> str:
@@ -23,16 +23,16 @@ def type_of(entry: Any) -> str:
     return str(value.name) if value else f"{entry.data_type}, which is no type"
 
 
-def whole(text: str, default: int = 0) -> int:
-    """A parameter's value as the server reads it, in ASCII digits without sign; `default` where it is none."""
+def whole_number(text: str, default: int = 0) -> int:
+    """Read a parameter as the server does: ASCII digits without a sign. Return `default` for any other text."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else default
 
 
 def content(path: Path, root: Path, limit: int) -> bytes:
-    """The bytes of a file of a repository.
+    """Return the bytes of a file of a repository.
 
     Args:
-        root: of the repository, which no link may leave.
+        root: folder of the repository; no link may leave it.
 
     Raises:
         DocumentError: the file lies elsewhere, or `read_bytes` refuses it.
@@ -40,29 +40,29 @@ def content(path: Path, root: Path, limit: int) -> bytes:
     # realpath ends at a loop of links, where Path.resolve raises.
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise DocumentError(f"{printable(path.name)}: a link out of the repository is not read")
-    if path.is_file() and path.stat().st_size > limit:  # before a GB of it is read
+    if path.is_file() and path.stat().st_size > limit:  # refused before gigabytes of it are read
         raise DocumentError(f"{printable(path.name)}: {path.stat().st_size} bytes, expected at most {limit}")
     return read_bytes(path, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that is wrong.
+    """One fault of a repository.
 
     Args:
-        model: its folder's name; empty for the repository.
-        severity: `error`: the model does not load, or not as written; `warning`: it loads, and does not do what it seems to.
-        what: the field or file, and what was found; made one line without control characters.
-        fix: what to do.
+        model: name of the model's folder; empty for the whole repository.
+        severity: `error`: the model does not load, or not as written. `warning`: it loads, and a setting has no effect.
+        problem: the field or file, and its value. Written as one line without control characters.
+        fix: the change that corrects it.
     """
 
     model: str
     severity: Literal["error", "warning"]
-    what: str
+    problem: str
     fix: str
 
     def __post_init__(self) -> None:
-        for name in ("model", "what", "fix"):
+        for name in ("model", "problem", "fix"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
 
@@ -72,7 +72,7 @@ class Model:
 
     Args:
         config: Triton's ModelConfig message.
-        names: the repository's models with their configs; None where one cannot be read, which is told already.
+        names: config of each model of the repository by name; None for a config that could not be read.
     """
 
     folder: Path
@@ -81,27 +81,27 @@ class Model:
 
     @property
     def backend(self) -> str:
-        """As Triton finds it, from `backend` or the older `platform`."""
+        """The backend's name, from the field `backend` or the older `platform`."""
         return str(self.config.backend or PLATFORMS.get(self.config.platform, ""))
 
     @property
     def versions(self) -> list[Path]:
-        """The folders that the server takes for versions: named by a decimal number that does not start with 0."""
+        """The version folders. Their names are decimal numbers that do not start with 0."""
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,17}", path.name) and path.is_dir())
 
     @property
     def file(self) -> str:
-        """What each version's folder must hold."""
+        """Name of the file that each version folder must hold."""
         return str(self.config.default_model_filename or FILES.get(self.backend, ""))
 
     def read(self, path: Path, limit: int) -> bytes:
-        """See `content`."""
+        """Return the bytes of a file of the repository; see `content`."""
         return content(path, self.folder.parent, limit)
 
-    def fault(self, what: str, fix: str) -> Fault:
-        """Something that does not load, or not as written."""
-        return Fault(model=self.folder.name, severity="error", what=what, fix=fix)
+    def fault(self, problem: str, fix: str) -> Fault:
+        """Return an error: the model does not load, or not as written."""
+        return Fault(model=self.folder.name, severity="error", problem=problem, fix=fix)
 
-    def warning(self, what: str, fix: str) -> Fault:
-        """Something that loads and does not do what it seems to."""
-        return Fault(model=self.folder.name, severity="warning", what=what, fix=fix)
+    def warning(self, problem: str, fix: str) -> Fault:
+        """Return a warning: the model loads, and a setting has no effect."""
+        return Fault(model=self.folder.name, severity="warning", problem=problem, fix=fix)

@@ -1,4 +1,4 @@
-"""What lies beside the models of a repository: its README, and the configuration of the proxy before its server."""
+"""Writes the README of a repository, and the configuration of the proxy in front of its server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from string import Template
 
-from .model_config import CALLS, MOST_REQUESTS, Served
+from .model_config import CALLS, MAX_REQUESTS, Served
 from .serving.conditions import ENCODED, PROMPT, PROMPT_BYTES
 
 SERVED = Path(__file__).parent / "serving"
@@ -14,23 +14,23 @@ README, PROXY = "README.md", "nginx.conf"
 
 
 def readme(served: Served, opset: int) -> str:
-    """The README of a repository whose graph has an opset."""
+    """Return the README of a repository. `opset` is that of its graph."""
     template = Template((SERVED / README).read_text(encoding="utf-8"))
     shape = _listed(served.latents)
     return template.substitute(
-        _asking(served),
+        _condition_texts(served),
         backend=served.backend,
         needs=_needs(served, opset),
         gpus="--gpus all " if served.backend == "tensorrt" else "",
         call=_call(served),
-        rows=served.most_rows,
-        requests=MOST_REQUESTS,
+        rows=served.max_rows,
+        requests=MAX_REQUESTS,
         calls=CALLS,
         steps=served.steps,
         guidance=f"{served.guidance:g}",
         scheduler=served.scheduler,
         schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
-        most_steps=served.schedules.most,
+        max_steps=served.schedules.max_steps,
         shape=shape,
         megabytes=_megabytes(served),
         pictures="`images` UINT8[n, H, W, C]" if served.pictures or served.decoder else "no `images`: there is no decoder here",
@@ -40,14 +40,14 @@ def readme(served: Served, opset: int) -> str:
 
 
 def proxy(served: Served) -> str:
-    """nginx's configuration: the shapes that JSON may name, and a body of the largest request, rounded up to MB."""
+    """Return nginx's configuration, with the shapes that JSON may hold and the size of the largest request in MB."""
     template = Template((SERVED / PROXY).read_text(encoding="utf-8"))
     return template.substitute(shape="\\s*+,\\s*+".join(map(str, served.latents)), megabytes=_megabytes(served))
 
 
-def _asking(served: Served) -> dict[str, str]:
-    """What differs between class labels and prompts."""
-    images = served.most_images
+def _condition_texts(served: Served) -> dict[str, str]:
+    """The parts of the README that differ between class labels and prompts."""
+    images = served.max_images
     if served.encoder is None:
         return {
             "first": "class_labels",
@@ -59,7 +59,7 @@ def _asking(served: Served) -> dict[str, str]:
             "prompts": "", "install": "", "encoder": "", "endpoint": "",
         }  # fmt: skip
     texts = [text for text in served.prompts if PLAIN.issuperset(text)][:2]
-    one, two = (*texts, *EXAMPLES)[:2]
+    first, second = (*texts, *EXAMPLES)[:2]
     names = list(served.call.conditions.values())
     embeddings = "\n".join(
         f"| `{name}`, `negative_{name}` | FP32[n, {_listed(served.shapes[key])}] | | in place of `prompt`, of `negative_prompt` |"
@@ -68,20 +68,20 @@ def _asking(served: Served) -> dict[str, str]:
     return {
         "first": PROMPT,
         "asked": "`prompt` STRING[n, 1]",
-        "example": f'{{"name": "prompt", "datatype": "BYTES", "shape": [2, 1], "data": ["{one}", "{two}"]}}',
-        "pictures_of": f'--prompt "{one}" --prompt "{two}"',
-        "picture_of": f'--prompt "{one}"',
+        "example": f'{{"name": "prompt", "datatype": "BYTES", "shape": [2, 1], "data": ["{first}", "{second}"]}}',
+        "pictures_of": f'--prompt "{first}" --prompt "{second}"',
+        "picture_of": f'--prompt "{first}"',
         "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
         f'{images} |\n| `negative_prompt` | STRING[n, 1] | "" | as `prompt`; unused where guidance is off |\n{embeddings}',
         "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
         "install": INSTALL,
         "encoder": ENCODER,
-        "endpoint": ENDPOINT.format(prompt=one) if served.pictures or served.decoder else "",
+        "endpoint": ENDPOINT.format(prompt=first) if served.pictures or served.decoder else "",
     }
 
 
 def _call(served: Served) -> str:
-    """The inputs of one network call."""
+    """The inputs of one network call, as the README lists them."""
     kinds = {"int64": "INT64", "float32": "FP32"}
     texts = [f"`{served.call.state}` FP32[n, {_listed(served.latents)}]", f"`timestep` {kinds[served.call.timestep]}[n, 1]"]
     kind = "INT64" if served.encoder is None else "FP32"
@@ -94,14 +94,15 @@ def _listed(shape: object) -> str:
 
 
 def _megabytes(served: Served) -> int:
-    """More than the largest request has: float32 numbers for each row of a call."""
-    return 1 + math.ceil(served.most_rows * sum(map(math.prod, served.shapes.values())) * 4 / 1e6)
+    """An upper bound of the largest request in MB: float32 inputs for each row of a call."""
+    return 1 + math.ceil(served.max_rows * sum(map(math.prod, served.shapes.values())) * 4 / 1e6)
 
 
 def _needs(served: Served, opset: int) -> str:
     if served.backend == "tensorrt":
         return (
-            "The container's TensorRT must be the version that built the plan: a plan of another is refused. This tells it:\n"
+            "The container's TensorRT must be the version that built the plan: a plan of another version is refused.\n"
+            "This command shows the container's version:\n"
             "`docker run --rm \"$TRITON_IMAGE\" sh -c 'ls /usr/lib/*/libnvinfer.so.*'`."
         )
     if opset >= 23:
@@ -110,12 +111,12 @@ def _needs(served: Served, opset: int) -> str:
 
 
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.")
-"""Signs that mean nothing in a shell, or in JSON."""
+"""Characters that need no escape in a shell or in JSON."""
 EXAMPLES = ("a house", "a tree")
-DECODED = "\n| `decoder` | onnxruntime | one picture's `latents`, its scaling undone inside | `sample` FP32 in [-1, 1] |"
-ENCODER = "\n| `text_encoder` | onnxruntime | one prompt's tokens: `input_ids` and `attention_mask` | the denoiser's conditions |"
+DECODED = "\n| `decoder` | onnxruntime | `latents` of one picture; the scaling is part of the graph | `sample` FP32 in [-1, 1] |"
+ENCODER = "\n| `text_encoder` | onnxruntime | tokens of a prompt: `input_ids` and `attention_mask` | the denoiser's conditions |"
 INSTALL = """
-The pipelines read the tokenizers of the checkpoint with the package `tokenizers`, which the container does not hold:
+The pipelines need the package `tokenizers` for the checkpoint's tokenizers. The container does not have it:
 
 ```sh
 printf 'FROM %s\\nRUN pip install tokenizers\\n' "$TRITON_IMAGE" | docker build -t triton-text -
@@ -125,17 +126,17 @@ TRITON_IMAGE=triton-text
 PROMPTS = """
 ## Prompts
 
-`text_encoder` encodes each prompt alone, filled up with masked tokens to the length that the model's own pipeline fills it up to;
-so prompts of all lengths share the denoiser's calls, and a prompt's bytes depend on no other. The conditions of the last {kept}
-prompts are kept, "" among them. Those who encode prompts themselves send {embeddings}
-together, filled up to the same length.
-In JSON through the proxy below, write prompts as UTF-8, without escapes (`json.dumps(..., ensure_ascii=False)`); one with
-quotation marks goes over grpc.
+`text_encoder` encodes each prompt alone, padded with masked tokens to the length that the model's own pipeline uses. So
+prompts of all lengths share the denoiser's calls, and a prompt's conditions do not depend on other prompts. The conditions of
+the last {kept} prompts are cached, also those of "". Clients that encode prompts themselves send {embeddings}
+together, padded to the same length.
+In JSON through the proxy below, write prompts in UTF-8 without escapes (`json.dumps(..., ensure_ascii=False)`); a prompt with
+quotation marks needs grpc.
 """
 ENDPOINT = """
 ## OpenAI's images API
 
-`images.py` is a small service in front of the server, for clients that speak that API:
+`images.py` is a small service in front of the server, for clients of that API:
 
 ```sh
 pip install "tritonclient[grpc]" starlette uvicorn
@@ -149,12 +150,12 @@ client = openai.OpenAI(base_url="http://127.0.0.1:9100/v1", api_key="none")
 answer = client.images.generate(prompt="{prompt}", n=2, extra_body={{"seed": 7, "num_inference_steps": 20}})
 ```
 
-It takes `prompt`, `n` and `size` (the one size that the model draws, or `auto`), gives `b64_json` of PNG, and takes as extensions
-`seed` (picture i has `seed` + i), `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`. Of more than 64
-requests at a time (`--requests`) the others get 503, which OpenAI's clients repeat; bodies have 64 kB at the most. A client that
-hangs up frees its rows, as over grpc. `/health`, `/metrics` (Prometheus) and `/v1/models` are there; TLS and log-ins are yours
-to add.
+It takes `prompt`, `n` and `size` (the one size that the model draws, or `auto`), and returns `b64_json` of PNG. Its extensions
+are `seed` (picture i has `seed` + i), `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`. It works on at
+most 64 requests at a time (`--requests`); others get 503, after which OpenAI's clients try again. A body has at most 64 kB. A
+client that hangs up frees its rows, as over grpc. It also serves `/health`, `/metrics` (Prometheus) and `/v1/models`. It has no
+TLS and no authentication; add them.
 """
 PLANLESS = """
-**The plan is not here yet.** `dq-export finish OUT` on the GPU machine builds it and puts it into `denoiser/1/`.
+**The plan is not here yet.** `dq-export finish OUT` on the GPU machine builds it and copies it to `denoiser/1/`.
 """

@@ -29,18 +29,18 @@ from .readme import PROXY, README, SERVED, proxy, readme
 from .serving.schedules import FILE
 
 PROGRAM = ("model.py", "call.py", "conditions.py", "request.py", "sampler.py", "schedules.py")
-"""What a pipeline's folder holds of `serving`."""
+"""Files of `serving` that each pipeline's version folder gets."""
 CLIENT = "client.py"
 ENDPOINT = ("images.py", "compose.yaml")
 FRONT = SERVED.parent / "endpoint"
-"""What lies beside the models where prompts become pictures, and its folder here."""
+"""Files of the images endpoint of models with prompts, and the folder that holds them here."""
 PROBE = "health.py"
-"""What the model `health` runs."""
+"""The program of the model `health`."""
 INSTALL = "pip install 'dq-export[triton]'"
 
 
 def require_triton() -> None:
-    """Ask for what writing and checking a repository needs.
+    """Check that the packages for writing and checking a repository are installed.
 
     Raises:
         BackendError: Triton's client library, which holds the format of config.pbtxt, is missing.
@@ -52,24 +52,25 @@ def require_triton() -> None:
 
 
 def write_repository(served: Served, folder: Path) -> list[Fault]:
-    """Write the models `denoiser`, `pipeline`, `pipeline_stream`, `health`, for prompts `text_encoder`, and for latents
-    `decoder`; check them.
+    """Write a model repository, and check it.
 
-    Beside them lie a client, a configuration of nginx and a README, and for pictures of prompts an endpoint of OpenAI's kind.
+    Its models are `denoiser`, `pipeline`, `pipeline_stream` and `health`; `text_encoder` if requests hold prompts; `decoder`
+    if the latents need one. Beside them lie a client, a configuration of nginx, a README, and, if prompts become pictures, an
+    endpoint with OpenAI's interface.
 
     Returns:
-        What the check of the finished repository says; a plan that is still to be built is no fault here.
+        The faults of the finished repository. A plan that is built later is not a fault.
 
     Raises:
         BackendError: tritonclient is missing, the engine takes no batch of two, or the repository would not load.
     """
     require_triton()
-    if served.most_rows < 2:
-        raise BackendError("--triton: a guided picture is two rows of a call, --max-shapes allows one; allow two or more")
+    if served.max_rows < 2:
+        raise BackendError("--triton: a guided picture takes two rows of a call, --max-shapes allows one; allow two or more")
     model, shape = ir.load(served.model), served.latents
     kind = "KIND_GPU" if served.backend == "tensorrt" else "KIND_CPU"
     health = health_config(served)  # reads the text encoder's graph before it is moved
-    target = _add(folder, network_config(DENOISER, model.graph, served.backend, kind, served.most_rows, served.shapes))
+    target = _add(folder, network_config(DENOISER, model.graph, served.backend, kind, served.max_rows, served.shapes))
     if served.backend == "tensorrt":
         if served.plan:
             add_plan(served.plan, folder)
@@ -96,23 +97,23 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         shutil.copyfile(FRONT / file, folder / file)
     (folder / PROXY).write_text(proxy(served), encoding="utf-8")
     (folder / README).write_text(readme(served, model.opset_imports[""]), encoding="utf-8")
-    faults = [item for item in check_repository(folder) if served.plan or "model.plan" not in item.what]
-    wrong = [f"{item.model}: {item.what}" for item in faults if item.severity == "error"]
-    if wrong:
-        raise BackendError(f"{folder}: the repository would not load:\n  " + "\n  ".join(wrong))
+    faults = [item for item in check_repository(folder) if served.plan or "model.plan" not in item.problem]
+    errors = [f"{item.model}: {item.problem}" for item in faults if item.severity == "error"]
+    if errors:
+        raise BackendError(f"{folder}: the repository would not load:\n  " + "\n  ".join(errors))
     return faults
 
 
 def add_plan(plan: Path, folder: Path) -> None:
-    """Put a plan into a repository, under its own name only when it is whole."""
+    """Copy a plan into a repository. It gets its final name when the copy is complete."""
     partial = folder / DENOISER / "1" / ".model.plan.new"
-    partial.unlink(missing_ok=True)  # copying into what stands there would write through a hard link
+    partial.unlink(missing_ok=True)  # a copy onto an existing file would write through its hard links
     shutil.copyfile(plan, partial)
     partial.rename(folder / DENOISER / "1" / "model.plan")
 
 
 def _add(folder: Path, config: Config) -> Path:
-    """A model's folder with its config.pbtxt; returns that of its version."""
+    """Make a model's folder with its config.pbtxt, and return the folder of version 1."""
     version: Path = folder / config["name"] / "1"
     version.mkdir(parents=True)
     (version.parent / "config.pbtxt").write_text(dump(config), encoding="utf-8")
@@ -120,7 +121,7 @@ def _add(folder: Path, config: Config) -> Path:
 
 
 def _add_decoder(decoder: Path, kind: str, folder: Path) -> list[int]:
-    """Move the decoder in; a picture a call, which bounds its memory. Returns its picture's (H, W, C)."""
+    """Move the decoder in, with one picture a call to bound its memory. Return (H, W, C) of its pictures."""
     graph = ir.load(decoder).graph
     target = _add(folder, network_config(DECODER, graph, "onnxruntime", kind, 1))
     for path in sorted(decoder.parent.iterdir()):
@@ -130,7 +131,7 @@ def _add_decoder(decoder: Path, kind: str, folder: Path) -> list[int]:
 
 
 def _add_encoder(served: Served, kind: str, folder: Path) -> None:
-    """Move the text encoder in; a prompt a call, so that its bytes depend on no other."""
+    """Move the text encoder in, with one prompt a call, so that its output does not depend on other prompts."""
     assert served.encoder is not None
     graph = ir.load(served.encoder / MODEL).graph
     target = _add(folder, network_config(ENCODER, graph, "onnxruntime", kind, 0))

@@ -150,7 +150,7 @@ def print_diagnosis(parts: Sequence[Diagnosis]) -> None:
 def print_faults(faults: Sequence[Fault]) -> None:
     """What is wrong with a model repository, and how many errors and warnings there are."""
     if faults:
-        rows = [(item.model, item.severity, item.what, item.fix) for item in faults]
+        rows = [(item.model, item.severity, item.problem, item.fix) for item in faults]
         print_table(["model", "", "what", "what to do"], rows)
     counted = Counter(item.severity for item in faults)
     print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))

@@ -9,7 +9,7 @@ from typing import Any
 from dq_export.core.network import output_name
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.tensorrt.backend import PLAN
-from dq_export.deploy.triton.model_config import MOST_ROWS, Served
+from dq_export.deploy.triton.model_config import MAX_ROWS, Served
 from dq_export.deploy.triton.readme import PROXY, README, SERVED
 from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository
 from dq_export.deploy.triton.serving.call import Call
@@ -26,7 +26,7 @@ REPOSITORY = "triton"
 """Its folder in an output folder."""
 FEW_STEPS = 12
 """Tables of so many steps show whether a sampler has any: its order, its noise, its clipping. Larger ones take seconds."""
-MOST_STEPS = 100
+MAX_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
 
@@ -80,7 +80,7 @@ class WriteRepository(Stage[Result]):
             undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "")
         encoder = target / "encoder"
         tokenizers = reference.export_encoders(encoder)
-        samplers = reference.samplers(max(MOST_STEPS, recipe.steps), context.progress.advance)
+        samplers = reference.samplers(max(MAX_STEPS, recipe.steps), context.progress.advance)
         plan = context.folder / ENGINE / PLAN
         served = Served(
             backend=context.backend.triton,
@@ -91,7 +91,7 @@ class WriteRepository(Stage[Result]):
             encoder=encoder if tokenizers else None,
             decoder=decoder if decoder.exists() else None,
             pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
-            most_rows=context.backend.greatest_batch(model) or MOST_ROWS,
+            max_rows=context.backend.greatest_batch(model) or MAX_ROWS,
             classes=0 if tokenizers else len(reference.conditions),
             steps=recipe.steps,
             guidance=recipe.guidance_scale or 1.0,
@@ -102,7 +102,7 @@ class WriteRepository(Stage[Result]):
         faults = write_repository(served, target / REPOSITORY)
         refused = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
         parts = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused]
-        return Result(summary="; ".join([*parts, *(f"{item.model}: {item.what}" for item in faults)]))
+        return Result(summary="; ".join([*parts, *(f"{item.model}: {item.problem}" for item in faults)]))
 
 
 TRITON = WriteRepository()

@@ -120,7 +120,7 @@ SERVER_REFUSES: dict[str, tuple[Change, str]] = {
     "no graph": (remove("denoiser/1/model.onnx"), "1/model.onnx is missing or empty"),
     "thread count in words": (
         add(DENOISER, parameter("intra_op_thread_count", "many")),
-        "intra_op_thread_count 'many' is no whole number",
+        "intra_op_thread_count 'many' is not a whole number",
     ),
     "a version that is not there": (add(DENOISER, "version_policy { specific { versions: [ 3 ] } }"), "there is no version 3"),
 }
@@ -193,7 +193,7 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
             "dynamic_batching { max_queue_delay_microseconds: 20000",
         ),
         "warning",
-        "20000 are waited at every step of pipeline, pipeline_stream",
+        "every step of pipeline, pipeline_stream waits 20000",
     ),
     "batching without a batch": (
         edit(DENOISER, "max_batch_size: 16", "max_batch_size: 0"),
@@ -211,20 +211,20 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     "a call to nobody": (
         add("pipeline/1/model.py", '\ndef f(pb): pb.InferenceRequest(model_name="vae", inputs=[])\n'),
         "error",
-        "calls model 'vae', which is not here",
+        "calls model 'vae', which is not in the repository",
     ),
-    "no denoiser": (remove("denoiser"), "error", "denoiser 'denoiser' is not here"),
+    "no denoiser": (remove("denoiser"), "error", "denoiser 'denoiser' is not in the repository"),
     "no decoder": (
         edit(PIPELINE, r'(key: "decoder"\s+value {)', r'\1 string_value: "vae"'),
         "error",
-        "decoder 'vae' is not here",
+        "decoder 'vae' is not in the repository",
     ),
     "a missing parameter": (
         edit(PIPELINE, r'parameters {\s+key: "classes".*?}\s+}\n', ""),
         "error",
         "parameters: 'classes' is missing",
     ),
-    "a parameter in words": (set_parameter("max_requests", "many"), "error", "max_requests 'many' is no whole number"),
+    "a parameter in words": (set_parameter("max_requests", "many"), "error", "max_requests 'many' is not a whole number"),
     "a parameter of ours misspelt": (add(PIPELINE, parameter("max_row", "4")), "warning", "'max_row' is not read"),
     "calls above the denoiser's batch": (
         set_parameter("max_rows", "32"),
@@ -275,12 +275,12 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     "no text encoder": (
         edit(PIPELINE, r'(key: "text_encoder"\s+value {)', r'\1 string_value: "t5"'),
         "error",
-        "text_encoder 't5' is not here",
+        "text_encoder 't5' is not in the repository",
     ),
     "an environment of this machine": (
         add(PIPELINE, parameter("EXECUTION_ENV_PATH", "/opt/env")),
         "warning",
-        "EXECUTION_ENV_PATH '/opt/env' is of this machine",
+        "EXECUTION_ENV_PATH '/opt/env' is a path of this machine",
     ),
     "a program's input of any size": (
         edit(PIPELINE, r'(name: "class_labels"\s+data_type: TYPE_INT64\s+dims: )1', r"\g<1>-1"),
@@ -295,22 +295,22 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     "a health that asks nobody": (
         remove("pipeline_stream"),
         "error",
-        "model 'pipeline_stream' is not here, so health always fails",
+        "model 'pipeline_stream' is not in the repository, so health always fails",
     ),
     "a guidance scale in words": (
         set_parameter("guidance_scale", "much"),
         "error",
-        "guidance_scale 'much' is no finite number",
+        "guidance_scale 'much' is not a finite number",
     ),
     "an infinite guidance scale": (
         set_parameter("guidance_scale", "inf"),
         "error",
-        "guidance_scale 'inf' is no finite number",
+        "guidance_scale 'inf' is not a finite number",
     ),
-    "digits of others": (set_parameter("max_rows", "²"), "error", "max_rows '²' is no whole number"),
+    "digits of others": (set_parameter("max_rows", "²"), "error", "max_rows '²' is not a whole number"),
     "a negative batch": (edit(DENOISER, "max_batch_size: 16", "max_batch_size: -1"), "error", "max_batch_size: -1 is below 0"),
     "no such type": (edit(PIPELINE, "TYPE_INT64", "99"), "error", "data_type is 99, which is no type"),
-    "no such kind": (edit(PIPELINE, "KIND_CPU", "99"), "error", "kind is a number that is no kind"),
+    "no such kind": (edit(PIPELINE, "KIND_CPU", "99"), "error", "kind is not the number of a kind"),
     "a dimension of none": (
         edit(PIPELINE, r'(name: "class_labels"\s+data_type: TYPE_INT64\s+dims: )1', r"\g<1>0"),
         "error",
@@ -319,7 +319,7 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     "an ensemble of nobody": (
         lambda r: ensemble(r, "vae"),
         "error",
-        "ensemble_scheduling: model 'vae' is not here",
+        "ensemble_scheduling: model 'vae' is not in the repository",
     ),
     "an ensemble with a wrong name": (lambda r: ensemble(r, "denoiser"), "error", "'denoiser' has no input 'x'"),
 }
@@ -336,7 +336,7 @@ def ensemble(repository: Path, target: str) -> None:
 
 
 def told(faults: list[Fault], severity: str) -> str:
-    return "\n".join(f"{item.what}; {item.fix}" for item in faults if item.severity == severity)
+    return "\n".join(f"{item.problem}; {item.fix}" for item in faults if item.severity == severity)
 
 
 def test_what_the_export_writes_is_clean(exported: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dq_export.deploy.triton.check import MOST_FAULTS, check_repository
+from dq_export.deploy.triton.check import MAX_FAULTS, check_repository
 from dq_export.deploy.triton.model_folder import Fault
 
 SECONDS = 10
@@ -70,9 +70,9 @@ def checked(repository: Path) -> list[Fault]:
     """The faults, each of them a line that any terminal and file takes."""
     with limited():
         faults = check_repository(repository)
-    assert len(faults) <= MOST_FAULTS + 1
+    assert len(faults) <= MAX_FAULTS + 1
     for item in faults:
-        for text in (item.model, item.what, item.fix):
+        for text in (item.model, item.problem, item.fix):
             assert text.isprintable()
             assert len(text) <= 300
             text.encode()
@@ -80,7 +80,7 @@ def checked(repository: Path) -> list[Fault]:
 
 
 def wrong(repository: Path) -> str:
-    return "\n".join(item.what for item in checked(repository) if item.severity == "error")
+    return "\n".join(item.problem for item in checked(repository) if item.severity == "error")
 
 
 def mutants(content: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -225,9 +225,9 @@ def test_links_that_go_in_circles(repository: Path) -> None:
 
 
 def test_many_faults_are_cut_and_many_files_end_the_search(repository: Path) -> None:
-    for index in range(MOST_FAULTS + 50):
+    for index in range(MAX_FAULTS + 50):
         (repository / f"model-{index}").mkdir()
-    assert f"more than {MOST_FAULTS} faults" in wrong(repository)
+    assert f"more than {MAX_FAULTS} faults" in wrong(repository)
 
 
 def test_a_path_that_no_system_has_is_a_fault() -> None:

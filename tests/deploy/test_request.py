@@ -41,7 +41,7 @@ def test_what_is_left_out_is_the_models() -> None:
 
 def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
     assert job(class_labels=[1, 2, 3]).rows == 3
-    with pytest.raises(BadRequestError, match="3 pictures: a guided picture is two rows of a call; expected 4 rows"):
+    with pytest.raises(BadRequestError, match="3 pictures: a guided picture takes two rows of a call; expected at most 4 rows"):
         job(class_labels=[1, 2, 3], guidance_scale=2.0)
 
 
@@ -76,7 +76,7 @@ def test_labels_of_another_shape_are_refused_although_the_server_let_them_pass(s
 
 
 def test_what_has_no_rows_or_other_rows_is_refused() -> None:
-    with pytest.raises(BadRequestError, match="num_inference_steps: expected the same value"):
+    with pytest.raises(BadRequestError, match="num_inference_steps: expected one value"):
         job(class_labels=[1], num_inference_steps=np.zeros((0, 1)))
     two = LABELS.read({"class_labels": np.ones((2, 1), dtype=np.int64)})
     with pytest.raises(BadRequestError, match=r"expected shape .2, 1., found .1, 1."):

@@ -90,7 +90,7 @@ def start(network: Network) -> Iterator[Callable[..., Sampler]]:
     started = []
 
     def make(**options: int) -> Sampler:
-        started.append(Sampler(network, **{"most_rows": 8, "most_jobs": 20, "lanes": 1, **options}))
+        started.append(Sampler(network, **{"max_rows": 8, "max_jobs": 20, "lanes": 1, **options}))
         return started[-1]
 
     yield make
@@ -138,7 +138,7 @@ def test_a_job_joins_the_others_at_the_next_call(start: Callable[..., Sampler], 
 
 def test_calls_stay_below_the_greatest_batch_and_order_is_kept(start: Callable[..., Sampler], network: Network) -> None:
     network.open = False
-    sampler = start(most_rows=4)
+    sampler = start(max_rows=4)
     jobs = [job(label, steps=2, guidance=2.0, pictures=pictures) for label, pictures in ((1, 1), (2, 2), (3, 1))]
     for item in jobs:
         sampler.submit(item)
@@ -154,7 +154,7 @@ def test_calls_stay_below_the_greatest_batch_and_order_is_kept(start: Callable[.
 
 def test_a_lane_takes_what_the_one_before_has_no_room_for(start: Callable[..., Sampler], network: Network) -> None:
     network.open = False
-    sampler = start(most_rows=2, lanes=2)
+    sampler = start(max_rows=2, lanes=2)
     jobs = [job(label, steps=1) for label in (1, 2, 3)]
     for item in jobs:
         sampler.submit(item)
@@ -194,7 +194,7 @@ def test_a_call_that_others_rows_failed_is_repeated_once_for_all(network: Networ
         return output
 
     network.open = False
-    sampler, jobs = Sampler(denoise, most_rows=8, most_jobs=8, lanes=1), [job(1, steps=9), job(2, steps=9)]
+    sampler, jobs = Sampler(denoise, max_rows=8, max_jobs=8, lanes=1), [job(1, steps=9), job(2, steps=9)]
     for item in jobs:
         sampler.submit(item)
     network.open = True
@@ -239,7 +239,7 @@ def test_an_unforeseen_error_is_told_and_the_sampler_lives_on(network: Network) 
             raise ZeroDivisionError("unforeseen")
         return network(*feed)
 
-    sampler, first = Sampler(denoise, most_rows=8, most_jobs=8, lanes=1), job(1)
+    sampler, first = Sampler(denoise, max_rows=8, max_jobs=8, lanes=1), job(1)
     sampler.submit(first)
     assert isinstance(client(first).wait().error, ZeroDivisionError)
     second = job(2)
@@ -250,7 +250,7 @@ def test_an_unforeseen_error_is_told_and_the_sampler_lives_on(network: Network) 
 
 def test_too_many_are_sent_away(start: Callable[..., Sampler], network: Network) -> None:
     network.open = False
-    sampler, jobs = start(most_jobs=3), [job(1) for _ in range(3)]
+    sampler, jobs = start(max_jobs=3), [job(1) for _ in range(3)]
     for item in jobs:
         sampler.submit(item)
     with pytest.raises(BusyError, match="3 requests are being sampled or wait"):
@@ -265,7 +265,7 @@ def test_too_many_are_sent_away(start: Callable[..., Sampler], network: Network)
 def test_who_has_left_is_dropped_running_or_waiting(start: Callable[..., Sampler], network: Network, monkeypatch: Any) -> None:
     monkeypatch.setattr("dq_export.deploy.triton.serving.sampler.WATCH", 0.0)
     network.open = False
-    sampler, running, waiting, stays = start(most_rows=1), job(1, steps=50), job(2, steps=50), job(3, steps=2)
+    sampler, running, waiting, stays = start(max_rows=1), job(1, steps=50), job(2, steps=50), job(3, steps=2)
     for item in (running, waiting, stays):
         sampler.submit(item)
     client(waiting).left = client(running).left = True
@@ -279,7 +279,7 @@ def test_who_has_left_is_dropped_running_or_waiting(start: Callable[..., Sampler
 
 def test_closing_tells_everyone(network: Network) -> None:
     network.open = False
-    sampler = Sampler(network, most_rows=1, most_jobs=8, lanes=1)
+    sampler = Sampler(network, max_rows=1, max_jobs=8, lanes=1)
     jobs = [job(1), job(2)]
     for item in jobs:
         sampler.submit(item)

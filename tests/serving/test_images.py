@@ -85,7 +85,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 1}, "prompt: missing"),
     ({"prompt": "a", "seed": -1}, "seed: expected 0 to"),
     ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
-    ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale: expected a finite number, 0 or more"),
+    ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale: expected a finite number of 0 or more"),
     ({"prompt": "a", "num_inference_steps": 1000}, "num_inference_steps 1000: expected 1 to 100"),
     ({"prompt": "a", "scheduler": "pndm"}, "scheduler 'pndm': expected"),
     ({"prompt": "a", "colour": "red"}, "unknown parameter 'colour'"),
@@ -119,7 +119,7 @@ def test_what_is_no_request_is_refused(address: str, content: bytes, status: int
 def test_openais_client_reads_errors_and_another_model_is_none(images: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="size: expected 16x16 or auto"):
         images.generate(prompt="a", size="1024x1024")
-    with pytest.raises(openai.NotFoundError, match="this server has 'pipeline' alone"):
+    with pytest.raises(openai.NotFoundError, match="this server has only 'pipeline'"):
         images.generate(prompt="a", model="gpt-image-1")
 
 

@@ -124,7 +124,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"prompt": ["a"], "negative_prompt": ["a " * 300]},
         "negative_prompt: more than 300 tokens",
     ),
-    ("too many bytes", {"prompt": ["a" * 20_000]}, "prompt: 20000 bytes; expected 16384 at the most"),
+    ("too many bytes", {"prompt": ["a" * 20_000]}, "prompt: 20000 bytes; expected at most 16384"),
     ("no text", {"prompt": [b"\xff\xfe"]}, "prompt: expected UTF-8"),
     ("prompt and embeddings", {"prompt": ["a"], **EMBEDDED}, "prompt: send it or prompt_embeds, not both"),
     (

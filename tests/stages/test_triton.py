@@ -111,7 +111,7 @@ def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Pat
     assert "dq-export finish" in done.stderr
     repository = tmp_path / "out" / "triton"
     (fault,) = check_repository(repository)
-    assert fault.what == "1/model.plan is missing or empty"
+    assert fault.problem == "1/model.plan is missing or empty"
     config = (repository / "denoiser" / "config.pbtxt").read_text()
     assert "KIND_GPU" in config
     assert "max_batch_size: 8" in config
@@ -154,4 +154,4 @@ def test_an_engine_for_one_row_cannot_draw_guided_pictures(tiny_folder: Path, tm
     words = ("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
     done = call(*words)
     assert done.returncode == 1
-    assert "a guided picture is two rows of a call, --max-shapes allows one" in done.stderr
+    assert "a guided picture takes two rows of a call, --max-shapes allows one" in done.stderr

@@ -1,1 +1,1 @@
-"""An images endpoint in front of a repository's server, copied beside its models."""
+"""An images endpoint in front of a repository's server. It is copied into the repository."""

@@ -1,11 +1,11 @@
-"""An images endpoint that OpenAI's clients speak, in front of this repository's Triton server.
+"""An images endpoint for OpenAI's clients, in front of this repository's Triton server.
 
     pip install "tritonclient[grpc]" starlette uvicorn
     python images.py --triton 127.0.0.1:8001 --port 9100
     curl 127.0.0.1:9100/v1/images/generations -H "content-type: application/json" -d '{"prompt": "a house", "seed": 7}'
 
-Pictures come as base64 of PNG. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler` are
-extensions, `extra_body` to the Python client. A client that hangs up frees its rows of the network's calls.
+Pictures are returned as base64 of PNG. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`
+are extensions, which the Python client sends as `extra_body`. A client that hangs up frees its rows of the network's calls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tritonclient.utils import InferenceServerException
 
 BODY_BYTES = 64 << 10
 SECONDS = 600
-"""The longest that a request may take."""
+"""The longest time of a request."""
 SEEDS = 2**64
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 TYPES: Mapping[str, tuple[type, ...]] = {
@@ -42,23 +42,24 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "guidance_scale": (int, float), "model": (str,), "size": (str,), "response_format": (str,), "output_format": (str,),
     "background": (str,), "stream": (bool,), "user": (str,), "quality": (str,), "style": (str,), "moderation": (str,),
 }  # fmt: skip
-"""Of the body. The last four change no picture here."""
+"""Types of the body's parameters. The last four are accepted and ignored."""
 ONLY = {"response_format": ("b64_json",), "output_format": ("png",), "background": ("auto", "opaque"), "stream": (False,)}
-"""The values that some may have."""
+"""Parameters with a fixed set of values."""
 INPUTS: Mapping[str, tuple[str, Any]] = {
     "prompt": ("BYTES", np.object_), "negative_prompt": ("BYTES", np.object_), "scheduler": ("BYTES", np.object_),
     "num_inference_steps": ("INT32", np.int32), "guidance_scale": ("FP32", np.float32), "seed": ("UINT64", np.uint64),
 }  # fmt: skip
-"""What goes on to the server as it is, with Triton's and numpy's types."""
+"""Parameters that are passed to the server unchanged, with Triton's and numpy's types."""
 STATUS = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504}
-"""By grpc's, http's; 500 for others."""
+"""The http status for each status of grpc; 500 for others."""
 
 
 class RefusedError(Exception):
-    """A request that gets no picture.
+    """A request is refused.
 
     Args:
-        parameter: of the body, that is wrong; empty: none.
+        status: http status.
+        parameter: the parameter at fault; empty if there is none.
     """
 
     def __init__(self, status: int, message: str, parameter: str = "") -> None:
@@ -66,7 +67,7 @@ class RefusedError(Exception):
         self.status, self.message, self.parameter = status, message, parameter
 
     def response(self) -> Response:
-        """As OpenAI's clients read errors; they ask again after 503."""
+        """Return the error in the form that OpenAI's clients read. They repeat the request after 503."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.parameter or None, "code": None}
         headers = {"Retry-After": "1"} if self.status == 503 else None
@@ -75,10 +76,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What the model `pipeline` of the server gives.
+    """The limits of the server's model `pipeline`.
 
     Args:
-        pictures: the greatest number of one request.
+        pictures: the most pictures of one request.
         size: width and height in pixels, as in `size` of a request.
     """
 
@@ -87,10 +88,10 @@ class Served:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Served:
-        """From its config.pbtxt as JSON.
+        """Read the limits from the model's config.pbtxt as JSON.
 
         Raises:
-            RefusedError: it takes no prompts, or gives no pictures.
+            RefusedError: the model takes no prompts, or returns no pictures.
         """
         dims = [item["dims"] for item in config["output"] if item["name"] == "images"]
         if not dims or "prompt" not in [item["name"] for item in config["input"]]:
@@ -99,46 +100,46 @@ class Served:
         return Served(int(config["max_batch_size"]), f"{width}x{height}")
 
 
-def wanted(content: bytes, served: Served, name: str) -> dict[str, Any]:
-    """The values of a request's body, None left out.
+def parse_body(content: bytes, served: Served, name: str) -> dict[str, Any]:
+    """Return the parameters of a request's body, without those that are None.
 
     Raises:
-        RefusedError: 400, or 404 for another model, with the parameter, what is expected and what was found.
+        RefusedError: 400, or 404 for another model. The message names the parameter, the expected and the actual value.
     """
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "the body is no JSON") from error
+        raise RefusedError(400, "the body is not JSON") from error
     if not isinstance(body, dict):
         raise RefusedError(400, "expected a JSON object")
-    given = {key: value for key, value in body.items() if value is not None}
-    for key, value in given.items():
+    values = {key: value for key, value in body.items() if value is not None}
+    for key, value in values.items():
         if key not in TYPES:
             raise RefusedError(400, f"unknown parameter {key[:40]!r}", key[:40])
         if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and key != "stream"):
             raise RefusedError(400, f"{key}: expected {TYPES[key][-1].__name__}, found {type(value).__name__}", key)
         if key in ONLY and value not in ONLY[key]:
             raise RefusedError(400, f"{key}: expected {' or '.join(map(str, ONLY[key]))}", key)
-    if "prompt" not in given:
+    if "prompt" not in values:
         raise RefusedError(400, "prompt: missing", "prompt")
-    if given.get("model", name) != name:
-        raise RefusedError(404, f"model: this server has {name!r} alone", "model")
-    if given.get("size", "auto") not in ("auto", served.size):
+    if values.get("model", name) != name:
+        raise RefusedError(404, f"model: this server has only {name!r}", "model")
+    if values.get("size", "auto") not in ("auto", served.size):
         raise RefusedError(400, f"size: expected {served.size} or auto", "size")
     for key, low, high in (("n", 1, served.pictures), ("seed", 0, SEEDS - 1), ("num_inference_steps", 1, 2**31 - 1)):
-        if key in given and not low <= given[key] <= high:
+        if key in values and not low <= values[key] <= high:
             raise RefusedError(400, f"{key}: expected {low} to {high}", key)
-    if not 0 <= given.get("guidance_scale", 0) <= FLOAT32_MAX:
-        raise RefusedError(400, "guidance_scale: expected a finite number, 0 or more", "guidance_scale")
-    return given
+    if not 0 <= values.get("guidance_scale", 0) <= FLOAT32_MAX:
+        raise RefusedError(400, "guidance_scale: expected a finite number of 0 or more", "guidance_scale")
+    return values
 
 
-def tensors(given: Mapping[str, Any]) -> list[Any]:
-    """The server's inputs, a row for each picture; picture i has the seed `seed` + i."""
-    rows, inputs = given.get("n", 1), []
+def tensors(values: Mapping[str, Any]) -> list[Any]:
+    """Return the server's inputs with a row for each picture. Picture i has the seed `seed` + i."""
+    rows, inputs = values.get("n", 1), []
     for key, (kind, dtype) in INPUTS.items():
-        if key in given:
-            value = given[key].encode("utf-8", "surrogatepass") if kind == "BYTES" else given[key]
+        if key in values:
+            value = values[key].encode("utf-8", "surrogatepass") if kind == "BYTES" else values[key]
             column = [[(value + i) % SEEDS if key == "seed" else value] for i in range(rows)]
             inputs.append(grpc.InferInput(key, [rows, 1], kind))
             inputs[-1].set_data_from_numpy(np.array(column, dtype=dtype))
@@ -146,7 +147,7 @@ def tensors(given: Mapping[str, Any]) -> list[Any]:
 
 
 def png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A PNG file of uint8[H, W, 1 or 3]."""
+    """Return uint8[H, W, 1 or 3] as a PNG file."""
     height, width, channels = picture.shape
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -164,18 +165,18 @@ class Images:
 
     Args:
         triton: the server's grpc address.
-        name: of the model, as clients call it.
-        most: requests at a time; others get 503.
+        name: the model's name for clients.
+        max_requests: the most requests at a time; others get 503.
     """
 
     triton: str
     name: str
-    most: int
+    max_requests: int
     counts: Counter[int] = field(default_factory=Counter)
-    spent: float = 0.0
+    seconds: float = 0.0
     pictures: int = 0
     waiting: int = 0
-    known: Served | None = None
+    served: Served | None = None
     client: Any = None
 
     def app(self) -> Starlette:
@@ -189,7 +190,7 @@ class Images:
         return Starlette(routes=routes, lifespan=self._lifespan)
 
     async def generate(self, request: Request) -> Response:
-        """Draw what a request asks for."""
+        """Answer a request with pictures or an error."""
         start = time.monotonic()
         self.waiting += 1
         try:
@@ -199,15 +200,15 @@ class Images:
         finally:
             self.waiting -= 1
         self.counts[response.status_code] += 1
-        self.spent += time.monotonic() - start
+        self.seconds += time.monotonic() - start
         return response
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """Return the list of models, which has one entry."""
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "dq-export"}]})
 
     async def health(self, request: Request) -> Response:
-        """Whether every model of the server answers; see its model `health`."""
+        """Return whether every model of the server answers; see its model `health`."""
         probe = grpc.InferInput("probe", [1], "BOOL")
         probe.set_data_from_numpy(np.array([True]))
         try:
@@ -217,37 +218,37 @@ class Images:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus."""
+        """Return the counters in Prometheus' format."""
         lines = [f'images_requests_total{{status="{status}"}} {count}' for status, count in sorted(self.counts.items())]
-        lines += [f"images_request_seconds_total {self.spent:g}", f"images_pictures_total {self.pictures}"]
+        lines += [f"images_request_seconds_total {self.seconds:g}", f"images_pictures_total {self.pictures}"]
         return PlainTextResponse("\n".join([*lines, f"images_requests_in_flight {self.waiting}", ""]))
 
     async def _answer(self, request: Request) -> Response:
-        if self.waiting > self.most:
-            raise RefusedError(503, f"{self.most} requests are being drawn or wait; try again later")
+        if self.waiting > self.max_requests:
+            raise RefusedError(503, f"{self.max_requests} requests are in progress; try again later")
         content = await _body(request)
         served = await self._served()
-        given = wanted(content, served, self.name)
-        # Behind the body nothing comes but the news that the client hangs up.
-        drawing, leaving = asyncio.ensure_future(self._draw(given)), asyncio.ensure_future(request.receive())
+        values = parse_body(content, served, self.name)
+        # After the body, the only message that can still arrive is the client's disconnect.
+        drawing, disconnect = asyncio.ensure_future(self._draw(values)), asyncio.ensure_future(request.receive())
         try:
-            await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({drawing, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
                 raise RefusedError(499, "the client is gone")
             pictures = drawing.result()
         finally:
             drawing.cancel()
-            leaving.cancel()
+            disconnect.cancel()
         encoded = await asyncio.to_thread(lambda: [base64.b64encode(png(picture)).decode() for picture in pictures])
         self.pictures += len(encoded)
         data = [{"b64_json": text} for text in encoded]
         return JSONResponse({"created": int(time.time()), "data": data, "size": served.size, "output_format": "png"})
 
-    async def _draw(self, given: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
-        """uint8[n, H, W, C]."""
+    async def _draw(self, values: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+        """Call the server, and return the pictures as uint8[n, H, W, C]."""
         outputs = [grpc.InferRequestedOutput("images")]
         try:
-            result = await self.client.infer("pipeline", tensors(given), outputs=outputs, client_timeout=SECONDS)
+            result = await self.client.infer("pipeline", tensors(values), outputs=outputs, client_timeout=SECONDS)
         except InferenceServerException as error:
             status = STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
             raise RefusedError(status, _first_line(error)) from error
@@ -255,12 +256,12 @@ class Images:
         return images
 
     async def _served(self) -> Served:
-        """Asked for at the first request, since the server may start later."""
+        """Return the model's limits. The first request reads them, since the server may start after the endpoint."""
         try:
-            self.known = self.known or Served.of((await self.client.get_model_config("pipeline", as_json=True))["config"])
+            self.served = self.served or Served.of((await self.client.get_model_config("pipeline", as_json=True))["config"])
         except InferenceServerException as error:
             raise RefusedError(503, f"the server does not answer: {_first_line(error)}") from error
-        return self.known
+        return self.served
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -293,8 +294,8 @@ def main() -> None:
     parser.add_argument("--triton", default="127.0.0.1:8001", help="the server's grpc address")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9100)
-    parser.add_argument("--model-name", default="pipeline", help="as clients call it")
-    parser.add_argument("--requests", type=int, default=64, help="at a time; more get 503")
+    parser.add_argument("--model-name", default="pipeline", help="the model's name for clients")
+    parser.add_argument("--requests", type=int, default=64, help="the most requests at a time; others get 503")
     options = parser.parse_args()
     images = Images(options.triton, options.model_name, options.requests)
     uvicorn.run(images.app(), host=options.host, port=options.port, log_level="warning", timeout_keep_alive=30)

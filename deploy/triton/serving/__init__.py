@@ -1,1 +1,1 @@
-"""What a Triton server runs of ours: numpy and Triton's own module alone. These files are copied into each repository."""
+"""The programs that a Triton server runs. They are copied into each repository, and import only numpy and Triton's module."""

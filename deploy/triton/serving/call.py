@@ -1,4 +1,4 @@
-"""How the denoiser of a repository is called, and what requests call its conditions."""
+"""The file that describes the denoiser's inputs and outputs, and their names in requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 FILE = "network.json"
 TIMESTEPS = ("int64", "float32")
 NEGATIVE = "negative_"
-"""In front of a condition's name in a request: that from which guidance leads away."""
+"""Prefix of a condition's name in a request, for the negative condition of guidance."""
 
 
 class CallError(ValueError):
-    """The file does not describe a network; the message says what is wrong."""
+    """The file does not describe a network's call; the message names the fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,11 @@ class Call:
     """The tensors of one network call.
 
     Args:
-        state: name of the input that holds the latents; `output`: that of the network's output.
-        timestep: numpy's name of the type of the input `timestep`.
-        conditions: by input of the network, what a request calls it: `class_labels`, or `prompt_embeds` and more.
-        tokenizers: files beside this one, in the order of the text encoder's inputs; empty: conditions are class labels.
+        state: name of the input that holds the latents.
+        output: name of the output.
+        timestep: element type of the input `timestep`, as numpy names it.
+        conditions: name in requests by input of the network: `class_labels`, or `prompt_embeds` and others.
+        tokenizers: files in the same folder, in the order of the text encoder's inputs; empty: conditions are class labels.
         lowercase: whether the network was trained with prompts in lower case.
     """
 
@@ -38,12 +39,12 @@ class Call:
     lowercase: bool = False
 
     def save(self, folder: Path) -> None:
-        """Write FILE."""
+        """Write the file into a folder."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> Call:
-        """Read what `save` wrote.
+        """Read the file from a folder.
 
         Raises:
             CallError: see `parse`.
@@ -52,33 +53,33 @@ class Call:
 
     @staticmethod
     def parse(content: bytes) -> Call:
-        """The call that a file of `save` describes.
+        """Parse the content of the file.
 
         Raises:
-            CallError: no JSON, other keys, or values of other types.
+            CallError: the content is not JSON, has other keys, or has values of other types.
         """
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise CallError("no JSON") from error
-        expected = list(Call.__dataclass_fields__)
-        if not isinstance(values, dict) or sorted(values) != sorted(expected):
-            raise CallError(f"expected an object of {', '.join(expected)}")
+            raise CallError("not JSON") from error
+        keys = list(Call.__dataclass_fields__)
+        if not isinstance(values, dict) or sorted(values) != sorted(keys):
+            raise CallError(f"expected an object of {', '.join(keys)}")
         texts = [values["state"], values["output"], values["timestep"]]
-        lists = values["tokenizers"], values["conditions"]
-        if not (isinstance(lists[0], list) and isinstance(lists[1], dict) and isinstance(values["lowercase"], bool)):
+        tokenizers, conditions = values["tokenizers"], values["conditions"]
+        if not (isinstance(tokenizers, list) and isinstance(conditions, dict) and isinstance(values["lowercase"], bool)):
             raise CallError("expected tokenizers as a list, conditions as an object, lowercase as true or false")
-        if not all(isinstance(item, str) and item for item in (*texts, *lists[0], *lists[1].values())):
-            raise CallError("expected names as texts")
+        if not all(isinstance(item, str) and item for item in (*texts, *tokenizers, *conditions.values())):
+            raise CallError("expected names as strings")
         if values["timestep"] not in TIMESTEPS:
             raise CallError(f"expected timestep {' or '.join(TIMESTEPS)}, found another type")
-        if not lists[1] or any(_is_path(name) for name in lists[0]):
+        if not conditions or any(_is_path(name) for name in tokenizers):
             raise CallError("expected one condition or more, and tokenizers in the same folder")
-        return Call(**{**values, "tokenizers": tuple(lists[0])})
+        return Call(**{**values, "tokenizers": tuple(tokenizers)})
 
 
 def suffix(number: int) -> str:
-    """Behind the names of the text encoder's inputs for its tokenizer `number`, counted from 0: none, `_2`, `_3`."""
+    """Suffix of the text encoder's input names for tokenizer `number`, counted from 0: empty, `_2`, `_3`."""
     return f"_{number + 1}" if number else ""
 
 

@@ -1,11 +1,11 @@
-"""Asks a Triton server of this repository for pictures.
+"""Requests pictures from a Triton server of this repository.
 
     pip install "tritonclient[grpc]" numpy pillow
     python client.py --labels 0,1,2,3 --steps 20 --seed 7 -o pictures.png
     python client.py --labels 3 --preview-every 5 -o picture.png      # picture-5.png, picture-10.png, ..., picture.png
-    python client.py --prompt "a house" --prompt "a tree"              # of a repository whose model draws prompts
+    python client.py --prompt "a house" --prompt "a tree"              # for a model that takes prompts
 
-Models whose latents are no pictures give `latents` alone: -o latents.npy.
+Without a decoder the server returns `latents` alone: -o latents.npy.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import numpy as np
 
 
 def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
-    """Every response as (step, outputs by name), the last one with step 0.
+    """Send one request and yield (step, outputs by name) of every response. The last one has step 0.
 
     Args:
-        inputs: `class_labels` or `prompt`, one a picture, and any of the optional ones: `seed` and `latents` one a picture, the
-            others one for all; with `preview_every` the streaming model is asked.
+        inputs: `class_labels` or `prompt`, one per picture, and any optional inputs: `seed` and `latents` have one value per
+            picture, the others one value for all. A request with `preview_every` goes to the streaming model.
+        seconds: the longest wait for a response.
 
     Raises:
-        tritonclient.utils.InferenceServerException: the server's error.
+        tritonclient.utils.InferenceServerException: the server returned an error.
     """
     import tritonclient.grpc as grpc
 
@@ -69,7 +70,7 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
 
 
 def save(path: Path, outputs: dict[str, Any]) -> None:
-    """Pictures side by side as PNG, or the latents as .npy."""
+    """Save the pictures side by side as PNG, or the latents as .npy."""
     if path.suffix == ".npy" or "images" not in outputs:
         np.save(path.with_suffix(".npy"), outputs["latents"])
         return
@@ -84,32 +85,32 @@ def _outputs(result: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Parse the command line, ask, save; what goes wrong becomes one message."""
+    """Parse the command line, request the pictures and save them. Errors become one message."""
     from tritonclient.utils import InferenceServerException
 
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="127.0.0.1:8001", help="the server's grpc address")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--labels", default="0", type=_labels, help="class labels, a picture each: 0,1,2")
-    what.add_argument("--prompt", action="append", help="a picture of this text; more than one: a picture each")
-    parser.add_argument("--negative-prompt", help="what no picture is to show")
-    parser.add_argument("--seed", type=_seed, help="of the first picture, the next ones count on; absent: chosen by the server")
-    parser.add_argument("--steps", type=_count, help="sampler steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 and less: off")
+    conditions = parser.add_mutually_exclusive_group()
+    conditions.add_argument("--labels", default="0", type=_labels, help="class labels, one per picture: 0,1,2")
+    conditions.add_argument("--prompt", action="append", help="text of a picture; repeat it for more pictures")
+    parser.add_argument("--negative-prompt", help="what the pictures must not show")
+    parser.add_argument("--seed", type=_seed, help="seed of the first picture, each next one adds 1; default: the server chooses")
+    parser.add_argument("--steps", type=_count, help="number of sampler steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
     parser.add_argument("--scheduler", help="ddim, dpmsolver++ or euler")
-    parser.add_argument("--preview-every", type=_count, help="also save the predicted picture each so many steps")
-    parser.add_argument("--seconds", type=float, default=600, help="to wait for an answer")
+    parser.add_argument("--preview-every", type=_count, help="save the predicted picture after every N steps")
+    parser.add_argument("--seconds", type=float, default=600, help="longest wait for a response")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
     options = parser.parse_args()
     count = len(options.prompt or options.labels)
     seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(count)]
-    given = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
-    given |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
-    given |= {"negative_prompt": options.negative_prompt}
+    optional = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    optional |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
+    optional |= {"negative_prompt": options.negative_prompt}
     inputs = {"prompt": options.prompt} if options.prompt else {"class_labels": options.labels}
     try:
         for step, outputs in ask(
-            options.url, {**inputs, **{k: v for k, v in given.items() if v is not None}}, seconds=options.seconds
+            options.url, {**inputs, **{k: v for k, v in optional.items() if v is not None}}, seconds=options.seconds
         ):
             path = options.output.with_stem(f"{options.output.stem}-{step}") if step else options.output
             save(path, outputs)
@@ -121,23 +122,23 @@ def main() -> int:
     return 0
 
 
-def _whole(text: str, below: int) -> int:
-    """A number of a flag, from 0; argparse turns ValueError into its own message."""
+def _whole_number(text: str, below: int) -> int:
+    """Parse a flag's whole number from 0 to `below` - 1."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < below):
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {below - 1}, found {text[:40]!r}")
     return int(text)
 
 
 def _seed(text: str) -> int:
-    return _whole(text, 2**64)
+    return _whole_number(text, 2**64)
 
 
 def _count(text: str) -> int:
-    return _whole(text, 2**31)
+    return _whole_number(text, 2**31)
 
 
 def _labels(text: str) -> list[int]:
-    return [_whole(label, 2**31) for label in text.split(",")]
+    return [_whole_number(label, 2**31) for label in text.split(",")]
 
 
 if __name__ == "__main__":

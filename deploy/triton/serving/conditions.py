@@ -1,4 +1,4 @@
-"""What a picture is asked for with: class labels, or prompts and what a text encoder makes of them."""
+"""The conditions of requests: class labels, or prompts and their embeddings."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 PROMPT = "prompt"
 PROMPT_BYTES = 16384
-"""Of one prompt; tokenizers take time that grows with it."""
+"""The longest prompt in bytes; a tokenizer's time grows with the length."""
 ENCODED = 16
-"""Prompts whose conditions are kept: that of no prompt is asked for by every guided picture."""
+"""Number of prompts whose conditions are cached. Every guided picture needs those of the empty prompt."""
 
 
 class BadRequestError(ValueError):
-    """The request asks for what cannot be; the message says what is expected."""
+    """A request is wrong; the message names the input and what is expected."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestConditions:
     """The conditions of one request.
 
     Args:
-        count: its pictures.
-        rows: the network's inputs by name, a row for each picture; with guidance as many more without the condition behind
-            them. May call the text encoder, so it is called outside of the thread that takes requests.
+        count: number of pictures.
+        rows: returns the network's inputs by name, a row for each picture. With guidance (True) as many rows of the negative
+            condition follow. It may call the text encoder, so it must not run in the thread that receives requests.
     """
 
     count: int
@@ -41,30 +41,30 @@ class Wanted:
 
 
 class Conditions(Protocol):
-    """A kind of conditions."""
+    """One kind of conditions."""
 
-    def read(self, inputs: Feed) -> Wanted:
-        """Check a request's conditions.
+    def read(self, inputs: Feed) -> RequestConditions:
+        """Check the conditions of a request.
 
         Raises:
-            BadRequestError: with the input, what is expected and what was found.
+            BadRequestError: the message names the input, the expected and the actual value.
         """
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Class labels, 0 to classes - 1; the null label of guidance is `classes`.
+    """Class labels from 0 to classes - 1. The null label of guidance is `classes`.
 
     Args:
-        name: of the network's input; a request calls it `class_labels`.
+        name: name of the network's input. In requests it is `class_labels`.
     """
 
     name: str
     classes: int
     max_images: int
 
-    def read(self, inputs: Feed) -> Wanted:
-        """See `Conditions`. `class_labels` is int64[n, 1]."""
+    def read(self, inputs: Feed) -> RequestConditions:
+        """Check `class_labels`, int64[n, 1]; see `Conditions`."""
         if "class_labels" not in inputs:
             raise BadRequestError("class_labels: missing; expected a label for each picture")
         labels = self._labels(inputs["class_labels"])
@@ -72,29 +72,29 @@ class Labels:
         def rows(guided: bool) -> Feed:
             return {self.name: np.concatenate([labels, np.full_like(labels, self.classes)]) if guided else labels}
 
-        return Wanted(len(labels), rows)
+        return RequestConditions(len(labels), rows)
 
-    def _labels(self, given: Array) -> npt.NDArray[np.int64]:
-        # The server checks this, too, on the lower 32 bits of the batch.
-        if given.ndim != 2 or given.shape[1] != 1 or not 1 <= len(given) <= self.max_images:
+    def _labels(self, column: Array) -> npt.NDArray[np.int64]:
+        # The server's own check of the batch size reads its lower 32 bits alone.
+        if column.ndim != 2 or column.shape[1] != 1 or not 1 <= len(column) <= self.max_images:
             expected = f"[n, 1] with n from 1 to {self.max_images}"
-            raise BadRequestError(f"class_labels: expected shape {expected}, found {list(given.shape)}")
-        labels: npt.NDArray[np.int64] = np.array(given[:, 0], dtype=np.int64)
+            raise BadRequestError(f"class_labels: expected shape {expected}, found {list(column.shape)}")
+        labels: npt.NDArray[np.int64] = np.array(column[:, 0], dtype=np.int64)
         if labels.min() < 0 or labels.max() >= self.classes:
-            wrong = [int(label) for label in labels if not 0 <= label < self.classes]
-            raise BadRequestError(f"class_labels: expected 0 to {self.classes - 1}, found {', '.join(map(str, wrong))}")
+            outside = [int(label) for label in labels if not 0 <= label < self.classes]
+            raise BadRequestError(f"class_labels: expected 0 to {self.classes - 1}, found {', '.join(map(str, outside))}")
         return labels
 
 
 class Texts:
-    """Prompts, or what a text encoder made of them.
+    """Prompts, or their embeddings.
 
-    Every prompt is encoded alone, so its conditions depend on nothing else that the server does.
+    Every prompt is encoded alone, so its conditions do not depend on other requests.
 
     Args:
-        shapes: by what a request calls the embeddings, the shape of one picture's.
-        tokenizers: of the package `tokenizers`; each fills a text up to the length that its encoder takes, and cuts it there.
-        encode: the text encoder: its inputs, of one prompt, to the network's conditions by name.
+        shapes: shape of one picture's embeddings, by their names in requests.
+        tokenizers: objects of the package `tokenizers`. Each pads or cuts a text to the length that its encoder takes.
+        encode: runs the text encoder on the tokens of one prompt, and returns the network's conditions by name.
     """
 
     def __init__(
@@ -104,9 +104,11 @@ class Texts:
         self.call, self.shapes, self.tokenizers, self.encode, self.max_images = call, shapes, tokenizers, encode, max_images
         self.encoded = lru_cache(ENCODED)(self._encoded)
 
-    def read(self, inputs: Feed) -> Wanted:
-        """See `Conditions`. `prompt` is text[n, 1], and so are embeddings float32[n, ...]; with `negative_` before the name
-        they stand for the rows without the condition, for which there is "" otherwise."""
+    def read(self, inputs: Feed) -> RequestConditions:
+        """Check `prompt`, text[n, 1], or embeddings, float32[n, ...]; see `Conditions`.
+
+        Inputs whose names begin with `negative_` give the negative condition of guidance. Its default is the prompt "".
+        """
         count = next((len(inputs[name]) for name in (PROMPT, *self.shapes) if name in inputs and inputs[name].ndim), 0)
         if not self._side(inputs, ""):
             raise BadRequestError(f"{PROMPT}: missing; send {PROMPT}, or {self._embeddings('')}")
@@ -119,48 +121,48 @@ class Texts:
             sides = [positive(), negative()] if guided else [positive()]
             return {name: np.concatenate([side[name] for side in sides]) for name in self.call.conditions}
 
-        return Wanted(count, rows)
+        return RequestConditions(count, rows)
 
-    def _side(self, inputs: Feed, front: str) -> list[str]:
-        """What a request holds for the rows with the condition, or for those without."""
-        return [name for name in (front + PROMPT, *(front + name for name in self.shapes)) if name in inputs]
+    def _side(self, inputs: Feed, prefix: str) -> list[str]:
+        """Names of the inputs that a request has for one side of guidance, which `prefix` selects."""
+        return [name for name in (prefix + PROMPT, *(prefix + name for name in self.shapes)) if name in inputs]
 
-    def _embeddings(self, front: str) -> str:
-        return " with ".join(front + name for name in self.shapes)
+    def _embeddings(self, prefix: str) -> str:
+        return " with ".join(prefix + name for name in self.shapes)
 
-    def _rows(self, inputs: Feed, front: str, count: int) -> Callable[[], Feed]:
-        given = self._side(inputs, front)
-        if not given:
+    def _rows(self, inputs: Feed, prefix: str, count: int) -> Callable[[], Feed]:
+        names = self._side(inputs, prefix)
+        if not names:
             texts = [""] * count
-        elif given == [front + PROMPT]:
-            texts = [self._text(front + PROMPT, value) for value in _column(front + PROMPT, inputs[front + PROMPT], count)]
-        elif front + PROMPT in given:
-            raise BadRequestError(f"{front}{PROMPT}: send it or {given[1]}, not both")
-        elif len(given) < len(self.shapes):
-            raise BadRequestError(f"{given[0]}: expected {self._embeddings(front)} together")
+        elif names == [prefix + PROMPT]:
+            texts = [self._text(prefix + PROMPT, value) for value in _column(prefix + PROMPT, inputs[prefix + PROMPT], count)]
+        elif prefix + PROMPT in names:
+            raise BadRequestError(f"{prefix}{PROMPT}: send it or {names[1]}, not both")
+        elif len(names) < len(self.shapes):
+            raise BadRequestError(f"{names[0]}: expected {self._embeddings(prefix)} together")
         else:
-            found = {name: self._embedding(front + known, inputs, count) for name, known in self.call.conditions.items()}
-            return lambda: found
+            feed = {name: self._embedding(prefix + key, inputs, count) for name, key in self.call.conditions.items()}
+            return lambda: feed
         return lambda: _stacked([self.encoded(text) for text in texts])
 
     def _text(self, name: str, value: Any) -> str:
-        """One prompt as the network's own pipeline writes it.
+        """Decode one prompt, and normalize it as the network's own pipeline does.
 
         Raises:
-            BadRequestError: no UTF-8, or longer than every encoder reads.
+            BadRequestError: the prompt is not UTF-8, or is too long for every encoder.
         """
         content = value if isinstance(value, bytes) else str(value).encode()
         if len(content) > PROMPT_BYTES:
-            raise BadRequestError(f"{name}: {len(content)} bytes; expected {PROMPT_BYTES} at the most")
+            raise BadRequestError(f"{name}: {len(content)} bytes; expected at most {PROMPT_BYTES}")
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
             raise BadRequestError(f"{name}: expected UTF-8, found other bytes") from error
         text = text.lower().strip() if self.call.lowercase else text
-        cut = [tokenizer.encode(text) for tokenizer in self.tokenizers]
-        if all(item.overflowing for item in cut):
-            most = max(len(item.ids) for item in cut)
-            raise BadRequestError(f"{name}: more than {most} tokens, which is what the text encoder reads; shorten it")
+        encodings = [tokenizer.encode(text) for tokenizer in self.tokenizers]
+        if all(item.overflowing for item in encodings):
+            limit = max(len(item.ids) for item in encodings)
+            raise BadRequestError(f"{name}: more than {limit} tokens, the limit of the text encoder; shorten it")
         return text
 
     def _encoded(self, text: str) -> Feed:
@@ -179,16 +181,16 @@ class Texts:
         if not np.isfinite(rows).all():
             raise BadRequestError(f"{name}: NaN or Inf; expected finite numbers")
         if name.endswith("_mask") and not (np.isin(rows, (0, 1)).all() and rows.any(axis=1).all()):
-            raise BadRequestError(f"{name}: expected 1 for tokens and 0 for filling, and a token or more in every row")
+            raise BadRequestError(f"{name}: expected 1 for tokens, 0 for padding, and at least one token in every row")
         return rows
 
 
 def load_tokenizers(folder: Path, names: Sequence[str]) -> list[Any]:
-    """The tokenizers of files in a folder.
+    """Load the tokenizers of a folder's files.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        Exception: of the package, where a file is none.
+        Exception: a file is not a tokenizer; the package raises Exception itself.
     """
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""The model `health`: whether the others answer, which the server's own `ready` does not tell of programs before 25.12."""
+"""The model `health` asks every other model for an answer. Before 25.12 the server's `ready` says nothing about programs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ASKED = "asked"
-"""The parameter of config.pbtxt with the models to ask, JSON: [model, output, {input: [type, shape]}] of each."""
+PROBES_KEY = "asked"
+"""The parameter of config.pbtxt that lists the models to ask, as JSON: [model, output, {input: [type, shape]}] of each."""
 
 
 class TritonPythonModel:
-    """Asks each pipeline for a seed, which draws nothing, and each network for one row."""
+    """Asks each pipeline for a seed, for which nothing is drawn, and each network for one row."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the models to ask from config.pbtxt: its parameter `asked`."""
+        """Read the list of models from config.pbtxt."""
         parameters = json.loads(args["model_config"])["parameters"]
-        asked = json.loads(parameters[ASKED]["string_value"])
-        self.asked = [
-            (model, output, {name: _nothing(kind, shape) for name, (kind, shape) in inputs.items()})
-            for model, output, inputs in asked
+        probes = json.loads(parameters[PROBES_KEY]["string_value"])
+        self.probes = [
+            (model, output, {name: _smallest(kind, shape) for name, (kind, shape) in inputs.items()})
+            for model, output, inputs in probes
         ]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Each request's `healthy`, or the error of the first model that does not answer."""
+        """Answer each request with `healthy`, or with the error of the first model that does not answer."""
         import triton_python_backend_utils as pb_utils
 
         answers = []
@@ -39,7 +39,7 @@ class TritonPythonModel:
     def _failure(self) -> str:
         import triton_python_backend_utils as pb_utils
 
-        for model, output, inputs in self.asked:
+        for model, output, inputs in self.probes:
             tensors = [pb_utils.Tensor(name, value) for name, value in inputs.items()]
             memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
             request = pb_utils.InferenceRequest(
@@ -54,8 +54,8 @@ class TritonPythonModel:
         return ""
 
 
-def _nothing(kind: str, shape: list[int]) -> npt.NDArray[Any]:
-    """Empty texts, zeros as integers, and ones as numbers: a mask of zeros alone is no mask."""
+def _smallest(kind: str, shape: list[int]) -> npt.NDArray[Any]:
+    """Return empty texts, integer zeros, or float ones: a mask must not be all zeros."""
     if kind == "bytes":
         return np.full(shape, b"", dtype=np.object_)
     return np.full(shape, kind == "float32", dtype=kind)

@@ -1,4 +1,4 @@
-"""Continuous batching: every request that is being sampled shares each call of the network, whatever its step."""
+"""Continuous batching: requests share the calls of the network, whatever step each of them is at."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from .conditions import Feed
 from .schedules import Float32, Float64, Step
 
 Denoise = Callable[[Float32, Float64, Feed], Float32]
-"""Latents float32[rows, ...], timesteps float64[rows], conditions with a row each by name -> float32[rows, ...]."""
+"""Takes latents float32[rows, ...], timesteps float64[rows] and conditions by name; returns float32[rows, ...]."""
 CLOSING = "the server is shutting down"
 WATCH = 0.2
-"""Seconds between two questions whether a client still waits; each costs a message to the server."""
+"""Seconds between two checks whether a client still waits. Each check costs a message to the server."""
 
 
 class DenoiserError(Exception):
-    """The network could not be called; the message is the server's."""
+    """A call of the network failed; the message is the server's."""
 
 
 class BusyError(Exception):
-    """As many requests as are allowed wait already."""
+    """The greatest number of requests is reached."""
 
 
 class AbandonedError(Exception):
-    """The client waits no more."""
+    """The client no longer waits."""
 
 
 class Client(Protocol):
-    """Who asked, and is told."""
+    """Receives the results of one job."""
 
     def preview(self, step: int, latents: Float32) -> None:
-        """The picture as predicted after `step` steps."""
+        """Receive the picture that the network predicts after `step` steps."""
 
     def done(self, latents: Float32) -> None:
-        """The sampled latents."""
+        """Receive the sampled latents."""
 
     def failed(self, error: Exception) -> None:
-        """Nothing will come."""
+        """Receive an error; no result follows."""
 
     def gone(self) -> bool:
-        """Whether nobody waits any more."""
+        """Whether the client no longer waits."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Pictures that one client asked for, on their way.
+    """The pictures of one request, and the state of their sampling.
 
     Args:
-        steps: of its sampler, at least one.
+        steps: the steps of the sampler, at least one.
         latents: float32[n, C, H, W], unit noise.
-        conditions: gives the network's conditions, `rows` of each; may take long, and raise DenoiserError.
-        guidance: above 1 each picture is two rows of a network call, with its condition and without.
-        every: a preview each so many steps; 0: none.
+        conditions: returns the network's conditions with `rows` rows each. It may take long, and raise DenoiserError.
+        guidance: above 1 each picture takes two rows of a network call, one with its condition and one without.
+        every: number of steps between two previews; 0: no previews.
     """
 
     client: Client
@@ -69,8 +69,8 @@ class Job:
     guidance: float
     every: int = 0
     at: int = 0
-    asked: float = 0.0
-    drawn: Feed | None = None
+    checked: float = 0.0
+    computed: Feed | None = None
     x_before: Float32 = field(init=False)
     e_before: Float32 = field(init=False)
 
@@ -80,35 +80,35 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether each picture is asked for with its condition and without."""
+        """Whether the network is called with and without each picture's condition."""
         return self.guidance > 1
 
     @property
     def rows(self) -> int:
-        """Rows of a network call."""
+        """The number of rows of a network call."""
         return len(self.latents) * (2 if self.guided else 1)
 
     def feed(self) -> tuple[Float32, Float64, Feed]:
-        """Its rows of the next network call."""
+        """Return the job's rows of the next network call: latents, timesteps and conditions."""
         step = self.steps[self.at]
         states = self.latents if step.input == 1 else step.input * self.latents
         states = np.concatenate([states, states]) if self.guided else states
         return states, np.full(self.rows, step.timestep), self.prepared()
 
     def prepared(self) -> Feed:
-        """Its conditions, computed at the first question for them."""
-        if self.drawn is None:
-            self.drawn = self.conditions()
-        return self.drawn
+        """Return the conditions. The first call computes them."""
+        if self.computed is None:
+            self.computed = self.conditions()
+        return self.computed
 
     def advance(self, output: Float32) -> None:
         """Take one step.
 
         Args:
-            output: the network's for this job's rows; a learned sigma behind the first C channels is not used.
+            output: the network's output for the job's rows. Channels beyond the first C hold a learned sigma and are not used.
 
         Raises:
-            DenoiserError: it is not finite.
+            DenoiserError: the output is not finite.
         """
         if not np.isfinite(output).all():
             raise DenoiserError(f"the denoiser's output is not finite at step {self.at + 1}")
@@ -125,23 +125,23 @@ class Job:
 
 
 class Sampler:
-    """Takes jobs from any thread and samples them all in its own.
+    """Takes jobs from any thread, and samples them in threads of its own.
 
-    A lane is a thread that calls the network, round after round, with the rows of all its jobs. Jobs wait, in order, until
-    their rows fit; one joins a lane at the round after it came, the first lane that has room. While one lane's call is
-    computed another prepares its next. When a call fails it is tried once more without rows of other callers of the network,
-    which the server may have added; and then each job alone, so that only the guilty fail.
+    A lane is a thread that calls the network, round after round, with the rows of all its jobs. Jobs wait in order until
+    their rows fit. A job joins the first lane that has room, at that lane's next round. While one lane's call is computed,
+    another lane prepares its next. A call that fails is repeated once without rows of other callers of the network, which the
+    server may have added. If it fails again each job is called alone, so only the jobs at fault end with an error.
 
     Args:
-        denoise: one network call; raises DenoiserError.
-        most_rows: of a call: the network's greatest batch.
-        most_jobs: being sampled and waiting together.
-        lanes: calls at the same time.
+        denoise: calls the network; raises DenoiserError.
+        max_rows: the most rows of a call, the network's greatest batch.
+        max_jobs: the most jobs, waiting ones included.
+        lanes: number of simultaneous calls.
     """
 
-    def __init__(self, denoise: Denoise, *, most_rows: int, most_jobs: int, lanes: int) -> None:
+    def __init__(self, denoise: Denoise, *, max_rows: int, max_jobs: int, lanes: int) -> None:
         self.denoise = denoise
-        self.most_rows, self.most_jobs = most_rows, most_jobs
+        self.max_rows, self.max_jobs = max_rows, max_jobs
         self.waiting: deque[Job] = deque()
         self.lanes: list[list[Job]] = [[] for _ in range(lanes)]
         self.joined: list[tuple[tuple[Job, ...], Feed]] = []
@@ -152,21 +152,21 @@ class Sampler:
             thread.start()
 
     def submit(self, job: Job) -> None:
-        """Have a job sampled; its client hears of it.
+        """Add a job. Its client receives the results.
 
         Raises:
-            BusyError: too many are there, or the server is shutting down.
+            BusyError: there are too many jobs, or the server is shutting down.
         """
         with self.changed:
             if self.closed:
                 raise BusyError(CLOSING)
-            if len(self.waiting) + sum(map(len, self.lanes)) >= self.most_jobs:
-                raise BusyError(f"{self.most_jobs} requests are being sampled or wait; try again later")
+            if len(self.waiting) + sum(map(len, self.lanes)) >= self.max_jobs:
+                raise BusyError(f"{self.max_jobs} requests are being sampled or wait; try again later")
             self.waiting.append(job)
             self.changed.notify_all()
 
     def close(self) -> None:
-        """End after the present rounds; whoever waits is told."""
+        """End after the current rounds. Clients that still wait receive an error."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -179,12 +179,12 @@ class Sampler:
         while self._admit(lane):
             try:
                 self._round(lane)
-            except Exception as error:  # noqa: BLE001 - whatever it was: those it struck are told, and the server goes on
+            except Exception as error:  # noqa: BLE001 - any error ends the lane's jobs, not the server
                 for job in list(lane):
                     self._end(lane, job, error)
 
     def _admit(self, lane: list[Job]) -> bool:
-        """Let waiting jobs in, and wait for one where there is none. False: closed."""
+        """Move waiting jobs into a lane; wait for one if the lane is empty. Return False when the sampler is closed."""
         with self.changed:
             self.changed.wait_for(lambda: self.closed or lane or self._next_fits(lane))
             while self._next_fits(lane):
@@ -193,10 +193,10 @@ class Sampler:
             return not self.closed
 
     def _next_fits(self, lane: list[Job]) -> bool:
-        """Whether the first that waits is this lane's to take: lanes before it fill up first, which makes calls large."""
+        """Whether the first waiting job belongs to this lane. Earlier lanes fill up first, which makes calls large."""
         if not self.waiting:
             return False
-        room = [sum(job.rows for job in jobs) + self.waiting[0].rows <= self.most_rows for jobs in self.lanes]
+        room = [sum(job.rows for job in jobs) + self.waiting[0].rows <= self.max_rows for jobs in self.lanes]
         return True in room and self.lanes[room.index(True)] is lane
 
     def _round(self, lane: list[Job]) -> None:
@@ -216,7 +216,7 @@ class Sampler:
             self._advance(lane, job, output)
 
     def _ready(self, lane: list[Job]) -> list[Job]:
-        """The lane's jobs, their conditions computed; those of which that fails end."""
+        """Compute the conditions of a lane's jobs, and return the jobs. A job whose conditions fail ends."""
         for job in list(lane):
             try:
                 job.prepared()
@@ -225,25 +225,25 @@ class Sampler:
         return list(lane)
 
     def _call(self, jobs: list[Job], *, filled: bool = False) -> list[Float32]:
-        """One output a job.
+        """Call the network once, and return one output per job.
 
         Args:
-            filled: up to the greatest batch, so that the server can put no one else's rows into it.
+            filled: whether rows are repeated up to the greatest batch, so that the server cannot add rows of other callers.
         """
-        states, timesteps, drawn = (list(parts) for parts in zip(*(job.feed() for job in jobs), strict=True))
+        states, timesteps, feeds = (list(parts) for parts in zip(*(job.feed() for job in jobs), strict=True))
         rows = sum(job.rows for job in jobs)
-        index = np.arange(self.most_rows) % rows if filled else slice(None)
-        conditions = {name: values[index] for name, values in self._joined(tuple(jobs), drawn).items()}
+        index = np.arange(self.max_rows) % rows if filled else slice(None)
+        conditions = {name: values[index] for name, values in self._joined(tuple(jobs), feeds).items()}
         output = self.denoise(np.concatenate(states)[index], np.concatenate(timesteps)[index], conditions)[:rows]
         ends = list(accumulate(job.rows for job in jobs))
         return [output[end - job.rows : end] for job, end in zip(jobs, ends, strict=True)]
 
-    def _joined(self, jobs: tuple[Job, ...], drawn: list[Feed]) -> Feed:
-        """The conditions of jobs one below the other, made once for as long as a lane's jobs are the same: texts are large."""
-        for known, feed in self.joined:
-            if known == jobs:
+    def _joined(self, jobs: tuple[Job, ...], feeds: list[Feed]) -> Feed:
+        """Concatenate the conditions of jobs. Embeddings of texts are large, so the result is kept while a lane's jobs stay."""
+        for earlier, feed in self.joined:
+            if earlier == jobs:
                 return feed
-        feed = {name: np.concatenate([each[name] for each in drawn]) for name in drawn[0]}
+        feed = {name: np.concatenate([rows[name] for rows in feeds]) for name in feeds[0]}
         self.joined = [(jobs, feed), *self.joined[: len(self.lanes) - 1]]
         return feed
 
@@ -274,16 +274,16 @@ class Sampler:
             job.client.done(job.latents)
 
     def _drop_abandoned(self, lane: list[Job]) -> None:
-        """Forget the jobs that nobody waits for, so that their rows go to others."""
+        """Remove the jobs whose clients are gone, so that other jobs get their rows."""
         now = time.monotonic()
         with self.changed:
-            watched = [job for job in (*lane, *self.waiting) if now - job.asked >= WATCH]
-            for job in watched:
-                job.asked = now
-        for job in watched:
+            jobs = [job for job in (*lane, *self.waiting) if now - job.checked >= WATCH]
+            for job in jobs:
+                job.checked = now
+        for job in jobs:
             if job.client.gone():
                 with self.changed:
                     if job not in lane and job not in self.waiting:
-                        continue  # another lane took it meanwhile, and will ask
+                        continue  # another lane took it meanwhile, and will check it
                     (lane if job in lane else self.waiting).remove(job)
                 job.client.failed(AbandonedError("cancelled by the client"))

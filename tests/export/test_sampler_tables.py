@@ -208,7 +208,7 @@ def test_files_hold_every_number_and_no_pickle(tmp_path: Path) -> None:
         digests.append(hashlib.sha256((tmp_path / name).read_bytes()).digest())
     assert digests[0] == digests[1]
     read = Schedules.load(tmp_path / "a.npy", ["ddim", "euler"])
-    assert read.most == 7
+    assert read.max_steps == 7
     assert all(np.array_equal(read.tables[name], tables[name]) for name in tables)
     with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, found"):
         Schedules.load(tmp_path / "a.npy", ["ddim"])

@@ -9,14 +9,18 @@ import sys
 
 
 def main() -> None:
-    """Import the modules that standard input names as a JSON list; answer `{"cuda": bool}`, whether PyTorch uses a GPU.
+    """Import the modules that standard input names as a JSON list; answer `{"cuda": bool}`, whether PyTorch or ONNX Runtime
+    among them computes on a GPU.
 
     If an import fails, the process ends, and the last line that it prints gives the reason.
     """
     modules = json.load(sys.stdin)
     for name in modules:
         importlib.import_module(name)
-    cuda = "torch" in modules and importlib.import_module("torch").cuda.is_available()
+    if "torch" in modules:
+        cuda = importlib.import_module("torch").cuda.is_available()
+    else:
+        cuda = "onnxruntime" in modules and not importlib.import_module("dq_export.deploy.onnxruntime.cuda").obstacle()
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers:
         answers.write(json.dumps({"cuda": cuda}) + "\n")
 

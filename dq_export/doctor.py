@@ -44,6 +44,7 @@ class Library:
     Args:
         distributions: whose version is shown: the first that is installed.
         gpu: what only a machine with an NVIDIA GPU does with it; empty: nothing.
+        cuda: the option that needs the library's own support of CUDA; empty: none.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Library:
     distributions: tuple[str, ...]
     purpose: str
     gpu: str = ""
+    cuda: str = ""
 
 
 LIBRARIES = (
@@ -59,12 +61,14 @@ LIBRARIES = (
         modules=("torch", "diffusers", "accelerate", "onnxscript", "polygraphy"),
         distributions=("torch",),
         purpose="every export",
+        cuda="--device cuda",
     ),
     Library(
         title="ONNX Runtime",
         modules=("onnxruntime",),
         distributions=("onnxruntime", "onnxruntime-gpu"),
         purpose="quantize, verify; builds and runs --format ort",
+        cuda="--provider cuda",
     ),
     Library(
         title="OpenVINO",
@@ -147,8 +151,8 @@ def _library(library: Library, capability: str) -> Diagnosis:
         # Without --no-deps pip would also load PyTorch anew, which is gigabytes.
         remedy = f"pip install --force-reinstall --no-deps {next(iter(versions), library.distributions[0])}"
         return Diagnosis(part=library.title, state=reason, purpose=purpose, remedy=remedy)
-    if any(answer["cuda"] for answer in answers):
-        purpose += ", also with --device cuda"
+    if library.cuda and any(answer["cuda"] for answer in answers):
+        purpose += f", also with {library.cuda}"
     return Diagnosis(part=library.title, state=next(iter(versions.values()), "installed"), purpose=purpose)
 
 

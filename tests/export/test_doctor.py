@@ -10,6 +10,7 @@ import pytest
 from command_line import call
 
 from dq_export import doctor, machine
+from dq_export.deploy.child import Exit
 from dq_export.doctor import Diagnosis, Library, diagnose
 
 
@@ -41,6 +42,13 @@ def test_a_library_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch:
     library = of_library(("broken_library",))
     assert library.state == "cannot be imported: ImportError: libz.so.9: no such file"
     assert library.remedy == "pip install --force-reinstall --no-deps numpy"
+
+
+def test_the_option_that_needs_cuda_is_named_where_the_library_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = next(item for item in doctor.LIBRARIES if item.title == "ONNX Runtime")
+    assert "--provider cuda" not in doctor._library(library, "").purpose  # this one has the CPU provider alone
+    monkeypatch.setattr(doctor, "run_child", lambda program, modules, answer: answer({"cuda": True}) or Exit(status=0, reason=""))
+    assert doctor._library(library, "sm90").purpose == f"{library.purpose}, also with --provider cuda"
 
 
 def test_what_needs_a_gpu_is_not_promised_without_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import server
+import traced_once
 from filelock import FileLock
 from hypothesis import settings
 
@@ -25,6 +27,7 @@ from dq_export.calibration.context import Calibration
 from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
+from dq_export.families import torch_export
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
@@ -76,6 +79,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exporter_called_once() -> Iterator[None]:
+    """Calls of PyTorch's exporter with equal networks are one call; processes that a test starts call it themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_export, "trace", traced_once.trace)
+        yield
+
+
 PROMPTED_STEPS = 8
 
 
@@ -104,7 +115,7 @@ def save_tiny(folder: Path, **changes: Any) -> Path:
             # diffusers' own initialisation leaves modulation and biases too small to show a wrong fold.
             value.copy_(torch.randn_like(value) * (0.5 / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.2))
             if ".emb." in name:
-                value.copy_(model.get_parameter(name.replace("transformer_blocks.1.", "transformer_blocks.0.")))
+                value.copy_(model.get_parameter(re.sub(r"(transformer_blocks)\.\d+", r"\1.0", name)))  # a DiT has one for all
     model.save_pretrained(folder / "transformer", safe_serialization=True)
     DDIMScheduler(beta_schedule="linear", clip_sample=False).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))

@@ -1,0 +1,40 @@
+"""Equal networks go through PyTorch's exporter once in a process of the tests: it takes half the time of a small export."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from dq_export.families import torch_export
+
+KNOWN: dict[str, ir.Model] = {}
+"""What the exporter made, by `key_of` what it was called with."""
+PRODUCTS = torch_export.trace
+PLAIN = (bool, int, float, str, tuple, list, type(None))
+
+
+def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Sequence[Any]) -> ir.Model:
+    """As the product's `trace`. Each caller gets a graph of its own, with the weights of the first network."""
+    key = key_of(network, example, inputs, outputs, dynamic)
+    if key not in KNOWN:
+        KNOWN[key] = PRODUCTS(network, example, inputs, outputs, dynamic)
+    return KNOWN[key].clone()
+
+
+def key_of(network: Any, example: tuple[Any, ...], *more: Any) -> str:
+    """A hash of all that the graph depends on: modules, their code, settings and tensors, and the inputs."""
+    hashed = hashlib.sha256(repr((network, [(value.dtype, value.shape) for value in example], more)).encode())
+    for name, module in network.named_modules():
+        own = vars(module)  # a test may have replaced a method, a setting or a processor
+        settings = {key: value for key, value in own.items() if isinstance(value, PLAIN)}
+        forward = type(module).forward
+        code = (type(module), getattr(forward, "__code__", forward), own.get("forward"), type(own.get("processor")))
+        config = {key: value for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
+        hashed.update(repr((name, code, settings, config)).encode())
+    for tensors in (network.named_parameters(), network.named_buffers()):
+        for name, value in tensors:
+            hashed.update(repr((name, value.dtype, value.shape)).encode() + value.detach().numpy().tobytes())
+    return hashed.hexdigest()

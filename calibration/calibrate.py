@@ -22,7 +22,7 @@ from .channel_bits import narrow
 from .collect.histograms import collect_histograms
 from .collect.statistics import SiteStatistics, Statistics, collect_ranges
 from .context import Calibration
-from .hessians import stream_hessians
+from .hessians import Moments, stream_hessians
 from .measures import attention_scales, mean_errors, reach_of, sqnr_by_timestep
 from .plugin import UNCHANGED
 from .ranges import method_of
@@ -137,7 +137,7 @@ def _recipe_of(recipe: Recipe, site: InputSite, reader: Linear) -> Recipe:
 
 
 def _rounded(
-    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Float32]]
+    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Moments]]
 ) -> CalibrationResult:
     """The codes of all weights.
 
@@ -191,7 +191,7 @@ def _hessians(
     decisions: Sequence[Decision],
     plans: Mapping[str, SitePlan],
     timesteps: npt.NDArray[np.float64],
-) -> Iterable[dict[str, Float32]]:
+) -> Iterable[dict[str, Moments]]:
     """The second moments for the rounding of the weights; none if weights are rounded to nearest."""
     rounding = calibration.recipe.first_rounding
     if rounding == "rtn":

@@ -66,7 +66,8 @@ def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
     if hessian.shape != (width, width) or not np.isfinite(hessian).all():
         raise ValueError(f"expected a finite Hessian [{width}, {width}], found {list(hessian.shape)}")
     order = np.argsort(-np.diagonal(hessian), kind="stable")
-    upper = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
+    backwards = order[::-1]
+    upper = _inverse_factor(hessian[np.ix_(backwards, backwards)].astype(np.float64))
     # From here on, input channels are rows, which makes each of them contiguous.
     left = np.where(np.diagonal(hessian) > 0, weight, 0.0).T[order].astype(np.float32)
     steps = np.broadcast_to(grid.steps(width), weight.shape).T[order]
@@ -86,15 +87,18 @@ def compensate(weight: Float32, grid: WeightGrid, hessian: Float32) -> Float32:
 
 
 def _inverse_factor(hessian: Float64) -> Float32:
-    """Upper Cholesky factor U of the damped Hessian's inverse, U^T U; overwrites the Hessian.
+    """Upper Cholesky factor U of the damped Hessian's inverse, U^T U.
 
     H = R R^T with R upper triangular is the Cholesky factorization of H read backwards, and U = R^-1: a quarter of the
     work of inverting H and factorizing that.
+
+    Args:
+        hessian: H read backwards, from its last row and column to the first; it is overwritten.
     """
     diagonal = np.einsum("ii->i", hessian)
-    mean = float(diagonal.mean()) or 1.0
+    mean = float(diagonal[::-1].copy().mean()) or 1.0
     diagonal += np.where(diagonal > 0, DAMPING * mean, mean)
-    factor = np.linalg.cholesky(hessian[::-1, ::-1]).astype(np.float64, copy=False)[::-1, ::-1]
+    factor = np.linalg.cholesky(hessian).astype(np.float64, copy=False)[::-1, ::-1]
     _invert_upper(factor)
     return factor.astype(np.float32)
 

@@ -16,14 +16,14 @@ from dq_export.core.scheme import Scheme
 
 from .channel_bits import mixed
 from .context import Calibration
-from .hessians import pairs_of
+from .hessians import Moments, pairs_of
 from .parallel import parallel
 from .plugin import UNCHANGED
 from .rounding import ROUNDINGS
 
 Float32 = npt.NDArray[np.float32]
 FACTORS = 20
-"""Bytes per element of a Hessian that is factorized: two matrices in float64, and the factor in float32."""
+"""Bytes per element of a Hessian that is factorized: itself in float32, and two matrices in float64."""
 
 
 def factor_bytes(width: int) -> int:
@@ -32,7 +32,7 @@ def factor_bytes(width: int) -> int:
 
 
 def round_weights(
-    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Float32]]
+    calibration: Calibration, plans: Mapping[str, SitePlan], hessians: Iterable[dict[str, Moments]]
 ) -> CalibrationResult:
     """Grids and codes of every quantized weight, with all scalings folded in.
 
@@ -47,7 +47,7 @@ def round_weights(
     touching = touching_plans(plans)
     site_of = {name: plan.site.name for plan in plans.values() for name in plan.site.linears}
 
-    def measure(part: Mapping[str, Float32], name: str) -> tuple[WeightGrid, npt.NDArray[np.int8] | None] | str:
+    def measure(part: Mapping[str, Moments], name: str) -> tuple[WeightGrid, npt.NDArray[np.int8] | None] | str:
         scheme, around = assigned[name].scheme, touching.get(name, ())
         assert scheme.weight is not None
         if (imported := tables.rounded(name, scheme.weight.qtype, around)) is not None:
@@ -56,7 +56,8 @@ def round_weights(
         in_scale = plans[site].in_scale if site else np.ones(denoiser.linears[name].width, dtype=np.float32)
         weight = folded_weight(tables.weight(name, plugin.prepare(name, denoiser.weight(name)), in_scale), name, around)
         try:
-            hessian = plugin.hessian(name, part.get(site), in_scale)
+            moments = part.get(site)
+            hessian = plugin.hessian(name, None if moments is None else moments.whole(), in_scale)
             if scheme.mixes_widths and mean is not None:
                 grid, codes = mixed(weight, scheme, hessian, mean, rounding)
             else:
@@ -70,12 +71,13 @@ def round_weights(
     names = [name for name, rule in assigned.items() if rule.scheme.weight]
     results: dict[str, tuple[WeightGrid, npt.NDArray[np.int8] | None] | str] = {}
     gptq, linears = calibration.recipe.first_rounding == "gptq", denoiser.linears
-    widths = [len(plan.in_scale) for plan in plans.values() if gptq and pairs_of(linears[plan.site.linears[0]])]
-    each = work_bytes(denoiser) + factor_bytes(max(widths, default=0))
-    for part in chain(hessians, [dict[str, Float32]()]):
+    for part in chain(hessians, [dict[str, Moments]()]):
         now = [name for name in names if name not in results and (not part or site_of.get(name) in part)]
-        measured = parallel(partial(measure, part), now, calibration.progress, each, calibration.space, "weights")
-        results |= zip(now, measured, strict=True)
+        widths = {name: linears[name].width if gptq and pairs_of(linears[name]) else 0 for name in now}
+        for width in sorted(set(widths.values())):  # as many threads as fit: more of them for narrow weights
+            each, equal = work_bytes(denoiser) + factor_bytes(width), [name for name in now if widths[name] == width]
+            measured = parallel(partial(measure, part), equal, calibration.progress, each, calibration.space, "weights")
+            results |= zip(equal, measured, strict=True)
         part.clear()
     wrong = [item for item in results.values() if isinstance(item, str)]
     if wrong:

@@ -1,4 +1,4 @@
-"""A finished export's folder on the hub: published from here, and fetched to be loaded."""
+"""Publishes the folder of a finished export on the hub, and fetches published ones."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ NEEDED = (RECIPE, REPORT, MODEL, FLOAT_CONFIG)
 TABLES = ("calibration.safetensors", "distilled.safetensors", "conditions.safetensors")
 FILES = (*NEEDED, f"{MODEL}.data", "report.html", FRONT, *TABLES)
 FOLDERS = (f"{ENGINE}/", f"{REPLAY}/", f"{REPOSITORY}/")
-"""What is published. The float weights are the base model's, and the ledger is of use where they are."""
+"""Folders that are published. The float weights and the ledger are not: the base model has the weights."""
 LOADED = (*NEEDED, f"{MODEL}.data", f"{ENGINE}/*")
-"""What `dq_export.load` reads."""
+"""Files that `dq_export.load` reads."""
 CARD = "README.md"
 LOGIN = "log in with `hf auth login`"
 
 
 class HubError(Exception):
-    """The hub does not take an export's folder; the message says why."""
+    """The hub does not accept an export's folder; the message gives the reason."""
 
 
 def push(out: Path, name: str) -> str:
     """Publish a finished export with a model card, as one commit on the default branch.
 
-    A repository that does not exist is made. Of one that holds an earlier export, what the new one has not is deleted;
-    files that no export has stay.
+    A repository that does not exist is created. Files of an earlier export that the new one lacks are deleted; other files
+    stay.
 
     Args:
         name: owner/name on the hub.
@@ -53,9 +53,9 @@ def push(out: Path, name: str) -> str:
     Returns:
         The address of the commit.
 
-    Raises:
-        OutputError, RecipeError, ModelError: `out` is no finished export, or not one that passed; nothing was sent.
-        HubError: no owner/name, no token, no network, or the hub refuses.
+        Raises:
+        OutputError, RecipeError, ModelError: `out` is not a finished export, or it did not pass; nothing was sent.
+        HubError: `name` is not owner/name, there is no token or no network, or the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -65,11 +65,11 @@ def push(out: Path, name: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"{shown(name)} is no owner/name of the hub ({printable(str(error))})") from error
+        raise HubError(f"{shown(name)} is not an owner/name of the hub ({printable(str(error))})") from error
     if not HUB_ID.fullmatch(name):
-        raise HubError(f"{shown(name)}: expected owner/name, as the address of a page of the hub ends")
+        raise HubError(f"{shown(name)}: expected owner/name, the end of a model page's address")
     if not get_token():
-        raise HubError(f"no token of the hub: {LOGIN}")
+        raise HubError(f"there is no token for the hub: {LOGIN}")
     files, card = _files(out), _card(folder, name)
     hub = HfApi()
     with _reasons(name):
@@ -85,15 +85,15 @@ def push(out: Path, name: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """The files of a published export that `dq_export.load` reads, as a folder of its own.
+    """Download the files of a published export that `dq_export.load` reads, and return their folder.
 
-    The hub's cache holds links, which an output folder may not have: so the folder holds hard links to the cache's files.
+    The hub's cache holds symbolic links, which an output folder must not have. So the folder holds hard links to its files.
 
     Args:
         name: owner/name, or owner/name@revision.
 
     Raises:
-        ModelError: no such repository or revision, no access, no export in it, or neither network nor cache.
+        ModelError: there is no such repository or revision, no access, no export in it, or neither network nor cache.
     """
     from huggingface_hub import cached_assets_path, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -103,14 +103,14 @@ def fetch(name: str) -> Path:
         with refusals(hub_id, revision):
             snapshot = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(LOADED)))
     except ModelError as error:
-        raise ModelError(f"{shown(name)}: no such folder here. {error}") from error
+        raise ModelError(f"{shown(name)}: not a local folder. {error}") from error
     except (HTTPError, OSError) as error:
         raise ModelError(
-            f"{shown(name)}: no such folder here, not in the hub's cache, and the hub cannot be reached ({_reason(error)})"
+            f"{shown(name)}: not a local folder, not in the hub's cache, and the hub cannot be reached ({_reason(error)})"
         ) from error
     missing = [file for file in NEEDED if not (snapshot / file).is_file()]
     if missing:
-        raise ModelError(f"model '{hub_id}': no finished export, for it has no {', '.join(missing)}")
+        raise ModelError(f"model '{hub_id}': not a finished export, because it has no {', '.join(missing)}")
     folder = Path(cached_assets_path("dq-export", hub_id, snapshot.name))
     for file in (path for path in snapshot.rglob("*") if path.is_file()):
         _place(file, folder / file.relative_to(snapshot))
@@ -118,12 +118,12 @@ def fetch(name: str) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a text names a repository of the hub, with or without a revision, and nothing on this machine."""
+    """Whether a text can name a repository of the hub, with or without a revision, and is not a local path."""
     return bool(HUB_ID.fullmatch(name.partition("@")[0])) and not os.path.lexists(name)
 
 
 def _place(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system cannot. A target that is there is of the same commit, so the same."""
+    """Hard-link a file, or copy it if the file system cannot. An existing target is kept: it is of the same commit."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         return
@@ -136,27 +136,27 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _finished(out: Path) -> FinishedFolder:
-    """The folder, if its export passed.
+    """Open a folder whose export passed.
 
     Raises:
-        OutputError: it did not.
+        OutputError: the export is not finished, or did not pass.
     """
     folder = FinishedFolder.open(out, *NEEDED)
     require_free(out)
     verdict = folder.report().verdict
     place = shown_path(out)
     if verdict is None:
-        raise OutputError(f"{place}: the export is not finished; go on with `dq-export --recipe {place}/{RECIPE} -o {place}`")
+        raise OutputError(f"{place}: the export is not finished; run `dq-export --recipe {place}/{RECIPE} -o {place}`")
     if verdict.outcome == "unfinished":
         raise OutputError(f"{place}: its engine is not built yet; run `dq-export finish {place}` where its GPU is")
     if verdict.outcome == "failed":
         reason = printable(verdict.reasons[0]) if verdict.reasons else "see its report"
-        raise OutputError(f"{place}: the export did not pass ({reason}); `dq-export explain {place}` says where it is far off")
+        raise OutputError(f"{place}: the export did not pass ({reason}); `dq-export explain {place}` shows where it differs")
     return folder
 
 
 def _files(out: Path) -> list[str]:
-    """The published files of a folder, by path in it."""
+    """Return the relative paths of the folder's published files."""
     listed = (str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file())
     return [name for name in listed if _published(name)]
 
@@ -171,7 +171,7 @@ def _card(folder: FinishedFolder, name: str) -> str:
 
 
 def _origin(recipe: Recipe, out: Path) -> Origin:
-    """Where the checkpoint is from. Only what came from the hub has a revision."""
+    """Describe the checkpoint's origin. Only a checkpoint from the hub has a revision."""
     place, _ = NAMED.get(recipe.model, (recipe.model, 0.0))
     family = family_of(read_config(out / FLOAT_CONFIG), out / "float")
     from_hub = bool(recipe.revision and HUB_ID.fullmatch(place))
@@ -187,7 +187,7 @@ def _origin(recipe: Recipe, out: Path) -> Origin:
 
 @contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """While active, what the hub refuses is one line."""
+    """Turn errors of the hub into errors of one line."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     owner = name.partition("/")[0]
@@ -199,10 +199,10 @@ def _reasons(name: str) -> Iterator[None]:
         raise HubError(f"the hub refuses '{name}': {reason}") from error
     except (HTTPError, OSError) as error:
         raise HubError(f"the hub cannot be reached, nothing was published ({_reason(error)})") from error
-    except ValueError as error:  # of the library, on an answer that it does not understand, and on a card that the hub refuses
+    except ValueError as error:  # the library raises it for an answer that it cannot read, and for a card that the hub refuses
         raise HubError(f"the hub refuses '{name}': {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a library's message."""
+    """Return the first line of a library's message."""
     return printable(next(iter(str(error).splitlines()), "") or type(error).__name__)

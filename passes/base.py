@@ -68,9 +68,9 @@ def check_order(passes: Sequence[GraphPass]) -> None:
         for name in (*item.after, *item.before):
             if name not in place and name not in PASSES:
                 wrong.append(f"pass {item.name} declares its place by '{name}', but there is no pass of that name")
-        here = place[item.name]
-        wrong += [f"pass {item.name} must come after {name}" for name in item.after if place.get(name, here) > here]
-        wrong += [f"pass {item.name} must come before {name}" for name in item.before if place.get(name, here) < here]
+        index = place[item.name]
+        wrong += [f"pass {item.name} must come after {name}" for name in item.after if place.get(name, index) > index]
+        wrong += [f"pass {item.name} must come before {name}" for name in item.before if place.get(name, index) < index]
     if wrong:
         raise GraphError("; ".join(wrong) + f"; the list is {', '.join(place)}")
 

@@ -39,9 +39,9 @@ def name_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
 
 def write_sizes(model: ir.Model, axes: Iterable[Axis]) -> None:
     """Write into the model the possible sizes of its inputs other than the batch; nothing if none may change."""
-    written = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
-    if written:
-        model.metadata_props[KEY] = json.dumps(written)
+    sizes = {axis.name: [axis.size, axis.limit, axis.multiple] for axis in axes}
+    if sizes:
+        model.metadata_props[KEY] = json.dumps(sizes)
 
 
 def read_sizes(model: ir.Model) -> dict[str, Axis]:
@@ -54,12 +54,12 @@ def read_sizes(model: ir.Model) -> dict[str, Axis]:
     if text is None:
         return {}
     try:
-        written = parse_json(text, KEY)
+        sizes = parse_json(text, KEY)
     except DocumentError as error:
         raise GraphError(DAMAGED) from error
-    if not isinstance(written, dict) or not all(map(_valid, written.values())):
+    if not isinstance(sizes, dict) or not all(map(_valid, sizes.values())):
         raise GraphError(DAMAGED)
-    return {name: Axis(name, *numbers) for name, numbers in written.items()}
+    return {name: Axis(name, *numbers) for name, numbers in sizes.items()}
 
 
 def input_sizes(model: ir.Model) -> dict[str, Dims]:

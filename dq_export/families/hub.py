@@ -1,4 +1,4 @@
-"""Models of the hub: the files that an export needs, from the local cache or over the network."""
+"""Finds the files of the hub's models that an export needs, in the local cache or over the network."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ SMALL = (
     *(INDEX, PROMPTS, CONFIG, SCHEDULER_CONFIG),
     *(f"{SCHEDULER}/{SCHEDULER_CONFIG}", *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE))),
 )
-"""Files that say what a model is."""
+"""Small files that describe a model."""
 TEXTS = (".json", ".model", ".txt")
 """Suffixes of a tokenizer's files and of an encoder's configuration."""
 
 
 def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], tuple[str, ...]]) -> Path:
-    """The folder of a model's files, downloaded where there is a network, as the cache has them where there is none.
+    """Download a model's files, or find them in the cache if there is no network, and return their folder.
 
-    Only what an export reads is downloaded: of several formats of the weights the one that `choose` takes.
+    Only the files that an export reads are downloaded. `choose` selects one of several formats of the weights.
 
     Args:
         revision: branch, tag or commit; empty: the default branch.
-        approve: looks at the small files, and raises, before gigabytes are downloaded; gives the folders that encode prompts.
+        approve: checks the small files before gigabytes are downloaded, and raises if they are wrong. It returns the folders
+            that encode prompts.
 
     Raises:
-        ModelError: no such model or revision, no access, no weights, or neither network nor cache.
+        ModelError: there is no such model or revision, no access, no weights, or neither network nor cache.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -40,21 +41,21 @@ def fetch(hub_id: str, revision: str, variant: str, approve: Callable[[Path], tu
         with refusals(hub_id, revision):
             names = HfApi().list_repo_files(hub_id, revision=revision or None)
             folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(SMALL)))
-            chosen = wanted(names, variant, hub_id, approve(folder))
-            return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=chosen))
+            files = needed_files(names, variant, hub_id, approve(folder))
+            return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=files))
     except (HTTPError, OSError) as error:
         return _from_cache(hub_id, revision, error)
 
 
 @contextmanager
 def refusals(hub_id: str, revision: str) -> Iterator[None]:
-    """While active, what the hub refuses is one line; that it cannot be reached stays huggingface_hub's own error.
+    """Turn the hub's refusals into errors of one line. Errors of the network stay those of huggingface_hub.
 
     Args:
         revision: branch, tag or commit; empty: the default branch.
 
     Raises:
-        ModelError: no such model or revision, or no access.
+        ModelError: there is no such model or revision, or no access.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -66,7 +67,7 @@ def refusals(hub_id: str, revision: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ModelError(f"model {shown(hub_id)}: no such folder, and no hub id ({printable(str(error))})") from error
+        raise ModelError(f"model {shown(hub_id)}: not a folder, and not a hub id ({printable(str(error))})") from error
     except GatedRepoError as error:
         raise ModelError(
             f"model '{hub_id}': accept its terms on its page of the hub, then log in with `hf auth login`"
@@ -77,25 +78,27 @@ def refusals(hub_id: str, revision: str) -> Iterator[None]:
         raise ModelError(f"model '{hub_id}': it has no revision {shown(revision)}; give a branch, a tag or a commit") from error
 
 
-def wanted(names: list[str], variant: str, where: str, encoders: tuple[str, ...] = ()) -> list[str]:
-    """Of a model's files those that an export reads.
+def needed_files(names: list[str], variant: str, where: str, encoders: tuple[str, ...] = ()) -> list[str]:
+    """Select the files of a model that an export reads.
 
     Args:
+        names: all files of the model.
+        where: name of the model, for messages.
         encoders: folders that encode prompts.
 
     Raises:
-        ModelError: no weights of the network that fit.
+        ModelError: no weights of the network fit.
     """
     network = next((f"{part}/" for part in NETWORKS if f"{part}/{CONFIG}" in names), "")
-    found = [*(name for name in names if name in SMALL), *_weights(names, network, variant, where)]
+    files = [*(name for name in names if name in SMALL), *_weights(names, network, variant, where)]
     if f"{VAE}/{CONFIG}" in names:
-        with suppress(ModelError):  # only a server decodes, and an export for one says what is missing
-            found += _weights(names, f"{VAE}/", variant, where, required=False)
+        with suppress(ModelError):  # only a server needs the VAE, and an export for one names what is missing
+            files += _weights(names, f"{VAE}/", variant, where, required=False)
     for part in encoders:
-        found += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]
+        files += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]
         if f"{part}/{CONFIG}" in names:
-            found += _weights(names, f"{part}/", variant, where, required=False, stem=TRANSFORMERS)
-    return found
+            files += _weights(names, f"{part}/", variant, where, required=False, stem=TRANSFORMERS)
+    return files
 
 
 def _inside(names: list[str], part: str) -> list[str]:
@@ -109,13 +112,13 @@ def _weights(names: list[str], part: str, variant: str, where: str, *, required:
 
 
 def snapshot(folder: Path, revision: str) -> Path:
-    """The folder of a revision's files in a model's cache folder (`models--owner--name`).
+    """Return the folder of a revision's files in a model's cache folder (`models--owner--name`).
 
     Args:
-        revision: empty: `main`, or the only one there is.
+        revision: branch, tag or commit; empty: `main`, or the only snapshot.
 
     Raises:
-        ModelError: none of that revision, or several to choose from.
+        ModelError: there is no snapshot of that revision, or there are several.
     """
     present = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
     commit = revision if revision in present else _commit(folder, revision or "main")
@@ -123,13 +126,13 @@ def snapshot(folder: Path, revision: str) -> Path:
         commit = present[0]
     if commit not in present:
         listed = ", ".join(present[:3]) or "nothing"
-        wanted_text = f"revision {shown(revision)} is not in it" if revision else "no refs/main, and not one snapshot alone"
-        raise ModelError(f"{shown_path(folder)}: {wanted_text}; there is {listed}: choose with --revision")
+        fault = f"revision {shown(revision)} is not in it" if revision else "no refs/main, and not exactly one snapshot"
+        raise ModelError(f"{shown_path(folder)}: {fault}; there is {listed}: choose with --revision")
     return folder / "snapshots" / commit
 
 
 def _commit(folder: Path, name: str) -> str:
-    """What a branch or tag of a cache folder points to; empty where it is not there."""
+    """Return the commit of a branch or tag in a cache folder; empty if the cache does not have it."""
     path = folder / "refs" / name
     if ".." in Path(name).parts or Path(name).is_absolute():
         return ""
@@ -146,6 +149,6 @@ def _from_cache(hub_id: str, revision: str, reason: Exception) -> Path:
     if (folder / "snapshots").is_dir():
         return snapshot(folder, revision)
     raise ModelError(
-        f"model '{hub_id}': neither in the local cache nor reachable on the hub. Either run this once where there is "
-        f"a network, `hf download {hub_id}`, and copy the cache; or pass a local folder: --model path/to/folder"
+        f"model '{hub_id}': neither in the local cache nor reachable on the hub. Either run `hf download {hub_id}` "
+        "where there is a network, and copy the cache; or pass a local folder: --model path/to/folder"
     ) from reason

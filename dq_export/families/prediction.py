@@ -11,21 +11,21 @@ class Prediction:
     """One kind of output.
 
     Args:
-        what: a description.
+        name: a description for messages.
         schedulers: diffusers' classes that sample it. With another class the loop may run, but the pictures are wrong.
         plain: one of them, which runs with the keys of the others.
         changes: keys of a configuration with values that change only the way of sampling, and not what the network was
             trained for.
     """
 
-    what: str
+    name: str
     schedulers: frozenset[str]
     plain: str
     changes: tuple[tuple[str, Any], ...]
 
 
 NOISE = Prediction(
-    what="noise",
+    name="noise",
     schedulers=frozenset({
         "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler",
@@ -39,10 +39,10 @@ NOISE = Prediction(
         ("final_sigmas_type", "sigma_min"), ("final_sigmas_type", "zero"), ("solver_order", 1), ("skip_prk_steps", True),
     ),
 )  # fmt: skip
-"""Of networks that predict noise, picture or velocity of a variance-preserving diffusion. Source: diffusers'
-`KarrasDiffusionSchedulers`, which DiTPipeline takes, less the one that draws noise without a seed."""
+"""Networks that predict noise, picture or velocity of a variance-preserving diffusion. Source: diffusers'
+`KarrasDiffusionSchedulers`, which DiTPipeline takes, without the one that draws noise without a seed."""
 FLOW = Prediction(
-    what="the velocity of a flow",
+    name="the velocity of a flow",
     schedulers=frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}),
     plain="FlowMatchEulerDiscreteScheduler",
     changes=(
@@ -50,5 +50,5 @@ FLOW = Prediction(
         ("use_dynamic_shifting", False),
     ),
 )  # fmt: skip
-"""Of networks that predict noise - picture along the line (1 - sigma) * picture + sigma * noise (flow matching). Less
+"""Networks that predict noise - picture along the line (1 - sigma) * picture + sigma * noise (flow matching). Without
 diffusers' `FlowMatchLCMScheduler`, which draws noise without a seed. Source: arXiv 2209.03003, 2403.03206."""

@@ -30,12 +30,12 @@ class Samplers:
 
     Args:
         schedules: their tables.
-        own: the name of the checkpoint's own sampler, or of its replacement.
+        default: the name of the checkpoint's own sampler, or of its replacement.
         refused: the reasons why other samplers have no table.
     """
 
     schedules: Schedules
-    own: str
+    default: str
     refused: tuple[str, ...]
 
 

@@ -1,4 +1,4 @@
-"""diffusers' samplers, probed into tables of coefficients that a server reads without any of its code."""
+"""Probes diffusers' samplers for tables of coefficients. A server reads the tables without any code of diffusers."""
 
 from __future__ import annotations
 
@@ -17,104 +17,106 @@ from .prediction import FLOW, NOISE, Prediction
 from .reference import ModelError, Samplers
 
 KINDS: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
-    NOISE.what: {
+    NOISE.name: {
         "ddim": ("DDIMScheduler", {}),
         "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
         "euler": ("EulerDiscreteScheduler", {}),
     },
-    FLOW.what: {"euler": ("FlowMatchEulerDiscreteScheduler", {})},
+    FLOW.name: {"euler": ("FlowMatchEulerDiscreteScheduler", {})},
 }
-"""By what a network predicts and the name in a request: diffusers' class, and what it needs beside the checkpoint's own
+"""By the kind of prediction and the name in requests: diffusers' class, and its values beside the checkpoint's own
 configuration."""
 GREAT = 1e4
-"""A sample far outside any picture: what clips it is not linear."""
+"""A value far outside any picture. A sampler that clips it is not linear."""
 EXACT = 1e-6
-"""How far float32 may let a linear step seem to bend, relative."""
+"""The greatest relative deviation from a linear step that float32 rounding explains."""
 
 
 class CurvedError(Exception):
-    """A sampler that no table can hold."""
+    """No table can hold the sampler."""
 
 
 def tabulate(
-    scheduler: Any, most: int, progress: Callable[[int, int], None], prediction: Prediction = NOISE, *, whole: bool = True
+    scheduler: Any, max_steps: int, progress: Callable[[int, int], None], prediction: Prediction = NOISE, *, integers: bool = True
 ) -> Samplers:
-    """The tables of every sampler of KINDS with the checkpoint's own configuration.
+    """Compute the tables of every sampler of KINDS with the checkpoint's own configuration.
 
     Args:
-        scheduler: the checkpoint's diffusers scheduler; one of another kind has no table, and the first takes its place.
-        most: the greatest number of steps.
-        prediction: what the network predicts.
-        whole: the network takes integers as timesteps.
+        scheduler: the checkpoint's diffusers scheduler. If its class is not one of KINDS, the first sampler replaces it.
+        max_steps: the greatest number of steps.
+        prediction: the kind of the network's output.
+        integers: whether the network takes integer timesteps.
 
     Raises:
-        ModelError: not one sampler has a table, or the checkpoint's samples something else than they do.
+        ModelError: no sampler has a table, or the checkpoint's scheduler samples another kind of prediction.
     """
     import diffusers
 
-    mine, kinds = type(scheduler).__name__, KINDS.get(prediction.what, {})
-    # diffusers would make another kind of sampler of its values, and draw wrong pictures
-    if mine not in prediction.schedulers or not kinds:
-        raise ModelError(
-            f"--triton: {mine} does not sample a network that predicts {prediction.what} so that a table holds it; leave "
-            "--triton out"
-        )
+    sampler, kinds = type(scheduler).__name__, KINDS.get(prediction.name, {})
+    # diffusers would build a sampler for another prediction from these values, and draw wrong pictures
+    if sampler not in prediction.schedulers or not kinds:
+        raise ModelError(f"--triton: no table holds {sampler} for a network that predicts {prediction.name}; leave --triton out")
     tables: dict[str, Float64] = {}
-    refused = []
+    total, refused = len(kinds) * max_steps, []
     for name, (kind, options) in kinds.items():
         try:
             with warnings.catch_warnings(), silent():
-                warnings.simplefilter("ignore")  # of keys that one scheduler knows and the other does not
-                own = scheduler if type(scheduler).__name__ == kind else None
-                made = own or getattr(diffusers, kind).from_config({**scheduler.config, **options})
-            tables[name] = table_of(made, most, lambda done: progress(len(tables) * most + done, len(kinds) * most), whole=whole)
+                warnings.simplefilter("ignore")  # about keys that only one of the schedulers has
+                same = scheduler if sampler == kind else None
+                probed = same or getattr(diffusers, kind).from_config({**scheduler.config, **options})
+            tables[name] = table_of(probed, max_steps, lambda n: progress(len(tables) * max_steps + n, total), integers=integers)
         except CurvedError as error:
             refused.append(f"{kind} {error}")
         except RAISED as error:
             refused.append(f"{kind} does not take its values ({reason_of(error)})")
     if not tables:
         raise ModelError(f"no sampler of this checkpoint can be served: {'; '.join(refused)}")
-    if mine not in [kind for kind, _ in kinds.values()]:
-        refused.append(f"{mine}, the checkpoint's own, is not offered")
-    own = next((name for name, (kind, _) in kinds.items() if kind == mine and name in tables), next(iter(tables)))
-    return Samplers(schedules=Schedules(tables), own=own, refused=tuple(refused))
+    if sampler not in [kind for kind, _ in kinds.values()]:
+        refused.append(f"{sampler}, the checkpoint's own, is not offered")
+    default = next((name for name, (kind, _) in kinds.items() if kind == sampler and name in tables), next(iter(tables)))
+    return Samplers(schedules=Schedules(tables), default=default, refused=tuple(refused))
 
 
-def table_of(scheduler: Any, most: int, progress: Callable[[int], None] = lambda done: None, *, whole: bool = True) -> Float64:
-    """float64[most * (most + 1) / 2, 9]: what `Schedules` holds. NaN where the scheduler cannot take so many steps.
+def table_of(
+    scheduler: Any, max_steps: int, progress: Callable[[int], None] = lambda count: None, *, integers: bool = True
+) -> Float64:
+    """Compute a table of `Schedules`, float64[max_steps * (max_steps + 1) / 2, 9].
+
+    The rows of a number of steps that the scheduler does not support are NaN.
 
     Raises:
-        CurvedError: it is not linear (clipping, thresholding), draws noise, looks back further than one step, or sends
-            timesteps that are no integers where `whole` asks for them.
+        CurvedError: the scheduler is not linear (clipping, thresholding), draws noise, uses more than one earlier step, or
+            sends fractional timesteps although `integers` is set.
     """
     rows, last, largest = [], "", 0
-    for count in range(1, most + 1):
+    for count in range(1, max_steps + 1):
         try:
-            found = [astuple(step) for step in probe(scheduler, count, whole=whole)]
-            if not np.isfinite(found).all():
+            steps = [astuple(step) for step in probe(scheduler, count, integers=integers)]
+            if not np.isfinite(steps).all():
                 raise ValueError("gives numbers that are not finite")
             largest = count
         except RAISED as error:
-            found = [(np.nan,) * len(COLUMNS)] * count
+            steps = [(np.nan,) * len(COLUMNS)] * count
             last = reason_of(error)
-        rows += found
+        rows += steps
         progress(count)
     table: Float64 = np.array(rows, dtype=np.float64)
-    if largest < min(most, 2):  # one step alone is no trajectory: a sampler of two calls a step makes it as well
+    if largest < min(max_steps, 2):  # one step is no proof: a sampler with two calls per step passes it, too
         raise CurvedError(last)
     return table
 
 
-def probe(scheduler: Any, count: int, *, whole: bool = True) -> list[Step]:
-    """The coefficients of one trajectory, found by feeding unit vectors to the scheduler itself.
+def probe(scheduler: Any, count: int, *, integers: bool = True) -> list[Step]:
+    """Measure the coefficients of one trajectory with unit vectors as latents and network outputs.
 
-    Every step gets two elements of the sample that are 1 for its latents or for its network output and 0 at all other
-    steps, so what the scheduler remembers of earlier steps shows apart from what it is given.
+    Each step has two elements of the sample that are 1, one in its latents and one in its output. They are 0 in the next two
+    steps, so the result shows separately what a step takes of its own values and of those of the step before.
 
-    Exactness: of diffusers' own arithmetic, float32.
+    Exactness: that of diffusers' own arithmetic, float32.
+
     Raises:
         CurvedError: see `table_of`.
-        ValueError: for a number of steps that the scheduler cannot take, or makes more or fewer calls in.
+        ValueError: the scheduler does not support the number of steps, or calls the network more or less often.
     """
     import torch
 
@@ -125,41 +127,44 @@ def probe(scheduler: Any, count: int, *, whole: bool = True) -> list[Step]:
     steps: list[tuple[float, ...]] = []
     period, state = 3, torch.get_rng_state()
     for index, timestep in enumerate(timesteps):
-        if whole and float(timestep) != int(timestep):
+        if integers and float(timestep) != int(timestep):
             raise CurvedError(f"sends the fractional timestep {float(timestep):g}")
-        here, before = 2 * (index % period), 2 * ((index - 1) % period)
+        current, before = 2 * (index % period), 2 * ((index - 1) % period)
         latents, output = torch.zeros(1, 1, 1, 2 * period + 2), torch.zeros(1, 1, 1, 2 * period + 2)
-        latents[..., here], output[..., here + 1] = 1.0, 1.0
+        latents[..., current], output[..., current + 1] = 1.0, 1.0
         latents[..., -2] = GREAT
         factor = float(scheduler.scale_model_input(torch.ones(1), timestep)) if hasattr(scheduler, "scale_model_input") else 1.0
-        moved = scheduler.step(output, timestep, latents).prev_sample.flatten().double().tolist()
-        x, e, great, zero = moved[here], moved[here + 1], moved[-2], moved[-1]
-        x_before, e_before = (moved[before], moved[before + 1]) if index else (0.0, 0.0)
-        older = [value for i, value in enumerate(moved[:-2]) if i // 2 not in (here // 2, before // 2)]
+        result = scheduler.step(output, timestep, latents).prev_sample.flatten().double().tolist()
+        x, e, great, zero = result[current], result[current + 1], result[-2], result[-1]
+        x_before, e_before = (result[before], result[before + 1]) if index else (0.0, 0.0)
+        older = [value for i, value in enumerate(result[:-2]) if i // 2 not in (current // 2, before // 2)]
         if zero != 0:
             raise CurvedError("draws noise at every step")
         if any(older):
-            raise CurvedError("looks back further than one step")
+            raise CurvedError("uses more than one earlier step")
         steps.append((float(timestep), factor, x, e, x_before, e_before, great))
     torch.set_rng_state(state)
-    return _finished(scheduler, steps)
+    return _steps(scheduler, steps)
 
 
-def _finished(scheduler: Any, probed: list[tuple[float, ...]]) -> list[Step]:
-    """With what the last step shows: the great element holds x * GREAT plus what was remembered of the step before."""
-    found = []
+def _steps(scheduler: Any, probed: list[tuple[float, ...]]) -> list[Step]:
+    """Turn coefficients into steps, and check that the element of value GREAT was scaled and not clipped.
+
+    A linear step gives GREAT * (x + x_before) there, because the element is GREAT in the step before, too.
+    """
+    steps = []
     for index, (timestep, factor, x, e, x_before, e_before, great) in enumerate(probed):
         expected = GREAT * (x + (x_before if index else 0.0))
         if abs(great - expected) > EXACT * GREAT * (abs(x) + abs(x_before)):
             raise CurvedError("clips or thresholds the sample")
         sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
         clean = _clean(scheduler, index, timestep, factor)
-        found.append(Step(timestep, sigma, factor, x, e, x_before, e_before, *clean))
-    return found
+        steps.append(Step(timestep, sigma, factor, x, e, x_before, e_before, *clean))
+    return steps
 
 
 def _clean(scheduler: Any, index: int, timestep: float, factor: float) -> tuple[float, float]:
-    """What the predicted picture takes of the latents, and of the network's output."""
+    """Return the factors of the latents and of the network's output in the predicted picture."""
     if type(scheduler).__name__ in FLOW.schedulers:
         return 1.0, -float(scheduler.sigmas[index])
     noise, signal = _noise_and_signal(scheduler, timestep)
@@ -169,6 +174,6 @@ def _clean(scheduler: Any, index: int, timestep: float, factor: float) -> tuple[
 
 
 def _noise_and_signal(scheduler: Any, timestep: float) -> tuple[float, float]:
-    """What a network at this timestep sees: signal * picture + noise * unit noise."""
-    kept = float(scheduler.alphas_cumprod[int(timestep)])
-    return float(np.sqrt(1 - kept)), float(np.sqrt(kept))
+    """Return (noise, signal). The latents at a timestep are signal * picture + noise * unit noise."""
+    power = float(scheduler.alphas_cumprod[int(timestep)])
+    return float(np.sqrt(1 - power)), float(np.sqrt(power))

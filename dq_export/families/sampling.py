@@ -66,7 +66,7 @@ def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
     """
     if name not in prediction.schedulers:
         raise ModelError(
-            f"{where}: {name} does not sample a network that predicts {prediction.what}; put the scheduler there that the "
+            f"{where}: {name} does not sample a network that predicts {prediction.name}; put the scheduler there that the "
             f"network was trained for, for example {prediction.plain}"
         )
 

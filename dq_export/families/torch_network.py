@@ -263,13 +263,13 @@ class TorchNetwork:
     ) -> None:
         def watched(feed: Feed) -> Float32:
             before(feed)
-            return call(self.model, self.inputs, feed)  # whole: who observes it sees one call
+            return call(self.model, self.inputs, feed)  # in one piece: observers see one call
 
         self.draw(watched, self.noise(len(conditions), seed), conditions, steps=steps, guidance=guidance)
 
     def samplers(self, limit: int, progress: Advance = unwatched) -> Samplers:
         (timestep,) = (item.dtype for item in self.inputs if item.role == "timestep")
-        return tabulate(self.scheduler, limit, progress, self.family.prediction, whole=timestep.startswith("int"))
+        return tabulate(self.scheduler, limit, progress, self.family.prediction, integers=timestep.startswith("int"))
 
     def draw(
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float

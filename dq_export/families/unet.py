@@ -28,24 +28,24 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-"""Stable Diffusion's noise, for a folder without a scheduler."""
+"""The scheduler of Stable Diffusion, for a folder without one."""
 CONSISTENT = {**SCHEDULER, "_class_name": "LCMScheduler", "set_alpha_to_one": True}
-"""That of a latent consistency model, for a folder without a scheduler."""
+"""The scheduler of a latent consistency model, for a folder without one."""
 PLAIN, XL, LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
 ALONE: dict[str, dict[str, Any]] = {
     PLAIN: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     XL: {"add_watermarker": False},
 }
-"""What makes each pipeline draw latents and nothing beside them."""
+"""Arguments that make each pipeline draw latents alone."""
 PARTS = {PLAIN: ("tokenizer", "text_encoder"), XL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")}
 TOKENS = 77
-"""That CLIP's texts are filled up to."""
+"""The number of tokens to which CLIP's texts are padded."""
 LARGER = 4
-"""Height and width that the graph takes, against the checkpoint's."""
+"""Greatest height and width of the graph, relative to the checkpoint's."""
 PIXELS = 8
-"""Of a latent, along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
+"""Pixels of one latent along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
 INNER = 8
-"""Of a GEGLU, against the width of its tokens: two halves of four."""
+"""Width of a GEGLU's linear, relative to the width of its tokens: two halves of four."""
 STATES, POOLED, ADDED = "encoder_hidden_states", "text_embeds", "added_cond_kwargs"
 
 
@@ -78,7 +78,7 @@ class UNet(Family):
         return "null" if config.time_cond_proj_dim is None else "input"
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
-        """See `Family.inputs`. XL takes the pooled text and numbers of the picture's size, too."""
+        """See `Family.inputs`. XL also takes the pooled text and six numbers about the picture's size."""
         config = model.config
         size, halved = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
         height, width = (Axis(name, size, LARGER * size, halved) for name in ("height", "width"))
@@ -99,25 +99,25 @@ class UNet(Family):
 
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
         """See `Family.embed`."""
-        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode alike
+        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode prompts in the same way
         if missing := [name for name in PARTS[pipeline] if name not in parts]:
-            raise ModelError(f"{pipeline} encodes prompts with {' and '.join(missing)}, too; download the whole pipeline")
-        used = {name: parts[name] for name in PARTS[pipeline]}
-        encoder = pipeline_of(pipeline, **used, **ALONE[pipeline], unet=None, scheduler=None)
-        every = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoded = encoder.encode_prompt(list(prompts), **every)
+            raise ModelError(f"{pipeline} needs {' and '.join(missing)} to encode prompts; download the whole pipeline")
+        encoders = {name: parts[name] for name in PARTS[pipeline]}
+        encoder = pipeline_of(pipeline, **encoders, **ALONE[pipeline], unet=None, scheduler=None)
+        options = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoded = encoder.encode_prompt(list(prompts), **options)
         names = (STATES, POOLED) if pipeline == XL else (STATES,)
         return {name: tensor.float() for name, tensor in zip(names, encoded[::2], strict=True)}
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. Zeros are the null of XL, as its pipeline has it; latent consistency models have none."""
+        """See `Family.encode`. The null condition of XL is zeros, as in its pipeline; latent consistency models have none."""
         encoded = super().encode(pipeline, parts, prompts, config)
         null = {name: np.zeros_like(rows) if pipeline == XL else rows for name, rows in encoded.null.items()}
         guided = self.guided_by(config) == "null"
         return Conditions(names=encoded.names, arrays=encoded.arrays, null=null if guided else {})
 
     def largest_activation(self, model: Any) -> int:
-        """What the first level's GEGLU reads of its linear."""
+        """See `Family.largest_activation`. It is the input of the first level's GEGLU."""
         return int(INNER * model.config.block_out_channels[0] * model.config.sample_size**2)
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:

@@ -1,4 +1,4 @@
-"""What the values of a UNet's config.json may be."""
+"""The supported values of a UNet's config.json."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from .config_values import Channels, Positive, Share, Values, require_halved, require_levels
 
 SIZES = 6
-"""Numbers that StableDiffusionXLPipeline sends of a picture: its original size, the corner of its crop, and its size."""
+"""Numbers that StableDiffusionXLPipeline sends for a picture: its original size, the corner of its crop, and its size."""
 
 Count = Annotated[int, Field(ge=1, le=512)]
 
 
 class UNetValues(Values):
-    """Of `UNet2DConditionModel`, with diffusers' defaults."""
+    """Values of `UNet2DConditionModel`, with diffusers' defaults."""
 
     sample_size: int = Field(ge=1, le=8192)
     in_channels: Channels = 4
@@ -71,8 +71,8 @@ class UNetValues(Values):
         levels = len(self.block_out_channels)
         require_levels(self)
         for key in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            listed = getattr(self, key)
-            if isinstance(listed, list) and len(listed) != levels:
+            numbers = getattr(self, key)
+            if isinstance(numbers, list) and len(numbers) != levels:
                 raise ValueError(f"{key}: expected a number, or {levels} of them, one for each of block_out_channels")
         heads = self.attention_head_dim if isinstance(self.attention_head_dim, list) else [self.attention_head_dim] * levels
         for width, number in zip(self.block_out_channels, heads, strict=True):
@@ -95,7 +95,7 @@ class UNetValues(Values):
         sizes, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if sizes is not None and width == (SIZES - 1) * sizes + self.cross_attention_dim:
             raise ValueError(
-                f"projection_class_embeddings_input_dim {width}: that of XL's refiner, which starts from a picture and takes its "
+                f"projection_class_embeddings_input_dim {width}: this is XL's refiner, which starts from a picture and takes an "
                 "aesthetic score; it is not supported"
             )
         if sizes is None or width is None or width <= SIZES * sizes or sizes % 2:

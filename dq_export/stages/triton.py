@@ -95,7 +95,7 @@ class WriteRepository(Stage[Result]):
             classes=0 if tokenizers else len(reference.conditions),
             steps=recipe.steps,
             guidance=recipe.guidance_scale or 1.0,
-            scheduler=samplers.own,
+            scheduler=samplers.default,
             schedules=samplers.schedules,
             prompts=recipe.prompts or (),
         )

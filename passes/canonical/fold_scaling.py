@@ -74,11 +74,11 @@ class FoldScaling(GraphPass):
 
     def _require_same(self, item: GraphSite, plan: SitePlan) -> None:
         """Check that the graph has the same site as the calibration."""
-        site, here = plan.site, item.site
+        site, actual = plan.site, item.site
         same = (site.linears, site.shares, site.fold.of_kind("linear")) == (
-            here.linears,
-            here.shares,
-            here.fold.of_kind("linear"),
+            actual.linears,
+            actual.shares,
+            actual.fold.of_kind("linear"),
         )
         if not same or (site.shares and site.shares not in self.result.sites):
             raise GraphError(
@@ -144,10 +144,10 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, name: str, change: Call
         content = np.zeros(shape) if before is None else before.numpy().astype(np.float64)
         return change(content).astype(np.float32)
 
-    stored_anew = computed_initializer(graph, name, ir.DataType.FLOAT, shape, compute)
+    replacement = computed_initializer(graph, name, ir.DataType.FLOAT, shape, compute)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
-    node.replace_input_with(index, stored_anew)
+    node.replace_input_with(index, replacement)
 
 
 def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Float]) -> None:
@@ -165,15 +165,15 @@ def _change_constant(graph: ir.Graph, place: Place, moved: Callable[[Float], Flo
             shape[axis] = dim
 
     def compute() -> Float32:
-        whole = np.broadcast_to(before.numpy().astype(np.float64), shape)
+        operand = np.broadcast_to(before.numpy().astype(np.float64), shape)
         others = [axis for axis in range(len(shape)) if axis not in axes]
-        turned = whole.transpose(*others, *axes)
+        turned = operand.transpose(*others, *axes)
         changed = moved(turned.reshape(*turned.shape[: len(others)], -1)).reshape(turned.shape)
         back: Float32 = changed.transpose(np.argsort([*others, *axes])).astype(np.float32)
         return back
 
-    stored_anew = computed_initializer(graph, f"{place.part.name}.operand", ir.DataType.FLOAT, tuple(shape), compute)
-    node.replace_input_with(index, stored_anew)
+    replacement = computed_initializer(graph, f"{place.part.name}.operand", ir.DataType.FLOAT, tuple(shape), compute)
+    node.replace_input_with(index, replacement)
 
 
 def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:

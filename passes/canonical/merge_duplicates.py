@@ -40,30 +40,30 @@ class MergeDuplicates(GraphPass):
         CommonSubexpressionEliminationPass()(model)
         removed = before - len(model.graph) - len(model.graph.initializers)
         changed = [f"removed {removed} duplicate nodes and initializers"] if removed else []
-        taken = {node.name: node for node in model.graph}
-        named = {name: linear.gemm for name, linear in linears(model).items()}
-        named |= {name: node for node, name in convolutions(model).items()}
-        for name, node in named.items():
+        by_name = {node.name: node for node in model.graph}
+        by_module = {name: linear.gemm for name, linear in linears(model).items()}
+        by_module |= {name: node for node, name in convolutions(model).items()}
+        for name, node in by_module.items():
             if node.name != name:
-                if name in taken:
-                    taken[name].name = f"{name}.renamed"
+                if name in by_name:
+                    by_name[name].name = f"{name}.renamed"
                 node.name = name
                 changed.append(f"named '{name}'")
         return PassReport(name=self.name, changed=tuple(changed))
 
 
 def _merge_initializers(graph: ir.Graph) -> None:
-    kept: dict[tuple[object, ...], list[ir.Value]] = {}
+    unique: dict[tuple[object, ...], list[ir.Value]] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or value.is_graph_input() or value.is_graph_output():
             continue
         key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().ravel("K")[:FIRST].tobytes())
-        same = next((other for other in kept.get(key, ()) if _equal_bits(other, value)), None)
-        if same is None:
-            kept.setdefault(key, []).append(value)
+        duplicate = next((earlier for earlier in unique.get(key, ()) if _equal_bits(earlier, value)), None)
+        if duplicate is None:
+            unique.setdefault(key, []).append(value)
         else:
-            value.replace_all_uses_with(same)
+            value.replace_all_uses_with(duplicate)
             del graph.initializers[str(value.name)]
 
 

@@ -103,8 +103,8 @@ def _quantize_convolution(graph: ir.Graph, linear: LinearNode, grid: WeightGrid,
         rounded = grid.codes(read()) if codes is None else codes.astype(np.float32)
         if grid.multiplier is not None:
             rounded = rounded * np.repeat(grid.multiplier.T.astype(np.float32), rounded.shape[1] // grid.blocks, axis=1)
-        whole: npt.NDArray[np.generic] = rounded.reshape(shape).astype(dtype.numpy())
-        return whole
+        stored_codes: npt.NDArray[np.generic] = rounded.reshape(shape).astype(dtype.numpy())
+        return stored_codes
 
     value = computed_initializer(graph, f"{name}.weight_codes", dtype, shape, compute)
     steps = initializer(graph, f"{name}.weight_scale", grid.scale)
@@ -125,12 +125,12 @@ def _widened(graph: ir.Graph, gemm: ir.Node, name: str, codes: ir.Value, multipl
         blocks = len(multiplier)
         times = initializer(graph, f"{name}.weight_multiplier", multiplier.astype(np.int8)[:, None, :])
         cut = initializer(graph, f"{name}.weight_blocks", np.asarray([blocks, depth // blocks, width], dtype=np.int64))
-        whole = initializer(graph, f"{name}.weight_shape", np.asarray([depth, width], dtype=np.int64))
+        joined_shape = initializer(graph, f"{name}.weight_shape", np.asarray([depth, width], dtype=np.int64))
         wide = ir.node("Cast", [codes], attributes={"to": ir.DataType.INT32.value})
         split = ir.node("Reshape", [wide.outputs[0], cut])
         factor = ir.node("Cast", [times], attributes={"to": ir.DataType.INT32.value})
         product = ir.node("Mul", [split.outputs[0], factor.outputs[0]])
-        joined = ir.node("Reshape", [product.outputs[0], whole])
+        joined = ir.node("Reshape", [product.outputs[0], joined_shape])
         nodes = [wide, split, factor, product, joined]
         nodes.append(ir.node("Cast", [joined.outputs[0]], attributes={"to": ir.DataType.INT8.value}))
     graph.insert_before(gemm, nodes)

@@ -50,26 +50,26 @@ class CastFloats(GraphPass):
         small = self._small(graph)
         cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         for node in list(graph):
-            wanted = self.dtype if node in small else ir.DataType.FLOAT
+            target = self.dtype if node in small else ir.DataType.FLOAT
             for index, value in enumerate(node.inputs):
-                if value in types and types[value] != wanted and node.op_type != "Cast":
+                if value in types and types[value] != target and node.op_type != "Cast":
                     assert value is not None
-                    key = (value, wanted)
+                    key = (value, target)
                     if key not in cast:
-                        cast[key] = _converted(graph, value, wanted)
-                        types[cast[key]] = wanted
+                        cast[key] = _converted(graph, value, target)
+                        types[cast[key]] = target
                     node.replace_input_with(index, cast[key])
             if node.op_type == "Cast" or not any(value in types for value in node.inputs):
                 continue  # an attribute gives its type
             for output in node.outputs:
                 if output in types:
-                    types[output] = wanted
-                    output.dtype = wanted
+                    types[output] = target
+                    output.dtype = target
         for index, output in enumerate(list(graph.outputs)):
             if types.get(output) in SMALL:
                 _widen_output(graph, index, output)
-        kept = len([node for node in graph if node not in small])
-        return PassReport(name=self.name, changed=(f"{len(small)} nodes in {self.dtype.name}, {kept} as they are",))
+        unchanged = len([node for node in graph if node not in small])
+        return PassReport(name=self.name, changed=(f"{len(small)} nodes in {self.dtype.name}, {unchanged} as they are",))
 
     def _small(self, graph: ir.Graph) -> set[ir.Node]:
         """Nodes that depend on the state (the graph's first input) or on a quantized value, and the gathers of scales."""

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as ONNX's own operator."""
+"""Fuse scaled dot-product attention into ONNX's operator Attention."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ HEADS = (0, 2, 1, 3)
 class FuseAttention(GraphPass):
     """Reshape, Transpose, Mul, MatMul, Add, Softmax, MatMul, Transpose, Reshape  ->  Attention(q, k, v, mask).
 
-    q, k and v are [B, tokens, width]; the Add of a mask may be missing. ONNX Runtime's kernel keeps the scores of a few rows
-    at a time and makes no transposed copies. It wants a row of the mask for each query, [B, 1, queries, keys], which all
-    blocks that have the mask share. Raises the graph's opset to 23, the first with the operator.
+    q, k and v are [B, tokens, width]; the Add of a mask is optional. ONNX Runtime's kernel keeps the scores of a few rows at a
+    time and makes no transposed copies. It needs the mask as [B, 1, queries, keys], with a row for each query. Blocks with the
+    same mask share it. The graph's opset becomes at least 23, the first with this operator.
 
     It does not act where
-        1. anything but a mask [B, 1, 1, keys], or copies of it for each head, stands between scores and Softmax,
+        1. another operation than the Add of a mask [B, 1, 1, keys], or of its copies for each head, is between scores and
+           Softmax,
         2. query, key and value are not heads split from [B, tokens, width] as in torch's decomposition,
         3. the result is not merged back to [B, tokens, width].
 
-    Exactness: reorders float operations: scores are scaled once, not query and key by its root.
+    Exactness: reorders float operations; the scores are scaled once, instead of query and key each by the root of the scale.
     Source: ONNX Attention-23.
     """
 
@@ -36,13 +37,13 @@ class FuseAttention(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
-        shared: dict[object, ir.Value] = {}
+        masks: dict[object, ir.Value] = {}
         for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-            found = _attention(softmax)
-            if isinstance(found, str):
-                skipped.append(f"'{softmax.name}': {found}")
+            pattern = _attention(softmax)
+            if isinstance(pattern, str):
+                skipped.append(f"'{softmax.name}': {pattern}")
                 continue
-            _fuse(model.graph, found, shared)
+            _fuse(model.graph, pattern, masks)
             changed.append(f"'{softmax.name}'")
         if changed:
             model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
@@ -51,7 +52,7 @@ class FuseAttention(GraphPass):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Found:
+class _Pattern:
     query: ir.Value
     key: ir.Value
     value: ir.Value
@@ -61,39 +62,40 @@ class _Found:
     mask: ir.Value | None
 
 
-def _attention(softmax: ir.Node) -> _Found | str:
+def _attention(softmax: ir.Node) -> _Pattern | str:
+    """Match attention around a Softmax; return the reason if it does not match."""
     biased = _producer(softmax.inputs[0], "Add")
     scores = _producer(biased.inputs[0] if biased is not None else softmax.inputs[0], "MatMul")
     mask = _one_head(biased.inputs[1]) if biased is not None else None
     if scores is None or (biased is not None and mask is None):
-        return "its input is no product of query and key, nor that and a mask of keys (case 1)"
+        return "its input is not a product of query and key, with or without a mask of keys (case 1)"
     product = only_user(softmax.outputs[0])
     merged = only_user(product.outputs[0]) if product is not None and product.op_type == "MatMul" else None
     last = only_user(merged.outputs[0]) if merged is not None and _permutes(merged, HEADS) else None
     if product is None or last is None or last.op_type != "Reshape":
         return "its result is not merged back from heads (case 3)"
     query, scale = unscaled(scores.inputs[0])
-    key, other = unscaled(scores.inputs[1])
+    key, key_scale = unscaled(scores.inputs[1])
     sources = (split_source(query), split_source(untransposed(key)), split_source(product.inputs[1]))
     heads = query.shape[1] if query is not None and query.shape is not None and len(query.shape) == 4 else None
     if any(source is None for source in sources) or not isinstance(heads, int):
-        return "query, key or value is no split into heads (case 2)"
+        return "query, key or value is not split into heads (case 2)"
     first, second, third = (source for source in sources if source is not None)
-    return _Found(query=first, key=second, value=third, heads=heads, scale=scale * other, last=last, mask=mask)
+    return _Pattern(query=first, key=second, value=third, heads=heads, scale=scale * key_scale, last=last, mask=mask)
 
 
-def _fuse(graph: ir.Graph, found: _Found, shared: dict[object, ir.Value]) -> None:
-    attributes = {"q_num_heads": found.heads, "kv_num_heads": found.heads, "scale": found.scale}
-    result = found.last.outputs[0]
-    mask = _for_each_query(graph, found, shared)
-    node = ir.node("Attention", [found.query, found.key, found.value, *mask], attributes=attributes)
+def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> None:
+    attributes = {"q_num_heads": pattern.heads, "kv_num_heads": pattern.heads, "scale": pattern.scale}
+    result = pattern.last.outputs[0]
+    mask = _for_each_query(graph, pattern, masks)
+    node = ir.node("Attention", [pattern.query, pattern.key, pattern.value, *mask], attributes=attributes)
     like(node.outputs[0], result)
-    graph.insert_before(found.last, node)
+    graph.insert_before(pattern.last, node)
     redirect(result, node.outputs[0])
 
 
 def _one_head(mask: ir.Value | None) -> ir.Value | None:
-    """The mask [B, 1, 1, keys] that this one is, or that diffusers repeated for each head; None for any other."""
+    """Return the mask [B, 1, 1, keys] before diffusers repeats it for each head; None if the mask has another form."""
     shape = _shape(mask)
     source, before = mask, _producer(mask, "Reshape")
     while before is not None:
@@ -106,31 +108,31 @@ def _one_head(mask: ir.Value | None) -> ir.Value | None:
     return mask if len(small) == 4 and small[1:3] == (1, 1) and small[::3] == shape[::3] else None
 
 
-def _for_each_query(graph: ir.Graph, found: _Found, shared: dict[object, ir.Value]) -> list[ir.Value]:
-    """[B, 1, 1, keys] -> [B, 1, queries, keys], made once for all queries of one number; empty without a mask."""
-    if found.mask is None:
+def _for_each_query(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> list[ir.Value]:
+    """Expand the mask [B, 1, 1, keys] to [B, 1, queries, keys], once for each number of queries; empty without a mask."""
+    if pattern.mask is None:
         return []
-    queries = _shape(found.query)[1:2]
-    key = (found.mask, *(queries or (found.query,)))
-    if key not in shared:
-        name = f"{found.mask.name}.{len(shared)}"
+    queries = _shape(pattern.query)[1:2]
+    key = (pattern.mask, *(queries or (pattern.query,)))
+    if key not in masks:
+        name = f"{pattern.mask.name}.{len(masks)}"
         one = initializer(graph, f"{name}.one", np.ones(1, dtype=np.int64))
-        size = ir.node("Shape", [found.query], attributes={"start": 1, "end": 2}, name=f"{name}.queries")
+        size = ir.node("Shape", [pattern.query], attributes={"start": 1, "end": 2}, name=f"{name}.queries")
         sizes = ir.node("Concat", [one, one, size.outputs[0], one], attributes={"axis": 0}, name=f"{name}.sizes")
-        whole = ir.node("Expand", [found.mask, sizes.outputs[0]], name=f"{name}.rows")
-        graph.insert_before(found.last, [size, sizes, whole])
-        shared[key] = whole.outputs[0]
-    return [shared[key]]
+        expand = ir.node("Expand", [pattern.mask, sizes.outputs[0]], name=f"{name}.rows")
+        graph.insert_before(pattern.last, [size, sizes, expand])
+        masks[key] = expand.outputs[0]
+    return [masks[key]]
 
 
 def _shape(value: ir.Value | None) -> tuple[object, ...]:
-    """All sizes, or names that stand for them; empty where one is unknown."""
+    """Return the sizes of a value, symbolic names included; empty if one is unknown."""
     sizes = tuple(value.shape) if value is not None and value.shape is not None else ()
     return () if any(isinstance(size, ir.SymbolicDim) and size.value is None for size in sizes) else sizes
 
 
 def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """What a scalar Mul scales, and by how much; the value itself and 1 where there is none."""
+    """Return the input and the factor of a scalar Mul; without one the value itself and 1."""
     node = _producer(value, "Mul")
     factor = stored(node.inputs[1]) if node is not None else None
     if node is None or factor is None or factor.size != 1:
@@ -139,7 +141,7 @@ def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 
 def untransposed(key: ir.Value | None) -> ir.Value | None:
-    """[B, heads, head, tokens] -> what it is the transpose of, which torch makes by way of rank 3."""
+    """Return the value before the transpose to [B, heads, head, tokens], which torch does at rank 3."""
     outer = _producer(key, "Reshape")
     middle = _producer(outer.inputs[0], "Transpose") if outer is not None else None
     inner = _producer(middle.inputs[0], "Reshape") if middle is not None and _permutes(middle, (0, 2, 1)) else None
@@ -147,7 +149,7 @@ def untransposed(key: ir.Value | None) -> ir.Value | None:
 
 
 def split_source(value: ir.Value | None) -> ir.Value | None:
-    """The [B, tokens, width] that Reshape and Transpose made [B, heads, tokens, head] of."""
+    """Return the [B, tokens, width] before Reshape and Transpose to [B, heads, tokens, head]; None without them."""
     transpose = _producer(value, "Transpose")
     reshape = _producer(transpose.inputs[0], "Reshape") if transpose is not None and _permutes(transpose, HEADS) else None
     source = reshape.inputs[0] if reshape is not None else None

@@ -44,14 +44,14 @@ class RaiseBiases(GraphPass):
             assert bias is not None
             assert product.shape is not None
             shape = (1,) * (len(product.shape) - 1) + tuple(bias.shape.numpy())
-            whole = reshaped_initializer(model.graph, f"{name}.raised_bias", bias, shape)
-            add.replace_input_with(0 if add.inputs[1] is product else 1, whole)
+            raised = reshaped_initializer(model.graph, f"{name}.raised_bias", bias, shape)
+            add.replace_input_with(0 if add.inputs[1] is product else 1, raised)
             changed.append(f"'{name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
 
 def _refusal(linear: LinearNode) -> str:
-    """The case in which the pass must not act on a linear; empty where it may."""
+    """Return the case in which the pass must not act on a linear; empty if it may act."""
     product, add = linear.gemm.outputs[0], linear.bias_add
     if product.shape is None or len(product.shape) < 3:
         return "case 1: a result of fewer than three dimensions"

@@ -1,4 +1,4 @@
-"""Padding of texts that no attention looks at."""
+"""Remove the padding of texts, which masked attention does not read."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..base import GraphPass, PassReport, constant, initializer, like
 from ..match import only_user
 
 HIDDEN = -1000.0
-"""A bias of scores from which on a softmax in float32 gives exactly 0."""
+"""A bias of scores. At this value or below, a softmax in float32 gives exactly 0."""
 BY_TOKEN = frozenset({
     "Abs", "Add", "Cast", "Clip", "DequantizeLinear", "Div", "Gelu", "MatMul", "Max", "Mul", "QuantizeLinear", "Reshape",
     "Round", "Sigmoid", "Sub", "Tanh", "Transpose",
 })  # fmt: skip
-"""Operators that compute a token from the same token: MatMul by a weight, and layouts, which move tokens whole."""
+"""Operators that compute each token from the same token: MatMul by a weight, and layouts, which move whole tokens."""
 LAYOUT = frozenset({"Unsqueeze", "Expand", "Reshape", "Concat", "Cast"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrimText(GraphPass):
-    """text [B, L, D], mask [B, L]  ->  both sliced to the longest text of the batch, behind the graph's inputs.
+    """text [B, L, D], mask [B, L]  ->  both sliced after the graph's inputs to the longest text of the batch.
 
-    Pipelines pad every prompt to the greatest length, 300 tokens for PixArt, and a mask takes the padding out of attention
-    again. Keys, values and scores of the padding are an eighth of a call at 512 pixels.
+    Pipelines pad every prompt to the greatest length, 300 tokens for PixArt, and a mask hides the padding from attention.
+    Keys, values and scores of the padding take an eighth of the time of a call at 512 pixels.
 
-    A text whose mask has no 1 keeps its length: its softmax is over padding alone.
+    A text whose mask has no 1 keeps its length, because its softmax is over the padding.
 
     It does not act where
         1. no two inputs [B, L] and [B, L, ..] share a size L that may change,
-        2. the mask becomes anything but `(1 - mask) * c` with c <= -1000, added to scores before a softmax,
-        3. the text goes anywhere but token by token into keys and values of attention with that mask.
+        2. the mask has another use than `(1 - mask) * c` with c <= -1000, added to scores before a softmax,
+        3. the text has another use than token by token in keys and values of attention with that mask.
 
-    Exactness: a masked token's weight in the softmax is exactly 0; what is left out are sums of zeros. Masks hold 0 and 1.
+        Exactness: a masked token's weight in the softmax is exactly 0, so only sums of zeros are left out. Masks hold 0 and 1.
     """
 
     name: ClassVar[str] = "trim_text"
@@ -53,7 +53,7 @@ class TrimText(GraphPass):
 
 
 def _pairs(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
-    """Inputs that may be a mask and its text (case 1)."""
+    """Return the pairs of inputs that may be a mask and its text (case 1)."""
     inputs = [(value, list(value.shape)) for value in graph.inputs if value.shape is not None]
     return [
         (mask, text)
@@ -64,13 +64,13 @@ def _pairs(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
 
 
 def _refusal(mask: ir.Value, text: ir.Value) -> str:
-    """Why a text stays as it is; empty if it may be trimmed."""
+    """Return the reason why a text is not trimmed; empty if it is."""
     hidden = _masked_softmaxes(mask)
-    return _stray(text, hidden) if hidden else "its mask is no bias of scores before a softmax (case 2)"
+    return _stray(text, hidden) if hidden else "its mask is not a bias of scores before a softmax (case 2)"
 
 
 def _masked_softmaxes(mask: ir.Value) -> set[ir.Node]:
-    """The softmaxes whose scores the mask biases; none where it is read in another way."""
+    """Return the softmaxes whose scores the mask biases; empty if the mask has any other use."""
     softmaxes: set[ir.Node] = set()
     for node, _ in mask.uses():
         if node.op_type == "Shape":
@@ -89,49 +89,49 @@ def _is_one(value: ir.Value | None) -> bool:
 
 
 def _collect(bias: ir.Value, softmaxes: set[ir.Node]) -> bool:
-    """Add to `softmaxes` those that a bias reaches; False if it reaches anything else."""
+    """Add to `softmaxes` those that a bias reaches; return False if it reaches another node."""
     for node, _ in bias.uses():
         if node.op_type == "Shape":
             continue
         if node.op_type == "Add":
-            behind = only_user(node.outputs[0])
-            if behind is None or behind.op_type != "Softmax" or behind.attributes.get_int("axis", -1) not in (-1, 3):
+            user = only_user(node.outputs[0])
+            if user is None or user.op_type != "Softmax" or user.attributes.get_int("axis", -1) not in (-1, 3):
                 return False
-            softmaxes.add(behind)
+            softmaxes.add(user)
         elif node.op_type not in LAYOUT or not _collect(node.outputs[0], softmaxes):
             return False
     return True
 
 
 def _stray(text: ir.Value, hidden: set[ir.Node]) -> str:
-    """What else than keys and values of masked attention the text becomes (case 3); empty if nothing."""
-    seen, waiting = {text}, [text]
-    while waiting:
-        for node, place in waiting.pop().uses():
+    """Return the first use of the text outside keys and values of masked attention (case 3); empty if there is none."""
+    values, queue = {text}, [text]
+    while queue:
+        for node, place in queue.pop().uses():
             if node.op_type == "Shape":
                 continue
             if node.op_type == "MatMul" and place == 1:
                 if not (_is_key(node, hidden) or _is_value(node, hidden)):
-                    return f"'{node.name}' joins its tokens without the mask (case 3)"
+                    return f"'{node.name}' mixes its tokens without the mask (case 3)"
                 continue
             if not _by_token(node):
-                return f"'{node.name}', a {node.op_type}, may join its tokens (case 3)"
-            new = set(node.outputs) - seen
-            seen |= new
-            waiting.extend(new)
+                return f"'{node.name}', a {node.op_type}, may mix its tokens (case 3)"
+            new = set(node.outputs) - values
+            values |= new
+            queue.extend(new)
     return ""
 
 
 def _by_token(node: ir.Node) -> bool:
     """Whether each token of the result comes from the same token."""
-    if node.op_type == "ReduceMax":  # of a scale for each token
+    if node.op_type == "ReduceMax":  # the maximum for a scale of each token
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         return axes is not None and axes.reshape(-1).tolist() == [-1]
     return node.op_type in BY_TOKEN
 
 
 def _is_key(product: ir.Node, hidden: set[ir.Node]) -> bool:
-    """Whether a product gives scores of masked attention."""
+    """Whether a product computes scores of masked attention."""
     user = only_user(product.outputs[0])
     while user is not None and user.op_type in ("Mul", "Add"):
         user = only_user(user.outputs[0])
@@ -145,10 +145,10 @@ def _is_value(product: ir.Node, hidden: set[ir.Node]) -> bool:
 
 
 def _trim(graph: ir.Graph, mask: ir.Value, text: ir.Value) -> None:
-    """Slice both to the last token that the mask of any text keeps."""
+    """Slice mask and text after the last token that any text's mask keeps."""
     readers = [(value, list(value.uses())) for value in (mask, text)]
     name = f"{text.name}.trimmed"
-    zero, one, whole, only = (
+    zero, one, first, axis = (
         initializer(graph, f"{name}.{label}", np.asarray(number, dtype=np.int64))
         for label, number in (("zero", 0), ("one", 1), ("first", [0]), ("axis", [1]))
     )
@@ -161,11 +161,11 @@ def _trim(graph: ir.Graph, mask: ir.Value, text: ir.Value) -> None:
 
     size = add("Gather", add("Shape", mask), one, axis=0)
     places = add("Range", one, add("Add", size, one), one)
-    kept = add("Mul", add("Cast", add("Cast", mask, to=ir.DataType.BOOL), to=ir.DataType.INT64), places)
-    last = add("ReduceMax", kept, only, keepdims=0)
-    longest = add("ReduceMax", add("Where", add("Equal", last, zero), size, last), whole, keepdims=1)
+    positions = add("Mul", add("Cast", add("Cast", mask, to=ir.DataType.BOOL), to=ir.DataType.INT64), places)
+    last = add("ReduceMax", positions, axis, keepdims=0)
+    longest = add("ReduceMax", add("Where", add("Equal", last, zero), size, last), first, keepdims=1)
     for value, uses in readers:
-        sliced = add("Slice", value, whole, longest, only)
+        sliced = add("Slice", value, first, longest, axis)
         like(sliced, value)
         for user, index in uses:
             user.replace_input_with(index, sliced)

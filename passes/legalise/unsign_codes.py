@@ -1,4 +1,4 @@
-"""Store activation codes as uint8 with zero point 128, as ONNX Runtime's CPU kernels want them."""
+"""Store activation codes as uint8 with zero point 128, the type that ONNX Runtime's CPU kernels fuse."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import dq_export
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.families.config_values import require_values
 from dq_export.families.ddpm_values import DDPMValues
-from dq_export.families.hub import SMALL, wanted
+from dq_export.families.hub import SMALL, needed_files
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
 from dq_export.pipeline import run
@@ -83,7 +83,7 @@ def test_a_lost_scheduler_is_missed(flat: Path, tmp_path: Path) -> None:
 def test_a_folder_without_folders_is_downloaded_with_its_scheduler(flat: Path) -> None:
     names = sorted(path.name for path in flat.iterdir())
     assert "scheduler_config.json" in SMALL
-    assert sorted(wanted([*names, "diffusion_pytorch_model.bin", "README.md"], "", "owner/name")) == names
+    assert sorted(needed_files([*names, "diffusion_pytorch_model.bin", "README.md"], "", "owner/name")) == names
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM"])

@@ -205,7 +205,7 @@ def of_pipeline(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_second, "StableDiffusionXLPipeline encodes prompts with tokenizer_2 and text_encoder_2, too"),
+        (without_second, "StableDiffusionXLPipeline needs tokenizer_2 and text_encoder_2 to encode prompts"),
         *(
             (of_pipeline(name), f"'{name}' does not draw with the family unet; expected StableDiffusionPipeline or")
             for name in ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLControlNetPipeline")

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from test_checkpoints import as_published, edit, save_vae
 
 import dq_export
-from dq_export.families.hub import wanted
+from dq_export.families.hub import needed_files
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference, locate
 
@@ -123,7 +123,7 @@ def test_a_folder_of_the_cache_is_its_snapshot(home: Path, tmp_path: Path) -> No
     assert locate(str(model)).model.endswith(COMMIT), "the only one"
     shutil.copytree(model / "snapshots" / COMMIT, model / "snapshots" / "other", symlinks=True)
     with pytest.raises(
-        ModelError, match=rf"no refs/main, and not one snapshot alone; there is {COMMIT}, other: choose with --rev"
+        ModelError, match=rf"no refs/main, and not exactly one snapshot; there is {COMMIT}, other: choose with --rev"
     ):
         locate(str(model))
     assert locate(str(model), "other").model.endswith("/snapshots/other")
@@ -173,14 +173,14 @@ PLAIN = ["model_index.json", "transformer/config.json", "scheduler/scheduler_con
 )  # fmt: skip
 def test_only_what_is_read_is_downloaded(weights: list[str], variant: str, expected: list[str]) -> None:
     named = [name.format(STEM) for name in weights]
-    found = wanted([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
+    found = needed_files([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
     assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
 
 
 def test_a_unets_folder_is_downloaded_as_a_transformers_is() -> None:
     parts = [f"{part}/config.json" for part in ("unet", "vae", "safety_checker")]
     weights = [f"{part}/{STEM}.safetensors" for part in ("unet", "vae", "safety_checker")]
-    found = wanted(["model_index.json", "v1-5-pruned.ckpt", *parts, *weights], "", "owner/name")
+    found = needed_files(["model_index.json", "v1-5-pruned.ckpt", *parts, *weights], "", "owner/name")
     assert sorted(found) == sorted(["model_index.json", *parts[:2], *weights[:2]])
 
 
@@ -192,13 +192,13 @@ def test_text_encoders_are_downloaded_where_prompts_are_to_be_encoded() -> None:
     others += ["text_encoder/pytorch_model.bin.index.json", "text_encoder/model.fp16.safetensors", "tokenizer/more/x.json"]
     network = f"transformer/{STEM}.safetensors"
     names = [*PLAIN, network, "prompts.txt", *tokenizer, *encoder, *others]
-    alone = wanted(names, "", "owner/name")
+    alone = needed_files(names, "", "owner/name")
     assert sorted(alone) == sorted([*PLAIN[:4], network, "prompts.txt"])
-    found = wanted(names, "", "owner/name", ("tokenizer", "text_encoder"))
+    found = needed_files(names, "", "owner/name", ("tokenizer", "text_encoder"))
     index = "text_encoder/pytorch_model.bin.index.json"  # small, as every JSON file
     assert sorted(set(found)) == sorted([*alone, *tokenizer, *encoder, index])
     names.append(f"transformer/{STEM}.fp16.safetensors")
-    half = wanted(names, "fp16", "owner/name", ("tokenizer", "text_encoder"))
+    half = needed_files(names, "fp16", "owner/name", ("tokenizer", "text_encoder"))
     assert [name for name in half if name.endswith("safetensors")] == [names[-1], "text_encoder/model.fp16.safetensors"]
 
 

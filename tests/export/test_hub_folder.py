@@ -106,7 +106,7 @@ def test_a_second_push_takes_the_place_of_the_first(out: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("word", "token", "message"),
     [
-        ("owner/name", "", "error: no token of the hub: log in with `hf auth login`"),
+        ("owner/name", "", "error: there is no token for the hub: log in with `hf auth login`"),
         ("owner/name", "hf_wrong", "error: the hub refuses 'owner/name': it does not know the token; log in with"),
         pytest.param(
             "owner/name",
@@ -135,7 +135,7 @@ def test_without_a_network_nothing_is_pushed_or_loaded(out: Path, tmp_path: Path
     assert done.stderr.startswith("error: the hub cannot be reached, nothing was published (")
     assert done.stderr.count("\n") == 1, done.stderr
     drawn = run(tmp_path / "home", nowhere, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
-    assert "owner/name': no such folder here, not in the hub's cache, and the hub cannot be reached (" in drawn.stderr
+    assert "owner/name': not a local folder, not in the hub's cache, and the hub cannot be reached (" in drawn.stderr
 
 
 def edited(out: Path, edit: Callable[[dict[str, dict[str, object]]], object]) -> None:
@@ -154,7 +154,7 @@ FAILED = {"outcome": "failed", "status": 4, "reasons": ["engine: 3.0 dB at times
         (shutil.rmtree, "no such folder; is it the output folder of a finished export?"),
         (lambda out: (out / "report.json").unlink(), "no report.json; is it the output folder of a finished export?"),
         (lambda out: edited(out, lambda report: report.update(verdict=None)),
-         "the export is not finished; go on with `dq-export --recipe {out}/recipe.yaml -o {out}`"),
+         "the export is not finished; run `dq-export --recipe {out}/recipe.yaml -o {out}`"),
         (lambda out: edited(out, lambda report: report["verdict"].update(UNFINISHED)),
          "its engine is not built yet; run `dq-export finish {out}` where its GPU is"),
         (lambda out: edited(out, lambda report: report["verdict"].update(FAILED)),
@@ -186,9 +186,11 @@ def test_a_repository_without_an_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "served" / "model.onnx").write_text("of another tool")
     with serving(tmp_path / "served") as hub:
         done = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
-        assert "model 'owner/name': no finished export, for it has no recipe.yaml, report.json, float/config.json" in done.stderr
+        assert (
+            "model 'owner/name': not a finished export, because it has no recipe.yaml, report.json, float/config.json"
+            in done.stderr
+        )
         absent = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/other", str(tmp_path / "x.npy"))
         assert (
-            "'owner/other': no such folder here. model 'owner/other': the hub has no such model, or it is private"
-            in absent.stderr
+            "'owner/other': not a local folder. model 'owner/other': the hub has no such model, or it is private" in absent.stderr
         )

@@ -57,10 +57,10 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", KINDS[NOISE.what])
+@pytest.mark.parametrize("name", KINDS[NOISE.name])
 def test_a_trajectory_is_diffusers_own(network: Any, name: str, prediction: str) -> None:
     """To 1e-5 of the picture's range, whatever the steps and the guidance."""
-    kind, options = KINDS[NOISE.what][name]
+    kind, options = KINDS[NOISE.name][name]
     network.scheduler = made(kind, prediction_type=prediction, **options)
     schedules = tabulate(network.scheduler, 20, lambda done, total: None).schedules
     for steps in (1, 2, 5, 20):
@@ -101,7 +101,7 @@ REFUSED = {
     "clipping": ("DDIMScheduler", {"clip_sample": True}, "clips or thresholds the sample"),
     "thresholding": ("DDIMScheduler", {"thresholding": True}, "clips or thresholds the sample"),
     "noise at each step": ("DDPMScheduler", {"timestep_spacing": "linspace"}, "draws noise at every step"),
-    "third order": ("DPMSolverMultistepScheduler", {"solver_order": 3}, "looks back further than one step"),
+    "third order": ("DPMSolverMultistepScheduler", {"solver_order": 3}, "uses more than one earlier step"),
     "fractional timesteps": ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}, "sends the fractional timestep"),
     "two calls a step": ("HeunDiscreteScheduler", {}, "calls the network"),
 }
@@ -115,17 +115,17 @@ def test_what_no_table_can_hold_is_refused(kind: str, changes: dict[str, Any], w
 
 def test_a_sampler_that_is_refused_is_named_and_another_takes_its_place() -> None:
     found = tabulate(made("DDIMScheduler", clip_sample=True), 9, lambda done, total: None)
-    assert (found.own, list(found.schedules.tables)) == ("dpmsolver++", ["dpmsolver++", "euler"])
+    assert (found.default, list(found.schedules.tables)) == ("dpmsolver++", ["dpmsolver++", "euler"])
     assert found.refused == ("DDIMScheduler clips or thresholds the sample",)
     found = tabulate(made("DDPMScheduler"), 9, lambda done, total: None)
-    assert found.own == "ddim"
+    assert found.default == "ddim"
     assert found.refused == ("DDPMScheduler, the checkpoint's own, is not offered",)
     found = tabulate(made("EulerDiscreteScheduler"), 9, lambda done, total: None)
-    assert (found.own, found.refused) == ("euler", ())
+    assert (found.default, found.refused) == ("euler", ())
 
 
 def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {NOISE.what: {"ddim": KINDS[NOISE.what]["ddim"]}})
+    monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {NOISE.name: {"ddim": KINDS[NOISE.name]["ddim"]}})
     with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: DDIMScheduler clips"):
         tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
 
@@ -136,8 +136,8 @@ def test_a_flows_trajectory_and_previews_are_diffusers_own(steps: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    found = tabulate(scheduler, 8, lambda done, total: None, FLOW, whole=False)
-    assert (found.own, found.refused) == ("euler", ())
+    found = tabulate(scheduler, 8, lambda done, total: None, FLOW, integers=False)
+    assert (found.default, found.refused) == ("euler", ())
     scheduler.set_timesteps(steps)
     table = found.schedules.steps("euler", steps)
     exact = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 4, 4), dtype=np.float32))
@@ -159,8 +159,8 @@ def test_a_flow_that_no_table_can_hold_is_refused_by_name() -> None:
     for changes in ({"use_dynamic_shifting": True}, {"stochastic_sampling": True}):
         scheduler = FlowMatchEulerDiscreteScheduler(**changes)
         with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: FlowMatchEulerDiscreteScheduler"):
-            tabulate(scheduler, 5, lambda done, total: None, FLOW, whole=False)
-    heun = tabulate(FlowMatchHeunDiscreteScheduler(), 5, lambda done, total: None, FLOW, whole=False)
+            tabulate(scheduler, 5, lambda done, total: None, FLOW, integers=False)
+    heun = tabulate(FlowMatchHeunDiscreteScheduler(), 5, lambda done, total: None, FLOW, integers=False)
     assert heun.refused == ("FlowMatchHeunDiscreteScheduler, the checkpoint's own, is not offered",)
 
 
@@ -180,7 +180,7 @@ def test_a_sampler_of_flows_has_no_table() -> None:
     """DPM-Solver++ with betas in its place would draw nothing of what the network learned."""
     import diffusers
 
-    with pytest.raises(ModelError, match="--triton: FlowMatchEulerDiscreteScheduler does not sample a network"):
+    with pytest.raises(ModelError, match="--triton: no table holds FlowMatchEulerDiscreteScheduler for a network"):
         tabulate(diffusers.FlowMatchEulerDiscreteScheduler(), 5, lambda done, total: None)
 
 

@@ -76,8 +76,8 @@ def scale_by_channel(graph: ir.Graph) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (mask, "its input is no product of query and key, nor that and a mask of keys (case 1)"),
-        (scale_by_channel, "query, key or value is no split into heads (case 2)"),
+        (mask, "its input is not a product of query and key, with or without a mask of keys (case 1)"),
+        (scale_by_channel, "query, key or value is not split into heads (case 2)"),
         (reorder_heads, "its result is not merged back from heads (case 3)"),
     ],
 )

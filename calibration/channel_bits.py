@@ -1,4 +1,4 @@
-"""Widths that differ from output channel to output channel inside one weight of 8-bit codes."""
+"""Rounds the output channels of a weight to different numbers of bits, all stored as 8-bit codes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from dq_export.core.scheme import Scheme
 from .rounding import Float32, Rounder
 
 SHARES = (0.0, 0.1, 0.25)
-"""Of the output channels, that get one bit more; as many get one bit less. MPQ-DM's code tries 0 and 0.1."""
+"""Shares of the output channels that get one bit more; as many get one bit less. MPQ-DM's code tries 0 and 0.1."""
 
 
 def mixed(
     weight: Float32, scheme: Scheme, hessian: Float32 | None, mean: int, rounding: Rounder
 ) -> tuple[WeightGrid, Float32 | None]:
-    """The grid of a weight and its codes in `mean` bits on average: channels of high kurtosis get one more, of low one less.
+    """Return the grid and the codes of a weight with `mean` bits on average.
 
-    Of SHARES the one with the least squared error is taken. Codes of few bits are 8-bit codes that use a part of their range.
+    Channels of high kurtosis get one bit more, as many channels of low kurtosis one bit less. The share is the one of SHARES
+    with the smallest squared error. Codes of fewer bits are 8-bit codes that use a part of their range.
 
     Args:
-        hessian: as `rounding` takes it; it also weighs the errors that are compared.
+    hessian: the argument of `rounding`; it also weighs the squared errors.
 
     Source: MPQ-DM (arXiv 2412.11549), outlier-driven mixed quantization.
     """
@@ -33,7 +34,7 @@ def mixed(
     order = np.argsort(_kurtosis(weight), kind="stable")
     best: tuple[float, Float32, Float32] | None = None
     rounded = {}
-    for bits in (mean - 1, mean, mean + 1):  # each channel is rounded by itself, whatever the others' bits are
+    for bits in (mean - 1, mean, mean + 1):  # a channel's codes do not depend on the bits of other channels
         grid, codes = rounding(weight, narrow(scheme, bits), hessian)
         rounded[bits] = grid.scale, grid.codes(weight) if codes is None else codes
     for count in dict.fromkeys(int(share * len(weight)) for share in SHARES):
@@ -42,8 +43,8 @@ def mixed(
         bits_of[order[len(order) - count :]] += 1
         scale = np.choose(bits_of - mean + 1, [part[0] for part in rounded.values()])
         codes = np.choose((bits_of - mean + 1)[:, None], [part[1] for part in rounded.values()])
-        apart = codes * scale[:, None] - weight
-        error = float((apart * (apart @ moments if moments.ndim > 1 else apart * moments)).sum(dtype=np.float64))
+        errors = codes * scale[:, None] - weight
+        error = float((errors * (errors @ moments if moments.ndim > 1 else errors * moments)).sum(dtype=np.float64))
         if best is None or error < best[0]:
             best = error, scale, codes
     assert best is not None
@@ -51,15 +52,15 @@ def mixed(
 
 
 def _kurtosis(weight: Float32) -> npt.NDArray[np.float64]:
-    """float64[out]: of each channel's weights; 0 where they are all equal."""
-    apart = weight.astype(np.float64) - weight.mean(axis=1, keepdims=True)
-    variance = np.square(apart).mean(axis=1)
-    found: npt.NDArray[np.float64] = (apart**4).mean(axis=1) / np.where(variance > 0, variance, 1.0) ** 2
-    return found
+    """Return the kurtosis of each channel's weights, float64[out]; 0 if they are all equal."""
+    deviation = weight.astype(np.float64) - weight.mean(axis=1, keepdims=True)
+    variance = np.square(deviation).mean(axis=1)
+    kurtosis: npt.NDArray[np.float64] = (deviation**4).mean(axis=1) / np.where(variance > 0, variance, 1.0) ** 2
+    return kurtosis
 
 
 def narrow(scheme: Scheme, bits: int) -> Scheme:
-    """The scheme with 8-bit codes that use `bits` of them."""
+    """Return the scheme with 8-bit codes that use the range of `bits` bits."""
     assert scheme.weight is not None
     limit = 2 ** (bits - 1) - 1
     return replace(scheme, weight=replace(scheme.weight, qtype=replace(INT8, bits=bits, qmin=-limit, qmax=limit)))

@@ -1,4 +1,4 @@
-"""dq-export: diffusion transformers to quantized engines that provably run on low-precision kernels.
+"""dq-export: diffusion models to quantized engines that provably run on low-precision kernels.
 
 `export` does everything; `calibrate`, `quantize` and `build` stop after that stage. `load` puts the engine of an export into
 a diffusers pipeline. Importing this package loads neither torch nor a runtime.

@@ -1,1 +1,1 @@
-"""Block-wise distillation: each block of the quantized network is trained against the float network's."""
+"""Block-wise distillation: trains each block of the quantized network to match the float network's block."""

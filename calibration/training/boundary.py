@@ -1,4 +1,4 @@
-"""What a block puts out for every sample, on disk in half precision."""
+"""Outputs of a block for every sample, on disk in half precision."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Tensors = Sequence["torch.Tensor"]
 
 
 class Boundary:
-    """The tensors that a block puts out for each sample: float16 times a power of two that suits the sample.
+    """A file of a block's output tensors. Each sample is stored as float16 times its own power of two.
 
-    Exactness: 2^-11 of a value, and 2^-24 of the sample's largest.
+    Exactness: an error of at most 2^-11 of the value, or 2^-24 of the sample's largest value.
 
     Args:
-        shapes: of a sample's tensors.
+        shapes: shapes of the tensors of one sample.
     """
 
     def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -32,10 +32,10 @@ class Boundary:
         self.file = RecordFile(path, sizes, np.float16)
 
     def write(self, rows: npt.NDArray[np.int64], tensors: Tensors) -> None:
-        """Put the tensors of some samples, each [len(rows), ...].
+        """Write the tensors of some samples, each [len(rows), ...].
 
         Raises:
-            OSError: no space left.
+            OSError: no space is left.
         """
         parts = []
         for tensor in tensors:
@@ -46,7 +46,7 @@ class Boundary:
             self.file.write_record(int(row), record)
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
-        """The tensors of some samples, float32.
+        """Read the tensors of some samples, float32.
 
         Raises:
             CalibrationError: the file was cut short.
@@ -54,11 +54,11 @@ class Boundary:
         import torch
 
         records = np.stack([self.file.read_record(int(row)) for row in rows])
-        found, place = [], 0
+        tensors, place = [], 0
         for shape in self.shapes:
             size = int(np.prod(shape))
             exponent = records[:, place : place + 1].astype(np.int32)
             values = np.ldexp(records[:, place + 1 : place + 1 + size].astype(np.float32), exponent)
-            found.append(torch.from_numpy(values.reshape(len(rows), *shape)))
+            tensors.append(torch.from_numpy(values.reshape(len(rows), *shape)))
             place += 1 + size
-        return found
+        return tensors

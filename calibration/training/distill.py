@@ -1,4 +1,4 @@
-"""Block-wise distillation: every block of the quantized network learns to put out what the float network's block does."""
+"""Block-wise distillation: every block of the quantized network is trained to give the float network's output."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Distillation:
     """A trained calibration.
 
     Args:
-        network: what the trained blocks together brought.
-        finish: what training the scales of the whole network brought; None where that was not wanted.
+        blocks: the outcome of each block's training.
+        network: the outcome of all trained blocks together.
+        finish: the outcome of training the scales of the whole network; None if the recipe does not ask for it.
     """
 
     result: CalibrationResult
@@ -30,31 +31,31 @@ class Distillation:
     finish: Outcome | None
 
 
-def distill(calibration: Calibration, start: CalibrationResult, finished: Callable[[Outcome], None]) -> Distillation | None:
+def distill(calibration: Calibration, start: CalibrationResult, report: Callable[[Outcome], None]) -> Distillation | None:
     """Train the blocks of a calibrated network one after the other: weights, scale tables or clips of tokens, and biases.
 
-    The input of a block is what the quantized and trained blocks before it put out, its target what the float network's
-    blocks put out, both from the network's input. A batch mixes timesteps, and each sample reads its own row of a table. A
-    training that does not help on samples that took no part in it is not kept: neither that of a block, by the block's
-    output, nor all of them together, by the network's.
+    The input of a block is the output of the quantized and trained blocks before it. Its target is the output of the float
+    network's block. Both start from the network's input. A batch mixes timesteps, and each sample uses its own row of a table.
+    The result of a training is kept only if it helps on samples that were not trained on. For a block this is measured at the
+    block's output, for all blocks together at the network's output.
 
-    Everything between two blocks lies in `calibration.folder`: a run that was killed goes on behind the last finished block,
-    and gives the same bytes on a machine with as many threads.
+    The state between two blocks is on disk in `calibration.folder`. A killed run continues after the last finished block, and
+    gives the same bytes on a machine with the same number of threads.
 
-    Processes of a group share the samples: the pictures, each batch of a training, and what is computed of all samples. They
-    read and write the same folder. How a batch is shared changes the order of its sums, and with it codes that are near the
-    middle between two.
+    Processes of a group share the pictures, each batch of a training, and computations on all samples. They read and write the
+    same folder. The number of processes changes the order of sums in a batch, and with it codes near the middle between two.
 
     Args:
-        finished: called with each outcome.
+    start: the calibration whose blocks are trained.
+    report: called with each outcome.
 
     Returns:
-        On the first process the result, on the others None.
+    The result on the first process, and None on the others.
 
     Source: DilateQuant (arXiv 2409.14307), sections 3.3 and 3.4 (temporal parallel quantizer, block-wise distillation).
 
     Raises:
-        CalibrationError: see `collect_ranges`; or a file of an earlier run is damaged.
+        CalibrationError: see `collect_ranges`, or a file of an earlier run is damaged.
     """
     folder, recipe, denoiser = calibration.folder, calibration.recipe, calibration.denoiser
     feeds = FeedFiles(folder, denoiser.inputs, calibration.sampling)
@@ -65,23 +66,23 @@ def distill(calibration: Calibration, start: CalibrationResult, finished: Callab
         outcome, part = trainer.block(index)
         result = _with(result, part)
         blocks.append(outcome)
-        finished(outcome)
+        report(outcome)
     network = trainer.network()
-    finished(network)
+    report(network)
     if not network.kept:
         result = start
     finish = None
     if recipe.finish:
         finish, part = trainer.finish(result)
         result = _with(result, part)
-        finished(finish)
+        report(finish)
     if calibration.group.rank > 0:
         return None
     return Distillation(result=measured(calibration, statistics, result), blocks=tuple(blocks), network=network, finish=finish)
 
 
 def _with(result: CalibrationResult, part: CalibrationResult) -> CalibrationResult:
-    """A result with what a training found."""
+    """Return a result with the trained parts of another."""
     return replace(
         result,
         sites={**result.sites, **part.sites},

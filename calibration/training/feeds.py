@@ -1,4 +1,4 @@
-"""The network calls of calibration's pictures on disk, sample by sample, so that a batch can mix timesteps."""
+"""Network calls of calibration's pictures on disk, sample by sample, so that a batch can mix timesteps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..collect.sampling import Sampling
 
 Int64 = npt.NDArray[np.int64]
 HELD_BACK = 8
-"""One picture of so many judges a training and takes no part in it."""
+"""One of this many pictures is not trained on; its samples judge the training."""
 
 
 class FeedFiles:
-    """What a network was called with. A state is kept for each call, all else once for each picture.
+    """Files of a network's inputs. The state is stored for each call, all other inputs once for each picture.
 
     Args:
-        folder: of these files alone; what an earlier run wrote is kept.
-        inputs: the network's.
+        folder: folder for these files alone. Files of an earlier run are kept.
+        inputs: the network's inputs.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[Input], sampling: Sampling) -> None:
@@ -40,10 +40,10 @@ class FeedFiles:
         self.times = RecordFile(folder / "feed.timestep", {"timestep": 1}, np.float64)
 
     def record(self, batch: int, place: int, feed: Feed) -> None:
-        """Keep a call; those behind the sampler's steps are passed over.
+        """Store a call. Calls after the sampler's last step are ignored.
 
         Raises:
-            OSError: no space left.
+            OSError: no space is left.
         """
         sampling = self.sampling
         if place >= sampling.steps:
@@ -59,7 +59,7 @@ class FeedFiles:
                 self.files[item.name].write(copies * start if item.batched else 0, item.name, feed[item.name])
 
     def samples(self, limit: int, seed: int) -> Samples:
-        """The samples of all calls, or `limit` of them drawn at random, once every batch is recorded.
+        """Return the samples of all calls, or a random choice of `limit` samples. Every batch must be recorded.
 
         Raises:
             CalibrationError: a file was cut short.
@@ -73,9 +73,9 @@ class FeedFiles:
             state = copies * (start * sampling.steps + place * pictures) + row
             parts.append(np.stack([state, copies * start + row, place, start + row % pictures]))
         state, condition, place, picture = np.concatenate(parts, axis=1)
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(state))[:limit])
+        choice = np.sort(np.random.default_rng(seed).permutation(len(state))[:limit])
         times = np.asarray([float(self.times.read(place, "timestep")[0]) for place in range(calls)])
-        return Samples(self, state[chosen], condition[chosen], times[place[chosen]], picture[chosen])
+        return Samples(self, state[choice], condition[choice], times[place[choice]], picture[choice])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ class Samples:
 
     Args:
         state, condition: int64[N], each sample's record in the files of those inputs.
-        timestep: float64[N].
-        picture: int64[N], which of calibration's pictures it is of.
+        timestep: float64[N], each sample's timestep.
+        picture: int64[N], index of each sample's picture in calibration.
     """
 
     files: FeedFiles
@@ -99,22 +99,22 @@ class Samples:
 
     @property
     def held_back(self) -> npt.NDArray[np.bool_]:
-        """bool[N]: samples that judge a training: those of each HELD_BACK-th picture, or of the last of fewer ones."""
+        """bool[N]: the samples that judge a training. They are those of each HELD_BACK-th picture, or of the last one."""
         pictures = np.unique(self.picture)
-        if len(pictures) == 1:  # no other picture can judge: every HELD_BACK-th call
+        if len(pictures) == 1:  # without another picture, every HELD_BACK-th call judges
             return np.asarray(np.arange(len(self)) % HELD_BACK == HELD_BACK - 1)
         judges = pictures[HELD_BACK - 1 :: HELD_BACK] if len(pictures) >= HELD_BACK else pictures[-1:]
         return np.isin(self.picture, judges)
 
     def feed(self, rows: Int64) -> Feed:
-        """A network call of some samples."""
-        found = {}
+        """Return the network's inputs for some samples."""
+        feed = {}
         for item in self.files.inputs:
             if item.role == "timestep":
-                found[item.name] = self.timestep[rows].astype(item.dtype)
+                feed[item.name] = self.timestep[rows].astype(item.dtype)
                 continue
             file, shape = self.files.files[item.name], self.files.shapes[item.name]
             records = (self.state if item.role == "state" else self.condition)[rows] if item.batched else [0]
             values = np.stack([file.read(int(record), item.name) for record in records])
-            found[item.name] = values.reshape(len(records) * shape[0] if item.batched else shape[0], *shape[1:])
-        return found
+            feed[item.name] = values.reshape(len(records) * shape[0] if item.batched else shape[0], *shape[1:])
+        return feed

@@ -1,4 +1,4 @@
-"""Quantized linears that compute in PyTorch with gradients: rounding passes them through, clipping stops them."""
+"""Quantized linears in PyTorch with gradients. Rounding passes a gradient through, clipping stops it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     import torch
 
 Float32 = npt.NDArray[np.float32]
-What = Literal["nothing", "scales", "all"]
-"""What of layers is trained; with scales also biases."""
+Training = Literal["nothing", "scales", "all"]
+"""The trained values of layers. `scales` includes biases, `all` also weights."""
 PULL, INSIDE = 0.5, 0.8
-"""A latent weight starts at its code plus PULL times the rest, which is clipped to INSIDE: GPTQ leaves many weights on the edge
-of their code, and the first random step would move them over it."""
+"""A latent weight starts at its code plus PULL times its rounding error, which is clipped to INSIDE. GPTQ leaves many weights at
+the edge of their code, and the first random step would move them over it."""
 
 
 @dataclass(eq=False)
 class Clock:
-    """The timestep of each sample of the call that is computed."""
+    """The timestep of each sample of the current call."""
 
     timesteps: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
     def rows(self, bins: TimestepBins) -> torch.Tensor:
-        """int64[B]: each sample's row of a table."""
+        """Return each sample's row of a table, int64[B]."""
         import torch
 
         return torch.from_numpy(bins.index(self.timesteps))
 
 
 class SiteInput:
-    """A site's input as its readers get it: (x - in_shift) / in_scale, rounded with the scale of each sample's timestep.
+    """The input of a site's readers: (x - in_shift) / in_scale, rounded with the scale of each sample's timestep.
 
     Args:
         trained: whether the scales get gradients.
@@ -58,27 +58,27 @@ class SiteInput:
         elif self.activation is not None and not self.activation.group:
             start = np.log(np.asarray([self.activation.clip], dtype=np.float32))
         self.log = None if start is None else torch.from_numpy(start.copy()).to(device).requires_grad_(trained)
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """[B, ..., K] of the same shape, in steps of the codes."""
-        if self.seen is None or self.seen[0] is not value:  # readers of one tensor get one rounding of it
-            self.seen = value, self._rounded((value - self.in_shift) / self.in_scale)
-        return self.seen[1]
+        """Round a value [B, ..., K] to its codes' values, with the same shape."""
+        if self.last is None or self.last[0] is not value:  # readers of the same tensor share its rounded value
+            self.last = value, self._rounded((value - self.in_shift) / self.in_scale)
+        return self.last[1]
 
     def forget(self) -> None:
-        """Free what the last call left."""
-        self.seen = None
+        """Free the values of the last call."""
+        self.last = None
 
-    def trained(self) -> ScaleTable | TokenScale | None:
-        """The scales as they are now."""
+    def scales(self) -> ScaleTable | TokenScale | None:
+        """Return the present scales."""
         if self.log is None or self.activation is None:
             return self.activation
         values = np.exp(self.log.detach().cpu().numpy()).astype(np.float32)
         if isinstance(self.activation, ScaleTable):
             return ScaleTable(scale=values, bins=self.activation.bins, qtype=self.activation.qtype)
-        given = self.activation
-        return TokenScale(constant=given.constant, group=given.group, clip=float(min(values[0], 1.0)), qtype=given.qtype)
+        start = self.activation
+        return TokenScale(constant=start.constant, group=start.group, clip=float(min(values[0], 1.0)), qtype=start.qtype)
 
     def _rounded(self, value: torch.Tensor) -> torch.Tensor:
         import torch
@@ -96,15 +96,15 @@ class SiteInput:
             step = torch.where(step > 0, step, torch.ones_like(step))
             if self.log is not None:
                 step = step * self.log.clamp(max=0.0).exp()
-        found: torch.Tensor = round_through().apply(value, step, float(qmax))
-        return found.reshape(shape)
+        rounded: torch.Tensor = round_through().apply(value, step, float(qmax))
+        return rounded.reshape(shape)
 
 
 class QuantizedLinear:
-    """A linear of the quantized network in the float network's place.
+    """A quantized linear that replaces one of the float network.
 
     Args:
-        plans: those that touch its weight.
+        plans: the plans that change its weight.
     """
 
     def __init__(
@@ -119,64 +119,64 @@ class QuantizedLinear:
         self.blocks = grid.steps(grid.blocks)  # [out, blocks]
         codes = result.codes.get(name)
         self.codes = grid.codes(folded) if codes is None else codes.astype(np.float32)
-        self.rest = folded / grid.steps(folded.shape[1]) - self.codes
-        own = next((plan for plan in plans if name in plan.site.linears), None)
+        self.error = folded / grid.steps(folded.shape[1]) - self.codes
+        input_plan = next((plan for plan in plans if name in plan.site.linears), None)
         bias = denoiser.bias(name).astype(np.float64)
-        if own is not None:
-            bias = bias + weight.astype(np.float64) @ own.in_shift
+        if input_plan is not None:
+            bias = bias + weight.astype(np.float64) @ input_plan.in_shift
         self.correction = result.correction.get(name, np.float32(0))
         self.start = (bias + self.divisors * self.correction).astype(np.float32)
         self.site: SiteInput | None = None
 
-    def place(self, device: Any, site: SiteInput | None, what: What) -> QuantizedLinear:
-        """Put it on a device, with latent weights where all of it is to be trained; `site` rounds its input."""
+    def place(self, device: Any, site: SiteInput | None, training: Training) -> QuantizedLinear:
+        """Move the linear to a device, with latent weights if all of it is trained. `site` rounds its input."""
         import torch
 
-        self.site, self.what = site, what
+        self.site, self.training = site, training
         self.steps = torch.from_numpy((self.blocks * self.divisors[:, None]).astype(np.float32)).to(device)[:, :, None]
-        latent = self.codes + (PULL * np.clip(self.rest, -INSIDE, INSIDE) if what == "all" else 0.0)
-        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(what == "all")
-        self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(what != "nothing")
-        if what != "all":
+        latent = self.codes + (PULL * np.clip(self.error, -INSIDE, INSIDE) if training == "all" else 0.0)
+        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(training == "all")
+        self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(training != "nothing")
+        if training != "all":
             self.latent = self._weight(self.latent)
-        del self.codes, self.rest
+        del self.codes, self.error
         return self
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """[..., out] of [..., in]."""
+        """Compute [..., out] from [..., in]."""
         import torch
 
-        weight = self._weight(self._codes()) if self.what == "all" else self.latent
+        weight = self._weight(self._codes()) if self.training == "all" else self.latent
         return torch.nn.functional.linear(value if self.site is None else self.site(value), weight, self.bias)
 
     def _weight(self, codes: torch.Tensor) -> torch.Tensor:
         return (codes.reshape(len(codes), self.steps.shape[1], -1) * self.steps).reshape(codes.shape)
 
     def _codes(self) -> torch.Tensor:
-        """The nearest codes, with the gradient of the latent weights within half a code of the range."""
+        """Return the nearest codes. Latent weights get a gradient inside the range, widened by half a code."""
         limit = self.qtype.qmax
         latent = self.latent.clamp(-limit - 0.5, limit + 0.5)
         return latent + (self.latent.detach().round().clamp(-limit, limit) - latent.detach())
 
-    def found_codes(self) -> npt.NDArray[np.int8]:
-        """int8[out, in], of trained latent weights."""
+    def rounded_codes(self) -> npt.NDArray[np.int8]:
+        """Return the codes of trained latent weights, int8[out, in]."""
         limit = self.qtype.qmax
         codes: npt.NDArray[np.int8] = self.latent.detach().round().clamp(-limit, limit).cpu().numpy().astype(np.int8)
         return codes
 
-    def found_correction(self) -> Float32:
-        """float32[out], of the folded bias."""
-        moved = (self.bias.detach().cpu().numpy() - self.start) / self.divisors
-        correction: Float32 = (self.correction + moved).astype(np.float32)
+    def bias_correction(self) -> Float32:
+        """Return the correction of the folded bias, float32[out]."""
+        change = (self.bias.detach().cpu().numpy() - self.start) / self.divisors
+        correction: Float32 = (self.correction + change).astype(np.float32)
         return correction
 
 
 @cache
 def round_through() -> Any:
-    """(value [...], step that broadcasts to it, qmax) -> code * step, as an autograd function.
+    """Return an autograd function (value [...], step that broadcasts to it, qmax) -> code * step.
 
-    Backward: the value gets the gradient inside the range and 0 outside; the step gets code - value / step inside, and the
-    code outside, summed over what shares the step. Source: LSQ (arXiv 1902.08153) without its gradient scale.
+    Backward: the value gets the gradient inside the range, and 0 outside. The step gets code - value / step inside the range
+    and the code outside, summed over all values that share it. Source: LSQ (arXiv 1902.08153) without its gradient scale.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The quantized network in PyTorch: all of it frozen but one block."""
+"""The quantized network in PyTorch. All of it is frozen, except for one block."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from dq_export.core.folding import touching_plans
 from dq_export.core.network import Chain, Denoiser
 from dq_export.core.rule import Rule
 
-from .layers import Clock, QuantizedLinear, SiteInput, What
+from .layers import Clock, QuantizedLinear, SiteInput, Training
 
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """Quantized linears by name, and the sites that they read, by name."""
+    """Quantized linears and the sites that they read, both by name."""
 
     linears: Mapping[str, QuantizedLinear]
     sites: Mapping[str, SiteInput]
 
     def forget(self) -> None:
-        """Free what the last call left."""
+        """Free the values of the last call."""
         for site in self.sites.values():
             site.forget()
 
     def parameters(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-        """What is trained, each with its `peak`: the greatest rate, from that of its kind in steps of codes.
+        """Return the trained parameters in groups, each with its greatest rate `peak`. `rates` are in steps of codes, by kind.
 
-        A step of a scale is what moves the end of its range by one code; a bias counts in the steps of its linear's weights.
+        A step of a scale moves the end of its range by one code. A step of a bias is the mean step of its linear's weights.
         """
-        found = [
+        groups: list[dict[str, Any]] = [
             {"params": [site.log], "peak": rates["scale"] / site.activation.qtype.qmax}
             for site in self.sites.values()
             if site.log is not None and site.activation is not None and site.log.requires_grad
         ]
         for linear in self.linears.values():
-            if linear.what == "all":
-                found.append({"params": [linear.latent], "peak": rates["weight"]})
-            if linear.what != "nothing":
-                found.append({"params": [linear.bias], "peak": rates["bias"] * float(linear.steps.mean())})
-        return found
+            if linear.training == "all":
+                groups.append({"params": [linear.latent], "peak": rates["weight"]})
+            if linear.training != "nothing":
+                groups.append({"params": [linear.bias], "peak": rates["bias"] * float(linear.steps.mean())})
+        return groups
 
-    def found(self, start: CalibrationResult) -> CalibrationResult:
-        """The part of a calibration that these are, as they are now."""
-        trained = {name: linear for name, linear in self.linears.items() if linear.what != "nothing"}
+    def result(self, start: CalibrationResult) -> CalibrationResult:
+        """Return the present values as a part of a calibration."""
+        trained = {name: linear for name, linear in self.linears.items() if linear.training != "nothing"}
         return CalibrationResult(
-            sites={name: replace(start.sites[name], activation=site.trained()) for name, site in self.sites.items()},
+            sites={name: replace(start.sites[name], activation=site.scales()) for name, site in self.sites.items()},
             weight_scale={name: start.weight_scale[name] for name in trained},
-            codes={name: linear.found_codes() for name, linear in trained.items() if linear.what == "all"},
-            correction={name: linear.found_correction() for name, linear in trained.items()},
+            codes={name: linear.rounded_codes() for name, linear in trained.items() if linear.training == "all"},
+            correction={name: linear.bias_correction() for name, linear in trained.items()},
             provenance={},
         )
 
 
 class QuantizedNetwork:
-    """A calibrated network that computes on the float one.
+    """A calibrated network. It replaces linears of the float network.
 
     Args:
-        chain: the network's.
+        chain: the chain of the network's blocks.
     """
 
     def __init__(self, denoiser: Denoiser, start: CalibrationResult, assigned: Mapping[str, Rule], chain: Chain) -> None:
@@ -74,38 +74,40 @@ class QuantizedNetwork:
         blocks = denoiser.blocks
         self.names = {block: [name for name in start.weight_scale if name.startswith(f"{block}.")] for block in blocks}
         inside = {name for names in self.names.values() for name in names}
-        self.outside = self._made([name for name in start.weight_scale if name not in inside or name in chain.behind], "nothing")
+        self.outside = self._layers(
+            [name for name in start.weight_scale if name not in inside or name in chain.behind], "nothing"
+        )
 
     def trainable(self, block: str) -> list[str]:
-        """Linears of a block whose inputs calibration knows."""
+        """Return the linears of a block whose inputs are calibrated."""
         return [name for name in self.names[block] if name in self.site_of and self.assigned[name].scheme.low_precision]
 
-    def layers(self, block: str, what: What) -> Layers:
-        """A block's linears as calibration left them."""
-        return self._made(self.names[block], what)
+    def layers(self, block: str, training: Training) -> Layers:
+        """Return the linears of a block with the calibrated values."""
+        return self._layers(self.names[block], training)
 
-    def all_layers(self, what: What) -> Layers:
-        """The linears of all blocks as calibration left them."""
-        return self._made([name for names in self.names.values() for name in names], what)
+    def all_layers(self, training: Training) -> Layers:
+        """Return the linears of all blocks with the calibrated values."""
+        return self._layers([name for names in self.names.values() for name in names], training)
 
     def on(self, layers: Layers) -> AbstractContextManager[None]:
-        """While active the network computes with these layers, and with frozen ones outside of the blocks and behind them."""
+        """While active, the network computes with these layers, and with frozen layers outside the blocks and after them."""
         return self.denoiser.computing({**self.outside.linears, **layers.linears})
 
     def at(self, timesteps: npt.NDArray[np.float64]) -> None:
-        """Say of which timestep each sample of the next call is."""
+        """Set the timestep of each sample of the next call."""
         self.clock.timesteps = timesteps
         self.outside.forget()
 
-    def _made(self, names: list[str], what: What) -> Layers:
+    def _layers(self, names: list[str], training: Training) -> Layers:
         plans: dict[str, SitePlan] = {}
         for name in names:
             if name in self.site_of:
                 plans[self.site_of[name].site.name] = self.site_of[name]
-        sites = {key: SiteInput(plan, self.clock, self.device, trained=what != "nothing") for key, plan in plans.items()}
+        sites = {key: SiteInput(plan, self.clock, self.device, trained=training != "nothing") for key, plan in plans.items()}
         linears = {}
         for name in names:
             scheme, site = self.assigned[name].scheme, sites.get(self.site_of[name].site.name) if name in self.site_of else None
-            made = QuantizedLinear(name, self.denoiser, self.start, scheme, self.touching.get(name, []))
-            linears[name] = made.place(self.device, site, what if site is not None and scheme.low_precision else "nothing")
+            linear = QuantizedLinear(name, self.denoiser, self.start, scheme, self.touching.get(name, []))
+            linears[name] = linear.place(self.device, site, training if site is not None and scheme.low_precision else "nothing")
         return Layers(linears=linears, sites=sites)

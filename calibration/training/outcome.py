@@ -1,4 +1,4 @@
-"""What a training brought."""
+"""The outcome of a training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the training of a block, or of the whole network, brought, on samples that took no part in it.
+    """The outcome of training a block or the whole network, measured on samples that were not trained on.
 
     Args:
-        before, after: dB of the output against the float network's; equal where nothing was trained. Of a block, every
-            timestep's noise counted by what it was at the start; of the network, the mean over the timesteps.
-        kept: whether what was trained is taken.
+        before, after: SQNR of the output against the float network's, dB; equal if nothing was trained. A block's SQNR weighs
+            the noise of every timestep by its noise at the start. The network's SQNR is the mean over the timesteps.
+        kept: whether the result uses the trained values.
     """
 
     name: str

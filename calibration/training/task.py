@@ -21,19 +21,19 @@ Part = TypeVar("Part")
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 BETAS = (0.9, 0.99)
-WARM_UP, LEAST = 0.1, 0.02
-"""Share of the iterations in which the rates rise, and of the rates that is left at the end, after half a cosine."""
+WARM_UP, LAST = 0.1, 0.02
+"""Share of the iterations in which the rates rise, and share of the peak rate at the end, after half a cosine."""
 GENTLE = 0.05
-"""Of a block's rates, for the whole network: at ten times as much it gets worse."""
+"""Rates of the whole network relative to a block's. With rates ten times as large it gets worse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long and how fast something is trained.
+    """Duration and rates of a training.
 
     Args:
-        batch: samples of an iteration.
-        rates: the greatest rate of `weight`, `scale` and `bias`, in steps of codes.
+        batch: number of samples of an iteration.
+        rates: greatest rates of `weight`, `scale` and `bias`, in steps of codes.
     """
 
     iterations: int
@@ -42,28 +42,28 @@ class Effort:
 
     @staticmethod
     def of_block(recipe: Recipe) -> Effort:
-        """Of a block."""
+        """Return the effort for a block."""
         rates = {"weight": recipe.distill_rate, "scale": recipe.distill_scale_rate, "bias": recipe.distill_bias_rate}
         return Effort(iterations=recipe.distill_iterations, batch=recipe.distill_batch, rates=rates)
 
     @staticmethod
     def of_finish(recipe: Recipe) -> Effort:
-        """Of the whole network, whose weights stay as they are."""
+        """Return the effort for the whole network, whose weights are not trained."""
         rates = {kind: GENTLE * rate for kind, rate in Effort.of_block(recipe).rates.items()}
         return Effort(iterations=recipe.finish, batch=recipe.distill_batch, rates=rates)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """The training of a block, or of the whole network.
+    """The training of a block or of the whole network.
 
     Args:
-        run: what the quantized block puts out for some samples with these layers, from the quantized chain's input.
-        target: what the float network's block puts out for them, with the input of the float chain.
-        timestep: float64[N], of every sample.
-        held_back: bool[N], samples that judge.
-        seed: of the batches.
-        group: the processes that share the samples of a batch, and those that judge.
+        run: computes the quantized block's output for some samples with these layers, from the input of the quantized chain.
+        target: returns the float block's output for some samples.
+        timestep: float64[N], timesteps of all samples.
+        held_back: bool[N], the samples that judge.
+        seed: seed of the random batches.
+        group: the processes that share the samples of a batch and the samples that judge.
     """
 
     run: Callable[[Layers, Int64], tuple[torch.Tensor, ...]]
@@ -75,32 +75,32 @@ class Task:
     group: ProcessGroup
 
     def errors(self, layers: Layers, rows: Int64) -> tuple[Float64, Float64]:
-        """(noise, signal), each float64[len(rows)]: the sum of squares of each sample's error, and of its target."""
+        """Return (noise, signal), each float64[len(rows)]: sums of squares of each sample's error and of its target."""
         import torch
 
-        found = np.zeros((2, len(rows)))
+        sums = np.zeros((2, len(rows)))
         with torch.no_grad():
             for start in own_parts(range(0, len(rows), self.effort.batch), self.group):
                 part = slice(start, start + self.effort.batch)
                 exact = [tensor.double() for tensor in self.target(rows[part])]
-                found[0, part] = squares([a.cpu() - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
-                found[1, part] = squares(exact)
-        noise, signal = self.group.total(found)
+                sums[0, part] = squares([a.cpu() - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
+                sums[1, part] = squares(exact)
+        noise, signal = self.group.total(sums)
         return noise, signal
 
     def weights(self, noise: Float64, rows: Int64) -> Float64:
-        """float64[N]: the weight of each sample, one over the error that its timestep has at the start."""
+        """Return the weight of each sample, float64[N]: the inverse of its timestep's mean noise at the start."""
         times, place = np.unique(self.timestep[rows], return_inverse=True)
         mean = np.bincount(place, noise) / np.bincount(place)
         weights: Float64 = np.interp(self.timestep, times, 1 / np.maximum(mean, 1e-12 * mean.max() + 1e-30))
         return weights
 
     def train(self, layers: Layers, weights: Float64, progress: Callable[[int], None]) -> None:
-        """Train layers in place. Each process computes the gradients of its share of a batch; their sum moves all alike.
+        """Train layers in place. Each process computes the gradients of its share of a batch, and applies the sum of all shares.
 
         Args:
-            weights: of each sample in the loss.
-            progress: called with the iterations done.
+            weights: weight of each sample in the loss.
+            progress: called with the number of finished iterations.
         """
         import torch
 
@@ -113,7 +113,7 @@ class Task:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share_of_rate(iteration, iterations)
             optimizer.zero_grad()
-            if len(rows):  # a process more than samples has none
+            if len(rows):  # with more processes than samples, a share may be empty
                 self._loss(layers, rows, weights).backward()
                 layers.forget()
             add_gradients(trained, self.group)
@@ -121,7 +121,7 @@ class Task:
             progress(iteration + 1)
 
     def _loss(self, layers: Layers, rows: Int64, weights: Float64) -> torch.Tensor:
-        """The part of a batch's loss that some of its samples have."""
+        """Return the share of some samples in their batch's loss."""
         import torch
 
         outputs, targets = self.run(layers, rows), self.target(rows)
@@ -132,12 +132,12 @@ class Task:
 
 
 def own_parts(parts: Sequence[Part], group: ProcessGroup) -> Sequence[Part]:
-    """Those of a number of parts that this process works on."""
+    """Return the parts that this process works on."""
     return parts[group.rank :: group.size]
 
 
 def add_gradients(parameters: Sequence[torch.Tensor], group: ProcessGroup) -> None:
-    """Put the sum of all processes' gradients into those of each. Exactness: the same bits on every process."""
+    """Replace each gradient by the sum over all processes. Exactness: the same bits on every process."""
     import torch
 
     if group.size == 1:
@@ -149,26 +149,26 @@ def add_gradients(parameters: Sequence[torch.Tensor], group: ProcessGroup) -> No
 
 
 def share_of_rate(iteration: int, iterations: int) -> float:
-    """Of the peak: linear warm-up, then half a cosine down to LEAST."""
+    """Return the rate relative to its peak: a linear warm-up, then half a cosine down to LAST."""
     warm = max(1, round(WARM_UP * iterations))
     if iteration < warm:
         return (iteration + 1) / warm
     place = (iteration - warm) / max(1, iterations - warm)
-    return LEAST + (1 - LEAST) * 0.5 * (1 + float(np.cos(np.pi * place)))
+    return LAST + (1 - LAST) * 0.5 * (1 + float(np.cos(np.pi * place)))
 
 
 def _batches(rows: Int64, size: int, seed: tuple[int, ...]) -> Iterator[Int64]:
-    """Batches of rows without end: all of them in random order, again and again."""
+    """Yield batches of rows without end. All rows come in random order, again and again."""
     random = np.random.default_rng(seed)
-    waiting = np.zeros(0, dtype=np.int64)
+    queue = np.zeros(0, dtype=np.int64)
     while True:
-        while len(waiting) < size:
-            waiting = np.concatenate([waiting, random.permutation(rows)])
-        yield waiting[:size]
-        waiting = waiting[size:]
+        while len(queue) < size:
+            queue = np.concatenate([queue, random.permutation(rows)])
+        yield queue[:size]
+        queue = queue[size:]
 
 
 def squares(tensors: Sequence[torch.Tensor]) -> Float64:
-    """float64[B]: the sum of squares over all tensors of each sample."""
+    """Return the sum of squares of each sample over all tensors, float64[B]."""
     total: Float64 = sum(tensor.square().flatten(1).sum(dim=1) for tensor in tensors).numpy()  # type: ignore[union-attr]
     return total

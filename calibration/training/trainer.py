@@ -1,4 +1,4 @@
-"""Trains block after block, with what lies between two of them on disk."""
+"""Trains block after block. The tensors between two blocks are on disk."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ if TYPE_CHECKING:
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 Trained = tuple[Outcome, CalibrationResult]
-"""What a training brought, and the part of a result that it found; empty where that is not kept."""
+"""The outcome of a training, and the trained part of a calibration; the part is empty if it is not kept."""
 NETWORK, FINISH = "the network", "the finish"
 
 
 class Trainer:
-    """Trains block after block, and then the scales of all of them.
+    """Trains block after block, and then the scales of all blocks.
 
-    Three chains run through the blocks, each from the network's input: `exact`, the float network's; `error`, how far the
-    trained network is from it; `first`, how far the network is from it that the training starts from, for the samples that
-    judge.
+    Three chains run through the blocks from the network's input. `exact` is the float network's output, `error` the difference
+    of the trained network from it, and `first` the difference of the network before training, for the samples that judge.
     """
 
     def __init__(self, calibration: Calibration, start: CalibrationResult, samples: Samples) -> None:
@@ -47,47 +46,47 @@ class Trainer:
         self.quantized = QuantizedNetwork(calibration.denoiser, start, calibration.assigned, self.chain)
 
     def block(self, index: int) -> Trained:
-        """What a block's training brings: of an earlier run's file, or trained now."""
+        """Train a block, or read its outcome from an earlier run's file."""
         trained = self._once(f"block.{index}", self.names[index], lambda: self._block(index))
-        if self.group.rank == 0:  # behind the file of the block, from which a run that is killed here goes on
+        if self.group.rank == 0:  # only after the block's file is written, from which a killed run continues
             for kind in ("exact", "error", "first"):
                 self._path(index, kind).unlink(missing_ok=True)
         return trained
 
     def network(self) -> Outcome:
-        """What the trained blocks bring together: the mean over the timesteps of a call's dB."""
+        """Return the outcome of all trained blocks together: the mean SQNR of a call over the timesteps."""
         _, place = np.unique(self.samples.timestep[self.judges], return_inverse=True)
         exact, *errors = (np.bincount(place, self._powers(kind)) for kind in ("exact", "first", "error"))
         before, after = (float(decibels(exact, error).mean()) for error in errors)
         return Outcome(name=NETWORK, before=before, after=after, kept=after >= before)
 
     def finish(self, result: CalibrationResult) -> Trained:
-        """What the training of all scales and biases by the network's output brings to a result."""
+        """Train all scales and biases of a result by the network's output."""
         return self._once("finish", FINISH, lambda: self._finish(result))
 
     def _once(self, file: str, name: str, train: Callable[[], Trained]) -> Trained:
         path = self.calibration.folder / f"{file}.safetensors"
         missing = self.group.rank == 0 and not path.exists()
-        if self.group.largest(np.asarray([float(missing)])).any():  # the first process decides, and alone writes
+        if self.group.largest(np.asarray([float(missing)])).any():  # the first process decides, and only it writes
             outcome, part = train()
-            noted = {"before": repr(outcome.before), "after": repr(outcome.after), "kept": "yes" if outcome.kept else ""}
+            notes = {"before": repr(outcome.before), "after": repr(outcome.after), "kept": "yes" if outcome.kept else ""}
             if self.group.rank == 0:
                 new = path.with_suffix(".new")
-                replace(part, provenance=noted).save(new)
+                replace(part, provenance=notes).save(new)
                 new.replace(path)
             self._meet()
         part = CalibrationResult.load(path)
-        noted = dict(part.provenance)
-        return Outcome(name=name, before=float(noted["before"]), after=float(noted["after"]), kept=bool(noted["kept"])), part
+        notes = dict(part.provenance)
+        return Outcome(name=name, before=float(notes["before"]), after=float(notes["after"]), kept=bool(notes["kept"])), part
 
     def _block(self, index: int) -> Trained:
         name = self.names[index]
         self._float_outputs(index)
-        kept = self.quantized.layers(name, "nothing")
-        self._advance(index, kept, "first", self.judges)
+        start = self.quantized.layers(name, "nothing")
+        self._advance(index, start, "first", self.judges)
         trainable = bool(self.quantized.trainable(name))
         outcome, layers = self._trained(
-            self._task(index), kept, lambda: self.quantized.layers(name, "all") if trainable else kept, len(self.names), index
+            self._task(index), start, lambda: self.quantized.layers(name, "all") if trainable else start, len(self.names), index
         )
         self._advance(index, layers, "error", self.everything)
         return outcome, self._part(outcome, layers, self.start)
@@ -106,32 +105,34 @@ class Trainer:
         outcome, layers = self._trained(task, network.all_layers("nothing"), lambda: network.all_layers("scales"), 1, 0)
         return outcome, self._part(outcome, layers, result)
 
-    def _trained(self, task: Task, kept: Layers, anew: Callable[[], Layers], tasks: int, place: int) -> tuple[Outcome, Layers]:
-        """What comes of a task, the `place`-th of `tasks` alike, and the layers that are better on samples that judge.
+    def _trained(self, task: Task, start: Layers, make: Callable[[], Layers], tasks: int, place: int) -> tuple[Outcome, Layers]:
+        """Train for a task, and return its outcome and the layers that are better on the samples that judge.
 
         Args:
-            anew: layers to train; `kept` where there are none.
+            start: the layers before training.
+            make: makes the layers to train; returns `start` if there are none.
+            tasks, place: number of equal tasks, and the index of this one, for the progress.
         """
-        noise, signal = task.errors(kept, self.judges)
+        noise, signal = task.errors(start, self.judges)
         weights = task.weights(noise, self.judges)
         counts = weights[self.judges]
         before = float(decibels(signal @ counts, noise @ counts))
-        layers = anew()
-        if layers is kept:
-            return Outcome(name="", before=before, after=before, kept=False), kept
-        done, total = place * task.effort.iterations, tasks * task.effort.iterations
-        task.train(layers, weights, lambda now: self.calibration.progress(done + now, total, "iterations"))
-        found, _ = task.errors(layers, self.judges)
-        after = float(decibels(signal @ counts, found @ counts))
-        better = after > before  # not of a training that diverged, which decibels puts at the bottom
-        return Outcome(name="", before=before, after=after, kept=better), layers if better else kept
+        layers = make()
+        if layers is start:
+            return Outcome(name="", before=before, after=before, kept=False), start
+        first, total = place * task.effort.iterations, tasks * task.effort.iterations
+        task.train(layers, weights, lambda count: self.calibration.progress(first + count, total, "iterations"))
+        noise, _ = task.errors(layers, self.judges)
+        after = float(decibels(signal @ counts, noise @ counts))
+        better = after > before  # False also if the training diverged: decibels gives NaN and Inf the lowest value
+        return Outcome(name="", before=before, after=after, kept=better), layers if better else start
 
     def _part(self, outcome: Outcome, layers: Layers, start: CalibrationResult) -> CalibrationResult:
-        """The part of a result that a training found."""
-        return layers.found(start) if outcome.kept else CalibrationResult(sites={}, weight_scale={}, provenance={})
+        """Return the trained part of a result; empty if it is not kept."""
+        return layers.result(start) if outcome.kept else CalibrationResult(sites={}, weight_scale={}, provenance={})
 
     def _task(self, index: int) -> Task:
-        """A block's training."""
+        """Return the task of a block."""
         recipe = self.calibration.recipe
         return Task(
             run=lambda layers, rows: self._run(index, layers, "error", rows),
@@ -144,7 +145,7 @@ class Trainer:
         )
 
     def _run(self, index: int, layers: Layers, kind: str, rows: Int64) -> tuple[torch.Tensor, ...]:
-        """What the quantized block puts out for some samples, from the input that a quantized chain brings."""
+        """Compute the quantized block's output for some samples, from the input of a quantized chain."""
         self.quantized.at(self.samples.timestep[rows])
         layers.forget()
         before: list[torch.Tensor] = []
@@ -155,13 +156,13 @@ class Trainer:
             return self.chain.run(index, self.samples.feed(rows), before)
 
     def _powers(self, kind: str) -> Float64:
-        """float64[judges]: the sum of squares of each sample behind the last block."""
+        """Return the sum of squares after the last block of each sample that judges, float64[judges]."""
         boundary = self._boundary(len(self.names), kind)
         parts = (boundary.read(rows) for rows in self._parts(self.judges))
         return np.concatenate([squares([tensor.double() for tensor in part]) for part in parts])
 
     def _float_outputs(self, index: int) -> None:
-        """Write what the float chain's block puts out."""
+        """Write the output of the float chain's block."""
         import torch
 
         target = self._boundary(index + 1, "exact")
@@ -172,14 +173,14 @@ class Trainer:
         self._meet()
 
     def _advance(self, index: int, layers: Layers, kind: str, samples: Int64) -> None:
-        """Write how far from the float chain's a quantized chain's output is: small numbers, which float16 holds well."""
+        """Write the difference of a quantized chain's output from the float chain's. Small numbers are precise in float16."""
         import torch
 
         exact, error = (self._boundary(index + 1, part) for part in ("exact", kind))
         with torch.no_grad():
             for rows in own_parts(self._parts(samples), self.group):
-                found = self._run(index, layers, kind, rows)
-                error.write(rows, [a.cpu() - b for a, b in zip(found, exact.read(rows), strict=True)])
+                outputs = self._run(index, layers, kind, rows)
+                error.write(rows, [a.cpu() - b for a, b in zip(outputs, exact.read(rows), strict=True)])
         self._meet()
 
     def _meet(self) -> None:
@@ -191,7 +192,7 @@ class Trainer:
         return [samples[i : i + size] for i in range(0, len(samples), size)]
 
     def _boundary(self, index: int, kind: str) -> Boundary:
-        """Between block `index - 1` and block `index`: the tensors of a chain."""
+        """Return the file of a chain's tensors between block `index - 1` and block `index`."""
         return Boundary(self._path(index, kind), self.chain.shapes[index - 1])
 
     def _path(self, index: int, kind: str) -> Path:

@@ -26,7 +26,7 @@ app = typer.Typer(
 
 MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
 """The class of all errors of usage, ClickException. It has no public name: typer holds a copy of click."""
-EVERYTHING = """Diffusion transformers to quantized engines that provably run on low-precision kernels.
+EVERYTHING = """Diffusion models to quantized engines that provably run on low-precision kernels.
 
 Without a command: calibrate, quantize, build, audit, verify against PyTorch and bench, into one folder.
 

@@ -79,7 +79,7 @@ def test_a_mask_with_gaps_keeps_all_up_to_its_last_token() -> None:
         ("biased = Add(scores, row)", "biased = Mul(scores, row)", "case 2"),
         ("weights = Softmax <axis = -1> (biased)", "weights = Softmax <axis = 1> (biased)", "case 2"),
         ("weights = Softmax <axis = -1> (biased)", "weights = Sigmoid(biased)", "case 2"),
-        ("k = Mul(text, one)", "place = Squeeze(first)\n    k = CumSum(text, place)", "a CumSum, may join"),
+        ("k = Mul(text, one)", "place = Squeeze(first)\n    k = CumSum(text, place)", "a CumSum, may mix"),
         ("y = MatMul(weights, values)", "plain = Softmax <axis = -1> (scores)\n    y = MatMul(plain, values)", "case 3"),
     ],
 )

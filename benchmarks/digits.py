@@ -1,9 +1,9 @@
-"""How many drawn digits are read as the digit that was asked for: the float model and its engines, from the same noise.
+"""Counts the drawn digits that are read as requested, of the float model and its engines from the same noise.
 
     pip install ".[cpu,metrics,text]" && python benchmarks/digits.py [--model pixart-digits] [OUT ...]
 
-Each OUT is an export of the model; without any, one is made with default options. The reader is a support vector
-machine on scikit-learn's real 8x8 digits, trained on three quarters of them; its accuracy on the rest is printed too.
+Each OUT is an export of the model. Without OUT the model is exported with default options. The reader is a support vector
+machine, trained on three quarters of scikit-learn's 8x8 digits. Its accuracy on the other quarter is printed, too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BATCH = 50
 
 
 def conditions_of(model: str) -> Path | None:
-    """What a model without a text encoder draws, where its folder says it."""
+    """Return the file of a model's conditions, if its folder has one."""
     path = Path(model) / "conditions.safetensors"
     return path if path.exists() else None
 
 
 def load_model(model: str) -> Reference:
-    """A model with what it draws: a text-to-image model's prompts are encoded."""
+    """Load a model with its conditions. The prompts of a text-to-image model are encoded."""
     path = conditions_of(model)
     recipe, source = pin(Recipe(model=model, conditions=None if path is None else str(path)))
     reference = load(source)
@@ -46,8 +46,8 @@ def load_model(model: str) -> Reference:
     return reference
 
 
-def wanted(reference: Reference, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Conditions in turn for `count` pictures, and the digits that they name."""
+def conditions_and_digits(reference: Reference, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the conditions of `count` pictures, in turn, and the digits that they name."""
     conditions = np.arange(count, dtype=np.int64) % len(reference.conditions)
     return conditions, np.asarray([named_digit(name) for name in reference.conditions.names])[conditions]
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=77)
-    parser.add_argument("--pictures", type=Path, help="also save the first 20 of each as PNG")
+    parser.add_argument("--pictures", type=Path, help="also save the first 20 pictures of each as PNG")
     options = parser.parse_args()
     reader = Reader.train()
     print(f"reader: {reader.accuracy:.1%} of held-out real digits")
@@ -69,19 +69,20 @@ def main() -> None:
             dq_export.export(model=options.model, output_dir=folders[0])
         reference = load_model(options.model)
         networks = {"PyTorch float": reference.forward} | {str(path): open_graph(path / "model.onnx") for path in folders}
-        drawn: dict[str, list[Float32]] = {name: [] for name in networks}
-        conditions, digits = wanted(reference, options.count)
+        pictures_of: dict[str, list[Float32]] = {name: [] for name in networks}
+        conditions, digits = conditions_and_digits(reference, options.count)
         for start in range(0, options.count, BATCH):
             part = conditions[start : start + BATCH]
             noise = reference.noise(len(part), options.seed + start)
             for name, network in networks.items():
-                drawn[name].append(reference.draw(network, noise, part, steps=options.steps, guidance=reference.guidance))
+                pictures = reference.draw(network, noise, part, steps=options.steps, guidance=reference.guidance)
+                pictures_of[name].append(pictures)
             print(f"drawn {start + len(part)}/{options.count}", flush=True)
-        for name, pictures in drawn.items():
-            right = reader.read(np.concatenate(pictures)) == digits
-            print(f"{name}: {right.sum()}/{options.count} read as asked for ({right.mean():.1%})")
+        for name, parts in pictures_of.items():
+            right = reader.read(np.concatenate(parts)) == digits
+            print(f"{name}: {right.sum()}/{options.count} read as requested ({right.mean():.1%})")
         if options.pictures:
-            save_pictures(options.pictures, [pictures[0][:20] for pictures in drawn.values()])
+            save_pictures(options.pictures, [parts[0][:20] for parts in pictures_of.values()])
 
 
 if __name__ == "__main__":

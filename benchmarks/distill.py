@@ -1,10 +1,10 @@
-"""What training blocks is worth over GPTQ: real engines of dit-digits, its hard copy and pixart-digits.
+"""Measures the gain of block-wise training over GPTQ, with real engines of dit-digits, its hard copy and pixart-digits.
 
     pip install ".[cpu,metrics]" && python benchmarks/distill.py [--models plain hard text] [--forms NAME ...] [--iterations N]
     python benchmarks/distill.py --ablation     tables only, weights only, no biases, with and without weight dilation
 
-A row's figures: SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory, and of ten pictures from
-the same noise; each with GPTQ, and its gain with `--rounding distill`; CPU seconds of the training.
+A row has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory, and of ten pictures from the
+same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "w8a8 per timestep": {"bits": "w8a8"},
 }
 OFF = 1e-9
-"""A rate that moves nothing."""
+"""A rate that changes no value."""
 ABLATION: dict[str, dict[str, Any]] = {
     "all": {},
     "tables only": {"distill_rate": OFF, "distill_bias_rate": OFF},
@@ -48,7 +48,7 @@ Figures = tuple[float, float, float]
 
 
 def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figures, float]:
-    """((mean call, worst call, pictures) in dB, CPU seconds) of an export."""
+    """Export, and return ((mean call, worst call, pictures) in dB, CPU seconds)."""
     guidance = NAMED.get(model, ("", 2.0))[1]
     recipe = Recipe.parse({"model": model, "guidance_scale": guidance, "min_sqnr": -200, **options}, "benchmark")
     start = time.process_time()
@@ -62,7 +62,7 @@ def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figur
 
 
 def row(name: str, label: str, model: str, options: Mapping[str, Any], training: Mapping[str, Any], temporary: Path) -> None:
-    """Print the figures of an export with GPTQ, and what training adds."""
+    """Print the figures of an export with GPTQ, and the gain of training."""
     calibration = {key: value for key, value in training.items() if not key.startswith("distill_")}
     before, plain = figures(model, {**options, **calibration, "rounding": "gptq"}, temporary / name / label / "gptq")
     after, trained = figures(model, {**options, **training, "rounding": "distill"}, temporary / name / label / "distill")
@@ -74,8 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["plain"], choices=("plain", "hard", "text"))
     parser.add_argument("--forms", nargs="*", default=list(FORMS), help="words that a form's name must begin with")
-    parser.add_argument("--iterations", type=int, default=150, help="of a block")
-    parser.add_argument("--ablation", action="store_true", help="of w4a4 per timestep, in place of the forms")
+    parser.add_argument("--iterations", type=int, default=150, help="iterations of a block")
+    parser.add_argument("--ablation", action="store_true", help="parts of the training, of w4a4 per timestep")
     options = parser.parse_args()
     print("| model | form | SQNR a call | worst | pictures | CPU s |\n|---|---|---|---|---|---|", flush=True)
     training = {"distill_iterations": options.iterations}

@@ -1,9 +1,9 @@
-"""Where scalings go in the networks that people deploy: small ones of each architecture, with random weights.
+"""Counts where scalings fold, in a small network with random weights of each architecture.
 
     python benchmarks/folds.py [dit pixart sd3 flux wan sd15]
 
-prints how many sites fold free, with operations on one row a sample, and with operations on all tokens or pixels; and the
-largest relative change of the float output when random scalings and shifts are folded everywhere.
+prints the number of sites that fold free, with operations on one row per sample, and with operations on all tokens or pixels;
+and the largest relative change of the float output when random scalings and shifts are folded everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network: its diffusers class, configuration, and what it is called with: shapes of float inputs, or arrays."""
+    """A network: its diffusers class, its configuration, and its inputs as shapes of random floats or as arrays."""
 
     architecture: str
     config: Mapping[str, Any]
@@ -94,14 +94,14 @@ CASES = {
 
 
 def exported(case: Case) -> tuple[ir.Model, Arrays]:
-    """A network of random weights as a float graph, and inputs for it."""
+    """Return a network with random weights as a float graph, and inputs for it."""
     import diffusers
     import torch
 
     torch.manual_seed(0)
     model = getattr(diffusers, case.architecture)(**case.config).eval()
     with torch.no_grad():
-        for value in model.parameters():  # what is zero or one at first would hide a wrong fold
+        for value in model.parameters():  # initial zeros and ones would hide a wrong fold
             value.copy_(torch.randn_like(value) * (0.7 / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.3))
     rng = np.random.default_rng(1)
     feed = {
@@ -120,17 +120,17 @@ def exported(case: Case) -> tuple[ir.Model, Arrays]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(Wrapper().eval(), tuple(map(torch.from_numpy, feed.values())), strict=False)
-        written = torch.onnx.export(program, dynamo=True, opset_version=21, input_names=list(feed), verbose=False)
-    assert written is not None
-    graph = written.model
+        export = torch.onnx.export(program, dynamo=True, opset_version=21, input_names=list(feed), verbose=False)
+    assert export is not None
+    graph = export.model
     graph.ir_version = 10
     _bypass_squeeze(graph)
-    named = {str(value.name) for value in graph.graph.inputs}
-    return graph, {name: value for name, value in feed.items() if name in named}
+    names = {str(value.name) for value in graph.graph.inputs}
+    return graph, {name: value for name, value in feed.items() if name in names}
 
 
 def _bypass_squeeze(model: ir.Model) -> None:
-    """Squeeze of an axis that is longer than 1 does nothing in PyTorch, and fails in ONNX."""
+    """Remove each Squeeze of an axis longer than 1. It does nothing in PyTorch, and fails in ONNX."""
     for node in [node for node in model.graph if node.op_type == "Squeeze"]:
         source, axes = node.inputs
         assert source is not None
@@ -143,7 +143,7 @@ def _bypass_squeeze(model: ir.Model) -> None:
 
 
 def output_of(model: ir.Model, feed: Arrays) -> np.ndarray[Any, Any]:
-    """The graph's result on ONNX Runtime, nothing optimised."""
+    """Return the graph's result on ONNX Runtime without optimisations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -154,7 +154,7 @@ def output_of(model: ir.Model, feed: Arrays) -> np.ndarray[Any, Any]:
 
 
 def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: bool = False) -> None:
-    """Fold random scalings at the sites of these names, and shifts where their folds take any, in place."""
+    """Fold random scalings at the named sites in place, and random shifts at folds that allow them."""
     rng, plans = np.random.default_rng(2), dict[str, SitePlan]()
     for item in graph_sites(model, convolutions=convolutions):
         site, width = item.site, item.readers[0].width
@@ -172,8 +172,8 @@ def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: boo
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an analysis found: sites by cost of GEMMs and of convolutions, and the change of the float output by folding."""
+class Folds:
+    """The result of an analysis: counts of sites by cost, and the change of the float output by folding."""
 
     gemms: Counter[str]
     convolutions: Counter[str]
@@ -182,22 +182,22 @@ class Found:
     change: float
 
 
-def measure(case: Case) -> Found:
-    """Analyse a network, and fold random scalings and shifts at every site that is not on one row a sample."""
+def measure(case: Case) -> Folds:
+    """Analyse a network, and fold random scalings and shifts at every site with more than one row per sample."""
     model, feed = exported(case)
     roles = structure(model, case.conditions).linears
     run_passes(model, [FoldTranspose(), MergeDuplicates()])
     exact = output_of(model, feed)
 
-    def chosen(item: GraphSite) -> bool:
+    def reads_tokens(item: GraphSite) -> bool:
         return item.readers[0].name not in roles or any(
             roles[reader.name].role in ("gemm", "static") for reader in item.readers if reader.name in roles
         )
 
-    sites = {item.site.name: item for item in graph_sites(model, convolutions=True) if chosen(item)}
+    sites = {item.site.name: item for item in graph_sites(model, convolutions=True) if reads_tokens(item)}
     kinds = {name: sites[item.site.shares or name].site.fold.kind for name, item in sites.items()}
     fold_at_random(model, sites, convolutions=True)
-    return Found(
+    return Folds(
         gemms=Counter(kind for name, kind in kinds.items() if sites[name].readers[0].axis < 0),
         convolutions=Counter(kind for name, kind in kinds.items() if sites[name].readers[0].axis > 0),
         shared=sum(bool(item.site.shares) for item in sites.values()),

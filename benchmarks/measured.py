@@ -1,8 +1,8 @@
-"""The tables of docs/measured.md, from the result files in benchmarks/results/: `python benchmarks/measured.py`.
+"""Writes the tables of docs/measured.md from the result files in benchmarks/results/: `python benchmarks/measured.py`.
 
-A result file is JSON: `command`; `machine`; `date` of the run, or null where nobody wrote it down, and then `since`: the
-date since when the repository holds all rows; `columns`; `rows`, a list of texts each. The page has a pair of comments for
-each file, and what stands between them is written by this program.
+A result file is JSON with `command`, `machine`, `date`, `columns` and `rows`, each row a list of texts. If the date of the run is
+not recorded, `date` is null and `since` is the date since which the repository has all rows. The page has a pair of comments for
+each file, and this program writes the text between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def table(path: Path) -> str:
-    """The Markdown of a result file: the table, its command, machine and date."""
+    """Return a result file as Markdown: the table, its command, machine and date."""
     result = json.loads(path.read_text(encoding="utf-8"))
     width = len(result["columns"])
     if any(len(row) != width for row in result["rows"]):
@@ -27,13 +27,13 @@ def table(path: Path) -> str:
     return "\n".join([*lines, "", f"*`{result['command']}`; {result['machine']}; {date}.*"])
 
 
-def written(page: str) -> str:
-    """The page with every table made anew."""
+def updated(page: str) -> str:
+    """Return the page with all tables written again."""
     return BLOCK.sub(lambda match: _block(match[1]), page)
 
 
 def tables_of(page: str) -> list[str]:
-    """Names of the page's tables, in its order."""
+    """Return the names of the page's tables, in their order."""
     return BLOCK.findall(page)
 
 
@@ -47,7 +47,7 @@ def _row(cells: list[str]) -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

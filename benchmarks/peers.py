@@ -1,10 +1,10 @@
-"""One quantizer of somebody else, run in a virtual environment of its own: `python peers.py NAME FLOAT.onnx FEEDS.npz TARGET`.
+"""Runs another project's quantizer, in its own virtual environment: `python peers.py NAME FLOAT.onnx FEEDS.npz TARGET`.
 
     static    onnxruntime's quantize_static: MatMul, Gemm and Conv, per channel, U8S8, MinMax; pip install onnxruntime onnx
     modelopt  nvidia-modelopt's ONNX int8, calibration max; pip install torch==2.13.0 "nvidia-modelopt[onnx]"
     nncf      NNCF through OpenVINO, transformer preset; pip install nncf openvino
 
-FEEDS holds arrays of equal length, one entry a network call.
+FEEDS holds arrays of equal length, with one entry per network call.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: boo
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = iter(feeds)
+            self.feeds = iter(feeds)
 
         def get_next(self) -> dict[str, Any] | None:
-            return next(self.left, None)
+            return next(self.feeds, None)
 
     quantize_static(
         model,
@@ -39,7 +39,7 @@ def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: boo
 
 
 def modelopt(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
-    # It takes one array an input and cuts it into calls by the graph's own batch, so the graph gets the batch of a call.
+    # It takes one array per input and cuts it into calls by the graph's batch, so the graph gets the batch of a call.
     import onnx
     from modelopt.onnx.quantization import quantize
 
@@ -51,11 +51,11 @@ def modelopt(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
             first.dim_value = len(feeds[0]["hidden_states"])
     fixed = target.with_name("fixed.onnx")
     onnx.save(proto, fixed)
-    whole = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+    arrays = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
     quantize(
         str(fixed),
         quantize_mode="int8",
-        calibration_data=whole,
+        calibration_data=arrays,
         calibration_method="max",
         calibration_eps=["cpu"],
         high_precision_dtype="fp32",

@@ -1,4 +1,4 @@
-"""Peak memory of a process and all that it starts, sampled while it runs."""
+"""Measures the peak memory of a process and its descendants by sampling."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 EVERY = 0.02
 """Seconds between two samples."""
 GROWTH = 1.01
-"""Of the pages in memory, from one exact sum to the next, which holds up the process that it reads."""
+"""Growth of the pages in memory between two exact sums. An exact sum delays the process that is measured."""
 KIB = 1024
 
 
 def run_measured(command: list[str]) -> tuple[float, float, float]:
-    """Run a command, its output on stdout dropped.
+    """Run a command without its output.
+
+    The tree's memory is sampled to 1 %, as proportional set size, which counts shared pages once. The kernel's figure of one
+    process includes the shortest peak. The larger of the two is returned as the tree's peak.
 
     Returns:
-        Seconds; GB of the whole tree at its peak; GB of the largest single process at its peak, as the kernel counts it.
-
-    The tree's memory is sampled, pages that processes share counted once (their proportional set size), to 1 %. The kernel's
-    figure of one process misses no peak however short, and the larger of the two is returned as the tree's.
+        Seconds; peak memory of the whole tree in GB; peak memory of the largest process in GB, from the kernel.
     """
     start, peak, largest = time.monotonic(), 0, 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -31,7 +31,7 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
             break
         tree = _tree(process.pid)
         resident = sum(map(_resident, tree))
-        if resident > largest * GROWTH:  # only then can the exact sum, which is less, be well above the peak
+        if resident > largest * GROWTH:  # otherwise the exact sum, which is smaller, cannot exceed the peak by much
             peak, largest = max(peak, sum(map(_proportional, tree))), resident
         time.sleep(EVERY)
     if status:
@@ -41,7 +41,7 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
 
 
 def _tree(root: int) -> list[int]:
-    """The process and its descendants."""
+    """Return the process and its descendants."""
     processes = [root]
     for process in processes:
         for task in Path(f"/proc/{process}/task").glob("*"):
@@ -53,7 +53,7 @@ def _tree(root: int) -> list[int]:
 
 
 def _resident(process: int) -> int:
-    """Bytes in memory; 0 of a process that has ended."""
+    """Return the bytes in memory; 0 if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, IndexError):
@@ -61,7 +61,7 @@ def _resident(process: int) -> int:
 
 
 def _proportional(process: int) -> int:
-    """Bytes in memory, each page divided by the number of processes that share it; 0 of a process that has ended."""
+    """Return the bytes in memory, each page divided by the processes that share it; 0 if the process has ended."""
     try:
         rows = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,14 +1,14 @@
-"""Every recipe, and what others make of the same model, dit-digits and its hard copy: the table in docs/measured.md.
+"""Measures every recipe and other quantizers on dit-digits and its hard copy, for the table in docs/measured.md.
 
     pip install ".[cpu,openvino,metrics]" && python benchmarks/quality.py [--recipes NAME ...] [--models plain hard]
     python benchmarks/quality.py --models text  pixart-digits; needs the extra `text`
-    python benchmarks/quality.py --models FOLDER    another model of digits, such as `examples/train_sd3_digits.py` makes
+    python benchmarks/quality.py --models FOLDER    another model of digits, such as that of `examples/train_sd3_digits.py`
     python benchmarks/quality.py --peers        also onnxruntime's quantize_static, nvidia-modelopt and NNCF
 
-Each row is a real engine. A row's figures: SQNR in dB of a network call against PyTorch, mean and worst over a guided
-trajectory; of ten pictures from the same noise; digits that are read as asked for; Frechet distance from real digits; megabytes
-on disk; speed against the float graph on ONNX Runtime, timed in turn; share of the quantized FLOPs in low precision.
-Peers are installed into virtual environments of their own, below --peers-folder.
+Each row is a real engine. It has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory; the
+SQNR of ten pictures from the same noise; the share of digits that are read as requested; the Frechet distance from real digits;
+megabytes on disk; the speed against the float graph on ONNX Runtime, timed in turn; and the share of the quantized FLOPs in low
+precision. Peers are installed into their own virtual environments below --peers-folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits import conditions_of, load_model, wanted
+from digits import conditions_and_digits, conditions_of, load_model
 from reading import Reader
 
 from dq_export.core.recipe import Recipe
@@ -89,7 +89,7 @@ HEADER = (
 
 
 class Bench:
-    """One model and what is measured of its engines."""
+    """Measures the engines of one model."""
 
     def __init__(self, name: str, model: str, temporary: Path, options: argparse.Namespace, reader: Reader) -> None:
         self.name, self.model, self.temporary, self.reader, self.count = name, model, temporary, reader, options.count
@@ -99,7 +99,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     def parsed(self, options: Mapping[str, Any]) -> Recipe:
-        """A recipe of the model."""
+        """Return a recipe of the model."""
         conditions = conditions_of(self.model)
         draws = {} if conditions is None else {"conditions": str(conditions)}
         return Recipe.parse(
@@ -117,14 +117,14 @@ class Bench:
         assert report.audit
         worst = report.worst_call("engine")
         assert worst
-        drawn = self.digits(open_graph(out / "model.onnx"), label)
+        figures = self.digits(open_graph(out / "model.onnx"), label)
         self.row(
-            label, report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr, drawn,
+            label, report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr, figures,
             report.size.engine_bytes, report.latency.ratio, report.audit.coverage,
         )  # fmt: skip
 
     def peer(self, key: str, folder: Path) -> None:
-        """Let a peer quantize the same float graph, and add its row."""
+        """Quantize the same float graph with a peer, and add its row."""
         label, packages = PEERS[key]
         out = self.temporary / self.name / label
         source = self.temporary / self.name / "float"
@@ -141,42 +141,42 @@ class Bench:
             key,
             *map(str, (source / "model.onnx", source / "feeds.npz", target)),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"| {self.name} | {label} | failed: {done.stderr.strip().splitlines()[-1][:200]} |", flush=True)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            print(f"| {self.name} | {label} | failed: {process.stderr.strip().splitlines()[-1][:200]} |", flush=True)
             return
         recording = Recording.load(self.temporary / self.name / "whole" / "parity")
         parsed = Recipe.load(self.temporary / self.name / "whole" / "recipe.yaml")
         try:
             engine = _openvino(target) if key == "nncf" else _session(target)
-            each = [difference(y, engine(feed)).sqnr for feed, y in zip(recording.feeds, recording.outputs, strict=True)]
+            calls = [difference(y, engine(feed)).sqnr for feed, y in zip(recording.feeds, recording.outputs, strict=True)]
             pictures = difference(recording.pictures, draw(self.reference, engine, parsed)).sqnr
-            drawn = self.digits(engine, label)
+            figures = self.digits(engine, label)
             small = {name: np.asarray(value)[:2] for name, value in recording.feeds[0].items()}
-            taken = measure({"float": open_graph(source / "model.onnx"), "peer": engine}, small)
-        except (BackendError, RuntimeError, ValueError, *session_errors()) as error:  # the row says so
+            times = measure({"float": open_graph(source / "model.onnx"), "peer": engine}, small)
+        except (BackendError, RuntimeError, ValueError, *session_errors()) as error:  # the row reports it
             print(f"| {self.name} | {label} | does not run: {str(error).splitlines()[0][:200]} |", flush=True)
             return
         size = sum(path.stat().st_size for path in out.iterdir() if path.name != "fixed.onnx")
-        speed = taken["float"].median / taken["peer"].median
-        self.row(label, float(np.mean(each)), min(each), pictures, drawn, size, speed, float("nan"))
+        speed = times["float"].median / times["peer"].median
+        self.row(label, float(np.mean(calls)), min(calls), pictures, figures, size, speed, float("nan"))
 
     def calls(self) -> dict[str, Any]:
-        """What the peers calibrate on: every second call of the 16 pictures that our own calibration samples."""
+        """Return the peers' calibration data: every second call of the 16 pictures that dq-export's calibration samples."""
         feeds: list[Any] = []
 
-        def recorded(feed: Any) -> Float32:
+        def record(feed: Any) -> Float32:
             feeds.append(feed)
             return self.reference.forward(feed)
 
         for start in (0, 8):
             conditions = np.arange(start, start + 8) % len(self.reference.conditions)
-            self.reference.draw(recorded, self.reference.noise(8, start), conditions, steps=50, guidance=self.guidance)
+            self.reference.draw(record, self.reference.noise(8, start), conditions, steps=50, guidance=self.guidance)
         return {name: np.stack([feed[name] for feed in feeds[::2]]) for name in feeds[0]}
 
     def digits(self, engine: Callable[[Any], Float32], label: str) -> tuple[float, float]:
-        """Share of digits read as asked for, and the distance of all from real ones."""
-        conditions, digits = wanted(self.reference, self.count)
+        """Return the share of digits that are read as requested, and the distance of all from real ones."""
+        conditions, digits = conditions_and_digits(self.reference, self.count)
         parts = []
         for start in range(0, self.count, 8):
             part = conditions[start : start + 8]
@@ -194,18 +194,18 @@ class Bench:
         call: float,
         worst: float,
         pictures: float,
-        drawn: tuple[float, float],
+        digits: tuple[float, float],
         size: int,
         speed: float,
         share: float,
     ) -> None:
         """Print a row and keep it."""
-        figures = [call, worst, pictures, *drawn, size / 1e6, speed, share]
+        figures = [call, worst, pictures, *digits, size / 1e6, speed, share]
         keys = ("sqnr", "worst", "pictures", "read", "frechet", "mb", "speed", "coverage")
         self.rows.append({"model": self.name, "recipe": label, **dict(zip(keys, figures, strict=True))})
         covered = f"{share:.0%}" if np.isfinite(share) else "-"
         print(
-            f"| {self.name} | {label} | {call:.1f} | {worst:.1f} | {pictures:.1f} | {drawn[0]:.1%} | {drawn[1]:.3f} | "
+            f"| {self.name} | {label} | {call:.1f} | {worst:.1f} | {pictures:.1f} | {digits[0]:.1%} | {digits[1]:.3f} | "
             f"{size / 1e6:.2f} | {speed:.2f}x | {covered} |",
             flush=True,
         )
@@ -215,7 +215,7 @@ def _environment(folder: Path, packages: list[str]) -> str:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        for package in packages:  # in order: the first may settle what the next would pull
+        for package in packages:  # in order: the first may fix the version of a dependency of the next
             subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
     return str(python)
 
@@ -223,7 +223,7 @@ def _environment(folder: Path, packages: list[str]) -> str:
 def _session(path: Path) -> Callable[[Any], Float32]:
     import onnxruntime
 
-    # ONNX Runtime 1.31 turns a quantized MatMul and its Add into a Gemm that it then refuses itself.
+    # ONNX Runtime 1.31 fuses a quantized MatMul and its Add into a Gemm that it then refuses.
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"])
     engine, fixed = OrtEngine(session), session.get_inputs()[0].shape[0]
 
@@ -245,7 +245,7 @@ def _openvino(path: Path) -> Callable[[Any], Float32]:
     network = openvino.Core().compile_model(path, "CPU")
 
     def call(feed: Any) -> Float32:
-        output: Float32 = np.array(network(dict(feed))[0])  # a view of memory that the next call writes to
+        output: Float32 = np.array(network(dict(feed))[0])  # the output is a view of memory that the next call overwrites
         return output
 
     return call
@@ -255,12 +255,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="words that a recipe's name must begin with")
     parser.add_argument("--models", nargs="*", default=["plain", "hard"], help="plain, hard, text, or folders")
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="all of them without a name")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="without a name: all of them")
     parser.add_argument("--peers-folder", type=Path, default=Path("peers"))
     parser.add_argument("--count", type=int, default=200, help="digits to draw for reading and distance")
-    parser.add_argument("--steps", type=int, default=25, help="of those digits")
+    parser.add_argument("--steps", type=int, default=25, help="sampler steps of those digits")
     parser.add_argument("--keep", type=Path, help="folder for a strip of twenty digits of every row")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
     reader = Reader.train()
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Reading drawn digits, and how far a set of drawings is from real ones."""
+"""Reads drawn digits, and measures the distance of a set of drawings from real ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def named_digit(prompt: str) -> int:
-    """The digit that a prompt or a class label names: 7 for "a handwritten seven", "the digit 7" and "7".
+    """Return the digit that a prompt or a class label names: 7 for "a handwritten seven", "the digit 7" and "7".
 
     Raises:
-        ValueError: it names none.
+        ValueError: the text names no digit.
     """
     for word in prompt.split():
         if word in NAMES:
@@ -32,10 +32,10 @@ def named_digit(prompt: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A support vector machine that reads, and a small network whose hidden layer gives features.
+    """A support vector machine that reads digits, and a small network whose hidden layer gives features.
 
     Args:
-        accuracy: of the machine on real digits that it was not trained on.
+        accuracy: share of real digits, not used in training, that the machine reads right.
         real: float64[N, 64], features of those digits.
     """
 
@@ -46,7 +46,7 @@ class Reader:
 
     @staticmethod
     def train() -> Reader:
-        """On three quarters of scikit-learn's 8x8 digits."""
+        """Train on three quarters of scikit-learn's 8x8 digits."""
         data = load_digits()
         train_x, test_x, train_y, test_y = train_test_split(
             data.data, data.target, test_size=0.25, random_state=0, stratify=data.target
@@ -58,20 +58,20 @@ class Reader:
         )
 
     def read(self, pictures: Float32) -> npt.NDArray[np.int64]:
-        """The digit on each picture float32[N, 1, 16, 16] in [-1, 1]."""
+        """Return the digit on each picture float32[N, 1, 16, 16] in [-1, 1]."""
         digits: npt.NDArray[np.int64] = self.machine.predict(_small(pictures))
         return digits
 
     def distance(self, pictures: Float32) -> float:
-        """Frechet distance of the pictures' features from the real digits': |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
+        """Return the Frechet distance of the pictures' features from the real digits': |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
         Source: FID (arXiv 1706.08500), on this network's features.
         """
-        drawn = _features(self.network, _small(pictures))
-        first, second = np.cov(self.real.T), np.cov(drawn.T)
-        values = np.linalg.eigvals(first @ second)  # those of the product of two covariances are real and not negative
+        features = _features(self.network, _small(pictures))
+        first, second = np.cov(self.real.T), np.cov(features.T)
+        values = np.linalg.eigvals(first @ second)  # real and not negative, for a product of two covariances
         root = np.sqrt(np.maximum(values.real, 0)).sum()
-        shift = np.square(self.real.mean(axis=0) - drawn.mean(axis=0)).sum()
+        shift = np.square(self.real.mean(axis=0) - features.mean(axis=0)).sum()
         return float(shift + np.trace(first) + np.trace(second) - 2 * root)
 
 

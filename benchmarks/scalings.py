@@ -1,9 +1,9 @@
-"""Accuracy of every equivalent scaling, static and per timestep of dit-digits and its hard copy: the table in docs/measured.md.
+"""Measures each equivalent scaling, static and per timestep, on dit-digits and its hard copy, for a table in docs/measured.md.
 
     pip install ".[cpu]" && python benchmarks/scalings.py
 
-Each cell is a whole export up to parity: the mean SQNR in dB of a network call of the real engine against PyTorch over
-one guided trajectory, and of ten pictures sampled from the same noise in brackets.
+Each cell is an export up to parity: the mean SQNR in dB of a network call of the real engine against PyTorch over one guided
+trajectory, and in brackets that of ten pictures from the same noise.
 """
 
 from __future__ import annotations

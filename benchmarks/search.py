@@ -1,10 +1,11 @@
-"""Our search against Q-DiT's, on dit-digits, at an equal number of evaluations and equal bytes: the table in docs/measured.md.
+"""Compares `dq-export search` with Q-DiT's search on dit-digits, for the table in docs/measured.md.
 
     pip install ".[cpu]" && python benchmarks/search.py [--evaluations 300] [--seeds 0 1]
 
-Q-DiT's own space is the group size of int4 weights and 8-bit activations of each linear, searched by evolution. Ours adds bits,
-granularity and leaving out, and descends by measured errors; evolution in our space stands between the two. All round weights to
-nearest and judge a mix by the error of sampled trajectories. dB are of trajectories of other noise and conditions.
+All searches have the same number of evaluations and the same limit of bytes. Q-DiT's space is the group size of int4 weights and
+8-bit activations of each linear, and it searches by evolution. Our space adds bits, granularity and exclusion, and our search
+descends by measured errors. Evolution in our space is a third row. All searches round weights to nearest, and judge a mix by
+the error of sampled trajectories. The dB are of trajectories with other noise and conditions.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="*", default=[3.6], help="MB of weights")
     options = parser.parse_args()
     print(
-        "| search | seed | at most MB | MB | dB | best of one choice everywhere at most so large |\n|---|---|---|---|---|---|",
+        "| search | seed | at most MB | MB | dB | best single choice within the size |\n|---|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
 """A real tritonserver on this machine, from the nvidia-pytriton wheel, for the tests and the benchmarks.
 
-Its backends are python and, in place of the C++ one that no wheel holds, a stand-in for onnxruntime. Set
-TRITON_BACKENDS to a folder with a real `onnxruntime` backend to run with that one.
+Its backends are python and a stand-in for onnxruntime, because no wheel has the C++ backend. Set TRITON_BACKENDS to a
+folder with a real `onnxruntime` backend to use that one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ STAND_INS = ROOT / "tests" / "serving" / "backends"
 REQUIREMENTS = ROOT / "tests" / "serving" / "requirements.txt"
 HOME = ROOT / ".serving"
 SECONDS = 60.0
-"""The longest that a start may take."""
+"""The longest time of a start."""
 
 
 def missing() -> str:
-    """Why no server can run here; empty where one can."""
+    """Return the reason why no server can run here; empty if one can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "nvidia-pytriton holds a tritonserver for Linux on x86-64 only"
+        return "nvidia-pytriton has a tritonserver only for Linux on x86-64"
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         return "that server's python backend needs numpy 1, which has no wheel for this Python"
     version = tuple(map(int, platform.libc_ver()[1].split(".")))
@@ -42,22 +42,22 @@ def missing() -> str:
 
 
 def prepare() -> Path:
-    """An environment with the server, and its backends side by side; made once, in `.serving`."""
-    wanted = f"{REQUIREMENTS.read_text()}\n{sys.version_info[:2]}"
+    """Install the server and its backends in an environment in `.serving`, once."""
+    contents = f"{REQUIREMENTS.read_text()}\n{sys.version_info[:2]}"
     mark = HOME / "made-of.txt"
     with filelock.FileLock(ROOT / ".serving.lock"):  # tests run in several processes
-        if not mark.exists() or mark.read_text() != wanted:
+        if not mark.exists() or mark.read_text() != contents:
             shutil.rmtree(HOME, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
             pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
-            mark.write_text(wanted)
+            mark.write_text(contents)
     return HOME
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server's addresses, and its process."""
+    """The addresses and the process of a running server."""
 
     http: str
     grpc: str
@@ -68,11 +68,11 @@ class Server:
 
 @contextmanager
 def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -> Iterator[Server]:
-    """A server over `repository`, on free ports of 127.0.0.1, ended afterwards.
+    """Run a server with a repository on free ports of 127.0.0.1, and stop it afterwards.
 
     Args:
-        folder: for its backends and its log.
-        wait: until it is `live`, or `ready`, with all its models.
+        folder: folder for its backends and its log.
+        wait: `live`, or `ready` to wait for all its models.
     """
     prepare()
     site = next((HOME / "venv" / "lib").glob("python3.*")) / "site-packages"
@@ -103,12 +103,12 @@ def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            for left in Path("/dev/shm").glob(f"dq{os.getpid()}_{http}*"):
-                left.unlink(missing_ok=True)
+            for path in Path("/dev/shm").glob(f"dq{os.getpid()}_{http}*"):
+                path.unlink(missing_ok=True)
 
 
 def _backends(site: Path, folder: Path) -> Path:
-    """The python backend with its stub beside it, and the stand-ins, or a real backend, for the others."""
+    """Copy the python backend with its stub, and the stand-ins or a real backend for the others."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(site / "pytriton" / "tritonserver" / "backends", folder)
     stubs = site / "pytriton" / "tritonserver" / "python_backend_stubs"

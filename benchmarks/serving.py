@@ -1,11 +1,11 @@
-"""Requests that share a denoiser's calls against one request at a time, on one real tritonserver.
+"""Compares shared calls of the denoiser with one request at a time, on one real tritonserver.
 
     python benchmarks/serving.py [--model pixart-digits] [--seconds 20] [--json FILE]
 
-Exports `dit-digits`, or the small model that draws prompts, starts a server with its repository and with the same pipeline
-holding one picture at a time, and asks both, in turn, for pictures of 10, 20, 30 and 50 steps: at saturation (32 clients that ask
-again at once), and as Poisson arrivals at half, and at nine tenths, of what one at a time did at saturation. Then 1,000 bad
-requests, with good ones meanwhile.
+Exports `dit-digits`, or the small model that draws prompts. Starts a server with its repository and with a copy of the pipeline
+that draws one picture at a time. Requests pictures of 10, 20, 30 and 50 steps from both in turn: at saturation (32 clients that
+send the next request at once), and as Poisson arrivals at 0.5 and 0.9 of the rate that one picture at a time reached. Then
+sends 1,000 bad requests beside good ones.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ CLIENTS = 32
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = ("dit-digits", "pixart-digits")
 SINGLE = {1: "one-at-a-time", 2: "one-at-a-time-guided"}
-"""By rows of a picture, the model that holds one at a time."""
+"""The model that draws one picture at a time, by the rows of a picture."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """One load on one model: requests and pictures' steps a second, seconds of a request, rows of a denoiser call."""
+class Load:
+    """One load on one model: requests per second, seconds of a request, and mean rows of a denoiser call."""
 
     model: str
     load: str
@@ -52,12 +52,12 @@ class Taken:
 
 
 def digit(network: str, number: int) -> dict[str, Any]:
-    """What a request asks for a picture of a digit with."""
+    """Return the inputs that ask for a picture of a digit."""
     return {"prompt": [f"a {DIGITS[number % 10]}"]} if network == "pixart-digits" else {"class_labels": [number % 10]}
 
 
-class Asker:
-    """Sends requests and keeps how long each took."""
+class Clients:
+    """Sends requests, and keeps the seconds of each."""
 
     def __init__(self, address: str, guidance: float, network: str) -> None:
         import tritonclient.grpc as grpc
@@ -67,11 +67,11 @@ class Asker:
         self.answers: queue.Queue[tuple[float, Any]] = queue.Queue()
 
     def ask(self, model: str, index: int) -> None:
-        """Send one request; its answer goes to `answers`."""
+        """Send one request. Its answer is put into `answers`."""
         start = time.monotonic()
         steps = STEPS[index % len(STEPS)]
-        asked = digit(self.network, index)
-        inputs = tensors(**asked, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
+        condition = digit(self.network, index)
+        inputs = tensors(**condition, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
             if error:
@@ -81,28 +81,28 @@ class Asker:
         self.client.async_infer(model, inputs, answer, outputs=[self.grpc.InferRequestedOutput("images")])
 
     def rows(self) -> tuple[int, int]:
-        """Rows and calls of the denoiser so far."""
+        """Return the denoiser's numbers of rows and of calls."""
         (stats,) = self.client.get_inference_statistics("denoiser").model_stats
         return stats.inference_count, stats.execution_count
 
-    def saturate(self, model: str, seconds: float) -> Taken:
-        """CLIENTS that ask again as soon as they are answered."""
+    def saturate(self, model: str, seconds: float) -> Load:
+        """Load a model with CLIENTS clients that send the next request after each answer."""
         before, start, index = self.rows(), time.monotonic(), 0
-        taken: list[float] = []
+        seconds_of: list[float] = []
         for _ in range(CLIENTS):
             self.ask(model, index)
             index += 1
         while time.monotonic() - start < seconds:
-            taken.append(self.answers.get(timeout=120)[0])
+            seconds_of.append(self.answers.get(timeout=120)[0])
             self.ask(model, index)
             index += 1
-        rate = len(taken) / (time.monotonic() - start)
+        rate = len(seconds_of) / (time.monotonic() - start)
         for _ in range(CLIENTS):
             self.answers.get(timeout=120)
-        return self._taken(model, f"{CLIENTS} clients", rate, taken, before)
+        return self._load(model, f"{CLIENTS} clients", rate, seconds_of, before)
 
-    def arrive(self, model: str, seconds: float, rate: float) -> Taken:
-        """Poisson arrivals of `rate` a second, the same moments for every model."""
+    def arrive(self, model: str, seconds: float, rate: float) -> Load:
+        """Load a model with Poisson arrivals of `rate` per second, at the same moments for every model."""
         before, moments, index = self.rows(), random.Random(1), 0
         start = due = time.monotonic()
         while due - start < seconds:
@@ -110,17 +110,17 @@ class Asker:
             self.ask(model, index)
             index += 1
             due += moments.expovariate(rate)
-        taken = [self.answers.get(timeout=120)[0] for _ in range(index)]
-        return self._taken(model, f"{rate:.1f} a second", index / (time.monotonic() - start), taken, before)
+        seconds_of = [self.answers.get(timeout=120)[0] for _ in range(index)]
+        return self._load(model, f"{rate:.1f} a second", index / (time.monotonic() - start), seconds_of, before)
 
-    def _taken(self, model: str, load: str, rate: float, taken: list[float], before: tuple[int, int]) -> Taken:
+    def _load(self, model: str, load: str, rate: float, seconds_of: list[float], before: tuple[int, int]) -> Load:
         rows, calls = (b - a for a, b in zip(before, self.rows(), strict=True))
-        ordered = sorted(taken)
-        return Taken(model, load, rate, statistics.median(ordered), ordered[int(0.95 * len(ordered))], rows / calls)
+        ordered = sorted(seconds_of)
+        return Load(model, load, rate, statistics.median(ordered), ordered[int(0.95 * len(ordered))], rows / calls)
 
 
 def single(repository: Path, rows: int) -> None:
-    """Add a pipeline that has room for one picture of so many rows, and makes one call after the other."""
+    """Add a copy of the pipeline that draws one picture of `rows` rows at a time, with one call after the other."""
     name = SINGLE[rows]
     shutil.copytree(repository / "pipeline", repository / name)
     path = repository / name / "config.pbtxt"
@@ -134,17 +134,17 @@ def single(repository: Path, rows: int) -> None:
 
 
 def bad_requests(running: server.Server, count: int, network: str) -> tuple[float, float]:
-    """MB of the server's processes before and after; each request must fail, and good ones go on meanwhile."""
+    """Send bad requests, which must fail, beside good ones. Return the memory of the server before and after in MB."""
     import tritonclient.grpc as grpc
     from tritonclient.utils import InferenceServerException
 
     client = grpc.InferenceServerClient(running.grpc)
-    one = digit(network, 1)
-    (key,) = one
+    condition = digit(network, 1)
+    (key,) = condition
     bad: tuple[dict[str, Any], ...] = (
-        {"class_labels": [10]}, {"prompt": ["a " * 300]}, {"prompt": [b"\xff"]}, {key: one[key] * 9}, {**one, "scheduler": b"x"},
-        {**one, "num_inference_steps": 0}, {**one, "num_inference_steps": 100_000},
-        {**one, "latents": np.full((1, 1, 16, 16), np.nan)},
+        {"class_labels": [10]}, {"prompt": ["a " * 300]}, {"prompt": [b"\xff"]}, {key: condition[key] * 9},
+        {**condition, "scheduler": b"x"}, {**condition, "num_inference_steps": 0}, {**condition, "num_inference_steps": 100_000},
+        {**condition, "latents": np.full((1, 1, 16, 16), np.nan)},
     )  # fmt: skip
     stop, good = threading.Event(), []
 
@@ -201,12 +201,12 @@ def main() -> None:
         )
 
 
-def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Taken]]:
-    """All loads with one guidance scale, models in turn; prints the rows of the median rounds."""
-    asker, measured, seconds = Asker(running.grpc, guidance, options.model), [], options.seconds
+def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Load]]:
+    """Run all loads with one guidance scale, models in turn, and print the rows of the median rounds."""
+    asker, measured, seconds = Clients(running.grpc, guidance, options.model), [], options.seconds
     asker.saturate("pipeline", 2.0)
     alone = SINGLE[2 if guidance > 1 else 1]
-    full: dict[str, list[Taken]] = {model: [] for model in (alone, "pipeline")}
+    full: dict[str, list[Load]] = {model: [] for model in (alone, "pipeline")}
     for _ in range(options.rounds):
         for model, rows in full.items():
             rows.append(asker.saturate(model, seconds))
@@ -218,8 +218,9 @@ def loads(running: server.Server, guidance: float, options: argparse.Namespace) 
     print("| load | model | requests a second | median s | 95 % s | rows of a call |\n|---|---|---|---|---|---|")
     for row in measured:
         print(f"| {row.load} | {row.model} | {row.requests:.1f} | {row.median:.2f} | {row.p95:.2f} | {row.rows:.1f} |")
-    one, many = middle[alone], middle["pipeline"]
-    print(f"at saturation {many.requests / one.requests:.2f} times the requests, {one.median / many.median:.2f} times as soon")
+    single_load, shared = middle[alone], middle["pipeline"]
+    rate, speed = shared.requests / single_load.requests, single_load.median / shared.median
+    print(f"at saturation {rate:.2f} times the requests, {speed:.2f} times as soon")
     return [(guidance, row) for row in measured]
 
 

@@ -1,4 +1,4 @@
-"""Requests to a server, and what its processes take."""
+"""Sends requests to a server, and measures the memory of its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: dict[str, tuple[str, Any]] = {
 
 
 def tensors(**inputs: Any) -> list[Any]:
-    """grpc inputs of a request: of one value a row for each of its pictures, of n values a row each, arrays as they are."""
+    """Return a request's grpc inputs. One value becomes a row for each picture, n values become n rows, arrays stay."""
     import tritonclient.grpc as grpc
 
     inputs_of_request, rows = [], _pictures(inputs)
@@ -33,18 +33,18 @@ def tensors(**inputs: Any) -> list[Any]:
 
 
 def _pictures(inputs: dict[str, Any]) -> int:
-    asked = (inputs[name] for name in ("class_labels", "prompt", "prompt_embeds") if name in inputs)
-    return int(np.atleast_1d(next(asked, 0)).shape[0])
+    conditions = (inputs[name] for name in ("class_labels", "prompt", "prompt_embeds") if name in inputs)
+    return int(np.atleast_1d(next(conditions, 0)).shape[0])
 
 
 def ask(client: Any, model: str = "pipeline", **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """A request's outputs by name."""
+    """Send a request, and return its outputs by name."""
     result = client.infer(model, tensors(**inputs))
     return {item.name: result.as_numpy(item.name) for item in result.get_response().outputs}
 
 
 def memory(process: int) -> float:
-    """MB of a process and its children in memory."""
+    """Return the memory of a process and its children in MB."""
     total = 0.0
     for path in Path("/proc").glob("[0-9]*/status"):
         try:

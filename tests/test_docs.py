@@ -79,7 +79,7 @@ def test_the_python_examples_compile_and_name_what_exists(path: Path) -> None:
 
 def test_the_tables_of_what_was_measured_are_those_of_the_result_files() -> None:
     text = page("measured")
-    assert measured.written(text) == text, "stale: run python benchmarks/measured.py"
+    assert measured.updated(text) == text, "stale: run python benchmarks/measured.py"
     assert sorted(measured.tables_of(text)) == sorted(path.stem for path in measured.RESULTS.glob("*.json"))
     assert "|---" not in measured.BLOCK.sub("", text), "a table without a result file"
 

@@ -158,7 +158,7 @@ FAILED = {"outcome": "failed", "status": 4, "reasons": ["engine: 3.0 dB at times
         (lambda out: edited(out, lambda report: report["verdict"].update(UNFINISHED)),
          "its engine is not built yet; run `dq-export finish {out}` where its GPU is"),
         (lambda out: edited(out, lambda report: report["verdict"].update(FAILED)),
-         "the export did not pass (engine: 3.0 dB at timestep 1, required 20.0 dB); `dq-export explain {out}` says"),
+         "the export did not pass (engine: 3.0 dB at timestep 1, required 20.0 dB); `dq-export explain {out}` shows"),
         (lambda out: (out / "engine" / "link").symlink_to("/etc/passwd"), "links inside an output folder are not followed"),
     ],
     ids=["no folder", "no report", "no verdict", "no engine", "failed", "link"],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from folds import CASES, Found, measure
+from folds import CASES, Folds, measure
 
 FREE, VECTOR, TOKEN = "free", "vector", "token"
 
 
-def checked(name: str) -> Found:
+def checked(name: str) -> Folds:
     """What is found; folding random scalings and shifts everywhere changes the float output by its rounding alone."""
     result = measure(CASES[name])
     assert 0 < result.change < 1e-5

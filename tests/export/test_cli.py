@@ -235,9 +235,7 @@ def interrupt(words: list[str | Path], stage: str, number: signal.Signals) -> tu
 EVERY = (("load", "float", "calibrate", "build"), ("float", "calibrate", "reference", "quantize", "build", "verify"))
 
 
-@pytest.mark.parametrize(
-    ("interrupted", "killed"), [(("calibrate",), ("float", "calibrate")), pytest.param(*EVERY, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("interrupted", "killed"), [(("float",), ("calibrate",)), pytest.param(*EVERY, marks=pytest.mark.slow)])
 def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
     interrupted: tuple[str, ...], killed: tuple[str, ...], tiny_folder: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +256,8 @@ def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
     assert not (tmp_path / "out" / ".partial").exists()
 
 
-@pytest.mark.parametrize("limit", [pytest.param(100_000, marks=pytest.mark.slow), 285_000], ids=["in-float", "in-the-graph"])
+@pytest.mark.slow  # of another stage than tests/export/test_robustness.py, which fills a real file system
+@pytest.mark.parametrize("limit", [100_000, 285_000], ids=["in-float", "in-the-graph"])
 def test_no_space_left_is_said_and_loses_nothing(limit: int, tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for a full disk: the same error class from the same write calls."""
     words = export(tiny_folder, tmp_path / "out")

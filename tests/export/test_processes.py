@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 
@@ -40,10 +41,17 @@ SLOW = (("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8"))
 @pytest.mark.parametrize("more", [("--method", "minmax"), *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)])
 def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], tmp_path: Path) -> None:
     words = (*FEW, *more)  # three batches: one process samples two of them
-    finish(calibrate(tmp_path / "one", *words))
+    one = command_line.call("calibrate", "--model", "dit-digits", "-o", tmp_path / "one", *words)
+    assert one.returncode == 0, one.stderr
     finish(calibrate(tmp_path / "two", *words, processes=2))
     name = "calibration.safetensors"
     assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_keep_what_one_calibrated(tmp_path: Path) -> None:
+    words = (*FEW, "--method", "minmax")
+    finish(calibrate(tmp_path / "two", *words))
     output = finish(calibrate(tmp_path / "two", *words, processes=2))
     assert "calibrate done: 24 inputs" in output
     assert "kept from an earlier run" in output

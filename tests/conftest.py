@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the contract's second graph of a large network, of a timestep for each sample, as slow: engines' tests have it."""
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if params.get("case") in ("pixart", "sd3", "flux", "unet") and params.get("graph") is False:
+        if params.get("case") in ("pixart", "sd3", "flux", "flux2", "unet") and params.get("graph") is False:
             item.add_marker(pytest.mark.slow)
 
 

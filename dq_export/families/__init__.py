@@ -8,11 +8,12 @@ from .ddpm import DDPM_FAMILY
 from .dit import DIT
 from .family import Family
 from .flux import FLUX
+from .flux2 import FLUX2
 from .pixart import PIXART
 from .sd3 import SD3_FAMILY
 from .unet import UNET
 
-FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX, UNET, DDPM_FAMILY)
+FAMILIES: tuple[Family, ...] = (DIT, PIXART, SD3_FAMILY, FLUX, FLUX2, UNET, DDPM_FAMILY)
 
 
 def all_families() -> tuple[Family, ...]:

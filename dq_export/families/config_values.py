@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,6 +39,9 @@ class Values(BaseModel):
 
     buffers_stored: ClassVar[bool] = False
     """Whether the files contain everything that a network computes at its creation."""
+
+
+Found = TypeVar("Found", bound=Values)
 
 
 class VaeValues(Values):
@@ -172,8 +175,17 @@ def require_values(architecture: Any, values: type[Values], config: Mapping[str,
         ModelError: every key whose value is of another type or out of range, up to three of them.
     """
     taken = inspect.signature(architecture.__init__).parameters
+    values_of(values, {key: value for key, value in config.items() if key in taken}, path)
+
+
+def values_of(values: type[Found], config: Mapping[str, Any], path: Path) -> Found:
+    """The values of a configuration.
+
+    Raises:
+        ModelError: see `require_values`.
+    """
     try:
-        values.model_validate({key: value for key, value in config.items() if key in taken})
+        return values.model_validate(config)
     except ValidationError as error:
         problems = [_problem(item) for item in error.errors()[:3]]
         raise ModelError(f"{shown_path(path)}: {'; '.join(dict.fromkeys(problems))}; correct it, or download it again") from error

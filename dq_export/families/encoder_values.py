@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -62,9 +62,52 @@ class ClipValues(EncoderValues):
         return self
 
 
+class RotationValues(Values):
+    """Of `rope_parameters`."""
+
+    rope_theta: float = Field(default=10_000.0, ge=1, le=1e9)
+    rope_type: Literal["default"] = "default"
+
+
+class Qwen3Values(EncoderValues):
+    """Of `Qwen3Config`."""
+
+    hidden_size: int = Field(4096, ge=1, le=1 << 16)
+    intermediate_size: int = Field(22_016, ge=1, le=1 << 20)
+    num_hidden_layers: int = Field(32, ge=27, le=256)  # FLUX.2's pipeline reads what the 27th gives
+    num_attention_heads: int = Field(32, ge=1, le=4096)
+    num_key_value_heads: int = Field(32, ge=1, le=4096)
+    head_dim: int = Field(128, ge=2, le=1 << 16, multiple_of=2)
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: float = Field(1e-6, gt=0, le=1)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_sliding_window: Literal[False] = False
+    rope_scaling: None = Field(default=None, exclude=True)
+    rope_parameters: RotationValues = Field(default_factory=RotationValues)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parameters_of_rotations(cls, config: Any) -> Any:
+        """Older files have the base of the rotations alone."""
+        if isinstance(config, Mapping) and config.get("rope_parameters") is None and "rope_theta" in config:
+            return {**config, "rope_parameters": {"rope_theta": config["rope_theta"]}}
+        return config
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Qwen3Values:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads}: expected a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        return self
+
+
 ENCODERS: Mapping[str, type[EncoderValues]] = {
     "T5EncoderModel": T5Values,
     "CLIPTextModel": ClipValues,
     "CLIPTextModelWithProjection": ClipValues,
+    "Qwen3ForCausalLM": Qwen3Values,
 }
 """By class of transformers."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dq_export.core.network import BATCH, Axis, Conditions, Input, axes_of
 
+from .config_values import Values
 from .embeddings import settle_rotations, settle_timesteps
 from .family import Family, Pictures
 from .flux_values import FluxValues
@@ -42,8 +43,8 @@ class Flux(Family):
 
     name = "flux"
     architectures = ("FluxTransformer2DModel",)
-    values = FluxValues
-    encoders = PARTS
+    values: type[Values] = FluxValues
+    encoders: tuple[str, ...] = PARTS
     prompt_tokens = {PIPELINE: TOKENS}  # noqa: RUF012
     blocks = ("transformer_blocks", "single_transformer_blocks")
     prediction = FLOW
@@ -87,7 +88,7 @@ class Flux(Family):
             return scheduler
         least, most = settings["base_image_seq_len"], settings["max_image_seq_len"]
         slope = (settings["max_shift"] - settings["base_shift"]) / (most - least)
-        shift = settings["base_shift"] + slope * (_tokens(inputs) - least)
+        shift = settings["base_shift"] + slope * (tokens_of(inputs) - least)
         return type(scheduler).from_config({**scheduler.config, "base_shift": shift, "max_shift": shift})
 
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
@@ -123,7 +124,7 @@ class Flux(Family):
         )
 
 
-def _tokens(inputs: Sequence[Input]) -> int:
+def tokens_of(inputs: Sequence[Input]) -> int:
     """Of a picture."""
     return next(axis.size for axis in axes_of(inputs) if axis.name == "tokens")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,16 +26,21 @@ class FluxValues(Values):
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> FluxValues:
-        axes = self.axes_dims_rope
-        if any(size < 2 or size % 2 for size in axes) or sum(axes) != self.attention_head_dim:
-            raise ValueError(
-                f"axes_dims_rope {axes}: expected even numbers whose sum is attention_head_dim {self.attention_head_dim}"
-            )
-        if self.in_channels % 4:
-            raise ValueError(f"in_channels {self.in_channels}: expected a multiple of 4, the latents of a patch of 2 by 2")
-        if self.out_channels not in (None, self.in_channels):
-            raise ValueError(
-                f"out_channels {self.out_channels}: expected in_channels {self.in_channels}; networks that also read a mask or "
-                "another picture are not supported"
-            )
+        require_packed(self)
         return self
+
+
+def require_packed(values: Any) -> None:
+    """Raise ValueError unless rotations fit the heads of a FLUX, and its output the patches that it reads."""
+    axes = values.axes_dims_rope
+    if any(size < 2 or size % 2 for size in axes) or sum(axes) != values.attention_head_dim:
+        raise ValueError(
+            f"axes_dims_rope {axes}: expected even numbers whose sum is attention_head_dim {values.attention_head_dim}"
+        )
+    if values.in_channels % 4:
+        raise ValueError(f"in_channels {values.in_channels}: expected a multiple of 4, the latents of a patch of 2 by 2")
+    if values.out_channels not in (None, values.in_channels):
+        raise ValueError(
+            f"out_channels {values.out_channels}: expected in_channels {values.in_channels}; networks that also read a mask or "
+            "another picture are not supported"
+        )

@@ -33,6 +33,7 @@ NAMED: dict[str, tuple[str, float]] = {
     "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", 3.5),
     "flux-dev": ("black-forest-labs/FLUX.1-dev", 3.5),
     "flux-schnell": ("black-forest-labs/FLUX.1-schnell", 1.0),
+    "flux2-klein": ("black-forest-labs/FLUX.2-klein-4B", 1.0),
     "sd1.5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 7.5),
     "sd2.1": ("stabilityai/stable-diffusion-2-1", 7.5),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 5.0),

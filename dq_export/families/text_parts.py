@@ -11,7 +11,7 @@ from typing import Any
 from dq_export.core.documents import DocumentError, read_json, shown, shown_path
 
 from .checkpoint import CONFIG, INDEX, Checkpoint
-from .config_values import reason_of, refused, require_values
+from .config_values import reason_of, refused, values_of
 from .encoder_values import ENCODERS, EncoderValues
 from .family import Family
 from .loading import read_config, silenced
@@ -20,15 +20,16 @@ from .reference import ModelError
 VOCABULARIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "T5": (("tokenizer.json",), ("spiece.model",)),
     "CLIP": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "Qwen2": (("tokenizer.json",), ("vocab.json", "merges.txt")),
 }
 """For the beginning of a tokenizer's class, the alternative files that it needs; without any of them transformers would create
 an empty tokenizer."""
 TOKENIZER_BYTES = 64 << 20
-"""The greatest size of a tokenizer's file in bytes; the largest of T5 has 2.4 million."""
+"""The greatest size of a tokenizer's file in bytes; the largest of T5 has 2.4 million, Qwen's 11 million."""
 INSTEAD = "or pass --conditions FILE with prompts that are encoded already"
 
 
-TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZERS = tuple(f"{name}Tokenizer{form}" for name in VOCABULARIES for form in ("", "Fast"))
 """Classes of transformers that a checkpoint may name."""
 
 
@@ -54,14 +55,12 @@ class Part:
         Raises:
             ModelError: a value is missing, of another type or out of range.
         """
-        import transformers
-
         path = self.folder / CONFIG
         config = read_config(path)
-        require_values(getattr(transformers, self.kind).config_class, ENCODERS[self.kind], config, path)
+        values = values_of(ENCODERS[self.kind], config, path)
         if config.get("quantization_config"):
             raise ModelError(f"{shown_path(path)}: quantized already (quantization_config); a float encoder is needed, {INSTEAD}")
-        return ENCODERS[self.kind].model_validate(config)
+        return values
 
     def tokenizer(self) -> Any:
         """The tokenizer.

@@ -13,6 +13,7 @@ import torch
 from conftest import save_tiny
 from ddpm import drawn_by_ddpm_pipeline, save_ddpm
 from flux import SIDE, drawn_by_flux_pipeline, save_flux
+from flux2 import drawn_by_flux2_pipeline, save_flux2
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
@@ -119,26 +120,33 @@ CASES = {
         draw=lambda *arguments: drawn_by_flux_pipeline(*arguments, SEED),
         size=SIDE,
     ),
-    "unet": Case(
+    "flux2": Case(
         family=FAMILIES[4],
+        save=save_flux2,
+        changes={"eps": 1e-4},
+        draw=lambda *arguments: drawn_by_flux2_pipeline(*arguments, SEED),
+        size=SIDE,
+    ),
+    "unet": Case(
+        family=FAMILIES[5],
         save=save_unet,
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),
     "unet-xl": Case(
-        family=FAMILIES[4],
+        family=FAMILIES[5],
         save=lambda folder: save_unet(folder, **XL),
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),
     "unet-lcm": Case(
-        family=FAMILIES[4],
+        family=FAMILIES[5],
         save=save_lcm,
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),
     "ddpm": Case(
-        family=FAMILIES[5],
+        family=FAMILIES[6],
         save=save_ddpm,
         changes={"norm_eps": 1e-4},
         draw=lambda folder, reference, chosen, guidance: drawn_by_ddpm_pipeline(folder, reference, None, SEED),

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import flux
+import flux2
 import pixart
 import pytest
 import sd3
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_export.families.config_values import require_values
+from dq_export.families.flux2_values import Flux2Values
 from dq_export.families.flux_values import FluxValues
 from dq_export.families.pixart_values import PixArtValues
 from dq_export.families.reference import ModelError
@@ -27,6 +29,7 @@ NETWORKS = {
     "PixArtTransformer2DModel": (PixArtValues, pixart.TINY),
     "SD3Transformer2DModel": (SD3Values, sd3.TINY),
     "FluxTransformer2DModel": (FluxValues, flux.TINY),
+    "Flux2Transformer2DModel": (Flux2Values, flux2.TINY),
     "UNet2DConditionModel": (UNetValues, unet.TINY),
 }
 JSON = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text(max_size=3)

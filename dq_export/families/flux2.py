@@ -1,0 +1,140 @@
+"""Family `flux2`: text to image with diffusers `Flux2Transformer2DModel`: FLUX.2 dev and klein, of any size."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from dq_export.core.network import BATCH, Axis, Conditions, Input
+
+from .family import Pictures
+from .flux import LONGEST, PIXELS, SCHEDULER, SIDE, Flux, tokens_of
+from .flux2_values import Flux2Values
+from .pipelines import pipeline_of
+from .reference import Float32
+from .stand_in import StandIn
+
+DEV, KLEIN = "Flux2Pipeline", "Flux2KleinPipeline"
+TOKENS = 512
+"""That both pipelines fill every text up to."""
+AXES = 4
+"""Of a position: picture, row, column, place in the text."""
+STATES = "encoder_hidden_states"
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""Klein's prompt. Source: the chat template of Qwen3 without thinking, which is a program, and a checkpoint's is not run."""
+
+
+class Flux2(Flux):
+    """Data, and diffusers' own pipelines for prompts and sampling. What is not here is FLUX.1's."""
+
+    name = "flux2"
+    architectures = ("Flux2Transformer2DModel",)
+    values = Flux2Values
+    encoders = ("tokenizer", "text_encoder")
+    prompt_tokens = {DEV: TOKENS, KLEIN: TOKENS}  # noqa: RUF012
+    default_guidance = 4.0  # dev's pipeline's
+
+    def scheduler_of(self, config: Any) -> Mapping[str, Any]:
+        """See `Family.scheduler_of`."""
+        return SCHEDULER
+
+    def inputs(self, model: Any) -> tuple[Input, ...]:
+        """See `Family.inputs`. The pipelines send positions for every picture, and the network reads those of the first."""
+        config = model.config
+        tokens, length = Axis("tokens", (SIDE // PIXELS) ** 2, (LONGEST // PIXELS) ** 2), Axis("length", TOKENS)
+        guidance = Input(name="guidance", role="setting", dtype="float32")
+        return (
+            Input(name="hidden_states", role="state", dtype="float32", shape=(BATCH, tokens, config.in_channels)),
+            Input(name="timestep", role="timestep", dtype="float32"),
+            Input(name=STATES, role="condition", dtype="float32", shape=(BATCH, length, config.joint_attention_dim)),
+            Input(name="img_ids", role="setting", dtype="float32", shape=(BATCH, tokens, AXES)),
+            Input(name="txt_ids", role="setting", dtype="float32", shape=(BATCH, length, AXES)),
+            *([guidance] if config.guidance_embeds else []),
+        )
+
+    def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
+        """See `Family.scheduler_at`. The pipelines' shift follows the number of tokens and of steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        if not scheduler.config.use_dynamic_shifting:
+            return scheduler
+        fixed, tokens = copy.deepcopy(scheduler), tokens_of(inputs)
+        own = fixed.set_timesteps
+
+        @functools.wraps(own)  # the pipelines look at its arguments
+        def set_timesteps(*args: Any, sigmas: Any, mu: float, **options: Any) -> None:
+            own(*args, sigmas=sigmas, mu=compute_empirical_mu(tokens, len(sigmas)), **options)
+
+        fixed.set_timesteps = set_timesteps
+        return fixed
+
+    def written(self, prompt: str) -> str:
+        """See `Family.written`."""
+        return CHAT.format(prompt)
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """See `Family.encode`. Klein's; there is no null."""
+        import torch
+
+        tokenizer, encoder = _Chat(parts["tokenizer"], self), parts["text_encoder"]
+        encoder.lm_head = torch.nn.Identity()  # logits of all words take gigabytes, and no one reads them
+        whole = pipeline_of(KLEIN, tokenizer=tokenizer, text_encoder=encoder, transformer=None, scheduler=None)
+        text, _ = whole.encode_prompt(list(prompts), max_sequence_length=TOKENS)
+        return Conditions(names=tuple(prompts), arrays={STATES: text.float().cpu().numpy()}, null={})
+
+    def largest_activation(self, model: Any) -> int:
+        """What a block's first linear gives: query, key, value, and both halves of the MLP's inner activation."""
+        return int((SIDE // PIXELS) ** 2 * (3 + 2 * model.config.mlp_ratio) * model.inner_dim)
+
+    def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
+        """See `Family.draw`. The pipelines take latents as pictures, and klein's gives them so, and in the VAE's scaling."""
+        import torch
+
+        height, width = pictures.size or (SIDE, SIDE)
+        kind, scale = (DEV, guidance) if network.config["guidance_embeds"] else (KLEIN, 1.0)
+        parts = {"tokenizer": None, "text_encoder": None, "transformer": network, "scheduler": scheduler}
+        pipeline = pipeline_of(kind, **parts)
+        pipeline.vae = _unscaled(pictures.noise.shape[-1])
+        noise = torch.from_numpy(pictures.noise).transpose(1, 2)
+        drawn = pipeline(
+            latents=noise.unflatten(2, (height // PIXELS, width // PIXELS)),
+            prompt_embeds=torch.from_numpy(pictures.conditions[STATES]),
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            height=height,
+            width=width,
+            output_type="latent",
+        ).images
+        packed = drawn if kind == DEV else pipeline._pack_latents(pipeline._patchify_latents(drawn))
+        latents: Float32 = packed.numpy()
+        return latents
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """In the place of klein's tokenizer: writes prompts without the checkpoint's chat template."""
+
+    tokenizer: Any
+    family: Flux2
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """The text of a prompt."""
+        return self.family.written(messages[0]["content"])
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+
+def _unscaled(channels: int) -> Any:
+    """In the place of a VAE: its statistics of latents change nothing."""
+    import torch
+
+    statistics = SimpleNamespace(running_mean=torch.zeros(channels), running_var=torch.ones(channels))
+    return SimpleNamespace(bn=statistics, config=SimpleNamespace(batch_norm_eps=0.0))
+
+
+FLUX2 = Flux2()

@@ -26,7 +26,7 @@ from .sizes import plan_shapes, require_sizes
 from .stages.appearance import require_appearance
 from .stages.layout import layout_timesteps, require_layout
 from .stages.stage import Prepared, Stage
-from .stages.triton import TRITON, require_served
+from .stages.triton import TRITON, require_encoder_bits, require_served
 from .stages.verify import VERIFY
 
 
@@ -76,6 +76,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     from .families.text_encoders import encoder_bytes, require_prompts
 
     recipe, source = pin(settle_metrics(settle_tables(recipe)).settled())
+    require_encoder_bits(recipe, source.family)
     encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
     names = tuple(stage.name for stage in stages)
     memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)

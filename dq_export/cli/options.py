@@ -20,7 +20,7 @@ GROUPS = {
     "Model": ("model", "revision", "variant", "lora", "prompts", "conditions"),
     "Engine": (
         "format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes", "timesteps", "triton",
-        "layout",
+        "text_encoder_bits", "layout",
     ),
     "Quantization": ("bits", "granularity", "group_size", "channel_bits", "attention", "rounding", "bias_correction"),
     "Calibration": (
@@ -120,9 +120,11 @@ def _kind(field: FieldInfo) -> tuple[type, tuple[str, ...]]:
     if open_ended:
         return str, open_ended.words()
     parts = [part for part in (get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)) if part is not NONE]
-    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
     kinds = [part for part in parts if part in (bool, int, float)]
-    return (kinds[0] if kinds and not words else str), words
+    if words and all(isinstance(word, int) for word in words):
+        return int, tuple(map(str, words))
+    return (kinds[0] if kinds and not words else str), tuple(words)
 
 
 def _text(field: FieldInfo, words: tuple[str, ...]) -> str:

@@ -209,6 +209,8 @@ def _measured_rows(report: Report) -> list[tuple[str, str]]:
         size = report.size
         ratio = size.float_bytes / size.engine_bytes
         rows.append(("size", f"{size.float_bytes / 1e6:.1f} -> {size.engine_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)"))
+    if report.text_encoder:
+        rows.append(("text encoder", str(report.text_encoder)))
     if report.latency:
         speed = report.latency
         times = f"float {speed.float_ms:.2f} ms, engine {speed.engine_ms:.2f} ms: {speed.ratio:.2f}x"

@@ -124,6 +124,9 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and conditions")
     timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
     triton: bool = Field(False, description="also write a Triton model repository")
+    text_encoder_bits: Literal[8] | None = Field(
+        default=None, description="for triton: of the text encoders' weights, in blocks: 8; null: float"
+    )
     layout: Literal["plain", "diffusers"] = Field(
         "plain", description="diffusers: also write the folder that optimum's ORTDiffusionPipeline loads"
     )

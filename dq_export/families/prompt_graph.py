@@ -13,18 +13,20 @@ from dq_export.core.documents import shown_path
 from dq_export.deploy.triton.serving.call import suffix
 
 from .checkpoint import Checkpoint
+from .encoder_codes import quantize_encoder
 from .encoder_graph import float_encoder
 from .family import Family
 from .float_graph import exporting, trace
 from .loading import silent as quiet_diffusers
+from .reference import PromptGraph
 from .text_parts import Part, other, parts_of, silent
 
 GRAPH = "model.onnx"
 
 
 def export_encoders(
-    family: Family, checkpoint: Checkpoint, config: Any, conditions: Sequence[str], folder: Path
-) -> tuple[str, ...]:
+    family: Family, checkpoint: Checkpoint, config: Any, conditions: Sequence[str], folder: Path, bits: int | None
+) -> PromptGraph:
     """Write `input_ids` and `attention_mask` int64[1, L] of each tokenizer -> the conditions of one prompt, float32.
 
     The inputs of the second tokenizer end with `_2`, those of the third with `_3`. Beside the graph lies a file of the package
@@ -33,9 +35,7 @@ def export_encoders(
     Args:
         config: of the network, as diffusers has it.
         conditions: names of the network's inputs, in the graph's order of outputs.
-
-    Returns:
-        The names of the tokenizers' files.
+        bits: of the weights of linears: 8, see `quantize_encoder`; None: float32.
 
     Raises:
         ModelError: a part is missing or damaged, there is no room for float32, or PyTorch's exporter makes no graph of it.
@@ -50,8 +50,20 @@ def export_encoders(
     network = _wrapped(family, checkpoint.pipeline, loaded, tokenizers, config, conditions)
     with exporting(f"the text encoders of {shown_path(checkpoint.home)}"):
         graph = _traced(network, lengths, conditions)
+    float_bytes = _bytes(graph)
+    if bits is not None:
+        quantize_encoder(graph)
     ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data", size_threshold_bytes=1024)
-    return tuple(f"{name}.json" for name in tokenizers)
+    return PromptGraph(
+        path=folder / GRAPH,
+        tokenizers=tuple(f"{name}.json" for name in tokenizers),
+        float_bytes=float_bytes,
+        stored_bytes=_bytes(graph),
+    )
+
+
+def _bytes(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _save_tokenizer(part: Part, encoder: Part, most: int, path: Path) -> int:
@@ -89,8 +101,8 @@ def _wrapped(
     class Encoders(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            for name, encoder in encoders.items():
-                self.add_module(name, encoder)
+            # Names of modules in a graph begin after the first part, and two encoders have modules of one name.
+            self.encoders = torch.nn.ModuleDict(encoders)
 
         def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             pairs = zip(values[::2], values[1::2], strict=True)

@@ -39,6 +39,22 @@ class Samplers:
     refused: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptGraph:
+    """What `export_encoders` wrote.
+
+    Args:
+        path: of the graph; its weights and the tokenizers lie beside it.
+        tokenizers: names of the tokenizers' files.
+        float_bytes, stored_bytes: of all tensors of the graph: in float32, and as it stores them.
+    """
+
+    path: Path
+    tokenizers: tuple[str, ...]
+    float_bytes: int
+    stored_bytes: int
+
+
 class Reference(Denoiser, Protocol):
     """The float PyTorch network of a checkpoint with its sampler. Every later stage is compared with it.
 
@@ -122,9 +138,11 @@ class Reference(Denoiser, Protocol):
     def lowercase(self) -> bool:
         """Whether prompts are written in lower case; see `Family.lowercase`."""
 
-    def export_encoders(self, folder: Path) -> tuple[str, ...]:
-        """Write what encodes prompts as one ONNX graph, and its tokenizers, whose files' names are returned; none where the
-        network draws no prompts.
+    def export_encoders(self, folder: Path, bits: int | None = None) -> PromptGraph | None:
+        """Write what encodes prompts as one ONNX graph, and its tokenizers; None where the network draws no prompts.
+
+        Args:
+            bits: of the weights of its linears: 8, in blocks; None: float32.
 
         Raises:
             ModelError: see `encode`.

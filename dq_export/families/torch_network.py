@@ -27,7 +27,7 @@ from .loading import load_weights, make_empty
 from .lora import Adapter, fuse
 from .picture_size import inputs_at
 from .prompt_graph import export_encoders
-from .reference import Float32, ModelError, Network, Samplers
+from .reference import Float32, ModelError, Network, PromptGraph, Samplers
 from .sampler_tables import tabulate
 from .sampling import Rehearsal, load_scheduler, noise_of
 from .stand_in import StandIn
@@ -199,11 +199,11 @@ class TorchNetwork:
     def lowercase(self) -> bool:
         return self.family.lowercase
 
-    def export_encoders(self, folder: Path) -> tuple[str, ...]:
+    def export_encoders(self, folder: Path, bits: int | None = None) -> PromptGraph | None:
         if not self.family.encoders:
-            return ()
+            return None
         names = [item.name for item in self.inputs if item.role == "condition"]
-        return export_encoders(self.family, self.checkpoint, self.config, names, folder)
+        return export_encoders(self.family, self.checkpoint, self.config, names, folder, bits)
 
     def forward(self, feed: Feed) -> Float32:
         return np.concatenate([call(self.model, self.inputs, part) for part in self.parts(feed)])

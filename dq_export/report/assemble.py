@@ -15,6 +15,7 @@ from ..stages.distill import DISTILL
 from ..stages.quantize import QUANTIZE
 from ..stages.recording import drawn_conditions
 from ..stages.stage import Context
+from ..stages.triton import TRITON
 from ..stages.verify import VERIFY
 from .report import LinearReport, Report
 from .verdict import concluded
@@ -34,8 +35,8 @@ def assemble(context: Context, command: str = "") -> Report:
     """
     recipe, reference, backend, results = context.recipe, context.reference, context.backend, context.results
     calibrated = results.get(DISTILL) or results.get(CALIBRATE) or Calibrated()
-    quantized, audited, verified, benched = (
-        results.get(QUANTIZE), results.get(AUDIT), results.get(VERIFY), results.get(BENCH),
+    quantized, audited, verified, served, benched = (
+        results.get(QUANTIZE), results.get(AUDIT), results.get(VERIFY), results.get(TRITON), results.get(BENCH),
     )  # fmt: skip
     report = Report(
         model=recipe.model,
@@ -55,6 +56,7 @@ def assemble(context: Context, command: str = "") -> Report:
         linears=_linears(context, calibrated),
         passes=list(quantized.passes) if quantized else [],
         size=quantized.size if quantized else None,
+        text_encoder=served.text_encoder if served else None,
         audit=audited.audit if audited else None,
         parity=verified.parity if verified else None,
         drawn=[reference.conditions.names[index] for index in drawn_conditions(reference, recipe)] if verified else [],

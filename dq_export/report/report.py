@@ -100,6 +100,20 @@ class SizeReport(Part):
     engine_bytes: int = Field(gt=0, le=2**63)
 
 
+class EncoderReport(Part):
+    """The text encoders of a server, with weights of 8 bits."""
+
+    float_bytes: int = Field(gt=0, le=2**63, description="of all tensors of their graph in float32")
+    stored_bytes: int = Field(gt=0, le=2**63, description="as the graph stores them")
+    sqnr: float = Field(description="dB of the farthest prompt from what PyTorch's encoders make of it")
+    prompt: str = Field(description="that prompt; empty: the empty prompt, of guidance")
+
+    def __str__(self) -> str:
+        """In short, for a line of progress or a table."""
+        sizes = f"{self.float_bytes / 1e6:.1f} -> {self.stored_bytes / 1e6:.1f} MB"
+        return f"{sizes}, {self.sqnr:.1f} dB at worst"
+
+
 class Verdict(Part):
     """Whether the export keeps what its recipe requires."""
 
@@ -107,7 +121,9 @@ class Verdict(Part):
     status: int = Field(description="of the command: 0, 3: too much runs in float, 4: too far from PyTorch, 5: unfinished")
     min_coverage: float = Field(description="the recipe's: least share of the quantized GEMMs' FLOPs in low precision")
     coverage: float | None = Field(default=None, description="that share; null where no engine was audited")
-    min_sqnr: float = Field(description="the recipe's: dB that every call of a quantized stage must keep")
+    min_sqnr: float = Field(
+        description="the recipe's: dB that every call of a quantized stage, and a prompt's encoding, must keep"
+    )
     worst: CallParity | None = Field(default=None, description="the quantized call of the least SQNR; null: none was compared")
     reasons: list[str] = Field(default=[], description="what is not kept or not done, a sentence each; empty where it passed")
     advice: str = Field(default="", description="what to try")
@@ -135,6 +151,7 @@ class Report(Part):
     linears: list[LinearReport]
     passes: list[PassReport] = Field(description="what each rewrite of the graph changed, and what it left alone with the reason")
     size: SizeReport | None = None
+    text_encoder: EncoderReport | None = Field(default=None, description="null where no server has one, or it is float32")
     audit: Audit | None = None
     parity: Parity | None = None
     drawn: list[str] = Field(default=[], description="of each compared picture: its prompt, or its class label")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dq_export.core.documents import shown
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import PRESETS
 from dq_export.deploy.audit import Audit, AuditError
@@ -31,7 +32,7 @@ def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
     low = [call for stage in report.stages() if (call := report.worst_call(stage)) and call.sqnr < _floor(call, recipe)]
     quantized = [call for stage in report.stages() if stage != FLOAT_STAGE and (call := report.worst_call(stage))]
     in_float = _in_float(report.audit, recipe.min_coverage) if report.audit else []
-    unlike = _unlike(report, recipe)
+    unlike = [*_unlike(report, recipe), *_unencoded(report, recipe)]
     status = IN_FLOAT if in_float else TOO_FAR if low or unlike else ELSEWHERE if unbuilt else 0
     return Verdict(
         outcome="passed" if not status else "unfinished" if status == ELSEWHERE else "failed",
@@ -87,6 +88,15 @@ def _unlike(report: Report, recipe: Recipe) -> list[str]:
     drawn = report.parity.trajectories if report.parity else ()
     far = [item for item in drawn if item.lpips is not None and item.lpips > recipe.max_lpips]
     return [f"{item.stage}: LPIPS {item.lpips:.4f} of the pictures, allowed {recipe.max_lpips:g}" for item in far]
+
+
+def _unencoded(report: Report, recipe: Recipe) -> list[str]:
+    """What the quantized text encoders of a server do not keep."""
+    encoder = report.text_encoder
+    if encoder is None or encoder.sqnr >= recipe.min_sqnr:
+        return []
+    prompt = f"the prompt {shown(encoder.prompt)}" if encoder.prompt else "the empty prompt"
+    return [f"text encoder: {encoder.sqnr:.1f} dB of {prompt}, required {recipe.min_sqnr:.1f} dB; leave --text-encoder-bits out"]
 
 
 def _advice(call: CallParity, recipe: Recipe) -> str:

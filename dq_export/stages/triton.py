@@ -14,13 +14,16 @@ from dq_export.deploy.triton.readme import PROXY, README, SERVED
 from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository
 from dq_export.deploy.triton.serving.call import Call
 
+from ..families.family import Family
 from ..families.reference import ModelError, Reference
 from ..finished_folder import ENGINE, MODEL
 from ..ledger import Result, file_digest
+from ..report.report import EncoderReport
 from .build import BUILD
 from .conditions import ENCODING, draws_prompts
 from .quantize import QUANTIZE
 from .stage import Context, Stage, folder_bytes
+from .text_encoder import compare_encoder
 
 REPOSITORY = "triton"
 """Its folder in an output folder."""
@@ -30,13 +33,23 @@ MAX_STEPS = 100
 """That a request may ask for, unless the export itself sampled more: a table is a number of rows for each number of steps."""
 
 
+class Repository(Result):
+    """What the repository's parts are like.
+
+    Args:
+        text_encoder: None where it has none, or in float32.
+    """
+
+    text_encoder: EncoderReport | None = None
+
+
 @dataclass(frozen=True)
-class WriteRepository(Stage[Result]):
+class WriteRepository(Stage[Repository]):
     """Writes what Triton needs to serve the engine: models, samplers, decoder, client."""
 
     name: str = "triton"
-    result: type[Result] = Result
-    fields: tuple[str, ...] = ("steps", "guidance_scale", "variant")
+    result: type[Repository] = Repository
+    fields: tuple[str, ...] = ("steps", "guidance_scale", "variant", "text_encoder_bits")
     needs: tuple[Stage[Any], ...] = (QUANTIZE, BUILD)
 
     def wanted(self, context: Context) -> bool:
@@ -64,7 +77,7 @@ class WriteRepository(Stage[Result]):
         files = [file_digest(path) for path in (*vae, *served)]
         return {"model": context.reference.digest, "files": files, "encoders": encoders}
 
-    def run(self, context: Context, target: Path) -> Result:
+    def run(self, context: Context, target: Path) -> Repository:
         """Write `triton/`.
 
         Raises:
@@ -78,21 +91,24 @@ class WriteRepository(Stage[Result]):
         decoder, undecoded = target / "decoder" / MODEL, ""
         if reference.decoder:
             undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "")
-        encoder = target / "encoder"
-        tokenizers = reference.export_encoders(encoder)
+        encoder = reference.export_encoders(target / "encoder", recipe.text_encoder_bits)
+        call = call_of(reference, encoder.tokenizers if encoder else ())
+        compared = None
+        if encoder and recipe.text_encoder_bits is not None:
+            compared = compare_encoder(encoder, call, reference.conditions, context.progress.advance)
         samplers = reference.samplers(max(MAX_STEPS, recipe.steps), context.progress.advance)
         plan = context.folder / ENGINE / PLAN
         served = Served(
             backend=context.backend.triton,
             model=model,
             plan=plan if plan.exists() else None,
-            call=call_of(reference, tokenizers),
+            call=call,
             shapes={item.name: item.zeros(1).shape[1:] for item in reference.inputs},
-            encoder=encoder if tokenizers else None,
+            encoder=encoder.path.parent if encoder else None,
             decoder=decoder if decoder.exists() else None,
             pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
             max_rows=context.backend.greatest_batch(model) or MAX_ROWS,
-            classes=0 if tokenizers else len(reference.conditions),
+            classes=0 if encoder else len(reference.conditions),
             steps=recipe.steps,
             guidance=recipe.guidance_scale or 1.0,
             scheduler=samplers.default,
@@ -102,7 +118,10 @@ class WriteRepository(Stage[Result]):
         faults = write_repository(served, target / REPOSITORY)
         refused = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
         parts = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused]
-        return Result(summary="; ".join([*parts, *(f"{item.model}: {item.problem}" for item in faults)]))
+        parts += [f"text encoder {compared}"] if compared else []
+        return Repository(
+            summary="; ".join([*parts, *(f"{item.model}: {item.problem}" for item in faults)]), text_encoder=compared
+        )
 
 
 TRITON = WriteRepository()
@@ -119,6 +138,21 @@ def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
         tokenizers=tokenizers,
         lowercase=reference.lowercase,
     )
+
+
+def require_encoder_bits(recipe: Recipe, family: Family) -> None:
+    """Ask whether there will be text encoders to quantize.
+
+    Raises:
+        RecipeError: no repository is written, or the network draws no prompts.
+    """
+    if recipe.text_encoder_bits is None:
+        return
+    option = f"--text-encoder-bits {recipe.text_encoder_bits}"
+    if not recipe.triton:
+        raise RecipeError(f"{option}: of the text encoders that --triton writes; pass --triton, too, or leave it out")
+    if not family.encoders:
+        raise RecipeError(f"{option}: this network draws no prompts, so its server has no text encoder; leave it out")
 
 
 def require_served(recipe: Recipe, reference: Reference) -> None:

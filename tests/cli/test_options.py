@@ -58,6 +58,7 @@ def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> 
         (["--bins", "per-step", "--alpha", "0.25"], {"bins": "per-step", "alpha": 0.25}),
         (["--no-shift", "--bias-correction"], {"shift": False, "bias_correction": True}),
         (["--shift", "--triton", "--seed", "0"], {"shift": True, "triton": True, "seed": 0}),
+        (["--text-encoder-bits", "8"], {"text_encoder_bits": 8}),
         (["--min-shapes", "timestep:1", "--group-size", "0"], {"min_shapes": "timestep:1", "group_size": 0}),
         (["-m", "other", "--revision", "v2", "--format", "TRT"], {"model": "other", "revision": "v2", "format": "trt"}),
     ],

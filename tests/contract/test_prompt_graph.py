@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import server
@@ -19,11 +20,13 @@ from toy import PROMPTS
 from unet import XL, save_unet
 
 import dq_export
+from dq_export.core.progress import unwatched
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.triton.serving.conditions import Texts
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
+from dq_export.stages.text_encoder import compare_encoder
 from dq_export.stages.triton import call_of, require_served
 
 
@@ -37,16 +40,16 @@ def test_a_graph_gives_the_conditions_of_the_pipeline(save: Callable[[Path], Pat
 
     reference: Any = load_reference(str(save(tmp_path / "model")))
     require_served(Recipe.parse({"model": "it"}, "test"), reference)
-    names = reference.export_encoders(tmp_path / "encoder")
-    session = onnxruntime.InferenceSession(str(tmp_path / "encoder" / "model.onnx"), providers=["CPUExecutionProvider"])
-    call = call_of(reference, names)
+    graph = reference.export_encoders(tmp_path / "encoder")
+    session = onnxruntime.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
+    call = call_of(reference, graph.tokenizers)
 
     def encode(feed: Any) -> Any:
         taken = {item.name for item in session.get_inputs()}
         assert taken == feed.keys()
         return dict(zip(call.conditions, session.run(list(call.conditions), feed), strict=True))
 
-    tokenizers = [Tokenizer.from_file(str(tmp_path / "encoder" / name)) for name in names]
+    tokenizers = [Tokenizer.from_file(str(tmp_path / "encoder" / name)) for name in graph.tokenizers]
     served = Texts(call, dict.fromkeys(call.conditions.values(), ()), tokenizers, encode, max_images=8)
     exact = reference.encode(PROMPTS, "cpu")
     column = np.array([[prompt.encode()] for prompt in PROMPTS], dtype=np.object_)
@@ -54,6 +57,21 @@ def test_a_graph_gives_the_conditions_of_the_pipeline(save: Callable[[Path], Pat
     for name, rows in exact.arrays.items():
         expected = np.concatenate([rows, np.repeat(exact.null[name], len(PROMPTS), axis=0)])
         np.testing.assert_allclose(found[name], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("save", "linears"), [(save_sd3, 38), pytest.param(save_unet, 12, marks=pytest.mark.slow)])
+def test_linears_of_all_encoders_have_weights_of_8_bits(save: Callable[[Path], Path], linears: int, tmp_path: Path) -> None:
+    reference: Any = load_reference(str(save(tmp_path / "model")))
+    graph = reference.export_encoders(tmp_path / "encoder", 8)
+    written = ir.load(graph.path).graph
+    codes = [
+        value for value in written.initializers.values() if value.dtype == ir.DataType.INT8 and str(value.name).endswith("codes")
+    ]
+    assert len(codes) == linears
+    assert graph.stored_bytes < graph.float_bytes
+    found = compare_encoder(graph, call_of(reference, graph.tokenizers), reference.encode(PROMPTS, "cpu"), unwatched)
+    assert 30 < found.sqnr < 80  # in float32 it is above 110
+    assert found.prompt in (*PROMPTS, "")
 
 
 @pytest.mark.slow

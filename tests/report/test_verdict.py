@@ -11,7 +11,7 @@ from dq_export.core.recipe import Recipe
 from dq_export.deploy.audit import Audit, AuditError, Gemm
 from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.parity import CallParity, Parity, ParityError
-from dq_export.report.report import Report
+from dq_export.report.report import EncoderReport, Report
 from dq_export.report.verdict import concluded, judge, require
 
 
@@ -118,6 +118,21 @@ def test_an_engine_for_another_machine_is_unfinished_unless_something_failed() -
     failed = judge(bad, recipe(), "tensorrt is not installed here")
     assert failed is not None
     assert (failed.outcome, failed.status) == ("failed", 4)
+
+
+def test_a_text_encoder_that_is_too_far_from_pytorchs_fails_the_export() -> None:
+    sizes = {"float_bytes": 4_000_000, "stored_bytes": 1_100_000}
+    good = report(call("engine", 30)).model_copy(update={"text_encoder": EncoderReport(sqnr=21, prompt="a seven", **sizes)})
+    verdict = judge(good, recipe())
+    assert verdict is not None
+    assert verdict.status == 0
+    for prompt, words in (("a seven", "the prompt 'a seven'"), ("", "the empty prompt")):
+        far = good.model_copy(update={"text_encoder": EncoderReport(sqnr=19.26, prompt=prompt, **sizes)})
+        verdict = judge(far, recipe())
+        assert verdict is not None
+        assert (verdict.outcome, verdict.status) == ("failed", 4)
+        assert verdict.reasons == [f"text encoder: 19.3 dB of {words}, required 20.0 dB; leave --text-encoder-bits out"]
+    assert str(good.text_encoder) == "4.0 -> 1.1 MB, 21.0 dB at worst"
 
 
 def test_what_was_neither_audited_nor_compared_is_not_judged() -> None:

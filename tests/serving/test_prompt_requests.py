@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,16 @@ from serving_requests import ask, tensors
 from tritonclient.utils import InferenceServerException
 
 import dq_export
+from dq_export.core.recipe import Recipe
+from dq_export.deploy.triton.check import check_repository
 from dq_export.families.source import PACKAGED
+from dq_export.pipeline import run
+from dq_export.preparation import Options
 
 FOLDER = PACKAGED / "pixart-digits"
 TOKENS, WIDTH = 300, 64
+READ = 4
+"""Tokens of "a handwritten nine", with the one that ends it."""
 OFF = np.ones((1, TOKENS), dtype=np.float32)
 
 
@@ -70,7 +77,8 @@ def test_embeddings_take_the_prompts_place_and_a_step_is_diffusers_own(text_clie
         assert np.abs(found - exact).max() < 1e-5 if steps == 1 else sqnr(exact, found) > 30
 
 
-def test_the_text_encoder_gives_what_transformers_does(text_client: Any, pipeline: Any) -> None:
+def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
+    """What a model of a server and what transformers make of the tokens of one prompt."""
     import tritonclient.grpc as grpc
 
     tokens = pipeline.tokenizer(["a handwritten nine"], padding="max_length", max_length=TOKENS, return_tensors="np")
@@ -78,10 +86,41 @@ def test_the_text_encoder_gives_what_transformers_does(text_client: Any, pipelin
     for name in ("input_ids", "attention_mask"):
         given.append(grpc.InferInput(name, [1, TOKENS], "INT64"))
         given[-1].set_data_from_numpy(tokens[name].astype(np.int64))
-    found = text_client.infer("text_encoder", given)
+    found = client.infer(model, given)
     text, mask, *_ = pipeline.encode_prompt(["a handwritten nine"], False)
-    np.testing.assert_allclose(found.as_numpy("encoder_hidden_states"), text.detach().numpy(), atol=1e-5)
     assert np.array_equal(found.as_numpy("encoder_attention_mask"), mask.numpy())
+    return found.as_numpy("encoder_hidden_states"), text.detach().numpy()
+
+
+def test_the_text_encoder_gives_what_transformers_does(text_client: Any, pipeline: Any) -> None:
+    found, exact = encoded(text_client, pipeline, "text_encoder")
+    np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def test_a_text_encoder_of_8_bits_is_served(
+    text_client: Any, texts: server.Server, prompted: Path, pipeline: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prompted, out)
+    recipe = Recipe.load(out / "recipe.yaml").model_copy(update={"text_encoder_bits": 8})
+    report = run(recipe, out, Options(overwrite=True), until="triton")
+    assert report is not None
+    assert report.text_encoder is not None
+    assert report.text_encoder.sqnr > 30
+    assert report.text_encoder.stored_bytes < report.text_encoder.float_bytes - 150_000  # of 49,152 weights
+    assert check_repository(out / "triton") == []
+    # Beside the float one of the server that runs. It stays loaded: a server with an unloaded model is not ready.
+    added = prompted / "triton" / "text_encoder_8"
+    shutil.copytree(out / "triton" / "text_encoder", added)
+    config = (added / "config.pbtxt").read_text().replace('name: "text_encoder"', 'name: "text_encoder_8"')
+    (added / "config.pbtxt").write_text(config)
+    try:
+        text_client.load_model("text_encoder_8")
+        found, exact = encoded(text_client, pipeline, "text_encoder_8")
+    finally:
+        shutil.rmtree(added)
+    # The report is about the farthest of all prompts.
+    assert report.text_encoder.sqnr - 3 < sqnr(exact[:, :READ], found[:, :READ]) < 60
 
 
 def test_requests_of_all_lengths_share_calls_and_get_what_they_get_alone(text_client: Any) -> None:

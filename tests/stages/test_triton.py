@@ -100,6 +100,7 @@ def test_one_timestep_a_batch_cannot_be_served(tiny_folder: Path, tmp_path: Path
         (("--timesteps", "shared"), "--triton needs --timesteps per-sample"),
         (("--format", "onnx"), "no backend of Triton's serves --format onnx"),
         (("--format", "trt-rtx"), "no backend of Triton's serves --format trt-rtx"),
+        (("--text-encoder-bits", "8"), "--text-encoder-bits 8: this network draws no prompts, so its server has no text encoder"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_done(

@@ -31,6 +31,7 @@ from dq_export.families import torch_export
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
+from dq_export.report.report import Report
 from dq_export.stages.conditions import ENCODE
 from dq_export.stages.distill import DISTILL
 from dq_export.stages.layout import LAYOUT
@@ -153,6 +154,17 @@ def tiny_exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         dq_export.export(model=str(tiny_folder), output_dir=folder, **QUICK)
 
     return shared(tmp_path_factory, "tiny-exported", make)
+
+
+def export_untimed(model: Path, out: Path, *, until: str = "verify", **options: Any) -> Report:
+    """As `dq_export.export`, without the timing at its end, which takes two seconds.
+
+    Args:
+        until: the last stage.
+    """
+    import dq_export
+
+    return dq_export._run(until, str(model), out, options)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from dq_export.families import torch_export
@@ -17,10 +18,13 @@ PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Sequence[Any]) -> ir.Model:
-    """As the product's `trace`. Each caller gets a graph of its own, with the weights of the first network."""
+    """As the product's `trace`. Each caller gets a graph of its own, with copies of the first network's weights."""
     key = key_of(network, example, inputs, outputs, dynamic)
     if key not in KNOWN:
         KNOWN[key] = PRODUCTS(network, example, inputs, outputs, dynamic)
+        for name, initializer in KNOWN[key].graph.initializers.items():
+            if initializer.const_value is not None:  # the network's memory, which an export frees when it needs it no more
+                initializer.const_value = ir.tensor(np.array(initializer.const_value.numpy()), name=name)
     return KNOWN[key].clone()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import QUICK, UNSERVED, save_tiny
+from conftest import QUICK, UNSERVED, export_untimed, save_tiny
 from hard_copy import harden_folder
 
 import dq_export
@@ -104,7 +104,7 @@ def test_a_second_run_keeps_every_stage_and_other_options_redo_what_differs(tiny
 
 
 def test_the_saved_recipe_repeats_the_run_byte_for_byte(tiny_exported: Path, tmp_path: Path) -> None:
-    run(Recipe.load(tiny_exported / "recipe.yaml"), tmp_path / "again")
+    run(Recipe.load(tiny_exported / "recipe.yaml"), tmp_path / "again", until="verify")
     for name in BYTES:
         assert (tmp_path / "again" / name).read_bytes() == (tiny_exported / name).read_bytes(), name
 
@@ -123,7 +123,7 @@ def test_the_canonical_format_has_int8_codes_and_no_engine(tiny_folder: Path, tm
 
 
 def test_per_sample_timesteps(tiny_folder: Path, tmp_path: Path) -> None:
-    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path, timesteps="per-sample", **QUICK)
+    report = export_untimed(tiny_folder, tmp_path, timesteps="per-sample", **QUICK)
     shape = ir.load(tmp_path / "model.onnx").graph.inputs[1].shape
     assert shape is not None
     assert not isinstance(shape[0], int)
@@ -133,7 +133,7 @@ def test_per_sample_timesteps(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_excluded_linears_stay_float_and_say_why(tiny_folder: Path, tmp_path: Path) -> None:
-    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path, exclude=(r"to_q$", r"blocks\.0\.ff"), **QUICK)
+    report = export_untimed(tiny_folder, tmp_path, exclude=(r"to_q$", r"blocks\.0\.ff"), **QUICK)
     excluded = {linear.name: linear for linear in report.linears if "excluded" in linear.reason}
     assert set(excluded) == {f"transformer_blocks.{n}" for n in ("0.attn1.to_q", "1.attn1.to_q", "0.ff.net.0.proj", "0.ff.net.2")}
     assert report.audit is not None
@@ -174,7 +174,7 @@ def test_polygraphy_replays_the_parity_files_and_fails_on_spoilt_scales(tiny_exp
 
 def test_an_engine_that_is_too_far_from_pytorch_fails_after_the_report(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"engine: .* required 150.0 dB"):
-        dq_export.export(model=str(tiny_folder), output_dir=tmp_path, **{**QUICK, "min_sqnr": 150})
+        export_untimed(tiny_folder, tmp_path, **{**QUICK, "min_sqnr": 150})
     assert (tmp_path / "report.html").exists()
 
 
@@ -237,12 +237,12 @@ def test_a_model_without_biases_and_with_learned_sigma_exports(tmp_path: Path) -
 def test_other_bits_and_granularities_export_and_are_audited_again(
     options: dict[str, Any], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", **{**QUICK, "min_sqnr": 0, **options})
+    report = export_untimed(tiny_folder, tmp_path / "out", **{**QUICK, "min_sqnr": 0, **options})
     assert report.audit is not None
     assert report.audit.coverage == 1
     found, _ = audit_again(tmp_path / "out")
     assert found.coverage == 1
-    again = dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "again", **{**QUICK, "min_sqnr": 0, **options})
+    again = export_untimed(tiny_folder, tmp_path / "again", **{**QUICK, "min_sqnr": 0, **options})
     assert again.parity == report.parity
     for name in ("calibration.safetensors", "model.onnx", "model.onnx.data"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name

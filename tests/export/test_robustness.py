@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import QUICK, STAGES, UNSERVED, save_tiny
+from conftest import QUICK, STAGES, UNSERVED, export_untimed, save_tiny
 
 import dq_export
 from dq_export.cli import app as cli
@@ -291,7 +291,7 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
 def well_calibrated(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of 128 pictures: two leave so much of the range unseen that wider scales would be better ones."""
     out = tmp_path_factory.mktemp("well-calibrated") / "out"
-    dq_export.export(model=str(tiny_folder), output_dir=out, **{**QUICK, "calib_size": 128})
+    export_untimed(tiny_folder, out, **{**QUICK, "calib_size": 128})
     return out
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import command_line
 import pytest
+from conftest import export_untimed
 
-import dq_export
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.triton.check import check_repository
 
@@ -37,7 +37,7 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Serve
     """Exported with a timestep for each sample and without a repository, which `triton` then adds: before, and its run."""
     out = tmp_path_factory.mktemp("mixed") / "out"
     options = {"steps": 4, "calib_size": 2, "min_sqnr": 10}  # as `QUICK`
-    dq_export.export(model=str(tiny_folder), output_dir=out, timesteps="per-sample", **options)
+    export_untimed(tiny_folder, out, timesteps="per-sample", **options)
     before = digests(out)
     done = call("triton", out)
     assert done.returncode == 0, done.stderr

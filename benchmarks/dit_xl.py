@@ -2,11 +2,11 @@
 
     python benchmarks/dit_xl.py FOLDER [--layers 28] [--pickle]
 
-The configuration is facebook/DiT-XL-2-256's: 28 blocks of width 1152, 749 M parameters with diffusers' embedders in every
-block, 3.0 GB in float32. Weights are drawn so that every block adds to the residual, as trained ones do; then
+The configuration is that of facebook/DiT-XL-2-256: 28 blocks of width 1152, 749 M parameters with diffusers' embedders in every
+block, 3.0 GB in float32. The random weights let every block add to the residual, like trained weights. Then
 `examples/hard_copy.py` spreads the channels of every quantized input (log-normal, sigma 0.5, and 1 channel in 64 by 20).
-Speed and memory are those of the real model; pictures are not. With `--pickle` the files are those of the hub's model,
-too: `diffusion_pytorch_model.bin`, and a configuration that diffusers wrote in 2023.
+Speed and memory equal those of the real model, pictures do not. With `--pickle` the files have the format of the hub's model:
+`diffusion_pytorch_model.bin`, and a configuration that diffusers wrote in 2023.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OLD = {
     "upcast_attention": False,
     "use_linear_projection": False,
 }
-"""What config.json of 2023 says beside XL."""
+"""Entries of config.json of 2023 in addition to XL."""
 
 
 def make(folder: Path, *, layers: int = 28, seed: int = 0, pickle: bool = False) -> None:
@@ -75,6 +75,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--pickle", action="store_true", help="files as the hub has them")
+    parser.add_argument("--pickle", action="store_true", help="write the hub's file formats")
     options = parser.parse_args()
     make(options.folder, layers=options.layers, pickle=options.pickle)

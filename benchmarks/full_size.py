@@ -1,17 +1,18 @@
-"""Cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2, UNets or larger ones: each comparison is one command, one table.
+"""Measures cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2, UNets or larger networks. Each command prints one table.
 
     pip install -c constraints.txt ".[cpu,openvino]"
-    python benchmarks/full_size.py cost       # time by stage and peak memory of one export, or of one with --rounding gptq
+    python benchmarks/full_size.py cost       # time by stage and peak memory of one export, also with --rounding gptq
     python benchmarks/full_size.py flat       # memory and time of calibration at 2 and 16 pictures, 2 and 16 steps
-    python benchmarks/full_size.py speed      # engines beside each other, interleaved in one process group
+    python benchmarks/full_size.py speed      # latency of several engines, timed in turn
     python benchmarks/full_size.py resume     # kill -9 at 20 random moments, then compare every byte
 
-The model is made once, in FOLDER (`--model`, default ./dit-xl), with `--pickle` as the hub has it: see `dit_xl.py`. With
-`--network pixart` it is PixArt at 512 pixels (default ./pixart-xl): see `pixart_xl.py`; `sd1.5` at 512 pixels, `sdxl`: see
-`unet_xl.py`; `sd35-medium`, `flux-dev` at 512 pixels and in bfloat16: see `mmdit_xl.py`. `speed` holds the engines of a
-runtime at once; for the last three `cost` times ONNX Runtime's in turn. A folder with conditions.safetensors is exported with
-them. Exports go to a temporary folder beside it. `speed --peers` also quantizes with onnxruntime's quantize_static, 13 GB of
-memory and some minutes, and with NNCF where it is installed. Every table names the machine.
+The model is made once in a folder (`--model`, default ./dit-xl), with `--pickle` in the hub's format, see `dit_xl.py`.
+`--network` selects another: `pixart` at 512 pixels (see `pixart_xl.py`), `sd1.5` at 512 pixels and `sdxl` (see `unet_xl.py`),
+`sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` holds all engines of a runtime in memory; for
+the last three networks use `cost`, which times ONNX Runtime's engines in turn. If the folder has conditions.safetensors, the
+export uses them.
+Exports are written to a temporary folder beside the model. `speed --peers` also quantizes with onnxruntime's quantize_static,
+which takes 13 GB of memory and some minutes, and with NNCF if it is installed. Every table names the machine.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ MADE_BY = {
 SIDE = 512
 """Pixels along an axis of FLUX's pictures."""
 FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
-"""Four forward passes: one picture."""
+"""One picture in four forward passes."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 
 
 def model_folder(path: Path, network: str, layers: str, *, pickle: bool) -> Path:
-    """The full-size checkpoint, made where it is not there."""
+    """Return the folder of the full-size checkpoint. It is made if it does not exist."""
     if not path.exists():
         script, *words = MADE_BY[network]
         words += [*(["--layers", layers] if layers else []), *(["--pickle"] if pickle else [])]
@@ -62,7 +63,7 @@ def model_folder(path: Path, network: str, layers: str, *, pickle: bool) -> Path
 
 
 def flags_of(model: Path) -> list[str]:
-    """For a network that draws prompts, and for one whose own pictures are larger than the others'."""
+    """Return the flags of a model: its file of conditions, and the size of FLUX's pictures."""
     flags = ["--conditions", str(model / CONDITIONS)] if (model / CONDITIONS).exists() else []
     return [*flags, *(["--sizes", f"{SIDE}x{SIDE}"] if _is_flux(model) else [])]
 
@@ -73,7 +74,7 @@ def _is_flux(model: Path) -> bool:
 
 
 def reference_of(model: Path) -> Any:
-    """The float network, which knows what it draws."""
+    """Load the float network with its conditions and picture size."""
     from dq_export.core.condition_file import load_conditions
     from dq_export.families.source import load_reference
 
@@ -86,14 +87,14 @@ def reference_of(model: Path) -> Any:
 
 
 def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
-    """Run the command line; seconds, and GB at the peak of all its processes and of the largest of them."""
-    where = ["--model", str(model), "-o", str(out), *flags_of(model)]
-    command = [sys.executable, "-m", "dq_export", *words[:1], *where, *words[1:]]
+    """Run the command line. Return seconds, and the peak memory of all its processes and of the largest one in GB."""
+    folders = ["--model", str(model), "-o", str(out), *flags_of(model)]
+    command = [sys.executable, "-m", "dq_export", *words[:1], *folders, *words[1:]]
     return run_measured([word for word in command if word])
 
 
 def cost(model: Path, temporary: Path, rounding: str) -> None:
-    """One export with all its defaults, by stage, and the bare forward passes beside it."""
+    """Print time and memory of one export with default options, by stage, and the time of its forward passes in PyTorch."""
     seconds, peak, single = export(model, temporary / "out", "", *FLAGS, "--rounding", rounding)
     from dq_export.families.source import locate
     from dq_export.families.tensors import stored
@@ -104,12 +105,12 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
     stages = report["seconds"]
     forward = passes(model)
     print("| | seconds |\n|---|---|")
-    print(f"| start, load, hash what was written | {seconds - sum(stages.values()):.1f} |")
-    for name, spent in stages.items():
-        print(f"| {name} | {spent:.1f} |")
+    print(f"| start, load, hash the outputs | {seconds - sum(stages.values()):.1f} |")
+    for name, stage_seconds in stages.items():
+        print(f"| {name} | {stage_seconds:.1f} |")
     print(f"| whole command | {seconds:.1f} |")
-    print(f"| of it four bare forward passes of PyTorch | {forward:.1f} |")
-    print(f"| **above the bare forward passes** | **{seconds - forward:.1f}** |")
+    print(f"| four forward passes of PyTorch alone | {forward:.1f} |")
+    print(f"| **difference** | **{seconds - forward:.1f}** |")
     print("\n| one call of a picture | median ms |\n|---|---|")
     for name, engine in (report["latency"] or {"engines": {}})["engines"].items():
         print(f"| {name} | {engine['median_ms']:.0f} |")
@@ -118,7 +119,7 @@ def cost(model: Path, temporary: Path, rounding: str) -> None:
 
 
 def passes(model: Path) -> float:
-    """Seconds of four forward passes."""
+    """Return the seconds of four forward passes."""
     reference = reference_of(model)
     feed = feed_of(reference)
     reference.forward(feed)
@@ -129,36 +130,36 @@ def passes(model: Path) -> float:
 
 
 def feed_of(reference: Any) -> dict[str, Any]:
-    """The first network call of a picture: with its condition, and without where guidance needs that."""
+    """Return the first network call of a picture: with its condition, and also without it if guidance needs that."""
     import numpy as np
 
-    class Seen(Exception):
+    class FirstCall(Exception):
         pass
 
     def first(feed: dict[str, Any]) -> Any:
-        raise Seen(feed)
+        raise FirstCall(feed)
 
     try:
         reference.draw(first, reference.noise(1, 0), np.asarray([1]), steps=4, guidance=reference.guidance)
-    except Seen as seen:
-        feed: dict[str, Any] = seen.args[0]
+    except FirstCall as call:
+        feed: dict[str, Any] = call.args[0]
     return feed
 
 
 def flat(model: Path, temporary: Path) -> None:
-    """Calibration alone: memory must not grow, time must grow linearly."""
+    """Print memory and time of calibration alone. Memory must not grow, and time must grow linearly."""
     print("| pictures | steps | network calls | peak GB | seconds | seconds a call |\n|---|---|---|---|---|---|")
     for pictures, steps in ((2, 4), (16, 4), (1, 2), (1, 16)):
         out = temporary / f"{pictures}-{steps}"
         seconds, peak, _ = export(model, out, "calibrate", "--calib-size", str(pictures), "--steps", str(steps))
         calls = pictures * steps
-        spent = json.loads((out / "report.json").read_text())["seconds"]["calibrate"]
-        print(f"| {pictures} | {steps} | {calls} | {peak:.2f} | {seconds:.1f} | {spent / calls:.2f} |", flush=True)
+        calibration = json.loads((out / "report.json").read_text())["seconds"]["calibrate"]
+        print(f"| {pictures} | {steps} | {calls} | {peak:.2f} | {seconds:.1f} | {calibration / calls:.2f} |", flush=True)
         shutil.rmtree(out)
 
 
 def speed(model: Path, temporary: Path, *, peers: bool) -> None:
-    """Latency of one call of a picture, each runtime's engines in turn, each warm."""
+    """Print the latency of one call of a picture, for the warm engines of each runtime in turn."""
     from dq_export.deploy.latency import Latency, measure
     from dq_export.deploy.onnxruntime.cpu import open_graph
 
@@ -174,20 +175,20 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     }
     if peers:
         first["onnxruntime quantize_static"] = partial(open_graph, quantize_static(cpu / "float" / "model.onnx", feed, temporary))
-    taken: dict[str, Latency] = {}
+    times: dict[str, Latency] = {}
     for makers in (first, openvino_engines(model, temporary, len(feed[reference.inputs[0].name]))):
-        # One runtime's engines at a time: a UNet's do not all fit.
-        taken |= measure({name: make() for name, make in makers.items()}, feed)
+        # The engines of one runtime at a time: those of a UNet do not all fit into memory.
+        times |= measure({name: make() for name, make in makers.items()}, feed)
     if peers and find_spec("nncf"):
-        taken |= measure({"NNCF, OpenVINO": nncf(cpu / "float" / "model.onnx", feed, temporary)}, feed)
-    base = taken["ONNX Runtime fp32"].median
+        times |= measure({"NNCF, OpenVINO": nncf(cpu / "float" / "model.onnx", feed, temporary)}, feed)
+    base = times["ONNX Runtime fp32"].median
     print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
-    for name, latency in taken.items():
+    for name, latency in times.items():
         print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
 
 
 def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Callable[[], Any]]:
-    """The float network and ours on OpenVINO, with the rest in both types; none where the library is missing."""
+    """Return the float network and the W8A8 engine on OpenVINO, in both float types; none if the library is missing."""
     from dq_export.deploy.backend import BackendError, Built
     from dq_export.deploy.openvino.backend import OpenVino
 
@@ -196,19 +197,19 @@ def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Call
     except BackendError as error:
         print(f"without OpenVINO: {error}")
         return {}
-    cpu, other = temporary / "cpu", temporary / "openvino"
-    shutil.copytree(cpu, other)
-    export(model, other, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
+    cpu, copy = temporary / "cpu", temporary / "openvino"
+    shutil.copytree(cpu, copy)
+    export(model, copy, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
 
     def load(dtype: str, folder: Path) -> Any:
         return OpenVino(dtype).load(Built(model=folder / "model.onnx", folder=folder / "engine"), batch=batch)
 
-    graphs = {"OpenVINO": cpu / "float", "dq-export W8A8, OpenVINO, rest": other}
+    graphs = {"OpenVINO": cpu / "float", "dq-export W8A8, OpenVINO, rest": copy}
     return {f"{name} {dtype}": partial(load, dtype, graph) for dtype in ("fp32", "bf16") for name, graph in graphs.items()}
 
 
 def nncf(model: Path, feed: dict[str, Any], temporary: Path) -> Callable[[Any], Any]:
-    """NNCF's quantization of the float graph, on OpenVINO; 4 samples."""
+    """Quantize the float graph with NNCF and 4 samples, and load it on OpenVINO."""
     import openvino
     from peers import nncf as quantize
 
@@ -220,7 +221,7 @@ def nncf(model: Path, feed: dict[str, Any], temporary: Path) -> Callable[[Any], 
 
 
 def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
-    """onnxruntime's own static quantization of the float graph: MatMul, Gemm and Conv, per channel, U8S8, MinMax, 4 samples."""
+    """Quantize the float graph with onnxruntime's quantize_static: MatMul, Gemm, Conv, per channel, U8S8, MinMax, 4 samples."""
     import onnx
     from peers import static
 
@@ -236,36 +237,36 @@ def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
 
 
 def peak() -> float:
-    """GB that this process took at most."""
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def resume(model: Path, temporary: Path, *, kills: int) -> None:
-    """kill -9 at random moments, then run to the end: every output must equal an undisturbed run's."""
+    """Kill an export at random moments, then run it to the end. Every output must equal that of an undisturbed run."""
     from dq_export.ledger import file_digest
 
     out = temporary / "whole"
     seconds, _, _ = export(model, out, "", *FLAGS, "--max-memory", "4.5")
-    whole = {name: file_digest(out / name) for name in OUTPUTS}
+    expected = {name: file_digest(out / name) for name in OUTPUTS}
     shutil.rmtree(out)
     out, moment = temporary / "killed", random.Random(0)
     where = ["--model", str(model), "-o", str(out), *flags_of(model)]
     command = [sys.executable, "-m", "dq_export", *where, *FLAGS, "--max-memory", "4.5"]
-    hit: list[str] = []
-    # Of a run that goes on from what it finds, later moments lie in later stages.
+    stages: list[str] = []
+    # Each run continues the one before, so later moments are in later stages.
     for turn in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         time.sleep(moment.uniform(4, max(seconds * (turn + 1) / kills, 20)))
         process.send_signal(signal.SIGKILL)
         _, output = process.communicate()
         lines = [line.split()[0] for line in output.splitlines() if line.split()]
-        hit.append(lines[-1] if lines and process.returncode < 0 else "finished")
-        print(f"kill {turn + 1} in {hit[-1]}", flush=True)
+        stages.append(lines[-1] if lines and process.returncode < 0 else "finished")
+        print(f"kill {turn + 1} in {stages[-1]}", flush=True)
     last = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
     kept = [line.split()[0] for line in last.stderr.splitlines() if "kept from an earlier run" in line]
-    equal = {name: file_digest(out / name) == whole[name] for name in OUTPUTS}
-    print(f"killed {kills} times, in {', '.join(sorted(set(hit)))}; the last run kept {', '.join(kept) or 'nothing'}")
-    different = [name for name, same in equal.items() if not same]
+    equal = {name: file_digest(out / name) == expected[name] for name in OUTPUTS}
+    print(f"killed {kills} times, in {', '.join(sorted(set(stages)))}; the last run kept {', '.join(kept) or 'nothing'}")
+    different = [name for name, is_equal in equal.items() if not is_equal]
     print(f"outputs equal to an undisturbed run's: {len(equal) - len(different)} of {len(equal)}; different: {different}")
 
 
@@ -273,11 +274,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", choices=("cost", "flat", "speed", "resume"))
     parser.add_argument("--network", choices=tuple(MADE_BY), default="dit")
-    parser.add_argument("--model", type=Path, help="default: the network's name with -xl behind it")
-    parser.add_argument("--layers", default="", help="fewer for a quick look; of flux-dev N,M")
-    parser.add_argument("--pickle", action="store_true", help="make the model as the hub has it: a .bin, an old configuration")
+    parser.add_argument("--model", type=Path, help="default: the network's name followed by -xl")
+    parser.add_argument("--layers", default="", help="fewer layers for a quick look; N,M for flux-dev")
+    parser.add_argument("--pickle", action="store_true", help="make the model with a .bin and an old configuration")
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--rounding", default="rtn", help="of the weights, for cost")
+    parser.add_argument("--rounding", default="rtn", help="rounding of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     place = options.model or Path(f"{options.network}-xl")

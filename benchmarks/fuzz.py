@@ -1,10 +1,10 @@
-"""Mutants of every format that a user can bring, each read by the real command line in a process with limits.
+"""Mutates every format that a user can provide. The real command line reads each mutant in a process with limits.
 
     pip install -c constraints.txt ".[cpu,triton]" && python benchmarks/fuzz.py --inputs 10000 --seed 0
 
-Prints a table by format, the kinds of all faults, and how to repeat one: `--format NAME --only INDEX --keep FOLDER`. Exits with
-status 1 if there is a fault: a traceback, a hang, a crash, too much memory, a write outside the output folder, a result that
-is wrong in silence, an error without a message or with one that is no message.
+Prints a table by format and the kinds of all faults. `--format NAME --only INDEX --keep FOLDER` repeats one input. Exits with
+status 1 if there is a fault: a traceback, a hang, a crash, too much memory, a write outside the output folder, a wrong result
+without an error, or an error without a readable message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LIMITS = Limits()
 
 @dataclass
 class Tally:
-    """Endings by format, and of each kind of fault how many inputs and the first."""
+    """Counts of endings by format, and the inputs of each kind of fault."""
 
     endings: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -57,40 +57,40 @@ class Tally:
 
     @property
     def faults(self) -> int:
-        """Inputs that ended in a fault."""
+        """The number of inputs that ended in a fault."""
         return sum(map(len, self.kinds.values()))
 
     def table(self) -> str:
-        """Markdown: a row a format, a column an ending."""
-        used = [name for name in ENDINGS if name in FAULTS[:5] or any(row[name] for row in self.endings.values())]
-        lines = [f"| format | inputs | {' | '.join(used)} |", "|---" * (len(used) + 2) + "|"]
+        """Return a Markdown table with a row for each format and a column for each ending."""
+        columns = [name for name in ENDINGS if name in FAULTS[:5] or any(row[name] for row in self.endings.values())]
+        lines = [f"| format | inputs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
         total: Counter[str] = Counter()
         for name, row in self.endings.items():
             total += row
-            lines.append(f"| {name} | {row.total()} | {' | '.join(str(row[item]) for item in used)} |")
-        lines.append(f"| all | {total.total()} | {' | '.join(str(total[item]) for item in used)} |")
+            lines.append(f"| {name} | {row.total()} | {' | '.join(str(row[item]) for item in columns)} |")
+        lines.append(f"| all | {total.total()} | {' | '.join(str(total[item]) for item in columns)} |")
         return "\n".join(lines)
 
 
 def stop_before_float() -> None:
-    """End the run where the float graph would be made, which takes seconds whatever the input."""
+    """Make the run end before the float graph, which takes seconds for every input."""
     from dq_export.cli import errors
     from dq_export.cli.progress import Lines
 
     class Stopping(Lines):
-        """Progress that ends the process where the float graph begins."""
+        """Progress that ends the process when the float graph begins."""
 
-        def begin(self, stage: str, what: str, *, shown: bool = True) -> None:
+        def begin(self, stage: str, text: str, *, shown: bool = True) -> None:
             if stage == "float":
                 print(STOPPED, file=sys.stderr)
                 raise SystemExit(0)
-            super().begin(stage, what, shown=shown)
+            super().begin(stage, text, shown=shown)
 
     vars(errors)["Lines"] = Stopping
 
 
 def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> None:
-    """Make one mutant and run its command, in the process that calls this."""
+    """Make one mutant and run its command in this process."""
     guard, work = root / "guard", root / "work"
     (guard / "folder").mkdir(parents=True)
     work.mkdir()
@@ -116,11 +116,11 @@ READ = (
     ["verify", "out"], ["audit", "out"], ["audit", "out", "--json"], ["explain", "out", "transformer_blocks.0.attn1.to_q"],
     ["triton", "--check", "out"],
 )  # fmt: skip
-"""Commands whose output of a mutant is compared with that of the unmutated folder."""
+"""Commands whose output for a mutant is compared with that for the unmutated folder."""
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Import everything, make the materials in `folder`; what the commands of `READ` print of the unmutated ones."""
+    """Import everything, make the materials in `folder`, and return the output of the commands of `READ` for them."""
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     os.environ.update(quiet, MKL_CBWR="AUTO,STRICT", TOKENIZERS_PARALLELISM="false")
     materials.save_models(folder)
@@ -134,11 +134,11 @@ def prepare(folder: Path) -> dict[str, str]:
         root = folder / f"expected{number}"
         shutil.copytree(folder / "out" / "triton" if "--check" in words else folder / "out", root / "work" / "out")
         commands.append((root, functools.partial(_inside, root / "work", words)))
-    ended = dict(serve(commands, limits=Limits(seconds=600)))
-    failed = [outcome.stderr for outcome in ended.values() if outcome.status not in (0, 1)]
-    if failed:
-        raise RuntimeError(f"a command fails on what is not mutated: {failed[0][-2000:]}")
-    return {" ".join(words): ended[folder / f"expected{number}"].stdout for number, words in enumerate(READ)}
+    outcomes = dict(serve(commands, limits=Limits(seconds=600)))
+    errors = [outcome.stderr for outcome in outcomes.values() if outcome.status not in (0, 1)]
+    if errors:
+        raise RuntimeError(f"a command fails on unmutated materials: {errors[0][-2000:]}")
+    return {" ".join(words): outcomes[folder / f"expected{number}"].stdout for number, words in enumerate(READ)}
 
 
 def _inside(folder: Path, words: list[str]) -> None:
@@ -146,16 +146,16 @@ def _inside(folder: Path, words: list[str]) -> None:
     command(words)
 
 
-def jobs(chosen: list[tuple[Format, int]], seed: int, stock: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A folder and the work of each input."""
-    for form, index in chosen:
+def jobs(inputs: list[tuple[Format, int]], seed: int, stock: Path, folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yield a folder and the work of each input."""
+    for form, index in inputs:
         root = folder / f"{FORMATS.index(form)}-{index}"
         root.mkdir()
         yield root, functools.partial(attempt, form, index, seed, stock, root)
 
 
 def spread(inputs: int, names: list[str]) -> list[tuple[Format, int]]:
-    """So many inputs over the formats, each by its share and at least one, in turn."""
+    """Distribute inputs over the formats by their shares, at least one each, in turn."""
     formats = [form for form in FORMATS if not names or form.name in names]
     shares = sum(form.share for form in formats)
     counts = {form.name: max(1, round(inputs * form.share / shares)) for form in formats}
@@ -164,19 +164,19 @@ def spread(inputs: int, names: list[str]) -> list[tuple[Format, int]]:
 
 
 def fuzz(
-    chosen: list[tuple[Format, int]], seed: int, folder: Path, keep: Path | None = None, limits: Limits = LIMITS, workers: int = 2
+    inputs: list[tuple[Format, int]], seed: int, folder: Path, keep: Path | None = None, limits: Limits = LIMITS, workers: int = 2
 ) -> Tally:
     """Run inputs and judge each.
 
     Args:
         folder: an empty folder to work in.
-        keep: where the mutants and outputs of faults are put; None: nowhere.
+        keep: folder for the mutants and outputs of faults; None: they are not kept.
     """
     stock = folder / "stock"
     stock.mkdir()
     expected = prepare(stock)
     tally, start = Tally(), time.monotonic()
-    for root, outcome in serve(jobs(chosen, seed, stock, folder), workers=workers, limits=limits):
+    for root, outcome in serve(jobs(inputs, seed, stock, folder), workers=workers, limits=limits):
         number, index = map(int, root.name.split("-"))
         form = FORMATS[number]
         verdict = judge(form, root, outcome, expected)
@@ -190,7 +190,7 @@ def fuzz(
 
 
 def _keep(root: Path, keep: Path, verdict: Verdict) -> None:
-    """Copy a fault's folder, links and pipes as they are, and write what is wrong into it."""
+    """Copy a fault's folder with its links, and write the verdict into it."""
     target = keep / root.name
     shutil.rmtree(target, ignore_errors=True)
     with contextlib.suppress(shutil.Error, OSError):
@@ -213,12 +213,12 @@ def show(tally: Tally, seed: int, *, shown: int = 3) -> None:
 
 
 def options(arguments: Mapping[str, object] | None = None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", action="append", default=[], choices=[form.name for form in FORMATS])
-    parser.add_argument("--only", type=int, help="index of one input, with one --format: repeats it")
+    parser.add_argument("--only", type=int, help="index of one input to repeat, with one --format")
     parser.add_argument("--keep", type=Path, help="folder for the mutants and outputs of faults")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=LIMITS.seconds, help="wall clock of one input")
@@ -227,16 +227,16 @@ def options(arguments: Mapping[str, object] | None = None) -> argparse.Namespace
 
 def main() -> None:
     """Fuzz, print, and fail on any fault."""
-    chosen = options()
-    if chosen.only is None:
-        inputs = spread(chosen.inputs, chosen.format)
+    arguments = options()
+    if arguments.only is None:
+        inputs = spread(arguments.inputs, arguments.format)
     else:
-        inputs = [(form, chosen.only) for form in FORMATS if form.name in chosen.format]
-    if chosen.keep:
-        chosen.keep.mkdir(parents=True, exist_ok=True)
+        inputs = [(form, arguments.only) for form in FORMATS if form.name in arguments.format]
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        tally = fuzz(inputs, chosen.seed, Path(folder), chosen.keep, Limits(seconds=chosen.seconds), chosen.workers)
-    show(tally, chosen.seed)
+        tally = fuzz(inputs, arguments.seed, Path(folder), arguments.keep, Limits(seconds=arguments.seconds), arguments.workers)
+    show(tally, arguments.seed)
     sys.exit(bool(tally.faults))
 
 

@@ -3,11 +3,11 @@
     python benchmarks/mmdit_xl.py FOLDER --network sd35-medium [--layers 24] [--dtype bf16]
     python benchmarks/mmdit_xl.py FOLDER --network flux-dev --layers 2,4
 
-SD3.5 medium has 24 blocks of width 1536, 13 with dual attention: 2.2 G parameters, 9.0 GB in float32. FLUX.1-dev has 19
-blocks of two streams and 38 of one, of width 3072: 11.9 G parameters, of which `--layers` leaves some out. Weights are seeded
-and random, drawn so that every block adds to the residual, as trained ones do, and lie in shards as on the hub. Speed and
-memory are those of the real model; pictures are not. `FOLDER/conditions.safetensors` holds 4 random texts in the place of
-those of T5 and CLIP, and a null one: pass it as `--conditions`. There is no text encoder and no VAE.
+SD3.5 medium has 24 blocks of width 1536, 13 of them with dual attention: 2.2 G parameters, 9.0 GB in float32. FLUX.1-dev has 19
+blocks of two streams and 38 of one, of width 3072: 11.9 G parameters; `--layers` makes fewer blocks. The random weights are
+seeded, let every block add to the residual, like trained weights, and are written in shards as on the hub. Speed and memory
+equal those of the real model, pictures do not. `FOLDER/conditions.safetensors` holds 4 random texts in place of those of T5 and
+CLIP, and a null text: pass it as `--conditions`. There is no text encoder and no VAE.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
-"""The hub's, for pictures of 512 pixels where that has 1024."""
+"""The hub's configuration, for pictures of 512 pixels instead of 1024."""
 FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
-"""All else is diffusers' default."""
+"""Other values are diffusers' defaults."""
 WIDTH = 4096
 NETWORKS: dict[str, tuple[str, dict[str, Any], str, int, int]] = {
     "sd35-medium": ("SD3Transformer2DModel", SD35_MEDIUM, "StableDiffusion3Pipeline", 333, 2048),
     "flux-dev": ("FluxTransformer2DModel", FLUX_DEV, "FluxPipeline", 512, 768),
 }
-"""Class, configuration, pipeline, tokens of a text, width of the pooled one."""
+"""Class, configuration, pipeline, tokens of a text, width of the pooled text."""
 
 
 def make(folder: Path, network: str, layers: list[int], dtype: str, *, seed: int = 0) -> None:
@@ -74,7 +74,7 @@ def make(folder: Path, network: str, layers: list[int], dtype: str, *, seed: int
 
 
 def conditions(tokens: int, pooled: int, *, null: bool, seed: int) -> Conditions:
-    """Random texts, and one for no text."""
+    """Return random texts, and a null text."""
     rng = np.random.default_rng(seed)
     states = rng.normal(scale=0.2, size=(TEXTS + 1, tokens, WIDTH)).astype(np.float32)
     rows = {"encoder_hidden_states": states, "pooled_projections": rng.normal(size=(TEXTS + 1, pooled)).astype(np.float32)}

@@ -3,9 +3,9 @@
     python benchmarks/pixart_xl.py FOLDER [--layers 28] [--pixels 512]
 
 The configuration is that of PixArt-alpha/PixArt-Sigma-XL-2-512-MS: 28 blocks of width 1152, 611 M parameters, 2.4 GB in float32.
-Weights are drawn so that every block adds to the residual, as trained ones do. Speed and memory are those of the real model;
-pictures are not. `FOLDER/conditions.safetensors` holds 4 random texts of 300 tokens in the place of T5's, and a null one:
-pass it as `--conditions`. There is no text encoder and no VAE.
+The random weights let every block add to the residual, like trained weights. Speed and memory equal those of the real model,
+pictures do not. `FOLDER/conditions.safetensors` holds 4 random texts of 300 tokens in place of T5's, and a null text: pass it
+as `--conditions`. There is no text encoder and no VAE.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make(folder: Path, *, layers: int = 28, pixels: int = 512, seed: int = 0) ->
 
 
 def conditions(seed: int) -> Conditions:
-    """Random texts of different lengths, the rest of each masked, and a null one of one token."""
+    """Return random texts of different lengths, padded with masked tokens, and a null text of one token."""
     rng = np.random.default_rng(seed)
     states = rng.normal(scale=0.2, size=(TEXTS + 1, TOKENS, WIDTH)).astype(np.float32)
     lengths = np.asarray([1, 8, 20, 60, 200])

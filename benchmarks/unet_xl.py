@@ -3,9 +3,9 @@
     python benchmarks/unet_xl.py FOLDER --network sd1.5 [--layers 2] [--dtype fp32]
 
 Stable Diffusion 1.5 has 860 M parameters, 3.4 GB in float32, and draws pictures of 512 pixels; XL has 2.6 G, 10.3 GB, and 1024.
-`--layers` are those of each level, 2 in both. Weights are drawn as PyTorch does for an untrained network: speed and memory are
-those of the real model, pictures are not. `FOLDER/conditions.safetensors` holds 4 random texts of 77 tokens in the place of
-CLIP's, and a null one: pass it as `--conditions`. There is no text encoder and no VAE.
+`--layers` is the number of layers of each level, 2 in both. The weights are PyTorch's initial random ones: speed and memory equal
+those of the real model, pictures do not. `FOLDER/conditions.safetensors` holds 4 random texts of 77 tokens in place of CLIP's,
+and a null text: pass it as `--conditions`. There is no text encoder and no VAE.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-"""All else is diffusers' default."""
+"""Other values are diffusers' defaults."""
 NETWORKS = {"sd1.5": (SD15, "StableDiffusionPipeline"), "sdxl": (SDXL, "StableDiffusionXLPipeline")}
 TOKENS, POOLED = 77, 1280
 
 
 def make(folder: Path, network: str, layers: int, dtype: str, *, seed: int = 0) -> None:
-    """Write the pipeline folder: UNet, Stable Diffusion's noise for DDIM, and conditions."""
+    """Write the pipeline folder: UNet, DDIM with Stable Diffusion's noise schedule, and conditions."""
     config, pipeline = NETWORKS[network]
     torch.manual_seed(seed)
     torch.set_default_dtype({"fp16": torch.float16, "fp32": torch.float32}[dtype])
@@ -64,7 +64,7 @@ def make(folder: Path, network: str, layers: int, dtype: str, *, seed: int = 0) 
 
 
 def conditions(config: dict[str, Any], seed: int) -> Conditions:
-    """Random texts, and one for no text."""
+    """Return random texts, and a null text."""
     rng = np.random.default_rng(seed)
     shape = (TEXTS + 1, TOKENS, config["cross_attention_dim"])
     rows = {"encoder_hidden_states": rng.normal(size=shape).astype(np.float32)}
@@ -77,7 +77,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", choices=tuple(NETWORKS), required=True)
-    parser.add_argument("--layers", type=int, default=2, help="of each level")
+    parser.add_argument("--layers", type=int, default=2, help="layers of each level")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp32")
     options = parser.parse_args()
     make(options.folder, options.network, options.layers, options.dtype)

@@ -98,7 +98,7 @@ def audit_graph(
         if node.op_type not in ("MatMul", "Gemm", "Attention", *CONVOLUTIONS):
             continue
         module = by_node.get(node)
-        wanted, required = _wanted(assigned.get(module)) if module else _wanted_of_attention(node)
+        wanted, required = _action(assigned.get(module)) if module else _action_of_attention(node)
         kernel, integer = kernel_of(str(node.name))
         reason = "" if integer or not required else why_float(node, kernel)
         gemms.append(
@@ -132,9 +132,9 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
     Raises:
         AuditError: one of the two files is damaged.
     """
-    # A float convolution on channels in blocks is named after the value that it makes.
-    made = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in _load(model).graph if node.op_type == "Conv"}
-    kernels = {made.get(str(node.name), origin(str(node.name))): node.op_type for node in _load(optimized).graph}
+    # ONNX Runtime names a float convolution on channels in blocks after its output.
+    blocked = {f"{node.outputs[0].name}_nchwc": str(node.name) for node in _load(model).graph if node.op_type == "Conv"}
+    kernels = {blocked.get(str(node.name), origin(str(node.name))): node.op_type for node in _load(optimized).graph}
 
     def kernel_of(name: str) -> tuple[str, bool]:
         kernel = kernels.get(name, "not found")
@@ -163,16 +163,16 @@ def _load(path: Path) -> ir.Model:
         raise AuditError(f"{path}: not readable as ONNX; was it cut short? Export again") from error
 
 
-def _wanted(rule: Rule | None) -> tuple[str, bool]:
+def _action(rule: Rule | None) -> tuple[str, bool]:
     """The action, and whether it needs a low-precision kernel."""
     return (rule.action, rule.scheme.low_precision) if rule is not None else ("float", False)
 
 
-def _wanted_of_attention(node: ir.Node) -> tuple[str, bool]:
-    """The same for a matmul of attention, which has either both operands in float8 or none."""
+def _action_of_attention(node: ir.Node) -> tuple[str, bool]:
+    """Return the same for a matmul of attention. Either both operands are float8, or none."""
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    both = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
-    return ("fp8", True) if both else ("none", False)
+    in_float8 = len(producers) == 2 and all(item is not None and item.op_type == "DequantizeLinear" for item in producers)
+    return ("fp8", True) if in_float8 else ("none", False)
 
 
 def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
@@ -195,7 +195,7 @@ def _shapes(model: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]
     for these.
 
     Args:
-        sizes: of the dimensions by name; others are 1.
+        sizes: sizes of the dimensions by name; others are 1.
     """
     import onnx
 
@@ -208,10 +208,10 @@ def _shapes(model: Path, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]
                 dimension.dim_value = size_of(dimension.dim_param, sizes)
     for output in proto.graph.output:
         output.type.tensor_type.ClearField("shape")
-    known = _inferred(proto)
-    computed = [value for value in exported if value.name not in known]
+    shapes = _inferred(proto)
+    computed = [value for value in exported if value.name not in shapes]
     if not computed:
-        return known
+        return shapes
     proto.graph.value_info.extend(computed)
     return _inferred(proto)
 
@@ -221,10 +221,10 @@ def _inferred(proto: Any) -> dict[str, tuple[int, ...]]:
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    known = {}
+    shapes = {}
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
         kind = value.type.tensor_type
         shape = [d.dim_value for d in kind.shape.dim]
         if kind.HasField("shape") and all(shape):  # without the field even the number of dimensions is unknown
-            known[value.name] = tuple(shape)
-    return known
+            shapes[value.name] = tuple(shape)
+    return shapes

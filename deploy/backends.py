@@ -46,13 +46,13 @@ def backend_of(recipe: Recipe) -> Backend | None:
     if recipe.format == "onnx":
         return None
     backends = all_backends()
-    named = [backend for backend in backends if backend.name == recipe.format]
-    provider = recipe.provider or named[0].provider
-    fitting = [backend for backend in named if backend.provider == provider and recipe.dtype in (None, backend.dtype)]
+    candidates = [backend for backend in backends if backend.name == recipe.format]
+    provider = recipe.provider or candidates[0].provider
+    fitting = [backend for backend in candidates if backend.provider == provider and recipe.dtype in (None, backend.dtype)]
     if not fitting:
-        known = "; ".join(_flags(b.provider, b.dtype) for b in named)
+        supported = "; ".join(_flags(b.provider, b.dtype) for b in candidates)
         flags = _flags(provider, recipe.dtype)
-        raise RecipeError(f"--format {recipe.format} does not run {flags}; it runs {known}")
+        raise RecipeError(f"--format {recipe.format} does not run {flags}; it runs {supported}")
     if recipe.attention not in fitting[0].attention:
         others = dict.fromkeys(backend.name for backend in backends if recipe.attention in backend.attention)
         raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")

@@ -109,8 +109,8 @@ def difference(reference: Float32, other: Float32) -> Difference:
 
 def compare_pictures(stage: str, references: Float32, pictures: Float32) -> TrajectoryParity:
     """Compare pictures float32[N, ...] that a stage drew."""
-    each = [difference(exact, drawn).sqnr for exact, drawn in zip(references, pictures, strict=True)]
-    return TrajectoryParity(stage=stage, samples=len(each), worst_sqnr=min(each), **vars(difference(references, pictures)))
+    sqnr = [difference(exact, picture).sqnr for exact, picture in zip(references, pictures, strict=True)]
+    return TrajectoryParity(stage=stage, samples=len(sqnr), worst_sqnr=min(sqnr), **vars(difference(references, pictures)))
 
 
 def compare_calls(
@@ -150,8 +150,8 @@ def pick_calls(bins: npt.NDArray[np.int64], spaced: int = 25) -> list[int]:
     Args:
         bins: int64[T], the bin of each call.
     """
-    chosen = set(np.linspace(0, len(bins) - 1, min(spaced, len(bins))).round().astype(int).tolist())
+    calls = set(np.linspace(0, len(bins) - 1, min(spaced, len(bins))).round().astype(int).tolist())
     for index in set(bins.tolist()):
         inside = np.flatnonzero(bins == index)
-        chosen.add(int(inside[len(inside) // 2]))
-    return sorted(chosen)
+        calls.add(int(inside[len(inside) // 2]))
+    return sorted(calls)

@@ -149,19 +149,19 @@ def linears(model: ir.Model) -> dict[str, LinearNode]:
     Raises:
         GraphError: two GEMMs with a weight come from one module, or a Gemm has another form than x @ W^T + b.
     """
-    named: dict[str, LinearNode] = {}
+    by_name: dict[str, LinearNode] = {}
     for node in model.graph:
         name = module_of(node)
         if not name or node.op_type not in ("MatMul", "Gemm", "Conv") or not _has_weight(node):
             continue
         if node.op_type == "Conv" and not (any(part.isdigit() for part in name.split(".")) and _plain_convolution(node)):
             continue
-        if name in named:
-            raise GraphError(f"two GEMMs come from module '{name}': '{named[name].gemm.name}' and '{node.name}'")
+        if name in by_name:
+            raise GraphError(f"two GEMMs come from module '{name}': '{by_name[name].gemm.name}' and '{node.name}'")
         if node.op_type == "Gemm" and not _plain_gemm(node):
             raise GraphError(f"Gemm '{node.name}' of '{name}': expected transA=0, transB=1, alpha=beta=1")
-        named[name] = LinearNode(name=name, gemm=node)
-    return named
+        by_name[name] = LinearNode(name=name, gemm=node)
+    return by_name
 
 
 def convolutions(model: ir.Model) -> dict[ir.Node, str]:
@@ -169,15 +169,15 @@ def convolutions(model: ir.Model) -> dict[ir.Node, str]:
     return {node: name for node in model.graph if node.op_type == "Conv" and (name := module_of(node))}
 
 
-def find_linear(named: Mapping[str, LinearNode], name: str) -> LinearNode:
-    """`named[name]`.
+def find_linear(by_name: Mapping[str, LinearNode], name: str) -> LinearNode:
+    """Return `by_name[name]`.
 
     Raises:
         GraphError: the graph has no such linear.
     """
-    if name not in named:
+    if name not in by_name:
         raise GraphError(f"the graph has no linear '{name}'; was it exported from another model?")
-    return named[name]
+    return by_name[name]
 
 
 def element_type(qtype: QuantType) -> ir.DataType:

@@ -1,4 +1,4 @@
-"""One input of the fuzzer: what every format's mutants share."""
+"""The description of one input of the fuzzer, and of one format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Case:
-    """A mutant that lies in a folder, and the command that reads it.
+    """A mutant in a folder, and the command that reads it.
 
     Args:
-        words: of the command line; run inside the mutant's folder.
-        what: the mutation in words.
-        whole: whether an export goes beyond loading; most stop before the float graph, which takes seconds.
-        judge: after a command that succeeded: `""` where its result is right, `other` where no second opinion is at hand,
-            `equal` where its output must be that of the unmutated input, else what is wrong.
-        writes: where the command may write, relative to the folder that holds all.
+        words: words of the command line, which runs inside the mutant's folder.
+        what: a description of the mutation.
+        whole: whether an export runs to its end. Most exports stop before the float graph, which takes seconds.
+        judge: called after a command that succeeded. It returns `""` if the result is right, `other` if nothing can tell,
+            `equal` if the output must be that of the unmutated input, and otherwise the fault.
+        writes: paths that the command may write, relative to the case's folder.
     """
 
     words: list[str]
@@ -32,12 +32,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Format:
-    """One format that a user can bring.
+    """One format that a user can provide.
 
     Args:
-        share: of the inputs, relative to other formats.
-        mutate: changes a fresh copy of the materials, with a guarded folder beside it, and says how it is to be read.
-        accepts: exit statuses that are a verdict of the product on a readable input.
+        share: share of the inputs, relative to other formats.
+        mutate: changes a fresh copy of the materials beside a guarded folder, and returns the case that reads it.
+        accepts: exit statuses that are a verdict on a readable input.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Format:
 
 
 def guarded(root: Path) -> dict[str, str]:
-    """Path -> kind, mode and content of everything under a folder; links are not followed."""
-    functions = {}
+    """Return kind, mode and content of everything under a folder by path. Links are not followed."""
+    entries = {}
     for path in sorted(root.rglob("*")):
         info = path.lstat()
         text = f"{info.st_mode:o}"
@@ -58,5 +58,5 @@ def guarded(root: Path) -> dict[str, str]:
                 text += hashlib.sha256(path.read_bytes()).hexdigest()
         elif stat.S_ISLNK(info.st_mode):
             text += f" -> {path.readlink()}"
-        functions[str(path.relative_to(root))] = text
-    return functions
+        entries[str(path.relative_to(root))] = text
+    return entries

@@ -1,4 +1,4 @@
-"""Runs many small commands, each in a process of its own, without importing PyTorch for each: a parent imports once and forks.
+"""Runs many small commands, each in its own process. A parent imports PyTorch once, and forks for each command.
 
 The parent runs no PyTorch operator on several threads and no ONNX Runtime session, so its children start with one thread.
 """
@@ -21,12 +21,12 @@ from types import TracebackType
 GIB = 1 << 30
 PAGE = resource.getpagesize()
 POLL = 0.01
-"""Seconds between two looks at the children."""
+"""Seconds between two checks of the children."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process may take: seconds of wall clock, bytes above what it was forked with, bytes of a file it writes."""
+    """Limits of one process: seconds of wall clock, bytes beyond the memory at its fork, bytes of a file that it writes."""
 
     seconds: float = 60.0
     memory: int = 1 * GIB
@@ -39,9 +39,9 @@ class Outcome:
     """How a process ended.
 
     Args:
-        status: the exit status; negative: minus the signal that ended it.
-        stopped: `""`, or `"time"` or `"memory"`, the limit for which it was killed.
-        memory: bytes of its greatest resident set above what it was forked with.
+        status: the exit status; the negative number of the signal that ended it.
+        stopped: the limit for which it was killed, `"time"` or `"memory"`; otherwise empty.
+        memory: bytes of its greatest resident set beyond that at its fork.
     """
 
     status: int
@@ -63,7 +63,7 @@ class _Child:
 
 
 class _End:
-    """Ends the forked process, whatever its work raised, so that nothing of the parent's stack goes on in it."""
+    """Ends the forked process after any exception, so that the parent's code does not continue in it."""
 
     def __enter__(self) -> None: ...
 
@@ -85,10 +85,10 @@ class _End:
 def serve(
     jobs: Iterable[tuple[Path, Callable[[], None]]], *, workers: int = 2, limits: Limits | None = None
 ) -> Iterator[tuple[Path, Outcome]]:
-    """Run each job in a process of its own, `workers` at a time; yields them as they end.
+    """Run each job in its own process, `workers` at a time. Yield them as they end.
 
     Args:
-        jobs: a new empty folder, which becomes `HOME`'s and `TMPDIR`'s parent and holds the two outputs, and the work.
+        jobs: pairs of a new empty folder, for `HOME`, `TMPDIR` and the two outputs, and the work.
     """
     bounds = limits or Limits()
     waiting, running = iter(jobs), list[_Child]()
@@ -122,7 +122,7 @@ def _fork(folder: Path, work: Callable[[], None], limits: Limits) -> _Child:
 
 
 def _enter(folder: Path, limits: Limits) -> None:
-    """Make this process a group of its own, with limits, its own outputs, and home and temporary folders under `folder`."""
+    """Give this process its own group, limits, outputs, and home and temporary folders under `folder`."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -140,7 +140,7 @@ def _enter(folder: Path, limits: Limits) -> None:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process's resident set; 0 if it has ended."""
+    """Return the bytes of a process's resident set; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     except (OSError, IndexError):
@@ -148,8 +148,8 @@ def _resident(pid: int) -> int:
 
 
 def _look(child: _Child, limits: Limits) -> Outcome | None:
-    """How a child ended, or None while it runs; one over a limit is killed with its whole group."""
-    pid, status, used = os.wait4(child.pid, os.WNOHANG)
+    """Return the outcome of a child, or None while it runs. A child over a limit is killed with its group."""
+    pid, status, usage = os.wait4(child.pid, os.WNOHANG)
     seconds = time.monotonic() - child.start
     if pid == 0:
         child.peak = max(child.peak, _resident(child.pid))
@@ -161,7 +161,7 @@ def _look(child: _Child, limits: Limits) -> Outcome | None:
             _kill(child.pid)
         return None
     _kill(child.pid)
-    memory = max(child.peak, used.ru_maxrss * 1024) - child.resident
+    memory = max(child.peak, usage.ru_maxrss * 1024) - child.resident
     return Outcome(
         status=os.waitstatus_to_exitcode(status),
         stopped=child.stopped or ("memory" if memory > limits.memory else ""),
@@ -173,7 +173,7 @@ def _look(child: _Child, limits: Limits) -> Outcome | None:
 
 
 def _kill(group: int) -> None:
-    """Kill what is left of a process group that this program started."""
+    """Kill the remaining processes of a group that this program started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
@@ -187,7 +187,7 @@ def _text(path: Path, limit: int = 1 << 20) -> str:
 
 
 def command(words: list[str]) -> None:
-    """Run the command line in this process, as `dq-export WORDS` would."""
+    """Run `dq-export WORDS` in this process."""
     from dq_export.cli.app import main
 
     sys.argv = ["dq-export", *words]
@@ -195,21 +195,21 @@ def command(words: list[str]) -> None:
 
 
 def preload(words: list[str], folder: Path) -> None:
-    """Import into this process all that a command imports: it runs once in a child, which reports its modules.
+    """Import all modules of a command into this process. The command runs once in a child, which lists its modules.
 
     Args:
-        words: of a command that gets as far as any later one.
+        words: words of a command that imports everything that later ones need.
         folder: a new folder for the child.
     """
     import importlib
 
-    listed = folder / "modules.txt"
+    module_list = folder / "modules.txt"
 
     def work() -> None:
         try:
             command(words)
         finally:
-            listed.write_text("\n".join(name for name in sys.modules if name != "__main__"))
+            module_list.write_text("\n".join(name for name in sys.modules if name != "__main__"))
 
     ((_, outcome),) = serve([(folder, work)], workers=1, limits=Limits(seconds=300, memory=8 * GIB, address_space=64 * GIB))
     if outcome.status != 0:
@@ -217,7 +217,7 @@ def preload(words: list[str], folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in listed.read_text().splitlines():
+    for name in module_list.read_text().splitlines():
         # Some modules exist only while the command runs, and some cannot be imported twice.
         with contextlib.suppress(ImportError, AttributeError, KeyError, RuntimeError, ValueError, OSError):
             importlib.import_module(name)

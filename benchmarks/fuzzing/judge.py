@@ -1,4 +1,4 @@
-"""What became of an input: one word of `ENDINGS`, and for a fault its kind."""
+"""Judges an input by its process: one word of `ENDINGS`, and the kind of a fault."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .fork_server import Outcome
 GOOD = ("refused", "right", "other verdict", "loaded")
 FAULTS = ("traceback", "hang", "memory", "crash", "outside", "silent", "long message", "no message", "no mutant")
 ENDINGS = (*GOOD, *FAULTS)
-"""`refused`: status 1, 2 or 5 with one error of a few lines. `right`: the result is what an independent reading, or the
-unmutated input, gives. `other verdict`: a verdict or result of its own. `loaded`: accepted, stopped before the float graph."""
+"""`refused`: status 1, 2 or 5 with one error of a few lines. `right`: the result equals that of an independent reading or of the
+unmutated input. `other verdict`: another verdict or result. `loaded`: accepted, and stopped before the float graph."""
 LINES, LENGTH = 12, 3000
-"""What an error message may take at most: a recipe names all its violations, a line each."""
+"""Greatest lines and characters of an error message. A recipe lists all its violations, one per line."""
 STOPPED = "stopped before the float graph"
 FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
 PRODUCT = re.compile(r"/(dq_export|calibration|passes|deploy)/")
@@ -25,18 +25,18 @@ PRODUCT = re.compile(r"/(dq_export|calibration|passes|deploy)/")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one input ended, why, and the kind of a fault: the same for all inputs with one cause."""
+    """The ending of one input, and the kind of a fault, which is the same for all inputs with one cause."""
 
     ending: str
     kind: str = ""
 
 
 def judge(form: Format, root: Path, outcome: Outcome, expected: Mapping[str, str]) -> Verdict:
-    """The verdict on one process.
+    """Return the verdict on one process.
 
     Args:
-        root: its folder: `case.json` and `before.json` as the child wrote them, `judged.txt` if the command succeeded.
-        expected: by the words of a command, what it prints of the unmutated input.
+        root: the process's folder, with `case.json` and `before.json` from the child, and `judged.txt` if the command succeeded.
+        expected: output for the unmutated input, by the words of the command.
     """
     if not (root / "before.json").exists():
         return Verdict("no mutant", outcome.stderr.strip().splitlines()[-1] if outcome.stderr.strip() else "")
@@ -85,10 +85,10 @@ def _accepted(root: Path, outcome: Outcome, words: list[str], expected: Mapping[
 
 
 def _outside(root: Path, writes: list[str]) -> str:
-    """What changed in the job's folder apart from where the command may write; empty if nothing did."""
+    """Return the first change in the job's folder that the command may not make; empty if there is none."""
     before = json.loads((root / "before.json").read_text())
     after = guarded(root)
-    # ONNX Runtime keeps a number of the machine in the user's cache.
+    # ONNX Runtime stores an identifier of the machine in the user's cache.
     expected = ("tmp", "home/.cache", "stdout", "stderr", "before.json", "judged.txt", *writes)
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name) and not any(name == item or name.startswith(f"{item}/") for item in expected):
@@ -97,7 +97,7 @@ def _outside(root: Path, writes: list[str]) -> str:
 
 
 def last_frame(text: str) -> str:
-    """The innermost frame of the product in a printed traceback: file and function."""
+    """Return file and function of the product's innermost frame in a printed traceback."""
     frames = [(path, name) for path, name in FRAME.findall(text) if PRODUCT.search(path) and "site-packages" not in path]
     if not frames:
         return ""
@@ -106,7 +106,7 @@ def last_frame(text: str) -> str:
 
 
 def traceback_kind(text: str) -> str:
-    """Exception and innermost frame of the product."""
+    """Return the exception and the product's innermost frame."""
     trace = text[text.rindex("Traceback (most recent call last)") :]
     lines = [line for line in trace.splitlines()[1:] if line and not line.startswith(" ")]
     name = next((re.split(r"[:\s]", line)[0] for line in lines if re.match(r"[\w.]+(:|$)", line)), "?")

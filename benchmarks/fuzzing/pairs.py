@@ -1,4 +1,4 @@
-"""Choices of one value for each of many parameters, so that all pairs of values occur in runs that went through."""
+"""Chooses a value for each of many parameters, so that all pairs of values occur in successful runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 Choice = dict[str, Any]
 Pair = tuple[tuple[str, int], tuple[str, int]]
 CANDIDATES = 300
-"""Random choices of which the next run is the one with the most pairs that no run had."""
+"""Number of random choices; the next run is the one with the most uncovered pairs."""
 TRIES = 6
-"""Runs with a pair that may be refused until the pair is taken for one that cannot go through."""
+"""Number of refused runs with a pair, after which the pair counts as impossible."""
 
 
 class Pairs:
-    """Which pairs of values are still to be tried.
+    """The pairs of values that no successful run has covered.
 
-    A refused run covers nothing: the pair that it was made for may not be what was refused.
+    A refused run covers no pair, because another pair may be the reason for its refusal.
 
     Args:
-        space: by parameter, its values. The first is the plain one and is taken half of the time.
-        fits: whether a choice has no known contradiction; of the others, one run in five is made of any choice.
+        space: values of each parameter. The first value is the plain one, and is chosen half of the time.
+        fits: whether a choice has no known contradiction. One run in five may also have another choice.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Pairs:
         self.tries: Counter[Pair] = Counter()
 
     def next(self) -> dict[str, int]:
-        """For each parameter the index of its value: the best of some random candidates."""
+        """Return the best of some random candidates: the index of a value for each parameter."""
         candidates = [self._random() for _ in range(CANDIDATES)]
         if self.rng.random() < 0.8:
             candidates = [indices for indices in candidates if self.fits(self.values(indices))] or candidates
@@ -50,15 +50,15 @@ class Pairs:
         return best
 
     def passed(self, indices: Mapping[str, int]) -> None:
-        """A run went through: its pairs are covered."""
+        """Record a successful run, which covers its pairs."""
         self.open.difference_update(_pairs(indices))
 
     def refused(self, indices: Mapping[str, int]) -> None:
-        """A run was refused: pairs that were tried often enough are given up."""
+        """Record a refused run. Pairs that were tried TRIES times are given up."""
         self.open -= {pair for pair in _pairs(indices) if self.tries[pair] >= TRIES}
 
     def values(self, indices: Mapping[str, int]) -> Choice:
-        """The values at indices."""
+        """Return the values at indices."""
         return {name: self.space[name][index] for name, index in indices.items()}
 
     def _random(self) -> dict[str, int]:

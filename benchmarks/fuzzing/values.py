@@ -1,4 +1,4 @@
-"""Mutations that know no format: of JSON documents, of bytes, and of what a path leads to."""
+"""Mutations for every format: of JSON documents, of bytes, and of paths."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SHAPES: tuple[Any, ...] = (None, True, False, [], [1], [None], ["a", "b"], {}, {
 
 
 def value(rng: random.Random) -> Any:
-    """Any value that JSON or YAML can hold, mostly an unfitting one."""
+    """Return a random value that JSON or YAML can hold, mostly one that does not fit."""
     return copy.deepcopy(rng.choice(rng.choice((NUMBERS, TEXTS, SHAPES))))
 
 
 def nearby(rng: random.Random, old: Any) -> Any:
-    """A value like the old one: the kind of error that a person makes."""
+    """Return a value similar to the old one, like a person's mistake."""
     if isinstance(old, bool):
         return rng.choice((not old, int(old), str(old)))
     if isinstance(old, int | float):
@@ -43,7 +43,7 @@ def nearby(rng: random.Random, old: Any) -> Any:
 
 
 def places(document: Any, trail: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of keys of every value inside a document."""
+    """Return the path of keys of every value inside a document."""
     trails = []
     entries = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     for key, item in entries:
@@ -53,12 +53,12 @@ def places(document: Any, trail: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def change(rng: random.Random, document: Any) -> tuple[Any, str]:
-    """A copy of a document with one value changed, removed, renamed or added; and that in words."""
+    """Return a copy of a document with one value changed, removed, renamed or added, and a description."""
     document = copy.deepcopy(document)
-    where = places(document)
-    if not where or rng.random() < 0.03:
+    trails = places(document)
+    if not trails or rng.random() < 0.03:
         return value(rng), "the whole document replaced"
-    trail = rng.choice(where)
+    trail = rng.choice(trails)
     holder = document
     for key in trail[:-1]:
         holder = holder[key]
@@ -77,7 +77,7 @@ def change(rng: random.Random, document: Any) -> tuple[Any, str]:
 
 
 def dump(document: Any) -> bytes:
-    """JSON of a document, NaN and half surrogates included."""
+    """Return a document as JSON, which may hold NaN and half surrogates."""
     return json.dumps(document, indent=1).encode("utf-8", "surrogatepass")
 
 
@@ -101,7 +101,7 @@ EXPLODING: dict[str, Callable[[bytes], bytes]] = {
 
 
 def mutate_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
-    """A JSON file's bytes with its content or its form changed."""
+    """Return a JSON file's bytes with changed content or form, and a description."""
     kind = rng.random()
     if kind < 0.1:
         name = rng.choice(list(EXPLODING))
@@ -110,8 +110,8 @@ def mutate_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
         return mutate_bytes(rng, text)
     document, words = json.loads(text), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        document, what = change(rng, document)
-        words.append(what)
+        document, description = change(rng, document)
+        words.append(description)
     return dump(document), "; ".join(words)
 
 

@@ -35,10 +35,10 @@ class CorrectBias(GraphPass):
     result: CalibrationResult
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        named = linears(model) if self.result.correction else {}
+        by_name = linears(model) if self.result.correction else {}
         changed = []
         for name, correction in self.result.correction.items():
-            linear = find_linear(named, name)
+            linear = find_linear(by_name, name)
             if not CORRECTED.read(linear.gemm):
                 linear.change_bias(lambda bias, d=correction: bias + d)  # type: ignore[misc]
                 CORRECTED.write(linear.gemm, "yes")

@@ -51,7 +51,7 @@ class FoldScaling(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
-        named = linears(model)
+        by_name = linears(model)
         sites = {item.site.name: item for item in graph_sites(model, convolutions=True)}
         for plan in self.result.sites.values():
             item = sites.get(plan.site.name)
@@ -65,9 +65,9 @@ class FoldScaling(GraphPass):
             else:
                 self._require_same(item, plan)
                 for place in item.places:
-                    _change(model.graph, named, place, plan)
+                    _change(model.graph, by_name, place, plan)
                 for reader in item.readers:
-                    _undo(model.graph, named, reader, plan)
+                    _undo(model.graph, by_name, reader, plan)
                 FOLDED.write(item.readers[0].node, plan.method)
                 changed.append(f"'{name}': {plan.method} into {plan.site.target}")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
@@ -87,20 +87,20 @@ class FoldScaling(GraphPass):
             )
 
 
-def _undo(graph: ir.Graph, named: Mapping[str, LinearNode], reader: Reader, plan: SitePlan) -> None:
+def _undo(graph: ir.Graph, by_name: Mapping[str, LinearNode], reader: Reader, plan: SitePlan) -> None:
     """Make a reader of x read (x - m) / s."""
     in_scale, in_shift = plan.in_scale, plan.in_shift
     if reader.node.op_type == "Conv":
         _replace(graph, reader.node, 1, f"{reader.name}.weight", lambda weight: read_weight(weight, in_scale))
         return
-    linear = named[reader.name]
+    linear = by_name[reader.name]
     weight = linear.weight_reader()
     if in_shift.any():
         linear.change_bias(lambda bias: read_bias(bias, weight(), in_shift))
     linear.change_weight(lambda weight: read_weight(weight, in_scale))
 
 
-def _change(graph: ir.Graph, named: Mapping[str, LinearNode], place: Place, plan: SitePlan) -> None:
+def _change(graph: ir.Graph, by_name: Mapping[str, LinearNode], place: Place, plan: SitePlan) -> None:
     """Apply (x - m) / s at one place."""
     part, in_scale, in_shift = place.part, plan.in_scale, plan.in_shift
 
@@ -111,8 +111,8 @@ def _change(graph: ir.Graph, named: Mapping[str, LinearNode], place: Place, plan
         return part.moved(bias, in_scale, in_shift)
 
     if part.kind == "linear":
-        named[part.name].change_weight(divided)
-        named[part.name].change_bias(moved)
+        by_name[part.name].change_weight(divided)
+        by_name[part.name].change_bias(moved)
         if place.skip is not None:
             _skip(place.skip)
     elif part.kind in ("convolution", "norm"):

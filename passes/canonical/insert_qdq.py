@@ -55,8 +55,8 @@ class InsertQdq(GraphPass):
     timestep: str = "timestep"
 
     def rewrite(self, model: ir.Model) -> PassReport:
-        named = linears(model)
-        todo = [(plan, gemms) for plan in self.result.sites.values() if (gemms := self._readers(named, plan))]
+        by_name = linears(model)
+        todo = [(plan, gemms) for plan in self.result.sites.values() if (gemms := self._readers(by_name, plan))]
         if not todo:
             return PassReport(name=self.name)
         graph = model.graph
@@ -91,8 +91,8 @@ class InsertQdq(GraphPass):
             changed.append(f"'{plan.site.name}': {len(table.bins)} bins")
         return changed
 
-    def _readers(self, named: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
-        gemms = [find_linear(named, n).gemm for n in plan.site.linears if self.assigned[n].scheme.graph_type]
+    def _readers(self, by_name: Mapping[str, LinearNode], plan: SitePlan) -> list[ir.Node]:
+        gemms = [find_linear(by_name, n).gemm for n in plan.site.linears if self.assigned[n].scheme.graph_type]
         return [gemm for gemm in gemms if not _dequantized(gemm.inputs[0])]
 
 

@@ -63,6 +63,6 @@ def test_a_calibration_keeps_the_codes_in_int8(tiny: Reference) -> None:
         ({"granularity": "token-group", "group_size": 32}, "no linear has 8-bit weights with a scale for each channel"),
     ],
 )
-def test_what_cannot_mix_widths_is_refused(options: dict[str, Any], message: str, tiny: Reference) -> None:
+def test_recipes_that_cannot_mix_widths_are_refused(options: dict[str, Any], message: str, tiny: Reference) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_of(tiny, channel_bits=4, **options).assign(tiny.linears)

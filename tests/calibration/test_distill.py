@@ -80,7 +80,7 @@ def test_training_makes_calls_it_has_not_seen_better(
     [{"bits": "w4a4", "scaling": "smooth", "shift": True}, {"bits": "w8a8", "granularity": "token"}],
     ids=["shift", "token"],
 )
-def test_the_result_computes_what_training_saw(options: dict[str, Any], tiny: Reference, tmp_path: Path) -> None:
+def test_the_result_computes_the_trained_values(options: dict[str, Any], tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, **QUICK, **options)
     result = trained(tiny, recipe, started(tiny, recipe, tmp_path), tmp_path).result
     assigned, feed = recipe.assign(tiny.linears), feed_of(tiny, 600)

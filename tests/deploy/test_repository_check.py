@@ -339,21 +339,21 @@ def told(faults: list[Fault], severity: str) -> str:
     return "\n".join(f"{item.problem}; {item.fix}" for item in faults if item.severity == severity)
 
 
-def test_what_the_export_writes_is_clean(exported: Path) -> None:
+def test_an_exported_repository_has_no_faults(exported: Path) -> None:
     assert check_repository(exported / "triton") == []
 
 
-def test_a_folder_without_models_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_folder_without_models_is_a_fault(tmp_path: Path) -> None:
     assert "no model folders" in told(check_repository(tmp_path), "error")
 
 
 @pytest.mark.parametrize(("change", "severity", "text"), UNSEEN.values(), ids=UNSEEN)
-def test_what_shows_in_files_alone(repository: Path, change: Change, severity: str, text: str) -> None:
+def test_faults_that_the_files_show(repository: Path, change: Change, severity: str, text: str) -> None:
     change(repository)
     assert text in told(check_repository(repository), severity)
 
 
-def test_what_the_server_refuses_is_found_without_it(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_check_finds_faults_that_the_server_refuses(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     if server.missing():
         pytest.skip(server.missing())
     folder = tmp_path_factory.mktemp("faults")

@@ -153,7 +153,7 @@ PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_file_is_a_fault_at_once(repository: Path, file: str, place: str) -> None:
+def test_a_path_that_is_not_a_file_is_a_fault_at_once(repository: Path, file: str, place: str) -> None:
     change, text = PLACES[place]
     change(repository / file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,7 @@ def job(**inputs: Any) -> Job:
     return LIMITS.job(columns, LABELS.read(columns), SCHEDULES, seeds(*range(rows)), Nobody())
 
 
-def test_what_is_left_out_is_the_models() -> None:
+def test_optional_inputs_have_the_models_defaults() -> None:
     made = job(class_labels=[1, 2])
     assert (len(made.steps), made.guidance, made.every, made.rows) == (3, 1.0, 0, 2)
     assert made.feed()[2]["class_labels"].tolist() == [1, 2]
@@ -75,7 +75,7 @@ def test_labels_of_another_shape_are_refused_although_the_server_let_them_pass(s
         LABELS.read({"class_labels": np.ones(shape, dtype=np.int64)})
 
 
-def test_what_has_no_rows_or_other_rows_is_refused() -> None:
+def test_inputs_without_rows_or_with_other_rows_are_refused() -> None:
     with pytest.raises(BadRequestError, match="num_inference_steps: expected one value"):
         job(class_labels=[1], num_inference_steps=np.zeros((0, 1)))
     two = LABELS.read({"class_labels": np.ones((2, 1), dtype=np.int64)})

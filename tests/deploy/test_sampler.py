@@ -113,7 +113,7 @@ def until(true: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_every_job_gets_what_it_gets_alone(start: Callable[..., Sampler], lanes: int) -> None:
+def test_every_job_gets_the_same_result_as_alone(start: Callable[..., Sampler], lanes: int) -> None:
     wanted = [{"label": i, "steps": 1 + i % 5, "pictures": 1 + i % 3, "guidance": 1.0 + i % 2} for i in range(20)]
     sampler = start(lanes=lanes)
     jobs = [job(**options) for options in wanted]  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ def test_calls_stay_below_the_greatest_batch_and_order_is_kept(start: Callable[.
     assert [sorted(set(call) - {0}) for call in network.calls] == [[1], [1], [2], [2], [3], [3]]
 
 
-def test_a_lane_takes_what_the_one_before_has_no_room_for(start: Callable[..., Sampler], network: Network) -> None:
+def test_a_lane_takes_jobs_that_do_not_fit_into_the_one_before(start: Callable[..., Sampler], network: Network) -> None:
     network.open = False
     sampler = start(max_rows=2, lanes=2)
     jobs = [job(label, steps=1) for label in (1, 2, 3)]
@@ -206,7 +206,7 @@ def test_a_call_that_others_rows_failed_is_repeated_once_for_all(network: Networ
     assert [call for call in network.calls if len(call) == 8] == [[1, 2, 1, 2, 1, 2, 1, 2]]
 
 
-def test_what_is_not_finite_fails_alone(start: Callable[..., Sampler]) -> None:
+def test_an_output_that_is_not_finite_fails_its_job_alone(start: Callable[..., Sampler]) -> None:
     sampler, bad, good = start(), job(1), job(2)
     bad.latents[0, 0, 0, 0] = np.nan
     sampler.submit(bad)
@@ -231,7 +231,7 @@ def test_conditions_that_cannot_be_computed_fail_their_job_alone(start: Callable
     assert np.array_equal(client(first).wait().latents, alone(job(3, steps=2)))
 
 
-def test_an_unforeseen_error_is_told_and_the_sampler_lives_on(network: Network) -> None:
+def test_the_sampler_continues_after_an_unexpected_error(network: Network) -> None:
     broken = [True]
 
     def denoise(*feed: Any) -> Any:

@@ -171,7 +171,7 @@ PLAIN = ["model_index.json", "transformer/config.json", "scheduler/scheduler_con
         ),
     ],
 )  # fmt: skip
-def test_only_what_is_read_is_downloaded(weights: list[str], variant: str, expected: list[str]) -> None:
+def test_only_needed_files_are_downloaded(weights: list[str], variant: str, expected: list[str]) -> None:
     named = [name.format(STEM) for name in weights]
     found = needed_files([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
     assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
@@ -184,7 +184,7 @@ def test_a_unets_folder_is_downloaded_as_a_transformers_is() -> None:
     assert sorted(found) == sorted(["model_index.json", *parts[:2], *weights[:2]])
 
 
-def test_text_encoders_are_downloaded_where_prompts_are_to_be_encoded() -> None:
+def test_text_encoders_are_downloaded_for_prompts() -> None:
     tokenizer = ["tokenizer/spiece.model", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
     shards = [f"text_encoder/model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     encoder = ["text_encoder/config.json", "text_encoder/model.safetensors.index.json", *shards]
@@ -238,7 +238,7 @@ def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: Hub, t
 
 
 @pytest.mark.slow
-def test_what_a_hub_has_not_is_said(hub: Hub, tmp_path: Path) -> None:
+def test_missing_models_and_revisions_are_errors(hub: Hub, tmp_path: Path) -> None:
     address = hub.address
     assert "it has no revision 'v9'; give a branch, a tag or a commit" in fetched(address, tmp_path, "owner/name", "v9").stderr
     assert "the hub has no such model, or it is private" in fetched(address, tmp_path, "owner/other").stderr

@@ -52,7 +52,7 @@ def out(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_what_is_pushed_is_loaded_from_the_hub_and_gives_the_same_bits(out: Path, tmp_path: Path) -> None:
+def test_a_pushed_export_loads_from_the_hub_with_the_same_bits(out: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "served", exists=False) as hub:
         done = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), "owner/name")
         assert done.returncode == 0, done.stderr
@@ -174,7 +174,7 @@ def test_only_an_export_that_passed_is_pushed(spoil: Callable[[Path], object], m
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "owner/", "owner/na me", "https://x/owner/name", "owner/..", "o--o/name"])
-def test_a_name_that_is_no_owner_and_name_is_refused(name: str, out: Path) -> None:
+def test_a_name_that_is_not_owner_and_name_is_refused(name: str, out: Path) -> None:
     with pytest.raises(HubError, match="owner/name") as caught:
         push(out, name)
     assert "\n" not in str(caught.value)

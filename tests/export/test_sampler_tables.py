@@ -108,7 +108,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("kind", "changes", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_no_table_can_hold_is_refused(kind: str, changes: dict[str, Any], why: str) -> None:
+def test_samplers_that_no_table_can_hold_are_refused(kind: str, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(CurvedError, match=why):
         table_of(made(kind, **changes), 9)
 
@@ -218,7 +218,7 @@ def test_files_hold_every_number_and_no_pickle(tmp_path: Path) -> None:
     ("name", "count", "why"),
     [("pndm", 3, "scheduler 'pndm': expected ddim"), ("ddim", 0, "expected 1 to 4"), ("ddim", 5, "expected 1 to 4")],
 )
-def test_what_there_is_not_is_told(name: str, count: int, why: str) -> None:
+def test_unknown_samplers_and_step_counts_are_errors(name: str, count: int, why: str) -> None:
     with pytest.raises(ScheduleError, match=why):
         Schedules({"ddim": table_of(made("DDIMScheduler"), 4)}).steps(name, count)
 

@@ -59,7 +59,7 @@ def latent_client(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         client.close()
 
 
-def test_pictures_are_what_diffusers_decodes(latent_client: Any, latent: Path) -> None:
+def test_pictures_equal_those_that_diffusers_decodes(latent_client: Any, latent: Path) -> None:
     import torch
     from diffusers import AutoencoderKL
 
@@ -88,7 +88,7 @@ def test_without_its_decoder_a_client_gets_latents_or_the_reason(latent_client: 
 
 
 @pytest.mark.slow
-def test_another_vae_is_written_anew_and_the_same_is_kept(out: Path, latent: Path, tmp_path: Path) -> None:
+def test_a_changed_vae_is_written_again_and_an_equal_one_is_kept(out: Path, latent: Path, tmp_path: Path) -> None:
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
     source = tmp_path / "model"

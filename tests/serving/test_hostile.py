@@ -293,7 +293,7 @@ HTTP: dict[str, tuple[bytes, str, str]] = {
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("model", ["pipeline", "denoiser"])
-def test_what_would_end_the_server_ends_at_the_proxy(proxy: Guarded, model: str) -> None:
+def test_the_proxy_refuses_requests_that_crash_the_server(proxy: Guarded, model: str) -> None:
     answers = {name: http(proxy.http, f"/v2/models/{model}/infer", sent, head) for name, (sent, head, _) in HTTP.items()}
     assert {name: answer[:200] for name, answer in answers.items() if not answer.startswith(HTTP[name][2])} == {}
 
@@ -353,7 +353,7 @@ def test_the_proxy_takes_no_body_in_chunks(proxy: Guarded) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_the_proxy_passes_what_the_documented_clients_send(proxy: Guarded, exported: Path) -> None:
+def test_the_proxy_forwards_requests_of_the_documented_clients(proxy: Guarded, exported: Path) -> None:
     import tritonclient.grpc as grpc
 
     readme = (exported / "triton" / "README.md").read_text()

@@ -70,7 +70,7 @@ def test_openais_client_gets_the_pictures_that_the_server_draws(images: Any, tex
         assert np.array_equal(pixels(item.b64_json), picture[..., 0])
 
 
-def test_a_prompt_alone_is_enough(images: Any) -> None:
+def test_a_prompt_needs_no_other_parameter(images: Any) -> None:
     assert pixels(images.generate(prompt="siebzehn Füße 七").data[0].b64_json).shape == (16, 16)
 
 
@@ -104,7 +104,7 @@ def post(address: str, content: bytes) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize(("body", "message"), BAD, ids=[row[1] for row in BAD])
-def test_a_bad_request_is_told_what_is_wrong(address: str, body: dict[str, Any], message: str) -> None:
+def test_a_bad_request_gets_an_error_that_names_the_fault(address: str, body: dict[str, Any], message: str) -> None:
     status, answer = post(address, json.dumps(body).encode())
     assert status == 400
     assert message in answer["error"]["message"]
@@ -112,7 +112,7 @@ def test_a_bad_request_is_told_what_is_wrong(address: str, body: dict[str, Any],
 
 
 @pytest.mark.parametrize(("content", "status"), [(b"{", 400), (b"[" * 60_000, 400), (b"[]", 400), (b" " * 70_000, 413)])
-def test_what_is_no_request_is_refused(address: str, content: bytes, status: int) -> None:
+def test_a_body_that_is_not_a_request_is_refused(address: str, content: bytes, status: int) -> None:
     assert post(address, content)[0] == status
 
 
@@ -149,7 +149,7 @@ def test_a_client_that_hangs_up_frees_its_rows_and_too_many_are_sent_away(addres
     assert post(address, b'{"prompt": "a", "num_inference_steps": 2}')[0] == 200
 
 
-def test_metrics_count_what_was_answered(address: str) -> None:
+def test_metrics_count_answers(address: str) -> None:
     def counted() -> dict[str, float]:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]

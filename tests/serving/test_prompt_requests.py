@@ -92,7 +92,7 @@ def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
     return found.as_numpy("encoder_hidden_states"), text.detach().numpy()
 
 
-def test_the_text_encoder_gives_what_transformers_does(text_client: Any, pipeline: Any) -> None:
+def test_the_text_encoder_equals_transformers(text_client: Any, pipeline: Any) -> None:
     found, exact = encoded(text_client, pipeline, "text_encoder")
     np.testing.assert_allclose(found, exact, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_a_text_encoder_of_8_bits_is_served(
     assert report.text_encoder.sqnr - 3 < sqnr(exact[:, :READ], found[:, :READ]) < 60
 
 
-def test_requests_of_all_lengths_share_calls_and_get_what_they_get_alone(text_client: Any) -> None:
+def test_prompts_of_all_lengths_share_calls_with_equal_results(text_client: Any) -> None:
     prompts = ["a one", "a handwritten two", "draw the digit 3", "", "four " * 100, "five"]
     wanted = [
         {"prompt": [prompts[i % 6]], "seed": i, "num_inference_steps": 4 + i % 3, "guidance_scale": 1.0 + 2 * (i % 2)}
@@ -181,7 +181,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("inputs", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_a_bad_request_is_told_what_is_wrong(text_client: Any, inputs: dict[str, Any], message: str) -> None:
+def test_a_bad_request_gets_an_error_that_names_the_fault(text_client: Any, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(InferenceServerException) as caught:
         ask(text_client, **inputs)
     assert "INVALID_ARGUMENT" in str(caught.value.status())

@@ -86,7 +86,7 @@ def settled(client: Any) -> tuple[int, int]:
     return after
 
 
-def test_models_are_ready_and_say_what_they_take(client: Any) -> None:
+def test_models_are_ready_and_list_their_inputs(client: Any) -> None:
     assert all(client.is_model_ready(name) for name in ("denoiser", "pipeline", "pipeline_stream"))
     described = client.get_model_metadata("denoiser")
     assert {item.name: (item.datatype, list(item.shape)) for item in described.inputs} == {
@@ -96,7 +96,7 @@ def test_models_are_ready_and_say_what_they_take(client: Any) -> None:
     assert [item.name for item in client.get_model_metadata("pipeline").outputs] == ["latents", "seed", "images"]
 
 
-def test_the_denoiser_computes_what_the_engine_does(client: Any, exported: Path) -> None:
+def test_the_denoiser_equals_the_engine(client: Any, exported: Path) -> None:
     states = np.random.default_rng(0).standard_normal((3, 1, 16, 16), dtype=np.float32)
     timestep, labels = np.array([7, 500, 999]), np.array([0, 4, 10])
     found = ask(client, "denoiser", hidden_states=states, timestep=timestep[:, None], class_labels=labels[:, None])
@@ -144,13 +144,13 @@ def test_an_absent_seed_is_chosen_and_repeats(client: Any) -> None:
     assert np.array_equal(ask(client, class_labels=[1, 1], seed=first["seed"])["latents"], first["latents"])
 
 
-def test_each_picture_of_a_request_is_the_one_of_its_own_label_and_seed(client: Any) -> None:
+def test_each_picture_depends_on_its_label_and_seed_alone(client: Any) -> None:
     both = ask(client, class_labels=[4, 6], seed=[3, 9])["latents"]
     assert np.array_equal(both[:1], ask(client, class_labels=[4], seed=3)["latents"])
     assert np.array_equal(both[1:], ask(client, class_labels=[6], seed=9)["latents"])
 
 
-def test_the_seeds_alone_draw_nothing(client: Any) -> None:
+def test_a_request_for_seeds_draws_nothing(client: Any) -> None:
     import tritonclient.grpc as grpc
 
     _, calls = settled(client)
@@ -160,7 +160,7 @@ def test_the_seeds_alone_draw_nothing(client: Any) -> None:
     assert settled(client)[1] == calls
 
 
-def test_requests_share_calls_and_get_what_they_get_alone(client: Any) -> None:
+def test_requests_share_calls_with_equal_results(client: Any) -> None:
     wanted = [
         {"class_labels": [i % 10], "seed": i, "num_inference_steps": 6 + 7 * (i % 4), "guidance_scale": 1 + i % 2}
         for i in range(32)
@@ -262,7 +262,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("inputs", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_a_bad_request_is_told_what_is_wrong(client: Any, inputs: dict[str, Any], message: str) -> None:
+def test_a_bad_request_gets_an_error_that_names_the_fault(client: Any, inputs: dict[str, Any], message: str) -> None:
     status, reason = refused(client, **inputs)
     assert status == "INVALID_ARGUMENT"
     assert message in reason
@@ -279,7 +279,7 @@ def test_a_wrong_type_and_an_unknown_input_are_refused(client: Any, running: ser
     assert "prompt" in message["error"]
 
 
-def test_a_stream_is_told_what_is_wrong_too(client: Any) -> None:
+def test_a_bad_stream_request_gets_an_error_that_names_the_fault(client: Any) -> None:
     answers: queue.Queue[Any] = queue.Queue()
     stream(client, answers, class_labels=[1], preview_every=-1)
     _, error = answers.get(timeout=30)

@@ -71,7 +71,7 @@ def test_a_finished_export_gets_its_repository_and_keeps_all_else(served: Served
     assert digests(mixed / "triton") == first
 
 
-def test_the_readme_says_what_this_repository_takes(mixed: Path) -> None:
+def test_the_readme_lists_the_repositorys_inputs(mixed: Path) -> None:
     text = (mixed / "triton" / "README.md").read_text()
     for words in (
         "hidden_states` FP32[n, 2, 8, 8]",
@@ -103,7 +103,7 @@ def test_one_timestep_a_batch_cannot_be_served(tiny_folder: Path, tmp_path: Path
         (("--text-encoder-bits", "8"), "--text-encoder-bits 8: this network draws no prompts, so its server has no text encoder"),
     ],
 )
-def test_what_cannot_be_served_is_refused_before_anything_is_done(
+def test_a_network_that_cannot_be_served_is_refused_before_any_work(
     tiny_folder: Path, tmp_path: Path, words: tuple[str, ...], why: str
 ) -> None:
     done = call("--model", tiny_folder, "-o", tmp_path / "out", "--triton", *words, *QUICK)
@@ -129,7 +129,7 @@ def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Pat
     assert "--gpus all" in (repository / "README.md").read_text()
 
 
-def test_check_says_what_is_wrong_and_ends_with_a_status(mixed: Path, tmp_path: Path) -> None:
+def test_check_lists_faults_and_sets_the_status(mixed: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(mixed / "triton", repository)
     done = call("triton", "--check", repository)
@@ -142,13 +142,13 @@ def test_check_says_what_is_wrong_and_ends_with_a_status(mixed: Path, tmp_path: 
     assert call("triton", "--check", tmp_path / "nothing").returncode == 1
 
 
-def test_a_folder_that_is_no_export_is_said_to_be_none(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
     done = call("triton", tmp_path)
     assert done.returncode == 2
     assert "is it the output folder of a finished export?" in done.stderr
 
 
-def test_without_the_client_library_the_pip_line_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+def test_without_the_client_library_the_error_has_the_pip_command(tiny_folder: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['tritonclient'] = None; from dq_export.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
     words = ["--model", tiny_folder, "--triton", "-o", tmp_path / "out", *QUICK]
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)

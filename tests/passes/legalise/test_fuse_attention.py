@@ -81,7 +81,7 @@ def scale_by_channel(graph: ir.Graph) -> None:
         (reorder_heads, "its result is not merged back from heads (case 3)"),
     ],
 )
-def test_it_leaves_alone_what_is_not_plain_attention(edit: Any, reason: str, tiny_onnx: Path) -> None:
+def test_other_patterns_than_plain_attention_stay(edit: Any, reason: str, tiny_onnx: Path) -> None:
     model, report = fused(tiny_onnx, edit)
     assert [line.split(": ", 1)[1] for line in report.skipped] == [reason]
     assert kinds(model).count("Attention") == 1

@@ -27,7 +27,7 @@ def normalized(kind: ir.DataType = ir.DataType.FLOAT, *, shape: list[Any] | None
     return b.model(made)
 
 
-def test_it_computes_what_the_operator_does() -> None:
+def test_the_result_equals_that_of_the_operator() -> None:
     model = normalized()
     feed = {"x": (RANDOM.normal(size=(2, 8, 5, 3)) * 3 + 2).astype(np.float32)}
     groups = feed["x"].astype(np.float64).reshape(2, 4, -1)

@@ -49,7 +49,7 @@ def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: R
         yield f"{shown(linear)} stays float in the recipe ({rule.reason or 'its rule'}); remove it from the file"
         return
     outputs, width = weight
-    for part, wanted in (
+    for part, expected in (
         ("activation.scale", (len(file.header.timesteps),)),
         ("activation.zero_point", (len(file.header.timesteps),)),
         ("weight", weight),
@@ -59,8 +59,8 @@ def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: R
         ("in_shift", (width,)),
     ):
         shape = file.shape(linear, part)
-        if shape not in (None, wanted):
-            yield f"'{linear}.{part}' has shape {list(shape or ())}; expected {list(wanted)}"
+        if shape not in (None, expected):
+            yield f"'{linear}.{part}' has shape {list(shape or ())}; expected {list(expected)}"
             return  # the checks below compare numbers
     yield from _activation_faults(file, linear, scheme)
     if file.shape(linear, "weight") and scheme.weight.qtype.is_float:

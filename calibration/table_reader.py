@@ -67,14 +67,14 @@ def _faults(
     """The faults of the file, except those of scalings, which are checked later."""
     header = file.header
     faults = list(name_faults(header, list(denoiser.linears)))
-    known = [name for name in header.linears if name in denoiser.linears]
+    present = [name for name in header.linears if name in denoiser.linears]
     if reason := schedule_fault(header, timesteps):
         faults.append(reason)
     if recipe.rounding == "distill":
         faults.append("rounding distill would train again what the file holds; use rounding gptq for the other linears")
-    if recipe.bias_correction and any(file.shape(name, part) for name in known for part in ("weight", "weight.codes", "bias")):
+    if recipe.bias_correction and any(file.shape(name, part) for name in present for part in ("weight", "weight.codes", "bias")):
         faults.append("bias_correction measures errors against the checkpoint's weights, which the file replaces; leave it out")
-    for name in known:
+    for name in present:
         faults += linear_faults(file, name, denoiser.weight(name).shape, assigned[name])
     return faults or [fault for site in denoiser.sites for fault in site_faults(file, site, assigned)]
 

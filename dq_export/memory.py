@@ -43,9 +43,9 @@ class MemoryPlan:
 
 
 def plan_memory(
-    checkpoint: Weights, recipe: Recipe, limit: float | None, wanted: tuple[str, ...], encoders: int = 0
+    checkpoint: Weights, recipe: Recipe, limit: float | None, stages: tuple[str, ...], encoders: int = 0
 ) -> MemoryPlan:
-    """All stages of `wanted`, or all but bench, where that alone does not run within `limit` GiB.
+    """All of `stages`, or all but bench, where that alone does not run within `limit` GiB.
 
     GPTQ's second moments get what the limit leaves, so that a larger one saves runs over the pictures; 1 GiB without a limit.
 
@@ -57,7 +57,7 @@ def plan_memory(
         RecipeError: another stage does not fit.
     """
     if limit is None:
-        return MemoryPlan(stages=wanted)
+        return MemoryPlan(stages=stages)
     if not 0 < limit < math.inf:
         raise RecipeError(f"--max-memory {limit:g}: expected a number of GiB above 0; leave it out for no limit")
     stored_shapes = {name: place.shape for file in checkpoint.files for name, place in stored(file).items()}
@@ -80,7 +80,7 @@ def plan_memory(
         needed["calibrate"] += CODES * weights
         space = max(smallest, int((limit - needed["calibrate"]) * GIB))
         needed["calibrate"] += smallest / GIB
-    over = [stage for stage in wanted if needed.get(stage, 0.0) > limit]
+    over = [stage for stage in stages if needed.get(stage, 0.0) > limit]
     hard = [stage for stage in over if stage != "bench"]
     if hard:
         listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
@@ -95,7 +95,7 @@ def plan_memory(
         else:
             advice = "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {listed} will not fit; {advice}")
-    return MemoryPlan(stages=tuple(stage for stage in wanted if stage not in over), space=space)
+    return MemoryPlan(stages=tuple(stage for stage in stages if stage not in over), space=space)
 
 
 def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:

@@ -113,7 +113,7 @@ def run_stages(context: Context) -> None:
     """Every stage that the run has, in order. PyTorch's weights are freed as soon as no later stage needs them."""
     loaded = True
     for stage in STAGES:
-        if stage.name not in context.stages or not stage.wanted(context):
+        if stage.name not in context.stages or not stage.applies(context):
             continue
         if loaded and not stage.network:
             context.reference.release()

@@ -162,8 +162,8 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
     except ValidationError as error:
         reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise RecipeError(f"--exclude: {'; '.join(reasons)}") from error
-    wanted = layout_timesteps(recipe, reference)
-    shared = backend.shared_timesteps(wanted) if backend else wanted != "per-sample"
+    timesteps = layout_timesteps(recipe, reference)
+    shared = backend.shared_timesteps(timesteps) if backend else timesteps != "per-sample"
     if recipe.triton:
         _require_servable(recipe, backend)
         shared = False

@@ -138,7 +138,7 @@ def _joined(turns: list[dict[str, Any]]) -> Timing:
     if errors:
         return Timing(error=errors[0])
     return Timing(
-        milliseconds=tuple(taken for turn in turns for taken in turn["milliseconds"]),
+        milliseconds=tuple(value for turn in turns for value in turn["milliseconds"]),
         memory_mb=statistics.median(turn["memory_mb"] for turn in turns),
         profile=next((turn["profile"] for turn in turns if turn["profile"]), {}),
     )

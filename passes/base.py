@@ -186,16 +186,16 @@ def _interface(model: ir.Model) -> list[tuple[str | None, str, str]]:
 
 
 def _check(model: ir.Model, pass_name: str) -> None:
-    known: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
+    values: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
     names: set[str] = set()
     wrong = []
     for node in model.graph:
         wrong += [
             f"node '{node.name}' reads '{v.name}', which nothing produces"
             for v in node.inputs
-            if v is not None and v not in known
+            if v is not None and v not in values
         ]
-        known.update(node.outputs)
+        values.update(node.outputs)
         if node.name in names:
             wrong.append(f"two nodes are called '{node.name}'")
         names.add(node.name or "")

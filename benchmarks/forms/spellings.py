@@ -71,9 +71,9 @@ def branch(inner: Callable[[Sketch, ir.Value], ir.Value], outer: Make | None = N
     """`inner` in one branch of an If; `outer` stands before it."""
 
     def build(s: Sketch) -> ir.Value:
-        given = outer(s) if outer else s.x
+        before = outer(s) if outer else s.x
         condition = s.op("Greater", s.op("ReduceMax", s.x, keepdims=0), s.float(-99.0))
-        then = s.body("then", (), lambda b: [inner(b, given)])
+        then = s.body("then", (), lambda b: [inner(b, before)])
         other = s.body("other", (), lambda b: [b.matmul(s.x, b.noise(K, N), "float")])
         return s.op("If", condition, then_branch=then, else_branch=other)
 

@@ -113,23 +113,23 @@ def save_scheduler(choice: Mapping[str, Any], folder: Path) -> None:
     import diffusers
 
     kind = getattr(diffusers, choice["scheduler"])
-    wanted = {
+    settings = {
         "beta_schedule": choice["betas"],
         "prediction_type": choice["prediction"],
         "timestep_spacing": choice["spacing"],
         "clip_sample": False,
     }
-    known = inspect.signature(kind.__init__).parameters
-    kind(**{key: value for key, value in wanted.items() if key in known and value != ""}).save_pretrained(folder)
+    arguments = inspect.signature(kind.__init__).parameters
+    kind(**{key: value for key, value in settings.items() if key in arguments and value != ""}).save_pretrained(folder)
 
 
 def words(choice: Mapping[str, Any]) -> list[str]:
     """The command line of a choice, without the output folder."""
-    found = ["--model", "model", "--parity-size", "1", "--min-coverage", "1", "--min-sqnr", str(SANE[choice["bits"]])]
+    arguments = ["--model", "model", "--parity-size", "1", "--min-coverage", "1", "--min-sqnr", str(SANE[choice["bits"]])]
     for name in OPTIONS:
         value = choice[name]
         if value is True:
-            found.append(f"--{name}")
+            arguments.append(f"--{name}")
         elif value is not None:
-            found += [f"--{name}", str(value)]
-    return found
+            arguments += [f"--{name}", str(value)]
+    return arguments

@@ -128,9 +128,9 @@ def attributed(rng: random.Random, model: Any) -> str:
         lambda: [rng.choice(INTEGERS) for _ in range(rng.choice((1, 2, 5)))], lambda: [0.5], lambda: ["a"],
         lambda: onnx.helper.make_tensor("t", 1, [1], [0.5]), lambda: model.graph,
     )  # fmt: skip
-    made = rng.choice(makers)()
-    node.attribute.append(onnx.helper.make_attribute(name, made))
-    return f"{node.op_type}.{name} = {made!r:.40}"
+    attribute = rng.choice(makers)()
+    node.attribute.append(onnx.helper.make_attribute(name, attribute))
+    return f"{node.op_type}.{name} = {attribute!r:.40}"
 
 
 def retyped(rng: random.Random, model: Any) -> str:

@@ -83,12 +83,12 @@ class Calls:
             timestep = float(feed["timestep"][0])
             if timesteps:
                 self.progress(done + min(len(timesteps), sampling.steps), total, "calls")
-            place, known = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
+            place, all_timesteps = len(timesteps), list(dict.fromkeys([*timesteps, timestep]))
             call = Call(
                 number=batch * sampling.steps + place,
                 place=place,
                 steps=sampling.steps,
-                record=known.index(timestep),
+                record=all_timesteps.index(timestep),
                 seen=journal.done > 0 or timestep in timesteps,
             )
             timesteps.append(timestep)

@@ -163,7 +163,7 @@ class Bisector:
         wrong = next(filter(None, map(engine.misfit, self.feeds)), "")
         if wrong:
             raise OutputError(f"{shown_path(self.out)}: the float graph does not take the recorded calls: {wrong}; export again")
-        found = []
+        rows = []
         for feed, reference in zip(self.feeds, self.references, strict=True):
             result = engine(feed)
             if result.shape != reference.shape:
@@ -171,9 +171,9 @@ class Bisector:
                     f"{shown_path(self.out)}: the float graph gives {list(result.shape)} for a recorded call, and "
                     f"{list(reference.shape)} was recorded; export again"
                 )
-            found.append(difference(reference, result).sqnr)
-        call = int(np.argmin(found))
-        return Step(name=name, sqnr=found[call], call=call)
+            rows.append(difference(reference, result).sqnr)
+        call = int(np.argmin(rows))
+        return Step(name=name, sqnr=rows[call], call=call)
 
     def _located(self, step: Step, before: Path, after: Path) -> str:
         """The first linear that the step breaks; what fails of it goes to `out/bisect`. Empty where no linear does."""

@@ -108,8 +108,8 @@ def values_of(graph: Path, names: Sequence[str], feed: Feed) -> dict[str, Array]
     if not names:
         return inputs
     model = ir.load(graph)
-    known = {str(value.name): value for node in model.graph for value in node.outputs}
-    model.graph.outputs[:] = [known[name] for name in names]
+    by_name = {str(value.name): value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [by_name[name] for name in names]
     exposed = graph.with_name("exposed.onnx")  # beside the weights that it refers to
     ir.save(model, exposed)
     session = open_graph(exposed, optimize=False, prepack=False).session

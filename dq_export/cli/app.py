@@ -54,9 +54,9 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def show_version(wanted: bool) -> None:
+def show_version(requested: bool) -> None:
     """Print the version and end."""
-    if wanted:
+    if requested:
         print(f"dq-export {__version__}")
         raise typer.Exit()
 

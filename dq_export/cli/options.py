@@ -70,8 +70,8 @@ def recipe_options(*fields: str) -> list[inspect.Parameter]:
 
     None, or an empty text, stands for an option that was not given. Values are judged by the recipe, which also judges files.
     """
-    known = {name: group for group, names in GROUPS.items() for name in names}
-    return [_parameter(name, Recipe.model_fields[name], known[name]) for name in fields or known]
+    group_of = {name: group for group, names in GROUPS.items() for name in names}
+    return [_parameter(name, Recipe.model_fields[name], group_of[name]) for name in fields or group_of]
 
 
 def with_options(command: Callable[..., None], parameters: Iterable[inspect.Parameter], text: str) -> Callable[..., None]:

@@ -88,8 +88,8 @@ class Lines:
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
         """Say what came out."""
         self.stop()
-        taken = "kept from an earlier run" if kept else f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
-        self._print(f"{self.stage:9} done: {result + ', ' if result else ''}{taken}")
+        text = "kept from an earlier run" if kept else f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+        self._print(f"{self.stage:9} done: {result + ', ' if result else ''}{text}")
 
     def stop(self) -> None:
         """Remove the bar, so that other text can be printed."""

@@ -51,8 +51,8 @@ def one_line(value: object) -> str:
 def print_search(outcome: Outcome) -> None:
     """The winner beside the recipes with one choice everywhere."""
     rows = [
-        (name, f"{size:.2f}", "" if math.isnan(taken) else f"{taken:.2f}", f"{sqnr:.1f}")
-        for name, size, taken, sqnr in (("found", outcome.size, outcome.milliseconds, outcome.held_back), *outcome.uniform)
+        (name, f"{size:.2f}", "" if math.isnan(milliseconds) else f"{milliseconds:.2f}", f"{sqnr:.1f}")
+        for name, size, milliseconds, sqnr in (("found", outcome.size, outcome.milliseconds, outcome.held_back), *outcome.uniform)
     ]
     print_table(["", "MB", "ms", "dB"], rows, title="trajectories of other noise and conditions than the search's")
 

@@ -32,19 +32,19 @@ def described_plugins(kind: Kind) -> list[str]:
     return [f"{point.name} ({_package(point)})" for point in _points(kind)]
 
 
-def load_plugins(kind: Kind, expected: Any, taken: Collection[str] = ()) -> dict[str, Any]:
+def load_plugins(kind: Kind, expected: Any, reserved: Collection[str] = ()) -> dict[str, Any]:
     """By name, what the installed packages add.
 
     Args:
         expected: the class that each must be an object of; `Callable` for anything that can be called.
-        taken: the names of dq-export's own.
+        reserved: the names of dq-export's own.
 
     Raises:
         PluginError: a plug-in cannot be imported, is of another class, or has a name that is taken.
     """
     plugins: dict[str, Any] = {}
     for point in _points(kind):
-        if point.name in taken or point.name in plugins:
+        if point.name in reserved or point.name in plugins:
             raise PluginError(f"{_title(kind, point)}: there is another of that name; uninstall one of the packages")
         try:
             loaded = point.load()
@@ -53,8 +53,8 @@ def load_plugins(kind: Kind, expected: Any, taken: Collection[str] = ()) -> dict
                 f"{_title(kind, point)} cannot be imported: {type(error).__name__}: {printable(str(error))}"
             ) from error
         if not isinstance(loaded, expected):
-            wanted = f"an object of {expected.__name__}"
-            raise PluginError(f"{_title(kind, point)}: expected {wanted}, found {point.value} of {type(loaded).__name__}")
+            expectation = f"an object of {expected.__name__}"
+            raise PluginError(f"{_title(kind, point)}: expected {expectation}, found {point.value} of {type(loaded).__name__}")
         plugins[point.name] = loaded
     return plugins
 

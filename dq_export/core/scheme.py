@@ -247,7 +247,7 @@ def scheme_of(action: str, granularity: Granularity | None = None, group_size: i
 
 def all_schemes() -> Iterator[Scheme]:
     """Every scheme that a recipe can name for a low-precision kernel, without sizes of blocks of its own."""
-    known = set()
+    names = set()
     for bits in get_args(Bits):
         for granularity in get_args(Granularity):
             for group_size in (None, 0):
@@ -255,6 +255,6 @@ def all_schemes() -> Iterator[Scheme]:
                     scheme = scheme_of(bits, granularity, group_size)
                 except ValueError:
                     continue
-                if scheme not in known:
-                    known.add(scheme)
+                if scheme not in names:
+                    names.add(scheme)
                     yield scheme

@@ -179,12 +179,12 @@ def _schedule_faults(header: Header) -> Iterator[str]:
 def _name_faults(file: TableFile) -> Iterator[str]:
     """Tensors of no linear and no part, of other types, or without what they need."""
     kinds, linears = file.tensors.kinds, file.header.linears
-    known = {f"{linear}.{part}": (linear, part) for linear in linears for part in PARTS}
+    part_of = {f"{linear}.{part}": (linear, part) for linear in linears for part in PARTS}
     for name, (dtype, _) in kinds.items():
-        if name not in known:
-            yield f"tensor {shown(name)} is of no linear of the header.{nearest(name, list(known))}"
+        if name not in part_of:
+            yield f"tensor {shown(name)} is of no linear of the header.{nearest(name, list(part_of))}"
             continue
-        linear, part = known[name]
+        linear, part = part_of[name]
         if dtype not in PARTS[part]:
             yield f"tensor {shown(name)} is {dtype}; expected {' or '.join(PARTS[part])}"
         if (needed := NEEDS.get(part)) and f"{linear}.{needed}" not in kinds:

@@ -112,9 +112,9 @@ def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: s
             some = ", ".join(printable(name, 80) for name in sorted(names)[:3]) + (" …" if len(names) > 3 else "")
             problems.append(text.format(len(names), some))
     for name in expected.keys() & state.keys():
-        wanted, present = tuple(expected[name].shape), tuple(state[name].shape)
-        if wanted != present:
-            problems.append(f"{printable(name, 80)} has shape {shown(present)} in the weights and {shown(wanted)} in the network")
+        shape, present = tuple(expected[name].shape), tuple(state[name].shape)
+        if shape != present:
+            problems.append(f"{printable(name, 80)} has shape {shown(present)} in the weights and {shown(shape)} in the network")
     if problems:
         raise ModelError(f"{where}: config.json and weights do not fit each other: {'; '.join(sorted(problems)[:3])}")
 

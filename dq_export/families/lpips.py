@@ -117,8 +117,8 @@ def require_weights(folder: Path) -> None:
             if not tensor.startswith(start):
                 continue
             if tensor not in places or places[tensor].shape != shape:
-                found = f"has shape {list(places[tensor].shape)}" if tensor in places else "is missing"
-                raise ModelError(f"{shown_path(file)}: '{tensor}' {found}, expected {list(shape)}")
+                state = f"has shape {list(places[tensor].shape)}" if tensor in places else "is missing"
+                raise ModelError(f"{shown_path(file)}: '{tensor}' {state}, expected {list(shape)}")
 
 
 def _expected() -> dict[str, tuple[int, ...]]:

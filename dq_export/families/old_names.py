@@ -10,4 +10,4 @@ OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(LINEARS)})\.(weight|bias)$")
 
 def todays_name(tensor: str) -> str:
     """As diffusers calls a tensor today."""
-    return OLD.sub(lambda found: f"{found[1]}.{LINEARS[found[2]]}.{found[3]}", tensor)
+    return OLD.sub(lambda match: f"{match[1]}.{LINEARS[match[2]]}.{match[3]}", tensor)

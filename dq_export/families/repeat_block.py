@@ -50,11 +50,11 @@ def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, A
     current = {value: value for value in _outputs(pattern)}
     end = pattern[-1]
     for index in run[3:]:
-        known = {earlier: current[value] for earlier, value in successor.items()}
-        nodes = [copier.copy(node, known, index) for node in pattern]
+        copies = {earlier: current[value] for earlier, value in successor.items()}
+        nodes = [copier.copy(node, copies, index) for node in pattern]
         model.graph.insert_after(end, nodes)
         end = nodes[-1]
-        current = {value: known[value] for value in current}
+        current = {value: copies[value] for value in current}
     for value, (user, position) in behind:
         user.replace_input_with(position, current[value])
     return True
@@ -69,9 +69,9 @@ class _Copier:
     pattern: int
     state: Mapping[str, Any]
 
-    def copy(self, node: ir.Node, known: dict[ir.Value, ir.Value], index: int) -> ir.Node:
-        """Copy one node; `known` maps the pattern's values to this block's, and gets the new values."""
-        inputs = [known.get(value, self._parameter(value, index)) if value is not None else None for value in node.inputs]
+    def copy(self, node: ir.Node, copies: dict[ir.Value, ir.Value], index: int) -> ir.Node:
+        """Copy one node; `copies` maps the pattern's values to this block's, and gets the new values."""
+        inputs = [copies.get(value, self._parameter(value, index)) if value is not None else None for value in node.inputs]
         copied = ir.Node(
             node.domain,
             node.op_type,
@@ -83,7 +83,7 @@ class _Copier:
         )
         for old, new in zip(node.outputs, copied.outputs, strict=True):
             new.name, new.shape, new.type = f"{old.name}.{index}", old.shape, old.type
-            known[old] = new
+            copies[old] = new
         return copied
 
     def _parameter(self, value: ir.Value, index: int) -> ir.Value:

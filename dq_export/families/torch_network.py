@@ -220,8 +220,8 @@ class TorchNetwork:
 
     def encode(self, prompts: Sequence[str], device: str, progress: Advance = unwatched) -> Conditions:
         encoded = encode_prompts(self.family, self.checkpoint, self.config, prompts, device, progress)
-        taken = [item.name for item in self.inputs if item.name in encoded.arrays]  # some of a family's networks take fewer
-        conditions = encoded.only(taken)
+        names = [item.name for item in self.inputs if item.name in encoded.arrays]  # some of a family's networks take fewer
+        conditions = encoded.only(names)
         if reason := misfit(conditions, self.inputs, guided=False):
             raise ModelError(
                 f"{shown_path(self.checkpoint.home)}: the outputs of its text encoders do not fit its network: {reason}"

@@ -40,20 +40,20 @@ def time_space(space: Space, reference: Reference, backend: Backend, watch: Prog
     start = time.monotonic()
     watch.begin("time", "kernels of every shape and choice")
     tokens = _rows(reference)
-    known: dict[tuple[int, ...], list[float]] = {}
-    taken = np.full(space.allowed.shape, np.inf)
+    times_of: dict[tuple[int, ...], list[float]] = {}
+    milliseconds = np.full(space.allowed.shape, np.inf)
     for i, site in enumerate(space.sites):
         for name in space.linears[site]:
             weight = reference.weight(name)
             usable = np.flatnonzero(space.allowed[i])
             key = (tokens[site], *weight.shape)
-            if key not in known:
-                known[key] = time_choices(backend, weight, tokens[site], [space.choices[j] for j in usable])
-            before = np.where(np.isinf(taken[i, usable]), 0.0, taken[i, usable])
-            taken[i, usable] = before + np.asarray(known[key])
+            if key not in times_of:
+                times_of[key] = time_choices(backend, weight, tokens[site], [space.choices[j] for j in usable])
+            before = np.where(np.isinf(milliseconds[i, usable]), 0.0, milliseconds[i, usable])
+            milliseconds[i, usable] = before + np.asarray(times_of[key])
         watch.advance(i + 1, len(space.sites), "inputs")
-    watch.end(time.monotonic() - start, f"{len(known)} shapes", kept=False)
-    return replace(space, time=taken)
+    watch.end(time.monotonic() - start, f"{len(times_of)} shapes", kept=False)
+    return replace(space, time=milliseconds)
 
 
 def _rows(reference: Reference) -> dict[str, int]:
@@ -79,8 +79,8 @@ def time_choices(backend: Backend, weight: Float32, rows: int, choices: list[Sch
         for number, scheme in enumerate(choices):
             engines[str(number)] = backend.load(build_linear(backend, weight, rows, scheme, Path(folder) / str(number)))
         values = np.random.default_rng(0).uniform(-RANGE, RANGE, (1, rows, weight.shape[1])).astype(np.float32)
-        taken = measure(engines, {STATE: values, "timestep": np.asarray([1], dtype=np.int64)}, rounds=rounds)
-        return [taken[str(number)].median for number in range(len(choices))]
+        times = measure(engines, {STATE: values, "timestep": np.asarray([1], dtype=np.int64)}, rounds=rounds)
+        return [times[str(number)].median for number in range(len(choices))]
 
 
 def build_linear(backend: Backend, weight: Float32, rows: int, scheme: Scheme, folder: Path) -> Built:

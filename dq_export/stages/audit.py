@@ -28,7 +28,7 @@ class AuditEngine(Stage[Audited]):
     result: type[Audited] = Audited
     needs: tuple[Stage[Any], ...] = (BUILD,)
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where an engine was built."""
         return BUILD in context.results
 

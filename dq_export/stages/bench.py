@@ -42,7 +42,7 @@ class Bench(Stage[Benched]):
     result: type[Benched] = Benched
     needs: tuple[Stage[Any], ...] = (BUILD, FLOAT)
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where there is an engine that this machine runs."""
         return context.backend is not None and BUILD in context.results and context.backend.runs
 

@@ -23,7 +23,7 @@ class Build(Stage[Result]):
     fields: tuple[str, ...] = ("format", "provider", "dtype", "target", "min_shapes", "opt_shapes", "max_shapes")
     needs: tuple[Stage[Any], ...] = (QUANTIZE,)
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where the format has an engine."""
         return context.backend is not None
 

@@ -27,7 +27,7 @@ class EncodePrompts(Stage[Result]):
     fields: tuple[str, ...] = ("prompts", "conditions_sha256")
     network: bool = True  # it does not call the network, but later stages do
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where the network draws prompts."""
         return draws_prompts(context.recipe)
 

@@ -72,7 +72,7 @@ class Distill(Stage[Distilled]):
     needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)
     network: bool = True
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where the recipe's rounding is `distill`."""
         return context.recipe.rounding == "distill"
 

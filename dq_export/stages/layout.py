@@ -31,7 +31,7 @@ class WriteLayout(Stage[Result]):
     fields: tuple[str, ...] = ("variant",)
     needs: tuple[Stage[Any], ...] = (QUANTIZE,)
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where the recipe asks for it."""
         return context.recipe.layout == "diffusers"
 

@@ -30,7 +30,7 @@ class DrawReference(Stage[Result]):
     needs: tuple[Stage[Any], ...] = (ENCODE,)
     network: bool = True
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where a later stage compares or times."""
         return bool(USERS.intersection(context.stages))
 

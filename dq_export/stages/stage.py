@@ -44,7 +44,7 @@ class Stage(ABC, Generic[R]):
     needs: tuple[Stage[Any], ...] = ()
     network: bool = False
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Whether this run has the stage at all."""
         return True
 

@@ -52,7 +52,7 @@ class WriteRepository(Stage[Repository]):
     fields: tuple[str, ...] = ("steps", "guidance_scale", "variant", "text_encoder_bits")
     needs: tuple[Stage[Any], ...] = (QUANTIZE, BUILD)
 
-    def wanted(self, context: Context) -> bool:
+    def applies(self, context: Context) -> bool:
         """Where the recipe asks for it."""
         return context.recipe.triton
 

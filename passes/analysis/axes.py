@@ -95,8 +95,8 @@ def _aligned(near: tuple[Dim, ...], far: tuple[Dim, ...]) -> list[tuple[list[int
         ([len(near) - 1 - i for i in reversed(a)], [len(far) - 1 - i for i in reversed(b)])
         for a, b in _groups(near[::-1], far[::-1])
     ]
-    taken = {axis for a, _ in front for axis in a}
-    return front + [part for part in back if not taken & set(part[0])]
+    axes_of_front = {axis for a, _ in front for axis in a}
+    return front + [part for part in back if not axes_of_front & set(part[0])]
 
 
 def _groups(near: tuple[Dim, ...], far: tuple[Dim, ...]) -> list[tuple[list[int], list[int]]]:

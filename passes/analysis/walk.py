@@ -129,8 +129,8 @@ class Walk:
 
     def _constant(self, scaled: Scaled) -> Way | None:
         (node, _), shape = scaled.uses[0], dims(scaled.value)
-        known = shape is not None and all(isinstance(dim, int) for dim in shape)
-        if not known or len(scaled.uses) > 1 or size(scaled.value, scaled.axes) != scaled.span[1] - scaled.span[0]:
+        is_constant = shape is not None and all(isinstance(dim, int) for dim in shape)
+        if not is_constant or len(scaled.uses) > 1 or size(scaled.value, scaled.axes) != scaled.span[1] - scaled.span[0]:
             return None
         return Way(places=(place("constant", str(node.outputs[0].name), scaled),))
 

@@ -1,16 +1,16 @@
-"""Random valid models with random options, each exported in a process of its own, every pair of values in some run.
+"""Exports random valid models with random options, each in its own process. Every pair of values is in some run.
 
     pip install -c constraints.txt ".[cpu,openvino,rtx,triton]" && python benchmarks/sweep.py --runs 300 --seed 0
 
 Each run must end in one of these ways, or the sweep fails:
 
-    refused     with one error before the float graph, the first work that takes time
+    refused     with one error before the float graph, the first stage that takes time
     audited     100 % of the quantized GEMMs in low precision, every network call above the limit for its bits
     graph       --format onnx builds no engine; every network call of the graph above that limit
-    status 3    an engine that runs partly in float, each such GEMM named with its reason
-    status 4    an engine too far from PyTorch, while the float graph is near: the limit and the worst call are named
+    status 3    an engine that runs partly in float; each such GEMM is named with its reason
+    status 4    an engine too far from PyTorch, with a float graph that is near; the limit and the worst call are named
 
-Every sixth run is done twice; its graph and its calibration must be equal byte for byte.
+Every sixth run is repeated; its graph and its calibration must have the same bytes.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ GOOD = ("refused", "audited", "graph", "status 3", "status 4")
 FAULTS = ("refused late", "in float", "float graph", "traceback", "hang", "memory", "crash", "unequal")
 LIMITS = Limits(seconds=240, memory=2 * GIB, address_space=64 * GIB)
 BATCH = 16
-"""Runs between two looks at which pairs are covered: the choices depend on the seed alone, not on which run ends first."""
+"""Runs between two checks of the covered pairs, so that the choices depend on the seed, and not on the order of endings."""
 TWICE = 6
 FLOAT_GRAPH = 60.0
-"""dB of a float graph that is near PyTorch."""
+"""The lowest SQNR in dB of a float graph that is near PyTorch."""
 COMPARED = ("model.onnx", "model.onnx.data", "calibration.safetensors")
 
 
 @dataclass
 class Sweep:
-    """What became of the runs."""
+    """The endings of all runs."""
 
     endings: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -60,12 +60,12 @@ class Sweep:
 
     @property
     def faults(self) -> int:
-        """Runs that ended in a fault."""
+        """The number of runs that ended in a fault."""
         return sum(self.endings[name] for name in FAULTS)
 
 
 def attempt(choice: dict[str, Any], root: Path) -> None:
-    """Write the model and export it, in the process that calls this."""
+    """Write the model and export it in this process."""
     work = root / "work"
     work.mkdir()
     os.chdir(work)
@@ -75,7 +75,7 @@ def attempt(choice: dict[str, Any], root: Path) -> None:
 
 
 def judge(root: Path, outcome: Outcome) -> tuple[str, str]:
-    """One of `GOOD` or `FAULTS`, and the reason."""
+    """Return the ending of a run, one of `GOOD` or `FAULTS`, and the reason."""
     text = outcome.stderr
     error = next((line for line in text.splitlines() if line.lower().startswith("error")), "")
     started = any(line.startswith("float ") for line in text.splitlines())
@@ -106,16 +106,16 @@ def run(runs: int, seed: int, folder: Path, workers: int = 2, keep: Path | None 
     prepare(folder)
     for first in range(0, runs, BATCH):
         batch = {index: pairs.next() for index in range(first, min(first + BATCH, runs))}
-        ended: dict[str, tuple[str, str]] = {}
+        endings: dict[str, tuple[str, str]] = {}
         for root, outcome in serve(_jobs(batch, pairs, folder), workers=workers, limits=LIMITS):
-            ended[root.name] = judge(root, outcome)
+            endings[root.name] = judge(root, outcome)
         for index, indices in batch.items():
             root = folder / f"{index}"
-            ending, reason = _compared(root, ended, sweep)
+            ending, reason = _compared(root, endings, sweep)
             sweep.endings[ending] += 1
             choice = pairs.values(indices)
-            why = re.sub(r"-?\d[\d.]*", "N", reason)
-            sweep.reasons[ending if ending in ("audited", "graph") else f"{ending}: {why}"].append(f"run {index}")
+            kind = re.sub(r"-?\d[\d.]*", "N", reason)
+            sweep.reasons[ending if ending in ("audited", "graph") else f"{ending}: {kind}"].append(f"run {index}")
             _note(root, choice["bits"], ending, sweep)
             (pairs.refused if ending == "refused" else pairs.passed)(indices)
             if keep and ending in FAULTS:
@@ -146,10 +146,10 @@ def _jobs(batch: dict[int, dict[str, int]], pairs: Pairs, folder: Path) -> Itera
             yield root, functools.partial(attempt, pairs.values(indices), root)
 
 
-def _compared(root: Path, ended: dict[str, tuple[str, str]], sweep: Sweep) -> tuple[str, str]:
-    """How a run ended; `unequal` if it was done twice and came out otherwise."""
+def _compared(root: Path, endings: dict[str, tuple[str, str]], sweep: Sweep) -> tuple[str, str]:
+    """Return the ending of a run; `unequal` if its repetition differs."""
     again = root.with_name(f"{root.name}-again")
-    first, second = ended[root.name], ended.get(again.name)
+    first, second = endings[root.name], endings.get(again.name)
     if second is None or first[0] not in ("audited", "graph", "status 3", "status 4"):
         return first
     sweep.repeats += 1
@@ -173,8 +173,8 @@ def show(sweep: Sweep) -> None:
     print("| ended | runs |\n|---|---|")
     for name in (*GOOD, *FAULTS):
         print(f"| {name}{' (a fault)' if name in FAULTS else ''} | {sweep.endings[name]} |")
-    print(f"| all | {total} |\n\n{sweep.repeats} runs were done twice; {sweep.pairs}; {sweep.seconds:.0f} s\n")
-    print("| bits | audited or graph | worst call of each run: least dB | median | most |\n|---|---|---|---|---|")
+    print(f"| all | {total} |\n\n{sweep.repeats} runs were repeated; {sweep.pairs}; {sweep.seconds:.0f} s\n")
+    print("| bits | audited or graph | worst call of each run: lowest dB | median | highest |\n|---|---|---|---|---|")
     for bits, values in sorted(sweep.worst.items()):
         values.sort()
         print(f"| {bits} | {len(values)} | {values[0]:.1f} | {values[len(values) // 2]:.1f} | {values[-1]:.1f} |")
@@ -190,9 +190,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="folder for the runs with faults")
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sweep = run(chosen.runs, chosen.seed, Path(folder), chosen.workers, chosen.keep)
+        sweep = run(options.runs, options.seed, Path(folder), options.workers, options.keep)
     show(sweep)
     sys.exit(bool(sweep.faults))
 

@@ -1,4 +1,4 @@
-"""Ways to write quantized operators, one small graph each, for the checker to judge and for the runtimes to build."""
+"""Ways to write quantized operators, each as a small graph that the checker judges and the runtimes build."""
 
 from .attention import ATTENTION
 from .convolutions import CONVOLUTIONS

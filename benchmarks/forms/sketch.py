@@ -1,4 +1,4 @@
-"""A small graph in the making."""
+"""Builds small graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B64 = {"axis": 0, "block_size": 64}
 
 
 class Sketch:
-    """A graph in the making, with one float input `x` and, where it is read, an int64 input `t` of shape [1]."""
+    """Builds a graph with one float input `x` and, if it is read, an int64 input `t` of shape [1]."""
 
     def __init__(self, dtype: ir.DataType, shape: Iterable[int | str], opset: int) -> None:
         self.dtype, self.opset = dtype, opset

@@ -52,11 +52,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": (None, None, "fp16", "bf16"),
 }
 SANE = {"w8a8": 20.0, "w8a16": 20.0, "w6a6": 12.0, "w4a8": 5.0, "w4a16": 5.0, "w4a4": 0.0, "fp8": 10.0}
-"""dB that the worst network call of a model with random weights keeps at least, by bits; below it a run must say so."""
+"""Lowest SQNR in dB of the worst network call of a model with random weights, by bits. Below it, a run must fail."""
 
 
 def fits(choice: Mapping[str, Any]) -> bool:
-    """Whether options contradict one another in no way that the table in docs/bits.md names; without it most runs are refused."""
+    """Whether options agree according to the table in docs/bits.md. Without this check most runs are refused."""
     bits, granularity, size = choice["bits"], choice["granularity"], choice["group-size"]
     rtx, openvino = choice["format"] == "trt-rtx", choice["provider"] == "openvino"
     dtypes = (None, "fp16", "bf16") if rtx else (None, "bf16") if openvino else (None,)
@@ -107,7 +107,7 @@ def save_model(choice: Mapping[str, Any], folder: Path) -> None:
 
 
 def save_scheduler(choice: Mapping[str, Any], folder: Path) -> None:
-    """Write the scheduler's config, with what its class knows of the choice."""
+    """Write the scheduler's config, with the values of the choice that its class accepts."""
     import inspect
 
     import diffusers
@@ -124,7 +124,7 @@ def save_scheduler(choice: Mapping[str, Any], folder: Path) -> None:
 
 
 def words(choice: Mapping[str, Any]) -> list[str]:
-    """The command line of a choice, without the output folder."""
+    """Return the command line of a choice, without the output folder."""
     arguments = ["--model", "model", "--parity-size", "1", "--min-coverage", "1", "--min-sqnr", str(SANE[choice["bits"]])]
     for name in OPTIONS:
         value = choice[name]

@@ -1,4 +1,4 @@
-"""Mutants of finished output folders, and of Triton repositories."""
+"""Mutates finished output folders and Triton repositories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
         "engine/session.json", "report.json",
     ),
 }  # fmt: skip
-"""Files by the command that reads them; those that decide more stand twice."""
+"""Files by the command that reads them. Important files are listed twice."""
 CONTINUE = (
     ["--recipe", "out/recipe.yaml", "-o", "out"], ["--model", "MODEL", *EXPORT, "--triton", "-o", "out"],
     ["--model", "MODEL", *EXPORT, "--triton", "--overwrite", "-o", "out"],
@@ -50,7 +50,7 @@ POLYGRAPHY = (
 
 
 def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """A finished export with a file changed, and a command that reads it."""
+    """Change a file of a finished export, and choose a command that reads it."""
     out = Path(shutil.copytree(materials / "out", work / "out", symlinks=True))
     kind = rng.choice(sorted(READ_BY))
     words = {
@@ -73,7 +73,7 @@ def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Ca
 
 
 def record(out: Path, file: Path) -> None:
-    """Give the ledger the changed file's hash, so that a run that continues takes the file for its own."""
+    """Write the changed file's hash into the ledger, so that a run that continues accepts the file."""
     name, ledger = str(file.relative_to(out)), json.loads((out / "stages.json").read_text())
     for stage in ledger.values():
         if name in stage["outputs"]:
@@ -82,7 +82,7 @@ def record(out: Path, file: Path) -> None:
 
 
 def mutate_file(rng: random.Random, file: Path) -> str:
-    """Change a file of an output folder, as its kind allows."""
+    """Change a file of an output folder, according to its kind."""
     if file.suffix == ".safetensors":
         what = mutate_header(rng, file)
     elif file.suffix == ".json":
@@ -108,7 +108,7 @@ SEARCH = ("--target-sqnr", "30", "--evaluations", "2", "--steps", "1", "--pictur
 
 
 def searched(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """The folder of a finished search with a file changed, continued."""
+    """Change a file of a finished search, and continue the search."""
     out = Path(shutil.copytree(materials / "search", work / "out", symlinks=True))
     if rng.random() < 0.3:
         what = mutate_path(rng, out / rng.choice(SEARCHED), guard)
@@ -124,7 +124,7 @@ TOKENS = (
 
 
 def repository(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """A Triton repository with one file changed, for `triton --check`."""
+    """Change one file of a Triton repository, for `triton --check`."""
     root = Path(shutil.copytree(materials / "out" / "triton", work / "out", symlinks=True))
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     configs = [path for path in files if path.name == "config.pbtxt"]
@@ -145,7 +145,7 @@ def repository(rng: random.Random, materials: Path, work: Path, guard: Path) -> 
 
 
 def mutate_words(rng: random.Random, file: Path) -> str:
-    """Change a text file by its words: one replaced, removed, doubled, or put into another line."""
+    """Change words of a text file: replace, remove, repeat, insert or swap."""
     words = file.read_text().replace("\n", " \n ").split(" ")
     changes = []
     for _ in range(rng.choice((1, 1, 2, 4))):

@@ -1,4 +1,4 @@
-"""Mutants of ONNX files for `dq-export check`: of their structure, of external data, of their bytes."""
+"""Mutates ONNX files for `dq-export check`: their structure, their external data, their bytes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def looped(rng: random.Random, model: Any) -> str:
 
 
 def doubled(rng: random.Random, model: Any) -> str:
-    """A chain of a op a, whose paths double at each step."""
+    """Append a chain of `a op a`, whose number of paths doubles at each step."""
     node, depth = _node(rng, model.graph), rng.choice((25, 60, 2000))
     last = node.input[0] if len(node.input) else "x"
     kind = rng.choice(("Mul", "Add", "Concat", "Identity", "Transpose"))
@@ -101,7 +101,7 @@ def renamed(rng: random.Random, model: Any) -> str:
 
 
 def trimmed(rng: random.Random, model: Any) -> str:
-    """Take inputs, outputs or attributes from a node."""
+    """Remove inputs, outputs or attributes of a node."""
     node = _node(rng, model.graph)
     field = rng.choice((node.input, node.output, node.attribute))
     kind = rng.choice(("pop", "clear", "blank"))
@@ -177,7 +177,7 @@ def typed(rng: random.Random, model: Any) -> str:
 
 
 def nested(rng: random.Random, model: Any) -> str:
-    """The graph moved into the body of an If or a Loop, or into a function of the model, once or many times deep."""
+    """Move the graph into the body of an If or a Loop, or into a function of the model, once or many times deep."""
     import onnx
 
     graph = onnx.GraphProto()
@@ -207,7 +207,7 @@ def nested(rng: random.Random, model: Any) -> str:
 
 
 def external(rng: random.Random, model: Any) -> str:
-    """Say that a stored tensor lies in another file."""
+    """Mark a stored tensor as external data."""
     if not len(model.graph.initializer):
         return rewired(rng, model)
     import onnx
@@ -225,7 +225,7 @@ def external(rng: random.Random, model: Any) -> str:
 
 
 def emptied(rng: random.Random, model: Any) -> str:
-    """Remove or change what belongs to the whole model."""
+    """Remove or change fields of the whole model."""
     kind = rng.choice(
         ("graph", "opset", "ir", "nodes", "outputs", "inputs", "opset 99", "domain", "metadata", "sparse", "quantization")
     )
@@ -251,7 +251,7 @@ def emptied(rng: random.Random, model: Any) -> str:
 
 
 def noted(rng: random.Random, model: Any) -> str:
-    """The exporter's notes on a node, which other people's files hold in other forms."""
+    """Change the exporter's metadata of a node, which other exporters write in other forms."""
     node = _node(rng, model.graph)
     key = rng.choice(("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "dq_export", "namespace"))
     node.metadata_props.add(
@@ -265,7 +265,7 @@ CHANGES = (rewired, rewired, looped, doubled, renamed, renamed, trimmed, trimmed
 
 
 def graph(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """A mutant of one of the checker's forms, or of an exported graph."""
+    """Mutate one of the checker's forms, or an exported graph."""
     import onnx
 
     sources = sorted((materials / "graphs").glob("form*.onnx"))

@@ -1,4 +1,4 @@
-"""What the mutants are made from: small valid models in every layout, and a finished export."""
+"""The materials of the mutants: small valid models in every layout, and a finished export."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OLD = {
     "num_embeds_ada_norm": 5, "num_layers": 2, "num_vector_embeds": None, "only_cross_attention": False, "out_channels": 4,
     "patch_size": 2, "sample_size": 4, "upcast_attention": False, "use_linear_projection": False,
 }  # fmt: skip
-"""A config in the words of 2022, as the hub has it."""
+"""A config of 2022, as the hub has it."""
 LAYOUTS = ("plain", "published", "sharded", "sharded_bin")
 EXPORT = ("--steps", "2", "--calib-size", "1", "--parity-size", "1", "--min-sqnr", "0")
-"""Options of the least work."""
+"""Options for the shortest export."""
 
 
 def network(seed: int = 0, **changes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Mutants of a model folder: configs, scheduler, weights in safetensors and in pickles, and their indexes."""
+"""Mutates a model folder: configs, scheduler, weights in safetensors and in pickles, and their indexes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .materials import EXPORT, LAYOUTS
 from .values import mutate_bytes, mutate_json, mutate_path
 
 WHOLE = 0.08
-"""Share of the accepted models that are exported whole."""
+"""Share of the inputs whose export runs to its end."""
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -28,20 +28,20 @@ SCHEDULERS = (
 
 
 class Payload:
-    """A pickle that would write outside of its folder if anything ran it."""
+    """A pickle that writes outside its folder if anything loads it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("echo owned > ../guard/owned",)
 
 
 def export(rng: random.Random, work: Path, what: str, *words: str, whole: float = WHOLE) -> Case:
-    """An export of the model in `work`, whole for a share of the inputs."""
+    """Return a case that exports the model in `work`, to its end for a share of the inputs."""
     goes_on = rng.random() < whole
     return Case(["--model", "model", *EXPORT, "-o", "out", *words], what, goes_on, lambda: equal_to_diffusers(work))
 
 
 def equal_to_diffusers(work: Path) -> str:
-    """How the float graph of an export differs from what diffusers loads from the same folder."""
+    """Return the difference of an export's float graph from the model that diffusers loads from the same folder."""
     import numpy as np
     import onnxruntime as ort
     import torch
@@ -67,12 +67,12 @@ def equal_to_diffusers(work: Path) -> str:
 
 
 def copy_model(rng: random.Random, materials: Path, work: Path, layouts: tuple[str, ...] = LAYOUTS) -> Path:
-    """A fresh copy of one layout, in `work/model`."""
+    """Copy one layout to `work/model`."""
     return Path(shutil.copytree(materials / rng.choice(layouts), work / "model"))
 
 
 def json_of(name: str, layouts: tuple[str, ...] = ("plain", "published")) -> Callable[..., Case]:
-    """Mutants of a JSON file of a model folder."""
+    """Mutate a JSON file of a model folder."""
 
     def mutate(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
         file = copy_model(rng, materials, work, layouts) / name
@@ -86,7 +86,7 @@ def json_of(name: str, layouts: tuple[str, ...] = ("plain", "published")) -> Cal
 
 
 def scheduler(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of scheduler_config.json, of any class of diffusers."""
+    """Mutate scheduler_config.json, with any class of diffusers."""
     if rng.random() < 0.5:
         return json_of("scheduler/scheduler_config.json")(rng, materials, work, guard)
     import diffusers
@@ -103,7 +103,7 @@ def scheduler(rng: random.Random, materials: Path, work: Path, guard: Path) -> C
 
 
 def decoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of the VAE, which only a Triton repository reads; the rest of the export is there."""
+    """Mutate the VAE, which only a Triton repository reads. The other stages are finished."""
     model = copy_model(rng, materials, work, ("plain",))
     shutil.copytree(materials / "out", work / "out", symlinks=True)
     recipe = work / "out" / "recipe.yaml"
@@ -142,7 +142,7 @@ def mutate_header(rng: random.Random, file: Path) -> str:
 
 
 def safetensors(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of safetensors files, whole or in shards."""
+    """Mutate safetensors files, whole or in shards."""
     folder = copy_model(rng, materials, work, ("plain", "sharded")) / "transformer"
     file = rng.choice(sorted(folder.glob("*.safetensors")))
     kind = rng.random()
@@ -156,7 +156,7 @@ def safetensors(rng: random.Random, materials: Path, work: Path, guard: Path) ->
 
 
 def mutate_content(rng: random.Random, file: Path) -> str:
-    """Write a whole safetensors file of other tensors."""
+    """Write a valid safetensors file with other tensors."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -175,7 +175,7 @@ def mutate_content(rng: random.Random, file: Path) -> str:
 
 
 def index(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of an index of shards: files that leave the folder, pickles under other names, lost tensors."""
+    """Mutate an index of shards: files outside the folder, pickles under other names, lost tensors."""
     folder = copy_model(rng, materials, work, ("sharded", "sharded_bin")) / "transformer"
     (file,) = folder.glob("*.index.json")
     kind = rng.random()
@@ -198,7 +198,7 @@ def index(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
 
 
 def _tensors(rng: random.Random, state: dict[str, Any]) -> tuple[Any, str]:
-    """What a checkpoint may hold in place of the right tensors."""
+    """Return tensors that a checkpoint may hold in place of the right ones."""
     import torch
 
     name = rng.choice(sorted(state))
@@ -234,7 +234,7 @@ def _tensors(rng: random.Random, state: dict[str, Any]) -> tuple[Any, str]:
 
 
 def binary(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of .bin checkpoints: of their bytes, of what is pickled in them, of the kind of archive."""
+    """Mutate .bin checkpoints: their bytes, their pickled objects, the kind of archive."""
     import torch
 
     folder = copy_model(rng, materials, work, ("published", "sharded_bin")) / "transformer"

@@ -1,4 +1,4 @@
-"""Mutants of recipes and of options on the command line."""
+"""Mutates recipes, and options of the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ OPTIONS = (
 
 
 def recipe(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of a recipe file."""
+    """Mutate a recipe file."""
     file = work / "recipe.yaml"
     text = (materials / "out" / "recipe.yaml").read_text()
     kind = rng.random()
@@ -96,7 +96,7 @@ def _changed(rng: random.Random, document: Any) -> tuple[Any, str]:
 
 
 def kept(source: Path, written: Path) -> str:
-    """Which values of a recipe that was accepted are others in the recipe that the export wrote."""
+    """Return the values of an accepted recipe that differ in the recipe that the export wrote."""
     if not written.is_file():
         return "other"
     before, after = yaml.safe_load(source.read_bytes()), yaml.safe_load(written.read_bytes())
@@ -110,7 +110,7 @@ def kept(source: Path, written: Path) -> str:
 
 
 def options(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Options of any command with values of any kind."""
+    """Choose options of any command, with values of any kind."""
     out = rng.choice(("out", "out", "out", "out/../out", "", "a\nb", "~/x"))
     words = ["--model", str(materials / "plain"), *EXPORT, "-o", out]
     for _ in range(rng.choice((1, 1, 2, 3))):

@@ -1,4 +1,4 @@
-"""Mutants of what draws text: prompt files, files of conditions, and the text encoder of a pipeline."""
+"""Mutates inputs of models with prompts: files of prompts and of conditions, and text encoders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _model(materials: Path, work: Path) -> Path:
 
 
 def prompts(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of a file of prompts, given by a flag or beside the checkpoint."""
+    """Mutate a file of prompts, which a flag names or which lies beside the checkpoint."""
     beside = rng.random() < 0.3
     file = _model(materials, work) / "prompts.txt" if beside else work / "prompts.txt"
     words = [] if beside else ["--prompts", file.name]
@@ -50,7 +50,7 @@ def prompts(rng: random.Random, materials: Path, work: Path, guard: Path) -> Cas
 
 
 def conditions(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of a file of conditions, of a pipeline without a text encoder."""
+    """Mutate a file of conditions for a pipeline without a text encoder."""
     _model(materials, work)
     shutil.rmtree(work / "model" / "text_encoder")
     file = Path(shutil.copyfile(materials / "conditions.safetensors", work / "conditions.safetensors"))
@@ -59,7 +59,7 @@ def conditions(rng: random.Random, materials: Path, work: Path, guard: Path) -> 
 
 
 def encoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
-    """Mutants of a pipeline's index, tokenizer and text encoder."""
+    """Mutate a pipeline's index, tokenizer and text encoder."""
     model = _model(materials, work)
     file = model / rng.choice(ENCODER)
     if file.name == "spiece.model":

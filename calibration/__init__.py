@@ -1,4 +1,4 @@
-"""Floor 1: what is measured on the float model and what is decided from it (scales, bins, equivalent scaling)."""
+"""Floor 1: measures the float model, and decides scales, bins and equivalent scalings."""
 
 if __name__ == "calibration":
     raise ImportError("'calibration' is part of dq_export: import it as 'dq_export.calibration'")

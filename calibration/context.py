@@ -1,4 +1,4 @@
-"""What a calibration works on."""
+"""The inputs of a calibration."""
 
 from __future__ import annotations
 

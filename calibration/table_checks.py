@@ -39,7 +39,7 @@ def schedule_fault(header: Header, timesteps: Sequence[float]) -> str:
 
 
 def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: Rule) -> Iterator[str]:
-    """Faults of one linear of a file: what does not fit its shape or its rule.
+    """Yield the faults of one linear of a file: entries that do not fit its shape or its rule.
 
     Args:
         weight: the shape of its weight.

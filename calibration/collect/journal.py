@@ -11,7 +11,7 @@ from dq_export.core.documents import DocumentError, read_json
 
 
 class Journal:
-    """How many of its batches a process has finished, stored in a file, or only in memory if there is no folder."""
+    """The number of finished batches of a process, stored in a file, or only in memory without a folder."""
 
     def __init__(self, folder: Path | None, rank: int, key: Mapping[str, object]) -> None:
         self._path = folder / f"journal.{rank}.json" if folder else None

@@ -108,7 +108,7 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _pipeline_around(network: Path) -> Path:
-    """The pipeline's folder for a network's folder, which may be given as `.` or a link; the network's own without a pipeline."""
+    """Return the pipeline's folder around a network's folder, which may be `.` or a link; the network's folder without one."""
     for place in (Path(os.path.abspath(network)), network.resolve()):
         if place.name in NETWORKS:
             return place.parent
@@ -116,10 +116,10 @@ def _pipeline_around(network: Path) -> Path:
 
 
 def _scheduler_folder(pipeline: Path, index: Mapping[str, Any]) -> Path | None:
-    """None where there is none and the pipeline's index names none. As in diffusers, a file beside the index stands in for one
-    in a folder.
+    """Return the scheduler's folder; None if there is none and the pipeline's index names none. As in diffusers, a file beside
+    the index replaces a folder.
 
-    The default that stands in for a missing scheduler samples other pictures, so it must not hide a lost file.
+    The default scheduler draws other pictures, so a lost file must not lead to it.
     """
     folder = pipeline / SCHEDULER
     if (folder / SCHEDULER_CONFIG).is_file():
@@ -163,7 +163,7 @@ def configuration(model: Any) -> Any:
     """The configuration of a diffusers model with its class, as a config.json has it; keys are attributes, too."""
     from diffusers.configuration_utils import FrozenDict
 
-    return FrozenDict({"_class_name": type(model).__name__, **_taken(model)})
+    return FrozenDict({"_class_name": type(model).__name__, **_accepted(model)})
 
 
 def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
@@ -174,7 +174,7 @@ def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
     Args:
         progress: called with (tensors hashed, all tensors).
     """
-    settings = [_taken(model), type(scheduler).__name__, _taken(scheduler)]
+    settings = [_accepted(model), type(scheduler).__name__, _accepted(scheduler)]
     hashed = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     state = model.state_dict()
     with ThreadPoolExecutor() as pool:
@@ -194,8 +194,8 @@ def broken_weights(model: Any) -> list[str]:
     return [name for name, value in suspect.items() if not torch.isfinite(value).all()]
 
 
-def _taken(part: Any) -> dict[str, Any]:
-    """The values of the configuration that the diffusers class takes; old files have more."""
+def _accepted(part: Any) -> dict[str, Any]:
+    """Return the values of a configuration that the diffusers class takes. Old files have more values."""
     names = inspect.signature(type(part).__init__).parameters
     return {key: value for key, value in part.config.items() if key in names}
 

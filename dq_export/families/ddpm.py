@@ -26,7 +26,7 @@ DEFAULT_SCHEDULER = {
     "variance_type": "fixed_large",
     "clip_sample": True,
 }
-"""DDPM's own (section 4 of arXiv 2006.11239), for a folder without a scheduler."""
+"""DDPM's own scheduler (section 4 of arXiv 2006.11239), for a folder without one."""
 LABEL = "class_labels"
 
 
@@ -50,7 +50,7 @@ class DDPM(Family):
         settle_upsamplers(model)
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
-        """See `Family.inputs`. A network of classes takes a label, too."""
+        """See `Family.inputs`. A network with class labels also takes a label."""
         config = model.config
         state = (BATCH, config.in_channels, config.sample_size, config.sample_size)
         inputs = [
@@ -62,23 +62,23 @@ class DDPM(Family):
         return tuple(inputs)
 
     def conditions(self, model: Any) -> Conditions:
-        """Every class label, or the only thing that a network without labels draws. None of them is known to be a null."""
+        """See `Family.conditions`. They are all class labels, or one entry for a network without labels. There is no null."""
         classes = model.config.num_class_embeds
         if classes is None:
             return Conditions(names=("any picture",), arrays={}, null={})
         return Conditions(names=tuple(map(str, range(classes))), arrays={LABEL: np.arange(classes, dtype=np.int64)}, null={})
 
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
-        """Nothing: see `conditions`."""
+        """See `Family.guided_by`. Nothing guides it, because it has no null condition."""
         return "nothing"
 
     def largest_activation(self, model: Any) -> int:
-        """What the last level's first convolution reads: the width of the level below, and the shortcut's."""
+        """See `Family.largest_activation`. It is the input of the last level's first convolution, with its skip."""
         first, *rest = model.config.block_out_channels
         return int((first + max(rest, default=first)) * model.config.sample_size**2)
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-        """See `Family.draw`. The pipelines clamp what this returns to -1 … 1."""
+        """See `Family.draw`. The pipelines clamp the result to -1 … 1."""
         return sampled(network, scheduler, pictures, steps=steps, guidance=1.0)
 
 

@@ -1,4 +1,4 @@
-"""What the values of a DDPM's config.json may be."""
+"""The supported values of a DDPM's config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Up = Literal["UpBlock2D", "AttnUpBlock2D"]
 
 
 class DDPMValues(Values):
-    """Of `UNet2DModel`, with diffusers' defaults."""
+    """Values of `UNet2DModel`, with diffusers' defaults."""
 
     sample_size: int = Field(ge=1, le=8192)
     in_channels: Channels = 3

@@ -214,7 +214,7 @@ def link(file: Path, target: Path) -> None:
 
 @contextmanager
 def exporting(kind: str) -> Iterator[None]:
-    """Around the tracing of a network of this class: what the exporter raises of it becomes a ModelError."""
+    """While active, errors of the exporter on a network of this class become a ModelError."""
     try:
         yield
     except (ImportError, MemoryError, OSError):  # the machine's, not the network's

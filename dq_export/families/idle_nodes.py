@@ -17,7 +17,7 @@ def drop_idle(model: ir.Model) -> None:
 
 
 def _drop_squeeze(graph: ir.Graph, node: ir.Node) -> None:
-    """Squeeze of an axis that is longer than 1: PyTorch leaves the axis as it is, and ONNX does not allow it."""
+    """Remove Squeeze of an axis longer than 1. PyTorch leaves the axis unchanged, and ONNX does not allow it."""
     source, result = node.inputs[0], node.outputs[0]
     ranks = [len(value.shape) if value is not None and value.shape is not None else 0 for value in (source, result)]
     if source is None or ranks[0] != ranks[1] or not ranks[0] or result.is_graph_output():

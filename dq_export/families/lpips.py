@@ -81,7 +81,7 @@ class Lpips:
         return total
 
     def _features(self, picture: Any) -> Iterator[Any]:
-        """What each of AlexNet's convolutions puts out for float32[1, 3, H, W]."""
+        """Return the outputs of AlexNet's convolutions for float32[1, 3, H, W]."""
         import torch
         from torch.nn import functional
 

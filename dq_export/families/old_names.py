@@ -1,4 +1,4 @@
-"""Names of the tensors of an attention, as diffusers before 0.15 wrote them and published checkpoints still have them."""
+"""Names of attention's tensors in diffusers before 0.15, which published checkpoints still have."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(LINEARS)})\.(weight|bias)$")
 
 
 def todays_name(tensor: str) -> str:
-    """As diffusers calls a tensor today."""
+    """Return diffusers' present name of a tensor."""
     return OLD.sub(lambda match: f"{match[1]}.{LINEARS[match[2]]}.{match[3]}", tensor)

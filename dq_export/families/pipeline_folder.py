@@ -1,4 +1,4 @@
-"""A pipeline's folder as optimum's ORTDiffusionPipeline loads it: ONNX files in the place of its networks."""
+"""Writes a pipeline's folder for optimum's ORTDiffusionPipeline: ONNX files in place of its networks."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .text_parts import Part, parts_of
 from .vae_graphs import export_vae
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
-"""Of diffusers' classes those that optimum-onnx 0.1 draws with and a family has networks for."""
+"""Classes of diffusers that optimum-onnx 0.1 supports and for whose networks a family exists."""
 GRAPH = "model.onnx"
-"""In the folder of each part."""
+"""The graph's file in the folder of each part."""
 VAE_ENCODER, VAE_DECODER = "vae_encoder", "vae_decoder"
 OUTPUTS = {"transformer": "out_hidden_states", "unet": "out_sample"}
-"""By a pipeline's name of its network, optimum's name of the graph's output."""
+"""Optimum's name of the graph's output, by the pipeline's name of its network."""
 INSTEAD = "leave out --layout, and set the pipeline's network to dq_export.load(FOLDER)"
 
 
 def require_pipeline(family: Family, checkpoint: Checkpoint) -> None:
-    """Look at what a folder will be made of, before any work.
+    """Check the parts of the future folder before any work.
 
     Raises:
-        ModelError: no pipeline, one that optimum does not draw with, or one with damaged parts.
+        ModelError: there is no pipeline, optimum does not support it, or its parts are damaged.
     """
     where = shown_path(checkpoint.home / INDEX)
     if not checkpoint.index:
@@ -53,11 +53,11 @@ def require_pipeline(family: Family, checkpoint: Checkpoint) -> None:
 def write_pipeline(
     family: Family, checkpoint: Checkpoint, config: Mapping[str, Any], graph: Path, folder: Path
 ) -> tuple[str, ...]:
-    """Write model_index.json, the network with its configuration, and all that the checkpoint has of the rest.
+    """Write model_index.json, the network with its configuration, and the other parts that the checkpoint has.
 
     Args:
-        config: of the network.
-        graph: of the network.
+        config: the network's configuration.
+        graph: the network's graph.
         folder: to be made.
 
     Returns:
@@ -88,7 +88,7 @@ def write_pipeline(
 
 
 def present_parts(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
-    """By folder, what encodes prompts; empty where the checkpoint lacks some of it, as it may with --conditions."""
+    """Return the parts that encode prompts, by folder; empty if the checkpoint lacks one, as it may with --conditions."""
     entries = [name for name in family.encoders if checkpoint.index.get(name) not in (None, [None, None])]
     if not entries or not all((checkpoint.home / name).is_dir() for name in entries):
         return {}
@@ -96,14 +96,14 @@ def present_parts(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
 
 
 def _made(folder: Path, name: str, config: Mapping[str, Any]) -> Path:
-    """The path of a graph in a folder that is made for it, its configuration beside it."""
+    """Make a folder for a graph, write its configuration, and return the graph's path."""
     (folder / name).mkdir()
     (folder / name / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
     return folder / name / GRAPH
 
 
 def _write_network(graph: Path, output: str, target: Path) -> None:
-    """The graph with another name of its output; weights are not read."""
+    """Copy a graph, with another name of its output. Weights are not read."""
     model = ir.load(graph)
     model.graph.outputs[0].name = output
     weights = {
@@ -113,11 +113,11 @@ def _write_network(graph: Path, output: str, target: Path) -> None:
     }
     ir.save(model, target)
     for name in weights:
-        shutil.copyfile(graph.parent / name, target.parent / name)  # no link: onnx would refuse both
+        shutil.copyfile(graph.parent / name, target.parent / name)  # not a link: onnx refuses linked data
 
 
 def _write_text_part(part: Part, checkpoint: Checkpoint, folder: Path) -> None:
-    """A tokenizer's files, or an encoder's graph and configuration."""
+    """Write a tokenizer's files, or an encoder's graph and configuration."""
     folder.mkdir()
     for path in sorted(part.folder.iterdir()):
         if path.is_file() and path.suffix in TEXTS and not path.name.endswith(".index.json"):
@@ -127,7 +127,7 @@ def _write_text_part(part: Part, checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_vae(checkpoint: Checkpoint, folder: Path) -> str:
-    """The class of the VAE that was written, twice, as optimum has it; empty where there is none, or another one."""
+    """Return the class of the written VAE, for encoder and decoder, as optimum needs it; empty without a VAE of that class."""
     if checkpoint.vae is None:
         return ""
     encoder, decoder = folder / VAE_ENCODER, folder / VAE_DECODER

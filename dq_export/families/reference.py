@@ -132,7 +132,7 @@ class Reference(Denoiser, Protocol):
 
     @property
     def requests(self) -> Mapping[str, str]:
-        """By condition input, what a server's request calls it; see `Family.requests`."""
+        """Names of the condition inputs in a server's requests; see `Family.requests`."""
 
     @property
     def lowercase(self) -> bool:

@@ -82,7 +82,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
 
 
 def sampled(network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-    """The latents of a plain loop, for networks whose pipelines do not take what ours are drawn from.
+    """Sample latents in a plain loop, for networks whose pipelines take no noise or no conditions.
 
     With guidance > 1 a feed holds every sample twice: with its condition, then without. Of an output with more channels than
     the state, a learned sigma's, the first ones are used: they are the noise.
@@ -173,7 +173,7 @@ class Rehearsal:
         import diffusers
 
         kind = type(scheduler)
-        # Without diffusers' list of keys that were not in the file, whose values it would put back to the class's own.
+        # Remove diffusers' list of keys that were not in the file: it would reset their values to the class's defaults.
         config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
         limit = int(config.get("num_train_timesteps", steps))
         if steps > limit and self._runs(kind, config, limit):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 KNOWN: dict[tuple[str, str], Structure] = {}
-"""By architecture and configuration, which together determine the graph except for its weights."""
+"""Cache by architecture and configuration, which determine the graph except for its weights."""
 
 
 def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Model]) -> Structure:

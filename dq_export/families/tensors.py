@@ -78,7 +78,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    stored(file)  # says in its own words what is wrong with most damaged files
+    stored(file)  # it has better messages for most damaged files
     try:
         tensors: dict[str, Any] = load_file(file)
     except (SafetensorError, *BROKEN) as error:

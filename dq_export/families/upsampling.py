@@ -1,4 +1,4 @@
-"""Upsampling that a traced graph takes for any number of samples."""
+"""Upsampling for graphs with any number of samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def settle_upsamplers(model: Any) -> None:
-    """Without diffusers' test for 64 samples, which lays the same numbers out anew: a traced graph would take no more than 63."""
+    """Remove diffusers' branch for 64 samples or more, which changes only the memory layout and limits a traced graph to 63."""
     import torch
     from diffusers.models.upsampling import Upsample2D
 

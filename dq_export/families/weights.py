@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".bin")
 SHARD = r"(\.[\w-]+?)?-\d+-of-\d+\.(safetensors|bin)"
 WHOLE = r"(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)"
 INDEX = r"(?P<suffix>\.safetensors|\.bin)(?:\.index\.(?P<variant>[\w-]+)|\.(?P<old>[\w-]+)\.index|\.index)\.json"
-"""What follows the stem."""
+"""Name of a weights file after the stem."""
 OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf", ".onnx", ".h5")
 """Suffixes of files that a message about missing weights lists."""
 
@@ -38,7 +38,7 @@ class Entry:
     sharded: bool
 
     def shards(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that look like shards of this index."""
+        """Return the names that look like shards of this index."""
         stem = self.name.partition(".")[0]
         start = f"{stem}.{self.variant}-" if self.variant else f"{stem}-"
         fitting = (name for name in names if name.startswith(start) and name.endswith(self.suffix))

@@ -1,4 +1,4 @@
-"""The model card of an export: what its page on the hub shows, made from the report."""
+"""Writes the model card of an export, the text of its page on the hub, from the report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dq_export.core.documents import printable
 from .report import Report
 
 SIGNS = re.compile(r"([\\`*_\[\]<>|#~])")
-"""What Markdown and HTML read as more than a sign."""
+"""Characters with a meaning in Markdown or HTML."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the checkpoint is from, and how its pipeline calls the network.
+    """The checkpoint's origin, and its pipeline's name of the network.
 
     Args:
         name: of the model, for people.
@@ -37,12 +37,12 @@ class Origin:
 
 
 def model_card(report: Report, origin: Origin, name: str, *, pictures: bool) -> str:
-    """The card as Markdown with the metadata that the hub reads.
+    """Return the card as Markdown with the metadata that the hub reads.
 
     Args:
-        report: of an export that passed.
+        report: the report of an export that passed.
         name: owner/name on the hub.
-        pictures: the folder has `parity/pictures.png`.
+        pictures: whether the folder has `parity/pictures.png`.
     """
     bits, engine = report.recipe.get("bits", ""), report.engine or "ONNX Runtime"
     parts = [
@@ -60,7 +60,7 @@ def model_card(report: Report, origin: Origin, name: str, *, pictures: bool) -> 
 
 
 def _metadata(report: Report, origin: Origin) -> str:
-    """The YAML block at the top. JSON is YAML, and quotes every text."""
+    """Return the YAML block at the top, as JSON, which is YAML and quotes every text."""
     values: dict[str, object] = {"library_name": "dq-export"}
     if origin.hub_id:
         values |= {"base_model": origin.hub_id, "base_model_relation": "quantized"}
@@ -86,7 +86,7 @@ def _figure(report: Report) -> str:
 
 
 def _rows(report: Report, origin: Origin) -> list[tuple[str, str]]:
-    """Label and text of what was measured."""
+    """Return labels and texts of the measurements."""
     actions = Counter(linear.action for linear in report.linears)
     schemes = ", ".join(f"{count} {action}" for action, count in actions.most_common())
     rows = [("adapters", ", ".join(origin.adapters))] if origin.adapters else []
@@ -128,7 +128,7 @@ Without dq-export, `model.onnx` runs on ONNX Runtime; its inputs bear diffusers'
 
 
 def _making(report: Report) -> str:
-    """The recipe's chosen keys, and the command that replays the proof."""
+    """Return the recipe's keys, and the command that repeats the comparison."""
     chosen = "\n".join(f"{key}: {printable(value, 200)}" for key, value in report.recipe.items())
     proof = ""
     if report.parity and report.parity.replay:
@@ -141,5 +141,5 @@ def _making(report: Report) -> str:
 
 
 def _text(text: str) -> str:
-    """A text of which Markdown reads every sign as itself."""
+    """Escape a text for Markdown."""
     return SIGNS.sub(r"\\\1", printable(text))

@@ -18,6 +18,7 @@ from dq_export.core.network import Linear
 from dq_export.core.patches import Patches
 
 from .collect.calls import Call, Calls
+from .collect.rows import spread
 from .parallel import threads_for
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Int64 = npt.NDArray[np.int64]
 SPACE = 1 << 30
 """Default for the bytes of sums that are in memory at once."""
 ROWS = 256
-"""The greatest number of rows of a site that each network call contributes, evenly spaced."""
+"""The greatest number of rows of a site that each network call contributes; see `spread`."""
 HEADROOM = 2.0**61
 """The bound of the sum of all calls, inside the range of int64."""
 PATCH = 6144
@@ -118,7 +119,7 @@ def _fill(
     def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
         if name not in sums:
             return
-        chosen = value[:: -(-len(value) // ROWS)].cpu().numpy()
+        chosen = value[spread(len(value), ROWS)].cpu().numpy()
         quantized = plans[name].quantized(chosen, timesteps[call.record])
         tiles = sums[name]
         if tiles[0].ndim == 1:

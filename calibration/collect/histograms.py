@@ -14,6 +14,7 @@ from dq_export.core.patches import Patches
 
 from .calls import Call, Calls
 from .records import RecordFile, merge
+from .rows import spread
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 HISTOGRAM_BINS = 2048
 HISTOGRAM_ROWS = 128
-"""Approximate number of rows of a site that each network call adds to the histogram, evenly spaced; the range covers all
-rows."""
+"""The greatest number of rows of a site that each network call adds to the histogram, see `spread`; the range covers all rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +72,7 @@ def collect_histograms(
         if name in tensors:
             inverse, in_shift = (tensor.to(value.device) for tensor in tensors[name])
             limit = float(amax[name][call.record])
-            rows = value[:: max(1, len(value) // HISTOGRAM_ROWS)]
+            rows = value[spread(len(value), HISTOGRAM_ROWS)]
             scaled = ((rows - in_shift) * inverse).abs_().clamp_(max=limit)
             counted = torch.histc(scaled, HISTOGRAM_BINS, 0.0, limit or 1.0).cpu().numpy().astype(np.int64)
             counts.write(call.record, name, counts.read(call.record, name) + counted)

@@ -37,7 +37,7 @@ class Patches:
         rows, columns = self.windows.shape[2:4]
         import torch
 
-        place = torch.arange(len(self))[chosen].to(self.images.device)
+        place = torch.arange(len(self), device=self.images.device)[chosen]
         patches: torch.Tensor = self.windows[place // (rows * columns), :, place // columns % rows, place % columns]
         return patches.flatten(1)
 

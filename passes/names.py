@@ -20,6 +20,7 @@ PASSES = (
     "merge_duplicates",
     "plain_group_norms",
     "quantize_attention",
+    "quantize_embeddings",
     "quantize_weights",
     "raise_biases",
     "trim_text",

@@ -59,15 +59,16 @@ def test_a_graph_gives_the_conditions_of_the_pipeline(save: Callable[[Path], Pat
         np.testing.assert_allclose(found[name], expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("save", "linears"), [(save_sd3, 38), pytest.param(save_unet, 12, marks=pytest.mark.slow)])
-def test_linears_of_all_encoders_have_weights_of_8_bits(save: Callable[[Path], Path], linears: int, tmp_path: Path) -> None:
+# In the tiny model of SD3 blocks of 32 do not divide the rows of the tables of words.
+@pytest.mark.parametrize(("save", "weights"), [(save_sd3, 38), pytest.param(save_unet, 12 + 1, marks=pytest.mark.slow)])
+def test_linears_and_words_of_all_encoders_have_8_bits(save: Callable[[Path], Path], weights: int, tmp_path: Path) -> None:
     reference: Any = load_reference(str(save(tmp_path / "model")))
     graph = reference.export_encoders(tmp_path / "encoder", 8)
     written = ir.load(graph.path).graph
     codes = [
         value for value in written.initializers.values() if value.dtype == ir.DataType.INT8 and str(value.name).endswith("codes")
     ]
-    assert len(codes) == linears
+    assert len(codes) == weights
     assert graph.stored_bytes < graph.float_bytes
     found = compare_encoder(graph, call_of(reference, graph.tokenizers), reference.encode(PROMPTS, "cpu"), unwatched)
     assert 30 < found.sqnr < 80  # in float32 it is above 110

@@ -151,7 +151,7 @@ def test_published_configurations_are_taken(scale: dict[str, Any]) -> None:
         ({**XL, "projection_class_embeddings_input_dim": 24}, "projection_class_embeddings_input_dim 24: expected 6 times"),
         (
             {**XL, "projection_class_embeddings_input_dim": 5 * 4 + 2 * CLIP},
-            "input_dim 84: that of XL's refiner, .* not supported",
+            "input_dim 84: this is XL's refiner, .* not supported",
         ),
         ({"cross_attention_dim": 48}, "config.json and weights do not fit each other"),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
 SPACE = 1 << 30
 """Default for the bytes of sums that are in memory at once."""
 ROWS = 256
@@ -37,6 +38,8 @@ PATCH = 6144
 of 2560 channels would take 4 GB twice."""
 TILE = 64
 """Rows of a sum that are computed at once: few enough to fit in a core's cache."""
+PIECE = 1 << 20
+"""Sums that become float32 at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +47,22 @@ class Moments:
     """The mean of x x^T over the rows of a site's quantized input, or only its diagonal, the mean of x^2.
 
     Args:
-        tiles: the upper triangle, half of the memory: for each TILE rows of it, what stands from the diagonal on,
-            float32[rows, K - first]. One float32[K] for the diagonal.
+        values: float32[K], the diagonal; or of the matrix the tiles of its upper triangle one after the other, half of its
+            memory: see `tiles_of`.
+        width: K.
+        pairs: whether it is the matrix.
     """
 
-    tiles: tuple[Float32, ...]
+    values: Float32
+    width: int
+    pairs: bool
 
     def whole(self) -> Float32:
         """float32[K, K], symmetric; of a diagonal float32[K]."""
-        first = self.tiles[0]
-        if first.ndim == 1:
-            return first
-        matrix = np.empty((first.shape[1],) * 2, dtype=np.float32)
-        for index, values in enumerate(self.tiles):
+        if not self.pairs:
+            return self.values
+        matrix = np.empty((self.width, self.width), dtype=np.float32)
+        for index, values in enumerate(tiles_of(self.values, self.width)):
             start = index * TILE
             tile = slice(start, start + TILE)
             matrix[tile, start:] = values
@@ -64,6 +70,18 @@ class Moments:
             matrix[tile, tile] += np.triu(matrix[tile, tile], 1).T
             matrix[start:, tile] = matrix[tile, start:].T
         return matrix
+
+
+def tiles_of(values: npt.NDArray[Number], width: int) -> list[npt.NDArray[Number]]:
+    """Views [rows, width - first] of an array that holds, for each TILE rows of a matrix, what stands from the diagonal on."""
+    shapes = [(min(TILE, width - first), width - first) for first in range(0, width, TILE)]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+
+
+def _size(width: int, pairs: bool) -> int:
+    """The number of values of `Moments`."""
+    return sum(min(TILE, width - first) * (width - first) for first in range(0, width, TILE)) if pairs else width
 
 
 def pairs_of(linear: Linear) -> bool:
@@ -95,53 +113,60 @@ def stream_hessians(
     """
     units = {name: HEADROOM / (calls.sampling.calls * ROWS * reach[name] ** 2) for name in plans}
     linears = calls.denoiser.linears
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for name, plan in plans.items():
-        width, pairs = len(plan.in_scale), not diagonal and pairs_of(linears[plan.site.linears[0]])
-        shapes[name] = [(min(TILE, width - start), width - start) for start in range(0, width, TILE)] if pairs else [(width,)]
-    for names in _batches(shapes, space):
-        sums = {name: [np.zeros(shape, dtype=np.int64) for shape in shapes[name]] for name in names}
-        yield _fill(calls, sums, plans, units, timesteps)
+    pairs = {name: not diagonal and pairs_of(linears[plan.site.linears[0]]) for name, plan in plans.items()}
+    sizes = {name: _size(len(plan.in_scale), pairs[name]) for name, plan in plans.items()}
+    for names in _batches(sizes, space):
+        # One array a site: memory of large arrays goes back to the system when they are freed, that of tiles does not.
+        sums = {name: np.zeros(sizes[name], dtype=np.int64) for name in names}
+        rows = _fill(calls, sums, {name: pairs[name] for name in names}, plans, units, timesteps)
+        moments = {}
+        for name in names:
+            unit, width = 1 / (units[name] * rows[name]), len(plans[name].in_scale)
+            total = calls.group.total(sums.pop(name)).astype(np.int64, copy=False)
+            moments[name] = Moments(_scaled(total, unit), width, pairs[name])
+        yield moments
 
 
 def _fill(
     calls: Calls,
-    sums: dict[str, list[Int64]],
+    sums: Mapping[str, Int64],
+    pairs: Mapping[str, bool],
     plans: Mapping[str, SitePlan],
     units: Mapping[str, float],
     timesteps: Sequence[float],
-) -> dict[str, Moments]:
-    names = list(sums)
-    rows = dict.fromkeys(names, 0)
-    widest = 20 * TILE * max(tiles[0].shape[-1] for tiles in sums.values())  # bytes: a product in float32, float64 and int64
-    libraries, pool = ThreadpoolController(), ThreadPoolExecutor(threads_for(widest))
+) -> dict[str, int]:
+    """Run over the pictures and add up; the number of rows of each site."""
+    rows = dict.fromkeys(sums, 0)
+    tiles = {name: tiles_of(total, len(plans[name].in_scale)) for name, total in sums.items() if pairs[name]}
+    widest = max((len(plans[name].in_scale) for name in sums), default=0)
+    work = 20 * TILE * widest  # bytes: a product in float32, float64 and int64
+    libraries, pool = ThreadpoolController(), ThreadPoolExecutor(threads_for(work))
 
     def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
         if name not in sums:
             return
         chosen = value[spread(len(value), ROWS)].cpu().numpy()
         quantized = plans[name].quantized(chosen, timesteps[call.record])
-        tiles = sums[name]
-        if tiles[0].ndim == 1:
-            tiles[0] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
+        if not pairs[name]:
+            sums[name][:] += np.rint(np.square(quantized).sum(axis=0, dtype=np.float64) * units[name]).astype(np.int64)
         else:
-            add = partial(_add, tiles, quantized, units[name])
+            add = partial(_add, tiles[name], quantized, units[name])
             # Each tile has one thread: the way in which a library splits a product among threads changes the order of its sums.
             with libraries.limit(limits=1, user_api="blas"):
-                list(pool.map(add, range(len(tiles))))
+                list(pool.map(add, range(len(tiles[name]))))
         rows[name] += len(chosen)
 
     with pool:
         calls.watch(collect)
-    moments = {}
-    for name in names:
-        count = int(calls.group.total(np.asarray([rows[name]]))[0])
-        unit, tiles = 1 / (units[name] * count), sums.pop(name)[::-1]
-        means: list[Float32] = []
-        while tiles:  # each is freed before the next is converted
-            means.append((calls.group.total(tiles.pop()).astype(np.int64, copy=False) * unit).astype(np.float32))
-        moments[name] = Moments(tuple(means))
-    return moments
+    return {name: int(calls.group.total(np.asarray([count]))[0]) for name, count in rows.items()}
+
+
+def _scaled(total: Int64, unit: float) -> Float32:
+    """float32 of whole multiples of `unit`, a piece at a time."""
+    values = np.empty(total.shape, dtype=np.float32)
+    for start in range(0, total.size, PIECE):
+        values[start : start + PIECE] = total[start : start + PIECE] * unit
+    return values
 
 
 def _add(tiles: Sequence[Int64], rows: Float32, unit: float, index: int) -> None:
@@ -151,15 +176,14 @@ def _add(tiles: Sequence[Int64], rows: Float32, unit: float, index: int) -> None
     tiles[index][:] += np.rint(product, out=product).astype(np.int64)
 
 
-def _batches(shapes: Mapping[str, Sequence[tuple[int, ...]]], space: int) -> list[list[str]]:
+def _batches(sizes: Mapping[str, int], space: int) -> list[list[str]]:
     """The names in order, in groups that fit in memory."""
     batches: list[list[str]] = []
-    size = space + 1
-    for name, tiles in shapes.items():
-        needed = 8 * sum(math.prod(shape) for shape in tiles)
-        size += needed
-        if size > space:
+    needed = space + 1
+    for name, size in sizes.items():
+        needed += 8 * size
+        if needed > space:
             batches.append([])
-            size = needed
+            needed = 8 * size
         batches[-1].append(name)
     return batches

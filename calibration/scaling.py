@@ -29,8 +29,8 @@ SMALLEST_HALF = 2.0**-17
 """Of scales that `auto` considers for a graph in float16, whose numbers lie 2^-24 apart there: rounding moves such a scale by
 0.4 % at most, which is half a code of 8 bits."""
 WORTHWHILE = 10 ** (-1 / 10)
-"""Share of the error that may be left, 1 dB less, where `auto` leaves a Mul or an Add on all tokens. An Add behind GELU in each
-block takes 1.5 % of the operators' time of PixArt on ONNX Runtime."""
+"""Share of the error that may be left, 1 dB less, where `auto` leaves a Mul or an Add on all tokens before 8-bit codes. An Add
+behind GELU in each block takes 1.5 % of the operators' time of PixArt on ONNX Runtime."""
 OUTPUTS = 256
 """Number of outputs of a site on which a candidate is measured."""
 EXACT_TERMS = 2**24 // INT8.qmax**2 // 16 * 16
@@ -90,8 +90,8 @@ def choose_scaling(
     All readers of the tensor are judged together, by up to 256 of their outputs, evenly spaced: each output's error is
     exact, and so many are enough to rank candidates. `auto` first picks the rule and its strength, then whether to shift
     by the middle of each channel's range or by its mean, then below 8 bits how much of the range to clip. Ties go to the
-    earlier candidate, so that nothing is scaled for nothing; where scaling is not free, to the one that costs less time unless
-    the other gains 1 dB.
+    earlier candidate, so that nothing is scaled for nothing. Where scaling is not free, activations of 8 bits take the candidate
+    that costs less time unless the other gains 1 dB; below 8 bits every gain counts.
 
     Args:
         weights: float32[out, K] of each reader that will be quantized. They are not stacked, because every block reads a
@@ -118,7 +118,8 @@ def choose_scaling(
         ],
     }[recipe.scaling]  # fmt: skip
     first = shifts[0] if recipe.shift else unshifted
-    share = 1.0 if free else WORTHWHILE
+    coarse = scheme.graph_type is not None and scheme.graph_type.bits < 8
+    share = 1.0 if free or coarse else WORTHWHILE
     candidates = [(rule, trial.measure(rule, first)) for rule in rules]
     best_rule, best = _worthwhile(candidates, share)
     shift, measured = first, [scaling for _, scaling in candidates]
@@ -126,7 +127,7 @@ def choose_scaling(
         tried = [(first, best), *((other, trial.measure(best_rule, other)) for other in shifts if other is not first)]
         shift, best = _worthwhile(tried, 1.0 if recipe.shift else share)
         measured += [scaling for _, scaling in tried[1:]]
-    if recipe.scaling == "auto" and recipe.method == "minmax" and scheme.graph_type and scheme.graph_type.bits < 8:
+    if recipe.scaling == "auto" and recipe.method == "minmax" and coarse:
         clipped = [trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP]
         best = min([best, *clipped], key=lambda item: item.error)
         measured += clipped

@@ -207,6 +207,15 @@ def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
     assert paid, "no candidate gains less than 1 dB: the test shows nothing"
 
 
+def test_below_8_bits_every_gain_counts() -> None:
+    """Codes of few bits have no decibel to give away."""
+    for seed in range(30):
+        found, weight = two_steps(seed)
+        recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
+        free, token = (choose_scaling(found, [weight], recipe, scheme=PRESETS["w6a6"], free=free) for free in (True, False))
+        assert (token.method, token.error) == (free.method, free.error)
+
+
 @pytest.mark.parametrize("scaling", ["auto", "dilate", "smooth"])
 def test_readers_are_judged_as_one_linear_of_all_their_outputs(scaling: str) -> None:
     found, weight = two_steps()

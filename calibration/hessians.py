@@ -74,14 +74,18 @@ class Moments:
 
 def tiles_of(values: npt.NDArray[Number], width: int) -> list[npt.NDArray[Number]]:
     """Views [rows, width - first] of an array that holds, for each TILE rows of a matrix, what stands from the diagonal on."""
-    shapes = [(min(TILE, width - first), width - first) for first in range(0, width, TILE)]
+    shapes = _tile_shapes(width)
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
 
 
+def _tile_shapes(width: int) -> list[tuple[int, int]]:
+    return [(min(TILE, width - first), width - first) for first in range(0, width, TILE)]
+
+
 def _size(width: int, pairs: bool) -> int:
     """The number of values of `Moments`."""
-    return sum(min(TILE, width - first) * (width - first) for first in range(0, width, TILE)) if pairs else width
+    return sum(map(math.prod, _tile_shapes(width))) if pairs else width
 
 
 def pairs_of(linear: Linear) -> bool:
@@ -118,7 +122,7 @@ def stream_hessians(
     for names in _batches(sizes, space):
         # One array a site: memory of large arrays goes back to the system when they are freed, that of tiles does not.
         sums = {name: np.zeros(sizes[name], dtype=np.int64) for name in names}
-        rows = _fill(calls, sums, {name: pairs[name] for name in names}, plans, units, timesteps)
+        rows = _fill(calls, sums, pairs, plans, units, timesteps)
         moments = {}
         for name in names:
             unit, width = 1 / (units[name] * rows[name]), len(plans[name].in_scale)

@@ -49,10 +49,10 @@ def _tables(model: ir.Model) -> dict[str, WeightGrid]:
     for node in model.graph:
         table = node.inputs[0] if node.op_type == "Gather" and not node.attributes.get_int("axis", 0) else None
         tensor = stored(table)
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
+        if table is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
             continue
         if int(tensor.shape.numpy()[1]) % BLOCK == 0:
-            grids[str(table.name) if table is not None else ""] = cover(tensor.numpy(), scheme)
+            grids[str(table.name)] = cover(tensor.numpy(), scheme)
     return grids
 
 

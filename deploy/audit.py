@@ -21,6 +21,7 @@ from .check import check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
 
 CONVOLUTIONS = ("Conv", "ConvInteger")
+ATTENTION = ("Attention", "MultiHeadAttention")
 
 
 class AuditError(Exception):
@@ -95,7 +96,7 @@ def audit_graph(
     by_node |= {linear.gemm: name for name, linear in linears(graph).items()}
     gemms = []
     for node in graph.graph:
-        if node.op_type not in ("MatMul", "Gemm", "Attention", *CONVOLUTIONS):
+        if node.op_type not in ("MatMul", "Gemm", *ATTENTION, *CONVOLUTIONS):
             continue
         module = by_node.get(node)
         wanted, required = _action(assigned.get(module)) if module else _action_of_attention(node)
@@ -179,7 +180,7 @@ def _flops(node: ir.Node, sizes: Mapping[str, tuple[int, ...]]) -> int:
     left, result = (sizes.get(str(value.name), ()) for value in (node.inputs[0], node.outputs[0]) if value is not None)
     if not left or not result:
         return 0
-    if node.op_type == "Attention":  # scores and their product with the values: query [B, tokens, width], key alike
+    if node.op_type in ATTENTION:  # scores and their product with the values: query [B, tokens, width], key alike
         key = sizes.get(str(node.inputs[1].name), left) if node.inputs[1] is not None else left
         return 4 * int(np.prod(left)) * key[-2]
     if node.op_type in CONVOLUTIONS:

@@ -1,4 +1,4 @@
-"""Fuse scaled dot-product attention into ONNX's operator Attention."""
+"""Fuse scaled dot-product attention into one operator, Attention or MultiHeadAttention."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from ..match import only_user
 
 OPSET, IR_VERSION = 23, 11
 HEADS = (0, 2, 1, 3)
+ORT_DOMAIN = "com.microsoft"
+MANY_SCORES = 1024 * 1024
+"""Scores of a head from which MultiHeadAttention is faster: they no longer fit into a core's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention(GraphPass):
     """Reshape, Transpose, Mul, MatMul, Add, Softmax, MatMul, Transpose, Reshape  ->  Attention(q, k, v, mask).
 
-    q, k and v are [B, tokens, width]; the Add of a mask is optional. ONNX Runtime's kernel keeps the scores of a few rows at a
-    time and makes no transposed copies. It needs the mask as [B, 1, queries, keys], with a row for each query. Blocks with the
-    same mask share it. The graph's opset becomes at least 23, the first with this operator.
+    q, k and v are [B, tokens, width]; the Add of a mask is optional. ONNX Runtime's kernel makes no transposed copies. It needs
+    the mask as [B, 1, queries, keys], with a row for each query. Blocks with the same mask share it. The graph's opset becomes
+    at least 23, the first with this operator.
+
+    Attention keeps all scores, [B, heads, queries, keys], in memory. Where a head has many of them, or their number depends on
+    the picture's size, and there is no mask, the operator is ONNX Runtime's own MultiHeadAttention, which keeps a tile of them.
 
     It does not act where
         1. another operation than the Add of a mask [B, 1, 1, keys], or of its copies for each head, is between scores and
@@ -30,7 +36,8 @@ class FuseAttention(GraphPass):
         3. the result is not merged back to [B, tokens, width].
 
     Exactness: reorders float operations; the scores are scaled once, instead of query and key each by the root of the scale.
-    Source: ONNX Attention-23.
+    Source: ONNX Attention-23; com.microsoft MultiHeadAttention-1. Measured on two cores with heads of 72 channels: with 1,024
+        tokens MultiHeadAttention takes 0.8 of Attention's time, with 256 tokens 1.3.
     """
 
     name: ClassVar[str] = "fuse_attention"
@@ -48,6 +55,8 @@ class FuseAttention(GraphPass):
         if changed:
             model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
             model.ir_version = max(model.ir_version or 0, IR_VERSION)
+        if any(node.domain == ORT_DOMAIN for node in model.graph):
+            model.opset_imports[ORT_DOMAIN] = 1
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
 
@@ -85,13 +94,32 @@ def _attention(softmax: ir.Node) -> _Pattern | str:
 
 
 def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> None:
-    attributes = {"q_num_heads": pattern.heads, "kv_num_heads": pattern.heads, "scale": pattern.scale}
+    operands: list[ir.Value | None] = [pattern.query, pattern.key, pattern.value]
+    if pattern.mask is None and _has_many_scores(pattern):
+        sizes = {"num_heads": pattern.heads}
+        node = ir.node("MultiHeadAttention", operands, attributes={**sizes, "scale": pattern.scale}, domain=ORT_DOMAIN)
+    else:
+        sizes = {"q_num_heads": pattern.heads, "kv_num_heads": pattern.heads}
+        operands += _for_each_query(graph, pattern, masks)
+        node = ir.node("Attention", operands, attributes={**sizes, "scale": pattern.scale})
     result = pattern.last.outputs[0]
-    mask = _for_each_query(graph, pattern, masks)
-    node = ir.node("Attention", [pattern.query, pattern.key, pattern.value, *mask], attributes=attributes)
     like(node.outputs[0], result)
     graph.insert_before(pattern.last, node)
     redirect(result, node.outputs[0])
+
+
+def _has_many_scores(pattern: _Pattern) -> bool:
+    """Return whether a head has `MANY_SCORES`, or a number that the sizes of the graph's inputs decide."""
+    queries, keys = (_tokens(value) for value in (pattern.query, pattern.key))
+    if queries is None or keys is None:
+        return queries is keys
+    return queries * keys >= MANY_SCORES
+
+
+def _tokens(value: ir.Value) -> int | None:
+    """Return the tokens of [B, tokens, width]; None if the graph's inputs decide."""
+    tokens = value.shape[1] if value.shape is not None else None
+    return tokens if isinstance(tokens, int) else None
 
 
 def _one_head(mask: ir.Value | None) -> ir.Value | None:

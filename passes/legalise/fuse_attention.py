@@ -26,8 +26,8 @@ class FuseAttention(GraphPass):
     the mask as [B, 1, queries, keys], with a row for each query. Blocks with the same mask share it. The graph's opset becomes
     at least 23, the first with this operator.
 
-    Attention keeps all scores, [B, heads, queries, keys], in memory. Where a head has many of them, or their number depends on
-    the picture's size, and there is no mask, the operator is ONNX Runtime's own MultiHeadAttention, which keeps a tile of them.
+    Attention keeps all scores, [B, heads, queries, keys], in memory. Without a mask the operator is ONNX Runtime's own
+    MultiHeadAttention, which keeps a tile of them, if a head has many, or their number depends on the picture's size.
 
     It does not act where
         1. another operation than the Add of a mask [B, 1, 1, keys], or of its copies for each head, is between scores and
@@ -109,17 +109,17 @@ def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> 
 
 
 def _has_many_scores(pattern: _Pattern) -> bool:
-    """Return whether a head has `MANY_SCORES`, or a number that the sizes of the graph's inputs decide."""
+    """Return whether a head has `MANY_SCORES`, or attends from each token to all, where their number depends on the picture."""
     queries, keys = (_tokens(value) for value in (pattern.query, pattern.key))
-    if queries is None or keys is None:
-        return queries is keys
-    return queries * keys >= MANY_SCORES
+    if isinstance(queries, int) and isinstance(keys, int):
+        return queries * keys >= MANY_SCORES
+    return queries is not None and queries == keys
 
 
-def _tokens(value: ir.Value) -> int | None:
-    """Return the tokens of [B, tokens, width]; None if the graph's inputs decide."""
+def _tokens(value: ir.Value) -> int | str | None:
+    """Return the number of tokens in [B, tokens, width], or its formula; None if unknown."""
     tokens = value.shape[1] if value.shape is not None else None
-    return tokens if isinstance(tokens, int) else None
+    return tokens.value if isinstance(tokens, ir.SymbolicDim) else tokens
 
 
 def _one_head(mask: ir.Value | None) -> ir.Value | None:

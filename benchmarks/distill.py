@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_export.core.recipe import Recipe
-from dq_export.families.source import NAMED, PACKAGED
+from dq_export.families.source import MODELS, PACKAGED
 from dq_export.pipeline import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -49,7 +49,7 @@ Figures = tuple[float, float, float]
 
 def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figures, float]:
     """Export, and return ((mean call, worst call, pictures) in dB, CPU seconds)."""
-    guidance = NAMED.get(model, ("", 2.0))[1]
+    guidance = MODELS.get(model, ("", 2.0))[1]
     recipe = Recipe.parse({"model": model, "guidance_scale": guidance, "min_sqnr": -200, **options}, "benchmark")
     start = time.process_time()
     report = run(recipe, folder, until="verify")

@@ -184,7 +184,7 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
     base = times["ONNX Runtime fp32"].median
     print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
     for name, latency in times.items():
-        print(f"| {name} | {latency.median:.0f} | {latency.least:.0f} | {base / latency.median:.2f}x |")
+        print(f"| {name} | {latency.median:.0f} | {latency.minimum:.0f} | {base / latency.median:.2f}x |")
 
 
 def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Callable[[], Any]]:

@@ -34,7 +34,7 @@ from dq_export.deploy.latency import measure
 from dq_export.deploy.onnxruntime.cpu import OrtEngine, open_graph, session_errors
 from dq_export.deploy.parity import difference
 from dq_export.families.reference import Float32, Reference
-from dq_export.families.source import NAMED, PACKAGED
+from dq_export.families.source import MODELS, PACKAGED
 from dq_export.pipeline import run
 from dq_export.stages.recording import Recording, draw
 from dq_export.stages.verify import save_pictures
@@ -95,7 +95,7 @@ class Bench:
         self.name, self.model, self.temporary, self.reader, self.count = name, model, temporary, reader, options.count
         self.steps, self.keep = options.steps, options.keep
         self.reference: Reference = load_model(model)
-        self.guidance = 1.0 if self.reference.guided_by == "nothing" else NAMED.get(model, ("", 2.0))[1]
+        self.guidance = 1.0 if self.reference.guided_by == "nothing" else MODELS.get(model, ("", 2.0))[1]
         self.rows: list[dict[str, Any]] = []
 
     def parsed(self, options: Mapping[str, Any]) -> Recipe:

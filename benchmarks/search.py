@@ -17,13 +17,13 @@ from pathlib import Path
 from dq_export.core.recipe import Recipe
 from dq_export.search.explore import explore
 from dq_export.search.request import SearchRequest
-from dq_export.search.space import KNOWN, Q_DIT
+from dq_export.search.space import CHOICES, Q_DIT
 
 ROWS = (
     ("Q-DiT: evolution over group sizes", "evolve", Q_DIT, {"format": "onnx", "scaling": "none"}),
     ("Q-DiT's evolution over group sizes, with our scaling", "evolve", Q_DIT, {"format": "onnx"}),
-    ("evolution in our space", "evolve", KNOWN, {}),
-    ("descend in our space", "descend", KNOWN, {}),
+    ("evolution in our space", "evolve", CHOICES, {}),
+    ("descend in our space", "descend", CHOICES, {}),
 )
 
 

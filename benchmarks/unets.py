@@ -20,7 +20,7 @@ from reading import Reader
 
 SMALL = {"calib_size": 8, "parity_size": 4}
 """Pictures."""
-NAMED = {"granularity": "tensor", "rounding": "rtn"}
+PLAIN = {"granularity": "tensor", "rounding": "rtn"}
 """Where a recipe says nothing else: w4a8 has other defaults."""
 STATIC: dict[str, Any] = {"scaling": "none", "bins": 1}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def main() -> None:
             rows.append([name, "PyTorch float32", "", "", "", f"{read:.1%}", "", ""])
             for bits in options.bits:
                 for label, values in RECIPES.items():
-                    bench.recipe(f"{bits} {label}", {"bits": bits, "steps": options.steps, **SMALL, **NAMED, **values})
+                    bench.recipe(f"{bits} {label}", {"bits": bits, "steps": options.steps, **SMALL, **PLAIN, **values})
                     rows.append(cells(bench.rows[-1]))
                     if options.rows:
                         options.rows.write_text(json.dumps({"columns": COLUMNS, "rows": rows}, indent=1) + "\n")

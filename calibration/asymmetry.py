@@ -35,7 +35,7 @@ class Asymmetric:
     @property
     def middle(self) -> Float64:
         """float64[T]: the middle of the range that the codes cover."""
-        steps = (self.codes.least + self.codes.greatest) / 2 - np.rint(self.zero_point.astype(np.float64))
+        steps = (self.codes.lowest + self.codes.greatest) / 2 - np.rint(self.zero_point.astype(np.float64))
         middle: Float64 = self.scale * steps
         return middle
 
@@ -44,7 +44,7 @@ class Asymmetric:
 
         One code may be lost at an end, because a symmetric type has one code less than 2^bits.
         """
-        half = (self.codes.greatest - self.codes.least) / 2
+        half = (self.codes.greatest - self.codes.lowest) / 2
         reach = half + np.abs(self.middle - shift) / self.scale
         widened: Float64 = np.maximum(1.0, (reach - 1) / self.qmax)
         return widened

@@ -114,7 +114,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             for site, item in zip(group, items, strict=True)
         ]
 
-    decided = {item.site.name: item for group in calibration.each(decide, list(groups.values())) for item in group}
+    decided = {item.site.name: item for group in calibration.for_each(decide, list(groups.values())) for item in group}
     decisions = [decided[site.name] for site in denoiser.sites if site.name in decided]
     constant = [item.site.name for item in decisions if not item.amax.any() and item.site.name not in tables.activations]
     if constant:
@@ -207,11 +207,11 @@ def _refined(
     """Statistics of the quantized network's inputs, and the result with scales from these statistics."""
     with Simulation.of(calibration.denoiser, result, calibration.assigned).on(calibration.denoiser):
         statistics = collect_ranges(calibration.calls, tuple(result.sites), calibration.folder / "progressive")
-        again = []
+        scaled = []
         for item in decisions:
             amax = statistics[item.site.name].amax(item.scaling.in_scale, item.scaling.in_shift)
-            again.append(replace(item, amax=amax))
-        plans = _plans(calibration, again, statistics.timesteps, calibration.folder)
+            scaled.append(replace(item, amax=amax))
+        plans = _plans(calibration, scaled, statistics.timesteps, calibration.folder)
     return statistics, replace(result, sites=plans)
 
 

@@ -59,6 +59,6 @@ class Calibration:
         """The network calls that draw its pictures."""
         return Calls(denoiser=self.denoiser, sampling=self.sampling, progress=self.progress, group=self.group)
 
-    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def for_each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(item)` for every item, in order, on several threads; an item takes about the memory of one linear's weight."""
         return parallel(work, items, self.progress, work_bytes(self.denoiser))

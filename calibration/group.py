@@ -79,12 +79,12 @@ class TorchGroup:
 
         torch.distributed.destroy_process_group()
 
-    def _reduce(self, values: Array, how: str) -> Array:
+    def _reduce(self, values: Array, operation: str) -> Array:
         import torch
 
         tensor = torch.from_numpy(np.array(values))
         try:
-            torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, how))
+            torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, operation))
         except RuntimeError as error:
             raise CalibrationError(
                 f"process {self.rank} of {self.size}: another process of the run has ended ({str(error).splitlines()[0]}). "

@@ -68,9 +68,9 @@ def sqnr_by_timestep(
                 continue
             whole = folded_weight(denoiser.weight(name), name, touching[name])
             chosen = np.linspace(0, len(whole) - 1, min(len(whole), OUTPUTS)).round().astype(np.int64)
-            few = whole[chosen]
+            part = whole[chosen]
             del whole  # the largest part of a thread's memory
-            weight, nearest = few.astype(np.float64), result.rounded(name, few, scheme.weight.qtype, chosen).astype(np.float64)
+            weight, nearest = part.astype(np.float64), result.rounded(name, part, scheme.weight.qtype, chosen).astype(np.float64)
             signal = exact @ weight.T
             moved = weight @ plan.in_shift  # the bias adds it to the output
             noise = signal - rounded @ nearest.T - (result.correction[name][chosen] if name in result.correction else 0)

@@ -168,14 +168,14 @@ class _Trial:
         """A trial for the weights float32[out, K] of all quantized readers."""
         high = np.maximum.reduce([weight.max(axis=0) for weight in weights])
         low = np.minimum.reduce([weight.min(axis=0) for weight in weights])
-        few = _evenly(weights, OUTPUTS)
+        sample = _evenly(weights, OUTPUTS)
         return _Trial(
             statistics=statistics,
             room=room_of(weights),
             column_amax=np.maximum(high, -low),
             column_range=high - low,
-            weight=few,
-            exact=_product(statistics.rows, few),
+            weight=sample,
+            exact=_product(statistics.rows, sample),
             scheme=scheme,
             smallest=smallest,
         )

@@ -26,14 +26,14 @@ def schedule_fault(header: Header, timesteps: Sequence[float]) -> str:
     rows = np.asarray(header.timesteps)
     if len(rows) == 1:
         return ""
-    sent = np.asarray(timesteps, dtype=np.float64)
-    away = np.abs(sent[:, None] - rows).min(axis=1)
-    worst = int(away.argmax())
-    if away[worst] <= np.diff(rows).max():
+    values = np.asarray(timesteps, dtype=np.float64)
+    distances = np.abs(values[:, None] - rows).min(axis=1)
+    worst = int(distances.argmax())
+    if distances[worst] <= np.diff(rows).max():
         return ""
-    near = rows[np.abs(rows - sent[worst]).argmin()]
+    near = rows[np.abs(rows - values[worst]).argmin()]
     return (
-        f"its timesteps are {rows[0]:g} … {rows[-1]:g}, but the sampler sends {sent[worst]:g}, whose nearest row is for "
+        f"its timesteps are {rows[0]:g} … {rows[-1]:g}, but the sampler sends {values[worst]:g}, whose nearest row is for "
         f"{near:g}; give the timesteps of the sampled schedule, as the network receives them"
     )
 
@@ -70,18 +70,18 @@ def linear_faults(file: TableFile, linear: str, weight: tuple[int, ...], rule: R
 
 
 def _activation_faults(file: TableFile, linear: str, scheme: Scheme) -> Iterator[str]:
-    codes, where = file.header.linears[linear].activation, shown(linear)
+    codes, name = file.header.linears[linear].activation, shown(linear)
     if not scheme.low_precision and (file.shape(linear, "in_scale") or file.shape(linear, "in_shift")):
-        yield f"{where}: the recipe quantizes only its weight, so its input is not scaled"
+        yield f"{name}: the recipe quantizes only its weight, so its input is not scaled"
     if codes is None:
         return
     if scheme.activation is None:
-        yield f"{where} has a table, but the recipe leaves its input float ({scheme}); pass other --bits, or remove the table"
+        yield f"{name} has a table, but the recipe leaves its input float ({scheme}); pass other --bits, or remove the table"
     elif scheme.graph_type is None or scheme.per_token:
-        yield f"{where} has a table, but the recipe computes a scale for each token; pass --granularity tensor"
+        yield f"{name} has a table, but the recipe computes a scale for each token; pass --granularity tensor"
     elif scheme.graph_type.is_float or scheme.graph_type.bits != codes.bits:
         yield (
-            f"{where} has a table for codes of {codes.bits} bits, but the recipe quantizes its input to "
+            f"{name} has a table for codes of {codes.bits} bits, but the recipe quantizes its input to "
             f"{scheme.graph_type.name}; pass the --bits that it was trained for"
         )
 
@@ -98,11 +98,11 @@ def _code_faults(file: TableFile, linear: str, scheme: Scheme, width: int) -> It
     scale = blocks if blocks and not scheme.two_level else (outputs,)
     multiplier = blocks if scheme.two_level else None
     wrong = False
-    for part, wanted in (("weight.scale", scale), ("weight.zero_point", scale), ("weight.multiplier", multiplier)):
+    for part, sizes in (("weight.scale", scale), ("weight.zero_point", scale), ("weight.multiplier", multiplier)):
         shape = file.shape(linear, part)
-        if shape != wanted and not (part == "weight.zero_point" and shape is None):
+        if shape != sizes and not (part == "weight.zero_point" and shape is None):
             wrong = True
-            expected = f"expected {list(wanted)}" if wanted else "expected none"
+            expected = f"expected {list(sizes)}" if sizes else "expected none"
             yield f"'{linear}.{part}' has {f'shape {list(shape)}' if shape else 'no value'}; {expected} {form}"
     if wrong:
         return
@@ -132,10 +132,10 @@ def centred_codes(file: TableFile, linear: str) -> np.ndarray[tuple[int, ...], n
 def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) -> Iterator[str]:
     """Faults of one input: readers whose tables differ, and a shift that the input cannot absorb."""
     readers = [name for name in site.linears if assigned[name].scheme.low_precision]
-    having = [name for name in readers if any(file.shape(name, part) for part in SHARED)]
-    if not having:
+    named = [name for name in readers if any(file.shape(name, part) for part in SHARED)]
+    if not named:
         return
-    first = having[0]
+    first = named[0]
     entry = file.header.linears[first]
     for name in readers:
         other = file.header.linears.get(name)

@@ -84,13 +84,13 @@ class Tables:
         bias, change = self.file.read(linear, "bias"), None
         if bias is not None:
             change = bias.astype(np.float64) - denoiser.bias(linear)
-        read = next((plan for plan in plans if linear in plan.site.linears), None)
-        if read is not None and read.in_shift.any():
+        site_plan = next((plan for plan in plans if linear in plan.site.linears), None)
+        if site_plan is not None and site_plan.in_shift.any():
             before = denoiser.weight(linear)
-            after = self.weight(linear, before, read.in_scale)
+            after = self.weight(linear, before, site_plan.in_scale)
             if self.file.shape(linear, "weight.codes") is not None:
-                after = self._dequantized(linear) / read.in_scale
-            moved = (after.astype(np.float64) - before) @ read.in_shift
+                after = self._dequantized(linear) / site_plan.in_scale
+            moved = (after.astype(np.float64) - before) @ site_plan.in_shift
             change = moved if change is None else change + moved
         return change
 

@@ -76,8 +76,8 @@ def round_weights(
         widths = {name: linears[name].width if gptq and pairs_of(linears[name]) else 0 for name in now}
         space = calibration.space // 2  # the part itself takes the other half
         for width in sorted(set(widths.values())):  # as many threads as fit: more of them for narrow weights
-            each, equal = work_bytes(denoiser) + factor_bytes(width), [name for name in now if widths[name] == width]
-            measured = parallel(partial(measure, part), equal, calibration.progress, each, space, "weights")
+            item_bytes, equal = work_bytes(denoiser) + factor_bytes(width), [name for name in now if widths[name] == width]
+            measured = parallel(partial(measure, part), equal, calibration.progress, item_bytes, space, "weights")
             results |= zip(equal, measured, strict=True)
         part.clear()
     wrong = [item for item in results.values() if isinstance(item, str)]

@@ -125,12 +125,12 @@ class Backend(ABC):
         if refused:
             raise RecipeError("\n".join(f"{scheme} on {self.title}: {reason}" for reason, scheme in refused.items()))
 
-    def shared_timesteps(self, wanted: str) -> bool:
-        """Whether `wanted` (`auto`, `shared` or `per-sample`) means one timestep for the batch.
+    def shared_timesteps(self, choice: str) -> bool:
+        """Whether `choice` (`auto`, `shared` or `per-sample`) means one timestep for the batch.
 
         `auto` means shared: the direct form of a table has fewer operators than the factored form.
         """
-        return wanted != "per-sample"
+        return choice != "per-sample"
 
     @abstractmethod
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:

@@ -18,7 +18,7 @@ class Latency:
     """Milliseconds of one network call."""
 
     median: float
-    least: float
+    minimum: float
 
 
 def measure(engines: Mapping[str, Callable[[Feed], Float32]], feed: Feed, *, rounds: int = 15) -> dict[str, Latency]:
@@ -36,4 +36,4 @@ def measure(engines: Mapping[str, Callable[[Feed], Float32]], feed: Feed, *, rou
             engine(feed)
             times[name].append((time.perf_counter() - start) * 1e3)
         turns += 1
-    return {name: Latency(median=statistics.median(taken[1:]), least=min(taken[1:])) for name, taken in times.items()}
+    return {name: Latency(median=statistics.median(seconds[1:]), minimum=min(seconds[1:])) for name, seconds in times.items()}

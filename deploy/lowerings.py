@@ -12,15 +12,15 @@ class Lowering:
     """How a backend runs a scheme.
 
     Args:
-        how: a description.
+        description: one phrase.
         kernel: a part of the kernel's name in the audit; empty for any kernel.
     """
 
-    how: str
+    description: str
     kernel: str
 
     def __str__(self) -> str:
-        return self.how
+        return self.description
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ ANY_KERNEL = Lowering("any kernel that the runtime chooses", "")
 
 def integer_gemm(scheme: Scheme, kernel: str) -> Lowering:
     """The lowering of a scheme whose GEMM multiplies 8-bit codes, which also hold narrower types."""
-    how = "one integer GEMM"
+    text = "one integer GEMM"
     if scheme.per_token:
-        how += " between two Muls by the token's scale"
+        text += " between two Muls by the token's scale"
     if scheme.two_level:
-        how += "; int4 codes are widened to 8 bits when the engine is loaded"
-    return Lowering(how, kernel)
+        text += "; int4 codes are widened to 8 bits when the engine is loaded"
+    return Lowering(text, kernel)
 
 
-def unpacked_blocks(scheme: Scheme, how: str = "") -> Lowering | Refusal:
+def unpacked_blocks(scheme: Scheme, detail: str = "") -> Lowering | Refusal:
     """The lowering of a scheme whose weight is unpacked in blocks by ONNX Runtime's MatMulNBits.
 
     Args:
-        how: what else the kernel does, in words.
+        detail: what else the kernel does, as the end of a phrase.
     """
     weight = scheme.weight
     if weight is not None and weight.size is not None and weight.size not in BLOCK_SIZES:
         size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
         return Refusal(f"its kernel unpacks blocks of {', '.join(map(str, BLOCK_SIZES))}", scheme.resized(size))
-    return Lowering(f"MatMulNBits: blocks unpacked inside the GEMM{how}", "MatMulNBits")
+    return Lowering(f"MatMulNBits: blocks unpacked inside the GEMM{detail}", "MatMulNBits")

@@ -73,7 +73,7 @@ class TrajectoryParity(Difference):
     ssim: float | None = None
     lpips: float | None = None
 
-    def seen(self) -> str:
+    def appearance(self) -> str:
         """PSNR, SSIM and LPIPS, as far as they are known."""
         parts = [
             f"PSNR {self.psnr:.1f} dB" if self.psnr is not None else "",

@@ -59,7 +59,7 @@ def load(output_dir: str | Path) -> StandIn:
     of the diffusers model's `forward`. It runs where its runtime does, wherever the pipeline's other parts are.
 
     Args:
-        output_dir: the folder of a finished export; or a text `owner/name` or `owner/name@revision` that is no folder here: an
+        output_dir: the folder of a finished export; or a text `owner/name` or `owner/name@revision` that is not a folder here: an
             export that `dq-export push` published on the hub.
 
     Raises:

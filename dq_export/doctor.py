@@ -144,10 +144,10 @@ def _library(library: Library, capability: str) -> Diagnosis:
         remedy = install_command(name.partition(".")[0] for name in missing)
         return Diagnosis(part=library.title, state=MISSING, purpose=purpose, remedy=remedy)
     answers: list[dict[str, Any]] = []
-    done = run_child("dq_export.deploy.probe", list(library.modules), answers.append)
+    child = run_child("dq_export.deploy.probe", list(library.modules), answers.append)
     versions = installed(library.distributions)
-    if done.status:
-        reason = f"cannot be imported: {printable(done.reason)}"
+    if child.status:
+        reason = f"cannot be imported: {printable(child.reason)}"
         # Without --no-deps pip would also load PyTorch anew, which is gigabytes.
         remedy = f"pip install --force-reinstall --no-deps {next(iter(versions), library.distributions[0])}"
         return Diagnosis(part=library.title, state=reason, purpose=purpose, remedy=remedy)

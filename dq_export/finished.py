@@ -35,7 +35,7 @@ def audit_again(out: Path) -> tuple[Audit, float]:
     """Build the engine on this machine and audit it: the audit, and the coverage that the recipe requires.
 
     Raises:
-        OutputError: `out` is no finished export.
+        OutputError: `out` is not a finished export.
         BackendError: the graph is damaged.
     """
     finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT)
@@ -55,7 +55,7 @@ def finish(out: Path, progress: Advance) -> Report:
         The export's report with the new audit and verdict, which is also written.
 
     Raises:
-        OutputError: `out` is no export, or of a format that builds nothing.
+        OutputError: `out` is not an export, or of a format that builds nothing.
         BackendError: the library is missing, or refuses the graph.
     """
     finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT)
@@ -83,7 +83,7 @@ def serve_again(out: Path, progress: Progress) -> Path:
     """Write `out/triton` from a finished export; every other stage is kept as it is.
 
     Raises:
-        OutputError: `out` is no export.
+        OutputError: `out` is not an export.
         RecipeError: its graph cannot be served; the message says how to export one that can.
         ModelError: the checkpoint, whose sampler is needed, is gone.
         AuditError, ParityError, NotHereError: the export does not keep what its recipe requires; the repository is written.
@@ -121,7 +121,7 @@ def bench_again(out: Path, progress: Advance) -> LatencyReport:
     """Time the engine against the float graph and PyTorch.
 
     Raises:
-        OutputError: `out` is no finished export, or its inputs are damaged.
+        OutputError: `out` is not a finished export, or its inputs are damaged.
     """
     finished = FinishedFolder.open(out, RECIPE, MODEL, "float/model.onnx")
     recipe = finished.recipe()

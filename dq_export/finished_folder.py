@@ -41,7 +41,7 @@ class FinishedFolder:
             required: files that it must hold.
 
         Raises:
-            OutputError: it does not, or it is no folder.
+            OutputError: it does not, or it is not a folder.
         """
         if not os.path.isdir(path):  # which, unlike Path.is_dir, takes any name
             raise OutputError(f"{shown_path(path)}: no such folder; is it the output folder of a finished export?")
@@ -77,9 +77,9 @@ class FinishedFolder:
             raise OutputError(f"{error}; export again") from error
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            where = printable(".".join(map(str, first["loc"])), 80)
+            key = printable(".".join(map(str, first["loc"])), 80)
             raise OutputError(
-                f"{shown_path(path)}: not a report of this version of dq-export ({where}: {first['msg']}); export again"
+                f"{shown_path(path)}: not a report of this version of dq-export ({key}: {first['msg']}); export again"
             ) from error
 
     def assigned(self) -> dict[str, Rule]:

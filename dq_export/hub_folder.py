@@ -16,7 +16,7 @@ from .families.float_graph import link
 from .families.hub import refusals
 from .families.loading import read_config
 from .families.reference import ModelError
-from .families.source import HUB_ID, NAMED, family_of
+from .families.source import HUB_ID, MODELS, family_of
 from .finished_folder import ENGINE, FLOAT_CONFIG, MODEL, REPLAY, REPORT, FinishedFolder
 from .ledger import RECIPE
 from .output_folder import OutputError, require_free
@@ -172,7 +172,7 @@ def _card(folder: FinishedFolder, name: str) -> str:
 
 def _origin(recipe: Recipe, out: Path) -> Origin:
     """Describe the checkpoint's origin. Only a checkpoint from the hub has a revision."""
-    place, _ = NAMED.get(recipe.model, (recipe.model, 0.0))
+    place, _ = MODELS.get(recipe.model, (recipe.model, 0.0))
     family = family_of(read_config(out / FLOAT_CONFIG), out / "float")
     from_hub = bool(recipe.revision and HUB_ID.fullmatch(place))
     return Origin(

@@ -77,9 +77,9 @@ class Ledger:
             work: makes them in the folder that it gets.
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        kept = self._kept(name, kind, key, outputs)
-        if kept is not None:
-            return kept, False
+        earlier = self._reusable(name, kind, key, outputs)
+        if earlier is not None:
+            return earlier, False
         partial = self.folder / PARTIAL
         remove(partial)
         partial.mkdir()
@@ -95,13 +95,13 @@ class Ledger:
         self._save()
         return result, True
 
-    def _kept(self, name: str, kind: type[R], key: str, outputs: tuple[str, ...]) -> R | None:
+    def _reusable(self, name: str, kind: type[R], key: str, outputs: tuple[str, ...]) -> R | None:
         """What an earlier run of the stage returned, if its inputs and outputs are the same."""
-        done = self.stages.get(name)
-        if done is None or done.inputs != key or done.outputs != self._hashes(outputs):
+        record = self.stages.get(name)
+        if record is None or record.inputs != key or record.outputs != self._hashes(outputs):
             return None
         try:
-            return kind.model_validate(done.result)
+            return kind.model_validate(record.result)
         except ValidationError:
             return None
 
@@ -174,7 +174,7 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
         overwrite: accept a folder that holds a run of another recipe; what differs is done again.
 
     Raises:
-        OutputError: the folder is no folder, holds links or other files, another run's results, or a run that is still going.
+        OutputError: the path is not a folder, or holds links, other files, another run's results, or a run in progress.
     """
     require_usable(folder)
     make(folder)
@@ -189,8 +189,8 @@ def claim(folder: Path, recipe: str, *, overwrite: bool) -> Iterator[Ledger]:
 
 def _require_same(folder: Path, recipe: str) -> None:
     try:
-        kept, source = read_text(folder / RECIPE, YAML_LIMIT, links=False), shown_path(folder / RECIPE)
-        changed = [] if kept == recipe else _differences(parse_yaml(kept, source), parse_yaml(recipe, "the recipe"))
+        earlier, source = read_text(folder / RECIPE, YAML_LIMIT, links=False), shown_path(folder / RECIPE)
+        changed = [] if earlier == recipe else _differences(parse_yaml(earlier, source), parse_yaml(recipe, "the recipe"))
     except DocumentError as error:
         raise OutputError(f"{error}; pass another folder with -o, or --overwrite") from error
     if changed:

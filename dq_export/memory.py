@@ -80,8 +80,8 @@ def plan_memory(
         needed["calibrate"] += CODES * weights
         space = max(smallest, int((limit - needed["calibrate"]) * GIB))
         needed["calibrate"] += smallest / GIB
-    over = [stage for stage in stages if needed.get(stage, 0.0) > limit]
-    hard = [stage for stage in over if stage != "bench"]
+    exceeding = [stage for stage in stages if needed.get(stage, 0.0) > limit]
+    hard = [stage for stage in exceeding if stage != "bench"]
     if hard:
         listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
         if hard == ["verify"]:
@@ -95,7 +95,7 @@ def plan_memory(
         else:
             advice = "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {listed} will not fit; {advice}")
-    return MemoryPlan(stages=tuple(stage for stage in stages if stage not in over), space=space)
+    return MemoryPlan(stages=tuple(stage for stage in stages if stage not in exceeding), space=space)
 
 
 def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:

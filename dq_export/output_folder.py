@@ -56,7 +56,7 @@ def require_plain(folder: Path) -> None:
         for path, status in _walk(folder):
             entries += 1
             if entries > ENTRIES:
-                raise OutputError(f"{shown_path(folder)} holds more than {ENTRIES} files, so it is no output folder")
+                raise OutputError(f"{shown_path(folder)} holds more than {ENTRIES} files, so it is not an output folder")
             wrong = _fault(path.relative_to(folder), status)
             if wrong:
                 raise OutputError(f"{shown_path(path)}: {wrong}. Remove it, or pass another folder")

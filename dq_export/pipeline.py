@@ -69,7 +69,7 @@ def run(
 
     Raises:
         ModelError, RecipeError, CalibrationError, GraphError, BackendError, OutputError: see each. An engine that runs in float
-            or is too far from PyTorch is no exception: the report's verdict says so.
+            or is too far from PyTorch is not an exception: the report's verdict says so.
     """
     watch = progress or Silent()
     picture = read_picture(options.front) if options.front else None
@@ -137,6 +137,6 @@ def run_stage(stage: Stage[R], context: Context) -> None:
     inputs = {**stage.inputs(context), "versions": versions()}
     result, now = context.ledger.stage(stage.name, stage.result, inputs, stage.outputs(context), work)
     if not now:
-        stage.kept(context)
+        stage.reuse(context)
     context.results.add(stage, result)
     context.progress.end(time.monotonic() - start, result.summary, kept=not now)

@@ -149,7 +149,7 @@ def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, back
 
     Raises:
         ModelError: the network does not draw pictures of the recipe's size.
-        RecipeError: a pattern of `exclude` is no regular expression, or a guidance that the network does not take.
+        RecipeError: a pattern of `exclude` is not a regular expression, or a guidance that the network does not take.
     """
     require_sizes(recipe, reference)
     if reference.guided_by == "nothing" and (recipe.guidance_scale or 1.0) > 1:
@@ -270,6 +270,6 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
     }
     if shared:
         inputs["timestep"] = (1,)
-    named = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
-    if recipe.format in ("trt", "trt-rtx") or any(named):
-        profiles(inputs, named)
+    flags = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
+    if recipe.format in ("trt", "trt-rtx") or any(flags):
+        profiles(inputs, flags)

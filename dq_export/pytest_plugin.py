@@ -44,10 +44,10 @@ class DqEngine:
         from .verification import verify_again
 
         __tracebackhide__ = True  # the line of the test is what its reader looks for
-        done = verify_again(self.path, min_sqnr, verbose=False)
-        sqnr, timestep = done.worst
-        if not done.passed:
-            required = f"{done.limit:.1f} dB ({done.origin if min_sqnr is None else 'min_sqnr of the test'})"
+        verification = verify_again(self.path, min_sqnr, verbose=False)
+        sqnr, timestep = verification.worst
+        if not verification.passed:
+            required = f"{verification.limit:.1f} dB ({verification.origin if min_sqnr is None else 'min_sqnr of the test'})"
             raise AssertionError(
                 f"{self.path}: a call keeps {sqnr:.1f} dB of PyTorch's output at timestep {timestep:g}, required {required}"
             )

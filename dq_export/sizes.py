@@ -43,13 +43,13 @@ def plan_shapes(recipe: Recipe, reference: Reference) -> dict[str, str]:
             for item in reference.inputs:
                 shapes.setdefault(item.name, []).append(item.zeros(1).shape)
     batched = {item.name for item in reference.inputs if item.batched}
-    found: dict[str, list[str]] = {"min_shapes": [], "opt_shapes": [], "max_shapes": []}
+    flags: dict[str, list[str]] = {"min_shapes": [], "opt_shapes": [], "max_shapes": []}
     for name, of_sizes in shapes.items():
         if len(set(of_sizes)) == 1:
             continue
         columns = list(zip(*of_sizes, strict=True))
         chosen = ([min(column) for column in columns], [column[0] for column in columns], [max(column) for column in columns])
-        for key, batch, shape in zip(found, BATCHES, chosen, strict=True):
+        for key, batch, shape in zip(flags, BATCHES, chosen, strict=True):
             numbers = [batch, *shape[1:]] if name in batched else shape
-            found[key].append(f"{name}:{'x'.join(map(str, numbers))}")
-    return {key: ",".join(texts) for key, texts in found.items()}
+            flags[key].append(f"{name}:{'x'.join(map(str, numbers))}")
+    return {key: ",".join(texts) for key, texts in flags.items()}

@@ -196,8 +196,8 @@ def _turn(engine: Timed, feed: str, *, first: bool) -> dict[str, Any]:
         return answer
     if code > 0:
         sys.exit(code)  # with the traceback that the turn printed
-    why = "was killed, most likely for lack of memory" if code == -signal.SIGKILL else f"was ended by signal {-code}"
-    return {"error": f"the process that times {engine.model} {why}"}
+    cause = "was killed, most likely for lack of memory" if code == -signal.SIGKILL else f"was ended by signal {-code}"
+    return {"error": f"the process that times {engine.model} {cause}"}
 
 
 def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ last to the first, so row r is the r-th of the sampler's timesteps in ascending 
     python examples/convert_efficientdm.py quantw4a4.pth tables.safetensors --timesteps 1:1000:10 --activation-bits 4 \\
         --rename '^model\\.=' --skip 'proj_out'
 
-Weights of 4 bits have codes of -15 … 15 about their zero points; what --bits w4a4 does not hold, -7 … 7, needs --float-weights.
+Weights of 4 bits have codes of -15 … 15 about their zero points. --bits w4a4 holds only -7 … 7: wider codes need --float-weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIST, ZEROS = ".act_quantizer.delta_list", ".act_quantizer.zp_list"
 
 
 def unpacked(packed: torch.Tensor, outputs: int) -> tuple[torch.Tensor, int]:
-    """uint8[out, in] from codes of several rows in a byte, the first in its lowest bits; and their bits."""
+    """uint8[out, in] from codes that are packed with several rows in a byte, the first in its lowest bits; and their bits."""
     bits = 8 * len(packed) // outputs
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[None, :, None]
     codes = torch.bitwise_right_shift(packed.to(torch.uint8)[:, None], shifts) & (2**bits - 1)
@@ -40,7 +40,7 @@ def merged(state: dict[str, Any], module: str) -> tuple[torch.Tensor, int]:
 def main(words: list[str] | None = None) -> None:
     """Convert a file."""
     parser = options(__doc__ or "")
-    parser.add_argument("--float-weights", action="store_true", help="weights to be rounded anew, in the place of codes")
+    parser.add_argument("--float-weights", action="store_true", help="write weights, which dq-export rounds, in place of codes")
     arguments = parser.parse_args(words)
     state = read_state(arguments.checkpoint)
     tables = Tables("EfficientDM", arguments.timesteps, arguments.rename, arguments.skip)

@@ -5,7 +5,7 @@ Its search prints lists of group sizes, four a block: of qkv, proj, fc1 and fc2,
     python examples/convert_qdit.py groups.txt recipe.yaml --model dit --bits w4a8
     dq-export --recipe recipe.yaml -o out
 
-There is no table to import, as Q-DiT finds its scales as the engine runs: for each token and group with --granularity
+There is no table to import, because Q-DiT's engine computes its scales: for each token and group with --granularity
 token-group, whose kernels take groups of 16, 32, 64 and 128, or for each token, with groups of any size in the weights, with
 token.
 """
@@ -39,7 +39,7 @@ def group_sizes(text: str) -> list[int]:
 
 
 def rules_of(sizes: list[int], bits: str, granularity: str) -> list[dict[str, Any]]:
-    """A rule for each linear of each block, and those of what Q-DiT leaves alone."""
+    """A rule for each linear of each block, and rules for linears that Q-DiT leaves alone."""
     rules: list[dict[str, Any]] = []
     for index, size in enumerate(sizes):
         block, place = divmod(index, len(PLACES))

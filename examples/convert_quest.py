@@ -2,8 +2,8 @@
 
 Of a linear M it holds `M.weight`, trained, in float, `M.weight_quantizer.delta` and `.zero_point` [out, 1] (`.alpha` [out, in]
 after adaptive rounding), and `M.act_quantizer.delta_list` and `.zero_point_list` [T, 1, C], whose rows are in the order of the
-sampler's list of timesteps. Where the C columns are alike they are one scale. Else they are split: into an in_scale and in_shift
-of each channel, which the timesteps share, and a scale of each timestep; the script says how far the split is from the file.
+sampler's list of timesteps. Equal columns become one scale. Others are split into an in_scale and in_shift
+of each channel, which the timesteps share, and a scale of each timestep; the script prints how far the split is from the file.
 
     python examples/convert_quest.py ckpt.pth tables.safetensors --timesteps 1:1000:50 --activation-bits 4 --weight-bits 4 \\
         --rename '^model\\.='
@@ -20,7 +20,7 @@ LIST = ".act_quantizer.delta_list"
 
 
 def split(delta: torch.Tensor, zero: torch.Tensor, bits: int) -> tuple[dict[str, torch.Tensor], str]:
-    """Steps and zero points [T, C] as in_scale[C], in_shift[C] and scale[T]; and what that moves, in words.
+    """Steps and zero points [T, C] as in_scale[C], in_shift[C] and scale[T]; and the change of steps and ranges, in words.
 
     delta[t, c] = scale[t] in_scale[c] in the mean of the logarithms over either; the middle of each range, over t, is the shift.
     """
@@ -30,29 +30,29 @@ def split(delta: torch.Tensor, zero: torch.Tensor, bits: int) -> tuple[dict[str,
     middle = delta * ((2**bits - 1) / 2 - zero)
     in_shift = middle.mean(0)
     ratio = delta / (scale[:, None] * in_scale)
-    apart = float(torch.maximum(ratio, 1 / ratio).max()) - 1
+    difference = float(torch.maximum(ratio, 1 / ratio).max()) - 1
     moved = float(((middle - in_shift).abs() / delta).max())
     return {
         "activation.scale": scale,
         "in_scale": in_scale,
         "in_shift": in_shift,
-    }, f"steps {apart:.0%} apart, ranges by {moved:.1f} codes"
+    }, f"steps {difference:.0%} apart, ranges by {moved:.1f} codes"
 
 
 def lists_of(state: dict[str, Any], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps and zero points, float[T, C]; one column where all are alike. The zero point may be one number."""
+    """Steps and zero points, float[T, C]; one column if all are equal. The zero point may be one number."""
     delta = state[f"{module}{LIST}"].flatten(1)
     zero = state[f"{module}.act_quantizer.zero_point_list"].float()
     zero = zero.flatten(1).expand_as(delta) if zero.ndim else zero.expand_as(delta)
-    alike = (delta == delta[:, :1]).all() and (zero == zero[:, :1]).all()
-    return (delta[:, :1], zero[:, :1]) if alike else (delta, zero)
+    equal = (delta == delta[:, :1]).all() and (zero == zero[:, :1]).all()
+    return (delta[:, :1], zero[:, :1]) if equal else (delta, zero)
 
 
 def main(words: list[str] | None = None) -> None:
     """Convert a file."""
     parser = options(__doc__ or "")
     parser.add_argument("--weight-bits", type=int, required=True)
-    parser.add_argument("--float-weights", action="store_true", help="weights to be rounded anew, in the place of codes")
+    parser.add_argument("--float-weights", action="store_true", help="write weights, which dq-export rounds, in place of codes")
     arguments = parser.parse_args(words)
     state = read_state(arguments.checkpoint)
     tables = Tables("QuEST", arguments.timesteps, arguments.rename, arguments.skip)
@@ -66,12 +66,12 @@ def main(words: list[str] | None = None) -> None:
             rows = {"activation.scale": delta[:, 0], "activation.zero_point": zero[:, 0]}
             activation = Codes(bits=arguments.activation_bits, signed=False)
         else:
-            rows, apart = split(delta, zero, arguments.activation_bits)
+            rows, difference = split(delta, zero, arguments.activation_bits)
             activation = Codes(bits=arguments.activation_bits, signed=True)
             weight = weight * rows["in_scale"]
-            print(f"{name}: {apart}")
+            print(f"{name}: {difference}")
         codes = None
-        if "in_scale" in rows:  # the file's codes are of the weight that is not scaled
+        if "in_scale" in rows:  # the file's codes belong to the unscaled weight
             parts = {"weight": weight}
         else:
             step, point = (state[f"{module}.weight_quantizer.{part}"] for part in ("delta", "zero_point"))

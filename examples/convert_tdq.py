@@ -1,13 +1,13 @@
 """TDQ's steps (arXiv 2306.02316) as tables for dq-export.
 
-TDQ's steps are a small network's function of the timestep. Evaluate each layer's at the timesteps that the sampler sends, and
-save them by the name of the linear; that is all that the engine needs of it:
+In TDQ a small network computes each layer's step from the timestep. Evaluate it at the timesteps that the sampler sends, and
+save the steps by the name of the linear. The engine needs nothing else:
 
     torch.save({name: step_of(timesteps) for name, step_of in layers.items()}, "steps.pth")        # float32[T] each
 
     python examples/convert_tdq.py steps.pth tables.safetensors --timesteps 1:1000:20 --activation-bits 8 --unsigned 'ff.net.2'
 
-Weights are dq-export's own, of the float checkpoint that TDQ trained.
+Weights are quantized by dq-export, from the float checkpoint that TDQ trained.
 """
 
 from __future__ import annotations

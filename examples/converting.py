@@ -1,4 +1,4 @@
-"""What the converters of trained tables share: options, names, and the file that they write (docs/tables.md)."""
+"""The common parts of the converters of trained tables: options, names, and the file that they write (docs/tables.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dq_export.core.table_file import Codes, Entry, Header, save_table_file
 
 Tensor = torch.Tensor
 Rows = dict[str, tuple[Tensor, Tensor]]
-"""By module: steps and zero points, float[T] or float[T, C], of codes from 0 on."""
+"""Steps and zero points by module, float[T] or float[T, C], of codes that start at 0."""
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def shared(rows: Rows, pattern: str, bits: int) -> Rows:
-    """The rows with one table for all modules that read one input, whose trainer gave each its own: steps that cover them all."""
+    """The rows with one table for all modules that read one input: steps that cover the tables of all of them."""
     groups: dict[str, list[str]] = {}
     for name in rows:
         match = re.search(pattern, name)
@@ -67,18 +67,18 @@ def timesteps(text: str) -> list[float]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a file of torch.save holds, through torch's restricted loader: no code of the file runs."""
+    """The content of a file of torch.save, read by torch's restricted loader: no code of the file runs."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
 @dataclass
 class Tables:
-    """What a converter has found.
+    """The tables that a converter writes.
 
     Args:
-        rename: pairs of a regular expression and what takes its place in the names of modules.
-        skip: regular expression of modules, by their new names.
+        rename: pairs of a regular expression and its replacement in the names of modules.
+        skip: a regular expression for the new names of modules to leave out.
     """
 
     method: str
@@ -119,11 +119,11 @@ class Tables:
 
 
 def weight_parts(weight: Tensor, delta: Tensor, zero_point: Tensor, bits: int, *, up: Tensor | None = None) -> dict[str, Tensor]:
-    """The codes of float32[out, in], from 0 on, with scale[out] and zero point[out].
+    """The codes of float32[out, in], which start at 0, with scale[out] and zero point[out].
 
     Args:
-        delta, zero_point: of each output channel; the zero point is rounded, which moves the ends of the range alone.
-        up: bool[out, in], of adaptive rounding: up, where it is true, and down; None: to nearest.
+        delta, zero_point: one per output channel; the zero point is rounded, which moves only the ends of the range.
+        up: bool[out, in], of adaptive rounding: round up where it is true, else down; None: round to nearest.
     """
     step, zero = delta.flatten()[:, None], zero_point.flatten()[:, None].round()
     rounded = torch.round(weight / step) if up is None else torch.floor(weight / step) + up

@@ -1,4 +1,4 @@
-"""What the trainings of the small digit models share: pictures, the loop, and the command line."""
+"""The common parts of the trainings of the small digit models: pictures, the loop, and the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 SIZE, CLASSES = 16, 10
 LOGGED, SAVED = 50, 250
-"""Steps between two lines of progress, and between two files."""
+"""Steps between two lines of progress, and steps between two saved files."""
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,8 +38,8 @@ def follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
     """Move the moving average of a model's parameters towards them, after a number of steps."""
     decay = min(0.998, step / (step + 10))
     with torch.no_grad():
-        for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-            kept.lerp_(new, 1 - decay)
+        for mean, new in zip(average.parameters(), model.parameters(), strict=True):
+            mean.lerp_(new, 1 - decay)
 
 
 def fit(
@@ -48,7 +48,7 @@ def fit(
     """Train a model with AdamW; save copies of the moving average of its weights every SAVED steps and at the end.
 
     Args:
-        loss_of: draws a batch and gives the model's loss.
+        loss_of: draws a batch and returns the model's loss.
         save: writes a model, which it may change.
     """
     average = copy.deepcopy(model).eval()
@@ -81,7 +81,7 @@ def run(
     learning_rate: float,
     batch: int = 128,
 ) -> None:
-    """The command line of a training: `text` describes it, and the others are defaults."""
+    """Parse the command line of a training, which `text` describes; the other arguments are defaults."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path(folder))
     parser.add_argument("--steps", type=int, default=steps)

@@ -1,7 +1,7 @@
 """Make a deliberately hard copy of a DiT: the same float function, with outlier channels in every quantized input.
 
 The inputs of qkv, proj and fc1 are scaled per channel by log-normal factors and a few channels by 50; the producers and
-the readers' weights are compensated, so the network computes what it did. Static per-tensor int8 collapses on it.
+the readers' weights are compensated, so the network computes the same function. Static per-tensor int8 collapses on it.
 
     python examples/hard_copy.py path/to/dit-folder path/to/hard-copy
 """

@@ -23,7 +23,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNKNOWN = "?"
-"""A word outside the vocabulary, so that the model learns to draw the digit between words that it does not know."""
+"""A word outside the vocabulary, so that the model learns to draw the digit among unknown words."""
 TEMPLATES = (
     "{}", "a {}", "the {}", "number {}", "the number {}", "digit {}", "the digit {}", "a handwritten {}",
     "handwritten digit {}", "draw a {}", "draw the digit {}", "write a {}", "please write the number {}",
@@ -54,7 +54,7 @@ SCHEDULER = {
 
 
 def prompts(digit: int) -> list[str]:
-    """Every wording for a digit, with its name and with its figure."""
+    """Every wording for a digit, with its name and with its numeral."""
     return [template.format(word) for template in TEMPLATES for word in (NAMES[digit], str(digit))]
 
 
@@ -108,7 +108,7 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, folder: Path)
     encoded = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")
     wordings = len(prompts(0))
     model = TextToDigit(len(tokenizer))
-    model.transformer.set_attn_processor(AttnProcessor())  # a step of it takes half the time of the fused one on a CPU
+    model.transformer.set_attn_processor(AttnProcessor())  # on a CPU its step takes half the time of the fused one's
 
     def loss_of(model: TextToDigit) -> torch.Tensor:
         rows = torch.randint(len(images), (batch,))

@@ -1,4 +1,4 @@
-"""Train a small MMDiT on scikit-learn's digits: what Stable Diffusion 3.5 is made of, for measurements.
+"""Train a small MMDiT, the network of Stable Diffusion 3.5, on scikit-learn's digits, for measurements.
 
 A diffusers `SD3Transformer2DModel` over 16x16 pixels (no VAE): 6 blocks of width 128, the first two with dual attention,
 trained by flow matching. It reads the prompts of `pixart-digits` through that model's text encoder, which stays as it is.
@@ -30,7 +30,7 @@ STATES, POOLED = "encoder_hidden_states", "pooled_projections"
 
 
 def new_model(width: int) -> SD3Transformer2DModel:
-    """An untrained model, whose blocks at first do nothing. `width`: of the text's states."""
+    """An untrained model, whose blocks at first do nothing. `width` is that of the text's states."""
     model = SD3Transformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -55,7 +55,7 @@ def new_model(width: int) -> SD3Transformer2DModel:
 
 
 def encoded(texts: Sequence[str]) -> Conditions:
-    """The states of `pixart-digits`' encoder, zeros behind a text's end, and their sums: this network has no mask."""
+    """The states of `pixart-digits`' encoder, zeros after a text's end, and their sums: this network has no mask."""
     conditions = load_reference("pixart-digits").encode(texts, "cpu")
     parts = []
     for arrays in (conditions.arrays, conditions.null):

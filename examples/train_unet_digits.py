@@ -1,4 +1,4 @@
-"""Train two small UNets on scikit-learn's digits: what DDPM and what Stable Diffusion are made of, for measurements.
+"""Train two small UNets, those of DDPM and of Stable Diffusion, on scikit-learn's digits, for measurements.
 
 Both have three levels of 32, 64 and 64 channels over 16x16 pixels (no VAE) and predict noise:
 
@@ -101,7 +101,7 @@ def train_text(steps: int, batch: int, learning_rate: float, seed: int, folder: 
 
 
 def encoded(texts: Sequence[str]) -> Conditions:
-    """The states of `pixart-digits`' encoder, zeros behind a text's end: this network has no mask."""
+    """The states of `pixart-digits`' encoder, zeros after a text's end: this network has no mask."""
     conditions = load_reference("pixart-digits").encode(texts, "cpu")
     parts = []
     for arrays in (conditions.arrays, conditions.null):

@@ -102,9 +102,9 @@ def run_passes(model: ir.Model, passes: Iterable[GraphPass]) -> list[PassReport]
         if _interface(model) != interface:
             raise GraphError(f"pass {item.name} changed the graph's inputs or outputs: {interface} -> {_interface(model)}")
         _check(model, item.name)
-        again = item.rewrite(model)
-        if again.changed:
-            raise GraphError(f"pass {item.name} is not idempotent: a second run changed {again.changed[0]}")
+        second = item.rewrite(model)
+        if second.changed:
+            raise GraphError(f"pass {item.name} is not idempotent: a second run changed {second.changed[0]}")
         reports.append(report)
     return reports
 

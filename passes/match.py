@@ -103,11 +103,11 @@ class LinearNode:
 
     def change_weight(self, change: Callable[[Float32], npt.NDArray[np.floating]]) -> None:
         """Replace the weight[out, in] by `change(weight)`, computed when it is read; other nodes may still read the old one."""
-        read, transposed = self.weight_reader(), self.gemm.op_type == "MatMul"
+        reader, transposed = self.weight_reader(), self.gemm.op_type == "MatMul"
         shape = tuple(self._weight_tensor().shape.numpy())
 
         def compute() -> Float32:
-            changed = change(read()).astype(np.float32, copy=False)
+            changed = change(reader()).astype(np.float32, copy=False)
             return changed.T if transposed else changed.reshape(shape)
 
         replacement = computed_initializer(_graph(self.gemm), f"{self.name}.weight", ir.DataType.FLOAT, shape, compute)

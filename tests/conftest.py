@@ -100,7 +100,7 @@ class Nobody:
 
     def failed(self, error: Exception) -> None: ...
 
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         return False
 
 
@@ -227,13 +227,13 @@ def feed_of(reference: Reference, timestep: int | list[int] = 500, samples: int 
     for item in reference.inputs:
         if item.name in settings and not item.batched:  # positions, in the order of the tokens
             settings[item.name][:] = np.arange(settings[item.name].size).reshape(-1, 3) % (5, 6, 7)
-    given = {
+    values = {
         state.name: reference.noise(samples, seed),
         time.name: timesteps,
         **reference.conditions.rows(conditions),
         **settings,
     }
-    return {item.name: given[item.name] for item in reference.inputs}
+    return {item.name: values[item.name] for item in reference.inputs}
 
 
 def run_onnx(model: ir.Model | Path, feed: dict[str, Any], *, optimize: bool = False) -> np.ndarray[Any, Any]:
@@ -311,12 +311,12 @@ def repository(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def running(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
     """One server for all tests that leave it as it was; models are loaded and unloaded by clients."""
-    why = server.missing()
-    if why:
-        pytest.skip(why)
+    reason = server.missing()
+    if reason:
+        pytest.skip(reason)
     options = ("--model-control-mode=explicit", "--load-model=*")
-    with server.serving(exported / "triton", tmp_path_factory.mktemp("server"), *options, wait="ready") as found:
-        yield found
+    with server.serving(exported / "triton", tmp_path_factory.mktemp("server"), *options, wait="ready") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -325,8 +325,8 @@ def texts(prompted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if server.missing():
         pytest.skip(server.missing())
     options = ("--model-control-mode=explicit", "--load-model=*")
-    with server.serving(prompted / "triton", tmp_path_factory.mktemp("texts"), *options, wait="ready") as found:
-        yield found
+    with server.serving(prompted / "triton", tmp_path_factory.mktemp("texts"), *options, wait="ready") as running:
+        yield running
 
 
 @pytest.fixture

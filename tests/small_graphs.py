@@ -103,8 +103,8 @@ def modulated() -> ir.Model:
     """x * (1 + scale) + shift with [shift, scale] = linear(c)."""
     b = Builder(c=(ir.DataType.FLOAT, ["B", 4]), x=(ir.DataType.FLOAT, ["B", 3, 8]))
     c = b.value["c"]
-    made = b.node("Gemm", c, b.weight("w", 16, 4), b.weight("bias", 16), module="norm1.linear", transB=1)
-    shift, scale = b.node("Split", made, outputs=2, axis=1, num_outputs=2)
+    result = b.node("Gemm", c, b.weight("w", 16, 4), b.weight("bias", 16), module="norm1.linear", transB=1)
+    shift, scale = b.node("Split", result, outputs=2, axis=1, num_outputs=2)
     axis = b.const("axis", np.asarray([1]))
     scale3, shift3 = b.node("Unsqueeze", scale, axis), b.node("Unsqueeze", shift, axis)
     plus = b.node("Add", scale3, b.const("one", np.float32(1)))
@@ -117,10 +117,10 @@ def modulation_feed() -> dict[str, Any]:
 
 def linear_model(timestep: list[Any], readers: int = 1) -> ir.Model:
     b = Builder(x=(ir.DataType.FLOAT, ["B", 3, 8]), timestep=(ir.DataType.INT64, timestep))
-    made = [b.node("MatMul", b.value["x"], b.weight(f"w{i}", 8, 8), module=f"fc{i}", shape=["B", 3, 8]) for i in range(readers)]
+    result = [b.node("MatMul", b.value["x"], b.weight(f"w{i}", 8, 8), module=f"fc{i}", shape=["B", 3, 8]) for i in range(readers)]
     for i, node in enumerate(list(b.graph)):
         node.name = f"fc{i}"
-    return b.model(*made)
+    return b.model(*result)
 
 
 def site_of(readers: int = 1) -> InputSite:

@@ -37,7 +37,7 @@ def page(name: str) -> str:
 
 
 @cache
-def known() -> str:
+def help_texts() -> str:
     """The help of every command."""
     names = [item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands]
     return "".join(CliRunner().invoke(app, [*words, "--help"]).stdout for words in ([], *([name] for name in names)))
@@ -49,7 +49,7 @@ def test_every_option_and_file_of_a_page_exists(path: Path) -> None:
     # The options of the scripts in examples/ and benchmarks/ are not those of dq-export.
     scripts = "".join(file.read_text() for folder in ("examples", "benchmarks") for file in (ROOT / folder).glob("*.py"))
     for option in set(re.findall(r"`(?:[\w-]+ )*(--[a-z-]+)", text)) - OF_OTHERS:
-        assert re.search(rf"{option}\b", known()) or f'"{option}"' in scripts, option
+        assert re.search(rf"{option}\b", help_texts()) or f'"{option}"' in scripts, option
     for name in set(re.findall(r"\b((?:examples|benchmarks|calibration|dq_export)/[\w./]+\.(?:py|json))", text)):
         assert (ROOT / name).is_file(), name
 
@@ -57,14 +57,14 @@ def test_every_option_and_file_of_a_page_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: path.stem)
 def test_every_command_in_a_sentence_exists(path: Path) -> None:
     for command in re.findall(r"`dq-export ([a-z-]+)\b(?! \d)|`([a-z]+) OUT", path.read_text()):
-        assert re.search(rf"^\W*{command[0] or command[1]} ", known(), re.MULTILINE), command
+        assert re.search(rf"^\W*{command[0] or command[1]} ", help_texts(), re.MULTILINE), command
 
 
 CASES = [(path.stem, words) for path in PAGES for words in commands(path.read_text())]
 
 
 @pytest.mark.parametrize(("stem", "words"), CASES, ids=[f"{stem}: {shlex.join(words)}" for stem, words in CASES])
-def test_every_command_is_taken(stem: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_valid(stem: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     judge(words, monkeypatch)
 
 
@@ -85,7 +85,7 @@ def test_the_tables_of_what_was_measured_are_those_of_the_result_files() -> None
 
 
 @pytest.mark.parametrize("path", sorted(measured.RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_result_says_when_and_by_which_command(path: Path) -> None:
+def test_every_result_states_its_date_and_command(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     date.fromisoformat(result["date"] or result["since"])
     for name in re.findall(r"benchmarks/\w+\.py", result["command"]):
@@ -116,8 +116,8 @@ def _words(annotation: Any) -> list[str]:
 def test_the_page_about_recipes_lists_every_key() -> None:
     lines = ["| key | what it is |", "|---|---|"]
     for item in recipe_options():
-        (made,) = [part for part in item.annotation.__metadata__ if getattr(part, "help", None)]
-        text = made.help.replace("|", "\\|")
+        (option,) = [part for part in item.annotation.__metadata__ if getattr(part, "help", None)]
+        text = option.help.replace("|", "\\|")
         lines.append(f"| `{item.name}` | {text} |")
     table = "\n".join(lines)
     assert table in page("recipes"), f"docs/recipes.md, Keys; the table is:\n{table}"

@@ -19,17 +19,17 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("inputs", [20, pytest.param(250, marks=pytest.mark.slow)])
 def test_no_input_ends_in_a_traceback_or_a_hang_or_outside_its_folder(inputs: int, tmp_path: Path) -> None:
-    done = run("fuzz.py", "--inputs", str(inputs), "--seed", "1", "--keep", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert " 0 faults of 0 kinds" in done.stdout
-    assert any(f"| all | {number} |" in done.stdout for number in range(inputs - 10, inputs + 10))
+    result = run("fuzz.py", "--inputs", str(inputs), "--seed", "1", "--keep", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert " 0 faults of 0 kinds" in result.stdout
+    assert any(f"| all | {number} |" in result.stdout for number in range(inputs - 10, inputs + 10))
 
 
 @pytest.mark.slow
 def test_random_models_are_refused_before_work_or_audited(tmp_path: Path) -> None:
-    done = run("sweep.py", "--runs", "8", "--seed", "1", "--keep", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "| all | 8 |" in done.stdout
+    result = run("sweep.py", "--runs", "8", "--seed", "1", "--keep", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "| all | 8 |" in result.stdout
 
 
 FAULTY = """
@@ -70,8 +70,8 @@ for root, outcome in serve(map(job, names), limits=limits):
 
 
 def test_the_fuzzer_sees_every_kind_of_fault(tmp_path: Path) -> None:
-    done = run("-c", FAULTY, str(tmp_path))
-    assert dict(line.split("=") for line in done.stdout.splitlines()) == {
+    result = run("-c", FAULTY, str(tmp_path))
+    assert dict(line.split("=") for line in result.stdout.splitlines()) == {
         "wait": "hang",
         "fill": "memory",
         "reserve": "memory",
@@ -82,7 +82,7 @@ def test_the_fuzzer_sees_every_kind_of_fault(tmp_path: Path) -> None:
         "mutter": "no message",
         "shout": "long message",
         "pass_": "other verdict",
-    }, done.stderr
+    }, result.stderr
 
 
 def test_a_traceback_is_known_by_its_exception_and_the_products_innermost_frame() -> None:
@@ -109,8 +109,8 @@ def test_all_pairs_are_covered_when_nothing_is_refused() -> None:
         indices = pairs.next()
         pairs.passed(indices)
         runs.append(tuple(pairs.values(indices).items()))
-    seen = {(first, second) for run_ in runs for first in run_ for second in run_ if first[0] < second[0]}
-    assert len(seen) == pairs.total
+    orders = {(first, second) for run_ in runs for first in run_ for second in run_ if first[0] < second[0]}
+    assert len(orders) == pairs.total
     assert len(runs) < 12  # all combinations are 12
 
 

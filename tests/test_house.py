@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -189,14 +190,14 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_the_package_loads_neither_torch_nor_a_runtime() -> None:
     heavy = "{'torch', 'diffusers', 'onnxruntime', 'onnx', 'polygraphy'}"
-    done = run("-c", f"import sys, dq_export, dq_export.cli; print(sorted({heavy} & set(sys.modules)))")
-    assert done.stdout.strip() == "[]", done.stderr
+    result = run("-c", f"import sys, dq_export, dq_export.cli; print(sorted({heavy} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 @pytest.mark.parametrize("name", ["calibration", "passes", "deploy"])
 def test_a_bare_import_says_the_right_name(name: str) -> None:
-    done = run("-c", f"import sys; sys.path.insert(0, '.'); import {name}")
-    assert f"import it as 'dq_export.{name}'" in done.stderr
+    result = run("-c", f"import sys; sys.path.insert(0, '.'); import {name}")
+    assert f"import it as 'dq_export.{name}'" in result.stderr
 
 
 def test_the_links_are_relative() -> None:
@@ -215,8 +216,8 @@ def test_the_links_are_relative() -> None:
     ],
 )
 def test_style(words: tuple[str, ...]) -> None:
-    done = run("-m", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = run("-m", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_everything_public_has_a_docstring() -> None:
@@ -231,6 +232,40 @@ def test_everything_public_has_a_docstring() -> None:
     assert missing == []
 
 
+ODD_NAMES = """
+again alike apart asked away drawn each every everything few fewer found given gone having held here how kept known lacking
+least made many mine most ours own said seen sent since some taken theirs then there told wanted what where why
+"""
+"""Participles, pronouns and adverbs that do not tell what a variable holds or what a function does."""
+FIELDS_OF_FILES = {"deploy/audit.py": {"wanted"}, "dq_export/report/report.py": {"drawn"}}
+"""Keys of report.json, whose format a rename would change."""
+
+
+def names_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of every variable, parameter, attribute, function and class, except parameters and fields of type bool."""
+    flags = {node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "bool"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg) and (node.annotation is None or ast.unparse(node.annotation) != "bool"):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store) and node not in flags:
+            yield node.lineno, node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_names_tell_what_they_hold() -> None:
+    odd, words = [], set(ODD_NAMES.split())
+    for path in [*(path for _, path in sources()), *sorted((ROOT / "tests").rglob("*.py")), *(ROOT / "examples").glob("*.py")]:
+        relative = str(path.relative_to(ROOT))
+        allowed = FIELDS_OF_FILES.get(relative, set())
+        odd += [
+            f"{relative}:{line} {name}"
+            for line, name in names_of(ast.parse(path.read_text()))
+            if name.strip("_").lower() in words - allowed
+        ]
+    assert odd == []
+
+
 def test_every_package_that_the_tests_install_is_pinned() -> None:
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
@@ -238,17 +273,17 @@ def test_every_package_that_the_tests_install_is_pinned() -> None:
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
                 pins[canonicalize_name(requirement.name)] = requirement.specifier
-    wanted, seen = [Requirement("dq-export[cpu,test]")], set()
-    while wanted:
-        requirement = wanted.pop()
+    queue, visited = [Requirement("dq-export[cpu,test]")], set()
+    while queue:
+        requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         # A CUDA build of PyTorch brings libraries that no test uses.
-        if (name, *sorted(requirement.extras)) in seen or re.match(r"nvidia-|cuda-|triton$", name):
+        if (name, *sorted(requirement.extras)) in visited or re.match(r"nvidia-|cuda-|triton$", name):
             continue
-        seen.add((name, *sorted(requirement.extras)))
+        visited.add((name, *sorted(requirement.extras)))
         assert name == "dq-export" or name in pins, f"{name} is installed and not in constraints.txt; run .ci/pin"
         for text in metadata.requires(name) or ():
             child = Requirement(text)
             if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)):
-                wanted.append(child)
-    assert len(seen) > 60
+                queue.append(child)
+    assert len(visited) > 60

@@ -30,7 +30,7 @@ from dq_export.passes.base import GraphError, check_order, run_passes
 from dq_export.passes.pipeline import canonical_passes, with_plugins
 from dq_export.pipeline import run
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 QUICK: dict[str, Any] = {"calib_size": 2, "steps": 4, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
 
 
@@ -42,7 +42,7 @@ def recipe(**values: Any) -> Recipe:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package of tests/plugin is installed: its metadata and its modules are found."""
     for folder in ("contract", "plugin"):
-        monkeypatch.syspath_prepend(HERE / folder)
+        monkeypatch.syspath_prepend(FOLDER / folder)
 
 
 @pytest.fixture
@@ -71,9 +71,11 @@ def test_without_packages_there_is_nothing_but_our_own() -> None:
 def test_a_method(tiny_folder: Path, tmp_path: Path) -> None:
     for method in ("headroom", "minmax"):
         run(recipe(model=str(tiny_folder), method=method), tmp_path / method, until="calibrate")
-    ours, theirs = (CalibrationResult.load(tmp_path / name / "calibration.safetensors").sites for name in ("minmax", "headroom"))
-    for name, plan in ours.items():
-        table, wider = plan.activation, theirs[name].activation
+    minmax, headroom = (
+        CalibrationResult.load(tmp_path / name / "calibration.safetensors").sites for name in ("minmax", "headroom")
+    )
+    for name, plan in minmax.items():
+        table, wider = plan.activation, headroom[name].activation
         assert isinstance(table, ScaleTable)
         assert isinstance(wider, ScaleTable)
         np.testing.assert_allclose(wider.scale.max(), 1.25 * table.scale.max(), rtol=1e-6)
@@ -106,12 +108,12 @@ def test_a_family(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_the_command_line_knows_them() -> None:
-    path = os.pathsep.join([*(str(HERE / name) for name in ("contract", "plugin")), str(HERE.parent)])
-    done = subprocess.run(
+    path = os.pathsep.join([*(str(FOLDER / name) for name in ("contract", "plugin")), str(FOLDER.parent)])
+    result = subprocess.run(
         [sys.executable, "-m", "dq_export", "--help"], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
     )  # fmt: skip
-    text = " ".join(done.stdout.split())
+    text = " ".join(result.stdout.split())
     assert "onnx, ort, trt, trt-rtx, plain (default ort)" in text
     assert "minmax, percentile, mse, headroom (default minmax)" in text
     with pytest.raises(RecipeError, match=r"method = 'headrom': expected .* or 'headroom'\. Did you mean 'headroom'\?"):
@@ -187,9 +189,9 @@ def test_a_wrong_pass_is_refused_before_anything_runs(
         check_order(with_plugins(canonical_passes(*tiny_calibrated), *tiny_calibrated))
 
 
-@pytest.mark.parametrize("given", ["amax[:1]", "amax * 0", "(amax / qtype.qmax).astype(float)", "amax * np.nan"])
-def test_scales_that_cannot_be_are_refused(given: str, broken: Any) -> None:
-    broken("methods", f"import numpy as np\ndef thing(amax, counts, recipe, qtype): return {given}")
+@pytest.mark.parametrize("value", ["amax[:1]", "amax * 0", "(amax / qtype.qmax).astype(float)", "amax * np.nan"])
+def test_scales_that_cannot_be_are_refused(value: str, broken: Any) -> None:
+    broken("methods", f"import numpy as np\ndef thing(amax, counts, recipe, qtype): return {value}")
     method = method_of("wild")
     with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], finite and > 0, found float"):
         method(np.ones(3, dtype=np.float32), np.zeros((3, 4), dtype=np.int64), recipe(model="m"), INT8)
@@ -219,7 +221,7 @@ def test_a_plug_in_that_fails_at_work_is_one_line(
 ) -> None:
     from dq_export.cli.app import main
 
-    monkeypatch.syspath_prepend(HERE / "contract")
+    monkeypatch.syspath_prepend(FOLDER / "contract")
     from toy import save_toy
 
     broken("families", f"from toy import Toy\nclass Wild(Toy):\n    def {method}\nthing = Wild()\n")
@@ -237,7 +239,7 @@ def test_a_plug_in_that_fails_at_work_is_one_line(
 def test_timesteps_that_a_plug_ins_network_does_not_take_are_the_schedulers_fault(
     broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(HERE / "contract")
+    monkeypatch.syspath_prepend(FOLDER / "contract")
     from toy import save_toy
 
     refuses = "def draw(self, *most, steps, guidance): raise ValueError('it sends fractions')"
@@ -258,15 +260,15 @@ def test_a_pass_that_fails_is_named(broken: Any, tiny_calibrated: Any, tiny_onnx
 
 
 @pytest.mark.usefixtures("installed")
-def test_an_error_of_our_own_is_no_plug_ins() -> None:
+def test_an_error_of_dq_export_is_not_blamed_on_a_plug_in() -> None:
     with pytest.raises(KeyError) as raised:
         scheme_of("bits")
     assert fault_of_plugin(raised.value) is None
 
 
-@pytest.mark.parametrize("given", ["None", "['a'] * 3", "[[1], 2, 3]"])
-def test_scales_that_are_no_array_are_refused(given: str, broken: Any) -> None:
-    broken("methods", f"def thing(amax, counts, recipe, qtype): return {given}")
+@pytest.mark.parametrize("value", ["None", "['a'] * 3", "[[1], 2, 3]"])
+def test_scales_that_are_no_array_are_refused(value: str, broken: Any) -> None:
+    broken("methods", f"def thing(amax, counts, recipe, qtype): return {value}")
     method = method_of("wild")
     with pytest.raises(PluginError, match=r"plug-in method 'wild': expected float32\[3\], found (NoneType|list)"):
         method(np.ones(3, dtype=np.float32), np.zeros((3, 4), dtype=np.int64), recipe(model="m"), INT8)
@@ -279,15 +281,15 @@ def test_a_pass_that_reports_nothing_is_refused(broken: Any, tiny_calibrated: An
 
 
 def test_the_page_shows_the_package_as_it_is() -> None:
-    page = (HERE.parent / "docs" / "extending.md").read_text()
-    package = (HERE / "plugin" / "dq_export_toy.py").read_text()
+    page = (FOLDER.parent / "docs" / "extending.md").read_text()
+    package = (FOLDER / "plugin" / "dq_export_toy.py").read_text()
     parts = package.split("\n\n\n# --- ")[1:]
     assert [part.split("\n", 1)[0] for part in parts] == ["method", "pass", "backend"]
     for part in parts:
         assert f"```python\n{part.split(chr(10), 1)[1].strip()}\n```" in page
-    points = (HERE / "plugin" / "dq_export_toy-1.0.dist-info" / "entry_points.txt").read_text()
+    points = (FOLDER / "plugin" / "dq_export_toy-1.0.dist-info" / "entry_points.txt").read_text()
     for line in points.splitlines():
         assert line.replace(" = ", " = ") in page
-    family = (HERE / "contract" / "toy.py").read_text()
+    family = (FOLDER / "contract" / "toy.py").read_text()
     shown = family[family.index("class Toy(Family):") : family.index("def save_toy")].strip()
     assert f"```python\n{shown}\n```" in page

@@ -40,16 +40,16 @@ def judge(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed.exit_code == 0, f"dq-export {shlex.join(words)}: {parsed.output}"
     if not words[0].startswith("-"):
         return
-    seen = []
+    commands = []
 
-    def parse(path: Path | None, given: dict[str, object]) -> Recipe:
-        values = {key: value for key, value in given.items() if key != "prompts"}
-        seen.append(Recipe.parse({"model": "of a recipe", **values}, shlex.join(words)))
+    def parse(path: Path | None, flags: dict[str, object]) -> Recipe:
+        values = {key: value for key, value in flags.items() if key != "prompts"}
+        commands.append(Recipe.parse({"model": "of a recipe", **values}, shlex.join(words)))
         raise SystemExit(0)
 
     monkeypatch.setattr(export, "recipe_of", parse)
     CliRunner().invoke(app, words, catch_exceptions=False)
-    assert len(seen) == 1, words
+    assert len(commands) == 1, words
 
 
 def test_it_takes_five_minutes() -> None:
@@ -63,7 +63,7 @@ def test_the_ci_runs_the_readmes_test_command() -> None:
 
 
 @pytest.mark.parametrize("words", commands(TEXT), ids=shlex.join)
-def test_every_command_is_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_valid(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     judge(words, monkeypatch)
 
 
@@ -93,8 +93,8 @@ def test_every_package_that_an_example_needs_is_installed_before_it() -> None:
 @pytest.mark.slow
 def test_the_commands_work_in_order_in_one_folder(tmp_path: Path) -> None:
     for words in commands(TEXT):
-        done = call(*words, cwd=tmp_path)
-        assert done.returncode == 0, f"dq-export {shlex.join(words)}: {done.stdout}{done.stderr}"
+        result = call(*words, cwd=tmp_path)
+        assert result.returncode == 0, f"dq-export {shlex.join(words)}: {result.stdout}{result.stderr}"
     assert (tmp_path / "out" / "report.html").exists()
     assert (tmp_path / "out-triton" / "triton" / "README.md").exists()
 

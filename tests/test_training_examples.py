@@ -21,13 +21,13 @@ def test_a_few_steps_leave_a_checkpoint_that_draws(program: str, tmp_path: Path)
     folder = tmp_path / "model"
     options = ["--output-dir", str(folder), "--steps", "2", "--batch", "4"]
     command = [sys.executable, str(EXAMPLES / f"{program}.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     reference = load_reference(str(folder))
     if (folder / CONDITIONS).is_file():
         reference.conditions = load_conditions(folder / CONDITIONS)
     elif reference.inputs[-1].name.startswith("encoder"):
         reference.conditions = reference.encode(("a one",), "cpu")
-    drawn = reference.draw(reference.forward, reference.noise(1, 0), np.zeros(1, dtype=np.int64), steps=2, guidance=2.0)
-    assert drawn.shape == (1, 1, 16, 16)
-    assert np.isfinite(drawn).all()
+    latents = reference.draw(reference.forward, reference.noise(1, 0), np.zeros(1, dtype=np.int64), steps=2, guidance=2.0)
+    assert latents.shape == (1, 1, 16, 16)
+    assert np.isfinite(latents).all()

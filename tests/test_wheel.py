@@ -39,8 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             target.write_bytes(source.read_bytes())
     code = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     return next((copy / "dist").glob("*.whl"))
 
 
@@ -77,16 +77,16 @@ def test_every_module_of_the_wheel_can_be_imported_from_it(wheel: Path, tmp_path
     code = (
         "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
         "files = [importlib.import_module(name).__file__ for name in sys.argv[2:]]\n"
-        "from dq_export.families.source import NAMED; print(NAMED['dit-digits'][0], *files, sep='\\n')"
+        "from dq_export.families.source import MODELS; print(MODELS['dit-digits'][0], *files, sep='\\n')"
     )
     paths = [name for name in files_of(wheel) if name.endswith(".py") and not name.endswith("__main__.py")]
     names = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in paths]
     assert len(names) > 200
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-I", "-c", code, str(tmp_path), *names], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert all(Path(line).is_relative_to(tmp_path) and Path(line).exists() for line in done.stdout.splitlines())
+    assert result.returncode == 0, result.stderr
+    assert all(Path(line).is_relative_to(tmp_path) and Path(line).exists() for line in result.stdout.splitlines())
 
 
 @pytest.fixture
@@ -121,11 +121,11 @@ def test_it_installs_from_an_index_and_exports_outside_the_repository(index: str
     environment = {"PATH": f"{scripts}:/usr/bin:/bin", "HOME": str(tmp_path)}
 
     def run(program: str, *words: str) -> str:
-        done = subprocess.run(
+        result = subprocess.run(
             [scripts / program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
 
     if sys.version_info < (3, 12):
         run("pip", "uninstall", "-y", "setuptools")  # venv brings an old one, which would hide that of the dependencies

@@ -37,7 +37,7 @@ class Call:
     record: int
     seen: bool
 
-    def kept(self, stride: int) -> bool:
+    def keeps(self, stride: int) -> bool:
         """Whether rows of this call are kept. Samplers may call the network more often than they have steps."""
         return self.place < self.steps and self.number % stride == 0
 
@@ -112,7 +112,7 @@ class Calls:
 def _shared(group: ProcessGroup, timesteps: list[float]) -> list[float]:
     """The timesteps on every process; a process without a batch gets them from the others."""
     length = int(group.largest(np.asarray([len(timesteps)]))[0])
-    known = np.full(length, -np.inf)
-    known[: len(timesteps)] = timesteps
-    shared: list[float] = group.largest(known).tolist()
+    padded = np.full(length, -np.inf)
+    padded[: len(timesteps)] = timesteps
+    shared: list[float] = group.largest(padded).tolist()
     return shared

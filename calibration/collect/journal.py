@@ -20,17 +20,17 @@ class Journal:
         self.timesteps: list[float] = []
         if folder and self._path:
             folder.mkdir(parents=True, exist_ok=True)
-            self.done, self.timesteps = self._kept(self._path)
+            self.done, self.timesteps = self._finished_batches(self._path)
 
-    def _kept(self, path: Path) -> tuple[int, list[float]]:
+    def _finished_batches(self, path: Path) -> tuple[int, list[float]]:
         """The content of the file if it has the same key; a damaged file counts as no finished batch."""
         try:
-            kept = read_json(path, links=False)
+            state = read_json(path, links=False)
         except DocumentError:
             return 0, []
-        if not isinstance(kept, dict) or kept.get("key") != self._key:
+        if not isinstance(state, dict) or state.get("key") != self._key:
             return 0, []
-        done, timesteps = kept.get("done"), kept.get("timesteps")
+        done, timesteps = state.get("done"), state.get("timesteps")
         if not isinstance(done, int) or done < 0 or not isinstance(timesteps, list):
             return 0, []
         return (done, timesteps) if all(isinstance(item, int | float) for item in timesteps) else (0, [])

@@ -86,6 +86,6 @@ def merge(
     file: RecordFile, written: list[bool], reduce: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], absent: float
 ) -> None:
     """Reduce every record over the processes. `written` says which records this process has; `absent` replaces the others."""
-    for record, here in enumerate(written):
-        values = file.read_record(record) if here else np.full(file.length, absent, dtype=file.dtype)
+    for record, present in enumerate(written):
+        values = file.read_record(record) if present else np.full(file.length, absent, dtype=file.dtype)
         file.write_record(record, reduce(values))

@@ -13,16 +13,16 @@ GOLDEN = (5**0.5 - 1) / 2
 """Its multiples, without their whole parts, are spread over 0 to 1 however many there are."""
 
 
-def spread(count: int, most: int) -> torch.Tensor:
-    """int64[min(count, most)]: ascending indices of rows, one in each of `most` equal parts, at another place in each part.
+def spread(count: int, limit: int) -> torch.Tensor:
+    """int64[min(count, limit)]: ascending indices of rows, one in each of `limit` equal parts, at another place in each part.
 
     Rows are often the pixels of pictures, line after line. A fixed step is a multiple of many pictures' width, and would find
     one column alone: at the border, where a third of each patch of 3 x 3 is padding.
     """
     import torch
 
-    if count <= most:
+    if count <= limit:
         return torch.arange(count)
-    bounds = np.arange(most + 1) * count // most
-    places = np.arange(most) * GOLDEN % 1
+    bounds = np.arange(limit + 1) * count // limit
+    places = np.arange(limit) * GOLDEN % 1
     return torch.from_numpy(bounds[:-1] + (places * np.diff(bounds)).astype(np.int64))

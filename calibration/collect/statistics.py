@@ -73,8 +73,8 @@ class Statistics(Mapping[str, SiteStatistics]):
         steps = len(self.timesteps)
         both = np.stack([self.ranges.read(step, name) for step in range(steps)]).reshape(steps, 2, -1)
         rows = [self.rows.read(i, name) for i in range(self.records)]
-        kept = np.concatenate(rows).reshape(-1, both.shape[2])
-        return SiteStatistics(timesteps=self.timesteps, low=-both[:, 0], high=both[:, 1], rows=kept, row_step=self.row_step)
+        samples = np.concatenate(rows).reshape(-1, both.shape[2])
+        return SiteStatistics(timesteps=self.timesteps, low=-both[:, 0], high=both[:, 1], rows=samples, row_step=self.row_step)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.ranges.sizes)
@@ -101,12 +101,12 @@ def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept
     import torch
 
     sampling, group, denoiser = calls.sampling, calls.group, calls.denoiser
-    each, stride = max(1, rows_kept // sampling.calls), -(-sampling.calls // rows_kept)
+    rows_of_call, stride = max(1, rows_kept // sampling.calls), -(-sampling.calls // rows_kept)
     widths = {site.name: denoiser.weight(site.linears[0]).shape[1] for site in denoiser.sites if site.name in sites}
     journal = Journal(folder, group.rank, {"sites": widths, "sampling": asdict(sampling), "rows": rows_kept, "size": group.size})
     # (-low, high), so that both merge by the maximum. A record of `rows` holds the rows of one call.
     ranges = RecordFile(folder / f"ranges.{group.rank}", {name: 2 * width for name, width in widths.items()}, np.float32)
-    rows = RecordFile(folder / f"rows.{group.rank}", {name: each * width for name, width in widths.items()}, np.float32)
+    rows = RecordFile(folder / f"rows.{group.rank}", {name: rows_of_call * width for name, width in widths.items()}, np.float32)
     random = torch.Generator()
 
     def collect(call: Call, name: str, value: torch.Tensor | Patches) -> None:
@@ -115,20 +115,20 @@ def collect_ranges(calls: Calls, sites: tuple[str, ...], folder: Path, rows_kept
         low, high = value.extremes() if isinstance(value, Patches) else torch.aminmax(value, dim=0)
         extremes = np.nan_to_num(torch.cat([-low, high]).cpu().numpy(), nan=np.inf, posinf=np.inf, neginf=-np.inf)
         ranges.write(call.record, name, np.maximum(extremes, ranges.read(call.record, name)) if call.seen else extremes)
-        if call.kept(stride):
+        if call.keeps(stride):
             random.manual_seed((sampling.seed * 1_000_003 + call.number) % 2**64)
-            chosen = torch.randint(len(value), (each,), generator=random)
+            chosen = torch.randint(len(value), (rows_of_call,), generator=random)
             rows.write(call.number // stride, name, value[chosen.to(value.device)].cpu().numpy())
 
     timesteps = calls.watch(collect, journal)
     order = list(dict.fromkeys(timesteps))
-    kept = [call for call in range(0, sampling.calls, stride) if call % sampling.steps < len(timesteps)]
+    indices = [call for call in range(0, sampling.calls, stride) if call % sampling.steps < len(timesteps)]
     if group.size > 1:
-        here = [call // sampling.steps % group.size == group.rank for call in kept]
+        local = [call // sampling.steps % group.size == group.rank for call in indices]
         merge(ranges, [journal.done > 0] * len(order), group.largest, -np.inf)
-        merge(rows, here, group.total, 0.0)
-    row_step = np.repeat([order.index(timesteps[call % sampling.steps]) for call in kept], each)
-    result = Statistics(timesteps=np.asarray(order), row_step=row_step, records=len(kept), ranges=ranges, rows=rows)
+        merge(rows, local, group.total, 0.0)
+    row_step = np.repeat([order.index(timesteps[call % sampling.steps]) for call in indices], rows_of_call)
+    result = Statistics(timesteps=np.asarray(order), row_step=row_step, records=len(indices), ranges=ranges, rows=rows)
     _check(result)
     return result
 

@@ -41,8 +41,8 @@ class Trainer:
     def __init__(self, calibration: Calibration, start: CalibrationResult, samples: Samples) -> None:
         self.calibration, self.start, self.samples, self.group = calibration, start, samples, calibration.group
         self.names = calibration.denoiser.blocks
-        self.everything, self.judges = np.arange(len(samples)), np.flatnonzero(samples.held_back)
-        self.chain: Chain = calibration.denoiser.chain(samples.feed(self.everything[:2]))
+        self.all_samples, self.judges = np.arange(len(samples)), np.flatnonzero(samples.held_back)
+        self.chain: Chain = calibration.denoiser.chain(samples.feed(self.all_samples[:2]))
         self.quantized = QuantizedNetwork(calibration.denoiser, start, calibration.assigned, self.chain)
 
     def block(self, index: int) -> Trained:
@@ -88,7 +88,7 @@ class Trainer:
         outcome, layers = self._trained(
             self._task(index), start, lambda: self.quantized.layers(name, "all") if trainable else start, len(self.names), index
         )
-        self._advance(index, layers, "error", self.everything)
+        self._advance(index, layers, "error", self.all_samples)
         return outcome, self._part(outcome, layers, self.start)
 
     def _finish(self, result: CalibrationResult) -> Trained:
@@ -167,7 +167,7 @@ class Trainer:
 
         target = self._boundary(index + 1, "exact")
         with torch.no_grad():
-            for rows in own_parts(self._parts(self.everything), self.group):
+            for rows in own_parts(self._parts(self.all_samples), self.group):
                 before = [part.to(self.chain.device) for part in self._boundary(index, "exact").read(rows)] if index else []
                 target.write(rows, self.chain.run(index, self.samples.feed(rows), before))
         self._meet()

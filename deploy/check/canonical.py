@@ -16,9 +16,9 @@ from .operand import attribute
 
 Array = npt.NDArray[Any]
 SIZE = 1 << 20
-"""Elements of a constant that is computed; scales of blocks of the largest linears known have 300,000."""
+"""The greatest size of a computed constant, in elements; scales of the blocks of the largest known linears have 300,000."""
 BUDGET = 1 << 25
-"""Elements computed for one graph."""
+"""The greatest number of elements that are computed for one graph."""
 ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "Mul": np.multiply,
     "Div": np.divide,
@@ -29,7 +29,7 @@ FOLDED = frozenset({*ARITHMETIC, "Cast", "Reshape", "Squeeze", "Unsqueeze"})
 
 
 class CanonicalError(Exception):
-    """A graph that no runtime can order or expand; one line."""
+    """A graph that no runtime can order or expand; the message has one line."""
 
 
 def canonical(model: ir.Model) -> ir.Model:

@@ -12,7 +12,7 @@ from dq_export.passes.base import constant
 from .gemm import Judgement, only_reader, readers
 from .operand import Operand, codes_of, operand_of
 from .rules_cuda import blocks
-from .rules_nvidia import FP8, INT8, SINCE, TARGETS, refused, refused_at_run_time
+from .rules_nvidia import FIRST_TARGET, FP8, INT8, TARGETS, refused, refused_at_run_time
 from .signedness import MOVED, breaks, why_signed
 
 QLINEAR = frozenset({"Add", "Mul", "Softmax", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat", "Where"})
@@ -21,7 +21,7 @@ MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather", "GatherElements", "Slice", "Split", "Expand", "Tile",
      "Resize", "MaxPool", "ReduceMax", "ReduceMin", "Identity"}
 )  # fmt: skip
-"""Operators that it applies to the codes."""
+"""Operators that ONNX Runtime applies to the codes."""
 MULTIPLY = frozenset(
     {
         "Attention",
@@ -50,7 +50,7 @@ def around(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Ju
         return "float", f"no kernel for {node.op_type} on codes", "its matrix products as MatMul, each between quantized operands"
     if target == "ort" and _on_codes(node, operands):
         return "low precision", "", ""
-    return "float", f"{node.op_type} is no GEMM and computes in float", "nothing, if meant so; without the pair it is faster"
+    return "float", f"{node.op_type} is not a GEMM and computes in float", "nothing, if meant so; without the pair it is faster"
 
 
 def alone(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Judgement:
@@ -70,7 +70,7 @@ def alone(node: ir.Node, target: str, compute: Sequence[str], opset: int) -> Jud
 def _pair(operand: Operand, target: str, compute: Sequence[str], opset: int) -> Judgement | None:
     """Why a target refuses a pair at any place."""
     if target in ("trt", "trt-rtx"):
-        needed = SINCE.get(operand.dtype) if operand.dtype else None
+        needed = FIRST_TARGET.get(operand.dtype) if operand.dtype else None
         if needed and any(TARGETS.index(item) < TARGETS.index(needed) for item in compute):
             return "rejected", f"{operand.dtype.name if operand.dtype else ''} on {compute[0]}", f"build for {needed} or later"
         return refused(operand) or (refused_at_run_time(operand) if target == "trt" else None)
@@ -85,7 +85,7 @@ def _pair(operand: Operand, target: str, compute: Sequence[str], opset: int) -> 
     if target == "ort" and breaks(operand, opset):
         return (
             "rejected",
-            f"{breaks(operand, opset)}: ONNX Runtime's rewrite to uint8 is no valid graph",
+            f"{breaks(operand, opset)}: ONNX Runtime's rewrite to uint8 is not a valid graph",
             "uint8 with zero point 128",
         )
     return None

@@ -87,7 +87,7 @@ def check(model: ir.Model, target: Target, compute: Sequence[str] = ()) -> list[
     ordered = [findings[node] for node in nodes if node in findings]
     names = unbuildable(model, target) if ordered else ()
     return [
-        *(Finding(node=name, verdict=verdict, rule=why, fix=fix, gemm=False) for name, (verdict, why, fix) in names),
+        *(Finding(node=name, verdict=verdict, rule=rule, fix=fix, gemm=False) for name, (verdict, rule, fix) in names),
         *ordered,
     ]
 
@@ -98,9 +98,9 @@ def _judge(gemm: Gemm, target: Target) -> Judgement:
 
 
 def _finding(node: ir.Node, judgement: Judgement, *, gemm: bool = True, weight_only: bool = False) -> Finding:
-    verdict, why, fix = judgement
+    verdict, rule, fix = judgement
     name = str(node.name or node.outputs[0].name or node.op_type)
-    return Finding(node=name, verdict=verdict, rule=why, fix=fix, weight_only=weight_only, gemm=gemm)
+    return Finding(node=name, verdict=verdict, rule=rule, fix=fix, weight_only=weight_only, gemm=gemm)
 
 
 def _neighbours(node: ir.Node) -> Iterator[ir.Node]:
@@ -110,5 +110,5 @@ def _neighbours(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _passes_on(node: ir.Node) -> bool:
-    """Whether a view only passes on a value that is judged at its readers."""
+    """Whether a view only passes on a value, which is judged at its readers."""
     return node.op_type in VIEWS and any(reader.op_type not in QUANTIZE for reader in readers(node))

@@ -39,7 +39,7 @@ class Gemm:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """The quantized ones of left and right."""
+        """The quantized operands among left and right."""
         return tuple(item for item in (self.left, self.right) if item is not None)
 
     @property
@@ -70,7 +70,7 @@ class Gemm:
 
 
 GemmRule = Callable[[Gemm], Judgement | None]
-"""Judges a GEMM, or leaves it to the next rule."""
+"""A rule: it judges a GEMM, or returns None and leaves it to the next rule."""
 
 
 def gemm_of(node: ir.Node, compute: Sequence[str], opset: int) -> Gemm | None:

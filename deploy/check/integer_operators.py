@@ -1,4 +1,4 @@
-"""Operators that are quantized by themselves, without a DequantizeLinear, and which target has them."""
+"""Operators that work on codes without a DequantizeLinear, and which target has them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PRODUCTS = frozenset(
         "DynamicQuantizeMatMul", "MatMulInteger16", "MatMulNBits", "MatMulBnb4", "DynamicQuantizeLSTM",
     }
 )  # fmt: skip
-"""Those that multiply matrices."""
+"""Operators on codes that multiply matrices."""
 UNPACKING = frozenset({"MatMulNBits", "MatMulBnb4"})
-"""Those of `PRODUCTS` that read floats and unpack a weight inside."""
+"""Operators of `PRODUCTS` that read floats and unpack a weight inside."""
 OTHERS = frozenset(
     {
         "DynamicQuantizeLinear", "GatherBlockQuantized", "QEmbedLayerNormalization", "QLinearAdd", "QLinearMul", "QLinearConcat",
@@ -28,10 +28,10 @@ OTHERS = frozenset(
         "QLinearReduceMean",
     }
 )  # fmt: skip
-"""Those that do not; ONNX Runtime's CPU provider has all of both."""
+"""Operators on codes that do not multiply matrices; ONNX Runtime's CPU provider has all of both groups."""
 CUDA = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"})
 SIGNED_CUDA = frozenset({"MatMulInteger", "QAttention"})
-"""Those whose CUDA kernels take int8 for both operands."""
+"""Operators whose CUDA kernels take int8 for both operands."""
 LOOKS = re.compile(r"Q(Linear|Gemm|Attention|Embed|Ordered)|.*(Quantize|Integer|NBits|Bnb4)|TRT_(FP4|FP8|INT4|MXFP8)")
 QDQ = "write QuantizeLinear, DequantizeLinear and MatMul: quantize_static with QuantFormat.QDQ does"
 

@@ -50,9 +50,9 @@ def read_model(path: Path) -> ir.Model:
     except DocumentError as error:
         raise ModelFileError(f"{printable(str(error))}; expected an ONNX file") from error
     except (DecodeError, RecursionError) as error:
-        raise ModelFileError(f"{name}: no ONNX model (not readable as protobuf)") from error
+        raise ModelFileError(f"{name}: not an ONNX model (not readable as protobuf)") from error
     if not proto.HasField("graph") or not proto.graph.node:
-        raise ModelFileError(f"{name}: no ONNX model: it has no graph with nodes")
+        raise ModelFileError(f"{name}: not an ONNX model: it has no graph with nodes")
     try:
         _require_bounded_functions(proto)
         for tensor in _tensors(proto):
@@ -62,7 +62,7 @@ def read_model(path: Path) -> ir.Model:
     except ModelFileError as error:
         raise ModelFileError(f"{name}: {error}") from error
     except (*INVALID, ValidationError, InferenceError) as error:
-        raise ModelFileError(f"{name}: no valid ONNX model: {printable(_first_line(error))}") from error
+        raise ModelFileError(f"{name}: not a valid ONNX model: {printable(_first_line(error))}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -114,32 +114,32 @@ def _written_out(graph: Any, size: Callable[[tuple[str, str]], int]) -> int:
 
 
 def _require_whole(tensor: Any, folder: Path) -> None:
-    """Refuse a tensor without the bytes that its shape and type ask for; external data gets its real path."""
-    what = f"tensor {shown(tensor.name)}"
+    """Refuse a tensor without the bytes that its shape and type need; replace the path of external data by its real path."""
+    subject = f"tensor {shown(tensor.name)}"
     try:
         dtype = ir.DataType(tensor.data_type)
     except ValueError as error:
-        raise ModelFileError(f"{what}: unknown element type {tensor.data_type}") from error
+        raise ModelFileError(f"{subject}: unknown element type {tensor.data_type}") from error
     if any(dim < 0 for dim in tensor.dims):
-        raise ModelFileError(f"{what}: shape {shown(list(tensor.dims))} with a negative size")
+        raise ModelFileError(f"{subject}: shape {shown(list(tensor.dims))} with a negative size")
     if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         if tensor.data_location == EXTERNAL:
-            raise ModelFileError(f"{what}: external data of type {dtype.name}")
+            raise ModelFileError(f"{subject}: external data of type {dtype.name}")
         return
     expected = math.ceil(math.prod(tensor.dims) * dtype.bitwidth / 8)
     if tensor.data_location == EXTERNAL:
-        _locate(tensor, what, folder, expected)
+        _locate(tensor, subject, folder, expected)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != expected:
         raise ModelFileError(
-            f"{what}: {len(tensor.raw_data)} bytes of data, its shape {shown(list(tensor.dims))} needs {expected}"
+            f"{subject}: {len(tensor.raw_data)} bytes of data, its shape {shown(list(tensor.dims))} needs {expected}"
         )
 
 
-def _locate(tensor: Any, what: str, folder: Path, expected: int) -> None:
+def _locate(tensor: Any, subject: str, folder: Path, expected: int) -> None:
     """Check the file of a tensor's external data, and write its real path into the tensor."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    file = f"the data file {shown(location)} of {what}"
+    file = f"the data file {shown(location)} of {subject}"
     offset, length = _number(entries, "offset", 0, file), _number(entries, "length", expected, file)
     if not location or "\0" in location or os.path.isabs(location) or ".." in Path(location).parts:
         raise ModelFileError(f"{file} is not named by a path inside the model's folder")
@@ -152,7 +152,7 @@ def _locate(tensor: Any, what: str, folder: Path, expected: int) -> None:
     except OSError as error:
         raise ModelFileError(f"{file} cannot be read ({error.strerror}); it belongs beside the model") from error
     if not stat.S_ISREG(status.st_mode):
-        raise ModelFileError(f"{file} is no regular file")
+        raise ModelFileError(f"{file} is not a regular file")
     if length != expected:
         raise ModelFileError(f"{file} gives it {length} bytes, its shape {shown(list(tensor.dims))} needs {expected}")
     if offset + length > status.st_size:
@@ -179,9 +179,9 @@ def _is_blob(folder: Path, real: Path) -> bool:
 
 
 def _inferred(proto: Any) -> Any:
-    """The model with inferred shapes; onnx's own checker has seen it, without its weights.
+    """The model with inferred shapes, after a check by onnx's own checker without the weights.
 
-    Weights go out before and come back behind: the checker looks for external data, and both copy the whole model.
+    Weights are removed before and put back after: the checker looks for external data, and both functions copy the whole model.
     """
     import onnx
 
@@ -196,7 +196,7 @@ def _inferred(proto: Any) -> Any:
     )
     inner = _taken_out(proto)
     shapeless = [value.type.tensor_type for value in (*proto.graph.input, *proto.graph.output) if _is_shapeless(value)]
-    for kind in shapeless:  # the checker wants a shape here, no runtime does
+    for kind in shapeless:  # the checker requires a shape here, and no runtime does
         kind.shape.SetInParent()
     onnx.checker.check_model(proto)
     for kind in shapeless:
@@ -205,15 +205,15 @@ def _inferred(proto: Any) -> Any:
     for index, tensor in enumerate(_tensors(inferred)):
         if index in inner:
             tensor.CopyFrom(inner[index])
-    given = [value for value in inferred.graph.input if value.name in inputs or value.name not in names]
+    inputs_left = [value for value in inferred.graph.input if value.name in inputs or value.name not in names]
     del inferred.graph.input[:]
-    inferred.graph.input.extend(given)
+    inferred.graph.input.extend(inputs_left)
     inferred.graph.initializer.extend(weights)
     return inferred
 
 
 def _taken_out(proto: Any) -> dict[int, Any]:
-    """Make the external tensors of nodes and bodies empty; gives them by their place among all tensors."""
+    """Make the external tensors of nodes and bodies empty, and return them by their place among all tensors."""
     from onnx import TensorProto
 
     contents = {}

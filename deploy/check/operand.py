@@ -24,7 +24,7 @@ class Operand:
     Args:
         dequantize: that node.
         quantize: the QuantizeLinear or DynamicQuantizeLinear before it, if the codes are not stored.
-        source: what the codes are: an initializer, or what the QuantizeLinear reads.
+        source: the origin of the codes: an initializer, or the QuantizeLinear's input.
         before: views between the codes and the DequantizeLinear, the last first.
         after: views between the DequantizeLinear and the reader, the last first.
     """
@@ -47,7 +47,7 @@ class Operand:
 
     @property
     def dtype(self) -> ir.DataType | None:
-        """Of the codes: as they are stored, as the QuantizeLinear makes them, or as the zero point says."""
+        """The type of the codes: of the stored codes, of the QuantizeLinear's result, or of the zero point."""
         if self.quantize is None:
             tensor, zero = stored(self.source), _input(self.dequantize, 2)
             return tensor.dtype if tensor is not None else self.source.dtype or (zero.dtype if zero is not None else None)
@@ -60,39 +60,39 @@ class Operand:
 
     @property
     def scales(self) -> int | None:
-        """How many scales there are, also where they are computed at run time; None where the file does not say."""
+        """The number of scales, also if they are computed at run time; None if the file does not tell."""
         value = _input(self.dequantize, 1)
         sizes = () if value is None else shape_of(value)
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
     @property
     def float_type(self) -> ir.DataType | None:
-        """Of what the DequantizeLinear gives."""
-        wanted = attribute(self.dequantize, "output_dtype", 0)
+        """The type of the DequantizeLinear's result."""
+        data_type = attribute(self.dequantize, "output_dtype", 0)
         value = _input(self.dequantize, 1)
-        return ir.DataType(wanted) if wanted else value.dtype if value is not None else None
+        return ir.DataType(data_type) if data_type else value.dtype if value is not None else None
 
     @property
     def spelled_axis(self) -> int:
-        """The axis that the scales lie along, as the node has it; may count from the end."""
+        """The axis of the scales, as the node has it; it may count from the end."""
         return attribute(self.dequantize, "axis", 1)
 
     @property
     def axis(self) -> int:
-        """The axis that the scales lie along, counted from the front where the rank is known."""
+        """The axis of the scales, counted from the front if the rank is known."""
         value = _input(self.dequantize, 0)
         rank = len(shape_of(value)) if value is not None else 0
         return self.spelled_axis % rank if rank else self.spelled_axis
 
     @property
     def blocked(self) -> bool:
-        """Whether scales stand for blocks."""
+        """Whether each scale belongs to a block."""
         value = _input(self.dequantize, 1)
         return value is not None and len(shape_of(value)) > 1
 
     @property
     def block_size(self) -> int:
-        """As the DequantizeLinear has it; 0 without blocks."""
+        """The DequantizeLinear's block size; 0 without blocks."""
         return attribute(self.dequantize, "block_size", 0)
 
     def zero_points(self) -> list[npt.NDArray[Any] | None]:
@@ -107,7 +107,7 @@ class Operand:
 
 
 def operand_of(value: ir.Value | None) -> Operand | None:
-    """The DequantizeLinear behind a value, through views; None where there is none."""
+    """The DequantizeLinear that gives a value, through views; None if there is none."""
     value, after = _through_views(value)
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "DequantizeLinear" or not node.inputs:
@@ -129,8 +129,8 @@ def codes_of(quantize: ir.Node) -> ir.DataType:
     if zero is not None:
         tensor = stored(zero)
         return tensor.dtype if tensor is not None else zero.dtype or UINT8
-    wanted = attribute(quantize, "output_dtype", 0)
-    return ir.DataType(wanted) if wanted else UINT8
+    data_type = attribute(quantize, "output_dtype", 0)
+    return ir.DataType(data_type) if data_type else UINT8
 
 
 def attribute(node: ir.Node, name: str, default: int) -> int:
@@ -140,7 +140,7 @@ def attribute(node: ir.Node, name: str, default: int) -> int:
 
 
 def shape_of(value: ir.Value) -> tuple[int | None, ...]:
-    """Its dimensions, None for one that may change; empty for a scalar and where the shape is not known."""
+    """A value's dimensions, with None for one that may change; empty for a scalar or an unknown shape."""
     tensor = stored(value)
     if tensor is not None:
         return tuple(int(dim) for dim in tensor.shape.numpy())

@@ -1,4 +1,4 @@
-"""What stands behind a GEMM, which decides on ONNX Runtime's CPU provider, too, whether it is an integer kernel."""
+"""The operators after a GEMM, on which an integer kernel of ONNX Runtime's CPU provider also depends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def becomes_gemm(gemm: Gemm) -> ir.Node | None:
 
 
 def bias_of(gemm: Gemm) -> tuple[ir.Value | None, Operand | None]:
-    """What a Gemm or Conv adds, also one that a MatMul and an Add become, and its DequantizeLinear."""
+    """The bias of a Gemm or Conv, or of the Gemm that a MatMul and an Add become, and its DequantizeLinear."""
     add = becomes_gemm(gemm)
     if add is not None:
         value = _other(add, gemm.node.outputs[0])
@@ -48,12 +48,12 @@ def requantizes(gemm: Gemm) -> bool:
     if gemm.node.op_type not in ("Gemm", "Conv") and becomes_gemm(gemm) is None:
         return False
     weight = gemm.node.inputs[1]
-    known = gemm.right is not None or (weight is not None and constant(weight) is not None)
-    return known and _quantize(gemm) is not None
+    constant_weight = gemm.right is not None or (weight is not None and constant(weight) is not None)
+    return constant_weight and _quantize(gemm) is not None
 
 
 def result(gemm: Gemm) -> Judgement | None:
-    """Whether what stands behind the GEMM leaves it an integer kernel."""
+    """Whether the operators after the GEMM leave it an integer kernel."""
     end = becomes_gemm(gemm) or gemm.node
     clip = _clip(end)
     if clip is not None and (_quantize(gemm) is None or not _covers(clip)):
@@ -73,7 +73,7 @@ def result(gemm: Gemm) -> Judgement | None:
         return "float", "codes of the result of another type than the activation's", UNSIGNED
     scale = constant(quantize.inputs[1])
     if scale is not None and scale.size > 1:
-        return "rejected", "a scale along an axis of the result: the integer kernel fails when it runs", "one scale a tensor"
+        return "rejected", "a scale along an axis of the result: the integer kernel fails when it runs", "one scale per tensor"
     return None
 
 
@@ -82,20 +82,20 @@ def _other(add: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _clip(end: ir.Node) -> ir.Node | None:
-    """The one Relu or Clip behind, with one reader itself."""
+    """The only Relu or Clip after the GEMM, which has only one reader itself."""
     reader = only_reader(end)
     return reader if reader is not None and reader.op_type in CLIPS and only_reader(reader) is not None else None
 
 
 def _quantize(gemm: Gemm) -> ir.Node | None:
-    """The one QuantizeLinear behind, past a Relu or Clip."""
+    """The only QuantizeLinear after the GEMM, past a Relu or Clip."""
     end = becomes_gemm(gemm) or gemm.node
     reader = only_reader(_clip(end) or end)
     return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
 
 
 def _covers(clip: ir.Node) -> bool:
-    """Whether the QuantizeLinear behind cuts off at least what the Relu or Clip does."""
+    """Whether the QuantizeLinear after it cuts off at least what the Relu or Clip cuts off."""
     quantize = only_reader(clip)
     scale = constant(quantize.inputs[1]) if quantize is not None else None
     if quantize is None or scale is None or scale.size != 1:

@@ -22,7 +22,7 @@ def direct(gemm: Gemm, operand: Operand | None) -> bool:
 
 
 def unpacked(gemm: Gemm) -> str:
-    """Why MatMulNBits does not take the weight; empty if it does."""
+    """The reason that MatMulNBits does not take the weight; empty if it does."""
     right, node = gemm.right, gemm.node
     assert right is not None
     codes = right.dequantize.inputs[0]

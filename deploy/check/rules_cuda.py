@@ -19,7 +19,7 @@ EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN, ir.
 
 
 def blocks(operand: Operand) -> Judgement | None:
-    """Why the provider refuses a QuantizeLinear or DequantizeLinear in blocks; None if it does not."""
+    """The reason that the provider refuses a QuantizeLinear or DequantizeLinear in blocks; None if it does not."""
     if not operand.blocked or operand.dtype not in EIGHT_BITS:
         return None  # int4 has kernels; other types run on the CPU
     return "rejected", "the CUDA provider has no QuantizeLinear and DequantizeLinear for blocks of 8 bits", "blocks of int4"
@@ -38,11 +38,11 @@ def _integer(gemm: Gemm) -> Judgement | None:
 
 
 def _unpacked(gemm: Gemm) -> Judgement | None:
-    why = unpacked(gemm)
-    if not why:
+    reason = unpacked(gemm)
+    if not reason:
         return None
     assert gemm.right is not None
-    return blocks(gemm.right) or ("float", why, "blocks of 16, 32, 64 … along axis 0 of a weight [in, out]")
+    return blocks(gemm.right) or ("float", reason, "blocks of 16, 32, 64 … along axis 0 of a weight [in, out]")
 
 
 CUDA: tuple[GemmRule, ...] = (loads, counts, _integer, _unpacked)

@@ -17,7 +17,7 @@ INT8, UINT8, INT4, FP8 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, 
 CODES = (INT8, INT4, FP8, UINT8)
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """The targets of TensorRT-RTX 1.7, the oldest first; it has no sm90 and no sm100."""
-SINCE = {INT4: "sm80", FP8: "sm89"}
+FIRST_TARGET = {INT4: "sm80", FP8: "sm89"}
 INT32_BIAS: Judgement = (
     "rejected",
     "an int32 bias behind a DequantizeLinear",
@@ -36,11 +36,11 @@ def refused(operand: Operand) -> Judgement | None:
         name = operand.dtype.name if operand.dtype else "an unknown type"
         return "rejected", f"codes of {name}", "use int8, int4 or float8e4m3fn"
     if operand.dtype == UINT8:
-        return "rejected", "uint8 is taken for int8: other numbers", "use int8 with zero point 0"
+        return "rejected", "uint8 is read as int8: other numbers", "use int8 with zero point 0"
     if operand.shifted():
         return "rejected", "a zero point that is not 0", "fold the shift into the bias before (in_shift)"
     if operand.blocked and operand.quantize is not None:
-        return "rejected", "blocks of an activation are multiplied by the wrong scales", "one scale a tensor"
+        return "rejected", "blocks of an activation are multiplied by the wrong scales", "one scale per tensor"
     if operand.dtype == INT4 and operand.quantize is not None:
         return "rejected", "int4 activations", "int4 is for weights"
     if operand.quantize is None and any(view.op_type == "Transpose" for view in operand.before):
@@ -92,7 +92,7 @@ def _operands(gemm: Gemm) -> Judgement | None:
 
 def _compute(gemm: Gemm) -> Judgement | None:
     for operand in gemm.operands:
-        needed = SINCE.get(operand.dtype) if operand.dtype else None
+        needed = FIRST_TARGET.get(operand.dtype) if operand.dtype else None
         old = [target for target in gemm.compute if needed and TARGETS.index(target) < TARGETS.index(needed)]
         if old and operand.dtype is not None:
             return "rejected", f"{operand.dtype.name} on {old[0]}", f"build for {needed} or later"
@@ -122,7 +122,7 @@ def _mixed(gemm: Gemm) -> Judgement | None:
     if left is None or right is None:
         return None
     if _blocks(right) > 1:
-        return "rejected", "weights in blocks under quantized activations", "leave the activation float, or one scale a channel"
+        return "rejected", "weights in blocks under quantized activations", "leave the activation float, or one scale per channel"
     if right.dtype == INT4 and gemm.node.op_type in CONVOLUTIONS:
         return "rejected", "an int4 kernel of a convolution under quantized activations", "an int8 kernel"
     if right.dtype == INT4 and left.dtype != INT8:
@@ -177,23 +177,23 @@ def _one_sided(gemm: Gemm) -> Judgement | None:
     if right.dtype != INT4 or right.quantize is not None or gemm.node.op_type in CONVOLUTIONS:
         return "float", "the activation has no QuantizeLinear and DequantizeLinear", "quantize it, or store int4 blocks"
     if not right.blocked:
-        return "float", "int4 without blocks is unpacked by a kernel of its own", "blocks along the input, of 64 or 128"
+        return "float", "int4 without blocks is unpacked by a separate kernel", "blocks along the input, of 64 or 128"
     if right.scale is not None and right.scale.size > 1 and right.scale.shape[right.axis] == 1:
-        return "float", "one block a channel is unpacked by a kernel of its own", "at least two blocks along the axis"
+        return "float", "one block per channel is unpacked by a separate kernel", "at least two blocks along the axis"
     return None
 
 
 def _granularity(gemm: Gemm) -> Judgement | None:
     left, right = gemm.left, gemm.right
     if left is not None and left.scales != 1 and not _rows(gemm):
-        return "float", "a scale along an axis of the first operand", "one scale a tensor; factor per-token scales out"
+        return "float", "a scale along an axis of the first operand", "one scale per tensor; factor per-token scales out"
     if right is None or right.scale is None or right.dtype == INT4:
         return None
     if _blocks(right) > 1 or (right.blocked and left is None):
-        return "float", f"{'int8' if right.dtype == INT8 else 'float8'} weights in blocks", "one scale an output channel"
+        return "float", f"{'int8' if right.dtype == INT8 else 'float8'} weights in blocks", "one scale per output channel"
     axis = gemm.output_axis
     if right.scale.size > 1 and not right.blocked and axis is not None and axis != right.axis:
-        return "float", "the weight's scales lie along its input", "one scale an output channel"
+        return "float", "the weight's scales lie along its input", "one scale per output channel"
     return None
 
 
@@ -222,7 +222,7 @@ def _split(gemm: Gemm) -> Judgement | None:
     else:
         cut = user.op_type == "Split" and "Reshape" in kinds
     if cut:
-        return "float", "one GEMM for q, k and v with a scale an output channel", "a GEMM for each of q, k and v"
+        return "float", "one GEMM for q, k and v with a scale per output channel", "a GEMM for each of q, k and v"
     return None
 
 

@@ -15,8 +15,8 @@ from .ort_unpacking import direct, unpacked
 from .signedness import UNSIGNED, breaks, why_signed
 
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
-PER_CHANNEL = "one scale an output channel"
-PER_TENSOR = "one scale a tensor; factor per-token scales out"
+PER_CHANNEL = "one scale per output channel"
+PER_TENSOR = "one scale per tensor; factor per-token scales out"
 ROW = "MatMul and Add, with an input of rank 3"
 
 
@@ -33,9 +33,9 @@ def _one_sided(gemm: Gemm) -> Judgement | None:
         return "float", "the weight has no DequantizeLinear before it", "quantize the weight, too"
     if gemm.node.op_type not in ("MatMul", "Gemm") or not direct(gemm, gemm.right):
         return "float", "the activation has no DequantizeLinear before it", "quantize it, too"
-    why = unpacked(gemm)
+    reason = unpacked(gemm)
     fix = "quantize the activation, or store blocks of 16, 32, 64 … along axis 0 of a weight [in, out]"
-    return ("float", why, fix) if why else ("low precision", "", "")
+    return ("float", reason, fix) if reason else ("low precision", "", "")
 
 
 def _types(gemm: Gemm) -> Judgement | None:
@@ -54,9 +54,9 @@ def _types(gemm: Gemm) -> Judgement | None:
 
 def _views(gemm: Gemm) -> Judgement | None:
     for operand in gemm.operands:
-        why = breaks(operand, gemm.opset)
-        if why:
-            return "rejected", f"{why}: ONNX Runtime's rewrite to uint8 is no valid graph", UNSIGNED
+        reason = breaks(operand, gemm.opset)
+        if reason:
+            return "rejected", f"{reason}: ONNX Runtime's rewrite to uint8 is not a valid graph", UNSIGNED
         if any(view.op_type == "Cast" for view in operand.after):
             return "float", "a Cast between DequantizeLinear and GEMM", "scales of the GEMM's own type"
         moved = [view.op_type for view in operand.after]
@@ -68,10 +68,10 @@ def _views(gemm: Gemm) -> Judgement | None:
 def _granularity(gemm: Gemm) -> Judgement | None:
     left, right = gemm.left, gemm.right
     if left is not None and left.scales != 1:
-        what = "blocks" if left.blocked else "a scale along an axis"
+        form = "blocks" if left.blocked else "a scale along an axis"
         if why_signed(left) is None and not _is_gemm(gemm):
-            return "rejected", f"{what} of the activation: the integer kernel fails when it runs", PER_TENSOR
-        return "float", f"{what} of the activation", PER_TENSOR
+            return "rejected", f"{form} of the activation: the integer kernel fails when it runs", PER_TENSOR
+        return "float", f"{form} of the activation", PER_TENSOR
     if right is None or right.scales == 1:
         return None
     if right.blocked:
@@ -79,7 +79,7 @@ def _granularity(gemm: Gemm) -> Judgement | None:
         return None if one else ("rejected", "weights in blocks: the integer kernel fails when it runs", PER_CHANNEL)
     codes = right.dequantize.inputs[0]
     if gemm.node.op_type == "MatMul" and codes is not None and len(shape_of(codes)) > 2:
-        return "rejected", "scales of a second operand of rank 3: the integer kernel fails when it runs", "one scale a tensor"
+        return "rejected", "scales of a second operand of rank 3: the integer kernel fails when it runs", "one scale per tensor"
     if gemm.output_axis is not None and right.axis != gemm.output_axis:
         return "rejected", "the weight's scales lie along its input: other numbers, or none", PER_CHANNEL
     return None
@@ -87,10 +87,10 @@ def _granularity(gemm: Gemm) -> Judgement | None:
 
 def _signed(gemm: Gemm) -> Judgement | None:
     left, right = gemm.left, gemm.right
-    why = why_signed(left) if left is not None else None
-    if why is None or (_is_gemm(gemm) and right is not None and right.dtype == ir.DataType.INT8):
+    reason = why_signed(left) if left is not None else None
+    if reason is None or (_is_gemm(gemm) and right is not None and right.dtype == ir.DataType.INT8):
         return None
-    return ("float", *why)
+    return ("float", *reason)
 
 
 def _joined(gemm: Gemm) -> Judgement | None:
@@ -99,7 +99,11 @@ def _joined(gemm: Gemm) -> Judgement | None:
         return None
     rank = len(shape_of(gemm.node.inputs[0])) if gemm.node.inputs[0] is not None else 2
     if rank != 2 and gemm.opset >= 21 and gemm.left.dtype == ir.DataType.INT8 and why_signed(gemm.left) is None:
-        return "rejected", "MatMul and Add of fixed shapes: ONNX Runtime's rewrite of int8 to uint8 is no valid graph", UNSIGNED
+        return (
+            "rejected",
+            "MatMul and Add of fixed shapes: ONNX Runtime's rewrite of int8 to uint8 is not a valid graph",
+            UNSIGNED,
+        )
     return None
 
 
@@ -119,7 +123,7 @@ def _bias(gemm: Gemm) -> Judgement | None:
     if operand is None:
         if requantizes(gemm) and value.producer() is None and value.const_value is not None:
             return None
-        return "float", "a bias in float, with which it is no integer GEMM", f"{ROW}; or an int32 bias with scale s_x * s_w"
+        return "float", "a bias in float, with which it is not an integer GEMM", f"{ROW}; or an int32 bias with scale s_x * s_w"
     return _stored_bias(gemm, operand)
 
 

@@ -12,19 +12,19 @@ from .integer_operators import QUANTIZE
 
 TWICE: Judgement = (
     "rejected",
-    "several QuantizeLinears or DequantizeLinears bear this name; a function that is called twice writes them, too",
-    "a name of its own for each",
+    "several QuantizeLinears or DequantizeLinears have this name; a function that is called twice also writes them",
+    "a different name for each",
 )
-SAME: Judgement = ("rejected", "several nodes of one graph bear this name", "a name of its own for each")
+SHARED_NAME: Judgement = ("rejected", "several nodes of one graph have this name", "a different name for each")
 SCAN: Judgement = ("rejected", "a Scan is not imported", "write its steps out, or a Loop")
 
 
 def unbuildable(model: ir.Model, target: str) -> Iterator[tuple[str, Judgement]]:
-    """(name, judgement) of names and Scans that a target refuses, of a model whose functions do not call themselves."""
+    """(name, judgement) of names and Scans that a target refuses. The model's functions must not call themselves."""
     if target in ("ort", "ort-cuda"):
         for inner in model.graphs():
             repeated = Counter(node.name for node in inner if node.name)
-            yield from ((name, SAME) for name, count in repeated.items() if count > 1)
+            yield from ((name, SHARED_NAME) for name, count in repeated.items() if count > 1)
         return
     names: Counter[str] = Counter()
     for graph, times in _written_out(model):
@@ -37,7 +37,7 @@ def unbuildable(model: ir.Model, target: str) -> Iterator[tuple[str, Judgement]]
 
 
 def _written_out(model: ir.Model) -> list[tuple[ir.Graph | ir.Function, int]]:
-    """The main graph and the functions, each with the number of times that its nodes stand in the graph in the end."""
+    """The main graph and the functions, each with the number of copies of its nodes in the expanded graph."""
     calls = {key: Counter(node.op_identifier() for node in item.all_nodes()) for key, item in model.functions.items()}
     main = Counter(node.op_identifier() for node in model.graph.all_nodes())
     times: dict[ir.OperatorIdentifier, int] = {}

@@ -100,7 +100,7 @@ class Ort(Backend):
         require_packages(["onnxruntime"], "--format ort")
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """The kernel that runs a scheme, or why there is none."""
+        """The kernel that runs a scheme, or the reason that there is none."""
         weight, codes = scheme.weight, scheme.graph_type
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL
@@ -111,9 +111,9 @@ class Ort(Backend):
         return unpacked_blocks(scheme, ", which rounds its input to 8 bits a block")
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Direct form where one timestep serves the batch; factored where each sample has its own; uint8 codes in both,
-        but for convolutions of codes; biases that survive a fixed batch, texts without their padding, and normalizations of
-        groups by a kernel that there is.
+        """Direct form if the batch shares one timestep, factored form if each sample has its own; uint8 codes in both,
+        except for convolutions of codes. Biases stay valid for a fixed batch, texts lose their padding, and normalizations of
+        groups run on an existing kernel.
 
         Attention becomes one operator if the installed library has it. Otherwise the graph has opset 21, which versions
         since 1.19 run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
@@ -124,7 +124,7 @@ class Ort(Backend):
         return (*codes, TrimText(), *attention, RaiseBiases(), PlainGroupNorms())
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
-        """Create the session once with the graph that it will run written to `folder`.
+        """Create the session once, and write the graph that it will run to `folder`.
 
         Raises:
             BackendError: ONNX Runtime is missing or refuses the graph.
@@ -170,11 +170,11 @@ class Ort(Backend):
                 session.run(None, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
-        each = len(kernels) // PROFILED
+        length = len(kernels) // PROFILED
         calls = []
-        for start in range(0, len(kernels), each):
+        for start in range(0, len(kernels), length):
             spent: dict[str, float] = {}
-            for event in kernels[start : start + each]:
+            for event in kernels[start : start + length]:
                 operator = event["args"]["op_name"]
                 spent[operator] = spent.get(operator, 0.0) + event["dur"] / 1e3
             calls.append(spent)

@@ -27,17 +27,17 @@ from .cpu import PROVIDERS, Ort, OrtEngine, new_session, onnxruntime, session_op
 
 PROVIDER = "CUDAExecutionProvider"
 NODES = "nodes.json"
-"""Names of the graph's nodes that the provider took."""
+"""The file with the names of the nodes that the provider took."""
 
 
 @dataclass(frozen=True)
 class OrtCuda(Ort):
-    """ONNX Runtime's CUDA provider. It has no integer GEMM for Q/DQ, so weights alone are quantized.
+    """ONNX Runtime's CUDA provider. It has no integer GEMM for Q/DQ, so only weights are quantized.
 
-    A build leaves what the CPU provider's leaves, and `nodes.json`: the CPU provider silently takes what the GPU does not.
+    A build writes the files of the CPU provider's, and `nodes.json`: the CPU provider silently takes nodes that the GPU does not.
 
     Args:
-        dtype: fp16 or fp32, of what is not quantized.
+        dtype: fp16 or fp32, the type of everything that is not quantized.
     """
 
     name: ClassVar[str] = "ort"
@@ -53,7 +53,7 @@ class OrtCuda(Ort):
         return not obstacle()
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """The kernel that runs a scheme, or why there is none."""
+        """The kernel that runs a scheme, or the reason that there is none."""
         weight = scheme.weight
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL
@@ -63,14 +63,14 @@ class OrtCuda(Ort):
         return unpacked_blocks(scheme)
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
-        """Everything that is not quantized in `dtype`."""
+        """The passes of the CPU provider, and one that computes everything that is not quantized in `dtype`."""
         return (CastFloats(dtype=ir.DataType.FLOAT16),) if self.dtype == "fp16" else ()
 
     def build(self, model: Path, folder: Path, progress: Advance = unwatched) -> Built:
-        """Create the session once, as the CPU provider's build does, and note what the GPU takes.
+        """Create the session once, as the CPU provider's build does, and record the nodes that the GPU takes.
 
         Raises:
-            NotHereError: this machine has no GPU, or ONNX Runtime not its CUDA provider.
+            NotHereError: this machine has no GPU, or ONNX Runtime lacks its CUDA provider.
             BackendError: ONNX Runtime refuses the graph.
         """
         if reason := obstacle():
@@ -82,8 +82,8 @@ class OrtCuda(Ort):
         options = session_options(optimize=True)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         parts = self._session(model, options).get_provider_graph_assignment_info()
-        taken = sorted(node.name for part in parts if part.ep_name == PROVIDER for node in part.get_nodes())
-        (folder / NODES).write_text(json.dumps(taken, indent=0) + "\n")
+        names = sorted(node.name for part in parts if part.ep_name == PROVIDER for node in part.get_nodes())
+        (folder / NODES).write_text(json.dumps(names, indent=0) + "\n")
         return built
 
     def load(self, built: Built, *, batch: int | None = None) -> OrtEngine:
@@ -97,21 +97,21 @@ class OrtCuda(Ort):
         return OrtEngine(session=self._session(built.model, session_options(optimize=True)))
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
-        """As the CPU provider's; what the GPU did not take does not count.
+        """Audit as the CPU provider does; nodes that the GPU did not take count as float.
 
         Raises:
-            BackendError: what the build left is missing or damaged.
+            BackendError: a file of the build is missing or damaged.
         """
         path = built.folder / NODES
         try:
-            taken = read_json(path, links=False)
+            names = read_json(path, links=False)
         except DocumentError as error:
             raise BackendError(f"{error}; build the engine again") from error
-        if not isinstance(taken, list):
+        if not isinstance(names, list):
             raise BackendError(f"{shown_path(path)}: expected a list of names; build the engine again")
-        lost = "the provider did not take it, and the CPU runs it"
+        reason = "the provider did not take it, and the CPU runs it"
         gemms = super().audit(built, assigned).gemms
-        return Audit.of(g if g.name in taken else replace(g, integer=False, reason=lost if g.required else "") for g in gemms)
+        return Audit.of(g if g.name in names else replace(g, integer=False, reason=reason if g.required else "") for g in gemms)
 
     def _session(self, model: Path, options: Any) -> Any:
         return new_session(model, options, providers=[PROVIDER, *PROVIDERS])
@@ -119,7 +119,7 @@ class OrtCuda(Ort):
 
 @cache
 def obstacle() -> str:
-    """Why no session stays on the provider here; empty where one does.
+    """The reason that no session stays on the provider here; empty if one does.
 
     ONNX Runtime itself only warns, and runs the graph on the CPU.
     """
@@ -127,7 +127,7 @@ def obstacle() -> str:
     if PROVIDER not in ort.get_available_providers():
         return f"onnxruntime {ort.__version__} without its CUDA provider is installed here"
     if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
-        return f"onnxruntime {ort.__version__} here does not say what its CUDA provider takes; a later version does"
+        return f"onnxruntime {ort.__version__} here does not list the nodes that its CUDA provider takes; a later version does"
     session = ort.InferenceSession(_identity(), session_options(optimize=True), providers=[PROVIDER, *PROVIDERS])
     if session.get_providers()[0] != PROVIDER:
         return f"onnxruntime {ort.__version__} cannot load its CUDA provider here: no GPU, or not its versions of CUDA and cuDNN"

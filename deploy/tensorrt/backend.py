@@ -47,7 +47,7 @@ LAYERS_LIMIT = 256 << 20
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest finite float16 number."""
-SINCE = {FP8.name: "sm89", INT4.name: "sm80", "bf16": "sm80"}
+FIRST_TARGET = {FP8.name: "sm89", INT4.name: "sm80", "bf16": "sm80"}
 """The first target whose GEMMs support an element type."""
 
 
@@ -72,7 +72,7 @@ class TensorRt(Backend):
     """The Python module of the library."""
     install: ClassVar[str] = "pip install 'dq-export[trt]'"
     checked_as: ClassVar[CheckTarget] = "trt"
-    """The name of its rules in the static checker."""
+    """The name of the backend's rules in the static checker."""
 
     targets: tuple[str, ...] = ()
     shapes: tuple[str, str, str] = ("", "", "")
@@ -89,13 +89,13 @@ class TensorRt(Backend):
     def require(self) -> None:
         """Check nothing: everything except the build works without TensorRT, which may be installed on another machine."""
 
-    def shared_timesteps(self, wanted: str) -> bool:
+    def shared_timesteps(self, choice: str) -> bool:
         """Whether the batch shares one timestep. `auto` means a timestep for each sample: it costs nothing, and a batch may mix
         steps."""
-        return wanted == "shared"
+        return choice == "shared"
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """How it runs a scheme on every target, or why it does not."""
+        """The lowering that runs a scheme on every target, or the reason that there is none."""
         weight, activation = scheme.weight, scheme.activation
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL
@@ -117,11 +117,12 @@ class TensorRt(Backend):
         problem = self._too_old(scheme.name, qtype.name)
         return Refusal(problem, PRESETS["w4a8"]) if problem else Lowering("int4 blocks unpacked inside the GEMM", "Int4")
 
-    def _too_old(self, what: str, element_type: str) -> str:
-        """Why the oldest target does not run GEMMs of an element type; empty if it does."""
+    def _too_old(self, subject: str, element_type: str) -> str:
+        """The reason that the oldest target does not run GEMMs of an element type; empty if it does."""
         lowest = min(self.targets, key=TARGETS.index, default=TARGETS[-1])
-        since = SINCE.get(element_type, TARGETS[0])
-        return f"{what} needs --target {since} or later, found {lowest}" if TARGETS.index(lowest) < TARGETS.index(since) else ""
+        first = FIRST_TARGET.get(element_type, TARGETS[0])
+        old = TARGETS.index(lowest) < TARGETS.index(first)
+        return f"{subject} needs --target {first} or later, found {lowest}" if old else ""
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
         """Factored form: a GEMM with a scale that is computed at run time builds, but runs in half precision."""
@@ -170,7 +171,7 @@ class TensorRt(Backend):
         refused = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
         if refused:
             raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
-        wanted = profiles(input_sizes(graph), self.shapes)
+        ranges = profiles(input_sizes(graph), self.shapes)
         if importlib.util.find_spec(self.module) is None:
             raise NotHereError(
                 f"{self.module} is not installed here; {model.parent} is finished up to the graph. Copy the folder to the "
@@ -181,7 +182,7 @@ class TensorRt(Backend):
             model=str(model.resolve()),
             plan=str((folder / PLAN).resolve()),
             targets=tuple(target.upper() for target in self.targets),
-            profiles=wanted,
+            profiles=ranges,
         )
         report = build_plan(request, progress)
         (folder / LAYERS).write_text(report.layers)
@@ -189,7 +190,7 @@ class TensorRt(Backend):
             "library": f"{request.module} {report.version}",
             "targets": self.targets,
             "dtype": self.dtype,
-            "profiles": wanted,
+            "profiles": ranges,
             "seconds": report.seconds,
             "peak_bytes": report.peak_bytes,
             "sha256": report.sha256,
@@ -204,18 +205,18 @@ class TensorRt(Backend):
         Raises:
             BackendError: the plan is missing, damaged, or of another library, version or GPU.
         """
-        plan, again = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
+        plan, advice = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
         if not plan.exists() or not (built.folder / METADATA).exists():
-            raise BackendError(f"{built.folder}: no {PLAN}; {again}")
+            raise BackendError(f"{built.folder}: no {PLAN}; {advice}")
         described = _read_metadata(built.folder / METADATA)
         if importlib.util.find_spec(self.module) is None:
             raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan}")
         library = f"{self.module} {importlib.import_module(self.module).__version__}"
         if described["library"] != library:
-            raise BackendError(f"{plan} was built by {described['library']}, but {library} is installed here; {again}")
+            raise BackendError(f"{plan} was built by {described['library']}, but {library} is installed here; {advice}")
         content = plan.read_bytes()
         if hashlib.sha256(content).hexdigest() != described["sha256"]:
-            raise BackendError(f"{plan} was changed after the build; {again}")
+            raise BackendError(f"{plan} was changed after the build; {advice}")
         return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
@@ -235,10 +236,10 @@ class TensorRt(Backend):
 
         rules = {item.node: item.rule for item in self._check(ir.load(built.model))}
 
-        def why(node: ir.Node, kernel: str) -> str:
+        def reason(node: ir.Node, kernel: str) -> str:
             return rules.get(str(node.name)) or f"the builder chose {kernel}; no known rule says why"
 
-        return audit_graph(built.model, assigned, kernel, why)
+        return audit_graph(built.model, assigned, kernel, reason)
 
     def _check(self, graph: ir.Model) -> list[Finding]:
         return check(graph, self.checked_as, self.targets)
@@ -300,7 +301,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise BackendError(f"{error}; build the plan again with `dq-export finish`") from error
     values = described if isinstance(described, dict) else {}
     targets = values.get("targets")
-    known = isinstance(targets, list) and all(target in TARGETS for target in targets)
-    if not known or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):
+    valid = isinstance(targets, list) and all(target in TARGETS for target in targets)
+    if not valid or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):
         raise BackendError(f"{shown_path(path)}: damaged; build the plan again with `dq-export finish`")
     return values

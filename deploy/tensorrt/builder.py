@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 Tell = Callable[[dict[str, Any]], None]
 TIMINGS = "timing.cache"
 PHASES = 1000
-"""Resolution of a build's progress: the number of parts."""
+"""The number of parts of a build's progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """A plan to build.
+    """The request to build a plan.
 
     Args:
         module: `tensorrt` or `tensorrt_rtx`; their builders differ only in the targets.
@@ -47,7 +47,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """A plan that was built.
+    """The result of a build.
 
     Args:
         version: version of the library.
@@ -120,7 +120,7 @@ def serve(channel: TextIO, text: str) -> None:
 
 
 class PlanError(Exception):
-    """The library refuses; the message is the library's."""
+    """The library refuses the graph; the message is the library's."""
 
 
 def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
@@ -173,7 +173,7 @@ def _inspected(library: Any, log: Any, plan: bytes) -> str:
     """The list of layers from the engine inspector, for a builder that does not print it; needs the GPU."""
     engine = library.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise PlanError("the plan was built, but cannot be read on this machine to see what it runs")
+        raise PlanError("the plan was built, but this machine cannot read it to see which kernels it runs")
     text: str = engine.create_engine_inspector().get_engine_information(library.LayerInformationFormat.ONELINE)
     return text
 

@@ -31,7 +31,7 @@ def profiles(inputs: Mapping[str, Dims], flags: tuple[str, str, str]) -> dict[st
         BackendError: another syntax, an unknown input, a shape that does not fit its input or the other shapes, or no shape
             for an input with an unknown size.
     """
-    wanted = [
+    bounds = [
         _parse(text, flag, inputs) for text, flag in zip(flags, ("--min-shapes", "--opt-shapes", "--max-shapes"), strict=True)
     ]
     shapes_of: dict[str, tuple[Shape, Shape, Shape]] = {}
@@ -39,15 +39,15 @@ def profiles(inputs: Mapping[str, Dims], flags: tuple[str, str, str]) -> dict[st
         if all(isinstance(size, int) for size in dims):
             continue
         batches = list(BATCHES)
-        named = [shapes.get(name) for shapes in wanted]
-        if named[0] is None and named[1] is not None:
-            batches[0] = min(1, named[1][0])
-        if named[2] is None and named[1] is not None:
-            batches[2] = max(BATCHES[2], named[1][0])
-        if named[1] is None:
-            lowest, greatest = (shape[0] if shape else batch for shape, batch in ((named[0], BATCHES[0]), (named[2], BATCHES[2])))
+        trio = [shapes.get(name) for shapes in bounds]
+        if trio[0] is None and trio[1] is not None:
+            batches[0] = min(1, trio[1][0])
+        if trio[2] is None and trio[1] is not None:
+            batches[2] = max(BATCHES[2], trio[1][0])
+        if trio[1] is None:
+            lowest, greatest = (shape[0] if shape else batch for shape, batch in ((trio[0], BATCHES[0]), (trio[2], BATCHES[2])))
             batches[1] = min(max(BATCHES[1], lowest), greatest)
-        low, best, high = (shape or _unnamed(name, dims, named[1], batch) for shape, batch in zip(named, batches, strict=True))
+        low, best, high = (shape or _unnamed(name, dims, trio[1], batch) for shape, batch in zip(trio, batches, strict=True))
         if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             raise BackendError(f"'{name}': the shapes must grow from least to best to greatest, found {low}, {best}, {high}")
         shapes_of[name] = (low, best, high)
@@ -90,7 +90,7 @@ def _text(dims: Dims) -> str:
 
 
 def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]:
-    named = {}
+    sizes = {}
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"'?([^':]+)'?:([0-9]{1,9}(?:x[0-9]{1,9})*)", part.strip())
         if match is None:
@@ -108,8 +108,8 @@ def _parse(text: str, flag: str, inputs: Mapping[str, Dims]) -> dict[str, Shape]
                 raise BackendError(f"{flag}: '{name}' has a {axis.name} of {number}; the graph takes a {axis}")
         if dims[0] is None and not 1 <= shape[0] <= MAX_BATCH:
             raise BackendError(f"{flag}: '{name}' has a batch of {shape[0]}; expected 1 to {MAX_BATCH}, as the graph takes")
-        named[name] = shape
-    return named
+        sizes[name] = shape
+    return sizes
 
 
 def _example(inputs: Mapping[str, Dims]) -> str:

@@ -96,7 +96,7 @@ def compute_capability() -> str:
 
 
 def runs_on(targets: tuple[str, ...], capability: str) -> bool:
-    """Whether a plan for `targets` runs on a GPU: for one target, major versions are equal and the GPU's minor one is no earlier.
+    """Whether a plan for `targets` runs on a GPU: a target has the GPU's major version and no later minor version.
 
     Args:
         targets: empty for the GPU of this machine.

@@ -82,7 +82,7 @@ def versions(model: Model) -> Iterator[Fault]:
         if not file.exists() or (file.is_file() and not file.stat().st_size):
             yield model.fault(f"{file.relative_to(model.folder)} is missing or empty", "copy it there")
         elif model.backend in FILES and not file.is_file():
-            yield model.fault(f"{file.relative_to(model.folder)} is no file", "copy it there")
+            yield model.fault(f"{file.relative_to(model.folder)} is not a file", "copy it there")
         elif model.backend == "python":
             yield from _program(model, file)
 

@@ -20,7 +20,7 @@ NAME_LIMIT = 255
 def type_of(entry: Any) -> str:
     """The name of a config entry's element type, such as `TYPE_FP32`."""
     value = entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number.get(entry.data_type)
-    return str(value.name) if value else f"{entry.data_type}, which is no type"
+    return str(value.name) if value else f"{entry.data_type}, which is not a type"
 
 
 def whole_number(text: str, default: int = 0) -> int:

@@ -74,20 +74,20 @@ def cut(graphs: tuple[Path, Path], broken: Broken, feed: Feed, limit: float, tar
     model, earlier = (ir.load(path) for path in reversed(graphs))
     linear, constants = linears(model)[broken.linear], _constants(model)
     result = _result(linear)
-    kept = {linear.gemm, linear.bias_add, result.producer()}
+    ends = {linear.gemm, linear.bias_add, result.producer()}
     parts: tuple[Callable[[ir.Node], bool], ...] = (
-        lambda node: node in kept,
-        lambda node: node in kept or bool(PASS.read(node)),
+        lambda node: node in ends,
+        lambda node: node in ends or bool(PASS.read(node)),
         lambda node: True,
     )
-    known = {str(value.name) for node in earlier.graph for value in node.outputs} | set(feed)
+    computed = {str(value.name) for node in earlier.graph for value in node.outputs} | set(feed)
     inputs: Feed = feed
     for inside in parts:
         names = _inputs(result, inside, constants)
-        if not set(names) <= known:
+        if not set(names) <= computed:
             continue
         right, actual = (values_of(path, names, feed) for path in graphs)
-        if any(_apart(right[name], actual[name], limit) for name in names):
+        if any(_differs(right[name], actual[name], limit) for name in names):
             continue
         inputs = {name: right[name].astype(actual[name].dtype) for name in names}
         _write_part(graphs[1], inputs, (str(result.name), broken.expected.dtype), target)
@@ -97,7 +97,7 @@ def cut(graphs: tuple[Path, Path], broken: Broken, feed: Feed, limit: float, tar
     return [inputs], [broken.expected.astype(np.float32)]
 
 
-def _apart(right: Array, actual: Array, limit: float) -> bool:
+def _differs(right: Array, actual: Array, limit: float) -> bool:
     return right.shape != actual.shape or difference(right, actual).sqnr < limit
 
 
@@ -147,12 +147,12 @@ def _constants(model: ir.Model) -> set[ir.Value]:
 def _inputs(result: ir.Value, inside: Callable[[ir.Node], bool], constants: set[ir.Value]) -> list[str]:
     """Names of the values that the nodes `inside` need to compute a result, beside constants."""
     inputs: dict[str, None] = {}
-    waiting, seen = [result], {result} | constants
+    waiting, visited = [result], {result} | constants
     while waiting:
         node = waiting.pop().producer()
         assert node is not None
-        for value in (item for item in node.inputs if item is not None and item not in seen):
-            seen.add(value)
+        for value in (item for item in node.inputs if item is not None and item not in visited):
+            visited.add(value)
             producer = value.producer()
             if producer is None or not inside(producer):
                 inputs[str(value.name)] = None

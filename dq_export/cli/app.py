@@ -26,7 +26,7 @@ app = typer.Typer(
 
 MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
 """The class of all errors of usage, ClickException. It has no public name: typer holds a copy of click."""
-EVERYTHING = """Diffusion models to quantized engines that provably run on low-precision kernels.
+DESCRIPTION = """Diffusion models to quantized engines that provably run on low-precision kernels.
 
 Without a command: calibrate, quantize, build, audit, verify against PyTorch and bench, into one folder.
 
@@ -44,9 +44,9 @@ Exit status: 0 done, 1 failed, 2 bad input, 3 engine runs in float,
 must build, 6 a search met no goal, 130 interrupted.
 """
 STAGES = (
-    ("calibrate", "Measure the model and decide all scales."),
-    ("quantize", "Up to the Q/DQ graph model.onnx."),
-    ("build", "Up to the engine, not audited or verified."),
+    ("calibrate", "Measure the model and choose all scales."),
+    ("quantize", "Stop after the Q/DQ graph model.onnx."),
+    ("build", "Stop after the engine, without audit and verification."),
 )
 COMMANDS = (
     commands.verify, commands.bisect, commands.audit, commands.finish, commands.bench, commands.check, commands.triton,
@@ -68,7 +68,7 @@ VERSION = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--version", help="print the version and end", callback=show_version, is_eager=True)],
 )
 
-app.callback(invoke_without_command=True)(exporting("bench", EVERYTHING, (VERSION,)))
+app.callback(invoke_without_command=True)(exporting("bench", DESCRIPTION, (VERSION,)))
 for _stage, _text in STAGES:
     app.command(_stage)(exporting(_stage, _text))
 app.command("search")(search)
@@ -77,9 +77,9 @@ for _command in COMMANDS:
 
 
 def _order_sums() -> None:
-    """Make the math library of PyTorch sum in one order whatever the number of threads, before it is loaded.
+    """Make PyTorch's math library sum in one order, whatever the number of threads. Call it before the library is loaded.
 
-    Tables are then the same, bit for bit, on one process and under torchrun, which gives each process one thread. It
+    Then tables are the same, bit for bit, in one process and under torchrun, which gives each process one thread. It
     costs nothing measurable. Source: Intel oneMKL developer guide, "Strict CNR mode".
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -92,7 +92,7 @@ def main() -> None:
         status = app(standalone_mode=False)
     except SystemExit:  # first: looking up the errors below would load libraries that --help does without
         raise
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         end(FAILED)
     except MISUSE as error:
         print_misuse(error)

@@ -1,4 +1,4 @@
-"""The commands that work on finished files: an export's folder, an ONNX file, a model repository, and this machine."""
+"""The commands that work on finished files (an export's folder, an ONNX file, a model repository) or on this machine."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON", show_default=Fa
 def verify(
     out: Folder,
     min_sqnr: Annotated[float | None, option("dB that every call must keep (default as exported)", "--min-sqnr")] = None,
-    verbose: Annotated[bool, option("also all that polygraphy prints", "--verbose", "-v")] = False,
+    verbose: Annotated[bool, option("also print polygraphy's output", "--verbose", "-v")] = False,
 ) -> None:
     """Replay the recorded calls of parity/ on the graph, and judge the worst."""
     from ..verification import verify_again
 
-    done = verify_again(out, min_sqnr, verbose=verbose)
-    print_verification(done)
-    if not done.passed:
+    verification = verify_again(out, min_sqnr, verbose=verbose)
+    print_verification(verification)
+    if not verification.passed:
         raise typer.Exit(PARITY)
 
 
@@ -52,7 +52,7 @@ def bisect(
     """Name the pass and the linear that break parity; cut out the graph that fails."""
     from ..bisection.bisect import bisect_passes
 
-    with watching(quiet=False, then="nothing was changed") as watch:
+    with watching(quiet=False, advice="nothing was changed") as watch:
         watch.begin("bisect", "the passes one by one, on the recorded calls")
         bisection = bisect_passes(out, min_sqnr, watch.advance)
     print_bisection(bisection)
@@ -78,7 +78,7 @@ def finish(out: Folder) -> None:
     from ..finished import finish as build
     from ..report.verdict import require
 
-    with watching(quiet=False, then="the same command starts the build anew") as watch:
+    with watching(quiet=False, advice="the same command starts the build anew") as watch:
         watch.begin("build", str(out))
         start = time.monotonic()
         report = build(out, watch.advance)
@@ -93,7 +93,7 @@ def bench(out: Folder, as_json: Json = False) -> None:
     """Time the engine, the float graph and PyTorch in turn; list memory and operators."""
     from ..finished import bench_again
 
-    with watching(quiet=as_json, then="nothing was changed") as watch:
+    with watching(quiet=as_json, advice="nothing was changed") as watch:
         watch.begin("bench", "PyTorch, the float graph and the engine in turn")
         latency = bench_again(out, watch.advance)
     if as_json:
@@ -104,13 +104,13 @@ def bench(out: Folder, as_json: Json = False) -> None:
 
 
 def check(
-    model: Annotated[Path, path_argument("an ONNX file, of ours or not")],
+    model: Annotated[Path, path_argument("an ONNX file, made by dq-export or not")],
     target: Annotated[
         str, typer.Option(help="trt, trt-rtx, ort: its CPU provider, or ort-cuda: its CUDA provider", show_default=False)
     ],
     as_json: Json = False,
 ) -> None:
-    """What a target will run in low precision, in float or not at all."""
+    """Predict what a target runs in low precision, in float or not at all."""
     from ..finished import check_file
 
     findings = check_file(model, target)
@@ -124,7 +124,7 @@ def check(
 
 def triton(
     out: Annotated[Path, path_argument("an export's output folder, or with --check a model repository")],
-    only_check: Annotated[bool, typer.Option("--check", help="say what is wrong with a repository, of ours or not")] = False,
+    only_check: Annotated[bool, typer.Option("--check", help="check a repository, made by dq-export or not")] = False,
 ) -> None:
     """Write OUT/triton, a Triton model repository, or check one."""
     if only_check:
@@ -132,7 +132,7 @@ def triton(
         return
     from ..finished import serve_again
 
-    with watching(quiet=False, then="the same command continues") as watch:
+    with watching(quiet=False, advice="the same command continues") as watch:
         repository = serve_again(out, watch)
     print(f"{repository}: copy it to the server; {repository / 'README.md'} says how to run it and how to ask")
 
@@ -152,7 +152,7 @@ def explain(
     out: Folder,
     name: Annotated[str, typer.Argument(help="module name of a linear, or a part of several names", show_default=False)] = "",
 ) -> None:
-    """Why a linear is quantized as it is; without its whole name, a few lines for each linear."""
+    """Say why a linear is quantized as it is; without its whole name, a few lines for each linear."""
     from dq_export.core.violations import nearest
 
     from ..finished import read_report
@@ -170,7 +170,7 @@ def compare(
     second: Annotated[Path, path_argument("another export's")],
     page: Annotated[Path, path_option("the page to write (default compare.html)", "--page")] = Path("compare.html"),
 ) -> None:
-    """Set two exports side by side: recipe, SQNR by call, kernels, size, speed."""
+    """Compare two exports: recipe, SQNR by call, kernels, size, speed."""
     from ..report.comparison import compare_folders, write_comparison
 
     comparison = compare_folders(first, second)
@@ -192,7 +192,7 @@ def push(
 
 
 def doctor() -> None:
-    """What this machine can build, run and serve, and the command that adds what is missing."""
+    """List what this machine can build, run and serve, and the command that adds what is missing."""
     from ..doctor import diagnose
 
     print_diagnosis(diagnose())

@@ -16,12 +16,12 @@ from .progress import Lines
 FAILED, USAGE, AUDIT, PARITY, ELSEWHERE, UNMET, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LINE_LENGTH, LINES = 1000, 40
-"""Characters of a line, and lines, of an error."""
+"""The greatest number of characters of a line, and of lines, of an error."""
 
 
 @contextmanager
-def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
-    """Progress of a long command, which an interrupt ends with status 130 and a line that says how to go on."""
+def watching(*, quiet: bool, advice: str) -> Iterator[Lines]:
+    """Show the progress of a long command. An interrupt ends it with status 130 and a line that says how to continue."""
     watch, before = Lines(quiet=quiet), sys.unraisablehook
 
     def unraisable(failure: sys.UnraisableHookArgs) -> None:
@@ -37,7 +37,7 @@ def watching(*, quiet: bool, then: str) -> Iterator[Lines]:
         if not watch.interrupted:
             raise
         watch.stop()
-        print(f"\ninterrupted; {then}", file=sys.stderr)
+        print(f"\ninterrupted; {advice}", file=sys.stderr)
         end(INTERRUPTED)
     finally:
         sys.unraisablehook = before
@@ -88,7 +88,7 @@ def statuses() -> dict[type[Exception], int]:
 
 
 def reason_of(error: Exception) -> str:
-    """What a plug-in, the system or the interpreter refused, and what to do; empty for a fault of dq-export itself."""
+    """The error of a plug-in, the system or the interpreter, and what to do; empty for a fault of dq-export itself."""
     from dq_export.core.plugins import fault_of_plugin
 
     if fault := fault_of_plugin(error):
@@ -108,7 +108,7 @@ def reason_of(error: Exception) -> str:
 
 
 def print_misuse(error: Any) -> None:
-    """Print typer's error of usage as one of ours; where a command has no arguments at all, it is the help."""
+    """Print typer's error of usage in the form of dq-export's; for a command without any arguments, the error is the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return

@@ -1,4 +1,4 @@
-"""The commands that export: the whole, or up to a stage."""
+"""The commands that export: all stages, or the first ones."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def run_options(
     verbose: Annotated[bool, option("also what each pass and stage did", "--verbose", "-v", group=RUN)] = False,
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q", group=RUN)] = False,
 ) -> None:
-    """The options of every command that exports, in addition to the recipe's."""
+    """The options of every command that exports, besides the recipe's."""
 
 
 def exporting(until: str, text: str, more: tuple[inspect.Parameter, ...] = ()) -> Callable[..., None]:
-    """A command with the export's options that stops after a stage.
+    """Make a command with the export's options that stops after a stage.
 
     Args:
         more: parameters that typer sees and the export does not need.
@@ -65,9 +65,9 @@ def distill(
     max_memory: Annotated[float | None, option("GiB; what cannot fit is refused before it starts", "--max-memory")] = None,
 ) -> None:
     """Train OUT's blocks (--rounding distill), and export again what depends on them."""
-    how = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
-    until = "bench" if _processes() == 1 else "distill"  # torchrun's processes share nothing behind the training
-    _export(until, {**how, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
+    settings = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
+    until = "bench" if _processes() == 1 else "distill"  # torchrun's processes share nothing after the training
+    _export(until, {**settings, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     from ..report.verdict import require
 
     folder, path = options.pop("output_dir"), options.pop("recipe")
-    how = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
+    settings = {key: options.pop(key) for key in ("overwrite", "as_json", "quiet", "verbose", "max_memory", "device")}
     exclude = tuple(options.pop("exclude") or ())
     flags: dict[str, Any] = {key: value for key, value in options.items() if value not in NOT_GIVEN}
     for key in ("bits", "format", "provider", "dtype"):
@@ -87,18 +87,18 @@ def _export(until: str, options: dict[str, Any]) -> None:
         flags["bins"] = int(flags["bins"])
     recipe = recipe_of(path, flags)
     group = _group(until)
-    quiet = how["quiet"] or how["as_json"] or group.rank > 0
-    with watching(quiet=quiet, then="the same command continues after the last finished stage") as watch:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if how["device"] == "cuda" else how["device"]
-        more = {"exclude": exclude, "device": device, **{key: how[key] for key in ("overwrite", "max_memory")}}
+    quiet = settings["quiet"] or settings["as_json"] or group.rank > 0
+    with watching(quiet=quiet, advice="the same command continues after the last finished stage") as watch:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings["device"] == "cuda" else settings["device"]
+        more = {"exclude": exclude, "device": device, **{key: settings[key] for key in ("overwrite", "max_memory")}}
         more["command"] = shlex.join(["dq-export", *sys.argv[1:]])
         if path:
             more["front"] = path.parent / FRONT
         report = run(recipe, folder, Options(**more), until=until, progress=watch, group=group)
-    if report is not None and how["as_json"]:
+    if report is not None and settings["as_json"]:
         print(report.model_dump_json(indent=1))
     elif report is not None:
-        summarize(report, folder, verbose=how["verbose"])
+        summarize(report, folder, verbose=settings["verbose"])
     if group.size > 1:
         group.leave()
         end(0)  # gloo's threads sometimes abort a process that ends by itself
@@ -106,8 +106,8 @@ def _export(until: str, options: dict[str, Any]) -> None:
 
 
 def recipe_of(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe of a file and of flags, which win. A flag for another model leaves out what the file says of its own, and one
-    for other prompts, adapters or tables what it says of those."""
+    """The recipe of a file and of flags, which win. A flag for another model drops the file's keys about its own model. A flag
+    for other prompts, adapters or tables drops the file's keys about those."""
     from dq_export.core.recipe import Recipe, RecipeError
 
     from ..families.prompts import prompts_of
@@ -127,12 +127,12 @@ def recipe_of(path: Path | None, flags: dict[str, Any]) -> Recipe:
 
 
 def _processes() -> int:
-    """How many torchrun started; 1 without it."""
+    """The number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _group(until: str) -> Any:
-    """The processes that torchrun started; one alone without it."""
+    """The group of processes that torchrun started; a group of one without it."""
     from dq_export.calibration.group import ALONE, join_group
     from dq_export.core.recipe import RecipeError
 

@@ -36,27 +36,27 @@ GROUPS = {
 """The recipe's fields in the order and under the headings of `--help`."""
 RUN = "Run"
 NAMES = {"model": ("--model", "-m"), "triton": ("--triton",)}
-"""Options with other names than their field's alone."""
+"""Options whose names are not simply their field's."""
 METAVARS = {"prompts": "FILE", "conditions": "FILE", "tables": "FILE", "lora": "FILE[:SCALE]", "metric_weights": "FOLDER"}
-"""What `--help` calls a value that is a file; of prompts, what it holds becomes the field's."""
+"""The word of `--help` for a value that is a file. The content of a prompts file becomes the field's value."""
 REPEATED = ("lora",)
-"""Options that may be given several times."""
+"""Options that may be repeated."""
 NOT_GIVEN: tuple[Any, ...] = ("", None, [])
 UNIONS, NONE = (Union, UnionType), type(None)
 
 
 def option(text: str, *names: str, group: str | None = None) -> Any:
-    """A typer option whose default, where it has one, is in its text: recipe files may set another."""
+    """A typer option without a default of its own: its text states the default, because a recipe file may set another value."""
     return typer.Option(*names, help=text, show_default=False, rich_help_panel=group)
 
 
 def expanded(path: str) -> Path:
-    """A path with `~` replaced, which shells leave alone behind `--option=`."""
+    """The path with `~` replaced: shells leave it alone after `--option=`."""
     return Path(os.path.expanduser(path))
 
 
 def path_option(text: str, *names: str, group: str | None = None) -> Any:
-    """Like `option`, of a path."""
+    """Like `option`, for a path."""
     return typer.Option(*names, help=text, show_default=False, parser=expanded, metavar="PATH", rich_help_panel=group)
 
 
@@ -66,9 +66,9 @@ def path_argument(text: str) -> Any:
 
 
 def recipe_options(*fields: str) -> list[inspect.Parameter]:
-    """Parameters of a command, one for each of the recipe's fields of these names; without names, for all.
+    """Parameters of a command, one for each of these fields of the recipe; without names, for every field.
 
-    None, or an empty text, stands for an option that was not given. Values are judged by the recipe, which also judges files.
+    None, or an empty text, means that the option is not set. The recipe checks the values, as it checks those of files.
     """
     group_of = {name: group for group, names in GROUPS.items() for name in names}
     return [_parameter(name, Recipe.model_fields[name], group_of[name]) for name in fields or group_of]
@@ -89,7 +89,7 @@ def with_options(command: Callable[..., None], parameters: Iterable[inspect.Para
 
 
 def parameters_of(options: Callable[..., None]) -> list[inspect.Parameter]:
-    """The parameters of a function that stands for the options of several commands."""
+    """The parameters of a function, whose signature lists options of several commands."""
     return list(inspect.signature(options, eval_str=True).parameters.values())
 
 
@@ -128,7 +128,7 @@ def _kind(field: FieldInfo) -> tuple[type, tuple[str, ...]]:
 
 
 def _text(field: FieldInfo, words: tuple[str, ...]) -> str:
-    """The field's description, its words where the description does not have them all, and its default."""
+    """The field's description and default, and its words unless the description names them all."""
     text, _, absent = (field.description or "").partition("; null: ")
     if set(words) - set(re.split(r"[^\w-]+", text)):
         text += f": {', '.join(words)}"

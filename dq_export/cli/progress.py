@@ -1,4 +1,4 @@
-"""What a long command shows while it works: a bar on a terminal, plain lines elsewhere. Used by the command line alone."""
+"""The progress of a long command: a bar on a terminal, plain lines elsewhere. Only the command line uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )  # fmt: skip
 
-EVERY = 5.0
+INTERVAL = 5.0
 """Seconds between two plain lines of a stage."""
 AVERAGED = 3600.0
 """Seconds of past work that the bar's estimate uses: one call of a large network takes many seconds."""
@@ -46,8 +46,8 @@ class Lines:
         self.interrupted = True
         raise KeyboardInterrupt
 
-    def begin(self, stage: str, what: str, *, shown: bool = True) -> None:
-        """Say which stage starts."""
+    def begin(self, stage: str, text: str, *, shown: bool = True) -> None:
+        """Print which stage starts."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.stop()
@@ -55,10 +55,10 @@ class Lines:
         self.first: tuple[float, int] | None = None
         self.started = self.printed = time.monotonic()
         if shown:
-            self._print(f"{stage:9} {what}")
+            self._print(f"{stage:9} {text}")
 
     def advance(self, done: int, total: int, unit: str = "") -> None:
-        """Say how far the stage is and, from the second piece of work on, how long it will take.
+        """Show how far the stage is and, from the second piece of work on, how long it will take.
 
         The first piece is not counted: it also loads libraries, and compiles.
         """
@@ -81,12 +81,12 @@ class Lines:
             self.first = now, done
         elif done > self.first[1]:
             left = ", " + duration((now - self.first[0]) / (done - self.first[1]) * (total - done)) + " left"
-        if now - self.printed >= EVERY:
+        if now - self.printed >= INTERVAL:
             self.printed = now
             self._print(f"{self.stage:9} {done}/{total}{f' {unit}' if unit else ''}{left}")
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        """Say what came out."""
+        """Print the stage's result."""
         self.stop()
         text = "kept from an earlier run" if kept else f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
         self._print(f"{self.stage:9} done: {result + ', ' if result else ''}{text}")
@@ -132,7 +132,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it: `43 s`, `12 min`, `3.5 h`."""
+    """The duration in a suitable unit: `43 s`, `12 min`, `3.5 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -16,7 +16,7 @@ GOAL, EFFORT = "Goal", "Effort"
 
 
 def search_options(
-    recipe: Annotated[Path | None, path_option("YAML of everything that is not searched", "--recipe", group=RUN)] = None,
+    recipe: Annotated[Path | None, path_option("YAML with everything that is not searched", "--recipe", group=RUN)] = None,
     target_sqnr: Annotated[float | None, option("dB to keep, at the least size", "--target-sqnr", group=GOAL)] = None,
     max_size: Annotated[float | None, option("MB of weights, for the best pictures", "--max-size", group=GOAL)] = None,
     max_latency: Annotated[float | None, option("ms of a call of batch 2, timed here", "--max-latency", group=GOAL)] = None,
@@ -31,7 +31,7 @@ def search_options(
     ] = Path("search"),
     quiet: Annotated[bool, option("only errors and the summary", "--quiet", "-q", group=RUN)] = False,
 ) -> None:
-    """The options of a search, in addition to the recipe's."""
+    """The options of a search, besides the recipe's."""
 
 
 def _search(**options: Any) -> None:
@@ -42,7 +42,7 @@ def _search(**options: Any) -> None:
     base = recipe_of(options.pop("recipe"), flags)
     folder, quiet = options.pop("output_dir"), options.pop("quiet")
     request = SearchRequest(**options)
-    with watching(quiet=quiet, then="the same command continues after the last evaluation") as watch:
+    with watching(quiet=quiet, advice="the same command continues after the last evaluation") as watch:
         outcome = explore(base, folder, request, progress=watch)
     print_search(outcome)
     print(f"{outcome.evaluations} evaluations; export it: dq-export --recipe {folder / WINNER} -o out")

@@ -1,4 +1,4 @@
-"""The tables that commands print. Used by the command line alone."""
+"""The tables that commands print. Only the command line uses them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:  # they load numpy and pydantic, which --help does without
     from ..verification import Verification
 
 CELL = 2000
-"""Characters of a cell."""
+"""The greatest number of characters of a cell."""
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """Print a table. Text in a cell is not read as rich's markup, and its control characters are escaped.
 
     Args:
-        heads: of the columns; all empty: a table without a head.
+        heads: titles of the columns; if all are empty, the table has no head.
     """
     columns = [Column(head, overflow="fold") for head in heads]
     table = Table(*columns, title=one_line(title) if title else None, show_header=any(heads))
@@ -49,7 +49,7 @@ def one_line(value: object) -> str:
 
 
 def print_search(outcome: Outcome) -> None:
-    """The winner beside the recipes with one choice everywhere."""
+    """Print the winner beside the recipes with one choice everywhere."""
     rows = [
         (name, f"{size:.2f}", "" if math.isnan(milliseconds) else f"{milliseconds:.2f}", f"{sqnr:.1f}")
         for name, size, milliseconds, sqnr in (("found", outcome.size, outcome.milliseconds, outcome.held_back), *outcome.uniform)
@@ -58,7 +58,7 @@ def print_search(outcome: Outcome) -> None:
 
 
 def print_audit(report: Audit, required: float) -> None:
-    """The kernel of every GEMM."""
+    """Print the kernel of every GEMM."""
     rows = [(gemm.name, gemm.wanted, gemm.kernel, gemm.reason) for gemm in report.gemms]
     print_table(["GEMM", "wanted", "kernel", "why not"], rows)
     print(f"{report.integer_share:.1%} of all GEMM FLOPs run on low-precision kernels;")
@@ -66,7 +66,7 @@ def print_audit(report: Audit, required: float) -> None:
 
 
 def print_bisection(bisection: Bisection) -> None:
-    """The worst recorded call after each pass, and where parity breaks."""
+    """Print the worst recorded call after each pass, and where parity breaks."""
     rows = [(step.name, f"{step.sqnr:.1f}", step.call) for step in bisection.steps]
     print_table(["after", "worst dB", "of call"], rows)
     if bisection.broken is None:
@@ -82,7 +82,7 @@ def print_bisection(bisection: Bisection) -> None:
 
 
 def print_linears(report: Report, name: str) -> None:
-    """All about the linear of that name; else a few lines for each whose name contains it, or for all if there is none."""
+    """Print all about the linear of that name, or a few lines for each whose name contains it, or for all if none does."""
     from ..report.explain import explain_linear, linear_lines
 
     exact = next((linear for linear in report.linears if linear.name == name), None)
@@ -93,23 +93,23 @@ def print_linears(report: Report, name: str) -> None:
         print("\n  ".join(map(one_line, lines)))
 
 
-def print_verification(done: Verification) -> None:
-    """Whether the recorded calls keep the limit, by the worst of them."""
-    sqnr, timestep = done.worst
-    print(f"verify     {'passed' if done.passed else 'FAILED'}")
-    print(f"worst call {sqnr:.1f} dB at timestep {timestep:g}, of {len(done.calls)} calls")
-    print(f"limit      {done.limit:.1f} dB ({done.origin})")
+def print_verification(verification: Verification) -> None:
+    """Print whether the recorded calls keep the limit, by the worst of them."""
+    sqnr, timestep = verification.worst
+    print(f"verify     {'passed' if verification.passed else 'FAILED'}")
+    print(f"worst call {sqnr:.1f} dB at timestep {timestep:g}, of {len(verification.calls)} calls")
+    print(f"limit      {verification.limit:.1f} dB ({verification.origin})")
 
 
 def print_latency(latency: LatencyReport) -> None:
-    """Every engine's latency and memory, and the operators that take longest."""
+    """Print every engine's latency and memory, and the operators that take longest."""
     times = []
     for name, item in latency.engines.items():
         ratio = f"{item.median_ms / latency.engine_ms:.2f}x"
         times.append((name, f"{item.median_ms:.2f}", f"{item.least_ms:.2f}", ratio, f"{item.memory_mb or 0:.0f}"))
     heads = ["", "median ms", "least", "engine is faster by", "memory MB"]
     print_table(heads, times, title=f"one call, batch {latency.batch}")
-    print(f"float: {latency.baseline}; each engine in processes of its own, in turn")
+    print(f"float: {latency.baseline}; each engine in its own processes, in turn")
     before, after = latency.profile["float"], latency.profile["engine"]
     longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
     shown = [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]
@@ -120,7 +120,7 @@ def print_latency(latency: LatencyReport) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """What a target will not run in low precision, how many GEMMs of each verdict there are, and how many other operators."""
+    """Print what a target will not run in low precision, and the numbers of GEMMs and of other operators by verdict."""
     gemms = [item for item in findings if item.gemm or item.failed]
     rows = [(item.node, item.verdict, item.rule, item.fix) for item in gemms if item.verdict != "low precision"]
     if rows:
@@ -136,19 +136,19 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Each table of two exports side by side."""
+    """Print each table of two exports side by side."""
     for title, rows in comparison.tables().items():
         print_table(["", *comparison.names], rows, title=title)
 
 
 def print_diagnosis(parts: Sequence[Diagnosis]) -> None:
-    """Each part of the machine, and how to add what is missing."""
+    """Print each part of the machine, and how to add what is missing."""
     rows = [(item.part, item.state, item.purpose, item.remedy) for item in parts]
     print_table(["part", "here", "what it is for", "how to add it"], rows)
 
 
 def print_faults(faults: Sequence[Fault]) -> None:
-    """What is wrong with a model repository, and how many errors and warnings there are."""
+    """Print the faults of a model repository, and the numbers of errors and warnings."""
     if faults:
         rows = [(item.model, item.severity, item.problem, item.fix) for item in faults]
         print_table(["model", "", "what", "what to do"], rows)
@@ -199,12 +199,12 @@ def _measured_rows(report: Report) -> list[tuple[str, str]]:
     """Distance from PyTorch, size and speed."""
     rows = []
     trajectories = report.parity.trajectories if report.parity else ()
-    drawn = {row.stage: ", ".join(filter(None, [f"; pictures {row.sqnr:.1f} dB", row.seen()])) for row in trajectories}
+    pictures = {row.stage: ", ".join(filter(None, [f"; pictures {row.sqnr:.1f} dB", row.appearance()])) for row in trajectories}
     for stage in report.stages():
         low = report.worst_call(stage)
         assert low is not None  # stages are those that have calls
         calls = f"calls {report.mean_sqnr(stage):.1f} dB mean, {low.sqnr:.1f} worst (t={low.timestep:g})"
-        rows.append((f"SQNR {stage}", calls + drawn.get(stage, "")))
+        rows.append((f"SQNR {stage}", calls + pictures.get(stage, "")))
     if report.size:
         size = report.size
         ratio = size.float_bytes / size.engine_bytes
@@ -219,10 +219,10 @@ def _measured_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def warn_if_slower(latency: LatencyReport) -> None:
-    """Say on stderr which operators lose, where the float graph is the faster one."""
+    """Name the slower operators on stderr if the float graph is faster."""
     from ..stages.bench import losing
 
     if latency.ratio < 1:
-        lost = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"
+        slower_operators = ", ".join(losing(latency)[:5]) or "`dq-export bench OUT` lists them"
         slower = f"the quantized engine is {1 / latency.ratio:.2f}x slower than {latency.baseline}"
-        print(f"warning: {slower}; operators that lose: {lost}", file=sys.stderr)
+        print(f"warning: {slower}; slower operators: {slower_operators}", file=sys.stderr)

@@ -43,8 +43,8 @@ def load_conditions(path: Path) -> Conditions:
             f"{shown_path(path)}: no conditions; expected a tensor [N, ...] for each of the network's condition inputs"
         )
     if len(set(counts.values())) > 1:
-        some = sorted(counts.items())[:3]
-        listed = ", ".join(f"{count} of {shown(name)}" for name, count in some) + (" …" if len(counts) > 3 else "")
+        first = sorted(counts.items())[:3]
+        listed = ", ".join(f"{count} of {shown(name)}" for name, count in first) + (" …" if len(counts) > 3 else "")
         raise DocumentError(f"{shown_path(path)}: rows: {listed}; expected as many of each")
     names = _names(metadata.get(PROMPTS), next(iter(counts.values())), shown_path(path))
     return Conditions(names=names, arrays=arrays, null=null)
@@ -90,9 +90,9 @@ def _row_misfits(name: str, item: Input, arrays: Feed, count: int, sizes: dict[s
         return
     for axis, size in zip(item.shape[1:], rows.shape[1:], strict=True):
         if isinstance(axis, Axis):
-            first, where = sizes.setdefault(axis.name, (size, name))
+            first, owner = sizes.setdefault(axis.name, (size, name))
             if first != size:
-                yield f"{name} has {axis.name} {size}, and {where} has {axis.name} {first}; expected the same"
+                yield f"{name} has {axis.name} {size}, and {owner} has {axis.name} {first}; expected the same"
     finite = np.isfinite(rows).reshape(count, -1).all(axis=1)
     if not finite.all():
         yield f"{name} has NaN or Inf in row {np.argmin(finite)}"
@@ -102,12 +102,12 @@ def _listed(names: set[str]) -> str:
     return ", ".join(shown(name) for name in sorted(names)[:6]) or "no tensor"
 
 
-def _names(text: str | None, count: int, where: str) -> tuple[str, ...]:
+def _names(text: str | None, count: int, place: str) -> tuple[str, ...]:
     if text is None:
         return tuple(map(str, range(1, count + 1)))
-    names = parse_json(text, f"{PROMPTS} of {where}")
+    names = parse_json(text, f"{PROMPTS} of {place}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DocumentError(f"{where}: {PROMPTS} in its metadata is no JSON list of texts")
+        raise DocumentError(f"{place}: {PROMPTS} in its metadata is not a JSON list of texts")
     if len(names) != count:
-        raise DocumentError(f"{where}: {len(names)} {PROMPTS} in its metadata for {count} conditions")
+        raise DocumentError(f"{place}: {len(names)} {PROMPTS} in its metadata for {count} conditions")
     return tuple(names)

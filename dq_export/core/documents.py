@@ -147,9 +147,9 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         value = yaml.load(text, _BoundedLoader)
     except yaml.YAMLError as error:
-        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise DocumentError(f"{source}: not readable as YAML ({printable(problem)}{where})") from error
+        raise DocumentError(f"{source}: not readable as YAML ({printable(problem)}{line})") from error
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise DocumentError(f"{source}: a number of too many digits") from error
     _require_plain(value, source)
@@ -195,7 +195,7 @@ def _require_plain(value: Any, source: str) -> None:
     for _ in range(DEPTH):
         for item in level:
             if isinstance(item, str) and not item.isascii() and any("\ud800" <= sign <= "\udfff" for sign in item):
-                raise DocumentError(f"{source}: {shown(item)} is no valid Unicode text")
+                raise DocumentError(f"{source}: {shown(item)} is not valid Unicode text")
         level = [
             child
             for item in level

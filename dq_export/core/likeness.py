@@ -22,8 +22,8 @@ def psnr(references: Float32, pictures: Float32) -> float:
     Args:
         references, pictures: float32[N, C, H, W] in [-1, 1].
     """
-    apart = np.square(references.astype(np.float64) - pictures).mean(axis=(1, 2, 3))
-    return float(decibels(np.full(len(apart), RANGE**2), apart).mean())
+    errors = np.square(references.astype(np.float64) - pictures).mean(axis=(1, 2, 3))
+    return float(decibels(np.full(len(errors), RANGE**2), errors).mean())
 
 
 def ssim(references: Float32, pictures: Float32) -> float | None:

@@ -15,7 +15,7 @@ REPEATED = re.compile(r"(?<!\\)\{\d*,?\d{5}")
 
 
 class PatternError(ValueError):
-    """A text is no regular expression that RE2 takes; the message says why."""
+    """A text is not a regular expression that RE2 takes; the message says why."""
 
 
 def search(pattern: str, text: str) -> bool:

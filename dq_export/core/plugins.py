@@ -84,11 +84,11 @@ class OneOf:
     """A check of a text: one of dq-export's own words, or the name of a plug-in."""
 
     kind: Kind
-    own: tuple[str, ...]
+    built_in: tuple[str, ...]
 
     def words(self) -> tuple[str, ...]:
         """All that it may be."""
-        return (*self.own, *plugin_names(self.kind))
+        return (*self.built_in, *plugin_names(self.kind))
 
     def __call__(self, text: str) -> str:
         """The text itself.

@@ -15,7 +15,7 @@ class Advance(Protocol):
 class Progress(Protocol):
     """Shows what a run does, stage by stage."""
 
-    def begin(self, stage: str, what: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         """A stage starts."""
 
     def advance(self, done: int, total: int, unit: str = "") -> None:
@@ -32,7 +32,7 @@ def unwatched(done: int, total: int, unit: str = "") -> None:
 class Silent:
     """A `Progress` that shows nothing."""
 
-    def begin(self, stage: str, what: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         """Nothing."""
 
     def advance(self, done: int, total: int, unit: str = "") -> None:

@@ -22,7 +22,7 @@ class QuantType:
     Args:
         name: as ONNX and numpy's extension types call it.
         mantissa: bits of a float type's mantissa; 0 for integers.
-        least: exponent of a float type's least normal number.
+        min_exponent: exponent of a float type's least normal number.
     """
 
     name: str
@@ -31,7 +31,7 @@ class QuantType:
     qmax: int
     zero_point: int = 0
     mantissa: int = 0
-    least: int = 0
+    min_exponent: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -46,7 +46,7 @@ class QuantType:
     def round(self, values: Float32) -> Float32:
         """float32: each value (already divided by its scale) as the nearest code, ties to even, clipped."""
         if self.is_float:
-            exponent = np.maximum(np.frexp(values)[1] - 1, self.least) - self.mantissa
+            exponent = np.maximum(np.frexp(values)[1] - 1, self.min_exponent) - self.mantissa
             rounded = np.ldexp(np.rint(np.ldexp(values, -exponent)), exponent)
         else:
             rounded = np.rint(values)
@@ -58,5 +58,5 @@ INT8 = QuantType(name="int8", bits=8, qmin=-127, qmax=127)
 UINT8 = QuantType(name="uint8", bits=8, qmin=1, qmax=255, zero_point=128)
 INT6 = QuantType(name="int6", bits=6, qmin=-31, qmax=31)
 INT4 = QuantType(name="int4", bits=4, qmin=-7, qmax=7)
-FP8 = QuantType(name="float8_e4m3fn", bits=8, qmin=-448, qmax=448, mantissa=3, least=-6)
+FP8 = QuantType(name="float8_e4m3fn", bits=8, qmin=-448, qmax=448, mantissa=3, min_exponent=-6)
 QUANT_TYPES = (INT8, UINT8, INT6, INT4, FP8)

@@ -36,53 +36,55 @@ class Recipe(BaseModel):
 
     model: str = Field(min_length=1, max_length=4096, description="family name, hub id or local folder")
     revision: str | None = Field(
-        default=None, max_length=256, description="of a hub id: branch, tag or commit; null: the default branch"
+        default=None, max_length=256, description="branch, tag or commit of a hub id; null: the default branch"
     )
-    variant: str | None = Field(default=None, max_length=64, description="of the weights, as fp16; null: none, or the only one")
+    variant: str | None = Field(
+        default=None, max_length=64, description="the weights' variant, as fp16; null: none, or the only one"
+    )
     lora: tuple[str, ...] | None = Field(
         default=None, min_length=1, max_length=100, description="FILE[:SCALE], fused before calibration; repeatable"
     )
-    lora_sha256: tuple[str, ...] | None = Field(default=None, description="of each file of lora; null: any")
+    lora_sha256: tuple[str, ...] | None = Field(default=None, description="digest of each file of lora; null: any")
     prompts: tuple[str, ...] | None = Field(
-        default=None, description="to draw, one a line; null: of the model's prompts.txt, or dq-export's own"
+        default=None, description="prompts to draw, one per line; null: the model's prompts.txt, or dq-export's own"
     )
     conditions: str | None = Field(
         default=None, min_length=1, max_length=4096, description="safetensors with encoded prompts, in place of --prompts"
     )
     conditions_sha256: str | None = Field(
-        default=None, pattern="^[0-9a-f]{64}$", description="of the file of conditions; null: any"
+        default=None, pattern="^[0-9a-f]{64}$", description="digest of the file of conditions; null: any"
     )
-    format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: the graph alone")
+    format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: only the graph")
     provider: Literal["cpu", "openvino", "cuda"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"
     )
     dtype: Literal["fp32", "fp16", "bf16"] | None = Field(
-        default=None, description="of what is not quantized; null: the format's"
+        default=None, description="type of everything that is not quantized; null: the format's"
     )
     target: str = Field("sm89,sm120", description="for format trt-rtx: the GPUs that the plan is for")
-    min_shapes: str = Field("", description="for trt and trt-rtx, as trtexec takes them: the least batch is 1")
-    opt_shapes: str = Field("", description="the shapes to be fastest at: a batch of 2")
-    max_shapes: str = Field("", description="the greatest: a batch of 16")
+    min_shapes: str = Field("", description="for trt and trt-rtx: the least shapes, in trtexec's syntax: a batch of 1")
+    opt_shapes: str = Field("", description="the shapes at which the plan is fastest: a batch of 2")
+    max_shapes: str = Field("", description="the greatest shapes: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
     granularity: Granularity | None = Field(
         default=None,
-        description="of activation scales: tensor (by timestep), token, token-group; null: tensor, of w4a8 token",
+        description="activation scales: tensor (by timestep), token, token-group; null: tensor, for w4a8 token",
     )
     group_size: int | None = Field(
         default=None, ge=0, le=65536, description="inputs that share a weight scale; 0: all; null: by bits"
     )
     channel_bits: int | None = Field(
-        default=None, ge=3, le=7, description="for bits w8a8: of weights on average, one more for channels with outliers; null: 8"
+        default=None, ge=3, le=7, description="for bits w8a8: mean bits of weights, more for channels with outliers; null: 8"
     )
-    attention: Attention = Field("float", description="its two matmuls; fp8 for trt and trt-rtx")
+    attention: Attention = Field("float", description="type of attention's two matmuls; fp8 for trt and trt-rtx")
     method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Rounding | None = Field(
         default=None,
-        description="of weights: to nearest, least error, GPTQ, or GPTQ and then trained block by block; null: rtn, of w4a8 gptq",
+        description="weights: to nearest, with least error, by GPTQ, or GPTQ and then training; null: rtn, for w4a8 gptq",
     )
     bias_correction: bool = Field(False, description="move each bias by the mean output error over calibration")
     percentile: float = Field(
-        99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: of |x|, per timestep"
+        99.99, gt=50, le=100, allow_inf_nan=False, description="for method percentile: the percentile of |x|, per timestep"
     )
     bins: Literal["auto", "per-step"] | int = Field("auto", description="timestep bins of a scale table; 1 is static")
     scaling: Literal["auto", "none", "dilate", "smooth", "balance", "equalize"] = Field("auto", description="equivalent scaling")
@@ -94,23 +96,25 @@ class Recipe(BaseModel):
     tables: str | None = Field(
         default=None, min_length=1, max_length=4096, description="safetensors of scales and weights that are trained already"
     )
-    tables_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of the file of tables; null: any")
-    distill_iterations: int = Field(150, ge=1, le=100_000, description="for rounding distill: steps of training a block")
-    distill_batch: int = Field(16, ge=1, le=1024, description="samples of a step, each with its own timestep")
-    distill_samples: int = Field(1600, ge=8, le=1_000_000, description="drawn from the calibration's network calls")
-    distill_rate: float = Field(0.02, gt=0, le=1, allow_inf_nan=False, description="of weights, in steps of their codes")
+    tables_sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="digest of the file of tables; null: any"
+    )
+    distill_iterations: int = Field(150, ge=1, le=100_000, description="for rounding distill: training steps per block")
+    distill_batch: int = Field(16, ge=1, le=1024, description="samples per training step, each with its own timestep")
+    distill_samples: int = Field(1600, ge=8, le=1_000_000, description="training samples, from calibration's network calls")
+    distill_rate: float = Field(0.02, gt=0, le=1, allow_inf_nan=False, description="rate of weights, in steps of their codes")
     distill_scale_rate: float = Field(
-        0.07, gt=0, le=1, allow_inf_nan=False, description="of activation scales, in codes at the end of their range"
+        0.07, gt=0, le=1, allow_inf_nan=False, description="rate of activation scales, in codes at the end of their range"
     )
     distill_bias_rate: float = Field(
-        0.15, gt=0, le=1, allow_inf_nan=False, description="of biases, in steps of the codes of their weights"
+        0.15, gt=0, le=1, allow_inf_nan=False, description="rate of biases, in steps of their weights' codes"
     )
     finish: int = Field(
-        0, ge=0, le=100_000, description="for rounding distill: steps of training all scales and biases by the network's output"
+        0, ge=0, le=100_000, description="for rounding distill: steps that train all scales and biases by the network's output"
     )
     calib_size: int = Field(16, ge=1, le=100_000, description="pictures sampled for calibration")
     calibration: Literal["uniform", "progressive"] = Field("uniform", description="inputs of the float or the quantized network")
-    steps: int = Field(50, ge=1, le=1000, description="sampler steps a picture")
+    steps: int = Field(50, ge=1, le=1000, description="sampler steps per picture")
     parity_size: int = Field(10, ge=1, le=1000, description="pictures drawn with PyTorch and the engine to compare them")
     guidance_scale: float | None = Field(
         default=None, ge=1, le=1000, allow_inf_nan=False, description="classifier-free guidance; null: the model's default"
@@ -121,11 +125,11 @@ class Recipe(BaseModel):
         pattern=f"^{SIZE}(,{SIZE})*$",
         description="HEIGHTxWIDTH in pixels, or several: 512x512,1024x768; null: the model's own",
     )
-    seed: int = Field(0, ge=0, le=2**64 - 1, description="of noise and conditions")
-    timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep a batch, or one a sample")
+    seed: int = Field(0, ge=0, le=2**64 - 1, description="seed of noise and conditions")
+    timesteps: Literal["auto", "shared", "per-sample"] = Field("auto", description="one timestep per batch, or one per sample")
     triton: bool = Field(False, description="also write a Triton model repository")
     text_encoder_bits: Literal[8] | None = Field(
-        default=None, description="for triton: of the text encoders' weights, in blocks: 8; null: float"
+        default=None, description="for triton: bits of the text encoders' weights, in blocks: 8; null: float"
     )
     layout: Literal["plain", "diffusers"] = Field(
         "plain", description="diffusers: also write the folder that optimum's ORTDiffusionPipeline loads"
@@ -226,7 +230,7 @@ class Recipe(BaseModel):
             raise RecipeError(f"recipe {shown_path(path)}: expected a mapping of options, found {type(values).__name__}")
         wrong = next((key for key in values if not isinstance(key, str)), None)
         if wrong is not None:
-            raise RecipeError(f"recipe {shown_path(path)}: key {shown(wrong)} is no option")
+            raise RecipeError(f"recipe {shown_path(path)}: key {shown(wrong)} is not an option")
         return values
 
     @staticmethod

@@ -44,7 +44,7 @@ class Rule(BaseModel):
         return self.role in (None, linear.role) and search(self.match, linear.name)
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         """What it matches, in words: `role gemm`, a regular expression, or both."""
         return " ".join(filter(None, [self.role and f"role {self.role}", self.match]))
 
@@ -120,7 +120,7 @@ def unmatched(rules: Sequence[Rule], linears: Mapping[str, Linear]) -> list[str]
     for rule in rules:
         if (rule.match or rule.role is None) and not any(rule.matches(linear) for linear in linears.values()):
             hint = nearest(rule.match, list(linears)) or f" Names look like '{next(iter(linears))}'."
-            wrong.append(f"rule {shown(rule.what)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
+            wrong.append(f"rule {shown(rule.label)} ({rule.action}) matches none of {len(linears)} linears.{hint}")
     left = [name for name, linear in linears.items() if not any(rule.matches(linear) for rule in rules)]
     if left:
         names = ", ".join(f"'{name}'" for name in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")

@@ -180,7 +180,7 @@ class Scheme:
             return "" if self._has_blocks else "group_size 0 leaves no groups; give the groups a size, or use granularity token"
         if self._has_blocks and not self.two_level:
             return (
-                "an 8-bit integer GEMM has one weight scale an output channel; use group_size 0, int4 weights (w4a8), or "
+                "an 8-bit integer GEMM has one weight scale per output channel; use group_size 0, int4 weights (w4a8), or "
                 "granularity token-group"
             )
         return ""

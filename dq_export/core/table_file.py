@@ -59,17 +59,17 @@ class Codes(BaseModel):
     signed: bool
 
     def __str__(self) -> str:
-        return f"{self.bits} bits {'signed' if self.signed else 'unsigned'}, {self.least} … {self.greatest}"
+        return f"{self.bits} bits {'signed' if self.signed else 'unsigned'}, {self.lowest} … {self.greatest}"
 
     @property
-    def least(self) -> int:
-        """The least code."""
+    def lowest(self) -> int:
+        """The lowest code."""
         return -(1 << self.bits - 1) if self.signed else 0
 
     @property
     def greatest(self) -> int:
         """The greatest code."""
-        return self.least + (1 << self.bits) - 1
+        return self.lowest + (1 << self.bits) - 1
 
 
 class Entry(BaseModel):
@@ -142,25 +142,25 @@ def load_table_file(path: Path) -> TableFile:
     return file
 
 
-def listed(faults: list[str], where: str) -> str:
+def listed(faults: list[str], place: str) -> str:
     """A line for each fault, the first ERRORS."""
     more = [f"and {len(faults) - ERRORS} more"] * (len(faults) > ERRORS)
-    return "\n".join(f"{where}: {fault}" for fault in [*faults[:ERRORS], *more])
+    return "\n".join(f"{place}: {fault}" for fault in [*faults[:ERRORS], *more])
 
 
 def _header(tensors: TensorFile) -> Header:
-    where = shown_path(tensors.path)
+    place = shown_path(tensors.path)
     text = tensors.metadata.get(KEY)
     if text is None:
-        raise DocumentError(f"{where}: no '{KEY}' in its metadata; a file of tables has its header there, see docs/tables.md")
-    values = parse_json(text, f"header of {where}")
+        raise DocumentError(f"{place}: no '{KEY}' in its metadata; a file of tables has its header there, see docs/tables.md")
+    values = parse_json(text, f"header of {place}")
     if not isinstance(values, dict):
-        raise DocumentError(f"{where}: its header is no JSON object")
+        raise DocumentError(f"{place}: its header is not a JSON object")
     try:
         return Header.model_validate(values)
     except ValidationError as error:
         valid = {"": list(Header.model_fields), "linears": ["activation", "weight", *Codes.model_fields]}
-        raise DocumentError(violations(error, f"header of {where}", valid)) from error
+        raise DocumentError(violations(error, f"header of {place}", valid)) from error
 
 
 def _schedule_faults(header: Header) -> Iterator[str]:
@@ -203,10 +203,10 @@ def _entry_faults(linear: str, entry: Entry, parts: list[str]) -> Iterator[str]:
         ("weight", "weight.codes", entry.weight is not None),
     ):
         if present != (part in parts):
-            having, lacking = (f"'{key}' in the header", f"tensor '{part}'")
+            stated, missing = (f"'{key}' in the header", f"tensor '{part}'")
             if not present:
-                having, lacking = lacking, having
-            yield f"{shown(linear)} has {having} and no {lacking}"
+                stated, missing = missing, stated
+            yield f"{shown(linear)} has {stated} and no {missing}"
 
 
 def _value_faults(file: TableFile, linear: str, entry: Entry) -> Iterator[str]:
@@ -227,5 +227,5 @@ def _value_faults(file: TableFile, linear: str, entry: Entry) -> Iterator[str]:
             low, high = float(values.min()), float(values.max())
             if part.endswith("zero_point"):
                 low, high = round(low), round(high)
-            if low < codes.least or high > codes.greatest:
+            if low < codes.lowest or high > codes.greatest:
                 yield f"{name} reaches {low:g} … {high:g}; its codes are {codes}: state the right bits and sign in the header"

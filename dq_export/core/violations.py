@@ -37,15 +37,15 @@ def violations(error: ValidationError, source: str, fields: Mapping[str, Sequenc
 
 
 def _line(item: Any, source: str, fields: Mapping[str, Sequence[str]]) -> str:
-    where = printable(".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int"))), 100)
+    key = printable(".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int"))), 100)
     value = item.get("input")
     if item["type"] == "extra_forbidden":
-        valid = list(fields.get(where.split(".")[0], fields[""]))
-        return f"{source}: unknown key '{where}'.{nearest(where.split('.')[-1], valid)} Valid: {', '.join(valid)}"
+        valid = list(fields.get(key.split(".")[0], fields[""]))
+        return f"{source}: unknown key '{key}'.{nearest(key.split('.')[-1], valid)} Valid: {', '.join(valid)}"
     if item["type"] == "literal_error":
         expected = item["ctx"]["expected"]
         hint = nearest(value, re.findall("'([^']+)'", expected)) if isinstance(value, str) else ""
-        return f"{source}: {where} = {shown(value)}: expected {expected}.{hint}"
+        return f"{source}: {key} = {shown(value)}: expected {expected}.{hint}"
     if item["type"] == "missing":
-        return f"{source}: '{where}' is missing"
-    return f"{source}: {where} = {shown(value)}: {item['msg'].removeprefix('Value error, ')}"
+        return f"{source}: '{key}' is missing"
+    return f"{source}: {key} = {shown(value)}: {item['msg'].removeprefix('Value error, ')}"

@@ -21,7 +21,7 @@ RAISED = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
-"""What diffusers raises on values that it does not take: it checks few of them, and fails where it first uses one, NameError
+"""The errors of diffusers on values that it does not take: it checks few of them, and fails at the first use of one; NameError
 where it has no branch for a value."""
 
 Channels = Annotated[int, Field(ge=1, le=16_384)]
@@ -41,7 +41,7 @@ class Values(BaseModel):
     """Whether the files contain everything that a network computes at its creation."""
 
 
-Found = TypeVar("Found", bound=Values)
+V = TypeVar("V", bound=Values)
 
 
 class VaeValues(Values):
@@ -167,18 +167,18 @@ def require_values(architecture: Any, values: type[Values], config: Mapping[str,
     """Check that a class takes the values of a configuration, as far as this is possible without creating an object.
 
     Args:
-        architecture: a diffusers class; keys that it does not take are not looked at.
-        values: what its keys may be.
-        path: of the file, for messages.
+        architecture: a diffusers class; keys that it does not take are not checked.
+        values: the possible values of its keys.
+        path: the file, for messages.
 
     Raises:
         ModelError: every key whose value is of another type or out of range, up to three of them.
     """
-    taken = inspect.signature(architecture.__init__).parameters
-    values_of(values, {key: value for key, value in config.items() if key in taken}, path)
+    parameters = inspect.signature(architecture.__init__).parameters
+    values_of(values, {key: value for key, value in config.items() if key in parameters}, path)
 
 
-def values_of(values: type[Found], config: Mapping[str, Any], path: Path) -> Found:
+def values_of(values: type[V], config: Mapping[str, Any], path: Path) -> V:
     """The values of a configuration.
 
     Raises:
@@ -192,17 +192,17 @@ def values_of(values: type[Found], config: Mapping[str, Any], path: Path) -> Fou
 
 
 @contextmanager
-def refused(what: str, advice: str) -> Iterator[None]:
+def refused(message: str, advice: str) -> Iterator[None]:
     """A context for a call of diffusers with a file's values; any error becomes a ModelError of one line.
 
     Args:
-        what: the beginning of the message: the file and what failed.
-        advice: what to do.
+        message: its beginning, the file and the failed step.
+        advice: its end, the remedy.
     """
     try:
         yield
     except RAISED as error:
-        raise ModelError(f"{what} ({reason_of(error)}); {advice}") from error
+        raise ModelError(f"{message} ({reason_of(error)}); {advice}") from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -216,5 +216,5 @@ def _problem(item: Any) -> str:
         return printable(message)
     key = item["loc"][0]
     inside = [part for part in item["loc"][1:] if isinstance(part, int)]
-    where = f"{key}[{inside[0]}]" if inside else str(key)
-    return printable(f"{where} = {shown(item['input'])}: {message}")
+    name = f"{key}[{inside[0]}]" if inside else str(key)
+    return printable(f"{name} = {shown(item['input'])}: {message}")

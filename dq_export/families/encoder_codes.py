@@ -32,11 +32,11 @@ def quantize_encoder(model: ir.Model) -> None:
         GraphError: see `linears`.
     """
     run_passes(model, (FoldTranspose(),))
-    found = linears(model)
-    assigned = {name: _rule(linear) for name, linear in found.items()}
+    layers = linears(model)
+    assigned = {name: _rule(linear) for name, linear in layers.items()}
     scales = {
         name: cover(linear.weight(), rule.scheme).scale
-        for (name, linear), rule in zip(found.items(), assigned.values(), strict=True)
+        for (name, linear), rule in zip(layers.items(), assigned.values(), strict=True)
         if rule.scheme.weight
     }
     result = CalibrationResult(sites={}, weight_scale=scales, provenance={})

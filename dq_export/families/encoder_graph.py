@@ -12,23 +12,23 @@ from .text_parts import Part
 from .widened import widened
 
 LONGEST = 512
-"""Tokens that the graph of an encoder without a table of positions takes."""
+"""The greatest number of tokens that the graph of an encoder without a table of positions takes."""
 NAME = "encoder"
-"""What precedes the names of its weights in the graph's."""
+"""The prefix of the encoder's weights in the graph's names."""
 
 
 def export_encoder(part: Part, checkpoint: Checkpoint, path: Path) -> None:
-    """Write `input_ids` int64[B, L] -> what pipelines read of the encoder, in float32.
+    """Write the graph `input_ids` int64[B, L] -> the outputs of the encoder that pipelines read, in float32.
 
-    The first output is the class's own: `text_embeds`, or `last_hidden_state`. A CLIP also gives `hidden_states.0` to that
+    The first output is the class's own: `text_embeds`, or `last_hidden_state`. A CLIP also returns `hidden_states.0` to that
     before its last block, and has its own L; T5 takes any. Weights that are float32 are read from a link to their file.
 
     Args:
         part: the encoder.
-        path: of the graph; its folder is there, and its disk holds the weights as float32 while the graph is made.
+        path: the graph's file, in an existing folder whose disk holds the weights as float32 while the graph is made.
 
     Raises:
-        ModelError: the encoder's files are damaged, there is no room, or PyTorch's exporter makes no graph of it.
+        ModelError: the encoder's files are damaged, there is no room, or PyTorch's exporter fails.
     """
     import torch
 
@@ -44,7 +44,7 @@ def export_encoder(part: Part, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def float_encoder(part: Part, checkpoint: Checkpoint, place: Path) -> Any:
-    """The encoder in float32, as the exporter takes it.
+    """The encoder in float32, in the form that the exporter takes.
 
     Args:
         place: a folder, whose disk holds weights of half precision as float32 while the encoder is used.
@@ -58,12 +58,12 @@ def float_encoder(part: Part, checkpoint: Checkpoint, place: Path) -> Any:
     state = model.state_dict()
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
         model.load_state_dict(widened(state, place), assign=True)
-    model.set_attn_implementation("eager")  # the exporter does not convert T5's other one
+    model.set_attn_implementation("eager")  # the exporter does not convert T5's other implementation
     return model
 
 
 def _outputs(part: Part, config: Any) -> list[str]:
-    """Names of the graph's outputs, after those of transformers."""
+    """Names of the graph's outputs, made from those of transformers."""
     if part.kind.startswith("T5"):
         return ["last_hidden_state"]
     states = "last_hidden_state"
@@ -83,10 +83,10 @@ def _wrapped(model: Any, names: list[str]) -> Any:
         def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             (tokens,) = values
             output = getattr(self, NAME)(input_ids=tokens, output_hidden_states=len(names) > 1)
-            given: list[torch.Tensor] = []
+            rows: list[torch.Tensor] = []
             for name in names:
                 word, _, index = name.partition(".")
-                given.append(output[word][int(index)] if index else output[word])
-            return tuple(given)
+                rows.append(output[word][int(index)] if index else output[word])
+            return tuple(rows)
 
     return Encoder().eval()

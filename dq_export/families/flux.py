@@ -26,20 +26,20 @@ SCHEDULER = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
-"""FLUX.1-dev's own, for a folder without a scheduler."""
+"""FLUX.1-dev's scheduler, for a folder without one."""
 PIPELINE = "FluxPipeline"
 TOKENS = 512
-"""That the pipeline fills every text up to."""
+"""The number of tokens to which the pipeline fills every text up."""
 SIDE, LONGEST = 1024, 2048
-"""Pixels along an axis: the pipeline's default, and what the graph takes, in a square."""
+"""Pixels along an axis of a square picture: the pipeline's default, and the greatest number that the graph takes."""
 PIXELS = 16
-"""Of a token, which is a patch of 2 x 2 latents, along an axis. Source: the pipeline's `vae_scale_factor` without a VAE."""
+"""Pixels of a token, a patch of 2 x 2 latents, along an axis. Source: the pipeline's `vae_scale_factor` without a VAE."""
 STATES, POOLED = "encoder_hidden_states", "pooled_projections"
 PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
 
 class Flux(Family):
-    """Data, and diffusers' own pipeline for prompts and sampling."""
+    """The family's data; prompts and sampling are those of diffusers' own pipeline."""
 
     name = "flux"
     architectures = ("FluxTransformer2DModel",)
@@ -86,9 +86,9 @@ class Flux(Family):
         settings = {**SCHEDULER, **scheduler.config}
         if not settings["use_dynamic_shifting"]:
             return scheduler
-        least, most = settings["base_image_seq_len"], settings["max_image_seq_len"]
-        slope = (settings["max_shift"] - settings["base_shift"]) / (most - least)
-        shift = settings["base_shift"] + slope * (tokens_of(inputs) - least)
+        low, high = settings["base_image_seq_len"], settings["max_image_seq_len"]
+        slope = (settings["max_shift"] - settings["base_shift"]) / (high - low)
+        shift = settings["base_shift"] + slope * (tokens_of(inputs) - low)
         return type(scheduler).from_config({**scheduler.config, "base_shift": shift, "max_shift": shift})
 
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
@@ -100,14 +100,14 @@ class Flux(Family):
         return state
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. There is no null: guidance is an input of the network."""
+        """See `Family.encode`. There is no null condition: guidance is an input of the network."""
         encoder = pipeline_of(PIPELINE, **parts, transformer=None, scheduler=None)
         text, pooled, _ = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS)
         arrays = {STATES: text.float().cpu().numpy(), POOLED: pooled.float().cpu().numpy()}
         return Conditions(names=tuple(prompts), arrays=arrays, null={})
 
     def largest_activation(self, model: Any) -> int:
-        """What a block's last linear reads: attention and the MLP's inner activation side by side."""
+        """The input of a block's last linear: attention and the MLP's inner activation side by side."""
         return int((SIDE // PIXELS) ** 2 * 5 * model.inner_dim)
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:

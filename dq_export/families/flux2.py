@@ -20,16 +20,16 @@ from .stand_in import StandIn
 
 DEV, KLEIN = "Flux2Pipeline", "Flux2KleinPipeline"
 TOKENS = 512
-"""That both pipelines fill every text up to."""
+"""The number of tokens to which both pipelines fill every text up."""
 AXES = 4
-"""Of a position: picture, row, column, place in the text."""
+"""The numbers of a position: picture, row, column, place in the text."""
 STATES = "encoder_hidden_states"
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""Klein's prompt. Source: the chat template of Qwen3 without thinking, which is a program, and a checkpoint's is not run."""
+"""Klein's prompt. Source: Qwen3's chat template without thinking. Templates are programs, and a checkpoint's never run."""
 
 
 class Flux2(Flux):
-    """Data, and diffusers' own pipelines for prompts and sampling. What is not here is FLUX.1's."""
+    """The family's data; prompts and sampling are those of diffusers' own pipelines. The rest is as in FLUX.1."""
 
     name = "flux2"
     architectures = ("Flux2Transformer2DModel",)
@@ -63,11 +63,11 @@ class Flux2(Flux):
         if not scheduler.config.use_dynamic_shifting:
             return scheduler
         fixed, tokens = copy.deepcopy(scheduler), tokens_of(inputs)
-        own = fixed.set_timesteps
+        method = fixed.set_timesteps
 
-        @functools.wraps(own)  # the pipelines look at its arguments
+        @functools.wraps(method)  # the pipelines look at its arguments
         def set_timesteps(*args: Any, sigmas: Any, mu: float, **options: Any) -> None:
-            own(*args, sigmas=sigmas, mu=compute_empirical_mu(tokens, len(sigmas)), **options)
+            method(*args, sigmas=sigmas, mu=compute_empirical_mu(tokens, len(sigmas)), **options)
 
         fixed.set_timesteps = set_timesteps
         return fixed
@@ -77,21 +77,21 @@ class Flux2(Flux):
         return CHAT.format(prompt)
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. Klein's; there is no null."""
+        """See `Family.encode`. For klein only; there is no null condition."""
         import torch
 
         tokenizer, encoder = _Chat(parts["tokenizer"], self), parts["text_encoder"]
-        encoder.lm_head = torch.nn.Identity()  # logits of all words take gigabytes, and no one reads them
+        encoder.lm_head = torch.nn.Identity()  # logits of all words take gigabytes, and nothing reads them
         whole = pipeline_of(KLEIN, tokenizer=tokenizer, text_encoder=encoder, transformer=None, scheduler=None)
         text, _ = whole.encode_prompt(list(prompts), max_sequence_length=TOKENS)
         return Conditions(names=tuple(prompts), arrays={STATES: text.float().cpu().numpy()}, null={})
 
     def largest_activation(self, model: Any) -> int:
-        """What a block's first linear gives: query, key, value, and both halves of the MLP's inner activation."""
+        """The output of a block's first linear: query, key, value, and both halves of the MLP's inner activation."""
         return int((SIDE // PIXELS) ** 2 * (3 + 2 * model.config.mlp_ratio) * model.inner_dim)
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-        """See `Family.draw`. The pipelines take latents as pictures, and klein's gives them so, and in the VAE's scaling."""
+        """See `Family.draw`. The pipelines take latents laid out as pictures; klein's returns them so, in the VAE's scaling."""
         import torch
 
         height, width = pictures.size or (SIDE, SIDE)
@@ -100,7 +100,7 @@ class Flux2(Flux):
         pipeline = pipeline_of(kind, **parts)
         pipeline.vae = _unscaled(pictures.noise.shape[-1])
         noise = torch.from_numpy(pictures.noise).transpose(1, 2)
-        drawn = pipeline(
+        result = pipeline(
             latents=noise.unflatten(2, (height // PIXELS, width // PIXELS)),
             prompt_embeds=torch.from_numpy(pictures.conditions[STATES]),
             num_inference_steps=steps,
@@ -109,14 +109,14 @@ class Flux2(Flux):
             width=width,
             output_type="latent",
         ).images
-        packed = drawn if kind == DEV else pipeline._pack_latents(pipeline._patchify_latents(drawn))
+        packed = result if kind == DEV else pipeline._pack_latents(pipeline._patchify_latents(result))
         latents: Float32 = packed.numpy()
         return latents
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """In the place of klein's tokenizer: writes prompts without the checkpoint's chat template."""
+    """Replaces klein's tokenizer; it writes prompts without the checkpoint's chat template."""
 
     tokenizer: Any
     family: Flux2
@@ -130,7 +130,7 @@ class _Chat:
 
 
 def _unscaled(channels: int) -> Any:
-    """In the place of a VAE: its statistics of latents change nothing."""
+    """Replaces a VAE; its statistics of latents change nothing."""
     import torch
 
     statistics = SimpleNamespace(running_mean=torch.zeros(channels), running_var=torch.ones(channels))

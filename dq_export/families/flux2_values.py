@@ -1,4 +1,4 @@
-"""What the values of a FLUX.2's config.json may be."""
+"""The possible values of a FLUX.2's config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .flux_values import require_packed
 
 
 class Flux2Values(Values):
-    """Of `Flux2Transformer2DModel`, with diffusers' defaults."""
+    """The keys of `Flux2Transformer2DModel`, with diffusers' defaults."""
 
     patch_size: Literal[1] = 1
     in_channels: Channels = 128

@@ -1,4 +1,4 @@
-"""What the values of a FLUX's config.json may be."""
+"""The possible values of a FLUX's config.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .config_values import Channels, Values
 
 
 class FluxValues(Values):
-    """Of `FluxTransformer2DModel`, with diffusers' defaults."""
+    """The keys of `FluxTransformer2DModel`, with diffusers' defaults."""
 
     patch_size: Literal[1] = 1
     in_channels: Channels = 64
@@ -31,7 +31,7 @@ class FluxValues(Values):
 
 
 def require_packed(values: Any) -> None:
-    """Raise ValueError unless rotations fit the heads of a FLUX, and its output the patches that it reads."""
+    """Raise ValueError unless rotations fit the heads of a FLUX, and its output fits the patches that it reads."""
     axes = values.axes_dims_rope
     if any(size < 2 or size % 2 for size in axes) or sum(axes) != values.attention_head_dim:
         raise ValueError(

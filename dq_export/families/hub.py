@@ -78,26 +78,26 @@ def refusals(hub_id: str, revision: str) -> Iterator[None]:
         raise ModelError(f"model '{hub_id}': it has no revision {shown(revision)}; give a branch, a tag or a commit") from error
 
 
-def needed_files(names: list[str], variant: str, where: str, encoders: tuple[str, ...] = ()) -> list[str]:
+def needed_files(names: list[str], variant: str, place: str, encoders: tuple[str, ...] = ()) -> list[str]:
     """Select the files of a model that an export reads.
 
     Args:
         names: all files of the model.
-        where: name of the model, for messages.
+        place: name of the model, for messages.
         encoders: folders that encode prompts.
 
     Raises:
         ModelError: no weights of the network fit.
     """
     network = next((f"{part}/" for part in NETWORKS if f"{part}/{CONFIG}" in names), "")
-    files = [*(name for name in names if name in SMALL), *_weights(names, network, variant, where)]
+    files = [*(name for name in names if name in SMALL), *_weights(names, network, variant, place)]
     if f"{VAE}/{CONFIG}" in names:
         with suppress(ModelError):  # only a server needs the VAE, and an export for one names what is missing
-            files += _weights(names, f"{VAE}/", variant, where, required=False)
+            files += _weights(names, f"{VAE}/", variant, place, required=False)
     for part in encoders:
         files += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]
         if f"{part}/{CONFIG}" in names:
-            files += _weights(names, f"{part}/", variant, where, required=False, stem=TRANSFORMERS)
+            files += _weights(names, f"{part}/", variant, place, required=False, stem=TRANSFORMERS)
     return files
 
 
@@ -105,9 +105,9 @@ def _inside(names: list[str], part: str) -> list[str]:
     return [name for name in names if name.startswith(part) and "/" not in name.removeprefix(part)]
 
 
-def _weights(names: list[str], part: str, variant: str, where: str, *, required: bool = True, stem: str = DIFFUSERS) -> list[str]:
+def _weights(names: list[str], part: str, variant: str, place: str, *, required: bool = True, stem: str = DIFFUSERS) -> list[str]:
     inside = [name.removeprefix(part) for name in _inside(names, part)]
-    entry = choose(inside, variant, f"{where}/{part}".rstrip("/"), required=required, stem=stem)
+    entry = choose(inside, variant, f"{place}/{part}".rstrip("/"), required=required, stem=stem)
     return [part + name for name in (entry.name, *(entry.shards(inside) if entry.sharded else ()))]
 
 

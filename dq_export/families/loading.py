@@ -93,12 +93,12 @@ def _state(weights: Weights, place: Path | None, rename: Callable[[str], str]) -
     return widened(state, place)  # those in float32, too: one alone would keep its whole file mapped
 
 
-def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], place: str) -> None:
     """Check that both have the same names and shapes.
 
     Args:
         expected: the tensors of a network; `state`: those of its files.
-        where: the folder, for messages.
+        place: the folder, for messages.
 
     Raises:
         ModelError: they differ; the message names the first three differences.
@@ -109,14 +109,14 @@ def require_same(expected: Mapping[str, Any], state: Mapping[str, Any], where: s
         (state.keys() - expected.keys(), "the weights hold {} tensors that the network does not have ({})"),
     ):
         if names:
-            some = ", ".join(printable(name, 80) for name in sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-            problems.append(text.format(len(names), some))
+            first = ", ".join(printable(name, 80) for name in sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            problems.append(text.format(len(names), first))
     for name in expected.keys() & state.keys():
         shape, present = tuple(expected[name].shape), tuple(state[name].shape)
         if shape != present:
             problems.append(f"{printable(name, 80)} has shape {shown(present)} in the weights and {shown(shape)} in the network")
     if problems:
-        raise ModelError(f"{where}: config.json and weights do not fit each other: {'; '.join(sorted(problems)[:3])}")
+        raise ModelError(f"{place}: config.json and weights do not fit each other: {'; '.join(sorted(problems)[:3])}")
 
 
 @contextmanager

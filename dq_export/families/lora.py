@@ -52,7 +52,7 @@ class Adapter:
         except ValueError:
             colon, scale = "", 1.0
         if colon and not math.isfinite(scale):
-            raise RecipeError(f"lora {shown(text, 200)}: its scale is no finite number")
+            raise RecipeError(f"lora {shown(text, 200)}: its scale is not a finite number")
         return Adapter(path=place_of("lora", front if colon else text), scale=scale if colon else 1.0)
 
     def __str__(self) -> str:
@@ -91,14 +91,14 @@ def fuse(model: Any, adapters: Sequence[Adapter]) -> frozenset[str]:
 
     changed: set[str] = set()
     for adapter in adapters:
-        where = f"lora {shown_path(adapter.path)}"
-        for module, pair in _pairs(adapter, where).items():
+        place = f"lora {shown_path(adapter.path)}"
+        for module, pair in _pairs(adapter, place).items():
             name = f"{module}.weight"
-            parameter = _parameter(model, name, where)
+            parameter = _parameter(model, name, place)
             with torch.no_grad():
-                parameter.data = pair.added_to(parameter.data, adapter.scale, f"{where}: {shown(module)}")
+                parameter.data = pair.added_to(parameter.data, adapter.scale, f"{place}: {shown(module)}")
             if not torch.isfinite(parameter.data.sum()):
-                raise ModelError(f"{where}: makes NaN or Inf of {shown(name)}; the file is damaged, or its scale too large")
+                raise ModelError(f"{place}: makes NaN or Inf of {shown(name)}; the file is damaged, or its scale too large")
             changed.add(name)
     return frozenset(changed)
 
@@ -111,23 +111,23 @@ class _Pair:
     alpha: float | None = None
     rooted: bool = False
 
-    def added_to(self, weight: Any, scale: float, where: str) -> Any:
+    def added_to(self, weight: Any, scale: float, place: str) -> Any:
         """The weight with B A added, float32 of the same shape."""
         if set(self.parts) != {"A", "B"}:
-            raise ModelError(f"{where} has only one of its two matrices; copy or download the file again")
+            raise ModelError(f"{place} has only one of its two matrices; copy or download the file again")
         down, up = self.parts["A"].float(), self.parts["B"].float()
         rank = down.shape[0] if down.ndim else 0
         fits = up.ndim >= 2 and up.shape[:2] == (weight.shape[0], rank) and up[0, 0].numel() == 1
         if not fits or down.shape[1:] != weight.shape[1:]:
             raise ModelError(
-                f"{where} has matrices of shapes {list(up.shape)} and {list(down.shape)}; the network's weight is "
+                f"{place} has matrices of shapes {list(up.shape)} and {list(down.shape)}; the network's weight is "
                 f"{list(weight.shape)}: it was trained for another network"
             )
         strength = 1.0 if self.alpha is None else self.alpha / (math.sqrt(rank) if self.rooted else rank)
         return weight + (scale * strength) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
 
 
-def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
+def _pairs(adapter: Adapter, place: str) -> dict[str, _Pair]:
     """By module, the matrices of a file.
 
     Raises:
@@ -139,7 +139,7 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
         part, alpha = PART.fullmatch(plain), ALPHA.fullmatch(plain)
         if not tensor.is_floating_point() or not (part or (alpha and tensor.numel() == 1)):
             raise ModelError(
-                f"{where}: tensor {shown(name, 120)} is no part of a low-rank adapter of the network; expected "
+                f"{place}: tensor {shown(name, 120)} is not part of a low-rank adapter of the network; expected "
                 "'transformer.<module>.lora_A.weight' and 'lora_B.weight' in floating point, as diffusers and peft write them"
             )
         pair = pairs.setdefault((part or alpha)["module"], _Pair())  # type: ignore[index]
@@ -148,16 +148,16 @@ def _pairs(adapter: Adapter, where: str) -> dict[str, _Pair]:
         else:
             pair.alpha = float(tensor)
     if not pairs:
-        raise ModelError(f"{where}: holds no tensors")
-    _set_alphas(pairs, _settings(adapter, where), where)
+        raise ModelError(f"{place}: holds no tensors")
+    _set_alphas(pairs, _settings(adapter, place), place)
     return pairs
 
 
-def _set_alphas(pairs: Mapping[str, _Pair], settings: Mapping[str, Any], where: str) -> None:
+def _set_alphas(pairs: Mapping[str, _Pair], settings: Mapping[str, Any], place: str) -> None:
     """The strengths of peft's settings; those of the file's own tensors stay."""
     for key in UNFIT:
         if settings.get(key) not in (None, False, "none"):
-            raise ModelError(f"{where}: trained with {key} {shown(settings[key])}, which fusing does not have")
+            raise ModelError(f"{place}: trained with {key} {shown(settings[key])}, which fusing does not have")
     patterns = settings.get("alpha_pattern") or {}
     for module, pair in pairs.items():
         pair.rooted = settings.get("use_rslora") is True
@@ -165,17 +165,17 @@ def _set_alphas(pairs: Mapping[str, _Pair], settings: Mapping[str, Any], where: 
             try:
                 close = [value for key, value in patterns.items() if search(rf"(^|\.)(?:{key})$", module)]
             except (AttributeError, PatternError) as error:
-                raise ModelError(f"{where}: its alpha_pattern is no mapping of patterns to numbers") from error
-            pair.alpha = _number([*close, settings.get("lora_alpha")][0], where)
+                raise ModelError(f"{place}: its alpha_pattern is not a mapping of patterns to numbers") from error
+            pair.alpha = _number([*close, settings.get("lora_alpha")][0], place)
 
 
-def _number(value: Any, where: str) -> float | None:
+def _number(value: Any, place: str) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
-        raise ModelError(f"{where}: lora_alpha {shown(value)} is no finite number")
+        raise ModelError(f"{place}: lora_alpha {shown(value)} is not a finite number")
     return value
 
 
-def _settings(adapter: Adapter, where: str) -> dict[str, Any]:
+def _settings(adapter: Adapter, place: str) -> dict[str, Any]:
     """The adapter's settings: diffusers' in the file, or peft's beside it; empty if there are none, so that alpha is the rank.
 
     Raises:
@@ -184,23 +184,23 @@ def _settings(adapter: Adapter, where: str) -> dict[str, Any]:
     try:
         text = open_tensors(adapter.path).metadata.get(METADATA) if adapter.path.suffix == ".safetensors" else None
         if text is not None:
-            values = parse_json(text, f"{METADATA} of {where}")
+            values = parse_json(text, f"{METADATA} of {place}")
             values = {k.removeprefix(NETWORK): v for k, v in values.items()} if isinstance(values, dict) else values
         elif adapter.path.name.startswith("adapter_model."):
             values = read_json(adapter.path.with_name(CONFIG))
         else:
             values = {}
     except DocumentError as error:
-        raise ModelError(f"{where}: its settings, which hold alpha, cannot be read ({error})") from error
+        raise ModelError(f"{place}: its settings, which hold alpha, cannot be read ({error})") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{where}: its settings are no JSON object")
+        raise ModelError(f"{place}: its settings are not a JSON object")
     return values
 
 
-def _parameter(model: Any, name: str, where: str) -> Any:
+def _parameter(model: Any, name: str, place: str) -> Any:
     try:
         return model.get_parameter(name)
     except AttributeError as error:
         names = [item.removesuffix(".weight") for item, _ in model.named_parameters() if item.endswith(".weight")]
         module = name.removesuffix(".weight")
-        raise ModelError(f"{where}: {shown(module, 120)} is no module of the network.{nearest(module, names)}") from error
+        raise ModelError(f"{place}: {shown(module, 120)} is not a module of the network.{nearest(module, names)}") from error

@@ -76,8 +76,8 @@ class Lpips:
     def _distance(self, reference: Any, picture: Any) -> float:
         total = 0.0
         for index, (exact, other) in enumerate(zip(self._features(reference), self._features(picture), strict=True)):
-            apart = (_normalized(exact) - _normalized(other)) ** 2
-            total += float((apart * self.weights[f"lin{index}.model.1.weight"]).sum(dim=1).mean())
+            difference = (_normalized(exact) - _normalized(other)) ** 2
+            total += float((difference * self.weights[f"lin{index}.model.1.weight"]).sum(dim=1).mean())
         return total
 
     def _features(self, picture: Any) -> Iterator[Any]:
@@ -138,9 +138,9 @@ def _file(folder: Path, name: str) -> Path:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     fitting = [path for path in files if path.stem == name or (name == BACKBONE and path.stem.startswith(f"{name}-"))]
     if len(fitting) != 1:
-        what = "torchvision's AlexNet, alexnet-owt-7be5be79.pth" if name == BACKBONE else "the linear weights of lpips, alex.pth"
+        text = "torchvision's AlexNet, alexnet-owt-7be5be79.pth" if name == BACKBONE else "the linear weights of lpips, alex.pth"
         problem = f"{len(fitting)} files of" if fitting else "no file of"
-        raise ModelError(f"metric_weights {shown_path(folder)}: {problem} {what}; expected one, as .pth or .safetensors")
+        raise ModelError(f"metric_weights {shown_path(folder)}: {problem} {text}; expected one, as .pth or .safetensors")
     return fitting[0]
 
 

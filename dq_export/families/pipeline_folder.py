@@ -38,12 +38,12 @@ def require_pipeline(family: Family, checkpoint: Checkpoint) -> None:
     Raises:
         ModelError: there is no pipeline, optimum does not support it, or its parts are damaged.
     """
-    where = shown_path(checkpoint.home / INDEX)
+    place = shown_path(checkpoint.home / INDEX)
     if not checkpoint.index:
-        raise ModelError(f"--layout diffusers: {where}: no such file; pass the whole pipeline's folder, or {INSTEAD}")
+        raise ModelError(f"--layout diffusers: {place}: no such file; pass the whole pipeline's folder, or {INSTEAD}")
     if checkpoint.pipeline not in PIPELINES:
         raise ModelError(
-            f"--layout diffusers: {where}: {shown(checkpoint.index.get('_class_name'))}, and optimum draws with "
+            f"--layout diffusers: {place}: {shown(checkpoint.index.get('_class_name'))}, and optimum draws with "
             f"{', '.join(PIPELINES)}; {INSTEAD}"
         )
     if present_parts(family, checkpoint):
@@ -67,7 +67,7 @@ def write_pipeline(
         ModelError: a part of the checkpoint is damaged.
     """
     folder.mkdir()
-    _write_network(graph, OUTPUTS[family.part], _made(folder, family.part, config))
+    _write_network(graph, OUTPUTS[family.part], _graph_path(folder, family.part, config))
     scheduler = load_scheduler(checkpoint.scheduler, family.scheduler_of(config), family.prediction)
     scheduler.save_pretrained(folder / SCHEDULER)
     index = {name: value for name, value in checkpoint.index.items() if not isinstance(value, list)}
@@ -95,7 +95,7 @@ def present_parts(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
     return parts_of(family, checkpoint)
 
 
-def _made(folder: Path, name: str, config: Mapping[str, Any]) -> Path:
+def _graph_path(folder: Path, name: str, config: Mapping[str, Any]) -> Path:
     """Make a folder for a graph, write its configuration, and return the graph's path."""
     (folder / name).mkdir()
     (folder / name / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")

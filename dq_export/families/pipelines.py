@@ -32,6 +32,6 @@ def latents_of(pipeline: Any, noise: Float32, prompts: Feed, **settings: Any) ->
     import torch
 
     tensors = {name: torch.from_numpy(rows) for name, rows in prompts.items()}
-    drawn = pipeline(latents=torch.from_numpy(noise), output_type="latent", **tensors, **settings)
-    latents: Float32 = drawn.images.numpy()
+    result = pipeline(latents=torch.from_numpy(noise), output_type="latent", **tensors, **settings)
+    latents: Float32 = result.images.numpy()
     return latents

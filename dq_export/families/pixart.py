@@ -120,8 +120,8 @@ def _condition(name: str, *sizes: int | Axis, within: str = "") -> Input:
     return Input(name=name, role="condition", dtype="float32", shape=(BATCH, *sizes), within=within)
 
 
-def _repeated(module: Any, inputs: Any, named: Mapping[str, Any], embedding: Any) -> Any:
-    return embedding.expand(named["batch_size"], -1)
+def _repeated(module: Any, inputs: Any, arguments: Mapping[str, Any], embedding: Any) -> Any:
+    return embedding.expand(arguments["batch_size"], -1)
 
 
 PIXART = PixArt()

@@ -30,23 +30,23 @@ def export_encoders(
     """Write `input_ids` and `attention_mask` int64[1, L] of each tokenizer -> the conditions of one prompt, float32.
 
     The inputs of the second tokenizer end with `_2`, those of the third with `_3`. Beside the graph lies a file of the package
-    `tokenizers` for each: what transformers makes of the checkpoint's own, with the length that the pipeline fills texts up to.
+    `tokenizers` for each: transformers' form of the checkpoint's own, with the length to which the pipeline fills texts up.
 
     Args:
-        config: of the network, as diffusers has it.
+        config: the network's configuration, as diffusers has it.
         conditions: names of the network's inputs, in the graph's order of outputs.
-        bits: of the weights of linears: 8, see `quantize_encoder`; None: float32.
+        bits: of the linears' weights: 8, see `quantize_encoder`; None: float32.
 
     Raises:
-        ModelError: a part is missing or damaged, there is no room for float32, or PyTorch's exporter makes no graph of it.
+        ModelError: a part is missing or damaged, there is no room for float32, or PyTorch's exporter fails.
     """
     parts = parts_of(family, checkpoint)
     folder.mkdir(parents=True)
     loaded = {name: float_encoder(part, checkpoint, folder) for name, part in parts.items() if part.encodes}
     tokenizers = [name for name in parts if name not in loaded]
-    most, lengths = family.prompt_tokens[checkpoint.pipeline], []
+    limit, lengths = family.prompt_tokens[checkpoint.pipeline], []
     for name in tokenizers:
-        lengths.append(_save_tokenizer(parts[name], parts[other(name)], most, folder / f"{name}.json"))
+        lengths.append(_save_tokenizer(parts[name], parts[other(name)], limit, folder / f"{name}.json"))
     network = _wrapped(family, checkpoint.pipeline, loaded, tokenizers, config, conditions)
     with exporting(f"the text encoders of {shown_path(checkpoint.home)}"):
         graph = _traced(network, lengths, conditions)
@@ -66,18 +66,16 @@ def _bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def _save_tokenizer(part: Part, encoder: Part, most: int, path: Path) -> int:
-    """Write a tokenizer that fills texts up to what its encoder takes, and cuts them there; returns that length."""
+def _save_tokenizer(part: Part, encoder: Part, limit: int, path: Path) -> int:
+    """Write a tokenizer that fills texts up to its encoder's length, and cuts them there. Return that length."""
     from tokenizers import Tokenizer
 
-    known = part.tokenizer()
-    length = min(int(known.model_max_length), most) if encoder.config().positions else most
+    fast = part.tokenizer()
+    length = min(int(fast.model_max_length), limit) if encoder.config().positions else limit
     with part.damage():
-        tokenizer = Tokenizer.from_str(known.backend_tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
         tokenizer.enable_truncation(length)
-        tokenizer.enable_padding(
-            direction=known.padding_side, pad_id=known.pad_token_id, pad_token=known.pad_token, length=length
-        )
+        tokenizer.enable_padding(direction=fast.padding_side, pad_id=fast.pad_token_id, pad_token=fast.pad_token, length=length)
         path.write_text(tokenizer.to_str(), encoding="utf-8")
     return length
 
@@ -101,7 +99,7 @@ def _wrapped(
     class Encoders(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            # Names of modules in a graph begin after the first part, and two encoders have modules of one name.
+            # Names of modules in a graph begin after the first part, and two encoders have modules of the same name.
             self.encoders = torch.nn.ModuleDict(encoders)
 
         def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -114,17 +112,17 @@ def _wrapped(
 
 
 class _Tokens:
-    """In a tokenizer's place in a pipeline that is traced: gives the graph's inputs for every prompt."""
+    """Replaces a tokenizer in a traced pipeline, and returns the graph's inputs for every prompt."""
 
     def __init__(self, ids: Any, mask: Any) -> None:
         self.ids, self.mask = ids, mask
         self.model_max_length = ids.shape[-1]
 
     def __call__(self, texts: Any, padding: str = "", **options: Any) -> Any:
-        if padding == "longest":  # asked for to warn of texts that were cut
+        if padding == "longest":  # called to warn of texts that were cut
             return SimpleNamespace(input_ids=self.ids[:, :0])
         return SimpleNamespace(input_ids=self.ids, attention_mask=self.mask)
 
     def tokenize(self, text: str) -> list[str]:
-        """Asked for to find tokens of textual inversion."""
+        """Return the text; pipelines call it to find tokens of textual inversion."""
         return []

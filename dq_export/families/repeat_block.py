@@ -41,7 +41,7 @@ def repeat_block(model: ir.Model, prefix: str, run: range, state: Mapping[str, A
     if (
         not first
         or len(first) != len(pattern)
-        or not all(_alike(a, b, successor, names) for a, b in zip(first, pattern, strict=True))
+        or not all(_equal_nodes(a, b, successor, names) for a, b in zip(first, pattern, strict=True))
     ):
         return False
     inside = set(pattern)
@@ -113,7 +113,7 @@ def _outputs(nodes: list[ir.Node]) -> list[ir.Value]:
     return [value for node in nodes for value in node.outputs]
 
 
-def _alike(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Value], names: Sequence[str]) -> bool:
+def _equal_nodes(first: ir.Node, second: ir.Node, successor: Mapping[ir.Value, ir.Value], names: Sequence[str]) -> bool:
     """Whether block 2's node is block 1's with block 2's parameters, reading what it reads one block later; `names`: theirs."""
     same = (first.domain, first.op_type, len(first.inputs), len(first.outputs)) == (
         second.domain,

@@ -101,7 +101,7 @@ def table_of(
         rows += steps
         progress(count)
     table: Float64 = np.array(rows, dtype=np.float64)
-    if largest < min(max_steps, 2):  # one step is no proof: a sampler with two calls per step passes it, too
+    if largest < min(max_steps, 2):  # one step does not prove it: a sampler with two calls per step passes it, too
         raise CurvedError(last)
     return table
 

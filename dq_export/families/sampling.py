@@ -53,12 +53,12 @@ def noise_of(shape: tuple[int, ...], samples: int, seed: int) -> Float32:
     import torch
 
     seeds = [(seed * 100_003 + i) % 2**64 for i in range(samples)]  # PyTorch takes 64 bits
-    each = [torch.randn(shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
-    noise: Float32 = torch.stack(each).numpy()
+    samples_of_noise = [torch.randn(shape, generator=torch.Generator().manual_seed(value)) for value in seeds]
+    noise: Float32 = torch.stack(samples_of_noise).numpy()
     return noise
 
 
-def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
+def _require_sampler(name: str, prediction: Prediction, place: str) -> None:
     """Check that a diffusers class samples a network with this prediction.
 
     Raises:
@@ -66,7 +66,7 @@ def _require_sampler(name: str, prediction: Prediction, where: str) -> None:
     """
     if name not in prediction.schedulers:
         raise ModelError(
-            f"{where}: {name} does not sample a network that predicts {prediction.name}; put the scheduler there that the "
+            f"{place}: {name} does not sample a network that predicts {prediction.name}; put the scheduler there that the "
             f"network was trained for, for example {prediction.plain}"
         )
 

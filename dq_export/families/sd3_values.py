@@ -1,4 +1,4 @@
-"""What the values of a Stable Diffusion 3's config.json may be."""
+"""The possible values of a Stable Diffusion 3's config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the user typed after --model to a loaded reference."""
+"""Find and load the model that the user names with --model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .reference import ModelError, Reference
 from .torch_network import TorchNetwork
 
 PACKAGED = Path(__file__).parent.parent / "models"
-NAMED: dict[str, tuple[str, float]] = {
+MODELS: dict[str, tuple[str, float]] = {
     "dit": ("facebook/DiT-XL-2-256", 4.0),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 4.5),
     "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-1024-MS", 4.5),
@@ -48,13 +48,13 @@ URL = re.compile(r"https?://[^/]+/(?P<id>[^/?#]+/[^/?#]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model that was found.
+    """The location of a model.
 
     Args:
-        model, revision, variant: what finds it again from any folder; see the recipe's keys.
-        guidance: the scale that suits it; 0: its family's.
-        family: of its network.
-        adapters: that are fused into its weights.
+        model, revision, variant: values that find it again from any folder; see the recipe's keys.
+        guidance: the guidance scale that suits it; 0: its family's.
+        family: the family of its network.
+        adapters: adapters that are fused into its weights.
     """
 
     model: str
@@ -80,20 +80,20 @@ def load_reference(
     Args:
         progress: called with (tensors read, tensors in all).
         revision: of a hub id: branch, tag or commit; empty: the default branch.
-        variant: of the weights, `fp16` …; empty: those without a variant, or the only ones there are.
+        variant: the weights' variant, `fp16` …; empty: weights without a variant, or the only ones.
         lora: adapters that are fused, FILE[:SCALE].
         place: see `load`.
 
     Raises:
         ModelError: nothing by that name, no network, or a checkpoint or an adapter that cannot be used.
-        RecipeError: an adapter is not there.
+        RecipeError: the file of an adapter is missing.
     """
     adapters = tuple(Adapter.of(text) for text in lora)
     return load(replace(locate(model, revision, variant), adapters=adapters), progress, place)
 
 
 def load(source: Source, progress: Advance = unwatched, place: Path | None = None) -> Reference:
-    """Load a model that was found.
+    """Load a located model.
 
     Args:
         place: where weights that are not float32 are written as such, see `load_weights`.
@@ -105,7 +105,7 @@ def load(source: Source, progress: Advance = unwatched, place: Path | None = Non
 
 
 def pin(recipe: Recipe) -> tuple[Recipe, Source]:
-    """The recipe's model, and the recipe such that it finds the same files and draws the same from any folder and at any time.
+    """The recipe's model, and a recipe that finds the same files and draws the same from any folder at any time.
 
     Raises:
         ModelError: see `locate`.
@@ -113,8 +113,8 @@ def pin(recipe: Recipe) -> tuple[Recipe, Source]:
     """
     encoders = recipe.conditions is None or recipe.layout == "diffusers"
     source = locate(recipe.model, recipe.revision or "", recipe.variant or "", encoders=encoders)
-    found = recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")})
-    settled, adapters = settle_adapters(settle(found, source.family, source.checkpoint))
+    pinned = recipe.model_copy(update={key: getattr(source, key) for key in ("model", "revision", "variant")})
+    settled, adapters = settle_adapters(settle(pinned, source.family, source.checkpoint))
     return settled, replace(source, adapters=adapters)
 
 
@@ -122,21 +122,21 @@ def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool 
     """Find a short name, a folder or a hub id, downloaded if need be.
 
     Args:
-        encoders: download what encodes prompts, too.
+        encoders: also download the text encoders.
 
     Raises:
         ModelError: nothing by that name, no network, a network that no family knows, or one without weights.
     """
     name, _, behind = model.rpartition("@")
-    if (name in NAMED or HUB_ID.fullmatch(name)) and not os.path.lexists(model):
+    if (name in MODELS or HUB_ID.fullmatch(name)) and not os.path.lexists(model):
         if revision not in ("", behind):
             raise ModelError(f"model {shown(model)}: another revision than --revision {shown(revision)}; give one")
         model, revision = name, behind
-    place, guidance = NAMED.get(model, (model, 0.0))
+    place, guidance = MODELS.get(model, (model, 0.0))
     path = Path(os.path.expanduser(place))
     if os.path.isdir(path):
         folder = _local(path, model, revision)
-        recorded = model if model in NAMED else str(folder.resolve())
+        recorded = model if model in MODELS else str(folder.resolve())
         return _source(folder, recorded, None, variant, guidance)
     if not HUB_ID.fullmatch(place) or os.path.lexists(path):
         raise ModelError(f"model {shown(model, 200)}: {_no_folder(model, path)}")
@@ -150,10 +150,10 @@ def locate(model: str, revision: str = "", variant: str = "", *, encoders: bool 
 
 
 def require_device(device: str) -> None:
-    """Ask for a device before anything is loaded.
+    """Check that a device is usable before anything is loaded.
 
     Raises:
-        ModelError: PyTorch has it not.
+        ModelError: PyTorch does not compute on it.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ModelError(f"--device '{device}': expected cpu, cuda or cuda:N")
@@ -162,7 +162,7 @@ def require_device(device: str) -> None:
 
 
 def missing_device(device: str) -> str:
-    """Why PyTorch does not compute on `cpu`, `cuda` or `cuda:N`; empty if it does."""
+    """The reason that PyTorch does not compute on `cpu`, `cuda` or `cuda:N`; empty if it does."""
     import torch
 
     count, index = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
@@ -180,7 +180,7 @@ def family_of(config: Mapping[str, Any], folder: Path) -> Family:
     """The family of a network, from its configuration.
 
     Args:
-        folder: of the network, for messages.
+        folder: the network's folder, for messages.
 
     Raises:
         ModelError: no family knows its architecture.
@@ -190,8 +190,8 @@ def family_of(config: Mapping[str, Any], folder: Path) -> Family:
     for family in families:
         if architecture in family.architectures:
             return family
-    known = ", ".join(f"{', '.join(family.architectures)} (family {family.name})" for family in families)
-    raise ModelError(f"{shown_path(folder)}: architecture {shown(architecture)} is not supported; supported: {known}")
+    supported = ", ".join(f"{', '.join(family.architectures)} (family {family.name})" for family in families)
+    raise ModelError(f"{shown_path(folder)}: architecture {shown(architecture)} is not supported; supported: {supported}")
 
 
 def _local(folder: Path, model: str, revision: str) -> Path:
@@ -204,12 +204,12 @@ def _local(folder: Path, model: str, revision: str) -> Path:
 
 
 def _no_folder(model: str, path: Path) -> str:
-    """Why a text that is neither a folder nor a hub id is no model."""
+    """The reason that a text which is neither a folder nor a hub id is not a model."""
     if url := URL.match(model):
         return f"a URL; pass the hub id: --model {url['id']}"
     if os.path.isfile(path):
         return (
             "a file; pass its diffusers folder, or make one: `DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
         )
-    expected = f"expected {', '.join(NAMED)}, a hub id (owner/name) or a local folder"
-    return f"no such model or folder; {expected}.{nearest(model, list(NAMED))}"
+    expected = f"expected {', '.join(MODELS)}, a hub id (owner/name) or a local folder"
+    return f"no such model or folder; {expected}.{nearest(model, list(MODELS))}"

@@ -57,7 +57,7 @@ class StandIn:
         return torch.device("cpu")
 
     def __repr__(self) -> str:
-        # diffusers shows it where `from_pretrained(..., transformer=stand_in)` refuses what is no torch module.
+        # diffusers shows it where `from_pretrained(..., transformer=stand_in)` refuses what is not a torch module.
         return f"StandIn of {self.architecture.__name__}, to be set as pipe.{self.part}"
 
     @property
@@ -83,7 +83,7 @@ class StandIn:
         """
         import torch
 
-        values, return_dict = self._given(args, kwargs)
+        values, return_dict = self._arguments(args, kwargs)
         output = torch.from_numpy(self.run({name: _array_of(value) for name, value in values.items()}))
         state = values[self.inputs[0].name]
         output = output.to(state.device, state.dtype)
@@ -110,7 +110,7 @@ class StandIn:
                 _require_shape(item, arrays[item.name].shape, sizes)
         return self.network(arrays)
 
-    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """The pipeline's value for each input, and its `return_dict`."""
         try:
             bound = inspect.signature(self.architecture.forward).bind(None, *args, **kwargs).arguments
@@ -128,13 +128,13 @@ class StandIn:
         )
         return {name: value for (_, name), value in values.items()}, return_dict
 
-    def _require(self, values: Any, taken: set[str]) -> None:
+    def _require(self, values: Any, names_of_inputs: set[str]) -> None:
         """Check that the inputs are those that the network takes; raises TypeError."""
-        for names, problem in ((taken - values, "misses"), (values - taken, "does not take")):
+        for names, problem in ((names_of_inputs - values, "misses"), (values - names_of_inputs, "does not take")):
             if names:
                 raise TypeError(
                     f"this {self.architecture.__name__} {problem} {', '.join(sorted(names))} (it takes "
-                    f"{', '.join(sorted(taken))}); {self._remedy}"
+                    f"{', '.join(sorted(names_of_inputs))}); {self._remedy}"
                 )
 
     @property
@@ -196,7 +196,7 @@ def _require_shape(item: Input, shape: tuple[int, ...], sizes: dict[Axis, int]) 
     """Raise ValueError unless an input has its shape; `sizes` gets those of the dimensions that may change."""
     expected = [sizes.get(axis, axis) if isinstance(axis, Axis) else axis for axis in item.shape]
     if len(shape) == len(expected) and all(
-        wanted.takes(size) if isinstance(wanted, Axis) else wanted == size for wanted, size in zip(expected, shape, strict=True)
+        dim.takes(size) if isinstance(dim, Axis) else dim == size for dim, size in zip(expected, shape, strict=True)
     ):
         sizes.update({axis: size for axis, size in zip(item.shape, shape, strict=True) if isinstance(axis, Axis)})
         return

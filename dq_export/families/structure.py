@@ -11,7 +11,7 @@ from dq_export.passes.analysis.sites import Structure, structure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-KNOWN: dict[tuple[str, str], Structure] = {}
+STRUCTURES: dict[tuple[str, str], Structure] = {}
 """Cache by architecture and configuration, which determine the graph except for its weights."""
 
 
@@ -24,6 +24,6 @@ def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Mod
     """
     options = {name: value for name, value in model.config.items() if not name.startswith("_")}  # diffusers' notes
     key = (type(model).__name__, str(options))
-    if key not in KNOWN:
-        KNOWN[key] = structure(graph(), [item.name for item in inputs if item.role in ("condition", "setting")])
-    return KNOWN[key]
+    if key not in STRUCTURES:
+        STRUCTURES[key] = structure(graph(), [item.name for item in inputs if item.role in ("condition", "setting")])
+    return STRUCTURES[key]

@@ -1,4 +1,4 @@
-"""Encode prompts with a pipeline's text encoders, which are loaded for this and then freed."""
+"""Encode prompts with a pipeline's text encoders, which are loaded for that and then freed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .weights import TRANSFORMERS, Weights, find_weights
 TOGETHER = 8
 """The number of prompts in a call."""
 BLOCK = re.compile(r"\.(?:block|layers)\.(\d+)\.")
-"""In the names of the tensors of an encoder's blocks, which are computed one after the other."""
+"""A part of the names of the tensors in an encoder's blocks, which are computed one after the other."""
 PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
-"""Of the names of a CLIP's tensors; the second is the numbers from 0 on, which old files hold."""
+"""A prefix of the names of a CLIP's tensors, and a tensor of the numbers 0, 1, …, which old files hold."""
 
 
 def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
     If there are several encoders, one must read the complete prompt; diffusers gives the others its beginning.
 
     Raises:
-        ModelError: a part is missing or damaged, or a prompt is longer than its pipeline takes.
+        ModelError: a part is missing or damaged, or a prompt is longer than its pipeline allows.
     """
     parts = parts_of(family, checkpoint)
     configs = {name: part.config() for name, part in parts.items() if part.encodes}
@@ -58,8 +58,8 @@ def require_prompts(family: Family, checkpoint: Checkpoint, prompts: Sequence[st
                     f"{shown_path(parts[name].folder)}: makes the token {max(tokens)} of {prompt}, and {other(name)} knows "
                     f"{reader.vocab_size} tokens; download both again, {INSTEAD}"
                 )
-            over = (len(tokens) - 1 - limit, limit)
-            shortest[number] = min(over, shortest.get(number, over))
+            length = (len(tokens) - 1 - limit, limit)
+            shortest[number] = min(length, shortest.get(number, length))
     for number, (excess, limit) in sorted(shortest.items()):
         if number and excess > 0:
             prompt = f"prompt {number} ({shown(prompts[number - 1])})"
@@ -101,16 +101,16 @@ def encode_prompts(
 
     parts = parts_of(family, checkpoint)
     loaded = {name: _load_encoder(part, checkpoint, device) if part.encodes else part.tokenizer() for name, part in parts.items()}
-    done: list[Conditions] = []
+    encoded: list[Conditions] = []
     for start in range(0, len(prompts), TOGETHER):
-        some = prompts[start : start + TOGETHER]
+        batch = prompts[start : start + TOGETHER]
         with torch.inference_mode(), silent(), quiet_diffusers():
-            done.append(family.encode(checkpoint.pipeline, loaded, some, config))
-        progress(start + len(some), len(prompts), "prompts")
+            encoded.append(family.encode(checkpoint.pipeline, loaded, batch, config))
+        progress(start + len(batch), len(prompts), "prompts")
     loaded.clear()
     return_freed_memory()
-    arrays = {name: np.concatenate([some.arrays[name] for some in done]) for name in done[0].arrays}
-    return Conditions(names=tuple(prompts), arrays=arrays, null=done[0].null)
+    arrays = {name: np.concatenate([batch.arrays[name] for batch in encoded]) for name in encoded[0].arrays}
+    return Conditions(names=tuple(prompts), arrays=arrays, null=encoded[0].null)
 
 
 def encoder_bytes(family: Family, checkpoint: Checkpoint) -> int:
@@ -153,7 +153,7 @@ def _load_encoder(part: Part, checkpoint: Checkpoint, device: str) -> Any:
 
 
 def stored_encoder(part: Part, checkpoint: Checkpoint) -> Any:
-    """The encoder in evaluation mode, its weights mapped, as the files have them.
+    """The encoder in evaluation mode, with its weights mapped in the type of the files.
 
     Raises:
         ModelError: its files are missing, damaged, or do not fit each other.
@@ -179,9 +179,9 @@ def stored_encoder(part: Part, checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _todays_name(name: str, known: Collection[str]) -> str:
-    """Of a tensor of a file: transformers 5 calls the parts of a CLIPTextModel without the prefix that files have."""
-    return next((form for form in (name, name.removeprefix(PREFIX), PREFIX + name) if form in known), name)
+def _todays_name(name: str, names: Collection[str]) -> str:
+    """The present name of a file's tensor: transformers 5 drops the prefix that a CLIPTextModel's parts have in files."""
+    return next((form for form in (name, name.removeprefix(PREFIX), PREFIX + name) if form in names), name)
 
 
 def _compute_in_float32(model: Any, blocks: Sequence[Any], device: str) -> None:

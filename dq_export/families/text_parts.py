@@ -81,7 +81,7 @@ class Part:
             yield
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # tokenizers raises Exception itself
+        except Exception as error:  # the package tokenizers raises plain Exception
             raise ModelError(
                 f"{shown_path(self.folder)}: makes no {self.kind} ({reason_of(error)}); download it again, {INSTEAD}"
             ) from error
@@ -93,19 +93,19 @@ def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
     Raises:
         ModelError: a pipeline of another class, without one of the family's parts, or with an encoder and no tokenizer for it.
     """
-    where = shown_path(checkpoint.home / INDEX)
+    place = shown_path(checkpoint.home / INDEX)
     if not checkpoint.index:
-        raise ModelError(f"{where}: no such file, so nothing says what encodes prompts; pass the pipeline's folder, {INSTEAD}")
+        raise ModelError(f"{place}: no such file, so nothing says what encodes prompts; pass the pipeline's folder, {INSTEAD}")
     if checkpoint.pipeline not in family.prompt_tokens:
         raise ModelError(
-            f"{where}: {shown(checkpoint.index.get('_class_name'))} does not draw with the family {family.name}; expected "
+            f"{place}: {shown(checkpoint.index.get('_class_name'))} does not draw with the family {family.name}; expected "
             f"{' or '.join(family.prompt_tokens)}: correct it, {INSTEAD}"
         )
     present = [name for name in family.encoders if name not in family.optional or _names(checkpoint.index.get(name))]
     for name in present:
         partner = other(name)
         if partner in family.optional and partner not in present:
-            raise ModelError(f"{where}: {name} without {partner}; add what is missing, or leave out both, {INSTEAD}")
+            raise ModelError(f"{place}: {name} without {partner}; add what is missing, or leave out both, {INSTEAD}")
     return {name: _part(checkpoint, name) for name in present}
 
 
@@ -121,7 +121,7 @@ def _names(entry: Any) -> bool:
 
 
 def files_of(family: Family, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file of tokenizers and encoders; reading gigabytes to compare would take too long.
+    """Name, size and time of change of each file of tokenizers and encoders; a comparison of gigabytes would take too long.
 
     Raises:
         ModelError: see `parts_of`.
@@ -145,11 +145,11 @@ def silent() -> Iterator[None]:
 
 def _part(checkpoint: Checkpoint, name: str) -> Part:
     entry, folder = checkpoint.index.get(name), checkpoint.home / name
-    known = (*ENCODERS, *TOKENIZERS)
-    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers" and entry[1] in known):
+    classes = (*ENCODERS, *TOKENIZERS)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers" and entry[1] in classes):
         raise ModelError(
             f"{shown_path(checkpoint.home / INDEX)}: {name} is {shown(entry)}; expected ['transformers', one of "
-            f"{', '.join(known)}]: download the whole pipeline, {INSTEAD}"
+            f"{', '.join(classes)}]: download the whole pipeline, {INSTEAD}"
         )
     if not folder.is_dir():
         raise ModelError(f"{shown_path(folder)}: no such folder, and it encodes prompts; download it, {INSTEAD}")
@@ -164,7 +164,7 @@ def _require_protobuf() -> None:
     """
     try:
         from sentencepiece import sentencepiece_model_pb2  # noqa: F401
-    except Exception as error:  # protobuf's VersionError is no ImportError
+    except Exception as error:  # protobuf's VersionError is not an ImportError
         raise ModelError(
             f"sentencepiece and protobuf, as installed, do not work together ({reason_of(error)}); pip install 'dq-export[text]'"
         ) from error
@@ -192,5 +192,5 @@ def _require_vocabulary(part: Part) -> None:
         import sentencepiece
 
         _require_protobuf()
-        with refused(f"{shown_path(folder / 'spiece.model')}: no SentencePiece model", f"download it again, {INSTEAD}"):
+        with refused(f"{shown_path(folder / 'spiece.model')}: not a SentencePiece model", f"download it again, {INSTEAD}"):
             sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))

@@ -41,10 +41,10 @@ class TorchChain:
         self.model, self.inputs, self.names = model, inputs, tuple(names)
         self.blocks = [model.get_submodule(name) for name in names]
         model.requires_grad_(False)  # the trained parameters replace the network's own
-        seen, behind = list[Any](), list[str]()
-        handles = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in self.blocks]
+        outputs, behind, count = list[Any](), list[str](), len(names)
+        handles = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in self.blocks]
         handles += [
-            module.register_forward_pre_hook(lambda module, args, n=name: behind.append(n) if len(seen) == len(names) else None)
+            module.register_forward_pre_hook(lambda module, args, n=name: behind.append(n) if len(outputs) == count else None)
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear)
         ]
@@ -54,11 +54,11 @@ class TorchChain:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(seen) != len(names):
-            raise ModelError(f"{type(model).__name__} calls its {len(names)} blocks {len(seen)} times; they cannot be trained")
-        seen[-1], self.behind = output, tuple(behind)
-        self.forms = [_empty(output) for output in seen]
-        self._require_chain(feed, [_leaves(output) for output in seen])
+        if len(outputs) != len(names):
+            raise ModelError(f"{type(model).__name__} calls its {len(names)} blocks {len(outputs)} times; they cannot be trained")
+        outputs[-1], self.behind = output, tuple(behind)
+        self.forms = [_empty(output) for output in outputs]
+        self._require_chain(feed, [_leaves(output) for output in outputs])
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -76,11 +76,11 @@ class TorchChain:
         import torch
 
         enabled, outputs = torch.is_grad_enabled(), []
-        kept = self.blocks[index].forward
+        forward = self.blocks[index].forward
 
         def last(*args: Any, **kwargs: Any) -> Any:
             with torch.set_grad_enabled(enabled):
-                output = kept(*args, **kwargs)
+                output = forward(*args, **kwargs)
             outputs.append(_leaves(output))
             if index == len(self.blocks) - 1:
                 return output
@@ -106,9 +106,9 @@ class TorchChain:
 
         with torch.no_grad():
             for index in range(len(self.blocks)):
-                again = self.run(index, feed, outputs[index - 1] if index else ())
+                second = self.run(index, feed, outputs[index - 1] if index else ())
                 if not all(
-                    torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(again, outputs[index], strict=True)
+                    torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(second, outputs[index], strict=True)
                 ):
                     raise ModelError(
                         f"{self.names[index]} of {type(self.model).__name__} reads more than the output of the block before it; "

@@ -38,6 +38,6 @@ def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any
 
 def parts_of(inputs: Sequence[Input], feed: Feed, rows: int) -> list[Feed]:
     """Split a network call into calls of at most `rows` samples; inputs with one row for all samples are not split."""
-    many = {item.name for item in inputs if item.batched and len(feed[item.name]) > 1}
+    batched = {item.name for item in inputs if item.batched and len(feed[item.name]) > 1}
     parts = [slice(start, start + rows) for start in range(0, len(feed[inputs[0].name]), rows)]
-    return [{name: value[part] if name in many else value for name, value in feed.items()} for part in parts]
+    return [{name: value[part] if name in batched else value for name, value in feed.items()} for part in parts]

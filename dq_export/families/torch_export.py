@@ -62,11 +62,11 @@ def _without(blocks: Iterable[Any], left_out: Collection[int]) -> Any:
     """A list of blocks without some; the others keep their names."""
     import torch
 
-    kept = torch.nn.ModuleList()
+    result = torch.nn.ModuleList()
     for index, block in enumerate(blocks):
         if index not in left_out:
-            kept.add_module(str(index), block)
-    return kept
+            result.add_module(str(index), block)
+    return result
 
 
 def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.Model:
@@ -110,8 +110,8 @@ def _named_wrapper(model: Any, inputs: Sequence[Input], part: str) -> Any:
             self.add_module(part, model)
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            named = {item.name: value for item, value in zip(inputs, values, strict=True)}
-            output: torch.Tensor = getattr(self, part)(**arguments(inputs, named), return_dict=False)[0]
+            feed = {item.name: value for item, value in zip(inputs, values, strict=True)}
+            output: torch.Tensor = getattr(self, part)(**arguments(inputs, feed), return_dict=False)[0]
             return output
 
     return Wrapper().eval()

@@ -20,14 +20,14 @@ def moved(model: Any, device: str) -> Iterator[dict[str, torch.Tensor]]:
 
     On the processor itself it moves nothing and gives none.
     """
-    named = {} if device == "cpu" else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    host = {name: tensor.data for name, tensor in named.items()}
+    tensors = {} if device == "cpu" else {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    host = {name: tensor.data for name, tensor in tensors.items()}
     try:
-        for tensor in named.values():
+        for tensor in tensors.values():
             tensor.data = tensor.data.to(device)
         yield host
     finally:
-        for name, tensor in named.items():
+        for name, tensor in tensors.items():
             tensor.data = host[name]
 
 
@@ -75,24 +75,24 @@ def inputs_replaced(model: Any, sites: Sequence[InputSite], rounded: Callable[[s
     import torch
 
     timestep = 0.0
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    roundings: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def learn(module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def learn(module: torch.nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         nonlocal timestep
-        timestep = float(named["timestep"][0])
-        seen.clear()
+        timestep = float(arguments["timestep"][0])
+        roundings.clear()
 
     def swap(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             value = inputs[0]
-            if name not in seen or seen[name][0] is not value:  # readers of one tensor get one rounding of it
+            if name not in roundings or roundings[name][0] is not value:  # readers of one tensor get one rounding of it
                 # A convolution's channels are the last axis for that, each as often as a patch has it.
                 last, taps = value.detach().movedim(1, -1), math.prod(module.kernel_size) if _convolves(module) else 0
                 rows = last.flatten(0, -2).repeat_interleave(taps, 1) if taps else value.detach().flatten(0, -2)
                 replacement = torch.from_numpy(rounded(name, rows.cpu().numpy(), timestep)).to(value.device)
                 whole = replacement[:, ::taps].reshape(last.shape).movedim(-1, 1) if taps else replacement.reshape(value.shape)
-                seen[name] = value, whole
-            return (seen[name][1],)
+                roundings[name] = value, whole
+            return (roundings[name][1],)
 
         return hook
 

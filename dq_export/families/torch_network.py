@@ -153,11 +153,11 @@ class TorchNetwork:
 
     @property
     def conditions(self) -> Conditions:
-        return self.drawn
+        return self._conditions
 
     @conditions.setter
     def conditions(self, conditions: Conditions) -> None:
-        self.drawn = conditions
+        self._conditions = conditions
         self.inputs = sized(self.inputs, conditions)
 
     @property

@@ -53,14 +53,14 @@ class Weights:
     variant: str
 
 
-def choose(names: Iterable[str], variant: str, where: str, *, required: bool = True, stem: str = DIFFUSERS) -> Entry:
+def choose(names: Iterable[str], variant: str, place: str, *, required: bool = True, stem: str = DIFFUSERS) -> Entry:
     """The file that a network is loaded from, of all files in its folder.
 
     Safetensors go before pickles, an index before a whole file (as in diffusers), files without a variant before others.
 
     Args:
         variant: the variant to use; empty for none, or for the only one.
-        where: the folder, for messages.
+        place: the folder, for messages.
         required: whether a missing variant is an error; otherwise it is ignored.
         stem: DIFFUSERS or TRANSFORMERS.
 
@@ -73,15 +73,15 @@ def choose(names: Iterable[str], variant: str, where: str, *, required: bool = T
         others = sorted(name for name in names if name.endswith(OTHERS))
         present = f"; there is {', '.join(others[:3])}" if others else ""
         first, second = (DIFFUSERS, DIFFUSERS) if stem == DIFFUSERS else ("model", "pytorch_model")
-        raise ModelError(f"{where}: no weights; expected {first}.safetensors or {second}.bin, whole or with an index{present}")
+        raise ModelError(f"{place}: no weights; expected {first}.safetensors or {second}.bin, whole or with an index{present}")
     variants = sorted({entry.variant for entry in entries})
     listed = ", ".join(item or "one without a variant" for item in variants)
     if variant not in variants and not required:
         variant = ""
     if variant and variant not in variants:
-        raise ModelError(f"{where}: no weights of variant {shown(variant)}; there is {listed}.{nearest(variant, variants)}")
+        raise ModelError(f"{place}: no weights of variant {shown(variant)}; there is {listed}.{nearest(variant, variants)}")
     if not variant and "" not in variants and len(variants) > 1:
-        raise ModelError(f"{where}: weights of several variants ({listed}); choose one with --variant")
+        raise ModelError(f"{place}: weights of several variants ({listed}); choose one with --variant")
     chosen = variant or ("" if "" in variants else variants[0])
     fitting = [entry for entry in entries if entry.variant == chosen]
     return min(fitting, key=lambda entry: (SUFFIXES.index(entry.suffix), not entry.sharded, entry.name))

@@ -28,7 +28,7 @@ CHOICES = (
 
 
 def assemble(context: Context, command: str = "") -> Report:
-    """The report on the stages that are done; the parts of the others are empty.
+    """The report on the finished stages; the parts of the others are empty.
 
     Args:
         command: what the user typed; empty where Python called.
@@ -66,7 +66,7 @@ def assemble(context: Context, command: str = "") -> Report:
 
 
 def _choices(recipe: Recipe) -> dict[str, str]:
-    """What the recipe chooses, by key; without what it leaves open and what its format does not read."""
+    """The recipe's values by key, without keys that it leaves open and keys that its format does not read."""
     values = recipe.model_dump(mode="json", include=set(CHOICES))
     if recipe.format != "trt-rtx":
         del values["target"]
@@ -88,7 +88,7 @@ def _linears(context: Context, calibrated: Calibrated) -> list[LinearReport]:
                 action=rule.action,
                 granularity=rule.granularity,
                 group_size=rule.group_size,
-                rule=rule.what,
+                rule=rule.label,
                 reason=rule.reason,
                 site=site.name if site else "",
                 scaling=site.scaling if site else "",

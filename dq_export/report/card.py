@@ -20,11 +20,11 @@ class Origin:
     """The checkpoint's origin, and its pipeline's name of the network.
 
     Args:
-        name: of the model, for people.
-        hub_id: of the checkpoint on the hub; empty: it is from a folder.
+        name: the model's name in the text.
+        hub_id: the checkpoint's id on the hub; empty: it is from a folder.
         revision: the commit; empty: it is from a folder.
         part: what pipelines call the network: `transformer` or `unet`.
-        prompted: it draws prompts.
+        prompted: whether it draws prompts.
         adapters: files of adapters that are fused into it.
     """
 
@@ -77,11 +77,11 @@ def _base(origin: Origin) -> str:
 
 
 def _figure(report: Report) -> str:
-    drawn = "; ".join(_text(name) for name in report.drawn)
+    names = "; ".join(_text(name) for name in report.drawn)
     return (
         "![Rows of pictures: PyTorch, the engine, their difference](parity/pictures.png)\n\n"
         f"The same noise, drawn by PyTorch in float32, by {_text(report.drawn_by())}, and four times their difference"
-        f"{': ' + drawn if drawn else ''}."
+        f"{': ' + names if names else ''}."
     )
 
 
@@ -103,11 +103,11 @@ def _rows(report: Report, origin: Origin) -> list[tuple[str, str]]:
     if report.parity and report.parity.trajectories:
         last = report.parity.trajectories[-1]
         rows.append(("SQNR of pictures", f"{last.sqnr:.1f} dB over {last.samples}, {last.worst_sqnr:.1f} dB worst"))
-        rows += [("looks", last.seen())] if last.seen() else []
+        rows += [("looks", last.appearance())] if last.appearance() else []
     if size := report.size:
         rows.append(("size", f"{size.float_bytes / 1e6:.1f} to {size.engine_bytes / 1e6:.1f} MB"))
     if speed := report.latency:
-        times = f"{speed.float_ms:.2f} ms by {speed.baseline}, {speed.engine_ms:.2f} ms by the engine: {speed.ratio:.2f} times"
+        times = f"{speed.float_ms:.2f} ms by {speed.baseline}, {speed.engine_ms:.2f} ms on the engine: {speed.ratio:.2f} times"
         rows.append((f"a call of batch {speed.batch}", times))
     return [*rows, ("machine", report.machine)]
 
@@ -124,7 +124,7 @@ pipe = DiffusionPipeline.from_pretrained("{base}", {origin.part}=None)
 pipe.{origin.part} = dq_export.load("{name}")
 ```
 
-Without dq-export, `model.onnx` runs on ONNX Runtime; its inputs bear diffusers' names."""
+Without dq-export, `model.onnx` runs on ONNX Runtime; its inputs have diffusers' names."""
 
 
 def _making(report: Report) -> str:

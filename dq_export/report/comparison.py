@@ -17,7 +17,7 @@ from .page import templates
 from .report import FLOAT_STAGE, LinearReport, Report
 
 SHOWN = 12
-"""Linears that differ, at most."""
+"""The greatest number of listed linears that differ."""
 NOT_COMPARED = {"rules", "model", "prompts"}
 """Keys of a recipe that are too long for a table, or that stand in its head."""
 Row = tuple[str, str, str]
@@ -33,7 +33,7 @@ class Comparison:
         results: verdict, distance from PyTorch, size and speed.
         kernels: by kernel, the share of all GEMM FLOPs that it runs.
         linears: scheme and least SQNR of the linears that differ most.
-        calls: of what was compared last: the engine, or the graph of one that did not run.
+        calls: of the last compared stage: the engine, or its graph if the engine did not run.
     """
 
     names: tuple[str, str]
@@ -45,7 +45,7 @@ class Comparison:
     limits: tuple[float | None, float | None]
 
     def tables(self) -> dict[str, tuple[Row, ...]]:
-        """By title; empty ones are left out."""
+        """The tables by title, without empty ones."""
         tables = {
             "recipe": self.recipe,
             "results": self.results,
@@ -59,7 +59,7 @@ def compare_folders(first: Path, second: Path) -> Comparison:
     """Read two exports.
 
     Raises:
-        OutputError: one is no finished export.
+        OutputError: one is not a finished export.
         RecipeError: a recipe is damaged.
     """
     folders = [FinishedFolder.open(path, REPORT, RECIPE) for path in (first, second)]
@@ -87,7 +87,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _results(report: Report) -> dict[str, str]:
-    """The numbers of a report, by what they are."""
+    """The numbers of a report, by their labels."""
     last = report.stages()[-1] if report.stages() else ""
     results = {"model": report.model, "exported": report.date or "by an earlier version", "machine": report.machine}
     if report.verdict:
@@ -102,8 +102,8 @@ def _results(report: Report) -> dict[str, str]:
         results["worst call"] = f"{low.sqnr:.1f} dB at timestep {low.timestep:g}"
     for trajectory in report.parity.trajectories if report.parity else ():
         results["SQNR of the pictures"] = f"{trajectory.sqnr:.1f} dB"
-        if trajectory.seen():
-            results["looks of the pictures"] = trajectory.seen()
+        if trajectory.appearance():
+            results["looks of the pictures"] = trajectory.appearance()
     if report.size:
         results["size"] = f"{report.size.engine_bytes / 1e6:.1f} MB, float {report.size.float_bytes / 1e6:.1f}"
     if report.latency:
@@ -129,7 +129,7 @@ def _linears(first: Report, second: Report) -> Iterable[Row]:
     differing = [pair for pair in pairs if _linear_text(pair[0]) != _linear_text(pair[1])]
 
     def difference(pair: tuple[LinearReport, LinearReport]) -> float:
-        one, other = map(_least, pair)
+        one, other = map(_worst_sqnr, pair)
         return abs(one - other) if one is not None and other is not None else float("inf")
 
     for one, other in sorted(differing, key=difference, reverse=True)[:SHOWN]:
@@ -137,12 +137,12 @@ def _linears(first: Report, second: Report) -> Iterable[Row]:
 
 
 def _linear_text(linear: LinearReport) -> str:
-    worst = _least(linear)
+    worst = _worst_sqnr(linear)
     return linear.action if worst is None else f"{linear.action}, {worst:.1f} dB"
 
 
-def _least(linear: LinearReport) -> float | None:
-    """dB at the timestep where the linear is worst; None where nothing was measured."""
+def _worst_sqnr(linear: LinearReport) -> float | None:
+    """The linear's least SQNR over the timesteps, in dB; None if nothing was measured."""
     return min((value for value in linear.sqnr if value is not None), default=None)
 
 
@@ -156,7 +156,7 @@ def _limit(report: Report) -> float | None:
 
 
 def _rows(sides: list[dict[str, str]]) -> Iterable[Row]:
-    """Rows of what either side has; a dash where the other has nothing."""
+    """One row for each name that either side has; a dash for a side without it."""
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         yield name, sides[0].get(name, "-"), sides[1].get(name, "-")
 

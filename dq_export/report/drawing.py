@@ -1,4 +1,4 @@
-"""Coordinates and colours of the report's figures: the template only writes them down.
+"""Coordinates and colours of the report's figures; the template only writes them out.
 
 Every axis of timesteps runs as the sampler does: noise at the left, the picture at the right.
 """
@@ -15,9 +15,9 @@ from .report import FLOAT_STAGE, Report
 CELL, HEAD = 14, 40
 """Pixels of the heat map: a cell's width and height, and the height above the cells."""
 LETTER = 6.0
-"""Greatest mean width in pixels of a letter of 10 px."""
+"""The greatest mean width, in pixels, of letters of 10 px."""
 COLUMNS = 25
-"""Timesteps that the heat map shows at most, evenly spaced."""
+"""The greatest number of timesteps of the heat map; they are evenly spaced."""
 COLD, HOT = 20.0, 55.0
 """dB at the ends of the heat map's colours."""
 CIVIDIS = (
@@ -29,7 +29,7 @@ CIVIDIS = (
 Source: Nuñez, Anderton and Renslow, "Optimizing colormaps with consideration for color vision deficiency", 2018.
 """
 DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
-"""Lines of one figure differ by their dashes, too: not everybody tells six colours apart."""
+"""Lines of one figure also differ by their dashes: not everybody can distinguish six colours."""
 SPAN = 40.0
 """dB below the lowest call within which the figure shows the limit; one further off would flatten the curve."""
 
@@ -143,7 +143,7 @@ def block_of(site: str) -> str:
 
 
 def anchor(report: Report, linear: str) -> str:
-    """What the page's links call a linear: its number, as names may hold any letter."""
+    """The name of a linear in the page's links: its number, because module names may contain any letter."""
     return str([item.name for item in report.linears].index(linear))
 
 
@@ -164,5 +164,5 @@ def _colour(sqnr: float) -> str:
 
 
 def _ink(sqnr: float) -> str:
-    """A colour of text that can be read on `_colour`."""
+    """A colour of text that is readable on `_colour`."""
     return "#fff" if _share(sqnr) < 0.45 else "#000"

@@ -1,4 +1,4 @@
-"""What was decided for a linear and why, from a report alone."""
+"""The decisions for a linear and their reasons, from a report alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .report import LinearReport, Report
 
 
 def explain_linear(report: Report, linear: LinearReport) -> dict[str, str]:
-    """Label -> text of what was decided for a linear."""
+    """The decisions for a linear: label -> text."""
     kernels = [gemm.kernel for gemm in report.audit.gemms if gemm.name == linear.name] if report.audit else []
     measured = [value for value in linear.sqnr if value is not None]
     tried = sorted(_alternatives(report, linear).items(), key=lambda pair: pair[1])
@@ -26,7 +26,7 @@ def explain_linear(report: Report, linear: LinearReport) -> dict[str, str]:
 
 
 def linear_lines(report: Report, part: str) -> list[list[str]]:
-    """Of each linear whose name contains `part`: its name; action, worst SQNR, scaling and fold; the next best scaling."""
+    """For each linear whose name contains `part`: its name; action, worst SQNR, scaling and fold; the next best scaling."""
     lines = []
     for linear in (item for item in report.linears if part in item.name):
         measured = [value for value in linear.sqnr if value is not None]

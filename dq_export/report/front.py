@@ -9,13 +9,13 @@ from html import escape
 from string import ascii_lowercase
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 420, 56, 500, 44, 372
-"""Of the picture, and of the axes inside it; the legend stands to the right."""
+"""The picture's size, and the axes inside it; the legend is at the right."""
 ROW = 17
-"""Between two lines of the legend."""
+"""Pixels between two lines of the legend."""
 EXACT = 150.0
-"""dB from which a trajectory counts as the float network's: it is named and not drawn, as it would squeeze all others."""
+"""dB from which a trajectory counts as the float network's: it is listed but not drawn, because it would squeeze all others."""
 MIXES, UNIFORM, WINNER, BOUND = "#0b6bcb", "#b35c12", "#124", "#777"
-"""Colours; blue and orange differ for colour-blind readers, too."""
+"""Colours; blue and orange also differ for colour-blind readers."""
 LABEL = (9.0, 12.0)
 """Width and height of a letter."""
 Point = tuple[float, float]
@@ -26,12 +26,12 @@ class Front:
     """Cost against dB of the sampled trajectory.
 
     Args:
-        unit: of a cost.
-        mixes: (cost, dB) of what nothing beats in both, by rising cost: a line.
+        unit: the unit of costs.
+        mixes: (cost, dB) of the mixes that nothing beats in both, by rising cost: a line.
         uniform: (name, cost, dB) of one choice everywhere: dots with letters, which the legend explains.
         winner: (cost, dB), or None.
         limit: the greatest cost that was allowed, or None.
-        target: dB that were asked for, or None.
+        target: the dB of the request, or None.
     """
 
     unit: str
@@ -42,7 +42,7 @@ class Front:
     target: float | None = None
 
     def draw(self) -> str:
-        """An SVG. The axis of costs is logarithmic."""
+        """The picture as SVG. The axis of costs is logarithmic."""
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
@@ -55,7 +55,7 @@ class Front:
         return "\n".join(lines) + "\n"
 
     def _ranges(self) -> tuple[Point, Point]:
-        """(lowest, highest) log cost and dB of all that is drawn, with a margin."""
+        """(lowest, highest) log cost and dB of all points, with a margin."""
         shown = [
             point for point in (*self.mixes, *((c, s) for _, c, s in self.uniform), self.winner) if point and point[1] < EXACT
         ]
@@ -64,7 +64,7 @@ class Front:
         return _widened(costs), _widened(heights)
 
     def _place(self, cost: float, sqnr: float) -> Point:
-        """Where a cost and a dB lie in the picture."""
+        """The place of a cost and a dB in the picture."""
         (low, high), (bottom, top) = self._ranges()
         x = LEFT + (math.log(cost) - low) / (high - low) * (RIGHT - LEFT)
         return x, BOTTOM - (sqnr - bottom) / (top - bottom) * (BOTTOM - TOP)
@@ -99,15 +99,15 @@ class Front:
         path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(line))
         yield f'<path d="{path}" fill="none" stroke="{MIXES}" stroke-width="2"/>'
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{MIXES}"/>' for x, y in line)
-        shown = [(letter, self._place(cost, sqnr)) for letter, (_, cost, sqnr) in self._named() if sqnr < EXACT]
+        shown = [(letter, self._place(cost, sqnr)) for letter, (_, cost, sqnr) in self._lettered() if sqnr < EXACT]
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{UNIFORM}"/>' for _, (x, y) in shown)
         if self.winner and self.winner[1] < EXACT:
             x, y = self._place(*self.winner)
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="{WINNER}" stroke-width="2"/>'
-        for (letter, _), (x, y) in zip(shown, apart([point for _, point in shown]), strict=True):
+        for (letter, _), (x, y) in zip(shown, label_places([point for _, point in shown]), strict=True):
             yield f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" fill="{UNIFORM}">{letter}</text>'
 
-    def _named(self) -> list[tuple[str, tuple[str, float, float]]]:
+    def _lettered(self) -> list[tuple[str, tuple[str, float, float]]]:
         """The uniform recipes by letter."""
         return list(zip(ascii_lowercase, self.uniform, strict=False))
 
@@ -116,7 +116,7 @@ class Front:
         rows = [(MIXES, "", "mixes that nothing beats in both", "")]
         if self.winner:
             rows.append((WINNER, "", "found (ringed)", self._figures(*self.winner)))
-        rows += [(UNIFORM, letter, name, self._figures(cost, sqnr)) for letter, (name, cost, sqnr) in self._named()]
+        rows += [(UNIFORM, letter, name, self._figures(cost, sqnr)) for letter, (name, cost, sqnr) in self._lettered()]
         for colour, letter, name, figures in rows:
             yield f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/>'
             yield f'<text x="{x + 14}" y="{y}" fill="{colour}">{letter}</text>'
@@ -131,8 +131,8 @@ class Front:
         return f"{cost:.3g} {self.unit}, {exact}"
 
 
-def apart(points: Sequence[Point]) -> list[Point]:
-    """A centre for each point's label, near it, so that no label covers a point or another label."""
+def label_places(points: Sequence[Point]) -> list[Point]:
+    """Centres of the points' labels, near the points, such that no label covers a point or another label."""
     placed: list[Point] = []
     for x, y in points:
         candidates = [
@@ -152,7 +152,7 @@ def _covers(first: Point, second: Point) -> bool:
 
 
 def _widened(values: Sequence[float]) -> Point:
-    """The range of values and 4 % beyond at each end; (0, 1) of none."""
+    """The range of the values, widened by 4 % at each end; (0, 1) without values."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     margin = 0.04 * (high - low) or 0.5
     return low - margin, high + margin

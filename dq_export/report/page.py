@@ -14,7 +14,7 @@ from .drawing import block_of, heat_map, kind_of, scale_curves, sqnr_plot
 from .report import FRONT, Report
 
 PICTURE_LIMIT = 64 << 20
-"""Bytes of a picture that the page holds."""
+"""The greatest size, in bytes, of a picture in the page."""
 PNG, SVG = b"\x89PNG\r\n\x1a\n", b"<svg "
 
 
@@ -22,7 +22,7 @@ def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.html and, where calls were compared, parity/command.txt for people and CIs.
 
     Raises:
-        OutputError: a picture in the folder is none.
+        OutputError: a file in the place of a picture is not a picture.
     """
     page = render_html(report, read_picture(folder / "parity" / "pictures.png", PNG), read_picture(folder / FRONT))
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
@@ -32,13 +32,13 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def read_picture(path: Path, start: bytes = SVG) -> bytes | None:
-    """A picture's bytes; None where there is no file. Links are not followed: their target's text would end in the page.
+    """A picture's bytes; None if there is no file. Links are not followed: the page would show the content of their target.
 
     Args:
-        start: its first bytes.
+        start: the first bytes of files of its kind.
 
     Raises:
-        OutputError: it is no regular file, too large or another kind of file.
+        OutputError: it is not a regular file, too large or another kind of file.
     """
     try:
         content = read_bytes(path, PICTURE_LIMIT, links=False)
@@ -52,7 +52,7 @@ def read_picture(path: Path, start: bytes = SVG) -> bytes | None:
 
 
 def render_html(report: Report, pictures: bytes | None, front: bytes | None = None) -> str:
-    """One self-contained page: no script, no outside resource; pictures stand in it as images, which run no script.
+    """One self-contained page: no script, no outside resource; pictures are embedded as images, which run no script.
 
     Args:
         pictures: PNG. front: SVG.
@@ -86,5 +86,5 @@ def templates() -> Any:
 
 
 def _shown(value: object) -> object:
-    """Names and paths without control characters: a page is also read in a terminal."""
+    """A value without control characters: people also read pages in a terminal."""
     return printable(value, 10 * len(value)) if isinstance(value, str) and not value.isprintable() else value

@@ -30,14 +30,14 @@ class LinearReport(Part):
     """One linear of the network."""
 
     name: str = Field(description="module name")
-    action: Action = Field(description="what the deciding rule says: w8a8, w4a8, fp8 … as --bits, weight-only or float")
-    granularity: Granularity | None = Field(description="of the scales of its input; null where it stays float")
+    action: Action = Field(description="the deciding rule's action: w8a8, w4a8, fp8 … as --bits, weight-only or float")
+    granularity: Granularity | None = Field(description="granularity of its input's scales; null where it stays float")
     group_size: int | None = Field(ge=0, description="inputs that share a weight scale; 0 or null: all of an output channel's")
     rule: str = Field(description="what the deciding rule matches: a role, a regular expression, or both")
     reason: str = Field(description="why it is weight-only or float; empty where it is not")
     site: str = Field(description="name of the input that it shares with other linears; empty where it stays float")
     scaling: str = Field(description="equivalent scaling of its input")
-    fold: str = Field(description="what takes up that scaling; empty where nothing is scaled")
+    fold: str = Field(description="what absorbs that scaling; empty where nothing is scaled")
     bins: int = Field(description="timestep bins of its input's scale table; 0 where it stays float")
     sqnr: list[float | None] = Field(default=[], description="dB of its output at each of the timesteps; null: not measured")
     error: float | None = Field(description="measured noise power / signal power of the site's output; null where it stays float")
@@ -60,9 +60,9 @@ class TableReport(Part):
     """The scales of one site's input."""
 
     site: str
-    granularity: str = Field(description="tensor: the table below; token or token-group: found when the engine runs")
+    granularity: str = Field(description="tensor: the table below; token or token-group: computed while the engine runs")
     edges: list[float] = Field(description="timesteps between bins")
-    scales: list[Annotated[float, Field(gt=0)]] = Field(description="one a bin; empty where none is stored")
+    scales: list[Annotated[float, Field(gt=0)]] = Field(description="one per bin; empty if none is stored")
     alternatives: dict[str, float] = Field(description="noise power / signal power of each scaling that auto measured")
 
     @model_validator(mode="after")
@@ -81,16 +81,16 @@ class EngineReport(Part):
 
 
 class LatencyReport(Part):
-    """One network call; the engines are timed in turn, each in processes of its own."""
+    """One network call; the engines are timed in turn, each in its own processes."""
 
     batch: int
     baseline: str = Field(description="what ran the float graph: the engine's own runtime")
     float_ms: float = Field(gt=0, description="the float graph there, median")
     engine_ms: float = Field(gt=0, description="engine, median")
     ratio: float = Field(description="float / engine: above 1 the engine is faster")
-    engines: dict[str, EngineReport] = Field(description="float: the baseline; engine; torch where asked for")
-    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine, where asked for")
-    skipped: dict[str, str] = Field(description="what could not be timed, and why")
+    engines: dict[str, EngineReport] = Field(description="float: the baseline; engine; torch if requested")
+    profile: dict[str, dict[str, float]] = Field(description="ms of one call by operator, of float and engine, if requested")
+    skipped: dict[str, str] = Field(description="what could not be timed, with the reason")
 
 
 class SizeReport(Part):
@@ -105,11 +105,11 @@ class EncoderReport(Part):
 
     float_bytes: int = Field(gt=0, le=2**63, description="of all tensors of their graph in float32")
     stored_bytes: int = Field(gt=0, le=2**63, description="as the graph stores them")
-    sqnr: float = Field(description="dB of the farthest prompt from what PyTorch's encoders make of it")
+    sqnr: float = Field(description="dB of the prompt that is farthest from PyTorch's encoding")
     prompt: str = Field(description="that prompt; empty: the empty prompt, of guidance")
 
     def __str__(self) -> str:
-        """In short, for a line of progress or a table."""
+        """One short text, for a line of progress or a table."""
         sizes = f"{self.float_bytes / 1e6:.1f} -> {self.stored_bytes / 1e6:.1f} MB"
         return f"{sizes}, {self.sqnr:.1f} dB at worst"
 
@@ -118,7 +118,7 @@ class Verdict(Part):
     """Whether the export keeps what its recipe requires."""
 
     outcome: Literal["passed", "failed", "unfinished"] = Field(description="unfinished: another machine must build the engine")
-    status: int = Field(description="of the command: 0, 3: too much runs in float, 4: too far from PyTorch, 5: unfinished")
+    status: int = Field(description="exit status: 0, 3: too much runs in float, 4: too far from PyTorch, 5: unfinished")
     min_coverage: float = Field(description="the recipe's: least share of the quantized GEMMs' FLOPs in low precision")
     coverage: float | None = Field(default=None, description="that share; null where no engine was audited")
     min_sqnr: float = Field(
@@ -143,7 +143,7 @@ class Report(Part):
     guidance_scale: float
     timesteps: str = Field(description="shared: timestep is [1]; per-sample: [B]")
     machine: str
-    versions: dict[str, str] = Field(description="of dq-export and of the libraries that decide the bytes, by distribution")
+    versions: dict[str, str] = Field(description="of dq-export and the libraries that decide the bytes, by distribution")
     engine: str = Field(default="", description="the runtime that the engine is for; empty where --format onnx builds none")
     seconds: dict[str, float] = Field(description="by stage, of the run that did it")
     measured_at: list[float] = Field(default=[], description="at which linears were measured")
@@ -154,7 +154,7 @@ class Report(Part):
     text_encoder: EncoderReport | None = Field(default=None, description="null where no server has one, or it is float32")
     audit: Audit | None = None
     parity: Parity | None = None
-    drawn: list[str] = Field(default=[], description="of each compared picture: its prompt, or its class label")
+    drawn: list[str] = Field(default=[], description="prompt or class label of each compared picture")
     latency: LatencyReport | None = None
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class Report(Part):
         return self
 
     def stages(self) -> list[str]:
-        """What was compared, from the float graph to the engine."""
+        """The compared stages, from the float graph to the engine."""
         return list(dict.fromkeys(call.stage for call in self.parity.calls)) if self.parity else []
 
     def replay_floor(self, required: float) -> float:
@@ -182,7 +182,7 @@ class Report(Part):
         return "engine" in self.stages()
 
     def drawn_by(self) -> str:
-        """What drew the pictures that are compared with PyTorch's."""
+        """The runtime that drew the pictures which are compared with PyTorch's."""
         labels = {"engine": self.engine, "qdq-onnx": "the Q/DQ graph on ONNX Runtime's CPU provider, operator by operator"}
         return labels.get(self.stages()[-1], self.stages()[-1]) if self.stages() else ""
 
@@ -197,11 +197,11 @@ class Report(Part):
         return sum(calls) / len(calls) if calls else math.nan
 
     def heat(self) -> list[LinearReport]:
-        """Linears with something measured."""
+        """Linears with at least one measured value."""
         return [linear for linear in self.linears if any(value is not None for value in linear.sqnr)]
 
     def left_alone(self) -> list[tuple[str, str, list[str]]]:
-        """(pass, reason, places) of what looked like a pass's business and was not."""
+        """(pass, reason, places) of places that a pass examined and left unchanged."""
         places: dict[tuple[str, str], list[str]] = {}
         for item in self.passes:
             for line in item.skipped:

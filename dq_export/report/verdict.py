@@ -22,7 +22,7 @@ ERRORS: dict[int, type[Exception]] = {IN_FLOAT: AuditError, TOO_FAR: ParityError
 
 
 def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
-    """The verdict on what is known so far; None where neither an engine was audited nor a call compared.
+    """The verdict on the finished stages; None if neither an engine was audited nor a call compared.
 
     Args:
         unbuilt: why the engine could not be built on this machine; empty if it was.
@@ -32,8 +32,8 @@ def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
     low = [call for stage in report.stages() if (call := report.worst_call(stage)) and call.sqnr < _floor(call, recipe)]
     quantized = [call for stage in report.stages() if stage != FLOAT_STAGE and (call := report.worst_call(stage))]
     in_float = _in_float(report.audit, recipe.min_coverage) if report.audit else []
-    unlike = [*_unlike(report, recipe), *_unencoded(report, recipe)]
-    status = IN_FLOAT if in_float else TOO_FAR if low or unlike else ELSEWHERE if unbuilt else 0
+    far_pictures = [*_far_pictures(report, recipe), *_unencoded(report, recipe)]
+    status = IN_FLOAT if in_float else TOO_FAR if low or far_pictures else ELSEWHERE if unbuilt else 0
     return Verdict(
         outcome="passed" if not status else "unfinished" if status == ELSEWHERE else "failed",
         status=status,
@@ -41,13 +41,13 @@ def judge(report: Report, recipe: Recipe, unbuilt: str = "") -> Verdict | None:
         coverage=report.audit.coverage if report.audit else None,
         min_sqnr=recipe.min_sqnr,
         worst=min(quantized, key=lambda call: call.sqnr, default=None),
-        reasons=[*in_float, *(_too_far(call, recipe) for call in low), *unlike, *filter(None, [unbuilt])],
+        reasons=[*in_float, *(_too_far(call, recipe) for call in low), *far_pictures, *filter(None, [unbuilt])],
         advice=_advice(low[0], recipe) if low else "",
     )
 
 
 def concluded(report: Report, recipe: Recipe, unbuilt: str = "") -> Report:
-    """The report with what follows from its numbers and the recipe: the verdict, and the command that replays the calls."""
+    """The report, completed by the verdict and the command that replays the calls."""
     parity = report.parity
     if parity:
         command = polygraphy_command(report.replay_floor(recipe.min_sqnr), portable_name(recipe))
@@ -59,8 +59,8 @@ def require(verdict: Verdict | None) -> None:
     """Fail where an export does not keep what its recipe requires.
 
     Raises:
-        AuditError, ParityError: with what is not kept and what to try.
-        NotHereError: all is done but the engine, which another machine must build.
+        AuditError, ParityError: a requirement is not kept; the message says which, and what to try.
+        NotHereError: all is done except the engine, which another machine must build.
     """
     if verdict and verdict.status:
         raise ERRORS[verdict.status]("\n".join(filter(None, [*verdict.reasons, verdict.advice])))
@@ -71,27 +71,27 @@ def _floor(call: CallParity, recipe: Recipe) -> float:
 
 
 def _in_float(audit: Audit, required: float) -> list[str]:
-    """Too little in low precision, and each GEMM that should be; nothing where the share is kept."""
+    """Lines about too small a share in low precision, and each GEMM in float; none if the share is kept."""
     if audit.coverage >= required:
         return []
-    lost = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.required and not g.integer]
+    float_gemms = [f"{g.name}: {g.kernel}; {g.reason}" for g in audit.gemms if g.required and not g.integer]
     share = f"{audit.coverage:.1%} of the quantized GEMMs' FLOPs run on low-precision kernels, the recipe requires {required:.1%}"
-    return [f"{share}. In float:", *(f"  {line}" for line in lost)]
+    return [f"{share}. In float:", *(f"  {line}" for line in float_gemms)]
 
 
 def _too_far(call: CallParity, recipe: Recipe) -> str:
     return f"{call.stage}: {call.sqnr:.1f} dB at timestep {call.timestep:g}, required {_floor(call, recipe):.1f} dB"
 
 
-def _unlike(report: Report, recipe: Recipe) -> list[str]:
-    """What looks too different; nothing where LPIPS was not measured."""
-    drawn = report.parity.trajectories if report.parity else ()
-    far = [item for item in drawn if item.lpips is not None and item.lpips > recipe.max_lpips]
+def _far_pictures(report: Report, recipe: Recipe) -> list[str]:
+    """Lines about pictures that look too different; none if LPIPS was not measured."""
+    trajectories = report.parity.trajectories if report.parity else ()
+    far = [item for item in trajectories if item.lpips is not None and item.lpips > recipe.max_lpips]
     return [f"{item.stage}: LPIPS {item.lpips:.4f} of the pictures, allowed {recipe.max_lpips:g}" for item in far]
 
 
 def _unencoded(report: Report, recipe: Recipe) -> list[str]:
-    """What the quantized text encoders of a server do not keep."""
+    """Lines about quantized text encoders of a server that are too far from PyTorch's."""
     encoder = report.text_encoder
     if encoder is None or encoder.sqnr >= recipe.min_sqnr:
         return []
@@ -100,7 +100,7 @@ def _unencoded(report: Report, recipe: Recipe) -> list[str]:
 
 
 def _advice(call: CallParity, recipe: Recipe) -> str:
-    """What to try for a call that is too far from PyTorch, of what this recipe has not used and can use."""
+    """Advice for a call that is too far from PyTorch: options that this recipe does not use yet and can use."""
     if call.stage == FLOAT_STAGE:
         return (
             "The float graph differs from PyTorch before anything is quantized: its weights amplify float32 rounding, or an "

@@ -32,7 +32,7 @@ from ..stages.recording import HELD_OUT
 from .goal import MEGABYTE, goal_of, require_possible, require_timing
 from .kernel_times import time_space
 from .request import SearchError, SearchRequest
-from .space import KNOWN, Genome, Space, space_of
+from .space import CHOICES, Genome, Space, space_of
 from .strategies import SEARCHES, Search, evaluations_of
 from .trajectories import EVALUATIONS, Trajectories, uniform
 
@@ -69,7 +69,7 @@ def explore(
     folder: Path,
     request: SearchRequest,
     *,
-    choices: Sequence[Scheme] = KNOWN,
+    choices: Sequence[Scheme] = CHOICES,
     progress: Progress | None = None,
 ) -> Outcome:
     """Search how each input of a model is quantized.
@@ -83,7 +83,7 @@ def explore(
         RecipeError: the request is invalid or cannot be met, or the model has no choices.
         SearchError: no mix that was tried meets the request; then there is no `winner.yaml`.
         BackendError: kernels must be timed, but the format does not run here.
-        ModelError, CalibrationError, OutputError: see each.
+        ModelError, CalibrationError, OutputError: as their classes describe.
     """
     request.require_valid()
     require_packages(("torch", "diffusers", "safetensors", "onnx", "onnxscript"), "dq-export search")
@@ -108,8 +108,8 @@ def explore(
     space = space_of(reference, base, choices, backend)
     if request.max_size is not None:
         require_possible(space, goal_of(space, request), request)
-    each = f"{evaluations_of(space)} evaluations measure each alone"
-    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices; {each}", kept=False)
+    cost = f"{evaluations_of(space)} evaluations measure each alone"
+    watch.end(time.monotonic() - start, f"{len(space.sites)} inputs, {len(space.choices)} choices; {cost}", kept=False)
     with claim(folder, base.dump(), overwrite=False):
         if request.max_latency is not None:
             kernels = backend_of(recipe.model_copy(update=dict.fromkeys(("min_shapes", "opt_shapes", "max_shapes"), "")))
@@ -143,7 +143,7 @@ def _searched(space: Space, request: SearchRequest, trials: Trajectories, seed: 
     SEARCHES[request.strategy](search, np.random.default_rng(seed))
     best = search.best()
     assert best is not None  # at least one is evaluated
-    watch.end(time.monotonic() - start, f"{search.found[best]:.1f} dB at {goal.cost(best):.3g} {request.unit}", kept=False)
+    watch.end(time.monotonic() - start, f"{search.sqnrs[best]:.1f} dB at {goal.cost(best):.3g} {request.unit}", kept=False)
     return search
 
 
@@ -154,14 +154,14 @@ def _outcome(search: Search, base: Recipe, trials: Trajectories, folder: Path) -
     fresh = _fresh(trials, folder)
     return Outcome(
         recipe=base.model_copy(update={"rules": (*space.rules(best), *(base.rules or ()))}),
-        sqnr=search.found[best],
+        sqnr=search.sqnrs[best],
         held_back=fresh.sqnr(best),
         size=space.bytes_of(best) / MEGABYTE,
         milliseconds=space.milliseconds_of(best),
-        evaluations=len(search.found),
+        evaluations=len(search.sqnrs),
         uniform=_uniform(space, fresh),
         front=tuple(search.front()),
-        reached=search.goal.met(best, search.found[best]),
+        reached=search.goal.met(best, search.sqnrs[best]),
     )
 
 
@@ -180,19 +180,19 @@ def _encode(reference: Reference, base: Recipe, folder: Path, watch: Progress) -
         return
     path, start = folder / CONDITIONS, time.monotonic()
     watch.begin("conditions", "for all calibrations and pictures")
-    kept = path.exists()
-    if not kept:
+    exists = path.exists()
+    if not exists:
         partial = path.with_suffix(".new")
         write_conditions(reference, base, partial, "cpu", watch.advance)
         partial.rename(path)
     set_conditions(reference, path)
-    watch.end(time.monotonic() - start, f"{len(reference.conditions)} conditions", kept=kept)
+    watch.end(time.monotonic() - start, f"{len(reference.conditions)} conditions", kept=exists)
 
 
 def _calibrate(
     reference: Reference, base: Recipe, space: Space, folder: Path, watch: Progress
 ) -> dict[Scheme, CalibrationResult]:
-    """Calibrate every choice everywhere; the pictures are sampled once and kept beside the evaluations."""
+    """Calibrate the network with every choice everywhere; the pictures are sampled once and kept beside the evaluations."""
     from dq_export.calibration.calibrate import calibrate
     from dq_export.calibration.context import Calibration
 
@@ -228,14 +228,14 @@ def _calibrate(
 
 
 def _fresh(trials: Trajectories, folder: Path) -> Trajectories:
-    """The same judge on other noise and conditions, which no choice saw."""
+    """The same judge with other noise and conditions, which the search did not use."""
     journal = folder / f"held-back-{EVALUATIONS}"
     reference, count = trials.reference, len(trials.conditions)
     other = replace(
         trials,
         noise=reference.noise(count, trials.recipe.seed + 2 * HELD_OUT),
         conditions=(trials.conditions + count) % len(reference.conditions),
-        known={},
+        sqnrs={},
         journal=journal,
     )
     return replace(other, exact=other.latents(reference.forward))
@@ -250,7 +250,7 @@ def _uniform(space: Space, fresh: Trajectories) -> tuple[tuple[str, float, float
 
 
 def _write(outcome: Outcome, search: Search, folder: Path, request: SearchRequest) -> None:
-    """The search's results as data and as a picture."""
+    """Write the search's results as data and as a picture."""
     space, unit = search.space, request.unit
     described = {
         "sqnr": outcome.sqnr,
@@ -266,11 +266,11 @@ def _write(outcome: Outcome, search: Search, folder: Path, request: SearchReques
         "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],
     }
     write_text(folder / "search.json", json.dumps(described, indent=1) + "\n")
-    alike = [(scheme.label, space.everywhere(scheme)) for scheme in space.choices]
+    uniform = [(scheme.label, space.everywhere(scheme)) for scheme in space.choices]
     picture = Front(
         unit=unit,
         mixes=tuple((cost, sqnr) for cost, sqnr, _ in outcome.front),
-        uniform=tuple((name, search.goal.cost(g), search.found[g]) for name, g in alike if g in search.found),
+        uniform=tuple((name, search.goal.cost(g), search.sqnrs[g]) for name, g in uniform if g in search.sqnrs),
         winner=(outcome.milliseconds if unit == "ms" else outcome.size, outcome.sqnr) if outcome.reached else None,
         limit=request.limit,
         target=request.target_sqnr,

@@ -32,11 +32,11 @@ from .space import Space
 
 LINEAR, STATE = "linear", "state"
 RANGE = 4.0
-"""Of the random inputs."""
+"""The seed of the random inputs."""
 
 
 def time_space(space: Space, reference: Reference, backend: Backend, watch: Progress) -> Space:
-    """The space with milliseconds of a network call of batch 2, from a table of kernels that is timed here."""
+    """Return the space with the milliseconds of a network call of batch 2, from a table of kernels that is timed here."""
     start = time.monotonic()
     watch.begin("time", "kernels of every shape and choice")
     tokens = _rows(reference)
@@ -57,7 +57,7 @@ def time_space(space: Space, reference: Reference, backend: Backend, watch: Prog
 
 
 def _rows(reference: Reference) -> dict[str, int]:
-    """Rows of each site's input at a call of batch 2."""
+    """The number of rows of each site's input in a call of batch 2."""
     rows: dict[str, int] = {}
 
     def watch(name: str, value: Any) -> None:
@@ -88,7 +88,7 @@ def build_linear(backend: Backend, weight: Float32, rows: int, scheme: Scheme, f
 
     Args:
         weight: float32[out, in].
-        rows: of its input.
+        rows: the number of rows of its input.
         folder: new; gets `model.onnx` and `engine/`.
     """
     folder.mkdir()

@@ -17,8 +17,8 @@ from dq_export.deploy.lowerings import Lowering
 from ..families.reference import Reference
 
 FLOAT = 4
-"""Bytes of an unquantized weight, a scale or a bias."""
-KNOWN = (
+"""The bytes of an unquantized weight, a scale or a bias."""
+CHOICES = (
     scheme_of("float"),
     scheme_of("w8a8", "token"),
     scheme_of("w8a8", "tensor"),
@@ -56,11 +56,11 @@ class Space:
     rest: tuple[float, float] = (0.0, 0.0)
 
     def bytes_of(self, genome: Genome) -> float:
-        """Bytes of the whole network's weights."""
+        """The bytes of the whole network's weights."""
         return self.rest[0] + float(self.size[np.arange(len(genome)), list(genome)].sum())
 
     def milliseconds_of(self, genome: Genome) -> float:
-        """Of one network call, from the table of kernels; NaN if they were not timed."""
+        """The milliseconds of one network call, from the table of kernels; NaN if they were not timed."""
         if self.time is None:
             return float("nan")
         return self.rest[1] + float(self.time[np.arange(len(genome)), list(genome)].sum())
@@ -70,7 +70,7 @@ class Space:
         return any(self.choices[choice].low_precision for choice in genome)
 
     def everywhere(self, scheme: Scheme) -> Genome:
-        """One choice wherever its groups fit; elsewhere the first other choice that quantizes and fits."""
+        """The genome with one choice wherever its groups fit, and elsewhere the first other choice that quantizes and fits."""
         index = self.choices.index(scheme)
         quantizes = np.asarray([choice.low_precision for choice in self.choices])
         return tuple(index if row[index] else int(np.argmax(row & quantizes)) for row in self.allowed)
@@ -113,12 +113,12 @@ def space_of(reference: Reference, recipe: Recipe, choices: Sequence[Scheme], ba
     if len(usable) < 2 or not sites:
         raise RecipeError(f"{len(usable)} choices for {len(sites)} inputs: nothing to search; choose another --format or model")
     chosen = {name for site in sites for name in site.linears}
-    rest, seen = 0.0, set()
+    rest, digests = 0.0, set()
     for name, rule in assigned.items():
         weight = reference.weight(name)
         content = hashlib.sha256(np.ascontiguousarray(weight).tobytes()).digest() if name not in chosen else b""
-        if content and content not in seen:  # the graph keeps one of equal weights
-            seen.add(content)
+        if content and content not in digests:  # the graph keeps one of equal weights
+            digests.add(content)
             rest += weight_bytes(rule.scheme, *weight.shape)
     return Space(
         sites=tuple(site.name for site in sites),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .space import Genome, Space
 
 POPULATION, PARENTS, MUTATION, TRIES = 50, 10, 0.1, 10
-"""Of Q-DiT's evolution.sh: candidates an epoch, of which the best so many breed, and the share of genes that mutate."""
+"""The numbers of Q-DiT's evolution.sh: candidates per epoch, how many of the best breed, and the share of genes that mutate."""
 Noise = npt.NDArray[np.float64]
 MULTIPLIERS = 24
 """Prices at which the additive model's front is evaluated."""
@@ -68,28 +68,28 @@ class Search:
     ) -> None:
         self.space, self.goal, self._evaluate, self.left, self._progress = space, goal, evaluate, evaluations, progress
         self.total = evaluations
-        self.found: dict[Genome, float] = {}
+        self.sqnrs: dict[Genome, float] = {}
 
     def evaluate(self, genome: Genome) -> float:
         """The SQNR in dB; a new genome uses up one evaluation."""
-        if genome not in self.found:
+        if genome not in self.sqnrs:
             self.left -= 1
-            self.found[genome] = self._evaluate(genome)
-            self._progress(len(self.found), self.total, self.best())
-        return self.found[genome]
+            self.sqnrs[genome] = self._evaluate(genome)
+            self._progress(len(self.sqnrs), self.total, self.best())
+        return self.sqnrs[genome]
 
     def best(self) -> Genome | None:
         """The best so far."""
-        return max(self.found, key=lambda genome: self.goal.rank(genome, self.found[genome]), default=None)
+        return max(self.sqnrs, key=lambda genome: self.goal.rank(genome, self.sqnrs[genome]), default=None)
 
     def front(self) -> list[tuple[float, float, Genome]]:
         """(cost, dB, genome) of every genome that no other beats in both, by increasing cost."""
-        points = sorted((self.goal.cost(genome), -sqnr, genome) for genome, sqnr in self.found.items())
-        kept: list[tuple[float, float, Genome]] = []
+        points = sorted((self.goal.cost(genome), -sqnr, genome) for genome, sqnr in self.sqnrs.items())
+        front: list[tuple[float, float, Genome]] = []
         for cost, negative, genome in points:
-            if not kept or -negative > kept[-1][1]:
-                kept.append((cost, -negative, genome))
-        return kept
+            if not front or -negative > front[-1][1]:
+                front.append((cost, -negative, genome))
+        return front
 
 
 def evolve(search: Search, random: np.random.Generator) -> None:
@@ -102,36 +102,36 @@ def evolve(search: Search, random: np.random.Generator) -> None:
     Source: Q-DiT (arXiv 2406.17343) algorithm 1, with the numbers of its published evolution.sh. There the fitness is the FID
     of 800 drawn images and the constraint a mean group size of 128; here the trajectory's error and the goal's cost.
     """
-    seen: set[Genome] = set()
+    visited: set[Genome] = set()
 
     def fresh(genome: Genome) -> bool:
-        return genome not in seen and search.goal.legal(genome)
+        return genome not in visited and search.goal.legal(genome)
 
-    def drawn() -> Genome:
+    def draw() -> Genome:
         return tuple(int(random.choice(np.flatnonzero(row))) for row in search.space.allowed)
 
-    def bred(make: Callable[[], Genome], count: int) -> list[Genome]:
+    def breed(make: Callable[[], Genome], count: int) -> list[Genome]:
         children: list[Genome] = []
         for _ in range(TRIES * count):
             genome = make()
             if len(children) < count and fresh(genome):
-                seen.add(genome)
+                visited.add(genome)
                 children.append(genome)
         return children
 
     costs = _costs(search)
     presets = [*map(search.space.everywhere, search.space.choices), tuple(np.argmin(costs, axis=1).tolist())]
     population = [genome for genome in dict.fromkeys(presets) if fresh(genome)]
-    seen.update(population)
-    population += bred(drawn, POPULATION - len(population))
+    visited.update(population)
+    population += breed(draw, POPULATION - len(population))
     while search.left > 0 and population:
         for genome in population[: search.left]:
             search.evaluate(genome)
-        ranked = sorted(search.found, key=lambda genome: search.goal.rank(genome, search.found[genome]), reverse=True)
+        ranked = sorted(search.sqnrs, key=lambda genome: search.goal.rank(genome, search.sqnrs[genome]), reverse=True)
         parents = ranked[:PARENTS]
-        population = bred(lambda parents=parents: _mutated(_pick(parents, random), search.space, random), POPULATION // 2)  # type: ignore[misc]
-        population += bred(lambda parents=parents: _crossed(parents, random), POPULATION // 2)  # type: ignore[misc]
-        population += bred(drawn, POPULATION - len(population))
+        population = breed(lambda parents=parents: _mutated(_pick(parents, random), search.space, random), POPULATION // 2)  # type: ignore[misc]
+        population += breed(lambda parents=parents: _crossed(parents, random), POPULATION // 2)  # type: ignore[misc]
+        population += breed(draw, POPULATION - len(population))
 
 
 def descend(search: Search, random: np.random.Generator) -> None:
@@ -167,7 +167,7 @@ def _learn(search: Search, noise: Noise, best: Genome, candidate: Genome) -> Non
     """Distribute the model's error for an evaluated exchange among the sites that changed."""
     changed = [site for site, (old, new) in enumerate(zip(best, candidate, strict=True)) if old != new]
     expected = sum(noise[site, candidate[site]] - noise[site, best[site]] for site in changed)
-    surplus = _noise(search.found[candidate]) - _noise(search.found[best]) - expected
+    surplus = _noise(search.sqnrs[candidate]) - _noise(search.sqnrs[best]) - expected
     for site in changed:
         noise[site, candidate[site]] = max(noise[site, candidate[site]] + surplus / len(changed), 0.0)
 
@@ -185,7 +185,7 @@ def _single_evaluations(space: Space) -> int:
 def _shared_noise(search: Search) -> Noise:
     """Noise power by site and choice: an equal share of the noise of one choice everywhere. Evaluates these, legal ones first.
 
-    If none of them is legal, the cheapest mix is evaluated before, so that a genome within the limit is always known.
+    If none of them is legal, the cheapest mix is evaluated first, so that there is always a genome within the limit.
     """
     space = search.space
     noise = np.where(space.allowed, 1.0, np.inf)
@@ -241,7 +241,7 @@ def _exchange(search: Search, noise: Noise, best: Genome, random: np.random.Gene
     The model's noise of each single change is blurred by a random factor, so that its own errors do not hide good ones.
     """
     blurred = noise * random.lognormal(0.0, 0.3, noise.shape)
-    total = _noise(search.found[best])
+    total = _noise(search.sqnrs[best])
     sites, choices = np.nonzero(np.isfinite(noise))
     gains = blurred[sites, choices] - blurred[sites, np.asarray(best)[sites]]
     single = [(i, j, gain) for i, j, gain in zip(sites.tolist(), choices.tolist(), gains.tolist(), strict=True) if best[i] != j]
@@ -252,7 +252,7 @@ def _exchange(search: Search, noise: Noise, best: Genome, random: np.random.Gene
         for site, choice, _ in changes:
             genome[site] = choice
         mixed = tuple(genome)
-        if mixed in search.found or not search.goal.legal(mixed):
+        if mixed in search.sqnrs or not search.goal.legal(mixed):
             return
         expected = max(total + sum(gain for _, _, gain in changes), 1e-20)
         candidates.append((search.goal.rank(mixed, -10 * float(np.log10(expected))), mixed))

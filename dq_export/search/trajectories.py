@@ -31,14 +31,14 @@ JOURNAL_LIMIT = 1 << 28
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectories:
-    """Pictures whose float trajectories are known.
+    """Pictures with their float trajectories, which judge a genome.
 
     Args:
         simulations: for each choice, the simulation of the whole network.
         exact: for every batch, the latents before every network call and at the end.
         journal: the file that stores each result.
         conditions: int64[pictures], the index of each picture's condition.
-        known: results so far.
+        sqnrs: the results so far.
     """
 
     reference: Reference
@@ -49,7 +49,7 @@ class Trajectories:
     conditions: npt.NDArray[np.int64]
     exact: Float32
     journal: Path
-    known: dict[Genome, float] = field(default_factory=dict)
+    sqnrs: dict[Genome, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -81,7 +81,7 @@ class Trajectories:
 
     def sqnr(self, genome: Genome) -> float:
         """The SQNR in dB: the power of the float latents over that of the difference, over all steps and the final picture."""
-        if genome not in self.known:
+        if genome not in self.sqnrs:
             weights, biases = {}, {}
             chosen = {}
             for site, choice in zip(self.space.sites, genome, strict=True):
@@ -93,13 +93,13 @@ class Trajectories:
                     if name in simulation.biases:
                         biases[name] = simulation.biases[name]
             with self.reference.replace(weights, biases, lambda site, rows, t: _rounded(chosen.get(site), site, rows, t)):
-                drawn = self.latents(self.reference.forward)
-            noise = float(np.square(drawn.astype(np.float64) - self.exact).sum())
+                latents = self.latents(self.reference.forward)
+            noise = float(np.square(latents.astype(np.float64) - self.exact).sum())
             signal = float(np.square(self.exact.astype(np.float64)).sum())
-            self.known[genome] = float(decibels(signal, noise))
+            self.sqnrs[genome] = float(decibels(signal, noise))
             with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"genome": genome, "sqnr": self.known[genome]}) + "\n")
-        return self.known[genome]
+                file.write(json.dumps({"genome": genome, "sqnr": self.sqnrs[genome]}) + "\n")
+        return self.sqnrs[genome]
 
     def latents(self, network: Network) -> Float32:
         """float32[calls + 1, pictures, ...]: the sampler's latents before each call and at the end."""
@@ -110,28 +110,28 @@ class Trajectories:
         return np.concatenate(batches, axis=1)
 
     def _batch(self, network: Network, part: slice) -> Float32:
-        seen: list[Float32] = []
+        latents: list[Float32] = []
         conditions, state = self.conditions[part], self.reference.inputs[0].name
 
         def watched(feed: Feed) -> Float32:
             states: Float32 = np.array(feed[state][: len(conditions)], dtype=np.float32)
-            seen.append(states)
+            latents.append(states)
             return network(feed)
 
         draw: Callable[..., Float32] = self.reference.draw
         final = draw(watched, self.noise[part], conditions, steps=self.recipe.steps, guidance=self.recipe.guidance_scale or 1.0)
-        return np.stack([*seen, final])
+        return np.stack([*latents, final])
 
     def _read(self, key: list[object]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if not self.journal.exists():
-            write_text(self.journal, json.dumps({"search": digest}) + "\n")  # whole: a kill here leaves no empty journal
+            write_text(self.journal, json.dumps({"search": digest}) + "\n")  # in one write: a kill leaves no empty journal
             return
         try:
             text = read_text(self.journal, JOURNAL_LIMIT, links=False)
         except DocumentError as error:
             raise OutputError(f"{error}; choose another --output-dir, or delete it") from error
-        if not text.endswith("\n"):  # cut short by a kill: the next result gets a line of its own
+        if not text.endswith("\n"):  # cut short by a kill: the next result starts a new line
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write("\n")
         lines = [_evaluation(line) for line in text.splitlines()]
@@ -142,7 +142,7 @@ class Trajectories:
             if not isinstance(genome, list) or not isinstance(sqnr, float) or len(genome) != len(self.space.sites):
                 continue
             if all(choice in range(len(self.space.choices)) for choice in genome):
-                self.known[tuple(genome)] = sqnr
+                self.sqnrs[tuple(genome)] = sqnr
 
 
 def _evaluation(line: str) -> dict[str, Any]:

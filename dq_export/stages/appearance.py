@@ -34,11 +34,11 @@ def appearance(reference: Reference, recipe: Recipe, references: Float32, latent
             return {}
         vae = _vae(reference, recipe)
         pair = pictures_of(vae, references), pictures_of(vae, latents)
-    exact, drawn = (np.clip(pictures, -1, 1) for pictures in pair)
-    if not np.isfinite(drawn).all():
-        return {"psnr": psnr(exact, drawn)}
-    distance = Lpips.load(Path(recipe.metric_weights))(exact, drawn) if recipe.metric_weights else None
-    return {"psnr": psnr(exact, drawn), "ssim": ssim(exact, drawn), "lpips": distance}
+    exact, actual = (np.clip(pictures, -1, 1) for pictures in pair)
+    if not np.isfinite(actual).all():
+        return {"psnr": psnr(exact, actual)}
+    distance = Lpips.load(Path(recipe.metric_weights))(exact, actual) if recipe.metric_weights else None
+    return {"psnr": psnr(exact, actual), "ssim": ssim(exact, actual), "lpips": distance}
 
 
 def require_appearance(reference: Reference, recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ class Bench(Stage[Benched]):
 
     def run(self, context: Context, target: Path) -> Benched:
         """Time both; nothing is written."""
-        assert context.backend is not None  # see `wanted`
+        assert context.backend is not None  # see `applies`
         latency = bench(context.folder, context.backend, context.progress.advance)
         return Benched(summary=f"{latency.ratio:.2f}x the speed of {latency.baseline}", latency=latency)
 

@@ -46,7 +46,7 @@ class Build(Stage[Result]):
         Raises:
             NotHereError: another machine must build it.
         """
-        assert context.backend is not None  # see `wanted`
+        assert context.backend is not None  # see `applies`
         with large_blocks_mapped():
             built = context.backend.build(context.folder / MODEL, target / ENGINE, context.progress.advance)
         return Result(summary=built.note)

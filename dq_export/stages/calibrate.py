@@ -144,7 +144,7 @@ class Calibrate(Stage[Calibrated]):
         summary = f"{calibrated.summary}{described(context.tables, context.assigned)}"
         return calibrated.model_copy(update={"summary": summary})
 
-    def kept(self, context: Context) -> None:
+    def reuse(self, context: Context) -> None:
         """Send the other processes home."""
         announce(context.group, work=False)
 

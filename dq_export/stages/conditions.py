@@ -54,7 +54,7 @@ class EncodePrompts(Stage[Result]):
         set_conditions(context.reference, target / CONDITIONS)
         return Result(summary=f"{len(context.reference.conditions)} conditions")
 
-    def kept(self, context: Context) -> None:
+    def reuse(self, context: Context) -> None:
         """Give the network what is there."""
         set_conditions(context.reference, context.folder / CONDITIONS)
 

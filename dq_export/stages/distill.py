@@ -99,8 +99,8 @@ class Distill(Stage[Distilled]):
         continue_with(folder, key)
 
         def finished(outcome: Outcome) -> None:
-            kept = "" if outcome.kept else ", kept as it was"
-            context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{kept}")
+            better = "" if outcome.kept else ", kept as it was"
+            context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{better}")
 
         announce(context.group, work=True)
         with context.reference.on(context.device):
@@ -111,15 +111,15 @@ class Distill(Stage[Distilled]):
         blocks = tuple(map(_reported, distilled.blocks))
         network = _reported(distilled.network)
         finish = None if distilled.finish is None else _reported(distilled.finish)
-        kept = [block for block in blocks if block.kept]
-        gain = sum(block.after - block.before for block in kept) / max(len(kept), 1)
-        summary = f"{len(kept)} of {len(blocks)} blocks are better, by {gain:.1f} dB on average"
-        if kept and not network.kept:
+        better = [block for block in blocks if block.kept]
+        gain = sum(block.after - block.before for block in better) / max(len(better), 1)
+        summary = f"{len(better)} of {len(blocks)} blocks are better, by {gain:.1f} dB on average"
+        if better and not network.kept:
             summary += ", but not the network with them: all are exported as they were"
         summarized = {**dict(Calibrated.of(distilled.result)), "summary": summary}
         return Distilled(**summarized, blocks=blocks, network=network, finish=finish)
 
-    def kept(self, context: Context) -> None:
+    def reuse(self, context: Context) -> None:
         """Send the other processes home."""
         announce(context.group, work=False)
 

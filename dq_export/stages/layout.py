@@ -106,7 +106,7 @@ def layout_timesteps(recipe: Recipe, reference: Reference) -> str:
     """
     if recipe.layout != "diffusers":
         return recipe.timesteps
-    sent = "shared" if reference.inputs[0].name == "sample" else "per-sample"
-    if recipe.timesteps not in ("auto", sent):
-        raise RecipeError(f"--layout diffusers: optimum sends {sent} timesteps to this network; leave out --timesteps")
-    return sent
+    choice = "shared" if reference.inputs[0].name == "sample" else "per-sample"
+    if recipe.timesteps not in ("auto", choice):
+        raise RecipeError(f"--layout diffusers: optimum sends {choice} timesteps to this network; leave out --timesteps")
+    return choice

@@ -129,6 +129,6 @@ def quantize_graph(
             max_workers=os.cpu_count(),
             max_in_flight_bytes=IN_FLIGHT,
         )
-    except ir.serde.SerdeError as error:  # a text that is no UTF-8, which onnx_ir reads and does not write
+    except ir.serde.SerdeError as error:  # a text that is not UTF-8, which onnx_ir reads and does not write
         raise GraphError(f"{shown_path(source)}: {DAMAGED}") from error
     return reports

@@ -64,13 +64,13 @@ def record(reference: Reference, recipe: Recipe, bins: TimestepBins, folder: Pat
         ModelError: PyTorch's own output is not finite.
     """
     batches = -(-recipe.parity_size // reference.batch)
-    others, fewer = recipe.pixels[1:], min(recipe.parity_size, reference.batch)
+    others, count = recipe.pixels[1:], min(recipe.parity_size, reference.batch)
     total = len(reference.timesteps(recipe.steps)) * (batches + len(others))
     calls = _Calls(reference, bins, progress, total)
     pictures = calls.draw(recipe)
     for size in others:
         with reference.at(size):
-            calls.draw(recipe.model_copy(update={"parity_size": fewer}))
+            calls.draw(recipe.model_copy(update={"parity_size": count}))
     feeds, outputs = calls.feeds, calls.outputs
     folder.mkdir(parents=True, exist_ok=True)
     save_replay(folder, feeds, outputs)

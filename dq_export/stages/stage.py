@@ -76,7 +76,7 @@ class Stage(ABC, Generic[R]):
     def run(self, context: Context, target: Path) -> R:
         """Write the outputs into `target`, from where they are moved into the output folder."""
 
-    def kept(self, context: Context) -> None:
+    def reuse(self, context: Context) -> None:
         """Called in place of `run` where an earlier run did the same work."""
 
 

@@ -45,20 +45,20 @@ def compare_encoder(graph: PromptGraph, call: Call, conditions: Conditions, prog
     exact += [("", conditions.null_rows(1))] if conditions.null else []
     distances = []
     for done, (prompt, rows) in enumerate(exact, 1):
-        found = texts.read({PROMPT: np.array([[prompt.encode()]], dtype=np.object_)}).rows(False)
-        distances.append((distance(rows, found), prompt))
+        rounded = texts.read({PROMPT: np.array([[prompt.encode()]], dtype=np.object_)}).rows(False)
+        distances.append((distance(rows, rounded), prompt))
         progress(done, len(exact), "prompts")
     worst, prompt = min(distances)
     return EncoderReport(float_bytes=graph.float_bytes, stored_bytes=graph.stored_bytes, sqnr=worst, prompt=prompt)
 
 
-def distance(exact: Rows, found: Rows) -> float:
+def distance(exact: Rows, rounded: Rows) -> float:
     """SQNR in dB of the farthest of a prompt's conditions, [1, ...] each; tokens that a mask hides do not count."""
     masks = [rows for name, rows in exact.items() if name.endswith("_mask")]
-    least = []
+    values = []
     for name, rows in exact.items():
         shown = next((mask for mask in masks if rows.shape[: mask.ndim] == mask.shape and rows.ndim > mask.ndim), None)
         weight = 1.0 if shown is None else np.expand_dims(shown, tuple(range(shown.ndim, rows.ndim)))
-        signal, noise = (np.square(value * weight, dtype=np.float64).sum() for value in (rows, rows - found[name]))
-        least.append(float(decibels(signal, noise)))
-    return min(least)
+        signal, noise = (np.square(value * weight, dtype=np.float64).sum() for value in (rows, rows - rounded[name]))
+        values.append(float(decibels(signal, noise)))
+    return min(values)

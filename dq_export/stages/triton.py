@@ -162,8 +162,8 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
         RecipeError: what it draws comes from a file.
     """
-    held = {reference.inputs[0].name, "timestep", *reference.requests}
-    others = [item.name for item in reference.inputs if item.name not in held]
+    supplied = {reference.inputs[0].name, "timestep", *reference.requests}
+    others = [item.name for item in reference.inputs if item.name not in supplied]
     if others or not reference.requests:
         raise ModelError(
             f"--triton: the server's requests do not hold what this network takes: {', '.join(others) or 'its conditions'}. "

@@ -83,11 +83,11 @@ class Verify(Stage[Verified]):
             if name == last:
                 pictures = comparison.pictures(engine)
             del engine
-        apart = np.clip(4 * (pictures - recording.pictures), -1, 1)
-        save_pictures(target / PICTURES, [recording.pictures, pictures, apart])
+        difference = np.clip(4 * (pictures - recording.pictures), -1, 1)
+        save_pictures(target / PICTURES, [recording.pictures, pictures, difference])
         looks = appearance(context.reference, context.recipe, recording.pictures, pictures)
         trajectory, low = replace(compare_pictures(last, recording.pictures, pictures), **looks), worst(rows, last)
-        distances = ", ".join(filter(None, [f"trajectory {trajectory.sqnr:.1f} dB", trajectory.seen()]))
+        distances = ", ".join(filter(None, [f"trajectory {trajectory.sqnr:.1f} dB", trajectory.appearance()]))
         summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), {distances}"
         return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)))
 
@@ -120,8 +120,8 @@ class _Comparison:
     def __init__(self, context: Context, recording: Recording, engines: int) -> None:
         self.context, self.recording, self.done = context, recording, 0
         recipe, reference = context.recipe, context.reference
-        drawn = len(reference.timesteps(recipe.steps)) * -(-recipe.parity_size // reference.batch)
-        self.total = len(recording.feeds) * engines + drawn
+        calls = len(reference.timesteps(recipe.steps)) * -(-recipe.parity_size // reference.batch)
+        self.total = len(recording.feeds) * engines + calls
 
     def calls(self, name: str, engine: Engine, *, by_row: bool) -> list[CallParity]:
         """Every recorded call.

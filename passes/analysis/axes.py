@@ -42,7 +42,7 @@ def after(node: ir.Node, axes: Axes) -> Axes | None:
     return _across(node, axes, node.inputs[0], node.outputs[0], forward=True)
 
 
-def _across(node: ir.Node, axes: Axes, here: ir.Value | None, there: ir.Value | None, *, forward: bool) -> Axes | None:
+def _across(node: ir.Node, axes: Axes, source: ir.Value | None, target: ir.Value | None, *, forward: bool) -> Axes | None:
     if node.op_type in ("Cast", "Identity"):
         return axes
     if node.op_type == "Transpose":
@@ -50,7 +50,7 @@ def _across(node: ir.Node, axes: Axes, here: ir.Value | None, there: ir.Value | 
         if not perm:
             return None
         return tuple(perm.index(axis) for axis in axes) if forward else tuple(perm[axis] for axis in axes)
-    near, far = dims(here), dims(there)
+    near, far = dims(source), dims(target)
     if near is None or far is None:
         return None
     if node.op_type == "Reshape":
@@ -65,10 +65,10 @@ def _squeezed(node: ir.Node, axes: Axes, near: int, far: int) -> Axes | None:
         return None
     wide = max(near, far)
     single = {int(axis) % wide for axis in listed.reshape(-1)}
-    kept = [axis for axis in range(wide) if axis not in single]
+    remaining = [axis for axis in range(wide) if axis not in single]
     if near < far:
-        return tuple(kept[axis] for axis in axes)
-    return None if single & set(axes) else tuple(kept.index(axis) for axis in axes)
+        return tuple(remaining[axis] for axis in axes)
+    return None if single & set(axes) else tuple(remaining.index(axis) for axis in axes)
 
 
 def _reshaped(near: tuple[Dim, ...], far: tuple[Dim, ...], axes: Axes) -> Axes | None:

@@ -56,13 +56,13 @@ def _behind(values: Collection[ir.Value]) -> set[ir.Value]:
 
 def _reaches_tokens(value: ir.Value, gemms: Collection[ir.Node]) -> bool:
     """Whether a vector meets tokens, or leaves the graph, before another linear reads it."""
-    seen, todo = {value}, [value]
+    visited, todo = {value}, [value]
     while todo:
         current = todo.pop()
         if current.is_graph_output() or not _is_vector(current):
             return True
         for node, _ in current.uses():
-            new = [output for output in node.outputs if node not in gemms and output not in seen]
-            seen.update(new)
+            new = [output for output in node.outputs if node not in gemms and output not in visited]
+            visited.update(new)
             todo += new
     return False

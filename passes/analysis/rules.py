@@ -120,8 +120,8 @@ def _operand(walk: Walk, scaled: Scaled, node: ir.Node, index: int, *, shift: bo
     shape, rank = dims(value), len(dims(scaled.value) or ())
     if value is None or shape is None:
         return None
-    lost = rank - len(shape)
-    axes = tuple(axis - lost for axis in scaled.axes)
+    offset = rank - len(shape)
+    axes = tuple(axis - offset for axis in scaled.axes)
     whole = replace(scaled, value=value, uses=((node, index),), shift=shift, depth=scaled.depth + 1)
     if stored(value) is not None:  # of any size: the pass stores it again with all channels
         return Way(places=(place("constant", str(node.outputs[0].name), whole),))

@@ -74,12 +74,12 @@ def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
     by_name = linears(model)
     role = roles(model, by_name, conditions)
     sites = (item.site for item in graph_sites(model, convolutions=True))
-    kept = [site for site in sites if any(role.get(name) in ("gemm", "static") for name in site.linears)]
+    usable = [site for site in sites if any(role.get(name) in ("gemm", "static") for name in site.linears)]
     described = {
         name: Linear(name=name, role=role[name], width=linear.shape[1], convolution=linear.gemm.op_type == "Conv")
         for name, linear in by_name.items()
     }
-    return Structure(linears=described, sites=tuple(kept), attention=_attention(model, by_name))
+    return Structure(linears=described, sites=tuple(usable), attention=_attention(model, by_name))
 
 
 def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSite]:
@@ -119,24 +119,24 @@ def graph_sites(model: ir.Model, *, convolutions: bool = False) -> list[GraphSit
 
 def _sites(walk: Walk, by_value: dict[tuple[ir.Value, object], list[Reader]]) -> list[GraphSite]:
     leaders: dict[ir.Node, str] = {}
-    done: list[GraphSite] = []
+    result: list[GraphSite] = []
     for (value, _), group in by_value.items():
         name, nodes = group[0].name, {reader.node for reader in group}
         leader = leaders.get(group[0].node, "")
         if leader:
             site = InputSite(name=name, linears=_names(group), fold=Fold(parts=()), shares=leader)
-            done.append(GraphSite(site=site, readers=tuple(group), places=()))
+            result.append(GraphSite(site=site, readers=tuple(group), places=()))
             continue
         way, shifts = _cheapest(walk, value, group)
-        partners = {reader.node for item in done for reader in item.readers} & way.readers
+        partners = {reader.node for item in result for reader in item.readers} & way.readers
         if partners:  # other sites already scale these GEMMs separately
             way, shifts = _alone(walk, value, group), True
         leaders |= dict.fromkeys(way.readers - nodes, name)
         fold = Fold(parts=tuple(place.part for place in way.places), shifts=shifts)
-        done.append(
+        result.append(
             GraphSite(site=InputSite(name=name, linears=_names(group), fold=fold), readers=tuple(group), places=way.places)
         )
-    return done
+    return result
 
 
 def _names(group: list[Reader]) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def _unsqueezed(chunk: ir.Value) -> bool:
 def _lift(graph: ir.Graph, linear: LinearNode, axis: ir.Value) -> ir.Value:
     """Insert the linear at rank 3 before its Gemm, and return its result [B, 1, N]."""
     name, gemm = linear.name, linear.gemm
-    read, (width, depth) = linear.weight_reader(), linear.shape
-    weight = computed_initializer(graph, f"{name}.weight", ir.DataType.FLOAT, (depth, width), lambda: read().T)
+    reader, (width, depth) = linear.weight_reader(), linear.shape
+    weight = computed_initializer(graph, f"{name}.weight", ir.DataType.FLOAT, (depth, width), lambda: reader().T)
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else initializer(graph, f"{name}.bias", np.zeros(width, dtype=np.float32))
     unsqueeze = ir.node("Unsqueeze", [linear.input, axis])
     matmul = ir.node("MatMul", [unsqueeze.outputs[0], weight], metadata_props=dict(gemm.metadata_props))

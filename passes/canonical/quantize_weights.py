@@ -68,7 +68,7 @@ def _quantize(
     name, gemm, dtype = linear.name, linear.gemm, element_type(grid.qtype)
     if gemm.op_type == "Gemm":
         raise GraphError(f"'{name}' is a Gemm, which reads one row per sample; make it weight-only or float")
-    read, (width, depth) = linear.weight_reader(), linear.shape
+    reader, (width, depth) = linear.weight_reader(), linear.shape
     blocked = grid.scale.ndim == 2
     if not grid.fits(width, depth) or (codes is not None and codes.shape != (width, depth)):
         raise GraphError(f"'{name}': scales {grid.scale.shape} do not fit a weight {(depth, width)}; calibrate again")
@@ -77,7 +77,7 @@ def _quantize(
         return
 
     def compute() -> npt.NDArray[np.generic]:
-        transposed: npt.NDArray[np.generic] = (grid.codes(read()) if codes is None else codes).T.astype(dtype.numpy())
+        transposed: npt.NDArray[np.generic] = (grid.codes(reader()) if codes is None else codes).T.astype(dtype.numpy())
         return transposed
 
     value = computed_initializer(graph, f"{name}.weight_codes", dtype, (depth, width), compute)
@@ -94,13 +94,13 @@ def _quantize(
 
 
 def _quantize_convolution(graph: ir.Graph, linear: LinearNode, grid: WeightGrid, codes: npt.NDArray[np.int8] | None) -> None:
-    name, gemm, read, tensor = linear.name, linear.gemm, linear.weight_reader(), stored(linear.gemm.inputs[1])
+    name, gemm, reader, tensor = linear.name, linear.gemm, linear.weight_reader(), stored(linear.gemm.inputs[1])
     assert tensor is not None
     shape = tuple(tensor.shape.numpy())
     dtype = element_type(grid.qtype) if grid.qtype.stored_bits == INT8.stored_bits else ir.DataType.INT8
 
     def compute() -> npt.NDArray[np.generic]:
-        rounded = grid.codes(read()) if codes is None else codes.astype(np.float32)
+        rounded = grid.codes(reader()) if codes is None else codes.astype(np.float32)
         if grid.multiplier is not None:
             rounded = rounded * np.repeat(grid.multiplier.T.astype(np.float32), rounded.shape[1] // grid.blocks, axis=1)
         stored_codes: npt.NDArray[np.generic] = rounded.reshape(shape).astype(dtype.numpy())

@@ -149,7 +149,7 @@ def test_an_intact_export_passes_every_step(finished: Path) -> None:
     assert exact["fold_scaling"] > 80 > exact["insert_qdq"]
 
 
-def test_folded_results_are_told_from_broken_ones(finished: Path, tmp_path: Path) -> None:
+def test_folded_results_are_distinguished_from_broken_ones(finished: Path, tmp_path: Path) -> None:
     """What takes up a scaling gives other results, which are right."""
     calibration = CalibrationResult.load(finished / "calibration.safetensors")
     folder = FinishedFolder.open(finished)
@@ -166,22 +166,22 @@ def test_folded_results_are_told_from_broken_ones(finished: Path, tmp_path: Path
     assert unaware.linear == "transformer_blocks.0.norm1.linear"
 
 
-def test_the_command_line_says_where(finished: Path) -> None:
-    done = CliRunner().invoke(app, ["bisect", str(finished)], env={"COLUMNS": "80"})
-    assert done.exit_code == 0, done.output
-    assert "insert_qdq" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+def test_the_command_line_names_the_pass(finished: Path) -> None:
+    result = CliRunner().invoke(app, ["bisect", str(finished)], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "insert_qdq" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_a_limit_that_the_codes_do_not_keep(finished: Path) -> None:
-    done = CliRunner().invoke(app, ["bisect", str(finished), "--min-sqnr", "75"], env={"COLUMNS": "80"})
-    assert done.exit_code == 4, done.output
-    assert "parity breaks in pass quantize_weights, at linear" in " ".join(done.stdout.split())
-    command = next(line for line in done.stdout.splitlines() if line.startswith("polygraphy run bisect/model.onnx"))
+def test_a_limit_that_the_codes_do_not_keep_names_the_linear(finished: Path) -> None:
+    result = CliRunner().invoke(app, ["bisect", str(finished), "--min-sqnr", "75"], env={"COLUMNS": "80"})
+    assert result.exit_code == 4, result.output
+    assert "parity breaks in pass quantize_weights, at linear" in " ".join(result.stdout.split())
+    command = next(line for line in result.stdout.splitlines() if line.startswith("polygraphy run bisect/model.onnx"))
     assert polygraphy(finished, command) == 1
 
 
-def test_a_limit_that_is_no_number_is_refused(finished: Path) -> None:
+def test_a_limit_that_is_not_a_number_is_refused(finished: Path) -> None:
     with pytest.raises(RecipeError, match="--min-sqnr nan: expected a number of dB"):
         bisect_passes(finished, float("nan"))
 
@@ -197,7 +197,7 @@ def test_a_folder_without_its_recording_is_refused(finished: Path, tmp_path: Pat
         bisect_passes(copy, None)
 
 
-def test_graphs_that_onnx_runtime_does_not_run_are_passed_over(tiny_folder: Path, tmp_path: Path) -> None:
+def test_graphs_that_onnx_runtime_does_not_run_are_skipped(tiny_folder: Path, tmp_path: Path) -> None:
     """A table of float8 zero points is in no graph that ONNX Runtime takes, and factor_scale replaces it."""
     out = tmp_path / "out"
     fp8 = {"model": str(tiny_folder), **QUICK, "format": "trt", "bits": "fp8"}

@@ -95,7 +95,7 @@ def test_a_float_site_that_shares_a_scaling_is_scaled_too(tiny_folder: Path) -> 
 @pytest.mark.parametrize(
     "options", [{"scaling": "auto", "shift": None}, {"scaling": "smooth", "shift": True}], ids=["auto", "shift"]
 )
-def test_what_takes_no_shift_gets_none(options: dict[str, Any], tiny_folder: Path) -> None:
+def test_inputs_that_take_no_shift_get_none(options: dict[str, Any], tiny_folder: Path) -> None:
     reference = tied(tiny_folder, shifts=False)
     result, _ = calibrate_tiny(reference, recipe_of(reference, **options))
     first, second, third = list(result.sites.values())[:3]
@@ -104,10 +104,10 @@ def test_what_takes_no_shift_gets_none(options: dict[str, Any], tiny_folder: Pat
     assert second.in_shift.any()
 
 
-def test_bins_are_as_many_as_asked_for(tiny: Reference) -> None:
-    for asked, made in ((1, 1), (3, 3), (50, 5), ("per-step", 5)):  # the recipe samples 5 steps
-        result, _ = calibrate_tiny(tiny, recipe_of(tiny, **{**BASE, "bins": asked}))
-        assert {len(plan.activation.bins) for plan in result.sites.values()} == {made}
+def test_the_number_of_bins_is_the_requested_one(tiny: Reference) -> None:
+    for request, bins in ((1, 1), (3, 3), (50, 5), ("per-step", 5)):  # the recipe samples 5 steps
+        result, _ = calibrate_tiny(tiny, recipe_of(tiny, **{**BASE, "bins": request}))
+        assert {len(plan.activation.bins) for plan in result.sites.values()} == {bins}
 
 
 @pytest.mark.parametrize("options", [{"scaling": "smooth"}, {"scaling": "dilate", "rho": 4}], ids=["smooth", "dilate"])
@@ -134,8 +134,8 @@ def test_folded_weights_are_those_of_a_network_that_computes_the_same(tiny_folde
         if site.fold.kind == "token":
             folded.model.get_submodule(site.linears[0]).register_forward_pre_hook(lambda _, x, s=s: (x[0] / s,))
     feed = feed_of(reference)
-    exact, found = reference.forward(feed), folded.forward(feed)
-    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()  # float32: some dozens of roundings of 6e-8
+    exact, actual = reference.forward(feed), folded.forward(feed)
+    assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()  # float32: some dozens of roundings of 6e-8
     for name, rule in assigned.items():
         weight = np.abs(folded.model.get_submodule(name).weight.detach().numpy())
         if rule.action == "w8a8":
@@ -160,7 +160,7 @@ def test_a_linear_that_stays_float_has_no_site_and_scales_nothing(tiny: Referenc
 
 
 @pytest.mark.parametrize(("heads", "block"), [(2, 32), (3, 16), (8, 128)])
-def test_the_largest_block_that_divides_is_taken(tmp_path: Path, heads: int, block: int) -> None:
+def test_the_largest_block_that_divides_is_chosen(tmp_path: Path, heads: int, block: int) -> None:
     reference = load_reference(str(save_tiny(tmp_path, num_layers=1, num_attention_heads=heads)))  # 16 wide each
     result, _ = calibrate_tiny(reference, recipe_of(reference, steps=1, calib_size=1, scaling="none"))
     width = heads * 16
@@ -181,14 +181,14 @@ def test_progress_counts_every_network_call_input_and_weight_once(
     tiny: Reference, method: str, passes: int, tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny, method=method, steps=3, calib_size=9)
-    seen: list[tuple[int, int]] = []
-    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda done, total, unit="": seen.append((done, total)))
+    values: list[tuple[int, int]] = []
+    calibration = calibration_of(tiny, recipe, tmp_path, progress=lambda done, total, unit="": values.append((done, total)))
     calibrate(calibration)
     calls = [(done, 6) for done in range(7)]  # 9 pictures are two batches of 3 steps
     weights = sum(rule.action != "float" for rule in calibration.assigned.values())
     inputs = [(done, len(tiny.sites)) for done in range(1, len(tiny.sites) + 1)]
     expected = [*calls, *inputs, *(calls if passes == 2 else []), *((done, weights) for done in range(1, weights + 1))]
-    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(expected))
+    assert list(dict.fromkeys(values)) == list(dict.fromkeys(expected))
 
 
 def constant_input(folder: Path) -> Reference:
@@ -201,15 +201,15 @@ def constant_input(folder: Path) -> Reference:
 
 def test_a_shift_that_leaves_nothing_of_constant_inputs_is_an_error_that_names_them_all(tmp_path: Path) -> None:
     reference = constant_input(tmp_path)
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(CalibrationError) as error:
         calibrate_tiny(reference, recipe_of(reference, scaling="none", shift=True))
-    lines = str(caught.value).splitlines()
+    lines = str(error.value).splitlines()
     assert [line.split("'")[1] for line in lines] == [f"transformer_blocks.{block}.ff.net.2" for block in (0, 1)]
     assert all("--no-shift" in line and "--exclude" in line for line in lines)
 
 
 @pytest.mark.parametrize("scaling", ["auto", "none", "dilate", "smooth"])
-def test_a_constant_input_is_quantized_where_no_shift_is_asked_for(tmp_path: Path, scaling: str) -> None:
+def test_a_constant_input_is_quantized_without_a_shift(tmp_path: Path, scaling: str) -> None:
     reference = constant_input(tmp_path)
     result, _ = calibrate_tiny(reference, recipe_of(reference, scaling=scaling))
     assert np.isfinite(result.sites["transformer_blocks.0.ff.net.2"].error)

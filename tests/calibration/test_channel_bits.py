@@ -31,10 +31,10 @@ def bits_of(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def test_channels_with_outliers_get_one_bit_more_and_as_many_others_one_less(rounding: str) -> None:
     grid, codes = mixed(WEIGHT, scheme_of("w8a8"), HESSIAN, 4, ROUNDINGS[rounding])
     assert codes is not None
-    found = bits_of(codes)
-    assert set(found[::10]) == {5}
-    assert sorted(set(found)) == [3, 4, 5]
-    assert found.mean() == 4
+    actual = bits_of(codes)
+    assert set(actual[::10]) == {5}
+    assert sorted(set(actual)) == [3, 4, 5]
+    assert actual.mean() == 4
     narrow = mixed(WEIGHT[1::10], scheme_of("w8a8"), HESSIAN, 4, ROUNDINGS[rounding])  # of four channels: none without outliers
     assert grid.fits(40, 64)
     assert narrow[0].fits(4, 64)

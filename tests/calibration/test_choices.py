@@ -35,21 +35,21 @@ def cost(scale: np.ndarray, starts: tuple[int, ...]) -> float:
 @given(SCALES, st.integers(1, 8))
 @settings(max_examples=60)
 def test_the_partition_is_optimal(scale: np.ndarray, bins: int) -> None:
-    found = tuple(partition(scale, bins))
-    assert found[0] == 0
-    assert len(found) <= min(bins, len(scale))
-    every = [(0, *rest) for k in range(min(bins, len(scale))) for rest in combinations(range(1, len(scale)), k)]
-    best = min(cost(scale, starts) for starts in every)
-    assert cost(scale, found) <= best + 1e-6 * max(1.0, best)  # float64 sums in another order
+    actual = tuple(partition(scale, bins))
+    assert actual[0] == 0
+    assert len(actual) <= min(bins, len(scale))
+    candidates = [(0, *rest) for k in range(min(bins, len(scale))) for rest in combinations(range(1, len(scale)), k)]
+    best = min(cost(scale, starts) for starts in candidates)
+    assert cost(scale, actual) <= best + 1e-6 * max(1.0, best)  # float64 sums in another order
 
 
 @given(SCALES)
 def test_auto_takes_the_fewest_bins_within_the_tolerance(scale: np.ndarray) -> None:
-    found = tuple(partition(scale, "auto"))
+    actual = tuple(partition(scale, "auto"))
     limit = TOLERANCE * len(scale)
-    assert cost(scale, found) <= limit + 1e-6
-    if len(found) > 1:
-        assert cost(scale, tuple(partition(scale, len(found) - 1))) > limit - 1e-6
+    assert cost(scale, actual) <= limit + 1e-6
+    if len(actual) > 1:
+        assert cost(scale, tuple(partition(scale, len(actual) - 1))) > limit - 1e-6
 
 
 def test_tables_keep_the_largest_scale_of_a_bin_and_cut_half_way() -> None:
@@ -84,20 +84,20 @@ def test_minmax_clips_nothing() -> None:
 
 def test_percentile_is_that_of_the_samples() -> None:
     amax, counts = histogram(samples())
-    found = percentile(amax, counts, RECIPE.model_copy(update={"percentile": 99.0})) * 127
+    actual = percentile(amax, counts, RECIPE.model_copy(update={"percentile": 99.0})) * 127
     exact = np.percentile(np.abs(samples()), 99.0, axis=1)
-    assert (np.abs(found - exact) <= 2 * amax / 2048).all()  # the documented cell, and the percentile's own cell
+    assert (np.abs(actual - exact) <= 2 * amax / 2048).all()  # the documented cell, and the percentile's own cell
 
 
 def test_mse_is_near_the_brute_force_optimum() -> None:
     values = samples()
     amax, counts = histogram(values)
-    found = mse(amax, counts, RECIPE)
+    actual = mse(amax, counts, RECIPE)
 
     def error(row: np.ndarray, scale: float) -> float:
         return float(np.square(row - np.clip(np.rint(row / scale), -127, 127) * scale).sum())
 
-    for row, limit, scale in zip(values, amax, found, strict=True):
+    for row, limit, scale in zip(values, amax, actual, strict=True):
         best = min(error(row, r * limit / 127) for r in np.linspace(0.3, 1.0, 71))
         assert error(row, float(scale)) <= 1.02 * best  # a cell's centre stands for its values: 2 % of the error
     assert set(METHODS) == {"minmax", "percentile", "mse"}
@@ -160,9 +160,9 @@ def outliers() -> tuple[SiteStatistics, np.ndarray]:
 
 
 def chosen(scaling: str, **options: object) -> tuple[str, float]:
-    found, weight = outliers()
+    samples, weight = outliers()
     recipe = Recipe.parse({"model": "m", "scaling": scaling, **options}, "test")
-    result = choose_scaling(found, [weight], recipe, scheme=W8A8)
+    result = choose_scaling(samples, [weight], recipe, scheme=W8A8)
     return result.method, result.error
 
 

@@ -22,20 +22,22 @@ from dq_export.families.source import load_reference
 SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, conditions=5)
 
 
-def calls_of(reference: Reference, sampling: Sampling, seen: list[tuple[int, int]] | None = None) -> Calls:
+def calls_of(reference: Reference, sampling: Sampling, calls: list[tuple[int, int]] | None = None) -> Calls:
     """The network calls of a sampling; their progress goes to `seen`."""
     return Calls(
         denoiser=reference,
         sampling=sampling,
-        progress=unwatched if seen is None else lambda done, total, unit="": seen.append((done, total)),
+        progress=unwatched if calls is None else lambda done, total, unit="": calls.append((done, total)),
     )
 
 
 def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, np.ndarray]]:
     """Every input of every site, all at once."""
-    kept: dict[str, dict[float, list[np.ndarray]]] = {}
+    arrays: dict[str, dict[float, list[np.ndarray]]] = {}
     times: list[float] = []
-    with reference.observe(lambda name, value: kept.setdefault(name, {}).setdefault(times[-1], []).append(value.numpy().copy())):
+    with reference.observe(
+        lambda name, value: arrays.setdefault(name, {}).setdefault(times[-1], []).append(value.numpy().copy())
+    ):
         for conditions, seed in map(sampling.pictures, range(sampling.batches)):
             reference.trajectory(
                 conditions,
@@ -44,23 +46,23 @@ def recorded(reference: Reference, sampling: Sampling) -> dict[str, dict[float, 
                 guidance=sampling.guidance,
                 before=lambda feed: times.append(float(feed["timestep"][0])),
             )
-    return {name: {t: np.concatenate(parts) for t, parts in by.items()} for name, by in kept.items()}
+    return {name: {t: np.concatenate(parts) for t, parts in by.items()} for name, by in arrays.items()}
 
 
 def test_streamed_statistics_equal_those_of_everything_at_once(tiny: Reference, tmp_path: Path) -> None:
     names = tuple(site.name for site in tiny.sites)
     calls = []
-    found = collect_ranges(calls_of(tiny, SAMPLING, calls), names, tmp_path)
-    everything = recorded(tiny, SAMPLING)
+    ranges = collect_ranges(calls_of(tiny, SAMPLING, calls), names, tmp_path)
+    arrays = recorded(tiny, SAMPLING)
     assert calls[-1] == (6, 6)  # 2 batches of 3 steps
     for name in names:
-        assert found[name].timesteps.tolist() == list(everything[name])
-        for i, (timestep, rows) in enumerate(everything[name].items()):
-            np.testing.assert_array_equal(found[name].low[i], rows.min(axis=0))
-            np.testing.assert_array_equal(found[name].high[i], rows.max(axis=0))
-            kept = found[name].rows[found[name].row_step == i]
-            assert len(kept)
-            assert all((rows == row).all(axis=1).any() for row in kept), f"a kept row is not of timestep {timestep}"
+        assert ranges[name].timesteps.tolist() == list(arrays[name])
+        for i, (timestep, rows) in enumerate(arrays[name].items()):
+            np.testing.assert_array_equal(ranges[name].low[i], rows.min(axis=0))
+            np.testing.assert_array_equal(ranges[name].high[i], rows.max(axis=0))
+            results = ranges[name].rows[ranges[name].row_step == i]
+            assert len(results)
+            assert all((rows == row).all(axis=1).any() for row in results), f"a kept row is not of timestep {timestep}"
 
 
 def ranges(reference: Reference, folder: Path, **changes: int) -> Any:
@@ -86,14 +88,14 @@ def test_a_picture_is_the_same_in_a_batch_of_another_size(tiny: Reference, tmp_p
 
 
 def test_as_many_rows_are_kept_whatever_the_pictures_and_steps(tiny: Reference, tmp_path: Path) -> None:
-    def kept(calib_size: int, steps: int) -> int:
+    def rows_kept(calib_size: int, steps: int) -> int:
         sampling = replace(SAMPLING, calib_size=calib_size, steps=steps)
         folder = tmp_path / f"{calib_size}-{steps}"
-        found = collect_ranges(calls_of(tiny, sampling), (tiny.sites[0].name,), folder, rows_kept=24)
-        return len(found[tiny.sites[0].name].rows)
+        ranges = collect_ranges(calls_of(tiny, sampling), (tiny.sites[0].name,), folder, rows_kept=24)
+        return len(ranges[tiny.sites[0].name].rows)
 
-    assert kept(8, 3) == kept(16, 3) == kept(32, 3) == kept(8, 24) == 24  # 3, 6, 12 and 24 network calls
-    assert kept(16, 24) == 24  # 48 calls: every other one gives a row
+    assert rows_kept(8, 3) == rows_kept(16, 3) == rows_kept(32, 3) == rows_kept(8, 24) == 24  # 3, 6, 12 and 24 network calls
+    assert rows_kept(16, 24) == 24  # 48 calls: every other one gives a row
 
 
 def test_only_the_named_sites_are_watched_and_none_is_afterwards(tiny: Any, tmp_path: Path) -> None:
@@ -104,10 +106,10 @@ def test_only_the_named_sites_are_watched_and_none_is_afterwards(tiny: Any, tmp_
 
 def test_every_row_in_the_histogram_is_counted_once_for_each_channel(tiny: Reference, tmp_path: Path) -> None:
     name = tiny.sites[3].name
-    found = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
-    width = found.low.shape[1]
+    ranges = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
+    width = ranges.low.shape[1]
     ones, zeros = np.ones(width, dtype=np.float32), np.zeros(width, dtype=np.float32)
-    amax = {name: found.amax(ones, zeros)}
+    amax = {name: ranges.amax(ones, zeros)}
     counts = collect_histograms(calls_of(tiny, SAMPLING), {name: (ones, zeros)}, amax, tmp_path)[name]
     # 16 tokens a picture, twice with guidance: batches of 8 and 2 bring 256 and 64 rows, of which every 2nd and all count.
     assert counts.sum(axis=1).tolist() == [(128 + 64) * width] * 3
@@ -115,13 +117,13 @@ def test_every_row_in_the_histogram_is_counted_once_for_each_channel(tiny: Refer
 
 def test_amax_is_that_of_the_scaled_input(tiny: Reference, tmp_path: Path) -> None:
     name = tiny.sites[0].name
-    found = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
-    width = found.low.shape[1]
+    ranges = collect_ranges(calls_of(tiny, SAMPLING), (name,), tmp_path)[name]
+    width = ranges.low.shape[1]
     in_scale, in_shift = np.linspace(0.5, 2, width, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
     rows = recorded(tiny, SAMPLING)[name]
     exact = [np.abs((r - in_shift) / in_scale).max() for r in rows.values()]
-    np.testing.assert_allclose(found.amax(in_scale, in_shift), exact, rtol=1e-6)  # one division's rounding
-    amax = found.amax(in_scale, in_shift)
+    np.testing.assert_allclose(ranges.amax(in_scale, in_shift), exact, rtol=1e-6)  # one division's rounding
+    amax = ranges.amax(in_scale, in_shift)
     counts = collect_histograms(calls_of(tiny, SAMPLING), {name: (in_scale, in_shift)}, {name: amax}, tmp_path)[name]
     share = (counts * (np.arange(2048) >= 1024)).sum() / counts.sum()
     scaled = np.concatenate([(np.abs((r - in_shift) / in_scale) / a).ravel() for r, a in zip(rows.values(), amax, strict=True)])
@@ -141,8 +143,8 @@ def test_every_option_changes_the_tables(tiny: Reference) -> None:
         return b"".join(plan.activation.scale.tobytes() + plan.in_scale.tobytes() for plan in result.sites.values())
 
     options = ({}, {"method": "mse"}, {"method": "percentile"}, {"bins": 1}, {"scaling": "none"}, {"guidance_scale": 3.0})
-    seen = [tables(scaling="smooth", **o) if "scaling" not in o else tables(**o) for o in options[:5]]
-    assert len(set(seen)) == 5
+    results = [tables(scaling="smooth", **o) if "scaling" not in o else tables(**o) for o in options[:5]]
+    assert len(set(results)) == 5
 
 
 def broken(folder: Path, edit: Any) -> Reference:
@@ -170,9 +172,9 @@ def test_all_inputs_that_cannot_be_measured_are_named_at_once(tmp_path: Path) ->
 
     reference = broken(tmp_path, spoil)
     names = tuple(site.name for site in reference.sites)
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(CalibrationError) as error:
         collect_ranges(calls_of(reference, replace(SAMPLING, steps=1)), names, tmp_path)
-    assert [line.split("'")[1] for line in str(caught.value).splitlines()] == [
+    assert [line.split("'")[1] for line in str(error.value).splitlines()] == [
         "transformer_blocks.0.attn1.to_out.0",
         "transformer_blocks.1.attn1.to_out.0",
         "transformer_blocks.1.ff.net.2",

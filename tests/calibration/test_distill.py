@@ -56,18 +56,18 @@ def mean_sqnr(reference: Reference, result: CalibrationResult, recipe: Recipe) -
     ],
     ids=["w4a4", "token", "w4a8"],
 )
-def test_training_makes_calls_it_has_not_seen_better(
+def test_training_improves_calls_that_it_has_not_seen(
     options: dict[str, Any], gain: float, tiny: Reference, tmp_path: Path
 ) -> None:
     recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 120}, **options)
     start = started(tiny, recipe, tmp_path)
-    found = trained(tiny, recipe, start, tmp_path)
-    result, outcomes = found.result, found.blocks
+    training = trained(tiny, recipe, start, tmp_path)
+    result, outcomes = training.result, training.blocks
     assert [outcome.name for outcome in outcomes] == list(tiny.blocks) == ["transformer_blocks.0", "transformer_blocks.1"]
     assert outcomes[0].kept
     assert all((outcome.after > outcome.before) == outcome.kept for outcome in outcomes)
-    assert found.network.kept
-    assert found.network.after > found.network.before
+    assert training.network.kept
+    assert training.network.after > training.network.before
     assert mean_sqnr(tiny, result, recipe) > mean_sqnr(tiny, start, recipe) + gain
     for name, plan in result.sites.items():
         before = start.sites[name].activation
@@ -93,8 +93,8 @@ def test_the_result_computes_the_trained_values(options: dict[str, Any], tiny: R
         for block in tiny.blocks:
             layers = network.layers(block, "nothing")
             stack.enter_context(network.on(layers))
-        seen = tiny.forward(feed)
-    assert sqnr(simulated, seen) > sqnr(tiny.forward(feed), simulated) + 12  # codes next to a tie move by one
+        outputs = tiny.forward(feed)
+    assert sqnr(simulated, outputs) > sqnr(tiny.forward(feed), simulated) + 12  # codes next to a tie move by one
 
 
 def test_a_run_that_was_killed_gives_the_same_bytes(tiny: Reference, tmp_path: Path) -> None:
@@ -115,29 +115,29 @@ def test_a_run_that_was_killed_gives_the_same_bytes(tiny: Reference, tmp_path: P
     kills = 0
     while True:
         try:
-            again = trained(tiny, recipe, start, tmp_path / "killed", killed)
+            second = trained(tiny, recipe, start, tmp_path / "killed", killed)
             break
         except KeyboardInterrupt:
             kills += 1
     assert kills == 10
-    again.result.save(tmp_path / "again.safetensors")
+    second.result.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert (again.blocks, again.network, again.finish) == (whole.blocks, whole.network, whole.finish)
+    assert (second.blocks, second.network, second.finish) == (whole.blocks, whole.network, whole.finish)
 
 
 def test_a_finish_trains_scales_and_biases_alone(tiny: Reference, tmp_path: Path) -> None:
     rates = {"distill_iterations": 1, "distill_scale_rate": 0.5, "distill_bias_rate": 1.0}
     recipe = recipe_of(tiny, **{**QUICK, **rates}, bits="w4a8", finish=100)
     start = started(tiny, recipe, tmp_path)
-    found = trained(tiny, recipe, start, tmp_path)
-    assert found.finish is not None
-    assert found.finish.kept
-    assert not found.network.kept  # so that it begins where training did
-    assert mean_sqnr(tiny, found.result, recipe) > mean_sqnr(tiny, start, recipe) + 0.5
+    outcome = trained(tiny, recipe, start, tmp_path)
+    assert outcome.finish is not None
+    assert outcome.finish.kept
+    assert not outcome.network.kept  # so that it begins where training did
+    assert mean_sqnr(tiny, outcome.result, recipe) > mean_sqnr(tiny, start, recipe) + 0.5
     for name, codes in start.codes.items():
-        np.testing.assert_array_equal(found.result.codes[name], codes)
-    for name, plan in found.result.sites.items():
-        assert (plan.activation != start.sites[name].activation) == (name in found.result.correction)
+        np.testing.assert_array_equal(outcome.result.codes[name], codes)
+    for name, plan in outcome.result.sites.items():
+        assert (plan.activation != start.sites[name].activation) == (name in outcome.result.correction)
 
 
 def test_blocks_that_make_the_network_worse_together_are_not_kept(
@@ -147,18 +147,18 @@ def test_blocks_that_make_the_network_worse_together_are_not_kept(
     start = started(tiny, recipe, tmp_path)
     measure = Trainer.network
     monkeypatch.setattr(Trainer, "network", lambda trainer: replace(measure(trainer), kept=False))
-    found = trained(tiny, recipe, start, tmp_path)
-    assert any(outcome.kept for outcome in found.blocks)
-    assert not found.result.correction
+    training = trained(tiny, recipe, start, tmp_path)
+    assert any(outcome.kept for outcome in training.blocks)
+    assert not training.result.correction
     for name, codes in start.codes.items():
-        np.testing.assert_array_equal(found.result.codes[name], codes)
+        np.testing.assert_array_equal(training.result.codes[name], codes)
 
 
 def test_a_training_that_makes_it_worse_is_not_kept(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, **{**QUICK, "distill_iterations": 3}, bits="w8a8", distill_rate=1.0, distill_bias_rate=1.0)
     start = started(tiny, recipe, tmp_path)
-    found = trained(tiny, recipe, start, tmp_path)
-    result, outcomes = found.result, found.blocks
+    training = trained(tiny, recipe, start, tmp_path)
+    result, outcomes = training.result, training.blocks
     assert not any(outcome.kept for outcome in outcomes)
     assert all(outcome.after < outcome.before for outcome in outcomes)
     assert not result.correction

@@ -18,11 +18,11 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
     recipe = recipe_of(tiny, bits="w4a8", granularity="token", scaling="smooth")
     plans = calibrate_tiny(tiny, recipe)[0].sites
     calls = calibration_of(tiny, recipe, Path()).calls
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in plans}
+    inputs: dict[str, list[np.ndarray]] = {name: [] for name in plans}
     times: list[float] = []
 
     def watch(name: str, value: Any) -> None:
-        seen[name].append(plans[name].quantized(value.numpy()[:: -(-len(value) // 256)], times[-1]))
+        inputs[name].append(plans[name].quantized(value.numpy()[:: -(-len(value) // 256)], times[-1]))
 
     order = tiny.timesteps(recipe.steps)
     times.append(order[0])
@@ -30,16 +30,16 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
         tiny.trajectory(
             np.arange(4), steps=recipe.steps, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0]))
         )
-    reach = {name: max(float(np.abs(item).max()) for item in found) for name, found in seen.items()}
+    reach = {name: max(float(np.abs(item).max()) for item in actual) for name, actual in inputs.items()}
 
     def streamed(space: int, **words: bool) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
+        actual: dict[str, np.ndarray] = {}
         for part in stream_hessians(calls, plans, reach, order, space, **words):
-            found |= {name: moments.whole() for name, moments in part.items()}
-        return found
+            actual |= {name: moments.whole() for name, moments in part.items()}
+        return actual
 
     whole = streamed(1 << 30)
-    for name, items in seen.items():
+    for name, items in inputs.items():
         rows = np.concatenate(items).astype(np.float64)
         np.testing.assert_allclose(whole[name], rows.T @ rows / len(rows), atol=1e-5 * reach[name] ** 2)
         np.testing.assert_array_equal(whole[name], whole[name].T)
@@ -89,8 +89,8 @@ def test_as_many_hessians_are_summed_at_once_as_fit(tiny: Reference, tmp_path: P
     parts, others = rounded_within(tiny, 8 * 32 * 32, tmp_path / "tight")
     assert parts == [set(), *(set(site.linears) for site in tiny.sites)]
     assert codes.keys() == others.keys()
-    for name, found in codes.items():
-        np.testing.assert_array_equal(found, others[name])
+    for name, actual in codes.items():
+        np.testing.assert_array_equal(actual, others[name])
 
 
 def test_moments_of_which_half_is_kept_are_whole_again() -> None:

@@ -10,26 +10,26 @@ import pytest
 from dq_export.calibration.parallel import SPACE, parallel
 
 
-def most_at_once(each: int, wanted: int) -> int:
+def most_at_once(item_bytes: int, threads: int) -> int:
     """How many items `parallel` works on together; fails where `wanted` never are."""
-    together, lock, running, most = threading.Barrier(wanted), threading.Lock(), 0, 0
+    together, lock, running, greatest = threading.Barrier(threads), threading.Lock(), 0, 0
 
     def work(item: int) -> int:
-        nonlocal running, most
+        nonlocal running, greatest
         with lock:
             running += 1
-            most = max(most, running)
+            greatest = max(greatest, running)
         together.wait(timeout=10)
         time.sleep(0.05)  # long enough for any more to come
         with lock:
             running -= 1
         return item
 
-    items = list(range(2 * wanted))
-    assert parallel(work, items, lambda done, total, unit="": None, each) == items
-    return most
+    items = list(range(2 * threads))
+    assert parallel(work, items, lambda done, total, unit="": None, item_bytes) == items
+    return greatest
 
 
 def test_as_many_threads_work_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert [most_at_once(each, wanted) for each, wanted in ((1, 8), (SPACE // 3, 3), (2 * SPACE, 1))] == [8, 3, 1]
+    assert [most_at_once(item_bytes, threads) for item_bytes, threads in ((1, 8), (SPACE // 3, 3), (2 * SPACE, 1))] == [8, 3, 1]

@@ -34,11 +34,11 @@ def at(value: float) -> Recipe:
 @given(VALUES, st.floats(50.5, 100))
 def test_percentile_lies_less_than_a_cell_above_the_sample_of_that_rank(values: np.ndarray, share: float) -> None:
     amax, counts = counted(values)
-    found = float(percentile(amax, counts, at(share))[0]) * 127
+    actual = float(percentile(amax, counts, at(share))[0]) * 127
     ranked = np.sort(np.abs(values.astype(np.float64)))
     sample = ranked[int(np.ceil(len(values) * (share / 100.0))) - 1]
     cell = float(amax[0]) / CELLS
-    assert -1e-6 * amax[0] <= found - sample <= cell + 1e-6 * amax[0]  # one cell, and two float32 roundings
+    assert -1e-6 * amax[0] <= actual - sample <= cell + 1e-6 * amax[0]  # one cell, and two float32 roundings
 
 
 @given(VALUES)
@@ -48,7 +48,7 @@ def test_all_of_a_hundred_percent_is_minmax(values: np.ndarray) -> None:
 
 
 @given(VALUES, st.floats(50.5, 100), st.floats(50.5, 100))
-def test_a_greater_percentile_never_gives_a_lesser_scale(values: np.ndarray, one: float, two: float) -> None:
+def test_a_greater_percentile_never_gives_a_smaller_scale(values: np.ndarray, one: float, two: float) -> None:
     amax, counts = counted(values)
     assert percentile(amax, counts, at(min(one, two)))[0] <= percentile(amax, counts, at(max(one, two)))[0]
 

@@ -52,9 +52,9 @@ def test_compensation_is_the_least_squares_refit_of_the_columns_left(width: int)
     hessian = (rows.T @ rows / len(rows)).astype(np.float32)
     grid = cover(weight, W4)
     expected = by_hand(weight, np.broadcast_to(grid.steps(width), weight.shape), 7, hessian)
-    found = compensate(weight, grid, hessian)
+    actual = compensate(weight, grid, hessian)
     # A value within float32 rounding of a tie may fall either way, and move what follows it in its row.
-    assert (found != expected).any(axis=1).sum() <= 1
+    assert (actual != expected).any(axis=1).sum() <= 1
 
 
 def test_gptq_lowers_the_output_error_on_rows_that_it_did_not_see() -> None:
@@ -90,16 +90,16 @@ def test_a_hessian_of_another_size_or_not_finite_is_refused(hessian: np.ndarray)
 
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
 def test_gptq_and_the_fitted_grid_bring_the_network_nearer(bits: str, tiny: Reference, tiny_onnx: Path) -> None:
-    found = {}
+    actual = {}
     for rounding in ROUNDINGS:
         result, assigned = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, rounding=rounding, calib_size=8))
         assert bool(result.codes) == (rounding == "gptq")
         graph = load_graph(tiny_onnx)
         run_passes(graph, canonical_passes(result, assigned))
         exact = [tiny.forward(feed_of(tiny, t, seed=7)) for t in (900, 500, 100)]
-        each = [sqnr(a, run_onnx(graph, feed_of(tiny, t, seed=7))) for a, t in zip(exact, (900, 500, 100), strict=True)]
-        found[rounding] = float(np.mean(each))
-    assert found["gptq"] > found["rtn"] + 1
+        values = [sqnr(a, run_onnx(graph, feed_of(tiny, t, seed=7))) for a, t in zip(exact, (900, 500, 100), strict=True)]
+        actual[rounding] = float(np.mean(values))
+    assert actual["gptq"] > actual["rtn"] + 1
 
 
 def test_stored_codes_are_what_the_graph_holds(tiny: Reference, tiny_onnx: Path) -> None:
@@ -107,9 +107,9 @@ def test_stored_codes_are_what_the_graph_holds(tiny: Reference, tiny_onnx: Path)
     graph = load_graph(tiny_onnx)
     run_passes(graph, canonical_passes(result, assigned))
     for name, codes in result.codes.items():
-        held = graph.graph.initializers[f"{name}.weight_codes"].const_value
-        assert held is not None
-        np.testing.assert_array_equal(held.numpy().astype(np.int8).T, codes)
+        stored = graph.graph.initializers[f"{name}.weight_codes"].const_value
+        assert stored is not None
+        np.testing.assert_array_equal(stored.numpy().astype(np.int8).T, codes)
 
 
 def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny_onnx: Path) -> None:
@@ -119,34 +119,34 @@ def test_bias_correction_takes_most_of_the_mean_error_away(tiny: Reference, tiny
     rows: dict[str, list[np.ndarray]] = {name: [] for name in result.sites}
     with tiny.observe(lambda name, value: rows[name].append(value.numpy().copy())):
         tiny.trajectory(np.arange(8) % 5, steps=5, seed=99, guidance=2.0, before=lambda feed: None)
-    left, taken = 0.0, 0.0
+    left, removed = 0.0, 0.0
     for name, plan in result.sites.items():
-        seen = np.concatenate(rows[name])
-        exact, rounded = (seen - plan.in_shift) / plan.in_scale, plan.quantized(seen, 0.0)
+        inputs = np.concatenate(rows[name])
+        exact, rounded = (inputs - plan.in_shift) / plan.in_scale, plan.quantized(inputs, 0.0)
         for linear in plan.site.linears:
             weights = assigned[linear].scheme.weight
             assert weights is not None
             weight = folded_weight(tiny.weight(linear), linear, list(result.sites.values()))
             error = (exact @ weight.T - rounded @ result.grid(linear, weights.qtype).nearest(weight).T).mean(axis=0)
-            taken += float(np.square(error).sum())
+            removed += float(np.square(error).sum())
             left += float(np.square(error - result.correction[linear]).sum())
-    assert left < 0.8 * taken  # of 256 kept rows; a mean over them has a noise of its own
+    assert left < 0.8 * removed  # of 256 kept rows; a mean over them has a noise of its own
     graph = load_graph(tiny_onnx)
     run_passes(graph, canonical_passes(result, assigned))
     plan = next(iter(result.sites.values()))
     for linear in plan.site.linears[:2]:  # whose rows no other site divides
-        held = graph.graph.initializers[f"{linear}.bias_1"].const_value
-        assert held is not None
+        stored = graph.graph.initializers[f"{linear}.bias_1"].const_value
+        assert stored is not None
         expected = tiny.bias(linear) + tiny.weight(linear).astype(np.float64) @ plan.in_shift + result.correction[linear]
-        np.testing.assert_allclose(held.numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(stored.numpy(), expected, atol=1e-5)
 
 
 def test_a_scale_for_each_token_is_its_own_amax() -> None:
     rows = np.asarray([[1.0, -0.5, 0.0, 0.25], [100.0, 0.3, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=np.float32)
-    found = TokenScale(constant=1.0).nearest(rows)
-    np.testing.assert_allclose(found[0] * 127, np.rint(rows[0] * 127), atol=1e-4)
-    assert found[1, 1] == 0  # 0.3 of 100 is less than half a code
-    assert not found[2].any()
+    actual = TokenScale(constant=1.0).nearest(rows)
+    np.testing.assert_allclose(actual[0] * 127, np.rint(rows[0] * 127), atol=1e-4)
+    assert actual[1, 1] == 0  # 0.3 of 100 is less than half a code
+    assert not actual[2].any()
     grouped = TokenScale(constant=1.0, group=2).nearest(rows)
     assert grouped[0, 3] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="constant must be finite"):
@@ -155,13 +155,13 @@ def test_a_scale_for_each_token_is_its_own_amax() -> None:
 
 def test_a_fitted_grid_asks_for_the_diagonal_alone(tiny: Reference, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, bits="w4a8", rounding="mse", scaling="none")
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     calibration = calibration_of(
-        tiny, recipe, tmp_path, progress=lambda done, total, unit="": seen.append((done, total)), space=8 * 32 * 32
+        tiny, recipe, tmp_path, progress=lambda done, total, unit="": shapes.append((done, total)), space=8 * 32 * 32
     )
     calibrate(calibration)
     calls = calibration.sampling.calls
-    assert seen.count((calls, calls)) == 2  # the ranges, and all second moments at once
+    assert shapes.count((calls, calls)) == 2  # the ranges, and all second moments at once
     weight, rows = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32), correlated(500, 0)
     hessian = (rows * np.linspace(0.1, 10, 64, dtype=np.float32)).T @ rows
     whole, diagonal, none = (ROUNDINGS["mse"](weight, W4, item)[0].scale for item in (hessian, np.diagonal(hessian), None))
@@ -198,10 +198,10 @@ def test_a_plug_in_gives_the_weights_and_hessians_that_are_rounded(
             continue
         expected = ROUNDINGS[rounding](tiny.weight(name) / 2, rule.scheme, np.eye(tiny.weight(name).shape[1], dtype=np.float32))
         np.testing.assert_array_equal(result.weight_scale[name], expected[0].scale)
-        held = graph.graph.initializers[f"{name}.weight_codes"].const_value
-        assert held is not None
+        stored = graph.graph.initializers[f"{name}.weight_codes"].const_value
+        assert stored is not None
         codes = expected[0].codes(tiny.weight(name) / 2) if expected[1] is None else expected[1]
-        np.testing.assert_array_equal(held.numpy().astype(np.float32).T, codes)
+        np.testing.assert_array_equal(stored.numpy().astype(np.float32).T, codes)
 
 
 def test_float8_is_not_rounded_by_gptq(tiny: Reference) -> None:

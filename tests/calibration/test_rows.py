@@ -23,6 +23,6 @@ def test_every_column_of_pictures_and_every_sample_is_found_evenly(width: int, s
     assert len(set(chosen // (width * width))) == samples
 
 
-def test_few_rows_are_all_taken() -> None:
+def test_few_rows_are_all_used() -> None:
     assert spread(5, 256).tolist() == [0, 1, 2, 3, 4]
     assert spread(0, 256).tolist() == []

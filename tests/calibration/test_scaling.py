@@ -94,13 +94,13 @@ def two_steps(seed: int = 0) -> tuple[SiteStatistics, np.ndarray]:
     return statistics(*steps), random.normal(size=(6, 8)).astype(np.float32)
 
 
-def output_error(found: SiteStatistics, weight: np.ndarray, in_scale: np.ndarray, in_shift: np.ndarray) -> float:
+def output_error(samples: SiteStatistics, weight: np.ndarray, in_scale: np.ndarray, in_shift: np.ndarray) -> float:
     """|W x - W8A8 of it|^2 / |W x|^2, one row and one output at a time, from the definition."""
-    scaled = [(row.astype(np.float64) - in_shift) / in_scale for row in found.rows]
+    scaled = [(row.astype(np.float64) - in_shift) / in_scale for row in samples.rows]
     # All rows are kept, so the range of a timestep is that of its rows.
-    limit = [max(np.abs(x).max() for x, s in zip(scaled, found.row_step, strict=True) if s == step) for step in (0, 1)]
+    limit = [max(np.abs(x).max() for x, s in zip(scaled, samples.row_step, strict=True) if s == step) for step in (0, 1)]
     noise = signal = 0.0
-    for x, row, step in zip(scaled, found.rows, found.row_step, strict=True):
+    for x, row, step in zip(scaled, samples.rows, samples.row_step, strict=True):
         size = limit[step] / 127
         codes = [round(float(v / size)) for v in x]
         for w in weight.astype(np.float64):
@@ -112,9 +112,9 @@ def output_error(found: SiteStatistics, weight: np.ndarray, in_scale: np.ndarray
     return noise / signal
 
 
-def choose(found: SiteStatistics, weight: np.ndarray, **options: Any) -> Scaling:
+def choose(samples: SiteStatistics, weight: np.ndarray, **options: Any) -> Scaling:
     recipe = Recipe.parse({"model": "m", **options}, "test")
-    return choose_scaling(found, [weight], recipe, scheme=W8A8)
+    return choose_scaling(samples, [weight], recipe, scheme=W8A8)
 
 
 # Float32 puts an occasional value that lies between two codes on the other one: of 48 rows by 8 codes hardly any.
@@ -127,52 +127,52 @@ TIES = 0.02
     ids=lambda options: options["scaling"],
 )
 def test_the_error_of_a_choice_is_the_output_error_of_w8a8(options: dict[str, Any]) -> None:
-    found, weight = two_steps()
-    result = choose(found, weight, **options)
-    assert result.error == pytest.approx(output_error(found, weight, result.in_scale, result.in_shift), rel=TIES)
+    samples, weight = two_steps()
+    result = choose(samples, weight, **options)
+    assert result.error == pytest.approx(output_error(samples, weight, result.in_scale, result.in_shift), rel=TIES)
 
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=8)
 def test_auto_takes_the_rule_of_least_error_and_then_the_shift_of_least_error(seed: int) -> None:
-    found, weight = two_steps(seed)
-    middle = (found.low.min(axis=0) + found.high.max(axis=0)) / 2
+    samples, weight = two_steps(seed)
+    middle = (samples.low.min(axis=0) + samples.high.max(axis=0)) / 2
 
     def error(rule: tuple[str, float], in_shift: np.ndarray) -> float:
-        amax = np.abs(found.rows - in_shift).max(axis=0)
+        amax = np.abs(samples.rows - in_shift).max(axis=0)
         name, strength = rule
         if name == "none":
-            return output_error(found, weight, np.ones(8), in_shift)
+            return output_error(samples, weight, np.ones(8), in_shift)
         columns = np.abs(weight).max(axis=0)
         in_scale = {
             "dilate": lambda: dilate(weight, amax, strength),
             "smooth": lambda: smooth(amax, columns, strength),
-            "balance": lambda: balance(np.maximum(np.abs(found.high), np.abs(found.low)), columns),
-            "equalize": lambda: equalize(np.ptp(np.concatenate([found.high, found.low]), axis=0), np.ptp(weight, axis=0)),
+            "balance": lambda: balance(np.maximum(np.abs(samples.high), np.abs(samples.low)), columns),
+            "equalize": lambda: equalize(np.ptp(np.concatenate([samples.high, samples.low]), axis=0), np.ptp(weight, axis=0)),
         }[name]()
-        return output_error(found, weight, in_scale, in_shift)
+        return output_error(samples, weight, in_scale, in_shift)
 
     none = np.zeros(8, dtype=np.float32)
     rules = [("none", 0.0), *(("dilate", rho) for rho in AUTO_RHO), *(("smooth", alpha) for alpha in AUTO_ALPHA)]
     rules += [("balance", 0.0), ("equalize", 0.0)]
     by_rule = {rule: error(rule, none) for rule in rules}
     best = min(by_rule, key=lambda rule: by_rule[rule])
-    least = min(by_rule[best], error(best, middle), error(best, found.rows.mean(axis=0)))
+    minimum = min(by_rule[best], error(best, middle), error(best, samples.rows.mean(axis=0)))
     # Two rules whose errors differ by less than TIES may change places; the shifts that follow then differ as well.
     near = [rule for rule in rules if by_rule[rule] <= by_rule[best] * (1 + 2 * TIES)]
-    unshifted = choose(found, weight, scaling="auto", shift=False)
+    unshifted = choose(samples, weight, scaling="auto", shift=False)
     assert unshifted.error == pytest.approx(by_rule[best], rel=2 * TIES)
     assert not unshifted.in_shift.any()
     if len(near) == 1 and best[0] in ("none", "dilate", "smooth"):  # the shift moves what the others are measured by
-        assert choose(found, weight, scaling="auto").error == pytest.approx(least, rel=2 * TIES)
+        assert choose(samples, weight, scaling="auto").error == pytest.approx(minimum, rel=2 * TIES)
 
 
 @pytest.mark.parametrize("scaling", ["auto", "none", "dilate", "smooth"])
 def test_no_shift_means_none(scaling: str) -> None:
-    found, weight = two_steps()
-    assert not choose(found, weight, scaling=scaling, shift=False).in_shift.any()
+    samples, weight = two_steps()
+    assert not choose(samples, weight, scaling=scaling, shift=False).in_shift.any()
     if scaling != "auto":
-        assert not choose(found, weight, scaling=scaling).in_shift.any(), "only auto shifts unasked"
+        assert not choose(samples, weight, scaling=scaling).in_shift.any(), "only auto shifts unasked"
 
 
 @pytest.mark.parametrize("side", [1, -1])
@@ -180,19 +180,19 @@ def test_a_shift_halves_the_range_of_one_sided_channels(side: int) -> None:
     rows = np.abs(np.random.default_rng(3).normal(size=(50, 4))).astype(np.float32) * side
     rows[0] = 0
     rows[1] = 4 * side
-    found = statistics(rows)
-    plain, shifted = (choose(found, np.eye(4, dtype=np.float32), scaling="none", shift=shift) for shift in (False, True))
-    assert found.amax(plain.in_scale, plain.in_shift).tolist() == [4]
-    assert found.amax(shifted.in_scale, shifted.in_shift).tolist() == [2]  # powers of 2: exact
+    samples = statistics(rows)
+    plain, shifted = (choose(samples, np.eye(4, dtype=np.float32), scaling="none", shift=shift) for shift in (False, True))
+    assert samples.amax(plain.in_scale, plain.in_shift).tolist() == [4]
+    assert samples.amax(shifted.in_scale, shifted.in_shift).tolist() == [2]  # powers of 2: exact
     assert shifted.error < plain.error
 
 
 def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
     paid = 0
     for seed in range(30):
-        found, weight = two_steps(seed)
+        samples, weight = two_steps(seed)
         recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
-        free, token = (choose_scaling(found, [weight], recipe, scheme=W8A8, free=free) for free in (True, False))
+        free, token = (choose_scaling(samples, [weight], recipe, scheme=W8A8, free=free) for free in (True, False))
         none = token.alternatives["none"]
         unshifted = min(error for name, error in token.alternatives.items() if "+" not in name)
         assert token.error >= free.error
@@ -210,25 +210,29 @@ def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
 def test_below_8_bits_every_gain_counts() -> None:
     """Codes of few bits have no decibel to give away."""
     for seed in range(30):
-        found, weight = two_steps(seed)
+        samples, weight = two_steps(seed)
         recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
-        free, token = (choose_scaling(found, [weight], recipe, scheme=PRESETS["w6a6"], free=free) for free in (True, False))
+        free, token = (choose_scaling(samples, [weight], recipe, scheme=PRESETS["w6a6"], free=free) for free in (True, False))
         assert (token.method, token.error) == (free.method, free.error)
 
 
 @pytest.mark.parametrize("scaling", ["auto", "dilate", "smooth"])
 def test_readers_are_judged_as_one_linear_of_all_their_outputs(scaling: str) -> None:
-    found, weight = two_steps()
-    many = np.concatenate([weight * size for size in np.geomspace(0.1, 10, 60, dtype=np.float32)])  # 360 outputs, of which 256
+    samples, weight = two_steps()
+    rows = np.concatenate([weight * size for size in np.geomspace(0.1, 10, 60, dtype=np.float32)])  # 360 outputs, of which 256
     recipe = Recipe.parse({"model": "m", "scaling": scaling}, "test")
-    apart = choose_scaling(found, [many[:100], many[100:101], many[101:]], recipe, scheme=W8A8)
-    stacked = choose_scaling(found, [many], recipe, scheme=W8A8)
-    np.testing.assert_array_equal(apart.in_scale, stacked.in_scale)
-    np.testing.assert_array_equal(apart.in_shift, stacked.in_shift)
-    assert (apart.method, apart.error, apart.alternatives) == (stacked.method, stacked.error, stacked.alternatives)
+    differences = choose_scaling(samples, [rows[:100], rows[100:101], rows[101:]], recipe, scheme=W8A8)
+    stacked = choose_scaling(samples, [rows], recipe, scheme=W8A8)
+    np.testing.assert_array_equal(differences.in_scale, stacked.in_scale)
+    np.testing.assert_array_equal(differences.in_shift, stacked.in_shift)
+    assert (differences.method, differences.error, differences.alternatives) == (
+        stacked.method,
+        stacked.error,
+        stacked.alternatives,
+    )
 
 
-def test_linears_that_stay_float_have_no_say(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linears_that_stay_float_do_not_count(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
     def watched(statistics: SiteStatistics, weights: Sequence[Any], *words: Any, **options: Any) -> Scaling:
@@ -253,9 +257,9 @@ def test_scales_that_float16_rounds_to_nothing_are_no_choice() -> None:
     """An input that hardly moves: its middle taken away leaves 1e-6, whose scales are of the same size."""
     random = np.random.default_rng(0)
     rows = (random.normal(size=8) + 1e-6 * random.normal(size=(32, 8))).astype(np.float32)
-    found, weight = statistics(rows, rows), random.normal(size=(6, 8)).astype(np.float32)
-    assert choose(found, weight).method.endswith(("+shift", "+mean"))
-    half = choose(found, weight, dtype="fp16", format="trt")
-    smallest = min(found.amax(half.in_scale, half.in_shift).min(), np.abs(weight * half.in_scale).max(axis=1).min()) / 127
+    samples, weight = statistics(rows, rows), random.normal(size=(6, 8)).astype(np.float32)
+    assert choose(samples, weight).method.endswith(("+shift", "+mean"))
+    half = choose(samples, weight, dtype="fp16", format="trt")
+    smallest = min(samples.amax(half.in_scale, half.in_shift).min(), np.abs(weight * half.in_scale).max(axis=1).min()) / 127
     assert smallest > 2**-17
     assert np.isfinite(half.error)

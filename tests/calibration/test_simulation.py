@@ -43,9 +43,9 @@ def test_it_computes_what_the_quantized_graph_does(bits: str, options: Any, tiny
         feed = feed_of(tiny, timestep)
         exact = run_onnx(graph, feed)
         with simulation.on(tiny):
-            found = tiny.forward(feed)
+            actual = tiny.forward(feed)
         # The same codes but for values within float32 rounding of a tie, which move by one.
-        assert sqnr(exact, found) > sqnr(tiny.forward(feed), exact) + 12
+        assert sqnr(exact, actual) > sqnr(tiny.forward(feed), exact) + 12
 
 
 def test_layers_without_a_bias_get_one_while_it_lasts(tmp_path: Path) -> None:
@@ -79,19 +79,19 @@ def test_progressive_tables_are_of_the_quantized_networks_own_inputs(tiny: Refer
     options = {"bins": "per-step", "scaling": "smooth", "shift": True}
     uniform, assigned = calibrated(tiny, "w4a4", **options)
     progressive, _ = calibrated(tiny, "w4a4", calibration="progressive", **options)
-    seen: dict[str, dict[float, float]] = {name: {} for name in uniform.sites}
+    factors: dict[str, dict[float, float]] = {name: {} for name in uniform.sites}
     times: list[float] = []
 
     def watch(name: str, value: Any) -> None:
         plan = uniform.sites[name]
         amax = float(np.abs((value.numpy() - plan.in_shift) / plan.in_scale).max())
-        seen[name][times[-1]] = max(seen[name].get(times[-1], 0.0), amax)
+        factors[name][times[-1]] = max(factors[name].get(times[-1], 0.0), amax)
 
     with Simulation.of(tiny, uniform, assigned).on(tiny), tiny.observe(watch):
         tiny.trajectory(np.arange(4), steps=5, seed=0, guidance=2.0, before=lambda feed: times.append(float(feed["timestep"][0])))
     for name, plan in progressive.sites.items():
         np.testing.assert_array_equal(plan.in_scale, uniform.sites[name].in_scale)
-        for timestep, amax in seen[name].items():
+        for timestep, amax in factors[name].items():
             assert plan.activation.at(timestep) * 7 == pytest.approx(amax, rel=1e-3)
     different = [name for name in uniform.sites if uniform.sites[name].activation != progressive.sites[name].activation]
     assert len(different) == len(uniform.sites)

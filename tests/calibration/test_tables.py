@@ -29,7 +29,7 @@ FC1, FC2 = "transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2"
 Calibrated = tuple[CalibrationResult, Mapping[str, Rule]]
 
 
-def given(tiny: Reference, path: Path, **options: Any) -> Tables:
+def tables_in(tiny: Reference, path: Path, **options: Any) -> Tables:
     """The tables of a file for a recipe of the tiny DiT."""
     recipe = recipe_of(tiny, **options)
     return read_tables(path, tiny, recipe.assign(tiny.linears), recipe, tiny.timesteps(STEPS))
@@ -37,14 +37,14 @@ def given(tiny: Reference, path: Path, **options: Any) -> Tables:
 
 def calibrated_with(tiny: Reference, path: Path, folder: Path, **options: Any) -> Calibrated:
     recipe = recipe_of(tiny, **options)
-    calibration = calibration_of(tiny, recipe, folder, tables=given(tiny, path, **options))
+    calibration = calibration_of(tiny, recipe, folder, tables=tables_in(tiny, path, **options))
     result = calibrate(calibration)
     assert result is not None
     return result, calibration.assigned
 
 
 @pytest.fixture(scope="module")
-def own(tiny: Reference, tiny_calibrated: Calibrated) -> tuple[Header, Tensors]:
+def stored(tiny: Reference, tiny_calibrated: Calibrated) -> tuple[Header, Tensors]:
     """Scaled and shifted, per step, 8 bits."""
     return tables_of(*_swapped(tiny_calibrated, tiny))
 
@@ -58,11 +58,11 @@ def test_a_calibration_comes_back_from_its_tables(tiny: Reference, tiny_calibrat
     path = save_own(tmp_path / "tables", before, tiny, assigned, tiny.timesteps(STEPS))
     after, _ = calibrated_with(tiny, path, tmp_path, scaling="none", method="mse", rounding="mse", bins=1)
     for name, plan in before.sites.items():
-        found = after.sites[name]
-        assert found.activation == plan.activation
-        np.testing.assert_array_equal(found.in_scale, plan.in_scale)
-        np.testing.assert_array_equal(found.in_shift, plan.in_shift)
-        assert found.method == "given by our own+shift"
+        actual = after.sites[name]
+        assert actual.activation == plan.activation
+        np.testing.assert_array_equal(actual.in_scale, plan.in_scale)
+        np.testing.assert_array_equal(actual.in_shift, plan.in_shift)
+        assert actual.method == "given by our own+shift"
     for name, scale in before.weight_scale.items():
         np.testing.assert_allclose(after.weight_scale[name], scale, rtol=3e-7)
     # The bias is made of the checkpoint's weight: what the rounded one moves is in the correction.
@@ -91,11 +91,11 @@ def test_tables_of_fewer_bits_come_back(options: dict[str, Any], tiny: Reference
     assert assigned == calibration.assigned
 
 
-def only(own: tuple[Header, Tensors], *names: str, **changes: Any) -> tuple[Header, Tensors]:
+def only(stored: tuple[Header, Tensors], *names: str, **changes: Any) -> tuple[Header, Tensors]:
     """The part of a file that is about some linears. `changes`: of its header."""
-    header, tensors = own
-    some = {key: value for key, value in tensors.items() if key.startswith(tuple(f"{name}." for name in names))}
-    return header.model_copy(update={"linears": {name: header.linears[name] for name in names}, **changes}), some
+    header, tensors = stored
+    part = {key: value for key, value in tensors.items() if key.startswith(tuple(f"{name}." for name in names))}
+    return header.model_copy(update={"linears": {name: header.linears[name] for name in names}, **changes}), part
 
 
 def save(path: Path, content: tuple[Header, Tensors]) -> Path:
@@ -103,11 +103,13 @@ def save(path: Path, content: tuple[Header, Tensors]) -> Path:
     return path
 
 
-def test_linears_that_a_file_does_not_have_are_calibrated(tiny: Reference, own: tuple[Header, Tensors], tmp_path: Path) -> None:
-    path = save(tmp_path / "tables", only(own, FC1))
-    found, _ = calibrated_with(tiny, path, tmp_path, scaling="none")
-    assert [name for name, plan in found.sites.items() if plan.method.startswith("given")] == [FC1]
-    assert {plan.method for name, plan in found.sites.items() if name != FC1} == {"none"}
+def test_linears_that_a_file_does_not_have_are_calibrated(
+    tiny: Reference, stored: tuple[Header, Tensors], tmp_path: Path
+) -> None:
+    path = save(tmp_path / "tables", only(stored, FC1))
+    actual, _ = calibrated_with(tiny, path, tmp_path, scaling="none")
+    assert [name for name, plan in actual.sites.items() if plan.method.startswith("given")] == [FC1]
+    assert {plan.method for name, plan in actual.sites.items() if name != FC1} == {"none"}
 
 
 @pytest.mark.parametrize("names", [(FC2,), QKV])
@@ -121,17 +123,17 @@ def test_an_asymmetric_table_becomes_a_shift(names: tuple[str, ...], tiny: Refer
     path = save(
         tmp_path / "tables", (Header(method="x", timesteps=tuple(timesteps), linears=dict.fromkeys(names, entry)), tensors)
     )
-    tables = given(tiny, path)
+    tables = tables_in(tiny, path)
     table, scaling = tables.activations[names[0]], tables.scalings[names[0]]
     rows = np.random.default_rng(0).normal(1.5, 1.0, (400, len(scaling.in_scale))).astype(np.float32)
     for step, width, zero in zip(timesteps, scale, np.rint(point), strict=True):
         expected = width * (np.clip(np.rint(rows / width) + zero, 0, 255) - zero)
-        found = table.nearest(rows - scaling.in_shift, step) + scaling.in_shift
+        actual = table.nearest(rows - scaling.in_shift, step) + scaling.in_shift
         wide = table.at(step)
         inside = (rows > width * (1 - zero)) & (rows < width * (254 - zero))
         assert inside.mean() > 0.5
         assert wide <= width * 1.25
-        assert np.abs(found - expected)[inside].max() <= (width + wide) / 2 * 1.001
+        assert np.abs(actual - expected)[inside].max() <= (width + wide) / 2 * 1.001
     assert scaling.in_shift[0] != 0
 
 
@@ -140,11 +142,11 @@ def test_a_zero_point_that_stays_costs_no_step(tiny: Reference, tmp_path: Path) 
     scale = np.full(STEPS, 0.5, dtype=np.float32)
     tensors = {f"{FC2}.activation.scale": scale, f"{FC2}.activation.zero_point": np.full(STEPS, 1.0, np.float32)}
     header = Header(method="x", timesteps=timesteps, linears={FC2: Entry(activation=Codes(bits=4, signed=False))})
-    found = given(tiny, save(tmp_path / "tables", (header, tensors)), bits="w4a4", group_size=16)
-    assert found.activations[FC2] == ScaleTable(scale=scale[:1], qtype=found.activations[FC2].qtype)
+    actual = tables_in(tiny, save(tmp_path / "tables", (header, tensors)), bits="w4a4", group_size=16)
+    assert actual.activations[FC2] == ScaleTable(scale=scale[:1], qtype=actual.activations[FC2].qtype)
     # 0 … 15 about 1 are -0.5 … 7.0, whose middle is 3.25.
-    np.testing.assert_array_equal(found.scalings[FC2].in_shift, 3.25)
-    assert found.scalings[FC2].method == "given by x+shift"
+    np.testing.assert_array_equal(actual.scalings[FC2].in_shift, 3.25)
+    assert actual.scalings[FC2].method == "given by x+shift"
 
 
 def test_a_middle_zero_point_is_no_shift(tiny: Reference, tmp_path: Path) -> None:
@@ -154,22 +156,22 @@ def test_a_middle_zero_point_is_no_shift(tiny: Reference, tmp_path: Path) -> Non
         f"{FC2}.activation.zero_point": np.full(STEPS, 128, np.float32),
     }
     header = Header(method="x", timesteps=timesteps, linears={FC2: Entry(activation=Codes(bits=8, signed=False))})
-    found = given(tiny, save(tmp_path / "tables", (header, tensors)))
-    assert not found.scalings[FC2].in_shift.any()
+    actual = tables_in(tiny, save(tmp_path / "tables", (header, tensors)))
+    assert not actual.scalings[FC2].in_shift.any()
 
 
-@pytest.mark.parametrize("how", ["weight", "codes"])
+@pytest.mark.parametrize("form", ["weight", "codes"])
 def test_trained_weights_and_biases_take_the_checkpoints_place(
-    how: str, tiny: Reference, own: tuple[Header, Tensors], tmp_path: Path
+    form: str, tiny: Reference, stored: tuple[Header, Tensors], tmp_path: Path
 ) -> None:
     """The value projection's rows are scaled and shifted by its reader, and its columns by its own input."""
-    header, tensors = only(own, *QKV)
+    header, tensors = only(stored, *QKV)
     tensors = dict(tensors)
     value, noise = QKV[2], np.random.default_rng(0)
     in_scale = tensors[f"{value}.in_scale"]
     trained = tiny.weight(value) + noise.normal(0, 0.05, tiny.weight(value).shape).astype(np.float32)
     bias = tensors[f"{value}.bias"] = tiny.bias(value) + noise.normal(0, 0.5, len(trained)).astype(np.float32)
-    if how == "weight":
+    if form == "weight":
         tensors[f"{value}.weight"] = trained * in_scale
         del tensors[f"{value}.weight.codes"], tensors[f"{value}.weight.scale"]
         header = header.model_copy(
@@ -185,16 +187,16 @@ def test_trained_weights_and_biases_take_the_checkpoints_place(
     step = np.abs(trained * in_scale).max(axis=1, keepdims=True) / 127 / in_scale
     assert (np.abs(simulated.weights[value] - trained) <= step * 0.51).all()
     # With the codes the bias is that of the file; a weight that is still rounded gives it what rounding moves.
-    moved = 0 if how == "codes" else (trained.astype(np.float64) - simulated.weights[value]) @ tensors[f"{value}.in_shift"]
+    moved = 0 if form == "codes" else (trained.astype(np.float64) - simulated.weights[value]) @ tensors[f"{value}.in_shift"]
     np.testing.assert_allclose(simulated.biases[value], bias + moved, atol=2e-5)
     assert value in result.codes
 
 
-def altered(own: tuple[Header, Tensors], *names: str, drop: tuple[str, ...] = (), **tensors: Any) -> tuple[Header, Tensors]:
+def altered(stored: tuple[Header, Tensors], *names: str, drop: tuple[str, ...] = (), **tensors: Any) -> tuple[Header, Tensors]:
     """Good tables of some linears with parts of the first replaced or left out."""
-    header, some = only(own, *names)
+    header, rest = only(stored, *names)
     parts = {f"{names[0]}.{part.replace('__', '.')}": value for part, value in tensors.items()}
-    return header, {key: value for key, value in {**some, **parts}.items() if key not in {f"{names[0]}.{part}" for part in drop}}
+    return header, {key: value for key, value in {**rest, **parts}.items() if key not in {f"{names[0]}.{part}" for part in drop}}
 
 
 F32 = np.float32
@@ -222,21 +224,21 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any], str]] =
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_fit_is_named(fault: str, tiny: Reference, own: tuple[Header, Tensors], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(fault: str, tiny: Reference, stored: tuple[Header, Tensors], tmp_path: Path) -> None:
     names, changes, options, message = FAULTS[fault]
     if "rules" in options:
         options = {"rules": (*options["rules"][:1], *tiny.rules)}
-    path = save(tmp_path / "tables", altered(own, *names, **changes))
+    path = save(tmp_path / "tables", altered(stored, *names, **changes))
     with pytest.raises(RecipeError, match=message) as error:
-        given(tiny, path, **options)
+        tables_in(tiny, path, **options)
     assert all(line.startswith(f"tables {path}: ") for line in str(error.value).splitlines())
 
 
 EIGHT = Codes(bits=8, signed=True)
 
 
-def header_of(own: tuple[Header, Tensors], **changes: Any) -> tuple[Header, Tensors]:
-    header, tensors = only(own, FC1)
+def header_of(stored: tuple[Header, Tensors], **changes: Any) -> tuple[Header, Tensors]:
+    header, tensors = only(stored, FC1)
     return header.model_copy(update=changes), tensors
 
 
@@ -259,19 +261,19 @@ def header_of(own: tuple[Header, Tensors], **changes: Any) -> tuple[Header, Tens
     ],
 )  # fmt: skip
 def test_a_header_that_does_not_fit_is_named(
-    changes: dict[str, Any], message: str, tiny: Reference, own: tuple[Header, Tensors], tmp_path: Path
+    changes: dict[str, Any], message: str, tiny: Reference, stored: tuple[Header, Tensors], tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        given(tiny, save(tmp_path / "tables", header_of(own, **changes)))
+        tables_in(tiny, save(tmp_path / "tables", header_of(stored, **changes)))
 
 
-def test_an_unknown_linear_is_named_with_the_nearest(tiny: Reference, own: tuple[Header, Tensors], tmp_path: Path) -> None:
-    header, tensors = only(own, FC1)
+def test_an_unknown_linear_is_named_with_the_nearest(tiny: Reference, stored: tuple[Header, Tensors], tmp_path: Path) -> None:
+    header, tensors = only(stored, FC1)
     other = "blocks.1.ff.net.0.proj"
     renamed = {key.replace(FC1, other): value for key, value in tensors.items()}
     path = save(tmp_path / "tables", (header.model_copy(update={"linears": {other: header.linears[FC1]}}), renamed))
     with pytest.raises(RecipeError, match=rf"'{other}' is not a linear of the network. Did you mean '.*ff.net.0.proj'"):
-        given(tiny, path)
+        tables_in(tiny, path)
 
 
 def test_zero_points_that_wander_are_refused(tiny: Reference, tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_zero_points_that_wander_are_refused(tiny: Reference, tmp_path: Path) ->
     with pytest.raises(
         RecipeError, match=r"no one shift suits the zero points of all timesteps: at timestep .* would grow by 100%"
     ):
-        given(tiny, path)
+        tables_in(tiny, path)
 
 
 def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -299,11 +301,11 @@ def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) 
     header = Header(method="x", timesteps=timesteps, linears={FC2: Entry(activation=Codes(bits=8, signed=False))})
     path = save(tmp_path / "one", (header, tensors))
     with pytest.raises(RecipeError, match=r"its input cannot absorb a shift: at timestep .* would grow by 100%"):
-        given(tiny, path)
+        tables_in(tiny, path)
     tensors[f"{FC2}.in_shift"] = np.ones(128, F32)
     path = save(tmp_path / "two", (header, tensors))
     with pytest.raises(RecipeError, match="its input cannot have an 'in_shift', because a Mul on all tokens cannot absorb it"):
-        given(tiny, path)
+        tables_in(tiny, path)
 
 
 @pytest.mark.parametrize(
@@ -319,4 +321,4 @@ def test_another_file_is_refused(content: Any, message: str, tiny: Reference, tm
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
-        given(tiny, path)
+        tables_in(tiny, path)

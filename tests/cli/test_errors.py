@@ -13,7 +13,7 @@ class Dropped:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
 
-with watching(quiet=False, then="the same command continues") as watch:
+with watching(quiet=False, advice="the same command continues") as watch:
     watch.begin("calibrate", "pictures")
     Dropped()
     watch.advance(1, 2)
@@ -23,6 +23,6 @@ with watching(quiet=False, then="the same command continues") as watch:
 
 def test_an_interrupt_that_python_swallows_ends_the_command_without_a_traceback() -> None:
     """The interpreter passes over whatever is raised while it drops an object, and prints it."""
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.splitlines() == ["calibrate pictures", "", "interrupted; the same command continues"]
+    result = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.splitlines() == ["calibrate pictures", "", "interrupted; the same command continues"]

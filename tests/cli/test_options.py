@@ -16,10 +16,10 @@ from dq_export.core.recipe import Recipe
 
 
 def helped(*words: str) -> str:
-    done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"})
-    assert done.exit_code == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    return done.stdout
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    return result.stdout
 
 
 def test_every_field_of_a_recipe_is_an_option_in_one_group() -> None:
@@ -46,7 +46,7 @@ def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> 
     text = re.sub(r"[\s│]+", " ", helped())
     assert "how a scale follows from the values seen: minmax, percentile, mse (default minmax)" in text
     assert "inputs that share a weight scale; 0: all (default by bits)" in text
-    assert "of noise and conditions (default 0)" in text
+    assert "seed of noise and conditions (default 0)" in text
     for choice in get_args(Recipe.model_fields["bits"].annotation):
         assert choice in text
 
@@ -65,15 +65,15 @@ def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> 
 )
 def test_flags_become_the_recipes_values(words: list[str], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the recipe that is parsed: what was not given is left to it."""
-    seen: list[dict[str, Any]] = []
+    options: list[dict[str, Any]] = []
 
     def remember(path: object, flags: dict[str, Any]) -> Recipe:
-        seen.append(flags)
+        options.append(flags)
         raise SystemExit(0)
 
     monkeypatch.setattr(export, "recipe_of", remember)
     CliRunner().invoke(app, ["--model", "m", *words])
-    assert seen == [{"model": "m", **values}]
+    assert options == [{"model": "m", **values}]
 
 
 COMMANDS = [item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands]
@@ -85,8 +85,8 @@ def test_the_help_of_every_command_fits(command: str) -> None:
 
 
 def test_the_version() -> None:
-    done = CliRunner().invoke(app, ["--version"])
-    assert (done.exit_code, done.stdout) == (0, f"dq-export {metadata.version('dq-export')}\n")
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"dq-export {metadata.version('dq-export')}\n")
 
 
 def test_the_shell_completes_options_and_their_choices() -> None:

@@ -61,19 +61,19 @@ def drawn_by_dit_pipeline(folder: Path, reference: Reference, chosen: Any, guida
     the latents."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    class Kept:
+    class Recorder:
         config = SimpleNamespace(scaling_factor=1.0)
 
         def decode(self, latents: torch.Tensor) -> Any:
             self.latents = latents
             return SimpleNamespace(sample=latents)
 
-    network, kept = DiTTransformer2DModel.from_pretrained(folder / "transformer"), Kept()
-    pipeline = DiTPipeline(network, kept, DDIMScheduler.from_pretrained(folder / "scheduler"))
+    network, recorder = DiTTransformer2DModel.from_pretrained(folder / "transformer"), Recorder()
+    pipeline = DiTPipeline(network, recorder, DDIMScheduler.from_pretrained(folder / "scheduler"))
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(SEED * 100_003 + i) for i in range(len(chosen))]
     pipeline(chosen.tolist(), guidance, generators, num_inference_steps=4, output_type="np")
-    return kept.latents.numpy()
+    return recorder.latents.numpy()
 
 
 def drawn_by_toy_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float) -> Float32:

@@ -48,7 +48,7 @@ def save_ddpm(folder: Path, **changes: Any) -> Path:
 def drawn_by_ddpm_pipeline(
     folder: Path, reference: Reference, labels: Any, seed: int, *, name: str = "DDPM", unet: Any = None
 ) -> Float32:
-    """In 4 steps. The pipelines take no noise and clamp their pictures: theirs is ours, and the last step's picture is kept.
+    """In 4 steps. The pipelines take no noise and clamp their pictures: theirs is ours, and the last step's picture is record.
 
     Args:
         labels: one a picture; None: the network takes none.
@@ -63,12 +63,12 @@ def drawn_by_ddpm_pipeline(
     pictures: list[torch.Tensor] = []
     step = pipeline.scheduler.step
 
-    def kept(*arguments: Any, **named: Any) -> Any:
+    def record(*arguments: Any, **named: Any) -> Any:
         moved = step(*arguments, **named)
         pictures.append(moved.prev_sample)
         return moved
 
-    pipeline.scheduler.step = kept
+    pipeline.scheduler.step = record
     count = 2 if labels is None else len(labels)
     noise = torch.from_numpy(reference.noise(count, seed))
     with patch(f"diffusers.pipelines.{name.lower()}.pipeline_{name.lower()}.randn_tensor", lambda *_, **__: noise):

@@ -71,7 +71,7 @@ def flux_pipeline(folder: Path, transformer: Any = None, kind: str = "FluxPipeli
 def drawn_by_flux_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int) -> Float32:
     """From the prompts' texts."""
     height, width = SIDE
-    drawn = flux_pipeline(folder)(
+    latents = flux_pipeline(folder)(
         [PROMPTS[index] for index in chosen],
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -80,4 +80,4 @@ def drawn_by_flux_pipeline(folder: Path, reference: Reference, chosen: Any, guid
         latents=torch.from_numpy(reference.noise(len(chosen), seed)),
         output_type="latent",
     )
-    return np.asarray(drawn.images)
+    return np.asarray(latents.images)

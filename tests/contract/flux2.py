@@ -76,9 +76,9 @@ def flux2_pipeline(folder: Path, transformer: Any = None) -> Any:
     import diffusers
     import transformers
 
-    own = diffusers.Flux2Transformer2DModel
+    network_class = diffusers.Flux2Transformer2DModel
     parts: dict[str, Any] = {
-        "transformer": own.from_pretrained(folder / "transformer").eval() if transformer is None else transformer,
+        "transformer": network_class.from_pretrained(folder / "transformer").eval() if transformer is None else transformer,
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
     }
     if parts["transformer"].config["guidance_embeds"]:

@@ -61,7 +61,7 @@ def drawn_by_pixart_pipeline(folder: Path, reference: Reference, chosen: Any, gu
         scheduler=diffusers.DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler"),
     )
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
+    latents = pipeline(
         [PROMPTS[index] for index in chosen],
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -70,4 +70,4 @@ def drawn_by_pixart_pipeline(folder: Path, reference: Reference, chosen: Any, gu
         clean_caption=False,
         use_resolution_binning=False,
     )
-    return np.asarray(drawn.images)
+    return np.asarray(latents.images)

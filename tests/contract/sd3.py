@@ -91,11 +91,11 @@ def sd3_pipeline(folder: Path, transformer: Any = None, scheduler: str = "FlowMa
     for name, (library, kind) in ((name, entry) for name, entry in index.items() if isinstance(entry, list)):
         loaded = getattr(transformers, kind).from_pretrained(folder / name) if library else None
         parts[name] = loaded.eval() if name.startswith("text_encoder") and loaded is not None else loaded
-    own = diffusers.SD3Transformer2DModel
+    network_class = diffusers.SD3Transformer2DModel
     pipeline = diffusers.StableDiffusion3Pipeline(
         **parts,
         vae=None,
-        transformer=own.from_pretrained(folder / "transformer").eval() if transformer is None else transformer,
+        transformer=network_class.from_pretrained(folder / "transformer").eval() if transformer is None else transformer,
         scheduler=getattr(diffusers, scheduler).from_pretrained(folder / "scheduler"),
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -104,7 +104,7 @@ def sd3_pipeline(folder: Path, transformer: Any = None, scheduler: str = "FlowMa
 
 def drawn_by_sd3_pipeline(folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int) -> Float32:
     """From the prompts' texts."""
-    drawn = sd3_pipeline(folder)(
+    latents = sd3_pipeline(folder)(
         [PROMPTS[index] for index in chosen],
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -113,4 +113,4 @@ def drawn_by_sd3_pipeline(folder: Path, reference: Reference, chosen: Any, guida
         latents=torch.from_numpy(reference.noise(len(chosen), seed)),
         output_type="latent",
     )
-    return np.asarray(drawn.images)
+    return np.asarray(latents.images)

@@ -68,12 +68,12 @@ def flat(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_without_folders_holds_the_same_network(plain: Path, flat: Path) -> None:
-    found, expected = load_reference(str(flat)), load_reference(str(plain))
-    assert found.digest == expected.digest
-    assert found.sampler == "DDPMScheduler"
+    actual, expected = load_reference(str(flat)), load_reference(str(plain))
+    assert actual.digest == expected.digest
+    assert actual.sampler == "DDPMScheduler"
 
 
-def test_a_lost_scheduler_is_missed(flat: Path, tmp_path: Path) -> None:
+def test_a_missing_scheduler_is_an_error(flat: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(flat, tmp_path / "model"))
     (folder / "scheduler_config.json").unlink()
     with pytest.raises(ModelError, match=r"names a scheduler, and there is no scheduler/scheduler_config\.json"):
@@ -94,16 +94,16 @@ def test_a_class_label_draws_the_pipelines_pictures(name: str, classes: Path, tm
     reference, labels = load_reference(str(folder)), np.asarray([1, 4])
     assert reference.conditions.names == ("0", "1", "2", "3", "4")
     noise = reference.noise(2, SEED)
-    found = reference.draw(reference.forward, noise, labels, steps=4, guidance=1.0)
+    actual = reference.draw(reference.forward, noise, labels, steps=4, guidance=1.0)
     exact = drawn_by_ddpm_pipeline(folder, reference, labels, SEED, name=name)
-    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+    assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()
     assert (np.abs(exact) < 0.99).mean() > 0.3, "pictures that are clipped everywhere would prove nothing"
     other = reference.draw(reference.forward, noise, np.asarray([1, 2]), steps=4, guidance=1.0)
-    assert np.abs(other[0] - found[0]).max() < 1e-5
-    assert np.abs(other[1] - found[1]).max() > 0.01
+    assert np.abs(other[0] - actual[0]).max() < 1e-5
+    assert np.abs(other[1] - actual[1]).max() > 0.01
 
 
-def test_published_configurations_are_taken() -> None:
+def test_published_configurations_are_accepted() -> None:
     from diffusers import UNet2DModel
 
     require_values(UNet2DModel, DDPMValues, CIFAR, Path("config.json"))
@@ -143,7 +143,9 @@ def test_other_configurations_are_refused(changes: dict[str, Any], message: str,
         ({"sizes": "16x16"}, "size 16x16: family ddpm draws pictures of one size; leave it out"),
     ],
 )
-def test_what_such_a_network_does_not_take_is_refused(values: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
+def test_values_that_such_a_network_does_not_take_are_refused(
+    values: dict[str, Any], message: str, plain: Path, tmp_path: Path
+) -> None:
     with pytest.raises((RecipeError, ModelError), match=message):
         run(Recipe.parse({"model": str(plain), "format": "ort", "steps": 4, **values}, "test"), tmp_path / "out")
 
@@ -160,9 +162,9 @@ def test_the_engine_stands_in_for_pipe_unet(classes: Path, tmp_path: Path) -> No
     stand_in = dq_export.load(tmp_path / "out")
     assert repr(stand_in) == "StandIn of UNet2DModel, to be set as pipe.unet"
     reference, labels = load_reference(str(classes)), np.asarray([2])
-    found = drawn_by_ddpm_pipeline(classes, reference, labels, SEED, unet=stand_in)
+    actual = drawn_by_ddpm_pipeline(classes, reference, labels, SEED, unet=stand_in)
     exact = drawn_by_ddpm_pipeline(classes, reference, labels, SEED)
-    assert 0 < np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
+    assert 0 < np.abs(actual - exact).max() < 0.1 * np.abs(exact).max()
     output = stand_in(torch.zeros(2, 3, 8, 8), 5, class_labels=torch.tensor([0, 4]))
     assert type(output).__name__ == "UNet2DOutput"
     with pytest.raises(ValueError, match="class_labels holds 5, and the network takes 0 to 4"):

@@ -1,6 +1,6 @@
 """What calibration, passes and parity rely on in every model family, on tiny models, against diffusers itself.
 
-A family of the product, and one that is no DiT and that the product does not know, pass the same tests.
+A family of the product, and one that is not a DiT and that the product does not know, pass the same tests.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def test_every_family_has_a_case() -> None:
 def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any) -> None:
     import inspect
 
-    taken = inspect.signature(type(reference.model).forward).parameters
+    parameters = inspect.signature(type(reference.model).forward).parameters
     state, timestep, *conditions = reference.inputs
-    assert {item.within or item.name for item in reference.inputs} <= set(taken)
+    assert {item.within or item.name for item in reference.inputs} <= set(parameters)
     assert (state.role, timestep.role, timestep.name) == ("state", "timestep", "timestep")
     assert {item.role for item in conditions} <= {"condition", "setting"}
     assert all(item.shape[0] is BATCH for item in reference.inputs if item.role != "setting")
@@ -93,20 +93,20 @@ def test_the_inputs_are_those_that_the_network_takes(case: Case, reference: Any)
     rows, null = reference.conditions.rows(np.asarray([0])), reference.conditions.null_rows(1)
     assert bool(null) == (reference.guided_by == "null")
     for item in (item for item in conditions if item.role == "condition"):
-        for found in (rows[item.name], *([null[item.name]] if null else [])):
-            assert (found.shape, found.dtype) == (item.zeros(1).shape, item.dtype)
+        for actual in (rows[item.name], *([null[item.name]] if null else [])):
+            assert (actual.shape, actual.dtype) == (item.zeros(1).shape, item.dtype)
 
 
 def test_the_configuration_that_an_export_writes_gives_the_inputs_again(case: Case, reference: Any) -> None:
     """All but the sizes of this reference's own conditions."""
 
-    def taken(inputs: Any) -> list[Any]:
+    def tensors_of(inputs: Any) -> list[Any]:
         shapes = [[replace(axis, size=1) if isinstance(axis, Axis) else axis for axis in item.shape] for item in inputs]
         return [replace(item, shape=tuple(shape)) for item, shape in zip(inputs, shapes, strict=True)]
 
     config = json.loads(json.dumps(reference.config))
     model = make_empty(case.family.network_class(config["_class_name"]), case.family.values, Path("config.json"), config)
-    assert taken(case.family.inputs(model)) == taken(reference.inputs)
+    assert tensors_of(case.family.inputs(model)) == tensors_of(reference.inputs)
     assert configuration(model) == reference.config
 
 
@@ -118,8 +118,8 @@ def test_the_rules_match_every_linear_and_say_why_one_is_skipped(reference: Any)
 
 
 def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) -> None:
-    read = [linear for site in reference.sites for linear in site.linears]
-    assert sorted(read) == sorted(name for name, linear in reference.linears.items() if linear.role in ("gemm", "static"))
+    linears = [linear for site in reference.sites for linear in site.linears]
+    assert sorted(linears) == sorted(name for name, linear in reference.linears.items() if linear.role in ("gemm", "static"))
     for site in reference.sites:
         assert site.name == site.linears[0]
         width = {reference.weight(linear).shape[1] for linear in site.linears}
@@ -128,10 +128,10 @@ def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) ->
             (start, stop), (first, last) = part.rows, part.channels
             assert 0 <= start < stop <= len(reference.weight(part.name))
             assert stop - start == last - first <= max(width)
-    seen = []
-    with reference.observe(lambda name, value: seen.append(name)):
+    calls = []
+    with reference.observe(lambda name, value: calls.append(name)):
         reference.forward(feed_of(reference))
-    assert seen == [site.name for site in reference.sites]
+    assert calls == [site.name for site in reference.sites]
 
 
 def test_the_graph_shows_every_linear_of_the_network(reference: Any) -> None:
@@ -152,16 +152,16 @@ def test_folding_random_scalings_leaves_the_float_output_unchanged(graph: tuple[
     run_passes(model, [FoldTranspose(), MergeDuplicates()])
     fold_at_random(model, [site.name for site in reference.sites], convolutions=True)
     feed = feed_of(reference, 500 if shared else [500, 3, 999])
-    exact, found = reference.forward(feed), run_onnx(model, feed)
-    assert 0 < np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+    exact, actual = reference.forward(feed), run_onnx(model, feed)
+    assert 0 < np.abs(actual - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
     observed: dict[str, Any] = {}
-    read: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def hook(name: str) -> Any:
-        return lambda _, inputs: read.__setitem__(name, inputs[0].detach().clone())
+        return lambda _, inputs: values.__setitem__(name, inputs[0].detach().clone())
 
     handles = [reference.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in reference.linears]
     with reference.observe(lambda name, value: observed.__setitem__(name, value[:].clone())):
@@ -174,7 +174,7 @@ def test_all_readers_of_a_site_read_what_is_observed(reference: Any) -> None:
         for linear in site.linears:
             module = reference.model.get_submodule(linear)
             convolves = isinstance(module, torch.nn.Conv2d)
-            rows = Patches(read[linear], module)[:] if convolves else read[linear].flatten(0, -2)
+            rows = Patches(values[linear], module)[:] if convolves else values[linear].flatten(0, -2)
             assert torch.equal(observed[site.name], rows)
 
 
@@ -187,7 +187,7 @@ def test_observing_ends_also_when_the_network_fails(reference: Any) -> None:
     assert not any(module._forward_pre_hooks for module in reference.model.modules())
 
 
-def test_loading_tells_how_far_it_is(folder: Path) -> None:
+def test_loading_reports_its_progress(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
     load_reference(str(folder), lambda done, total: calls.append((done, total)))
     assert len(calls) > 10
@@ -209,17 +209,17 @@ def test_the_graph_has_the_networks_inputs(graph: tuple[Path, bool], reference: 
     import onnx_ir as ir
 
     path, shared = graph
-    found, taken = ir.load(path).graph, [item.name for item in reference.inputs]
-    assert [value.name for value in found.inputs] == taken
-    assert [value.dtype.numpy() for value in found.inputs if value.dtype] == [item.dtype for item in reference.inputs]
-    assert [value.name for value in found.outputs] == ["out_sample" if "sample" in taken else "sample"]
-    for value, item in zip(found.inputs, reference.inputs, strict=True):
+    actual, arguments = ir.load(path).graph, [item.name for item in reference.inputs]
+    assert [value.name for value in actual.inputs] == arguments
+    assert [value.dtype.numpy() for value in actual.inputs if value.dtype] == [item.dtype for item in reference.inputs]
+    assert [value.name for value in actual.outputs] == ["out_sample" if "sample" in arguments else "sample"]
+    for value, item in zip(actual.inputs, reference.inputs, strict=True):
         sizes = [axis.name if isinstance(axis, Axis) else axis for axis in item.shape]
         if shared and item.role == "timestep":
             sizes = [1]
         assert value.shape is not None
         assert [size if isinstance(size, int) else str(size.value) for size in value.shape] == sizes
-    assert found.opset_imports == {"": 21}
+    assert actual.opset_imports == {"": 21}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -299,21 +299,23 @@ def test_blocks_one_by_one_are_the_network(reference: Any) -> None:
 def test_pictures_are_those_of_diffusers_own_pipeline(guidance: float, case: Case, folder: Path, reference: Any) -> None:
     chosen = np.asarray([1, 3])
     exact = case.draw(folder, reference, chosen, guidance)
-    found = reference.draw(reference.forward, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
-    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+    actual = reference.draw(reference.forward, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
+    assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()
     assert exact.std() > 0.05, "a picture that is one colour would prove nothing"
 
 
 def test_drawing_again_gives_the_same_bits(case: Case, folder: Path, reference: Any) -> None:
     chosen = np.asarray([1, 2])
-    drawn = []
-    sent: list[float] = []
+    latents = []
+    timesteps: list[float] = []
     for one in (reference, loaded(folder, case)):
         one.timesteps(5)  # a rehearsal changes nothing
-        drawn.append(one.draw(one.forward, one.noise(2, SEED), chosen, steps=4, guidance=2.0))
-    np.testing.assert_array_equal(*drawn)
-    reference.trajectory(chosen, steps=4, seed=SEED, guidance=2.0, before=lambda feed: sent.append(float(feed["timestep"][0])))
-    assert sent == reference.timesteps(4)
+        latents.append(one.draw(one.forward, one.noise(2, SEED), chosen, steps=4, guidance=2.0))
+    np.testing.assert_array_equal(*latents)
+    reference.trajectory(
+        chosen, steps=4, seed=SEED, guidance=2.0, before=lambda feed: timesteps.append(float(feed["timestep"][0]))
+    )
+    assert timesteps == reference.timesteps(4)
 
 
 def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(reference: Any, tmp_path: Path) -> None:
@@ -327,10 +329,10 @@ def test_a_calibration_that_was_killed_goes_on_behind_its_last_pictures(referenc
 
     with pytest.raises(KeyboardInterrupt):
         collect_ranges(Calls(denoiser=reference, sampling=sampling, progress=die), names, tmp_path / "part")
-    seen: list[int] = []
-    watched = Calls(denoiser=reference, sampling=sampling, progress=lambda done, total, unit="": seen.append(done))
+    calls: list[int] = []
+    watched = Calls(denoiser=reference, sampling=sampling, progress=lambda done, total, unit="": calls.append(done))
     rest = collect_ranges(watched, names, tmp_path / "part")
-    assert seen[0] == 2, "the first picture is not sampled again"
+    assert calls[0] == 2, "the first picture is not sampled again"
     for name in names:
         np.testing.assert_array_equal(rest[name].low, whole[name].low)
         np.testing.assert_array_equal(rest[name].high, whole[name].high)

@@ -19,7 +19,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.families.config_values import require_values
 from dq_export.families.flux_values import FluxValues
 from dq_export.families.reference import ModelError
-from dq_export.families.source import NAMED, load_reference
+from dq_export.families.source import MODELS, load_reference
 from dq_export.pipeline import run
 
 HUB = {
@@ -67,16 +67,16 @@ def test_both_kinds_of_block_are_traced_with_three_of_them(tmp_path: Path, monke
 
 @pytest.mark.parametrize("side", [(64, 96), (256, 256)])
 def test_timesteps_are_those_that_the_pipeline_sends_at_that_size(side: tuple[int, int], folder: Path) -> None:
-    reference, sent = load_reference(str(folder)), []
+    reference, timesteps = load_reference(str(folder)), []
     reference.draw_at(*side)
     pipeline = flux_pipeline(folder)
     pipeline.transformer.register_forward_pre_hook(
-        lambda module, inputs, named: sent.append(float(named["timestep"][0])), with_kwargs=True
+        lambda module, inputs, named: timesteps.append(float(named["timestep"][0])), with_kwargs=True
     )
     pipeline(PROMPTS[0], num_inference_steps=4, height=side[0], width=side[1], output_type="latent")
-    assert reference.timesteps(4) == sent
-    assert sent[0] == 1
-    assert sent[1] == pytest.approx({64: 0.825, 256: 0.832}[side[0]], abs=2e-3)
+    assert reference.timesteps(4) == timesteps
+    assert timesteps[0] == 1
+    assert timesteps[1] == pytest.approx({64: 0.825, 256: 0.832}[side[0]], abs=2e-3)
 
 
 def test_guidance_is_an_input_and_changes_the_picture(folder: Path) -> None:
@@ -84,10 +84,10 @@ def test_guidance_is_an_input_and_changes_the_picture(folder: Path) -> None:
     reference.draw_at(*SIDE)
     reference.conditions = reference.encode(PROMPTS, "cpu")
     assert (reference.guidance, reference.guided_by, dict(reference.conditions.null)) == (3.5, "input", {})
-    drawn = [drawn_by_flux_pipeline(folder, reference, np.asarray([0]), guidance, 7) for guidance in (1.0, 4.0)]
-    found = [reference.draw(reference.forward, reference.noise(1, 7), np.asarray([0]), steps=4, guidance=g) for g in (1.0, 4.0)]
-    np.testing.assert_allclose(found, drawn, rtol=0, atol=1e-5 * np.abs(drawn).max())
-    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    latents = [drawn_by_flux_pipeline(folder, reference, np.asarray([0]), guidance, 7) for guidance in (1.0, 4.0)]
+    actual = [reference.draw(reference.forward, reference.noise(1, 7), np.asarray([0]), steps=4, guidance=g) for g in (1.0, 4.0)]
+    np.testing.assert_allclose(actual, latents, rtol=0, atol=1e-5 * np.abs(latents).max())
+    assert np.abs(latents[0] - latents[1]).max() > 1e-3
 
 
 def test_a_clip_of_published_files_is_the_same_encoder(folder: Path, model: Path) -> None:
@@ -97,8 +97,8 @@ def test_a_clip_of_published_files_is_the_same_encoder(folder: Path, model: Path
     path = model / "text_encoder" / "model.safetensors"
     state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
     save_file({**state, "text_model.embeddings.position_ids": torch.arange(77)[None]}, path)
-    exact, found = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays for place in (folder, model))
-    np.testing.assert_array_equal(found["pooled_projections"], exact["pooled_projections"])
+    exact, actual = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays for place in (folder, model))
+    np.testing.assert_array_equal(actual["pooled_projections"], exact["pooled_projections"])
 
 
 def test_schnell_has_no_guidance_and_refuses_one_before_any_work(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_file_of_conditions_needs_no_null(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_short_names_are_the_published_models() -> None:
-    assert NAMED["flux-dev"] == ("black-forest-labs/FLUX.1-dev", 3.5)
-    assert NAMED["flux-schnell"] == ("black-forest-labs/FLUX.1-schnell", 1.0)
+    assert MODELS["flux-dev"] == ("black-forest-labs/FLUX.1-dev", 3.5)
+    assert MODELS["flux-schnell"] == ("black-forest-labs/FLUX.1-schnell", 1.0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance_embeds": False}])

@@ -19,7 +19,7 @@ from dq_export.core.network import Conditions
 from dq_export.families.config_values import require_values
 from dq_export.families.flux2_values import Flux2Values
 from dq_export.families.reference import ModelError
-from dq_export.families.source import NAMED, load_reference, locate
+from dq_export.families.source import MODELS, load_reference, locate
 from dq_export.families.text_encoders import require_prompts
 
 KLEIN = {
@@ -46,15 +46,15 @@ def model(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("side", [SIDE, (160, 160)])
 def test_timesteps_are_those_that_the_pipeline_sends_at_that_size(side: tuple[int, int], folder: Path) -> None:
     """And at another size those of the first, where calibration asks for them."""
-    reference, sent = load_reference(str(folder)), []
+    reference, values = load_reference(str(folder)), []
     reference.draw_at(*side)
     pipeline = flux2_pipeline(folder)
     pipeline.transformer.register_forward_pre_hook(
-        lambda module, inputs, named: sent.append(float(named["timestep"][0])), with_kwargs=True
+        lambda module, inputs, named: values.append(float(named["timestep"][0])), with_kwargs=True
     )
     pipeline(prompt=PROMPTS[0], height=side[0], width=side[1], **BASE)
     timesteps = reference.timesteps(4)
-    assert timesteps == sent
+    assert timesteps == values
     with reference.at((96, 96)):
         assert reference.timesteps(4) != timesteps
     with reference.drawing((96, 96)):
@@ -68,23 +68,23 @@ def test_devs_guidance_is_an_input_and_changes_the_picture(tmp_path: Path) -> No
     assert (reference.guidance, reference.guided_by) == (4.0, "input")
     text = np.random.default_rng(0).normal(size=(1, 6, 3 * TEXT)).astype(np.float32)
     reference.conditions = Conditions(names=("a",), arrays={"encoder_hidden_states": text}, null={})
-    noise, kept = reference.noise(1, 7), []
+    noise, arrays = reference.noise(1, 7), []
     packed = torch.from_numpy(noise).transpose(1, 2).unflatten(2, (SIDE[0] // 16, SIDE[1] // 16))
 
     def keep(pipeline: Any, step: int, timestep: Any, values: Any) -> Any:
-        kept.append(values["latents"].numpy())
+        arrays.append(values["latents"].numpy())
         return {}
 
-    drawn, found = [], []
+    latents, actual = [], []
     for guidance in (1.0, 4.0):
         flux2_pipeline(folder)(
             prompt_embeds=torch.from_numpy(text), height=SIDE[0], width=SIDE[1], latents=packed, guidance_scale=guidance,
             callback_on_step_end=keep, **BASE,
         )  # fmt: skip
-        drawn.append(kept[-1])
-        found.append(reference.draw(reference.forward, noise, np.asarray([0]), steps=4, guidance=guidance))
-    np.testing.assert_allclose(found, drawn, rtol=0, atol=1e-5 * np.abs(drawn).max())
-    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+        latents.append(arrays[-1])
+        actual.append(reference.draw(reference.forward, noise, np.asarray([0]), steps=4, guidance=guidance))
+    np.testing.assert_allclose(actual, latents, rtol=0, atol=1e-5 * np.abs(latents).max())
+    assert np.abs(latents[0] - latents[1]).max() > 1e-3
 
 
 def test_klein_reads_prompts_as_its_pipeline_does_and_runs_no_template_of_the_checkpoint(folder: Path, model: Path) -> None:
@@ -92,9 +92,9 @@ def test_klein_reads_prompts_as_its_pipeline_does_and_runs_no_template_of_the_ch
     exact, _ = flux2_pipeline(folder).encode_prompt(list(PROMPTS))
     (model / "tokenizer" / "chat_template.jinja").write_text("{% for message in messages %}another{% endfor %}")
     for place in (folder, model):
-        found = load_reference(str(place)).encode(PROMPTS, "cpu")
-        assert not found.null
-        assert sqnr(exact.detach().numpy(), found.arrays["encoder_hidden_states"]) > 110
+        actual = load_reference(str(place)).encode(PROMPTS, "cpu")
+        assert not actual.null
+        assert sqnr(exact.detach().numpy(), actual.arrays["encoder_hidden_states"]) > 110
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_tokens_around_it(folder: Path) -> None:
@@ -110,8 +110,8 @@ def test_a_qwen_of_older_files_has_its_rotations_base_alone(folder: Path, model:
     config = json.loads(path.read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     path.write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": None}))
-    exact, found = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays for place in (folder, model))
-    np.testing.assert_array_equal(found["encoder_hidden_states"], exact["encoder_hidden_states"])
+    exact, actual = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays for place in (folder, model))
+    np.testing.assert_array_equal(actual["encoder_hidden_states"], exact["encoder_hidden_states"])
     edit(path, rope_theta=3.0)
     other = load_reference(str(model)).encode(PROMPTS, "cpu").arrays
     assert np.abs(other["encoder_hidden_states"] - exact["encoder_hidden_states"]).max() > 1e-3
@@ -158,7 +158,7 @@ def test_the_streams_share_one_scaling_and_all_blocks_one_modulation(folder: Pat
 
 
 def test_the_short_name_is_the_published_model() -> None:
-    assert NAMED["flux2-klein"] == ("black-forest-labs/FLUX.2-klein-4B", 1.0)
+    assert MODELS["flux2-klein"] == ("black-forest-labs/FLUX.2-klein-4B", 1.0)
 
 
 @pytest.mark.parametrize("changes", [{}, DEV])

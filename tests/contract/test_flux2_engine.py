@@ -23,7 +23,7 @@ from dq_export.stages.recording import HELD_OUT
 
 pytestmark = pytest.mark.slow
 STEPS, PICTURES = 4, 2
-DRAWN: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
+SETTINGS: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
@@ -48,45 +48,40 @@ def exported(model: Path, out: Path, until: str, **options: Any) -> Report:
     return report
 
 
-def worst(report: Report, stage: str) -> float:
-    assert report.parity is not None
-    return min(call.sqnr for call in report.parity.calls if call.stage == stage)
-
-
 def test_the_engine_draws_in_diffusers_pipeline_what_the_export_recorded(model: Path, out: Path) -> None:
     """The pipeline encodes the prompts itself; the export's report says how far its engine's pictures are from PyTorch's."""
     report = FinishedFolder.open(out).report()
-    assert worst(report, "float-onnx") > 100
-    assert worst(report, "engine") > 15
+    assert report.worst_call("float-onnx").sqnr > 100
+    assert report.worst_call("engine").sqnr > 15
     reference = load_reference(str(model))
     reference.draw_at(*SIDE)
     noise = torch.from_numpy(reference.noise(PICTURES, HELD_OUT)).transpose(1, 2).unflatten(2, (SIDE[0] // 16, SIDE[1] // 16))
     pipeline = flux2_pipeline(model, dq_export.load(out))
     pipeline.text_encoder.float()  # as an export computes it
-    drawn = pipeline(prompt=list(PROMPTS[:PICTURES]), height=SIDE[0], width=SIDE[1], latents=noise, **DRAWN).images
-    found = pipeline._pack_latents(pipeline._patchify_latents(drawn))
+    latents = pipeline(prompt=list(PROMPTS[:PICTURES]), height=SIDE[0], width=SIDE[1], latents=noise, **SETTINGS).images
+    actual = pipeline._pack_latents(pipeline._patchify_latents(latents))
     recorded = load_tensors(out / "parity" / "pytorch.safetensors")[0]["pictures"]
     assert report.parity is not None
-    assert sqnr(recorded, found.numpy()) == pytest.approx(report.parity.trajectories[0].sqnr, abs=1e-2)
+    assert sqnr(recorded, actual.numpy()) == pytest.approx(report.parity.trajectories[0].sqnr, abs=1e-2)
 
 
 def test_the_guidance_of_a_model_that_is_not_distilled_and_another_size_need_no_other_engine(model: Path, out: Path) -> None:
-    drawn = []
+    latents = []
     for transformer in (None, dq_export.load(out)):
         pipeline = flux2_pipeline(model, transformer)
         pipeline.register_to_config(is_distilled=False)
         pipeline.text_encoder.float()
         pipeline.transformer = pipeline.transformer if transformer else pipeline.transformer.float()
-        options = {"height": 96, "width": 80, "guidance_scale": 3.0, **DRAWN}
-        drawn.append(pipeline(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(1), **options).images.numpy())
-    assert drawn[1].shape == (1, 2, 12, 10)
-    assert np.isfinite(drawn[1]).all()
-    assert sqnr(*drawn) > 10
+        options = {"height": 96, "width": 80, "guidance_scale": 3.0, **SETTINGS}
+        latents.append(pipeline(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(1), **options).images.numpy())
+    assert latents[1].shape == (1, 2, 12, 10)
+    assert np.isfinite(latents[1]).all()
+    assert sqnr(*latents) > 10
 
 
 @pytest.mark.parametrize("options", [{"timesteps": "per-sample"}, {"provider": "openvino"}])
 def test_other_forms(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    assert worst(exported(model, tmp_path / "out", "bench", **options), "engine") > 12
+    assert exported(model, tmp_path / "out", "bench", **options).worst_call("engine").sqnr > 12
 
 
 def test_a_plan_is_built_ahead_of_time(model: Path, tmp_path: Path) -> None:

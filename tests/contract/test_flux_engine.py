@@ -51,11 +51,6 @@ def exported(model: Path, out: Path, until: str, **options: Any) -> Report:
     return report
 
 
-def worst(report: Report, stage: str) -> float:
-    assert report.parity is not None
-    return min(call.sqnr for call in report.parity.calls if call.stage == stage)
-
-
 def test_scales_go_by_timesteps_between_0_and_1(out: Path, model: Path) -> None:
     """One for each step of a flow that is shifted by the picture's size."""
     report = FinishedFolder.open(out).report()
@@ -64,8 +59,8 @@ def test_scales_go_by_timesteps_between_0_and_1(out: Path, model: Path) -> None:
     reference.draw_at(*SIDE)
     assert sorted({call.timestep for call in report.parity.calls}) == sorted(reference.timesteps(STEPS))
     assert {call.bin for call in report.parity.calls} == {0, 1, 2, 3}
-    assert worst(report, "float-onnx") > 110
-    assert worst(report, "engine") > 15
+    assert report.worst_call("float-onnx").sqnr > 110
+    assert report.worst_call("engine").sqnr > 15
     feeds, _ = load_replay(out / "parity")
     assert [feeds[0][name].shape for name in ("hidden_states", "img_ids", "txt_ids", "guidance")] == [
         (2, 24, 8), (24, 3), (512, 3), (2,)
@@ -76,35 +71,35 @@ def test_the_engine_draws_in_diffusers_pipeline_what_the_export_recorded(model: 
     """The pipeline encodes the prompts itself; the export's report says how far its engine's pictures are from PyTorch's."""
     reference = load_reference(str(model))
     reference.draw_at(*SIDE)
-    found = flux_pipeline(model, dq_export.load(out))(
+    actual = flux_pipeline(model, dq_export.load(out))(
         list(PROMPTS[:PICTURES]), num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=SIDE[0], width=SIDE[1],
         latents=torch.from_numpy(reference.noise(PICTURES, HELD_OUT)), output_type="latent",
     ).images  # fmt: skip
     parity = FinishedFolder.open(out).report().parity
     assert parity is not None
     recorded = load_tensors(out / "parity" / "pytorch.safetensors")[0]["pictures"]
-    assert sqnr(recorded, found.numpy()) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
+    assert sqnr(recorded, actual.numpy()) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
 
 
 def test_real_guidance_and_another_size_need_no_other_engine(model: Path, out: Path) -> None:
     options = {"num_inference_steps": STEPS, "height": 96, "width": 80, "output_type": "latent"}
     guided = {"true_cfg_scale": 2.0, "negative_prompt": PROMPTS[1], "guidance_scale": GUIDANCE}
-    drawn = [
+    pictures = [
         flux_pipeline(model, transformer)(PROMPTS[0], generator=torch.Generator().manual_seed(1), **options, **guided).images
         for transformer in (None, dq_export.load(out))
     ]
-    assert drawn[1].shape == (1, 6 * 5, 8)
-    assert sqnr(*(latents.numpy() for latents in drawn)) > 12
+    assert pictures[1].shape == (1, 6 * 5, 8)
+    assert sqnr(*(latents.numpy() for latents in pictures)) > 12
 
 
 def test_a_picture_starts_from_a_picture(model: Path, out: Path) -> None:
     vae = diffusers.AutoencoderKL(latent_channels=2, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.0)
-    start, drawn = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(2)), []
+    start, latents = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(2)), []
     for transformer in (None, dq_export.load(out)):
         pipeline = flux_pipeline(model, transformer, "FluxImg2ImgPipeline", vae)
         options = {"num_inference_steps": STEPS, "strength": 0.75, "output_type": "latent", "height": 8, "width": 12}
-        drawn.append(pipeline(PROMPTS[0], image=start, generator=torch.Generator().manual_seed(1), **options).images.numpy())
-    assert sqnr(*drawn) > 12
+        latents.append(pipeline(PROMPTS[0], image=start, generator=torch.Generator().manual_seed(1), **options).images.numpy())
+    assert sqnr(*latents) > 12
 
 
 def test_a_guidance_that_the_network_does_not_take_is_refused(model: Path, out: Path) -> None:
@@ -124,7 +119,7 @@ def test_a_guidance_that_the_network_does_not_take_is_refused(model: Path, out: 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"timesteps": "per-sample"}, {"granularity": "token"}, {"provider": "openvino"}])
 def test_other_forms(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    assert worst(exported(model, tmp_path / "out", "bench", **options), "engine") > 12
+    assert exported(model, tmp_path / "out", "bench", **options).worst_call("engine").sqnr > 12
 
 
 @pytest.mark.slow

@@ -114,10 +114,10 @@ def test_what_a_checkpoint_does_not_have_is_null_in_the_index(tmp_path: Path) ->
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["shift"]) == ("FlowMatchEulerDiscreteScheduler", 3.0)
     feed = {"hidden_states": np.ones((2, 64), dtype=np.float32)}
-    found, exact = (
+    actual, exact = (
         ort.InferenceSession(path).run(None, feed)[0] for path in (folder / "transformer" / "model.onnx", tmp_path / "model.onnx")
     )
-    np.testing.assert_array_equal(found, exact)
+    np.testing.assert_array_equal(actual, exact)
     assert list(outputs(folder / "transformer" / "model.onnx", **feed)) == ["out_hidden_states"]
 
 
@@ -155,25 +155,25 @@ def test_what_optimum_cannot_load_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def drawn_by_diffusers(own: Any, vae: Any) -> Float32:
+def drawn_by_diffusers(pipeline_class: Any, vae: Any) -> Float32:
     """The pictures of the first prompts, by diffusers' pipeline with the engine and the VAE."""
-    own.register_modules(vae=vae)
-    own.vae_scale_factor = 2
-    drawn: Float32 = own(
+    pipeline_class.register_modules(vae=vae)
+    pipeline_class.vae_scale_factor = 2
+    latents: Float32 = pipeline_class(
         list(PROMPTS[:PICTURES]), num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=2 * SIDE, width=2 * SIDE,
         latents=torch.from_numpy(NOISE), output_type="np",
     ).images  # fmt: skip
-    return drawn
+    return latents
 
 
 def drawn_by_optimum(out: Path, folder: Path) -> Float32:
     """The same pictures, by optimum's pipeline."""
     np.save(folder / "noise.npy", NOISE)
     command = [os.environ[OPTIMUM], "-c", DRAW, str(out / "diffusers"), str(folder / "noise.npy"), str(folder / "drawn.npy")]
-    done = subprocess.run([*command, str(2 * SIDE), *PROMPTS[:PICTURES]], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    drawn: Float32 = np.load(folder / "drawn.npy")
-    return drawn
+    result = subprocess.run([*command, str(2 * SIDE), *PROMPTS[:PICTURES]], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    latents: Float32 = np.load(folder / "drawn.npy")
+    return latents
 
 
 @pytest.mark.slow
@@ -181,24 +181,24 @@ def test_a_folder_with_all_parts_gives_what_diffusers_gives(sd3: Path, tmp_path:
     """Its encoders and its VAE against diffusers' own; its pictures, drawn by optimum where there is one, against `load`'s."""
     out = exported(sd3, tmp_path / "out")
     folder = out / "diffusers"
-    own = sd3_pipeline(sd3)
+    pipeline = sd3_pipeline(sd3)
     tokens = torch.randint(0, 10, (3, 77), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        states = own.text_encoder_2(tokens, output_hidden_states=True)
+        states = pipeline.text_encoder_2(tokens, output_hidden_states=True)
         vae = diffusers.AutoencoderKL.from_pretrained(sd3 / "vae").eval()
         picture = vae.decode(LATENTS).sample
         moments = vae.encode(picture).latent_dist.parameters
-    found = outputs(folder / "text_encoder_2" / "model.onnx", input_ids=tokens.numpy())
-    assert list(found) == ["text_embeds", "last_hidden_state", "hidden_states.0", "hidden_states.1"]
-    np.testing.assert_allclose(found["text_embeds"], states.text_embeds.numpy(), atol=1e-5)
-    np.testing.assert_allclose(found["hidden_states.1"], states.hidden_states[-2].numpy(), atol=1e-5)
+    actual = outputs(folder / "text_encoder_2" / "model.onnx", input_ids=tokens.numpy())
+    assert list(actual) == ["text_embeds", "last_hidden_state", "hidden_states.0", "hidden_states.1"]
+    np.testing.assert_allclose(actual["text_embeds"], states.text_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(actual["hidden_states.1"], states.hidden_states[-2].numpy(), atol=1e-5)
     decoded = outputs(folder / "vae_decoder" / "model.onnx", latent_sample=LATENTS.numpy())["sample"]
     np.testing.assert_allclose(decoded, picture.numpy(), atol=1e-5)
     encoded = outputs(folder / "vae_encoder" / "model.onnx", sample=decoded)["latent_parameters"]
     np.testing.assert_allclose(encoded, moments.numpy(), atol=1e-5)
     if OPTIMUM in os.environ:
-        own.transformer = dq_export.load(out)
-        assert sqnr(drawn_by_diffusers(own, vae), drawn_by_optimum(out, tmp_path)) > 60
+        pipeline.transformer = dq_export.load(out)
+        assert sqnr(drawn_by_diffusers(pipeline, vae), drawn_by_optimum(out, tmp_path)) > 60
 
 
 @pytest.mark.slow

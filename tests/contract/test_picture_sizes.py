@@ -79,7 +79,7 @@ def test_sizes_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("sizes", ["64", "64x64,", "64x64, 96x80", "0x64"])
-def test_what_is_no_list_of_sizes_is_refused(sizes: str) -> None:
+def test_a_text_that_is_not_a_list_of_sizes_is_refused(sizes: str) -> None:
     with pytest.raises(RecipeError, match="sizes"):
         Recipe.parse({"model": "m", "sizes": sizes}, "test")
 
@@ -115,13 +115,13 @@ def test_an_engine_keeps_its_scales_at_sizes_in_between(family: str, sd3: Path, 
     assert len(measured) == len(feeds)
     reference, _ = drawing(model, sizes)
     reference.conditions = reference.encode(PROMPTS, "cpu")
-    engine, apart = dq_export.load(tmp_path / "out"), []
+    engine, differences = dq_export.load(tmp_path / "out"), []
 
     def both(feed: Any) -> Any:
         exact = reference.forward(feed)
-        apart.append(sqnr(exact, engine.network(feed)))
+        differences.append(sqnr(exact, engine.network(feed)))
         return exact
 
     with reference.at(between):
         reference.draw(both, reference.noise(1, 5), np.asarray([0]), steps=STEPS, guidance=2.0)
-    assert min(apart) > min(measured) - 3
+    assert min(differences) > min(measured) - 3

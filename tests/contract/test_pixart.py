@@ -19,7 +19,7 @@ from dq_export.families.config_values import require_values
 from dq_export.families.pixart import PIXART
 from dq_export.families.pixart_values import PixArtValues
 from dq_export.families.reference import ModelError
-from dq_export.families.source import NAMED, load_reference, locate
+from dq_export.families.source import MODELS, load_reference, locate
 
 HUB = {
     "_class_name": "Transformer2DModel", "_diffusers_version": "0.22.0.dev0", "activation_fn": "gelu-approximate",
@@ -60,7 +60,7 @@ def test_scalings_fold_into_norms_values_and_the_texts_projection(sigma: Path) -
     """A vector for each site behind the shared modulation; operations on tokens before the queries of the text, which read
     the residual stream, and behind GELU."""
     block, reference = "transformer_blocks.1", load_reference(str(sigma))
-    found = {
+    actual = {
         site.name.removeprefix(f"{block}."): (
             site.fold.kind,
             [part.name.removeprefix(f"{block}.") for part in site.fold.parts if part.kind == "linear"],
@@ -68,7 +68,7 @@ def test_scalings_fold_into_norms_values_and_the_texts_projection(sigma: Path) -
         for site in reference.sites
         if site.name.startswith(block)
     }
-    assert found == {
+    assert actual == {
         "attn1.to_q": ("vector", []),
         "attn1.to_out.0": ("free", ["attn1.to_v"]),
         "attn2.to_q": ("token", []),
@@ -87,16 +87,16 @@ def test_positions_are_diffusers_own_on_every_grid(size: int, patch: int, scale:
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
-    own = PixArtTransformer2DModel(**{**TINY, "sample_size": size, "patch_size": patch, "interpolation_scale": scale}).eval()
-    ours = PixArtTransformer2DModel.from_config(own.config).eval()
-    ours.load_state_dict(own.state_dict())
-    PIXART.prepare(ours)
+    network = PixArtTransformer2DModel(**{**TINY, "sample_size": size, "patch_size": patch, "interpolation_scale": scale}).eval()
+    copy = PixArtTransformer2DModel.from_config(network.config).eval()
+    copy.load_state_dict(network.state_dict())
+    PIXART.prepare(copy)
     pixels = torch.randn(2, 4, size * grid[0], size * grid[1])
     with torch.no_grad():
-        exact, found, again = own.pos_embed(pixels), ours.pos_embed(pixels), ours.pos_embed(pixels)
-        bare = ours.pos_embed.proj(pixels).flatten(2).transpose(1, 2)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6)
-    assert torch.equal(found, again)
+        exact, actual, second = network.pos_embed(pixels), copy.pos_embed(pixels), copy.pos_embed(pixels)
+        bare = copy.pos_embed.proj(pixels).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-6)
+    assert torch.equal(actual, second)
     assert float((exact - bare).abs().max()) > 0.5, "there are positions"
 
 
@@ -121,17 +121,17 @@ def test_without_guidance_no_null_is_needed(sigma: Path) -> None:
     reference.conditions = Conditions(names=PROMPTS, arrays=encoded.arrays, null={})
     chosen = np.asarray([2, 0])
     exact = drawn_by_pixart_pipeline(sigma, reference, chosen, 1.0, 7)
-    found = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=1.0)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    actual = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=1.0)
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 def test_a_network_alone_has_pixarts_scheduler(sigma: Path, tmp_path: Path) -> None:
     shutil.copytree(sigma / "transformer", tmp_path / "alone")
     reference: Any = load_reference(str(tmp_path / "alone"))
-    theirs: Any = load_reference(str(sigma))
+    exact: Any = load_reference(str(sigma))
     assert reference.sampler == "DPMSolverMultistepScheduler"
-    assert reference.timesteps(5) == theirs.timesteps(5)
-    np.testing.assert_array_equal(reference.scheduler.alphas_cumprod, theirs.scheduler.alphas_cumprod)
+    assert reference.timesteps(5) == exact.timesteps(5)
+    np.testing.assert_array_equal(reference.scheduler.alphas_cumprod, exact.scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_short_names_are_the_published_models(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     source = locate(name)
     assert (source.model, source.revision, source.guidance) == (name, "1", 4.5)
-    assert NAMED[name][0] == f"PixArt-alpha/{repository}"
+    assert MODELS[name][0] == f"PixArt-alpha/{repository}"
 
 
 @pytest.mark.parametrize(

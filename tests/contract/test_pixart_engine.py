@@ -50,7 +50,7 @@ def test_a_prompt_goes_in_and_the_engine_draws_what_the_export_recorded(model: P
         scheduler=diffusers.DPMSolverMultistepScheduler.from_pretrained(model / "scheduler"),
     )
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(
+    actual = pipeline(
         list(PROMPTS[:PICTURES]),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
@@ -62,7 +62,7 @@ def test_a_prompt_goes_in_and_the_engine_draws_what_the_export_recorded(model: P
     parity = FinishedFolder.open(out).report().parity
     assert parity is not None
     recorded = load_tensors(out / "parity" / "pytorch.safetensors")[0]["pictures"]
-    assert sqnr(recorded, found.numpy()) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
+    assert sqnr(recorded, actual.numpy()) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
 
 
 def test_a_pipeline_of_another_model_is_refused_before_it_samples(model: Path, out: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_documents_lines_of_plain_onnxruntime_draw_a_prompt(
     (tmp_path / "out").symlink_to(out)
     (tmp_path / "model").symlink_to(model)
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {}
-    exec(code.replace("128, 128", "8, 8"), found)  # the page's own lines
-    assert found["latents"].shape == (1, 4, 8, 8)
-    assert np.isfinite(found["latents"].numpy()).all()
+    actual: dict[str, Any] = {}
+    exec(code.replace("128, 128", "8, 8"), actual)  # the page's own lines
+    assert actual["latents"].shape == (1, 4, 8, 8)
+    assert np.isfinite(actual["latents"].numpy()).all()

@@ -61,25 +61,20 @@ def exported(model: Path, out: Path, until: str = "verify", **options: Any) -> R
     return report
 
 
-def worst(report: Report, stage: str) -> float:
-    assert report.parity is not None
-    return min(call.sqnr for call in report.parity.calls if call.stage == stage)
-
-
 @pytest.mark.slow
 def test_scales_by_timestep_on_onnx_runtime(sigma: Path, tmp_path: Path) -> None:
     report = exported(sigma, tmp_path / "out")
     assert report.audit is not None
-    assert worst(report, "float-onnx") > 120
+    assert report.worst_call("float-onnx").sqnr > 120
     flops = {gemm.name: gemm.flops for gemm in report.audit.gemms}
     assert flops["transformer_blocks.2.ff.net.0.proj"] == FLOPS * 192
     assert flops["transformer_blocks.2.attn2.to_k"] == 2 * TOKENS * 48 * 48, "of the tokens that the conditions have"
     feeds, _ = load_replay(tmp_path / "out" / "parity")
     conditions = load_conditions(sigma / CONDITIONS)
     for name, null in conditions.null.items():
-        drawn = feeds[0][name]
-        np.testing.assert_array_equal(drawn[:1], null)
-        assert any(np.array_equal(drawn[1], row) for row in conditions.arrays[name]), "the null first"
+        states = feeds[0][name]
+        np.testing.assert_array_equal(states[:1], null)
+        assert any(np.array_equal(states[1], row) for row in conditions.arrays[name]), "the null first"
 
 
 @pytest.mark.slow
@@ -101,7 +96,7 @@ def test_other_schemes_and_openvino(options: dict[str, Any], kernel: str, sigma:
 @pytest.mark.slow
 def test_alpha_is_exported_with_the_pictures_size(alpha: Path, tmp_path: Path) -> None:
     report = exported(alpha, tmp_path / "out")
-    assert worst(report, "float-onnx") > 120
+    assert report.worst_call("float-onnx").sqnr > 120
     feeds, _ = load_replay(tmp_path / "out" / "parity")
     assert feeds[0]["resolution"].tolist() == [[1024, 1024]] * 2
 

@@ -45,18 +45,18 @@ def test_a_graph_gives_the_conditions_of_the_pipeline(save: Callable[[Path], Pat
     call = call_of(reference, graph.tokenizers)
 
     def encode(feed: Any) -> Any:
-        taken = {item.name for item in session.get_inputs()}
-        assert taken == feed.keys()
+        names = {item.name for item in session.get_inputs()}
+        assert names == feed.keys()
         return dict(zip(call.conditions, session.run(list(call.conditions), feed), strict=True))
 
     tokenizers = [Tokenizer.from_file(str(tmp_path / "encoder" / name)) for name in graph.tokenizers]
     served = Texts(call, dict.fromkeys(call.conditions.values(), ()), tokenizers, encode, max_images=8)
     exact = reference.encode(PROMPTS, "cpu")
     column = np.array([[prompt.encode()] for prompt in PROMPTS], dtype=np.object_)
-    found = served.read({"prompt": column}).rows(True)
+    actual = served.read({"prompt": column}).rows(True)
     for name, rows in exact.arrays.items():
         expected = np.concatenate([rows, np.repeat(exact.null[name], len(PROMPTS), axis=0)])
-        np.testing.assert_allclose(found[name], expected, atol=2e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(actual[name], expected, atol=2e-5 * np.abs(expected).max())
 
 
 # In the tiny model of SD3 blocks of 32 do not divide the rows of the tables of words.
@@ -70,9 +70,9 @@ def test_linears_and_words_of_all_encoders_have_8_bits(save: Callable[[Path], Pa
     ]
     assert len(codes) == weights
     assert graph.stored_bytes < graph.float_bytes
-    found = compare_encoder(graph, call_of(reference, graph.tokenizers), reference.encode(PROMPTS, "cpu"), unwatched)
-    assert 30 < found.sqnr < 80  # in float32 it is above 110
-    assert found.prompt in (*PROMPTS, "")
+    actual = compare_encoder(graph, call_of(reference, graph.tokenizers), reference.encode(PROMPTS, "cpu"), unwatched)
+    assert 30 < actual.sqnr < 80  # in float32 it is above 110
+    assert actual.prompt in (*PROMPTS, "")
 
 
 @pytest.mark.slow
@@ -96,13 +96,13 @@ def test_a_server_draws_what_the_pipeline_draws_with_the_engine(save: Callable[[
     exact = reference.draw(network, noise, np.array([0, 1]), steps=4, guidance=2.0)
     with server.serving(out / "triton", tmp_path, wait="ready") as running:
         client = grpc.InferenceServerClient(running.grpc)
-        found = ask(client, prompt=list(PROMPTS[:2]), latents=noise)["latents"]
+        actual = ask(client, prompt=list(PROMPTS[:2]), latents=noise)["latents"]
         client.close()
-    assert sqnr(exact, found) > 30
+    assert sqnr(exact, actual) > 30
 
 
 @pytest.mark.parametrize(
-    ("save", "why"),
+    ("save", "reason"),
     [
         (save_flux, "encoder_hidden_states, pooled_projections"),
         (lambda folder: save_unet(folder, **XL), "text_embeds, time_ids"),
@@ -111,8 +111,8 @@ def test_a_server_draws_what_the_pipeline_draws_with_the_engine(save: Callable[[
     ids=["flux", "xl", "alpha"],
 )
 def test_a_network_with_inputs_that_no_request_holds_is_refused_by_their_names(
-    save: Callable[[Path], Path], why: str, tmp_path: Path
+    save: Callable[[Path], Path], reason: str, tmp_path: Path
 ) -> None:
     reference = load_reference(str(save(tmp_path / "model")))
-    with pytest.raises(ModelError, match=rf"^--triton: the server's requests do not hold what this network takes: {why}"):
+    with pytest.raises(ModelError, match=rf"^--triton: the server's requests do not hold what this network takes: {reason}"):
         require_served(Recipe.parse({"model": "it"}, "test"), reference)

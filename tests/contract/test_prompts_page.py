@@ -11,7 +11,7 @@ import pytest
 from pixart import save_pixart
 
 from dq_export.core.condition_file import load_conditions, misfit
-from dq_export.core.prompts import BYTES, MOST
+from dq_export.core.prompts import BYTES, MAX_PROMPTS
 from dq_export.families.source import load_reference
 
 PAGE = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
@@ -27,13 +27,13 @@ def test_the_lines_of_the_page_write_conditions_that_the_network_takes(tmp_path:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", str(model)), "prompts.md", "exec"), {})
-    found, reference = load_conditions(tmp_path / "encoded.safetensors"), load_reference(str(model))
-    assert misfit(found, reference.inputs, guided=True) == ""
-    ours = reference.encode(found.names, "cpu")
-    for theirs, exact in ((found.arrays, ours.arrays), (found.null, ours.null)):
+    actual, reference = load_conditions(tmp_path / "encoded.safetensors"), load_reference(str(model))
+    assert misfit(actual, reference.inputs, guided=True) == ""
+    exported = reference.encode(actual.names, "cpu")
+    for expected, exact in ((actual.arrays, exported.arrays), (actual.null, exported.null)):
         for name, rows in exact.items():
-            np.testing.assert_allclose(theirs[name], rows, rtol=0, atol=1e-5 * np.abs(rows).max())
+            np.testing.assert_allclose(expected[name], rows, rtol=0, atol=1e-5 * np.abs(rows).max())
 
 
 def test_the_pages_numbers_are_those_of_the_program() -> None:
-    assert f"up to {MOST} lines and {BYTES:,} bytes" in PAGE
+    assert f"up to {MAX_PROMPTS} lines and {BYTES:,} bytes" in PAGE

@@ -19,7 +19,7 @@ from dq_export.families.checkpoint import open_checkpoint
 from dq_export.families.reference import ModelError
 from dq_export.families.sd3 import SD3_FAMILY
 from dq_export.families.sd3_values import SD3Values
-from dq_export.families.source import NAMED, load_reference
+from dq_export.families.source import MODELS, load_reference
 from dq_export.families.text_encoders import encoder_bytes, require_prompts
 
 HUB: dict[str, dict[str, Any]] = {
@@ -94,12 +94,12 @@ def test_pictures_of_another_scheduler_of_flows_are_diffusers_own(model: Path) -
     reference: Any = load_reference(str(model))
     reference.conditions = reference.encode(PROMPTS, "cpu")
     noise, chosen = reference.noise(2, 7), np.asarray([1, 3])
-    drawn = sd3_pipeline(model, scheduler="FlowMatchHeunDiscreteScheduler")(
+    latents = sd3_pipeline(model, scheduler="FlowMatchHeunDiscreteScheduler")(
         [PROMPTS[index] for index in chosen], num_inference_steps=3, guidance_scale=2.0, height=64, width=64,
         latents=torch.from_numpy(noise), output_type="latent",
     ).images.numpy()  # fmt: skip
-    found = reference.draw(reference.forward, noise, chosen, steps=3, guidance=2.0)
-    np.testing.assert_allclose(found, drawn, rtol=0, atol=1e-5 * np.abs(drawn).max())
+    actual = reference.draw(reference.forward, noise, chosen, steps=3, guidance=2.0)
+    np.testing.assert_allclose(actual, latents, rtol=0, atol=1e-5 * np.abs(latents).max())
     assert len(reference.timesteps(3)) == 5
 
 
@@ -110,8 +110,8 @@ def test_a_shift_by_the_pictures_size_is_the_pipelines(model: Path) -> None:
     reference.conditions = reference.encode(PROMPTS, "cpu")
     chosen = np.asarray([2, 0])
     exact = drawn_by_sd3_pipeline(model, reference, chosen, 3.0, 7)
-    found = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=3.0)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    actual = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=3.0)
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     assert reference.timesteps(4) != load_reference(str(folder_of(model))).timesteps(4)
 
 
@@ -129,21 +129,21 @@ def test_without_guidance_no_null_is_needed(folder: Path) -> None:
     reference.conditions = Conditions(names=PROMPTS, arrays=encoded.arrays, null={})
     chosen = np.asarray([2, 0])
     exact = drawn_by_sd3_pipeline(folder, reference, chosen, 1.0, 7)
-    found = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=1.0)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    actual = reference.draw(reference.forward, reference.noise(2, 7), chosen, steps=4, guidance=1.0)
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 def test_without_t5_its_states_are_zeros(tmp_path: Path) -> None:
     """As diffusers has it."""
     model = save_sd3(tmp_path / "model", t5=False)
-    found = load_reference(str(model)).encode(PROMPTS, "cpu")
+    actual = load_reference(str(model)).encode(PROMPTS, "cpu")
     exact = sd3_pipeline(model).encode_prompt(list(PROMPTS), None, None, max_sequence_length=256)
     for part, tensor in zip(
-        (found.arrays["encoder_hidden_states"], found.arrays["pooled_projections"]), (exact[0], exact[2]), strict=True
+        (actual.arrays["encoder_hidden_states"], actual.arrays["pooled_projections"]), (exact[0], exact[2]), strict=True
     ):
         np.testing.assert_allclose(part, tensor.detach().numpy(), rtol=0, atol=1e-6)
-    assert not found.arrays["encoder_hidden_states"][:, 77:].any()
-    assert found.arrays["encoder_hidden_states"][:, :77].any()
+    assert not actual.arrays["encoder_hidden_states"][:, 77:].any()
+    assert actual.arrays["encoder_hidden_states"][:, :77].any()
 
 
 def test_one_encoder_must_read_the_whole_prompt(folder: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_clip_of_any_transformers_is_read_and_its_old_positions_are_not(model:
     path = model / "text_encoder" / "model.safetensors"
     state = {name: tensor.half() for name, tensor in load_file(path).items()}
     save_file({**state, "text_model.embeddings.position_ids": torch.arange(77)[None]}, path)
-    exact, found = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays["pooled_projections"] for place in (folder, model))
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 * np.abs(exact).max())
+    exact, actual = (load_reference(str(place)).encode(PROMPTS, "cpu").arrays["pooled_projections"] for place in (folder, model))
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=2e-3 * np.abs(exact).max())
     more = [encoder_bytes(SD3_FAMILY, open_checkpoint(place)) for place in (folder, model)]
     assert more[0] == sum((folder / f"text_encoder{n}/model.safetensors").stat().st_size for n in ("", "_2", "_3"))
     assert more[1] < more[0] + path.stat().st_size
@@ -224,11 +224,11 @@ def test_a_checkpoint_in_bfloat16_computes_in_float32(tmp_path: Path) -> None:
     model = save_sd3(tmp_path / "model", dtype=torch.bfloat16)
     reference: Any = load_reference(str(model))
     reference.conditions = reference.encode(PROMPTS, "cpu")
-    own = SD3Transformer2DModel.from_pretrained(model / "transformer").float().eval()
+    network = SD3Transformer2DModel.from_pretrained(model / "transformer").float().eval()
     feed = feed_of(reference, 500)
     with torch.no_grad():
         tensors = {name: torch.from_numpy(rows) for name, rows in feed.items()}
-        exact = own(**{**tensors, "timestep": tensors["timestep"].expand(3)}, return_dict=False)[0].numpy()
+        exact = network(**{**tensors, "timestep": tensors["timestep"].expand(3)}, return_dict=False)[0].numpy()
     assert sqnr(exact, reference.forward(feed)) > 90
 
 
@@ -250,7 +250,7 @@ def test_a_network_alone_has_its_papers_scheduler(folder: Path, tmp_path: Path) 
 
 
 def test_the_short_names_are_the_published_models() -> None:
-    assert {name: place for name, place in NAMED.items() if name.startswith("sd3")} == {
+    assert {name: place for name, place in MODELS.items() if name.startswith("sd3")} == {
         "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", 7.0),
         "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", 4.5),
         "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", 3.5),

@@ -41,16 +41,16 @@ def test_weights_are_those_that_diffusers_fuses(alpha: bool, folder: Path, tmp_p
         transformer_lora_layers=get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=settings if alpha else None,
     )
-    theirs = SD3Transformer2DModel.from_pretrained(folder / "transformer")
-    theirs.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
-    theirs.fuse_lora(lora_scale=0.5)
-    theirs.unload_lora()
-    ours: Any = load_reference(str(folder), lora=[f"{tmp_path / 'pytorch_lora_weights.safetensors'}:0.5"])
-    expected, state = theirs.state_dict(), ours.model.state_dict()
+    exact = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    exact.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
+    exact.fuse_lora(lora_scale=0.5)
+    exact.unload_lora()
+    actual: Any = load_reference(str(folder), lora=[f"{tmp_path / 'pytorch_lora_weights.safetensors'}:0.5"])
+    expected, state = exact.state_dict(), actual.model.state_dict()
     changed = [
         name for name, value in load_reference(str(folder)).model.state_dict().items() if not torch.equal(value, state[name])
     ]  # type: ignore[attr-defined]
-    assert sorted(changed) == sorted(ours.fused)
+    assert sorted(changed) == sorted(actual.fused)
     assert len(changed) > 10
     for name in expected.keys() & state.keys():
         torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)

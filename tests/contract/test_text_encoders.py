@@ -44,11 +44,11 @@ def test_an_encoder_of_half_the_width_computes_in_float32(dtype: torch.dtype, mo
     from transformers import T5EncoderModel, T5Tokenizer
 
     save_text_encoder(model, dtype)
-    found = load_reference(str(model)).encode(PROMPTS, "cpu").arrays["context"]
+    actual = load_reference(str(model)).encode(PROMPTS, "cpu").arrays["context"]
     tokenizer = T5Tokenizer.from_pretrained(model / "tokenizer")
     widened = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
     exact = ToyPipeline(None, None, tokenizer, widened).encode_prompt(list(PROMPTS)).numpy()
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
 
 def test_an_encoder_may_be_stored_in_pickles_in_shards(toy: Path, model: Path) -> None:
@@ -64,8 +64,8 @@ def test_an_encoder_may_be_stored_in_pickles_in_shards(toy: Path, model: Path) -
     places = {key: name for name, names in shards.items() for key in names}
     path.with_name("pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     path.unlink()
-    exact, found = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
-    np.testing.assert_array_equal(found, exact)
+    exact, actual = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
+    np.testing.assert_array_equal(actual, exact)
 
 
 def test_an_encoder_that_gives_nan_is_refused(model: Path) -> None:
@@ -108,14 +108,14 @@ def test_a_tokenizer_may_be_a_sentencepiece_model(model: Path, tmp_path: Path) -
         assert tokenizer(text_).input_ids == [*pieces.encode(text_), 1]
 
 
-def test_the_memory_of_an_encoder_is_told_from_its_headers(model: Path) -> None:
+def test_the_memory_of_an_encoder_is_computed_from_its_headers(model: Path) -> None:
     """What is stored in float32 is mapped as it is; of other files one block at a time is converted."""
-    found = []
+    actual = []
     for dtype in (torch.float32, torch.bfloat16):
         save_text_encoder(model, dtype)
-        found.append(encoder_bytes(TOY, open_checkpoint(model)) - (model / "text_encoder/model.safetensors").stat().st_size)
+        actual.append(encoder_bytes(TOY, open_checkpoint(model)) - (model / "text_encoder/model.safetensors").stat().st_size)
     block = 4 * (4 * WIDTH * 8 + 3 * 16 * WIDTH + 2 * WIDTH + 2 * 32)  # attention, gated MLP, norms, relative positions
-    assert found == [0, block + 4 * (11 * WIDTH + WIDTH)]
+    assert actual == [0, block + 4 * (11 * WIDTH + WIDTH)]
 
 
 def index(model: Path, **entries: Any) -> None:
@@ -146,7 +146,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "piece model": (
         lambda model: ((model / "tokenizer/tokenizer.json").unlink(), text(model / "tokenizer/spiece.model", "junk")),
-        r"spiece\.model: no SentencePiece model \(",
+        r"spiece\.model: not a SentencePiece model \(",
     ),
     "settings": (lambda model: text(model / "tokenizer/tokenizer_config.json", "[]"), r"tokenizer_config\.json: expected a JSON"),
     "remote code": (lambda model: index(model, text_encoder=["mine", "T5EncoderModel"]), r"text_encoder is \['mine', 'T5Enc"),
@@ -190,11 +190,11 @@ def test_a_damaged_text_encoder_is_refused_before_the_network_is_loaded(name: st
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_configuration_says_of_other_things_changes_nothing(toy: Path, model: Path) -> None:
+def test_other_keys_of_a_configuration_change_nothing(toy: Path, model: Path) -> None:
     """A decoder's masks, for example, of a file that is for the whole T5."""
     edit(model / "text_encoder" / "config.json", is_decoder=True, pad_token_id={"a": 1}, use_cache="no", dropout_rate=None)
-    exact, found = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
-    np.testing.assert_array_equal(found, exact)
+    exact, actual = (load_reference(str(folder)).encode(PROMPTS, "cpu").arrays["context"] for folder in (toy, model))
+    np.testing.assert_array_equal(actual, exact)
 
 
 def test_weights_of_another_encoder_are_refused_and_nothing_is_kept(model: Path, tmp_path: Path) -> None:

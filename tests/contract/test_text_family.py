@@ -33,14 +33,14 @@ pytestmark = pytest.mark.usefixtures("toy_known")
 QUICK: dict[str, Any] = {"steps": 3, "calib_size": 2, "parity_size": 1, "scaling": "none", "min_sqnr": -200}
 
 
-class Kept(Silent):
+class Recorder(Silent):
     """Remembers which stages an earlier run did."""
 
     def __init__(self) -> None:
         self.stages: dict[str, bool] = {}
         self.stage = ""
 
-    def begin(self, stage: str, what: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         self.stage = stage
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
@@ -80,16 +80,16 @@ def file_of_conditions(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_what_is_kept_is_what_the_pipelines_own_encoder_gives(exported: Path, toy: Path) -> None:
+def test_stored_conditions_are_those_of_the_pipelines_own_encoder(exported: Path, toy: Path) -> None:
     from transformers import T5EncoderModel, T5Tokenizer
 
     tokenizer = T5Tokenizer.from_pretrained(toy / "tokenizer")
     pipeline = ToyPipeline(None, None, tokenizer, T5EncoderModel.from_pretrained(toy / "text_encoder").eval())
-    found = load_conditions(exported / CONDITIONS)
-    assert found.names == PROMPTS
+    actual = load_conditions(exported / CONDITIONS)
+    assert actual.names == PROMPTS
     exact, null = pipeline.encode_prompt(list(PROMPTS)).numpy(), pipeline.encode_prompt([""]).numpy()
-    np.testing.assert_allclose(found.arrays["context"], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
-    np.testing.assert_allclose(found.null["context"], null, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(actual.arrays["context"], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(actual.null["context"], null, rtol=0, atol=1e-6 * np.abs(exact).max())
     assert exact.std(axis=0).max() > 0.1, "prompts that are encoded alike would prove nothing"
 
 
@@ -107,9 +107,9 @@ def test_the_pictures_are_of_the_prompts(exported: Path) -> None:
 def test_a_run_repeats_from_its_recipe_when_the_prompts_are_gone(exported: Path, toy: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(toy, tmp_path / "model"))
     (model / "prompts.txt").unlink()
-    again = Recipe.load(exported / "recipe.yaml").model_copy(update={"model": str(model)})
-    assert again.prompts == PROMPTS
-    run(again, tmp_path / "out", until="calibrate")
+    recipe = Recipe.load(exported / "recipe.yaml").model_copy(update={"model": str(model)})
+    assert recipe.prompts == PROMPTS
+    run(recipe, tmp_path / "out", until="calibrate")
     for name in (CONDITIONS, "calibration.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 
@@ -119,7 +119,7 @@ def test_a_run_that_continues_encodes_nothing_and_draws_what_is_kept(
 ) -> None:
     out = Path(shutil.copytree(exported, tmp_path / "out"))
     monkeypatch.setattr(torch_network, "encode_prompts", None)
-    watch = Kept()
+    watch = Recorder()
     run(recipe(toy, parity_size=2), out, Options(overwrite=True), until="verify", progress=watch)
     done = {stage: watch.stages[stage] for stage in ("conditions", "calibrate", "reference")}
     assert done == {"conditions": True, "calibrate": True, "reference": False}
@@ -130,7 +130,7 @@ def test_other_prompts_do_again_what_depends_on_them(exported: Path, toy: Path, 
     other = recipe(toy, prompts=["a blue circle", "a green square"])
     with pytest.raises(OutputError, match=r"holds another run \(.*a red square"):
         run(other, out, until="verify")
-    watch = Kept()
+    watch = Recorder()
     run(other, out, Options(overwrite=True), until="verify", progress=watch)
     done = {stage: watch.stages[stage] for stage in ("conditions", "float", "calibrate", "reference")}
     assert done == {"conditions": False, "float": True, "calibrate": False, "reference": False}
@@ -144,7 +144,7 @@ def test_conditions_of_another_length_write_the_graph_again(toy: Path, tmp_path:
         file_of_conditions(path, **{
             name: np.full((count, length, WIDTH), value, np.float32) for name, count in (("context", 3), ("null.context", 1))
         })  # fmt: skip
-        watch = Kept()
+        watch = Recorder()
         run(recipe(toy, conditions=str(path)), tmp_path / "out", Options(overwrite=True), until="float", progress=watch)
         done.append((watch.stages["conditions"], watch.stages["float"]))
     assert done == [(False, False), (False, True), (False, False)]
@@ -160,9 +160,9 @@ def test_a_file_of_conditions_needs_no_encoder(model: Path, tmp_path: Path) -> N
         shutil.rmtree(model / name)
     path = file_of_conditions(tmp_path / "encoded.safetensors")
     run(recipe(model, conditions=str(path)), tmp_path / "out", until="calibrate")
-    kept = load_conditions(tmp_path / "out" / CONDITIONS)
-    np.testing.assert_array_equal(kept.arrays["context"], load_tensors(path)[0]["context"])
-    assert kept.names == ("1", "2", "3")
+    conditions = load_conditions(tmp_path / "out" / CONDITIONS)
+    np.testing.assert_array_equal(conditions.arrays["context"], load_tensors(path)[0]["context"])
+    assert conditions.names == ("1", "2", "3")
     resolved = Recipe.load(tmp_path / "out" / "recipe.yaml")
     assert (resolved.conditions, resolved.prompts) == (str(path), None)
     run(resolved, tmp_path / "again", until="calibrate")
@@ -199,8 +199,8 @@ def test_conditions_that_the_network_does_not_take_are_refused(
 def test_without_guidance_no_null_is_needed(toy: Path, tmp_path: Path) -> None:
     path = file_of_conditions(tmp_path / "encoded.safetensors", **{"null.context": None, "null.strength": None})
     run(recipe(toy, conditions=str(path), guidance_scale=1), tmp_path / "out", until="calibrate")
-    kept = load_conditions(tmp_path / "out" / CONDITIONS)
-    assert (kept.names, dict(kept.null)) == (load_conditions(path).names, {})
+    conditions = load_conditions(tmp_path / "out" / CONDITIONS)
+    assert (conditions.names, dict(conditions.null)) == (load_conditions(path).names, {})
 
 
 def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: Path, tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: 
     with pytest.raises(RecipeError, match="conditions_sha256: it is of a file, and conditions names none"):
         run(recipe(toy, conditions_sha256="0" * 64), tmp_path / "out")
     tiny = save_tiny(tmp_path / "tiny")
-    for given in ({"prompts": ["a"]}, {"conditions": str(path)}):
-        with pytest.raises(RecipeError, match=rf"^{next(iter(given))}: family dit draws no text; leave it out$"):
-            run(recipe(tiny, **given), tmp_path / "out")
+    for changes in ({"prompts": ["a"]}, {"conditions": str(path)}):
+        with pytest.raises(RecipeError, match=rf"^{next(iter(changes))}: family dit draws no text; leave it out$"):
+            run(recipe(tiny, **changes), tmp_path / "out")
     with pytest.raises(RecipeError, match=r"conditions .*none\.safetensors: no such file"):
         run(recipe(toy, conditions=str(tmp_path / "none.safetensors")), tmp_path / "out")
 
@@ -220,8 +220,8 @@ def test_prompts_and_conditions_exclude_each_other_and_labels_need_neither(toy: 
 def test_missing_packages_are_named_with_the_way_to_get_them(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("transformers", "tokenizers") else found(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("transformers", "tokenizers") else find(name))
     message = r"^transformers and tokenizers are not installed; pip install 'dq-export\[text\]', needed for the stage conditions"
     with pytest.raises(BackendError, match=message):
         run(recipe(toy), tmp_path / "out")
@@ -255,8 +255,8 @@ def test_flags_name_the_files_and_win_over_a_recipe(toy: Path, exported: Path, t
             ({"prompts": str(prompts)}, (("a blue circle",), None)),
             ({"conditions": str(path)}, (None, str(path))),
         ):
-            found = recipe_of(tmp_path / name, flags)
-            assert (found.prompts, found.conditions, found.conditions_sha256) == (*expected, None)
+            recipe = recipe_of(tmp_path / name, flags)
+            assert (recipe.prompts, recipe.conditions, recipe.conditions_sha256) == (*expected, None)
     with pytest.raises(RecipeError, match=r"^prompts .*none\.txt: no such file$"):
         recipe_of(None, {"model": str(toy), "prompts": str(tmp_path / "none.txt")})
 
@@ -278,8 +278,8 @@ def test_two_processes_draw_the_prompts_of_one(toy: Path, tmp_path: Path) -> Non
             "-o",
             str(tmp_path / f"{count}"),
         )
-        done = command(*words, processes=count)
-        assert done.returncode == 0, done.stderr
+        result = command(*words, processes=count)
+        assert result.returncode == 0, result.stderr
     for name in (CONDITIONS, "calibration.safetensors"):
         assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 

@@ -20,7 +20,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.scheme import scheme_of
 from dq_export.families.config_values import require_values
 from dq_export.families.reference import ModelError
-from dq_export.families.source import NAMED, load_reference
+from dq_export.families.source import MODELS, load_reference
 from dq_export.families.unet import UNET
 from dq_export.families.unet_values import UNetValues
 from dq_export.pipeline import run
@@ -62,48 +62,48 @@ def test_xl_takes_the_pooled_text_and_the_pictures_size(xl: Path) -> None:
     assert {item.within for item in reference.inputs[3:]} == {"added_cond_kwargs"}
     assert reference.conditions.arrays["text_embeds"].shape == (len(PROMPTS), CLIP)
     assert not reference.conditions.null["encoder_hidden_states"].any(), "XL's null is zeros"
-    sent: list[Any] = []
+    timesteps: list[Any] = []
 
     def watched(feed: Any) -> Any:
-        sent.append(feed["time_ids"])
+        timesteps.append(feed["time_ids"])
         return reference.forward(feed)
 
     chosen = np.asarray([1, 3])
-    found = reference.draw(watched, reference.noise(2, SEED), chosen, steps=4, guidance=5.0)
+    actual = reference.draw(watched, reference.noise(2, SEED), chosen, steps=4, guidance=5.0)
     exact = drawn_by_unet_pipeline(xl, reference, chosen, 5.0, SEED)
-    assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
-    assert sent[0].tolist() == [[64, 96, 0, 0, 64, 96]] * 4
+    assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()
+    assert timesteps[0].tolist() == [[64, 96, 0, 0, 64, 96]] * 4
 
 
 def test_a_network_that_predicts_velocities_draws_the_pipelines_pictures(plain: Path, tmp_path: Path) -> None:
     folder = save_unet(tmp_path / "velocity", prediction="v_prediction")
-    drawn = []
+    latents = []
     for place in (plain, folder):
         reference, chosen = encoded(place), np.asarray([0])
-        found = reference.draw(reference.forward, reference.noise(1, SEED), chosen, steps=4, guidance=3.0)
+        actual = reference.draw(reference.forward, reference.noise(1, SEED), chosen, steps=4, guidance=3.0)
         exact = drawn_by_unet_pipeline(place, reference, chosen, 3.0, SEED)
-        assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
-        drawn.append(found)
-    assert np.abs(drawn[0] - drawn[1]).max() > 0.1 * np.abs(drawn[0]).max()
+        assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()
+        latents.append(actual)
+    assert np.abs(latents[0] - latents[1]).max() > 0.1 * np.abs(latents[0]).max()
 
 
 def test_a_latent_consistency_model_reads_its_guidance_scale(tmp_path: Path) -> None:
     folder = save_lcm(tmp_path)
     reference, chosen = encoded(folder), np.asarray([1, 3])
     assert (reference.sampler, reference.guided_by, reference.conditions.null) == ("LCMScheduler", "input", {})
-    drawn, sent = [], []
+    latents, timesteps = [], []
 
     def watched(feed: Any) -> Any:
-        sent.append(feed["timestep_cond"])
+        timesteps.append(feed["timestep_cond"])
         return reference.forward(feed)
 
     for guidance in (2.0, 8.5):
-        found = reference.draw(watched, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
+        actual = reference.draw(watched, reference.noise(2, SEED), chosen, steps=4, guidance=guidance)
         exact = drawn_by_unet_pipeline(folder, reference, chosen, guidance, SEED)
-        assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
-        drawn.append(found)
-    assert {rows.shape for rows in sent} == {(2, SCALE)}, "one call a step for both pictures, none without a prompt"
-    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 * np.abs(drawn[0]).max()
+        assert np.abs(actual - exact).max() <= 1e-5 * np.abs(exact).max()
+        latents.append(actual)
+    assert {rows.shape for rows in timesteps} == {(2, SCALE)}, "one call a step for both pictures, none without a prompt"
+    assert np.abs(latents[0] - latents[1]).max() > 1e-4 * np.abs(latents[0]).max()
     (folder / "scheduler" / "scheduler_config.json").unlink()
     (folder / "scheduler").rmdir()
     assert load_reference(str(folder)).sampler == "LCMScheduler"
@@ -122,7 +122,7 @@ def test_sizes_that_the_levels_do_not_halve_are_refused_with_the_nearest(
 
 
 @pytest.mark.parametrize("scale", [{}, XL])
-def test_published_configurations_are_taken(scale: dict[str, Any]) -> None:
+def test_published_configurations_are_accepted(scale: dict[str, Any]) -> None:
     from diffusers import UNet2DConditionModel
 
     require_values(UNet2DConditionModel, UNetValues, SD15, Path("config.json"))
@@ -230,7 +230,7 @@ def test_a_text_encoder_of_another_width_is_refused(plain: Path, xl: Path, tmp_p
 
 
 def test_short_names() -> None:
-    assert {name: place for name, place in NAMED.items() if name in ("sd1.5", "sd2.1", "sdxl", "sdxl-turbo")} == {
+    assert {name: place for name, place in MODELS.items() if name in ("sd1.5", "sd2.1", "sdxl", "sdxl-turbo")} == {
         "sd1.5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 7.5),
         "sd2.1": ("stabilityai/stable-diffusion-2-1", 7.5),
         "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 5.0),
@@ -261,9 +261,9 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
     stand_in = dq_export.load(tmp_path / "out")
     assert repr(stand_in) == "StandIn of UNet2DConditionModel, to be set as pipe.unet"
     reference = encoded(plain)
-    found = drawn_by_unet_pipeline(plain, reference, np.asarray([0]), 2.0, SEED, stand_in)
+    actual = drawn_by_unet_pipeline(plain, reference, np.asarray([0]), 2.0, SEED, stand_in)
     exact = drawn_by_unet_pipeline(plain, reference, np.asarray([0]), 2.0, SEED)
-    assert 0 < np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
+    assert 0 < np.abs(actual - exact).max() < 0.1 * np.abs(exact).max()
     output = stand_in(
         torch.zeros(2, 4, 8, 8), torch.tensor(5), encoder_hidden_states=torch.zeros(2, 77, TINY["cross_attention_dim"])
     )
@@ -276,7 +276,7 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("values", "kernel", "least"),
+    ("values", "kernel", "minimum"),
     [
         ({"timesteps": "per-sample", "calibration": "progressive"}, "ConvInteger", 35),
         ({"bits": "w4a8", "rounding": "gptq"}, "ConvInteger", 25),
@@ -288,15 +288,15 @@ def test_the_engine_stands_in_for_pipe_unet(plain: Path, tmp_path: Path) -> None
     ids=["per-sample", "w4a8", "w6a6", "openvino", "trt-rtx", "fp8"],
 )
 def test_convolutions_run_on_codes_on_every_backend(
-    values: dict[str, Any], kernel: str, least: float | None, plain: Path, tmp_path: Path
+    values: dict[str, Any], kernel: str, minimum: float | None, plain: Path, tmp_path: Path
 ) -> None:
     quick = {"steps": 4, "parity_size": 1, "guidance_scale": 2.0, "calib_size": 2, "scaling": "none", "min_sqnr": -100}
     recipe = Recipe.parse({"model": str(plain), "format": "ort", **quick, **values}, "test")
-    report = run(recipe, tmp_path / "out", until="audit" if least is None else "verify")
+    report = run(recipe, tmp_path / "out", until="audit" if minimum is None else "verify")
     assert report is not None
     assert report.audit is not None
     assert report.audit.coverage == 1
     assert len([gemm for gemm in report.audit.gemms if gemm.kernel == kernel]) == CONVOLUTIONS
-    if least is not None:
+    if minimum is not None:
         assert report.parity is not None
-        assert min(call.sqnr for call in report.parity.calls if call.stage == "engine") > least
+        assert min(call.sqnr for call in report.parity.calls if call.stage == "engine") > minimum

@@ -1,4 +1,4 @@
-"""A family that is no DiT: other names, fractional timesteps, text, any size, and a pipeline that samples it.
+"""A family that is not a DiT: other names, fractional timesteps, text, any size, and a pipeline that samples it.
 
 This file and a line in `FAMILIES` are all that a new family takes.
 """

@@ -104,7 +104,7 @@ def drawn_by_unet_pipeline(
     folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int, unet: Any = None
 ) -> Float32:
     """From the prompts' texts, in 4 steps."""
-    drawn = unet_pipeline(folder, unet)(
+    latents = unet_pipeline(folder, unet)(
         [PROMPTS[index] for index in chosen],
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -114,4 +114,4 @@ def drawn_by_unet_pipeline(
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
     )
-    return np.asarray(drawn.images)
+    return np.asarray(latents.images)

@@ -33,10 +33,10 @@ def test_conditions_come_back_with_their_names(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     conditions = load_conditions(tmp_path / "one")
     assert (conditions.names, len(conditions)) == (written.names, 3)
-    for ours, theirs in ((conditions.arrays, written.arrays), (conditions.null, written.null)):
-        assert set(ours) == set(theirs)
-        for name, rows in theirs.items():
-            np.testing.assert_array_equal(ours[name], rows)
+    for actual, stored in ((conditions.arrays, written.arrays), (conditions.null, written.null)):
+        assert set(actual) == set(stored)
+        for name, rows in stored.items():
+            np.testing.assert_array_equal(actual[name], rows)
     assert misfit(conditions, INPUTS, guided=True) == ""
 
 
@@ -79,9 +79,9 @@ def test_a_file_without_conditions_is_refused(tensors: Any, metadata: Any, messa
 def changed(**more: Any) -> Conditions:
     """Good conditions with some tensors replaced; None leaves one out."""
     tensors = {**arrays(2), **{f"null.{name}": rows for name, rows in arrays(1).items()}, **more}
-    kept = {name: rows for name, rows in tensors.items() if rows is not None}
-    null = {name.removeprefix("null."): rows for name, rows in kept.items() if name.startswith("null.")}
-    return Conditions(names=("a", "b"), arrays={n: r for n, r in kept.items() if not n.startswith("null.")}, null=null)
+    present = {name: rows for name, rows in tensors.items() if rows is not None}
+    null = {name.removeprefix("null."): rows for name, rows in present.items() if name.startswith("null.")}
+    return Conditions(names=("a", "b"), arrays={n: r for n, r in present.items() if not n.startswith("null.")}, null=null)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def changed(**more: Any) -> Conditions:
         ({"states": np.where(np.arange(2)[:, None, None], np.nan, arrays(2)["states"])}, "states has NaN or Inf in row 1"),
     ],
 )
-def test_what_a_network_does_not_take_is_named(more: dict[str, Any], message: str) -> None:
+def test_values_that_a_network_does_not_take_are_named(more: dict[str, Any], message: str) -> None:
     assert misfit(changed(**more), INPUTS, guided=True).startswith(message)
 
 
 def test_guidance_needs_rows_without_a_condition() -> None:
-    found = changed(**{"null.mask": None, "null.states": None})
-    assert misfit(found, INPUTS, guided=False) == ""
-    reason = misfit(found, INPUTS, guided=True)
+    actual = changed(**{"null.mask": None, "null.states": None})
+    assert misfit(actual, INPUTS, guided=False) == ""
+    reason = misfit(actual, INPUTS, guided=True)
     assert reason.startswith("no null.states [1, ...], null.mask [1, ...], which guidance above 1 needs; add it, or pass")

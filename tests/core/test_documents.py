@@ -116,7 +116,7 @@ def test_json_of_any_value_reads_back(value: Any) -> None:
     assert parse_json(json.dumps(value), "source") == value
 
 
-def test_infinities_of_pythons_own_writer_are_read_where_asked_for(tmp_path: Path) -> None:
+def test_infinities_of_pythons_own_writer_are_read_if_allowed(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": Infinity}')
     assert read_json(path, finite=False) == {"a": float("inf")}
@@ -162,8 +162,10 @@ def test_a_pipe_is_refused_and_does_not_wait(tmp_path: Path) -> None:
         "try: read_json(Path(sys.argv[1]))\n"
         "except DocumentError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pipe"], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == f"{tmp_path / 'pipe'}: not a regular file\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "pipe"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout == f"{tmp_path / 'pipe'}: not a regular file\n"
 
 
 def test_values_are_shown_in_one_short_printable_line() -> None:

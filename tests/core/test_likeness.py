@@ -16,13 +16,13 @@ def test_numbers_are_those_of_torchmetrics(shape: tuple[int, ...], noise: float)
     random = np.random.default_rng(0)
     smooth = np.sin(np.linspace(0, 6, shape[-1])) * np.cos(np.linspace(0, 4, shape[-2]))[:, None]
     exact = np.broadcast_to(smooth, shape).astype(np.float32)
-    drawn = np.clip(exact + noise * random.standard_normal(shape), -1, 1).astype(np.float32)
-    pair = torch.from_numpy(drawn.astype(np.float64)), torch.from_numpy(exact.astype(np.float64))
+    actual = np.clip(exact + noise * random.standard_normal(shape), -1, 1).astype(np.float32)
+    pair = torch.from_numpy(actual.astype(np.float64)), torch.from_numpy(exact.astype(np.float64))
     expected = [peak_signal_noise_ratio(x[None], y[None], data_range=(-1.0, 1.0)) for x, y in zip(*pair, strict=True)]
-    assert psnr(exact, drawn) == pytest.approx(float(np.mean(expected)), abs=1e-4)
+    assert psnr(exact, actual) == pytest.approx(float(np.mean(expected)), abs=1e-4)
     similar = structural_similarity_index_measure(*pair, data_range=2.0)
     assert isinstance(similar, torch.Tensor)
-    assert ssim(exact, drawn) == pytest.approx(float(similar), abs=1e-6)
+    assert ssim(exact, actual) == pytest.approx(float(similar), abs=1e-6)
 
 
 def test_equal_pictures_are_alike_and_small_ones_have_no_windows() -> None:

@@ -68,6 +68,6 @@ def test_the_batch_is_that_of_the_inputs_beside_a_shared_timestep() -> None:
     assert batch_of({"x": states[:1], "timestep": one}) == 1
 
 
-def test_the_output_never_bears_an_inputs_name() -> None:
+def test_the_output_never_has_an_inputs_name() -> None:
     assert output_name(["hidden_states", "timestep"]) == "sample"
     assert output_name(["sample", "timestep"]) == "out_sample"

@@ -28,7 +28,7 @@ def test_a_pattern_that_backtracks_for_ever_elsewhere_is_searched_at_once() -> N
         ("\ud800", "surrogates"),
     ],
 )
-def test_what_is_no_pattern_is_refused_with_the_reason(pattern: str, reason: str) -> None:
+def test_a_text_that_is_not_a_pattern_is_refused_with_the_reason(pattern: str, reason: str) -> None:
     with pytest.raises(PatternError, match=reason) as refused:
         require_pattern(pattern)
     assert str(refused.value).isprintable()

@@ -55,10 +55,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         read_prompts(tmp_path)
 
 
-@pytest.mark.parametrize("given", [[], ["a", ""], ["a", "b\nc"], ["x" * 4001], "a cat", [1], ["\ud800"]])
-def test_a_recipe_holds_prompts_as_a_file_does(given: object) -> None:
+@pytest.mark.parametrize("value", [[], ["a", ""], ["a", "b\nc"], ["x" * 4001], "a cat", [1], ["\ud800"]])
+def test_a_recipe_holds_prompts_as_a_file_does(value: object) -> None:
     with pytest.raises(RecipeError, match=r"^test: prompts") as error:
-        Recipe.parse({"model": "m", "prompts": given}, "test")
+        Recipe.parse({"model": "m", "prompts": value}, "test")
     assert "\n" not in str(error.value)
 
 

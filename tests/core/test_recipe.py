@@ -145,9 +145,9 @@ def test_every_number_has_a_limit_that_the_message_names(option: str) -> None:
 
 
 def test_all_violations_come_at_once() -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as error:
         Recipe.parse({"bits": "w3a3", "alpa": 1}, "here")
-    assert len(str(caught.value).splitlines()) == 3  # bits, alpa, and the missing model
+    assert len(str(error.value).splitlines()) == 3  # bits, alpa, and the missing model
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_all_rules_that_cannot_be_followed_come_at_once() -> None:
         Rule(match="neither", action="weight-only"),
         Rule(match="mod", action="w8a8"),
     )
-    many = {f"other.{i}": Linear(name=f"other.{i}", role="edge", width=64) for i in range(5)}
-    with pytest.raises(RecipeError) as caught:
-        recipe(*several).assign({**LINEARS, **many})
-    unmatched, wrong_rule, uncovered, modulation = str(caught.value).splitlines()
+    edges = {f"other.{i}": Linear(name=f"other.{i}", role="edge", width=64) for i in range(5)}
+    with pytest.raises(RecipeError) as error:
+        recipe(*several).assign({**LINEARS, **edges})
+    unmatched, wrong_rule, uncovered, modulation = str(error.value).splitlines()
     assert "'nothing' (float) matches none of 8" in unmatched
     assert "'neither' (weight-only) matches none" in wrong_rule
     assert "no rule matches 'blocks.0.q', 'embed', 'other.0' and 4 more" in uncovered
@@ -204,9 +204,9 @@ def test_weight_only_without_blocks_that_divide_the_width_has_a_scale_for_each_c
     assert (rule.scheme.block_size(36), rule.group_size) == (0, 0)
     assert rule.reason == "rows; no block of 16 to 128 divides its 36 inputs: one scale for each channel"
     assert recipe(*GOOD).assign(of_width(48))["blocks.0.mod"].scheme.block_size(48) == 16
-    asked = (GOOD[0], Rule(match="mod", action="weight-only", group_size=16), GOOD[2])
+    rules = (GOOD[0], Rule(match="mod", action="weight-only", group_size=16), GOOD[2])
     with pytest.raises(RecipeError, match=r"'blocks.0.mod' to weight-only: its 36 inputs are not divided by 16; "):
-        recipe(*asked).assign(of_width(36))
+        recipe(*rules).assign(of_width(36))
 
 
 @pytest.mark.parametrize(
@@ -225,22 +225,22 @@ def test_bits_whose_blocks_the_width_does_not_allow_are_refused_with_the_remedy(
     bits: str, options: dict[str, Any], remedy: str
 ) -> None:
     rules = (Rule(match=r"\.q$", action=bits), *GOOD[1:])  # type: ignore[arg-type]
-    asked = Recipe.parse({"model": "m", "bits": bits, **options}, "here").model_copy(update={"rules": rules})
+    request = Recipe.parse({"model": "m", "bits": bits, **options}, "here").model_copy(update={"rules": rules})
     with pytest.raises(RecipeError, match=rf"^'blocks.0.q' to {bits}: its 36 inputs are not divided by .*; {remedy}, or leave"):
-        asked.assign(of_width(36))
+        request.assign(of_width(36))
     followed: dict[str, Any] = {"group_size": 0} if "group_size" in remedy else {"group_size": None}
     if "granularity" in remedy:
         followed["granularity"] = "token"
-    again = recipe(*GOOD) if "w8a8" in remedy else asked.model_copy(update=followed)
-    assert again.assign(of_width(36))["blocks.0.q"].scheme.block_size(36) == 0
+    result = recipe(*GOOD) if "w8a8" in remedy else request.model_copy(update=followed)
+    assert result.assign(of_width(36))["blocks.0.q"].scheme.block_size(36) == 0
 
 
 def test_a_rule_with_the_action_bits_takes_the_recipes_own() -> None:
     rules = (Rule(match=r"\.q$", action="bits", granularity="token"), *GOOD[1:])
-    asked = Recipe.parse({"model": "m", "bits": "w4a8", "group_size": 32}, "here").model_copy(update={"rules": rules})
-    rule = asked.assign(LINEARS)["blocks.0.q"]
+    request = Recipe.parse({"model": "m", "bits": "w4a8", "group_size": 32}, "here").model_copy(update={"rules": rules})
+    rule = request.assign(LINEARS)["blocks.0.q"]
     assert (rule.action, rule.scheme) == ("w4a8", scheme_of("w4a8", "token", 32))
-    assert Recipe.parse(yaml.safe_load(asked.dump()), "here") == asked  # the file keeps the word
+    assert Recipe.parse(yaml.safe_load(request.dump()), "here") == request  # the file keeps the word
 
 
 def test_an_unknown_key_beside_the_rules_is_compared_with_the_recipes_own() -> None:

@@ -27,13 +27,13 @@ def actions(sites: list[InputSite], static: tuple[str, ...] = ()) -> dict[str, s
 
 
 def test_w4a8_keeps_a_third_of_the_blocks_from_the_first_at_8_bit_weights() -> None:
-    found = actions([site(f"{block}.q") for block in BLOCKS])
-    assert found == dict(zip([f"{block}.q" for block in BLOCKS], ["w8a8", "w8a8", "w4a8", "w4a8", "w4a8"], strict=True))
+    actual = actions([site(f"{block}.q") for block in BLOCKS])
+    assert actual == dict(zip([f"{block}.q" for block in BLOCKS], ["w8a8", "w8a8", "w4a8", "w4a8", "w4a8"], strict=True))
 
 
 def test_readers_of_an_input_that_later_blocks_read_keep_the_widths_bits() -> None:
-    found = actions([site("blocks.0.q"), site("blocks.0.k", "blocks.2.k")])
-    assert found == {"blocks.0.q": "w8a8", "blocks.0.k": "w4a8", "blocks.2.k": "w4a8"}
+    actual = actions([site("blocks.0.q"), site("blocks.0.k", "blocks.2.k")])
+    assert actual == {"blocks.0.q": "w8a8", "blocks.0.k": "w4a8", "blocks.2.k": "w4a8"}
 
 
 def test_linears_that_read_the_text_in_all_blocks_keep_the_widths_bits() -> None:

@@ -37,12 +37,12 @@ def test_all_quantized_gemms_run_in_integers(tiny_onnx: Path, tiny_calibrated: A
     audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *ORT.legalise(shared=True, result=tiny_calibrated[0]))
     assert audit.coverage == 1
     assert audit.coverage == 1
-    wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
-    assert {gemm.name for gemm in audit.gemms if gemm.integer} == wanted
+    quantized = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
+    assert {gemm.name for gemm in audit.gemms if gemm.integer} == quantized
     assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == "weight-only"} == {"MatMulNBits"}
 
 
-def test_the_factored_per_sample_form_too(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
+def test_the_factored_per_sample_form_runs_in_integers(tiny_onnx_per_sample: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
     audit = audited(tiny_onnx_per_sample, tiny_calibrated, tmp_path, *ORT.legalise(shared=False, result=tiny_calibrated[0]))
     assert audit.coverage == 1
 
@@ -84,7 +84,7 @@ def drop_activation_qdq(graph: ir.Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("legalise", "spoil", "lost", "reason"),
+    ("legalise", "spoil", "missing", "reason"),
     [
         ((), None, "to_q", "an int8 activation that several operators read; uint8"),
         ((), drop_activation_zero_points, "to_out.0", "the int8 QuantizeLinear of its activation has no zero point"),
@@ -92,14 +92,14 @@ def drop_activation_qdq(graph: ir.Model) -> None:
     ],
     ids=["int8-for-three", "no-activation-zero-point", "no-activation-qdq"],
 )
-def test_what_falls_back_to_float_is_named_with_the_reason(
-    legalise: Any, spoil: Any, lost: str, reason: str, tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
+def test_gemms_that_fall_back_to_float_are_named_with_the_reason(
+    legalise: Any, spoil: Any, missing: str, reason: str, tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
 ) -> None:
     audit = audited(tiny_onnx, tiny_calibrated, tmp_path, *legalise, spoil=spoil)
     assert audit.coverage < 1
-    found = next(gemm for gemm in audit.gemms if gemm.name == f"transformer_blocks.0.attn1.{lost}")
-    assert not found.integer
-    assert reason in found.reason
+    item = next(gemm for gemm in audit.gemms if gemm.name == f"transformer_blocks.0.attn1.{missing}")
+    assert not item.integer
+    assert reason in item.reason
 
 
 def test_this_runtime_does_without_the_weights_zero_points(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path) -> None:
@@ -151,7 +151,9 @@ def test_a_two_dimensional_gemm_is_explained(tmp_path: Path) -> None:
     audit = audit_ort(tmp_path / "model.onnx", tmp_path / "engine" / OPTIMIZED, {"fc": Rule(match="", action="w8a8")})
     (gemm,) = audit.gemms
     assert not gemm.integer
-    assert gemm.reason.startswith("a bias in float, with which it is no integer GEMM; MatMul and Add, with an input of rank 3")
+    assert gemm.reason.startswith(
+        "a bias in float, with which it is not an integer GEMM; MatMul and Add, with an input of rank 3"
+    )
 
 
 def test_static_tables_need_no_factoring(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:

@@ -47,13 +47,13 @@ def test_its_verdict_is_the_rtx_builders(name: str, tmp_path: Path) -> None:
     assert not wrong, f"{judged}, {real}: {wrong}"
 
 
-def test_both_tables_are_long_and_have_names_of_their_own() -> None:
+def test_both_tables_are_long_and_have_different_names() -> None:
     assert len({item.name for item in FORMS}) == len(FORMS)
     for target in REAL:
         assert len([item for item in FORMS if item.only in ("", target)]) >= 60
 
 
-def test_other_numbers_are_seen(tmp_path: Path) -> None:
+def test_other_numbers_are_detected(tmp_path: Path) -> None:
     path = tmp_path / "form.onnx"
     ir.save(form("weight scale along the input").model("ort"), path)
     verdict, words = REAL["ort"](path)
@@ -74,8 +74,8 @@ def test_a_type_that_the_oldest_target_lacks_is_rejected(name: str, target: str)
 
 
 def test_float8_beside_a_gemm_is_rejected_for_an_old_target() -> None:
-    found = check(form("a GEMM, and at an Add fp8").model("trt-rtx"), "trt-rtx", ("sm86",))
-    assert [(item.verdict, item.gemm) for item in found if item.failed] == [("rejected", False)]
+    findings = check(form("a GEMM, and at an Add fp8").model("trt-rtx"), "trt-rtx", ("sm86",))
+    assert [(item.verdict, item.gemm) for item in findings if item.failed] == [("rejected", False)]
 
 
 @pytest.mark.parametrize("target", ["trt", "trt-rtx", "ort", "ort-cuda"])
@@ -115,13 +115,13 @@ def test_every_quantized_form_has_a_finding(target: Any) -> None:
 )
 def test_the_cuda_provider_has_no_integer_gemm(name: str, verdict: str, remedy: str) -> None:
     findings = check(form(name).model("ort"), "ort-cuda")
-    found = next(item for item in findings if item.node == "gemm")
-    assert found.verdict == verdict
-    assert remedy in found.fix
-    assert found.failed == (verdict == "rejected" or (verdict == "float" and not found.weight_only))
+    finding = next(item for item in findings if item.node == "gemm")
+    assert finding.verdict == verdict
+    assert remedy in finding.fix
+    assert finding.failed == (verdict == "rejected" or (verdict == "float" and not finding.weight_only))
 
 
-def test_an_operator_that_no_rule_knows_is_not_passed_over() -> None:
+def test_an_operator_that_no_rule_knows_is_reported() -> None:
     sketch = Sketch(F32, ("batch", 16, K), 21)
     graph = sketch.model(sketch.op("QLinearTopK", sketch.x, name="new", domain="com.microsoft"))
     assert [(item.node, item.verdict, item.failed) for item in check(graph, "ort")] == [("new", "unknown", True)]
@@ -144,9 +144,9 @@ def test_operators_that_multiply_on_floats_behind_a_dequantizelinear_fail() -> N
 
 
 def test_the_fix_of_an_int32_bias_is_onnxruntimes_own_option() -> None:
-    (found,) = check(form("Gemm, int32 bias").model("trt-rtx"), "trt")
-    assert found.verdict == "rejected"
-    assert "QuantizeBias" in found.fix
+    (finding,) = check(form("Gemm, int32 bias").model("trt-rtx"), "trt")
+    assert finding.verdict == "rejected"
+    assert "QuantizeBias" in finding.fix
 
 
 def test_a_graph_without_quantized_gemms_has_no_findings(tiny_onnx: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_graph_without_quantized_gemms_has_no_findings(tiny_onnx: Path) -> Non
 
 
 def test_our_own_graphs_are_as_the_audits_say(tiny_onnx: Path, tiny_calibrated: Any) -> None:
-    wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
+    quantized = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
     result = tiny_calibrated[0]
     for target, passes in (("trt", factoring_passes(result)), ("ort", ORT.legalise(shared=True, result=result))):
         graph = load_graph(tiny_onnx)
@@ -163,7 +163,7 @@ def test_our_own_graphs_are_as_the_audits_say(tiny_onnx: Path, tiny_calibrated: 
         findings = check(graph, target)  # type: ignore[arg-type]
         low = {finding.node for finding in findings if finding.verdict == "low precision"}
         modulation = {finding.node for finding in findings if finding.weight_only}
-        assert low - modulation == wanted
+        assert low - modulation == quantized
         assert not any(finding.failed for finding in findings)
 
 
@@ -181,9 +181,9 @@ def test_rules_of_onnx_runtime(spoil: str, rule: str, count: int, tiny_onnx: Pat
         for node in [node for node in graph.graph if node.op_type == "QuantizeLinear"]:
             node.resize_inputs(2)
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", ir.DataType.INT8.value)
-    found = [finding for finding in check(graph, "ort") if finding.rule == rule]
-    assert len(found) == count
-    assert all(finding.failed and finding.fix for finding in found)
+    findings = [finding for finding in check(graph, "ort") if finding.rule == rule]
+    assert len(findings) == count
+    assert all(finding.failed and finding.fix for finding in findings)
 
 
 def test_it_changes_nothing_and_reads_no_weight() -> None:

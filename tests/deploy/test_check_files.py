@@ -32,8 +32,8 @@ def saved(folder: Path, name: str = "model.onnx", location: str = DATA) -> Path:
     return path
 
 
-def call(*words: Any, target: str = "ort", **how: Any) -> subprocess.CompletedProcess[str]:
-    return command_line.call("check", *words, "--target", target, timeout=120, **how)
+def call(*words: Any, target: str = "ort", **options: Any) -> subprocess.CompletedProcess[str]:
+    return command_line.call("check", *words, "--target", target, timeout=120, **options)
 
 
 def pointed(folder: Path, change: Callable[[Any], None]) -> Path:
@@ -48,9 +48,9 @@ def pointed(folder: Path, change: Callable[[Any], None]) -> Path:
 
 def entry(key: str, value: str) -> Callable[[Any], None]:
     def change(tensor: Any) -> None:
-        kept = [(item.key, item.value) for item in tensor.external_data if item.key != key]
+        entries = [(item.key, item.value) for item in tensor.external_data if item.key != key]
         del tensor.external_data[:]
-        for name, text in (*kept, (key, value)):
+        for name, text in (*entries, (key, value)):
             tensor.external_data.add(key=name, value=text)
 
     return change
@@ -84,8 +84,8 @@ def test_links_of_the_hubs_cache_lead_into_its_blobs(tmp_path: Path) -> None:
         (entry("location", ""), "is not named by a path inside the model's folder"),
         (entry("location", "gone.data"), "'gone.data' of tensor 'c3' cannot be read (No such file or directory)"),
         (entry("location", "x" * 5000), "cannot be read (File name too long)"),
-        (entry("location", "folder"), "is no regular file"),
-        (entry("location", "pipe"), "is no regular file"),
+        (entry("location", "folder"), "is not a regular file"),
+        (entry("location", "pipe"), "is not a regular file"),
         (entry("location", "device"), "is a link that leads out of the model's folder"),
         (entry("location", "out"), "is a link that leads out of the model's folder"),
         (entry("location", "circle"), "cannot be read"),
@@ -106,21 +106,21 @@ def test_external_data_that_leads_elsewhere_or_lacks_bytes(change: Any, message:
     (folder / "out").symlink_to(tmp_path / "outside.data")
     (folder / "circle").symlink_to("circle")
     path = pointed(folder, change)
-    with pytest.raises(ModelFileError) as caught:
+    with pytest.raises(ModelFileError) as error:
         read_model(path)
-    assert str(caught.value).startswith(f"{path}: the data file ")
-    assert message in str(caught.value)
-    assert len(str(caught.value)) < 700
+    assert str(error.value).startswith(f"{path}: the data file ")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 700
 
 
 def test_a_data_file_that_was_cut_short(tmp_path: Path) -> None:
     path = saved(tmp_path)
     os.truncate(tmp_path / DATA, 100)
-    done = call(path)
-    assert done.returncode == 2
-    assert f"the data file '{DATA}'" in done.stderr
-    assert "is cut short: 100 bytes" in done.stderr
-    assert done.stderr.count("\n") == 1
+    result = call(path)
+    assert result.returncode == 2
+    assert f"the data file '{DATA}'" in result.stderr
+    assert "is cut short: 100 bytes" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def damaged(content: bytes) -> Callable[[Path], None]:
@@ -174,15 +174,15 @@ def typed_tensor(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (damaged(b""), "no ONNX model: it has no graph with nodes"),
-        (damaged(b"\xff" * 99), "no ONNX model (not readable as protobuf)"),
-        (damaged(b"not an onnx file at all"), "no ONNX model"),
-        (damaged(graph_of()), "no ONNX model: it has no graph with nodes"),
-        (damaged(graph_of(helper.make_node("Identity", ["y"], ["y"]))), "no valid ONNX model"),
+        (damaged(b""), "not an ONNX model: it has no graph with nodes"),
+        (damaged(b"\xff" * 99), "not an ONNX model (not readable as protobuf)"),
+        (damaged(b"not an onnx file at all"), "not an ONNX model"),
+        (damaged(graph_of()), "not an ONNX model: it has no graph with nodes"),
+        (damaged(graph_of(helper.make_node("Identity", ["y"], ["y"]))), "not a valid ONNX model"),
         (damaged(graph_of(*(helper.make_node("Identity", [a], [b]) for a, b in (("p", "q"), ("q", "p"), ("x", "y"))))), "sorted"),
-        (damaged(graph_of(helper.make_node("DequantizeLinear", ["x"], ["y"]))), "no valid ONNX model"),
+        (damaged(graph_of(helper.make_node("DequantizeLinear", ["x"], ["y"]))), "not a valid ONNX model"),
         (damaged(graph_of(helper.make_node("NoSuchThing", ["x"], ["y"]))), "No Op registered for NoSuchThing"),
-        (damaged(graph_of(helper.make_node("Neg", ["x"], ["y"]), opsets=())), "no valid ONNX model"),
+        (damaged(graph_of(helper.make_node("Neg", ["x"], ["y"]), opsets=())), "not a valid ONNX model"),
         (damaged(reshaped()), "differ in rank"),
         (damaged(recursive()), "function 'f' calls itself"),
         (damaged(exploding()), "nodes, functions written out; a graph may have"),
@@ -195,17 +195,17 @@ def typed_tensor(**fields: Any) -> bytes:
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file; expected an ONNX file"),
     ],
 )
-def test_what_is_no_onnx_model_is_refused_in_one_line(write: Any, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_onnx_model_is_refused_in_one_line(write: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     write(path)
     start = time.monotonic()
-    with pytest.raises(ModelFileError) as caught:
+    with pytest.raises(ModelFileError) as error:
         read_model(path)
     assert time.monotonic() - start < 20
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 700
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
 
 
 def test_stale_shapes_inside_are_no_obstacle(tmp_path: Path) -> None:
@@ -234,30 +234,33 @@ def test_names_from_the_file_are_text_alone(tmp_path: Path) -> None:
         value = sketch.matmul(left, sketch.weight(axis=1), name)
         value.name = f"value{len(sketch.nodes)}"
     ir.save(sketch.model(value), tmp_path / "model.onnx")
-    done = call(tmp_path / "model.onnx", env={**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1"})
-    assert done.returncode == 3, done.stderr
-    assert done.stderr == ""
-    assert f"0 low precision, {len(names)} float, 0 rejected" in done.stdout
-    for kept in ("[/]", "[red]x[/red]", ":smile:"):
-        assert kept in done.stdout
+    result = call(tmp_path / "model.onnx", env={**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1"})
+    assert result.returncode == 3, result.stderr
+    assert result.stderr == ""
+    assert f"0 low precision, {len(names)} float, 0 rejected" in result.stdout
+    for markup in ("[/]", "[red]x[/red]", ":smile:"):
+        assert markup in result.stdout
     for steering in ("\x1b]", "\x1b[2J", "\u202e", "\r"):
-        assert steering not in done.stdout
-    assert len(done.stdout) < 20_000
+        assert steering not in result.stdout
+    assert len(result.stdout) < 20_000
     findings = json.loads(call(tmp_path / "model.onnx", "--json").stdout)
     assert [item["node"] for item in findings] == names
 
 
 def test_the_counts_and_the_status(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    done = call(path)
-    assert (done.returncode, done.stdout) == (0, "1 low precision, 0 float, 0 rejected\n")
+    result = call(path)
+    assert (result.returncode, result.stdout) == (0, "1 low precision, 0 float, 0 rejected\n")
     float_model = tmp_path / "float.onnx"
     float_model.write_bytes(graph_of(helper.make_node("Neg", ["x"], ["y"])))
-    done = call(float_model)
-    assert (done.returncode, done.stdout) == (0, "0 low precision, 0 float, 0 rejected\nthe file holds no quantized operator\n")
-    done = call(path, target="ort-cuda")
-    assert done.returncode == 3
-    assert "0 low precision, 1 float, 0 rejected" in done.stdout
+    result = call(float_model)
+    assert (result.returncode, result.stdout) == (
+        0,
+        "0 low precision, 0 float, 0 rejected\nthe file holds no quantized operator\n",
+    )
+    result = call(path, target="ort-cuda")
+    assert result.returncode == 3
+    assert "0 low precision, 1 float, 0 rejected" in result.stdout
 
 
 def float_linears(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from dq_export.passes.pipeline import canonical_passes, factoring_passes
 RTX = TensorRtRtx("fp16", targets=("sm89",))
 SCHEMES = tuple(all_schemes())
 # dB of the output of a network of two blocks, each GEMM's error about that of its codes: 6 dB a bit, from 8 bits' 40 dB on.
-LEAST = {"w8a8": 33, "w8a16": 33, "w6a6": 22, "w4a8": 17, "w4a16": 17, "w4a4": 7, "fp8": 22}
+MINIMUM = {"w8a8": 33, "w8a16": 33, "w6a6": 22, "w4a8": 17, "w4a16": 17, "w4a4": 7, "fp8": 22}
 SOMETHING_ELSE = (PRESETS["float"], PRESETS["weight-only"])
 Calibrate = Callable[[Scheme], Any]
 PAGE = Path(__file__).parents[2] / "docs" / "bits.md"
@@ -64,9 +64,9 @@ def test_a_refusal_names_a_scheme_that_the_backend_runs(scheme: Scheme, backend:
         backend.require_schemes([scheme, scheme.fitted(1152), *SOMETHING_ELSE])
         return
     assert isinstance(backend.supports(answer.nearest), Lowering)
-    with pytest.raises(RecipeError, match=re.escape(f"{scheme} on {backend.title}: {answer.reason}; the nearest is ")) as caught:
+    with pytest.raises(RecipeError, match=re.escape(f"{scheme} on {backend.title}: {answer.reason}; the nearest is ")) as error:
         backend.require_schemes([scheme, answer.nearest, scheme.fitted(1152)])
-    assert len(str(caught.value).splitlines()) == 1  # one line a reason, whatever the widths
+    assert len(str(error.value).splitlines()) == 1  # one line a reason, whatever the widths
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if isinstance(ORT.supports(s), Lowering)], ids=str)
@@ -81,11 +81,11 @@ def test_onnx_runtime_runs_every_form_on_its_kernel(
     assert audit.coverage == 1
     assert {gemm.kernel for gemm in audit.gemms if gemm.wanted == scheme.name} == {lowering.kernel}
     feed = feed_of(tiny)
-    found = open_graph(model)(feed)
-    assert sqnr(tiny.forward(feed), found) > LEAST[scheme.name]
+    actual = open_graph(model)(feed)
+    assert sqnr(tiny.forward(feed), actual) > MINIMUM[scheme.name]
     # Inside a kernel that unpacks, inputs are rounded to 8 bits; elsewhere the two run the same codes, and one float32
     # difference in a sum may move a code by one.
-    assert sqnr(run_onnx(model, feed), found) > (33 if scheme.graph_type is None else 40)
+    assert sqnr(run_onnx(model, feed), actual) > (33 if scheme.graph_type is None else 40)
 
 
 def rtx_cells() -> list[Any]:
@@ -114,7 +114,7 @@ def test_tensorrt_rtx_runs_every_form_on_its_kernel(
     kernels = {gemm.kernel for gemm in audit.gemms if gemm.wanted == scheme.name}
     assert all(lowering.kernel in kernel for kernel in kernels), kernels
     feed = feed_of(tiny, [500, 500, 500])
-    assert sqnr(tiny.forward(feed), run_onnx(model, feed)) > LEAST[scheme.name]
+    assert sqnr(tiny.forward(feed), run_onnx(model, feed)) > MINIMUM[scheme.name]
 
 
 def test_codes_keep_to_their_bits(tiny: Reference, tiny_onnx: Path, calibrate_as: Calibrate) -> None:
@@ -127,9 +127,9 @@ def test_codes_keep_to_their_bits(tiny: Reference, tiny_onnx: Path, calibrate_as
         graph.graph.outputs[:] = codes
         feed = feed_of(tiny)
         feed["hidden_states"] = feed["hidden_states"] * 100
-        found = np.concatenate([np.ravel(value) for value in run_all(graph, feed)])
-        assert found.dtype == np.int8
-        assert np.abs(found).max() == qmax  # reached, and not passed
+        actual = np.concatenate([np.ravel(value) for value in run_all(graph, feed)])
+        assert actual.dtype == np.int8
+        assert np.abs(actual).max() == qmax  # reached, and not passed
 
 
 def run_all(model: ir.Model, feed: Mapping[str, Any]) -> list[Any]:
@@ -138,8 +138,8 @@ def run_all(model: ir.Model, feed: Mapping[str, Any]) -> list[Any]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     text = ir.serde.serialize_model(model).SerializeToString()
-    found: list[Any] = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"]).run(None, dict(feed))
-    return found
+    actual: list[Any] = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"]).run(None, dict(feed))
+    return actual
 
 
 def test_a_token_of_zeros_stays_finite(tiny: Reference, tiny_onnx: Path, calibrate_as: Calibrate) -> None:
@@ -168,7 +168,7 @@ def test_a_form_that_a_backend_refuses_names_the_nearest(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": "w8a8", "group_size": 16}, "an 8-bit integer GEMM has one weight scale an output channel; use group_size 0"),
+        ({"bits": "w8a8", "group_size": 16}, "an 8-bit integer GEMM has one weight scale per output channel; use group_size 0"),
         ({"bits": "w4a16", "group_size": 0}, "only blocks are unpacked inside a GEMM; use group_size 128"),
         ({"bits": "w6a6", "granularity": "token-group"}, "round each token's groups to 8 bits; use w4a8, w8a8 or token"),
         ({"bits": "w4a8", "granularity": "token-group", "group_size": 0}, "give the groups a size, or use granularity token"),
@@ -195,7 +195,7 @@ def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_
     assert audit.coverage == 1
     assert {gemm.wanted for gemm in audit.gemms if gemm.integer} == {"w8a8", "w4a8", "w4a16", "w6a6"}
     feed = feed_of(tiny)
-    assert sqnr(tiny.forward(feed), open_graph(model)(feed)) > LEAST["w4a8"]
+    assert sqnr(tiny.forward(feed), open_graph(model)(feed)) > MINIMUM["w4a8"]
 
 
 def test_the_page_about_bits_shows_the_table() -> None:

@@ -115,14 +115,14 @@ def test_a_graph_that_openvino_refuses_is_an_error(tmp_path: Path) -> None:
         load_engine(tmp_path / "model.onnx", {}, None)
 
 
-def test_what_no_backend_runs_together_is_an_error() -> None:
+def test_options_that_no_backend_runs_together_are_an_error() -> None:
     recipe = Recipe.parse({"model": "m", "dtype": "bf16"}, "test")
     with pytest.raises(
         RecipeError, match=r"--provider cpu --dtype bf16; it runs --provider cpu --dtype fp32; --provider openvino"
     ):
         backend_of(recipe)
-    found = backend_of(Recipe.parse({"model": "m", "dtype": "bf16", "provider": "openvino"}, "test"))
-    assert found == OpenVino("bf16")
+    backend = backend_of(Recipe.parse({"model": "m", "dtype": "bf16", "provider": "openvino"}, "test"))
+    assert backend == OpenVino("bf16")
     assert backend_of(Recipe.parse({"model": "m", "format": "onnx"}, "test")) is None
 
 

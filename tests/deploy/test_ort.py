@@ -74,10 +74,10 @@ def test_the_audit_says_what_the_profiler_sees(
     kernels["pos_embed.proj"] = kernels.pop(embedder)
     for gemm in audit.gemms:
         assert kernels[gemm.name] == gemm.kernel
-    seen = {name for name, kernel in kernels.items() if kernel == "MatMulIntegerToFloat"}
-    assert {gemm.name for gemm in audit.gemms if gemm.integer} == seen
+    fused = {name for name, kernel in kernels.items() if kernel == "MatMulIntegerToFloat"}
+    assert {gemm.name for gemm in audit.gemms if gemm.integer} == fused
     # int8 codes lose q, k and v, 3 of the 6 GEMMs of a block; a scale along an axis loses all.
-    assert len(seen) == {"shared": 12, "per-sample": 12, "int8": 6, "per-sample-direct": 0}[form]
+    assert len(fused) == {"shared": 12, "per-sample": 12, "int8": 6, "per-sample-direct": 0}[form]
 
 
 def fixed(model: Path, batch: int) -> Path:
@@ -111,10 +111,10 @@ def test_the_audit_gives_a_reason_for_every_gemm_that_fell_back_and_no_other(
 ) -> None:
     model = quantized(tiny_onnx if form == "int8" else tiny_onnx_per_sample, tiny_calibrated, tmp_path)
     audit = audited(model, tiny_calibrated)
-    wanted = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
-    lost = {name for name in wanted if name[-4:] in ("to_q", "to_k", "to_v")} if form == "int8" else wanted
+    names = {name for name, rule in tiny_calibrated[1].items() if rule.action == "w8a8"}
+    floats = {name for name in names if name[-4:] in ("to_q", "to_k", "to_v")} if form == "int8" else names
     fallen = [gemm for gemm in audit.gemms if gemm.wanted == "w8a8" and not gemm.integer]
-    assert {gemm.name for gemm in fallen} == lost
+    assert {gemm.name for gemm in fallen} == floats
     assert all(gemm.reason for gemm in fallen)
     # q, k and v are 3 of 12 units of 2 x tokens x width^2: 3 + 1 + 4 + 4.
     assert audit.coverage == pytest.approx(9 / 12 if form == "int8" else 0)
@@ -132,11 +132,11 @@ def test_flops_of_every_gemm(tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Pa
         expected[f"{block}.norm1.linear"] = 2 * WIDTH * 6 * WIDTH  # one row a sample
     expected["proj_out_1"] = 2 * WIDTH * 2 * WIDTH
     expected["proj_out_2"] = 2 * TOKENS * WIDTH * (2 * 2 * 2)  # patch x patch x channels
-    found = {gemm.name: gemm.flops for gemm in audit.gemms if gemm.wanted != "none"}
+    actual = {gemm.name: gemm.flops for gemm in audit.gemms if gemm.wanted != "none"}
     embedder = "transformer_blocks.0.norm1.emb.timestep_embedder"  # the second block's is the same, merged
     expected["pos_embed.proj"] = expected["proj_out_2"]  # a convolution over patches
     expected |= {f"{embedder}.linear_1": 2 * 256 * WIDTH, f"{embedder}.linear_2": 2 * WIDTH * WIDTH}  # 256 frequencies
-    assert found == expected
+    assert actual == expected
     attention = [gemm.flops for gemm in audit.gemms if gemm.wanted == "none"]
     assert attention == [2 * 2 * TOKENS * TOKENS * WIDTH] * BLOCKS  # scores and values together
     total = sum(gemm.flops for gemm in audit.gemms)
@@ -189,8 +189,8 @@ def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:
         "from dq_export.deploy.onnxruntime.cpu import open_graph\n"
         "try: open_graph(Path('model.onnx'))\nexcept BackendError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "onnxruntime is not installed; pip install 'dq-export[cpu]'" in done.stdout, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "onnxruntime is not installed; pip install 'dq-export[cpu]'" in result.stdout, result.stderr
 
 
 def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -203,10 +203,10 @@ def test_int4_weights_are_unpacked_inside_the_gemm(tiny: Any, tiny_onnx: Path, t
     # 8-bit blocks of modulation linears have the same kernel, and were not asked to be counted.
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted == "weight-only")
     feed = feed_of(tiny)
-    exact, found = run_onnx(model, feed), open_graph(model)(feed)
-    assert sqnr(exact, found) > 60  # the same weights; float sums of 32 terms in another order, and of blocks
+    exact, actual = run_onnx(model, feed), open_graph(model)(feed)
+    assert sqnr(exact, actual) > 60  # the same weights; float sums of 32 terms in another order, and of blocks
     # Weights of 15 codes a block of 16: some 20 dB each, and a residual around every GEMM.
-    assert 15 < sqnr(tiny.forward(feed), found) < 45
+    assert 15 < sqnr(tiny.forward(feed), actual) < 45
 
 
 @pytest.mark.slow

@@ -40,9 +40,9 @@ def test_without_a_gpu_an_export_does_all_but_the_engine(tiny_folder: Path, tmp_
     assert report is not None
     assert report.verdict is not None
     assert report.verdict.outcome == "unfinished"
-    with pytest.raises(NotHereError) as caught:
+    with pytest.raises(NotHereError) as error:
         require(report.verdict)
-    first, command = str(caught.value).splitlines()
+    first, command = str(error.value).splitlines()
     assert first == (
         f"onnxruntime {ort.__version__} without its CUDA provider is installed here; {out} is finished up to the graph. Copy the "
         "folder to the GPU machine and run there:"
@@ -55,7 +55,7 @@ def test_without_a_gpu_an_export_does_all_but_the_engine(tiny_folder: Path, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_a_build_notes_what_the_provider_takes(
+def test_a_build_records_the_nodes_that_the_provider_takes(
     dtype: str, tiny: Reference, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "PROVIDER", "CPUExecutionProvider")
@@ -72,12 +72,12 @@ def test_a_build_notes_what_the_provider_takes(
     assert {gemm.kernel for gemm in audit.gemms if gemm.required} == {"MatMulNBits"}
     feed = feed_of(tiny)
     assert sqnr(run_onnx(built.model, feed), backend.load(built)(feed)) > 30  # the CPU's kernel rounds its inputs
-    lost, *rest = [gemm for gemm in audit.gemms if gemm.required]
+    first, *rest = [gemm for gemm in audit.gemms if gemm.required]
     nodes = json.loads((built.folder / "nodes.json").read_text())
-    (built.folder / "nodes.json").write_text(json.dumps([name for name in nodes if name != lost.name]))
-    again = {gemm.name: gemm for gemm in backend.audit(built, assigned).gemms}
-    assert again[lost.name] == replace(lost, integer=False, reason="the provider did not take it, and the CPU runs it")
-    assert all(again[gemm.name] == gemm for gemm in rest)
+    (built.folder / "nodes.json").write_text(json.dumps([name for name in nodes if name != first.name]))
+    by_name = {gemm.name: gemm for gemm in backend.audit(built, assigned).gemms}
+    assert by_name[first.name] == replace(first, integer=False, reason="the provider did not take it, and the CPU runs it")
+    assert all(by_name[gemm.name] == gemm for gemm in rest)
     for content, message in (("{}", "expected a list of names"), ("[", "not readable as JSON")):
         (built.folder / "nodes.json").write_text(content)
         with pytest.raises(BackendError, match=message):
@@ -103,5 +103,5 @@ def test_integer_gemms_are_refused_with_the_nearest_form() -> None:
     for bits, nearest in (("w8a8", "w8a16"), ("w4a8", "w4a16"), ("fp8", "w8a16")):
         with pytest.raises(RecipeError, match=rf"no integer or float8 GEMM for Q/DQ; .*; the nearest is {nearest}$"):
             backend_of(Recipe.parse({"model": "dit", "provider": "cuda", "bits": bits}, "test"))
-    found = backend_of(Recipe.parse({"model": "dit", "provider": "cuda", "bits": "w4a16"}, "test"))
-    assert found == OrtCuda("fp16")
+    backend = backend_of(Recipe.parse({"model": "dit", "provider": "cuda", "bits": "w4a16"}, "test"))
+    assert backend == OrtCuda("fp16")

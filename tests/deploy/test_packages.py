@@ -17,9 +17,9 @@ from dq_export.deploy.packages import require_packages
 def test_all_missing_packages_are_named_with_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("onnxruntime_ep_openvino", "openvino", "PIL"):
         monkeypatch.setitem(sys.modules, module, None)  # as Python marks a module that cannot be imported
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendError) as error:
         require_packages(["numpy", "openvino", "onnxruntime_ep_openvino"], "--provider openvino")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "openvino and onnxruntime-ep-openvino are not installed; pip install 'dq-export[cpu,openvino]', "
         "needed for --provider openvino"
     )
@@ -45,13 +45,13 @@ def test_an_export_asks_for_everything_before_it_works(
     if options.get("provider") == "openvino" and importlib.util.find_spec("onnxruntime_ep_openvino") is None:
         pytest.skip("needs OpenVINO")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendError) as error:
         dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", **options)
-    assert str(caught.value) == f"{module} is not installed; {message}"
+    assert str(error.value) == f"{module} is not installed; {message}"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_that_is_not_asked_for_needs_nothing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_does_not_run_needs_nothing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     dq_export.calibrate(model=str(tiny_folder), output_dir=tmp_path / "out", format="trt", steps=4, calib_size=1)
     assert (tmp_path / "out" / "calibration.safetensors").exists()

@@ -16,8 +16,8 @@ from dq_export.deploy.parity import difference, pick_calls
 
 
 def test_difference_is_the_plain_formulas() -> None:
-    exact, found = np.asarray([3.0, 4.0], dtype=np.float32), np.asarray([3.0, 4.5], dtype=np.float32)
-    result = difference(exact, found)
+    exact, actual = np.asarray([3.0, 4.0], dtype=np.float32), np.asarray([3.0, 4.5], dtype=np.float32)
+    result = difference(exact, actual)
     assert result.sqnr == pytest.approx(20)  # 10 log10(25 / 0.25)
     assert result.max_error == 0.5
     assert result.cosine == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
@@ -69,7 +69,7 @@ def test_engines_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    taken = measure({"a": engine("a"), "b": engine("b")}, {}, rounds=3)  # type: ignore[dict-item]
+    latencies = measure({"a": engine("a"), "b": engine("b")}, {}, rounds=3)  # type: ignore[dict-item]
     assert order == ["a", "a", "b", "b"] * 4  # a round of warm-up; before each timed call an untimed one
-    assert (taken["a"].least, taken["a"].median) == pytest.approx((1, 2))
-    assert (taken["b"].least, taken["b"].median) == pytest.approx((4, 5))
+    assert (latencies["a"].minimum, latencies["a"].median) == pytest.approx((1, 2))
+    assert (latencies["b"].minimum, latencies["b"].median) == pytest.approx((4, 5))

@@ -28,7 +28,7 @@ class Buffer:
         return {"sample": self.memory}
 
 
-def test_what_a_plan_puts_out_stays_and_inputs_of_other_sizes_are_refused_in_one_line() -> None:
+def test_outputs_of_a_plan_stay_and_inputs_of_other_sizes_are_refused_in_one_line() -> None:
     plan = PlanEngine(engine=None)
     plan.__dict__["_active"] = Buffer()
     first, second = (plan({"x": np.ones(2, dtype=np.float32)}) for _ in range(2))

@@ -309,7 +309,7 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
     ),
     "digits of others": (set_parameter("max_rows", "²"), "error", "max_rows '²' is not a whole number"),
     "a negative batch": (edit(DENOISER, "max_batch_size: 16", "max_batch_size: -1"), "error", "max_batch_size: -1 is below 0"),
-    "no such type": (edit(PIPELINE, "TYPE_INT64", "99"), "error", "data_type is 99, which is no type"),
+    "no such type": (edit(PIPELINE, "TYPE_INT64", "99"), "error", "data_type is 99, which is not a type"),
     "no such kind": (edit(PIPELINE, "KIND_CPU", "99"), "error", "kind is not the number of a kind"),
     "a dimension of none": (
         edit(PIPELINE, r'(name: "class_labels"\s+data_type: TYPE_INT64\s+dims: )1', r"\g<1>0"),
@@ -335,7 +335,7 @@ def ensemble(repository: Path, target: str) -> None:
           input_map {{ key: "x" value: "x" }} output_map {{ key: "sample" value: "y" }} }} }}""")
 
 
-def told(faults: list[Fault], severity: str) -> str:
+def messages_of(faults: list[Fault], severity: str) -> str:
     return "\n".join(f"{item.problem}; {item.fix}" for item in faults if item.severity == severity)
 
 
@@ -344,13 +344,13 @@ def test_an_exported_repository_has_no_faults(exported: Path) -> None:
 
 
 def test_a_folder_without_models_is_a_fault(tmp_path: Path) -> None:
-    assert "no model folders" in told(check_repository(tmp_path), "error")
+    assert "no model folders" in messages_of(check_repository(tmp_path), "error")
 
 
 @pytest.mark.parametrize(("change", "severity", "text"), UNSEEN.values(), ids=UNSEEN)
 def test_faults_that_the_files_show(repository: Path, change: Change, severity: str, text: str) -> None:
     change(repository)
-    assert text in told(check_repository(repository), severity)
+    assert text in messages_of(check_repository(repository), severity)
 
 
 def test_the_check_finds_faults_that_the_server_refuses(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -365,9 +365,9 @@ def test_the_check_finds_faults_that_the_server_refuses(exported: Path, tmp_path
             shutil.rmtree(live)
             shutil.copytree(exported / "triton", live)
             change(live)
-            found = told(check_repository(live), "error")
-            if text not in found:
-                unfound.append(f"{name}: {found}")
+            actual = messages_of(check_repository(live), "error")
+            if text not in actual:
+                unfound.append(f"{name}: {actual}")
             if loads(running, "denoiser"):
                 accepted.append(name)
     assert unfound == []

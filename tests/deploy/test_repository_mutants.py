@@ -158,9 +158,9 @@ def test_a_path_that_is_not_a_file_is_a_fault_at_once(repository: Path, file: st
     change(repository / file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
-    found = wrong(repository)
-    assert text in found
-    assert found or (file.endswith(".data") and place == "3 GB")  # whose graph says what it needs of them
+    actual = wrong(repository)
+    assert text in actual
+    assert actual or (file.endswith(".data") and place == "3 GB")  # whose graph says what it needs of them
     if not file.endswith("model.onnx"):  # a graph may have 2 GB
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_200_000
     assert time.monotonic() - start < SECONDS
@@ -238,9 +238,9 @@ def test_a_path_that_no_system_has_is_a_fault() -> None:
 def test_the_command_line_shows_odd_names_as_they_are(repository: Path) -> None:
     for name in (b"[red]", b"[bold]x", b"\x1b[31mred", b"new\nline", b"\xff\xfe", b"n" * 255):
         os.mkdir(os.fsencode(repository) + b"/" + name)
-    done = command_line.call("triton", "--check", repository, env={**os.environ, "COLUMNS": "400"})
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "\x1b" not in done.stdout
+    result = command_line.call("triton", "--check", repository, env={**os.environ, "COLUMNS": "400"})
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "\x1b" not in result.stdout
     for shown in ("[red]", "[bold]x", "\\x1b[31mred", "new\\nline", "\\udcff\\udcfe", "6 errors"):
-        assert shown in done.stdout
+        assert shown in result.stdout

@@ -31,12 +31,12 @@ def job(**inputs: Any) -> Job:
 
 
 def test_optional_inputs_have_the_models_defaults() -> None:
-    made = job(class_labels=[1, 2])
-    assert (len(made.steps), made.guidance, made.every, made.rows) == (3, 1.0, 0, 2)
-    assert made.feed()[2]["class_labels"].tolist() == [1, 2]
-    made = job(class_labels=[1, 2], num_inference_steps=2, guidance_scale=1.5, preview_every=1, scheduler=b"other")
-    assert (len(made.steps), made.guidance, made.every, made.rows) == (2, 1.5, 1, 4)
-    assert made.feed()[2]["class_labels"].tolist() == [1, 2, 5, 5]
+    job_ = job(class_labels=[1, 2])
+    assert (len(job_.steps), job_.guidance, job_.preview_interval, job_.rows) == (3, 1.0, 0, 2)
+    assert job_.feed()[2]["class_labels"].tolist() == [1, 2]
+    job_ = job(class_labels=[1, 2], num_inference_steps=2, guidance_scale=1.5, preview_every=1, scheduler=b"other")
+    assert (len(job_.steps), job_.guidance, job_.preview_interval, job_.rows) == (2, 1.5, 1, 4)
+    assert job_.feed()[2]["class_labels"].tolist() == [1, 2, 5, 5]
 
 
 def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
@@ -51,14 +51,14 @@ def test_a_pictures_noise_is_its_own_and_its_seeds() -> None:
     assert np.array_equal(LIMITS.noise(seeds(8)), noise[1:2])
     assert len({picture.tobytes() for picture in (*noise, *LIMITS.noise(seeds(10, 2**63)))}) == 5
     assert LIMITS.noise(seeds(2**64 - 1)).shape == (1, 2, 4, 4)
-    many = Limits(**{**vars(LIMITS), "shape": (4, 64, 64)}).noise(seeds(0))
-    assert abs(many.mean()) < 4 / many.size**0.5  # four standard errors of unit noise
-    assert abs(many.std() - 1) < 4 / (2 * many.size) ** 0.5
+    limits = Limits(**{**vars(LIMITS), "shape": (4, 64, 64)}).noise(seeds(0))
+    assert abs(limits.mean()) < 4 / limits.size**0.5  # four standard errors of unit noise
+    assert abs(limits.std() - 1) < 4 / (2 * limits.size) ** 0.5
 
 
 def test_given_latents_take_the_noises_place() -> None:
-    given = np.ones((1, 2, 4, 4), dtype=np.float32)
-    assert np.array_equal(job(class_labels=[1], latents=given).latents, 0.5 * given)  # the table's noise factor
+    noise = np.ones((1, 2, 4, 4), dtype=np.float32)
+    assert np.array_equal(job(class_labels=[1], latents=noise).latents, 0.5 * noise)  # the table's noise factor
 
 
 def test_an_absent_seed_is_one_that_json_can_hold() -> None:

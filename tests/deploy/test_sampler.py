@@ -37,7 +37,7 @@ class Client:
         self.error = error
         self.ended.set()
 
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         return self.left
 
     def wait(self) -> Client:
@@ -63,21 +63,21 @@ class Network:
         return states * (timestep / 1000).astype(np.float32)[:, None, None, None] + labels[:, None, None, None].astype(np.float32)
 
 
-def job(label: int = 1, steps: int = 4, *, pictures: int = 1, guidance: float = 1.0, every: int = 0) -> Job:
+def job(label: int = 1, steps: int = 4, *, pictures: int = 1, guidance: float = 1.0, interval: int = 0) -> Job:
     table = tuple(Step(100.0 * (steps - i), 1.0, 1.0, 0.5, 0.25, 0.1, 0.05, 1.0, -0.5) for i in range(steps))
     labels = np.repeat([label, 0] if guidance > 1 else [label], pictures)
     return Job(
         client=Client(), steps=table, latents=np.ones((pictures, *SHAPE), dtype=np.float32),
-        conditions=lambda: {"labels": labels}, guidance=guidance, every=every,
+        conditions=lambda: {"labels": labels}, guidance=guidance, preview_interval=interval,
     )  # fmt: skip
 
 
-def alone(made: Job) -> Any:
+def alone(job_: Job) -> Any:
     """The same job without a sampler."""
     network = Network()
-    while made.at < len(made.steps):
-        made.advance(network(*made.feed()))
-    return made.latents
+    while job_.at < len(job_.steps):
+        job_.advance(network(*job_.feed()))
+    return job_.latents
 
 
 @pytest.fixture
@@ -100,9 +100,9 @@ def start(network: Network) -> Iterator[Callable[..., Sampler]]:
         sampler.close()
 
 
-def client(made: Job) -> Client:
-    assert isinstance(made.client, Client)
-    return made.client
+def client(job_: Job) -> Client:
+    assert isinstance(job_.client, Client)
+    return job_.client
 
 
 def until(true: Callable[[], object]) -> None:
@@ -114,12 +114,12 @@ def until(true: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 def test_every_job_gets_the_same_result_as_alone(start: Callable[..., Sampler], lanes: int) -> None:
-    wanted = [{"label": i, "steps": 1 + i % 5, "pictures": 1 + i % 3, "guidance": 1.0 + i % 2} for i in range(20)]
+    requests = [{"label": i, "steps": 1 + i % 5, "pictures": 1 + i % 3, "guidance": 1.0 + i % 2} for i in range(20)]
     sampler = start(lanes=lanes)
-    jobs = [job(**options) for options in wanted]  # type: ignore[arg-type]
+    jobs = [job(**options) for options in requests]  # type: ignore[arg-type]
     for item in jobs:
         sampler.submit(item)
-    for item, options in zip(jobs, wanted, strict=True):
+    for item, options in zip(jobs, requests, strict=True):
         assert np.array_equal(client(item).wait().latents, alone(job(**options)))  # type: ignore[arg-type]
 
 
@@ -182,7 +182,7 @@ def test_only_the_guilty_fail(start: Callable[..., Sampler], network: Network) -
     assert [1, 1, 1, 1, 1, 1, 1, 1] in filled  # alone in a full call, which no other caller's rows can join
 
 
-def test_a_call_that_others_rows_failed_is_repeated_once_for_all(network: Network) -> None:
+def test_a_call_that_fails_by_other_rows_is_repeated_once_for_all_jobs(network: Network) -> None:
     """As when the server put somebody else's bad label into the same batch."""
     struck = [True]
 
@@ -262,7 +262,9 @@ def test_too_many_are_sent_away(start: Callable[..., Sampler], network: Network)
     sampler.submit(job(1))
 
 
-def test_who_has_left_is_dropped_running_or_waiting(start: Callable[..., Sampler], network: Network, monkeypatch: Any) -> None:
+def test_jobs_of_clients_that_left_are_dropped_running_or_waiting(
+    start: Callable[..., Sampler], network: Network, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("dq_export.deploy.triton.serving.sampler.WATCH", 0.0)
     network.open = False
     sampler, running, waiting, stays = start(max_rows=1), job(1, steps=50), job(2, steps=50), job(3, steps=2)
@@ -277,7 +279,7 @@ def test_who_has_left_is_dropped_running_or_waiting(start: Callable[..., Sampler
     assert len(network.calls) < 10
 
 
-def test_closing_tells_everyone(network: Network) -> None:
+def test_closing_ends_every_job(network: Network) -> None:
     network.open = False
     sampler = Sampler(network, max_rows=1, max_jobs=8, lanes=1)
     jobs = [job(1), job(2)]
@@ -294,9 +296,9 @@ def test_closing_tells_everyone(network: Network) -> None:
 
 
 def test_previews_come_every_k_steps_but_not_with_the_last(start: Callable[..., Sampler]) -> None:
-    sampler, made = start(), job(1, steps=6, every=2)
-    sampler.submit(made)
-    assert client(made).wait().previews == [2, 4]
+    sampler, job_ = start(), job(1, steps=6, interval=2)
+    sampler.submit(job_)
+    assert client(job_).wait().previews == [2, 4]
 
 
 def test_guidance_of_one_needs_one_row_a_picture(start: Callable[..., Sampler], network: Network) -> None:

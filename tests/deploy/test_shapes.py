@@ -13,8 +13,8 @@ INPUTS: dict[str, Dims] = {"hidden_states": (None, 4, 8, 8), "timestep": (1,), "
 
 
 def test_shapes_are_read_for_the_inputs_that_change() -> None:
-    read = profiles(INPUTS, ("", "hidden_states:4x4x8x8,class_labels:4", f"class_labels:{MAX_BATCH}"))
-    assert read == {
+    ranges = profiles(INPUTS, ("", "hidden_states:4x4x8x8,class_labels:4", f"class_labels:{MAX_BATCH}"))
+    assert ranges == {
         "hidden_states": ((1, 4, 8, 8), (4, 4, 8, 8), (16, 4, 8, 8)),
         "class_labels": ((1,), (4,), (MAX_BATCH,)),
     }
@@ -39,9 +39,9 @@ TEXT: dict[str, Dims] = {
 
 
 def test_a_plan_is_for_the_pictures_sizes_where_no_shape_is_named() -> None:
-    found = profiles(TEXT, ("", "", ""))
-    assert found["sample"] == ((1, 4, 64, 32), (2, 4, 64, 32), (16, 4, 64, 32))
-    assert found["text"] == ((1, 300, 8), (2, 300, 8), (16, 300, 8))
+    actual = profiles(TEXT, ("", "", ""))
+    assert actual["sample"] == ((1, 4, 64, 32), (2, 4, 64, 32), (16, 4, 64, 32))
+    assert actual["text"] == ((1, 300, 8), (2, 300, 8), (16, 300, 8))
     wide = profiles(TEXT, ("sample:1x4x16x16", "", "sample:4x4x128x128"))["sample"]
     assert wide == ((1, 4, 16, 16), (2, 4, 64, 32), (4, 4, 128, 128))
 
@@ -57,9 +57,9 @@ def test_a_plan_is_for_the_pictures_sizes_where_no_shape_is_named() -> None:
     ],
 )
 def test_a_size_that_the_graph_does_not_take_is_refused(shape: str, message: str) -> None:
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendError) as error:
         profiles(TEXT, ("", shape, ""))
-    assert message in str(caught.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -72,22 +72,22 @@ def test_a_size_that_the_graph_does_not_take_is_refused(shape: str, message: str
     ],
 )
 def test_a_shape_that_the_graph_does_not_take_is_refused(shape: str, message: str) -> None:
-    with pytest.raises(BackendError, match=message) as caught:
+    with pytest.raises(BackendError, match=message) as error:
         profiles(INPUTS, ("", shape, ""))
-    assert len(str(caught.value)) < 300
+    assert len(str(error.value)) < 300
 
 
 def test_shapes_default_to_batches_of_1_2_and_16() -> None:
-    found = profiles(INPUTS, ("", "", ""))
-    assert found == {
+    actual = profiles(INPUTS, ("", "", ""))
+    assert actual == {
         "hidden_states": ((1, 4, 8, 8), (2, 4, 8, 8), (16, 4, 8, 8)),
         "class_labels": ((1,), (2,), (16,)),
     }
 
 
 def test_shapes_in_trtexecs_syntax() -> None:
-    given = ("", "hidden_states:8x4x8x8,class_labels:8", "hidden_states:32x4x8x8,class_labels:32")
-    assert profiles(INPUTS, given)["hidden_states"] == ((1, 4, 8, 8), (8, 4, 8, 8), (32, 4, 8, 8))
+    flags = ("", "hidden_states:8x4x8x8,class_labels:8", "hidden_states:32x4x8x8,class_labels:32")
+    assert profiles(INPUTS, flags)["hidden_states"] == ((1, 4, 8, 8), (8, 4, 8, 8), (32, 4, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_shapes_in_trtexecs_syntax() -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_errors(shape: str, message: str) -> None:
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendError) as error:
         profiles(INPUTS, ("", shape, ""))
-    assert message in str(caught.value)
+    assert message in str(error.value)
 
 
 def test_shapes_must_grow() -> None:

@@ -30,17 +30,17 @@ RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reaso
         ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
     ],
 )
-def test_what_no_plan_can_be_is_an_error_before_anything_is_done(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+def test_impossible_plans_are_an_error_before_anything_is_done(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
         backend_of(Recipe.parse({"model": "m", "format": "trt-rtx", **options}, "test"))
-    assert message in str(caught.value)
+    assert message in str(error.value)
 
 
 @RTX
-@pytest.mark.parametrize(("action", "since"), [("fp8", "sm89"), ("w4a16", "sm80")])
-def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: str, since: str, tiny: Any) -> None:
+@pytest.mark.parametrize(("action", "first"), [("fp8", "sm89"), ("w4a16", "sm80")])
+def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: str, first: str, tiny: Any) -> None:
     """A recipe's rules decide, where it has them: neither do bits stand for them, nor does a rule that decides nothing."""
-    lowest = {"sm89": "sm80", "sm80": "sm75"}[since]
+    lowest = {"sm89": "sm80", "sm80": "sm75"}[first]
     edges, one = {"match": "emb|norm|proj_out|pos_embed", "action": "float"}, {"match": r"0\.attn1\.to_q", "action": action}
     quantized = {"match": "", "action": "w8a8"}
 
@@ -50,9 +50,9 @@ def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: s
         assert backend is not None
         backend.require_schemes(rule.scheme for rule in recipe.assign(tiny.linears).values())
 
-    with pytest.raises(RecipeError, match=f"{action} needs --target {since} or later, found {lowest}; the nearest is w.a8"):
+    with pytest.raises(RecipeError, match=f"{action} needs --target {first} or later, found {lowest}; the nearest is w.a8"):
         require(edges, one, quantized)
-    require(edges, one, quantized, target=since)
+    require(edges, one, quantized, target=first)
     require(edges, {"match": r"0\.attn1", "action": "float"}, one, quantized)
     require(edges, quantized, bits=action)
 

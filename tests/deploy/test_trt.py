@@ -45,10 +45,10 @@ def legalised(path: Path, calibrated: Any, backend: TensorRt, target: Path) -> P
 
 @pytest.fixture(scope="module")
 def calibrations(tiny: Reference) -> dict[str, Any]:
-    found = {}
+    actual = {}
     for bits in ("w8a8", "fp8", "w4a16"):
-        found[bits] = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, scaling="smooth", bins="per-step"))
-    return found
+        actual[bits] = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, scaling="smooth", bins="per-step"))
+    return actual
 
 
 @RTX
@@ -71,8 +71,8 @@ def test_every_gemm_of_the_recipe_is_low_precision_in_the_plan(
     model = legalised(tiny_onnx_per_sample, calibrations[bits], backend, tmp_path / "model.onnx")
     audit = backend.audit(backend.build(model, tmp_path / "engine"), calibrations[bits][1])
     assert audit.coverage == 1
-    found = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
-    assert found == kernels or (not kernels and all("Int4" in kernel for kernel in found)), found
+    actual = {gemm.kernel for gemm in audit.gemms if gemm.wanted == bits}
+    assert actual == kernels or (not kernels and all("Int4" in kernel for kernel in actual)), actual
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted in ("none", "float"))
     described = json.loads((tmp_path / "engine" / "plan.json").read_text())
     assert described["targets"] == list(TARGETS)
@@ -127,7 +127,7 @@ def exported(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path_factory: py
 
 
 @RTX
-def test_a_plan_says_what_it_wants(exported: Path) -> None:
+def test_a_plan_without_a_gpu_is_an_error(exported: Path) -> None:
     if compute_capability():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match="a plan runs on an NVIDIA GPU, and this machine shows none"):
@@ -153,13 +153,13 @@ def test_a_plan_that_does_not_fit_is_refused(spoil: str, message: str, exported:
         (engine / "model.plan").write_bytes((engine / "model.plan").read_bytes()[:-1])
     else:
         (engine / "model.plan").unlink()
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendError) as error:
         rtx().load(engine_of(tmp_path / "out"))
-    assert message in str(caught.value)
+    assert message in str(error.value)
 
 
 @RTX
-def test_a_build_that_is_killed_says_so(exported: Path, tmp_path: Path) -> None:
+def test_a_killed_build_is_reported(exported: Path, tmp_path: Path) -> None:
     """As the kernel does where memory runs out."""
 
     def kill() -> None:
@@ -182,7 +182,7 @@ def test_a_build_that_is_killed_says_so(exported: Path, tmp_path: Path) -> None:
 
 
 @RTX
-def test_what_the_builder_says_reaches_the_user(tiny_onnx: Path, tmp_path: Path) -> None:
+def test_the_builders_message_reaches_the_user(tiny_onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(load_and_spoil(tiny_onnx))
     with pytest.raises(
         BackendError, match=r"will not build for --format trt-rtx:\n  'odd': MatMulInteger is not imported; write"
@@ -206,9 +206,9 @@ def load_and_spoil(path: Path) -> bytes:
     return ir.serde.serialize_model(graph).SerializeToString()
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("fp16", 45), ("bf16", 30)])
+@pytest.mark.parametrize(("dtype", "minimum"), [("fp16", 45), ("bf16", 30)])
 def test_the_legalised_graph_computes_what_the_float32_one_does(
-    dtype: str, least: float, tiny: Any, tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path
+    dtype: str, minimum: float, tiny: Any, tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path
 ) -> None:
     exact = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx("fp32"), tmp_path / "wide.onnx")
     model = legalised(tiny_onnx_per_sample, calibrations["w8a8"], rtx(dtype), tmp_path / "model.onnx")
@@ -216,7 +216,7 @@ def test_the_legalised_graph_computes_what_the_float32_one_does(
     assert (portable == model) == (dtype == "fp16")
     feed = feed_of(tiny, [20, 500, 900])
     # Some 40 roundings of 2^-11 or 2^-8 of a value each, and codes next to a boundary that fall on its other side.
-    assert sqnr(run_onnx(exact, feed), run_onnx(portable, feed)) > least
+    assert sqnr(run_onnx(exact, feed), run_onnx(portable, feed)) > minimum
 
 
 def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:

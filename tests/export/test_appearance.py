@@ -64,11 +64,11 @@ def test_lpips_is_that_of_torchmetrics(weights: Path, monkeypatch: pytest.Monkey
             convolution.get_parameter(part).data = lpips.weights[f"features.{index}.{part}"]
         network.get_submodule(f"lin{number - 1}").model[1].weight.data = lpips.weights[f"lin{number - 1}.model.1.weight"]
     random = np.random.default_rng(1)
-    exact, drawn = random.uniform(-1, 1, (2, 3, 3, 72, 96)).astype(np.float32)
-    expected = network(torch.from_numpy(exact), torch.from_numpy(drawn)).mean()
-    assert lpips(exact, drawn) == pytest.approx(float(expected), rel=1e-5)
+    exact, actual = random.uniform(-1, 1, (2, 3, 3, 72, 96)).astype(np.float32)
+    expected = network(torch.from_numpy(exact), torch.from_numpy(actual)).mean()
+    assert lpips(exact, actual) == pytest.approx(float(expected), rel=1e-5)
     assert lpips(exact, exact) == 0
-    grey, other = exact[:, :1, :16, :16], drawn[:, :1, :16, :16]
+    grey, other = exact[:, :1, :16, :16], actual[:, :1, :16, :16]
     large = [torch.from_numpy(value.repeat(3, 1).repeat(4, 2).repeat(4, 3)) for value in (grey, other)]
     assert lpips(grey, other) == pytest.approx(float(network(*large).mean()), rel=1e-5)
 
@@ -87,11 +87,11 @@ def test_an_export_compares_looks_and_fails_where_they_are_too_far(grey: Path, w
     with pytest.raises(ParityError, match=r"^engine: LPIPS 0\.\d{4} of the pictures, allowed 0$"):
         require(report.verdict)
     assert report.parity is not None
-    (drawn,) = report.parity.trajectories
-    assert 0 < (drawn.lpips or 0) < 1
-    assert 10 < (drawn.psnr or 0) < 100
-    assert 0 < (drawn.ssim or 0) < 1
-    assert drawn.seen() in (out / "report.html").read_text()
+    (trajectory,) = report.parity.trajectories
+    assert 0 < (trajectory.lpips or 0) < 1
+    assert 10 < (trajectory.psnr or 0) < 100
+    assert 0 < (trajectory.ssim or 0) < 1
+    assert trajectory.appearance() in (out / "report.html").read_text()
 
 
 def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Path) -> None:
@@ -101,16 +101,16 @@ def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Pat
     recipe = recipe_of(reference, metric_weights=str(weights))
     random = np.random.default_rng(2)
     exact = random.standard_normal((2, 2, 8, 8)).astype(np.float32)
-    drawn = exact + 0.3 * random.standard_normal(exact.shape).astype(np.float32)
-    assert appearance(reference, recipe_of(reference), exact, drawn) == {}, "nobody asked for what takes seconds"
-    found = appearance(reference, recipe, exact, drawn)
+    actual = exact + 0.3 * random.standard_normal(exact.shape).astype(np.float32)
+    assert appearance(reference, recipe_of(reference), exact, actual) == {}, "nobody asked for what takes seconds"
+    result = appearance(reference, recipe, exact, actual)
     with torch.inference_mode():
-        pictures = [vae.decode(torch.from_numpy(value) / 0.5).sample.clamp(-1, 1) for value in (exact, drawn)]
+        pictures = [vae.decode(torch.from_numpy(value) / 0.5).sample.clamp(-1, 1) for value in (exact, actual)]
     noise = (pictures[0] - pictures[1]).square().mean(dim=(1, 2, 3))
-    assert found["psnr"] == pytest.approx(float((10 * torch.log10(4 / noise)).mean()), abs=1e-3)
-    assert found["lpips"] == pytest.approx(Lpips.load(weights)(*(value.numpy() for value in pictures)), rel=1e-4)
+    assert result["psnr"] == pytest.approx(float((10 * torch.log10(4 / noise)).mean()), abs=1e-3)
+    assert result["lpips"] == pytest.approx(Lpips.load(weights)(*(value.numpy() for value in pictures)), rel=1e-4)
     assert isinstance(vae, AutoencoderKL)
-    broken = np.full_like(drawn, math.nan)
+    broken = np.full_like(actual, math.nan)
     assert appearance(reference, recipe, exact, broken) == {}
 
 
@@ -139,13 +139,13 @@ def test_weights_that_are_not_there_are_refused_in_one_line(
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
     spoil(folder)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError) as error:
         require_weights(folder)
-    assert message.format(folder=folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message.format(folder=folder) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_model_whose_latents_nobody_decodes_is_refused(weights: Path, tiny_folder: Path) -> None:
+def test_a_model_without_a_decoder_for_its_latents_is_refused(weights: Path, tiny_folder: Path) -> None:
     reference = load_reference(str(tiny_folder))
     with pytest.raises(RecipeError, match="pictures of this model cannot be compared, for its checkpoint has no VAE; leave it"):
         require_appearance(reference, recipe_of(reference, metric_weights=str(weights)))

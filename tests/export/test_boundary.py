@@ -15,9 +15,9 @@ from dq_export.cli.errors import LINE_LENGTH, LINES, print_error, reason_of
 
 
 def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    done = command_line.call(*words, timeout=120, **more)
-    assert "Traceback" not in done.stderr
-    return done
+    result = command_line.call(*words, timeout=120, **more)
+    assert "Traceback" not in result.stderr
+    return result
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         ("model: dit-digits\nrules:\n- {match: '(?=a)', action: w8a8}", "is not a regular expression of RE2's syntax"),
         ("model: dit-digits\nrules: [a, b]", "rules.0"),
         ("model: [dit-digits]", "model = ['dit-digits']"),
-        ("1: 2", "key 1 is no option"),
+        ("1: 2", "key 1 is not an option"),
         ("- model", "expected a mapping of options, found list"),
         ("model: dit-digits\nseed: 2001-99-99", "seed = '2001-99-99'"),
         ("model: dit-digits\n" + "\n".join(f"k{i}: 1" for i in range(500)), "490 more"),
@@ -39,22 +39,22 @@ def call(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
 )
 def test_a_recipe_that_cannot_be_used_is_refused_by_name(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    done = call("--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert len(done.stderr) < 12_000
-    assert "\x1b" not in done.stderr
+    result = call("--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    assert result.returncode == 2
+    assert reason in result.stderr
+    assert len(result.stderr) < 12_000
+    assert "\x1b" not in result.stderr
     assert not (tmp_path / "out" / "stages.json").exists()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "file/out"])
 def test_a_folder_that_cannot_be_made_is_named_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = call("--model", "dit-digits", "--quiet", "-o", name, cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    assert done.stderr.startswith("error: ")
-    assert name[:20] in done.stderr
-    assert done.stderr.count("\n") == 1
+    result = call("--model", "dit-digits", "--quiet", "-o", name, cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert result.stderr.startswith("error: ")
+    assert name[:20] in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link in a circle", "not UTF-8", "missing"])
@@ -68,13 +68,13 @@ def test_a_recipe_that_is_no_file_of_text(kind: str, tmp_path: Path) -> None:
         path.write_bytes(b"model: \xff")
     elif kind != "missing":
         path.symlink_to(path)
-    done = call("--recipe", path, "-o", tmp_path / "out")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: recipe {path}: ")
-    assert done.stderr.count("\n") == 1
+    result = call("--recipe", path, "-o", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: recipe {path}: ")
+    assert result.stderr.count("\n") == 1
 
 
-def test_what_the_system_refuses_becomes_a_reason() -> None:
+def test_an_error_of_the_system_becomes_a_reason() -> None:
     assert reason_of(OSError(36, "File name too long", "xxx")) == "xxx: File name too long"
     assert "no space left for f" in reason_of(OSError(28, "No space left on device", "f"))
     assert "'onnxruntime' is missing" in reason_of(ImportError("no", name="onnxruntime"))
@@ -92,8 +92,8 @@ def test_an_error_cannot_steer_or_flood_the_terminal(capsys: pytest.CaptureFixtu
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     words = f"{sys.executable} -m dq_export --help"
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {words} | true"], capture_output=True, text=True, timeout=60, check=False
     )
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr

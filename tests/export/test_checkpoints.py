@@ -63,8 +63,8 @@ def as_published(vae: Path) -> None:
 def test_classes_are_renamed_as_diffusers_renames_them() -> None:
     from diffusers.models import model_loading_utils
 
-    theirs = model_loading_utils._CLASS_REMAPPING_DICT
-    assert {(old, norm): new for old, norms in theirs.items() for norm, new in norms.items()} == RENAMED
+    names = model_loading_utils._CLASS_REMAPPING_DICT
+    assert {(old, norm): new for old, norms in names.items() for norm, new in norms.items()} == RENAMED
     assert architecture_of({"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}) == "Transformer2DModel"
     assert architecture_of({"_class_name": "DiTTransformer2DModel", "norm_type": ["ada_norm_zero"]}) == "DiTTransformer2DModel"
     assert architecture_of({"_class_name": ["Transformer2DModel"]}) is None
@@ -182,12 +182,12 @@ CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
         (changed(activation_fn=7), r"transformer/config\.json: "),
     ],
 )
-def test_a_folder_that_is_not_whole_says_what_is_wrong(spoil: Any, message: str, model: Path) -> None:
+def test_an_incomplete_folder_is_refused_with_the_reason(spoil: Any, message: str, model: Path) -> None:
     spoil(model)
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as error:
         load_reference(str(model))
-    assert str(model) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(model) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_parts_of_a_pipeline_say_what_they_are(model: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_vae_that_makes_no_pictures_is_refused(vae: Path, tmp_path: Path) -> N
     assert load_vae(tmp_path / "grey", (4, 8, 8)) is None
 
 
-def test_a_lost_vae_is_said_where_a_server_needs_it(model: Path) -> None:
+def test_a_missing_vae_is_named_if_a_server_needs_it(model: Path) -> None:
     edit(model / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     reference = load_reference(str(model))
     assert reference.decoder == model / "vae"
@@ -275,9 +275,9 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(
     from dq_export.cli.app import app
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    done = CliRunner().invoke(app, words)
-    assert done.exception is not None
-    assert (str(tmp_path / "gone") in str(done.exception)) is (words != ["--model=~/gone"])
+    result = CliRunner().invoke(app, words)
+    assert result.exception is not None
+    assert (str(tmp_path / "gone") in str(result.exception)) is (words != ["--model=~/gone"])
 
 
 def test_one_flag_for_another_model_leaves_out_the_files_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

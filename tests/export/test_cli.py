@@ -47,11 +47,11 @@ def digests(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    done = call(*export(tiny_folder, out))
-    assert done.returncode == 0, done.stderr
+    result = call(*export(tiny_folder, out))
+    assert result.returncode == 0, result.stderr
     assert json.loads((out / "report.json").read_text())["command"].startswith("dq-export --model ")
     for stage in ("load", "float", "calibrate", "reference", "quantize", "build", "audit", "verify", "bench"):
-        assert f"{stage:9} done" in done.stderr
+        assert f"{stage:9} done" in result.stderr
     for word in (
         "passed",
         "worst call",
@@ -63,25 +63,25 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "not quantized",
         "embedders",
     ):
-        assert word in done.stdout
+        assert word in result.stdout
     return out
 
 
 def test_help_fits_and_names_every_option() -> None:
-    done = call("--help")
+    result = call("--help")
     from dq_export.core.recipe import Recipe
 
-    assert done.returncode == 0
-    assert max(map(len, done.stdout.splitlines())) <= 120
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 120
     for name in set(Recipe.model_fields) - {
         "rules",
         "conditions_sha256",
         "lora_sha256",
         "tables_sha256",
     }:  # which only recipe files have
-        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert f"--{name.replace('_', '-')}" in result.stdout
     for name in ("calibrate", "quantize", "build", "verify", "audit", "bench", "explain", "--recipe", "--exclude", "--json"):
-        assert name in done.stdout
+        assert name in result.stdout
 
 
 def test_help_loads_neither_torch_nor_a_runtime() -> None:
@@ -90,8 +90,8 @@ def test_help_loads_neither_torch_nor_a_runtime() -> None:
         "heavy = {'torch', 'diffusers', 'onnxruntime', 'onnx', 'onnx_ir', 'polygraphy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -115,28 +115,28 @@ def test_help_loads_neither_torch_nor_a_runtime() -> None:
     ],
 )
 def test_bad_requests_get_one_clear_message(words: list[str], message: str, tmp_path: Path) -> None:
-    done = call(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr.replace("\n", " ").replace("│", "")
-    assert "Traceback" not in done.stderr
+    result = call(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr.replace("\n", " ").replace("│", "")
+    assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bits_may_be_written_in_capitals_and_a_recipe_key_must_exist(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("method: minmax\nscalling: auto\n")
-    done = call(*export(tiny_folder, tmp_path / "out", "--bits", "W8A8", "--recipe", str(tmp_path / "r.yaml")))
-    assert done.returncode == 2
-    assert "unknown key 'scalling'. Did you mean 'scaling'?" in done.stderr
-    assert len(done.stderr.splitlines()) == 1, "the model comes from the flag, and W8A8 is w8a8"
+    result = call(*export(tiny_folder, tmp_path / "out", "--bits", "W8A8", "--recipe", str(tmp_path / "r.yaml")))
+    assert result.returncode == 2
+    assert "unknown key 'scalling'. Did you mean 'scaling'?" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, "the model comes from the flag, and W8A8 is w8a8"
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"), [("nothing", "matches none of 20 linears"), ("attn1|ff", "leave no linear to quantize")]
 )
 def test_an_exclude_without_effect_or_with_too_much(tiny_folder: Path, tmp_path: Path, pattern: str, message: str) -> None:
-    done = call(*export(tiny_folder, tmp_path / "out", "--exclude", pattern))
-    assert done.returncode == 2
-    assert message in done.stderr
+    result = call(*export(tiny_folder, tmp_path / "out", "--exclude", pattern))
+    assert result.returncode == 2
+    assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -149,35 +149,35 @@ def test_an_activation_that_is_zero_is_an_error_that_keeps_what_was_done(tmp_pat
     for part in ("weight", "bias"):
         tensors[f"transformer_blocks.0.attn1.to_v.{part}"].zero_()
     save_file(tensors, path, metadata={"format": "pt"})
-    done = call(*export(folder, tmp_path / "out"))
-    assert done.returncode == 1
-    assert "'transformer_blocks.0.attn1.to_out.0' is zero at every timestep" in done.stderr
+    result = call(*export(folder, tmp_path / "out"))
+    assert result.returncode == 1
+    assert "'transformer_blocks.0.attn1.to_out.0' is zero at every timestep" in result.stderr
     assert (tmp_path / "out" / "float" / "model.onnx").exists()
-    again = call(*export(folder, tmp_path / "out", "--exclude", r"0\.attn1\.to_out", "--overwrite"))
-    assert again.returncode == 0, again.stderr
-    assert re.search(r"float     done: 0\.\d MB, kept from an earlier run", again.stderr)
+    second = call(*export(folder, tmp_path / "out", "--exclude", r"0\.attn1\.to_out", "--overwrite"))
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"float     done: 0\.\d MB, kept from an earlier run", second.stderr)
 
 
 def test_another_runs_folder_and_foreign_files_are_left_alone(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
     before = digests(finished)
-    done = call(*export(tiny_folder, finished, "--scaling", "none"))
-    assert done.returncode == 2
-    assert "(scaling: 'auto' -> 'none')" in done.stderr
+    result = call(*export(tiny_folder, finished, "--scaling", "none"))
+    assert result.returncode == 2
+    assert "(scaling: 'auto' -> 'none')" in result.stderr
     assert digests(finished) == before
     (tmp_path / "thesis.txt").write_text("x")
-    done = call(*export(tiny_folder, tmp_path))
-    assert done.returncode == 2
-    assert "files of something else (thesis.txt" in done.stderr
+    result = call(*export(tiny_folder, tmp_path))
+    assert result.returncode == 2
+    assert "files of something else (thesis.txt" in result.stderr
 
 
 def test_too_far_from_pytorch_is_status_4_and_in_float_status_3(tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
-    done = call("--model", tiny_folder, *QUICK[:4], "--min-sqnr", "150", "-o", tmp_path / "out")
-    assert done.returncode == 4
-    assert "required 150.0 dB" in done.stderr
-    assert "Try --granularity token, --rounding gptq" in done.stderr
-    assert "--scaling auto" not in done.stderr, "it was used"
-    assert re.search(r"verdict +│ FAILED", done.stdout)
-    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout.replace("\n", "")
+    result = call("--model", tiny_folder, *QUICK[:4], "--min-sqnr", "150", "-o", tmp_path / "out")
+    assert result.returncode == 4
+    assert "required 150.0 dB" in result.stderr
+    assert "Try --granularity token, --rounding gptq" in result.stderr
+    assert "--scaling auto" not in result.stderr, "it was used"
+    assert re.search(r"verdict +│ FAILED", result.stdout)
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in result.stdout.replace("\n", "")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("failed", 4)
     assert report["verdict"]["worst"] == min(report["parity"]["calls"][1:], key=lambda item: item["sqnr"])
@@ -191,9 +191,9 @@ def test_too_far_from_pytorch_is_status_4_and_in_float_status_3(tiny_folder: Pat
         for user, index in list(dequantize.outputs[0].uses()):
             user.replace_input_with(index, node.inputs[0])
     ir.save(model, tmp_path / "out" / "model.onnx")
-    done = call("audit", tmp_path / "out")
-    assert done.returncode == 3
-    assert "no DequantizeLinear" in done.stdout
+    result = call("audit", tmp_path / "out")
+    assert result.returncode == 3
+    assert "no DequantizeLinear" in result.stdout
 
 
 def test_a_finished_folder_answers(finished: Path) -> None:
@@ -210,10 +210,10 @@ def test_a_finished_folder_answers(finished: Path) -> None:
 
 
 def test_json_is_the_report_alone(finished: Path, tiny_folder: Path) -> None:
-    done = call(*export(tiny_folder, finished, "--json"))
-    assert done.returncode == 0
-    assert json.loads(done.stdout) == json.loads((finished / "report.json").read_text())
-    assert done.stderr == ""
+    result = call(*export(tiny_folder, finished, "--json"))
+    assert result.returncode == 0
+    assert json.loads(result.stdout) == json.loads((finished / "report.json").read_text())
+    assert result.stderr == ""
 
 
 def interrupt(words: list[str | Path], stage: str, number: signal.Signals) -> tuple[int, str]:
@@ -232,10 +232,10 @@ def interrupt(words: list[str | Path], stage: str, number: signal.Signals) -> tu
     return process.wait(), text
 
 
-EVERY = (("load", "float", "calibrate", "build"), ("float", "calibrate", "reference", "quantize", "build", "verify"))
+STAGES = (("load", "float", "calibrate", "build"), ("float", "calibrate", "reference", "quantize", "build", "verify"))
 
 
-@pytest.mark.parametrize(("interrupted", "killed"), [(("float",), ("calibrate",)), pytest.param(*EVERY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("interrupted", "killed"), [(("float",), ("calibrate",)), pytest.param(*STAGES, marks=pytest.mark.slow)])
 def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
     interrupted: tuple[str, ...], killed: tuple[str, ...], tiny_folder: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -248,29 +248,29 @@ def test_interrupted_or_killed_in_a_stage_the_same_command_gives_the_same_bytes(
     for stage in killed:
         status, text = interrupt(words, stage, signal.SIGKILL)
         assert status == -signal.SIGKILL, f"not killed in {stage}: {text}"
-    done = call(*words)
-    assert done.returncode == 0, done.stderr
-    assert "calibrate done" in done.stderr
-    assert "kept from an earlier run" in done.stderr
+    result = call(*words)
+    assert result.returncode == 0, result.stderr
+    assert "calibrate done" in result.stderr
+    assert "kept from an earlier run" in result.stderr
     assert digests(tmp_path / "out") == digests(finished)
     assert not (tmp_path / "out" / ".partial").exists()
 
 
 @pytest.mark.slow  # of another stage than tests/export/test_robustness.py, which fills a real file system
 @pytest.mark.parametrize("limit", [100_000, 285_000], ids=["in-float", "in-the-graph"])
-def test_no_space_left_is_said_and_loses_nothing(limit: int, tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(limit: int, tiny_folder: Path, finished: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for a full disk: the same error class from the same write calls."""
     words = export(tiny_folder, tmp_path / "out")
-    done = subprocess.run(
+    result = subprocess.run(
         command(*words),
         capture_output=True,
         text=True,
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert done.returncode == 1
-    assert "no space left" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert result.returncode == 1
+    assert "no space left" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / ".partial").exists()
     assert call(*words).returncode == 0
     assert digests(tmp_path / "out") == digests(finished)

@@ -14,7 +14,7 @@ class Cycle:
     """An object that only the collector frees."""
 
     def __init__(self) -> None:
-        self.itself = self
+        self.cycle = self
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +22,15 @@ def _nothing_is_passed_over() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_it_passes_over_what_was_there_until_everything_is_collected() -> None:
+def test_older_objects_are_skipped_until_everything_is_collected() -> None:
     old = Cycle()
-    gone = weakref.ref(old)
+    reference = weakref.ref(old)
     with collector_spared():
         del old
         gc.collect()
-        assert gone() is not None
+        assert reference() is not None
         collect_everything()
-        assert gone() is None
+        assert reference() is None
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
 
@@ -44,7 +44,7 @@ def test_after_an_error_it_collects_again() -> None:
     assert gc.isenabled()
 
 
-def test_paused_it_frees_nothing_by_itself() -> None:
+def test_a_paused_collector_frees_nothing_by_itself() -> None:
     with collector_paused():
         assert not gc.isenabled()
     assert gc.isenabled()

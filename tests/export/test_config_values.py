@@ -81,9 +81,9 @@ def test_a_value_that_no_network_has_is_refused_by_file_and_key(
     config.unlink()
     config.write_text(json.dumps({**json.loads(text), **changes}))
     start = time.monotonic()
-    with pytest.raises(ModelError, match=rf"transformer/config.json: {message}") as caught:
+    with pytest.raises(ModelError, match=rf"transformer/config.json: {message}") as error:
         load_reference(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert time.monotonic() - start < 30, "nothing of that size was made"
 
 
@@ -126,8 +126,8 @@ def test_every_key_that_diffusers_takes_has_a_type() -> None:
     untyped = {"latents_mean", "latents_std"}  # of the encoder's statistics, which a decoder does not read
     networks = [(name, family.values) for family in FAMILIES for name in family.architectures]
     for name, values in [*networks, ("AutoencoderKL", VaeValues)]:
-        taken = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
-        assert taken - untyped == set(values.model_fields), name
+        parameters = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+        assert parameters - untyped == set(values.model_fields), name
     keys: set[str] = set()
     for name in NOISE.schedulers | FLOW.schedulers:
         keys |= set(inspect.signature(getattr(diffusers, name).__init__).parameters)

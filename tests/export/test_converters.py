@@ -30,7 +30,7 @@ BLOCKS = tuple(
 NAME = BLOCKS[-1]
 
 
-def taken(tiny: Reference, path: Path, **options: Any) -> Tables:
+def tables_of(tiny: Reference, path: Path, **options: Any) -> Tables:
     recipe = recipe_of(tiny, **options)
     return read_tables(path, tiny, recipe.assign(tiny.linears), recipe, tiny.timesteps(T))
 
@@ -56,8 +56,8 @@ def efficientdm(tiny: Reference, bits: int) -> dict[str, Any]:
         module, weight = f"model.{name}", torch.from_numpy(tiny.weight(name).copy())
         delta, zero = ranges(weight, bits)
         codes = ((weight / delta).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
-        each = 8 // bits
-        packed = sum(codes[j::each].to(torch.int32) << (bits * j) for j in range(each))
+        codes_of_byte = 8 // bits
+        packed = sum(codes[j::codes_of_byte].to(torch.int32) << (bits * j) for j in range(codes_of_byte))
         down, up = 0.02 * torch.randn(4, weight.shape[1]), 0.1 * torch.randn(len(weight), 4)
         step, point = ranges((codes - zero) * delta + up @ down, bits)
         state |= {
@@ -98,15 +98,15 @@ def test_efficientdm(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None
     convert_efficientdm.main([*words, "--activation-bits", "4"])
     file = load_table_file(tmp_path / "tables")
     assert set(file.header.linears) == set(BLOCKS)
-    given = centred_codes(file, NAME) * file.read(NAME, "weight.scale")[:, None]
-    np.testing.assert_allclose(given, merged(state, tiny, NAME, 4), atol=1e-6)
+    weight = centred_codes(file, NAME) * file.read(NAME, "weight.scale")[:, None]
+    np.testing.assert_allclose(weight, merged(state, tiny, NAME, 4), atol=1e-6)
     with pytest.raises(
         RecipeError, match=r"weight.codes' has the range .* int4 holds -7 … 7: give it a rule with weights of more bits"
     ):
-        taken(tiny, tmp_path / "tables", bits="w4a4", group_size=0)
+        tables_of(tiny, tmp_path / "tables", bits="w4a4", group_size=0)
     convert_efficientdm.main([*words, "--activation-bits", "4", "--float-weights"])
-    np.testing.assert_allclose(load_table_file(tmp_path / "tables").read(NAME, "weight"), given, atol=1e-6)
-    table = taken(tiny, tmp_path / "tables", bits="w4a4", group_size=0).activations[NAME]
+    np.testing.assert_allclose(load_table_file(tmp_path / "tables").read(NAME, "weight"), weight, atol=1e-6)
+    table = tables_of(tiny, tmp_path / "tables", bits="w4a4", group_size=0).activations[NAME]
     np.testing.assert_allclose([table.at(t) for t in sorted(tiny.timesteps(T))], 16 * np.linspace(0.02, 0.03, T), rtol=1e-6)
     options = {**QUICK, "bits": "w4a4", "group_size": 0}
     dq_export.build(model=str(tiny_folder), output_dir=tmp_path / "out", tables=str(tmp_path / "tables"), **options)
@@ -140,8 +140,8 @@ def quest(tiny: Reference, channels: bool) -> dict[str, Any]:
         module, weight = f"model.{name}", torch.from_numpy(tiny.weight(name).copy()) + 0.01 * torch.randn(tiny.weight(name).shape)
         delta, zero = ranges(weight, 8)
         width = weight.shape[1]
-        apart = torch.linspace(0.5, 2.0, width) if channels else torch.ones(width)
-        lists = torch.linspace(0.03, 0.02, T)[:, None, None] * apart
+        differences = torch.linspace(0.5, 2.0, width) if channels else torch.ones(width)
+        lists = torch.linspace(0.03, 0.02, T)[:, None, None] * differences
         state |= {
             f"{module}.weight": weight,
             f"{module}.bias": torch.from_numpy(tiny.bias(name).copy()),
@@ -174,16 +174,16 @@ def test_quest(channels: bool, tiny: Reference, tiny_folder: Path, tmp_path: Pat
         np.testing.assert_array_equal(file.read(NAME, "activation.zero_point"), 120)
         before = centred_codes(file, NAME)
         with pytest.raises(RecipeError, match=r"weight.codes' has the range .* around its zero point; int8 holds -127 … 127"):
-            taken(tiny, tmp_path / "tables")
+            tables_of(tiny, tmp_path / "tables")
         convert_quest.main([*words, "--activation-bits", "8", "--weight-bits", "8", "--float-weights"])
-        assert taken(tiny, tmp_path / "tables").has_weight(NAME)
+        assert tables_of(tiny, tmp_path / "tables").has_weight(NAME)
         weight, delta = state[f"model.{NAME}.weight"], state[f"model.{NAME}.weight_quantizer.delta"]
         state[f"model.{NAME}.weight_quantizer.alpha"] = -torch.ones_like(weight)  # adaptive rounding: all down
         save(tmp_path / "a.pth", state)
         convert_quest.main([*words, "--activation-bits", "8", "--weight-bits", "8"])
         after = centred_codes(load_table_file(tmp_path / "tables"), NAME)
-        least = -state[f"model.{NAME}.weight_quantizer.zero_point"].numpy()
-        np.testing.assert_array_equal(after, np.maximum((weight / delta).floor().numpy(), least))
+        lowest = -state[f"model.{NAME}.weight_quantizer.zero_point"].numpy()
+        np.testing.assert_array_equal(after, np.maximum((weight / delta).floor().numpy(), lowest))
         assert (after != before).any()
 
 
@@ -195,7 +195,7 @@ def test_modules_that_read_one_input_get_a_table_that_covers_theirs(tiny: Refere
     for letter in "qkv":
         np.testing.assert_array_equal(file.read(f"transformer_blocks.0.attn1.to_{letter}", "activation.scale"), [2, 2, 3, 4])
         np.testing.assert_array_equal(file.read(f"transformer_blocks.1.attn1.to_{letter}", "activation.scale"), [1, 2, 3, 4])
-    assert taken(tiny, tmp_path / "tables").activations
+    assert tables_of(tiny, tmp_path / "tables").activations
 
 
 def test_tdq(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None:
@@ -219,12 +219,12 @@ def test_qdit(granularity: str, tiny: Reference, tiny_folder: Path, tmp_path: Pa
     convert_qdit.main(words)
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     assigned = recipe.assign(tiny.linears)
-    found = [
+    actual = [
         assigned[f"transformer_blocks.{i}.{name}"].scheme.weight.size
         for i in (0, 1)
         for name in ("attn1.to_k", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
     ]  # type: ignore[union-attr]
-    assert found == [16, 16, 32, 64, 32, 16, 16, 128]
+    assert actual == [16, 16, 32, 64, 32, 16, 16, 128]
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
     dq_export.build(output_dir=tmp_path / "out", **{**values, **QUICK})
     assert assigned["transformer_blocks.0.ff.net.2"].scheme.activation.granularity == granularity  # type: ignore[union-attr]

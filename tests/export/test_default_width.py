@@ -28,7 +28,7 @@ FIRST = r"^(transformer_blocks\.0)\."
         ({"bits": "w8a8"}, "tensor", False),
     ],
 )
-def test_who_names_a_granularity_or_rules_gets_them(
+def test_a_granularity_or_rules_of_the_user_are_kept(
     options: dict[str, Any], granularity: str, wide: bool, tiny: Reference
 ) -> None:
     recipe = resolve(Recipe.parse({"model": "m", "bits": "w4a8", **options}, "test"), (), tiny, None)
@@ -38,8 +38,8 @@ def test_who_names_a_granularity_or_rules_gets_them(
 
 
 def test_a_familys_own_exceptions_come_before_the_first_blocks(tiny: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Rule(match=r"\.ff\.", action="float", reason="the family's")
-    monkeypatch.setattr(tiny, "rules", (own, *tiny.rules))
+    family_rule = Rule(match=r"\.ff\.", action="float", reason="the family's")
+    monkeypatch.setattr(tiny, "rules", (family_rule, *tiny.rules))
     recipe = resolve(Recipe.parse({"model": "m", "bits": "w4a8"}, "test"), (), tiny, None)
     assert recipe.rules is not None
     assert [rule.action for rule in recipe.rules[:3]] == ["float", "w8a8", "bits"]

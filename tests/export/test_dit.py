@@ -52,8 +52,8 @@ def test_a_dit_draws_what_diffusers_own_pipeline_draws(out_channels: int, guidan
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(2)]
     images = pipeline(labels.tolist(), guidance, generators, num_inference_steps=4, output_type="np").images
     with torch.no_grad():
-        ours = (vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    difference = np.abs(images - ours.permute(0, 2, 3, 1).numpy()).max()
+        actual = (vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    difference = np.abs(images - actual.permute(0, 2, 3, 1).numpy()).max()
     # The same operations; DiTPipeline steps both halves of the batch, we one, and of values about 1 float32 keeps 6e-8.
     assert difference <= 1e-5
     assert images.std() > 0.05, "a picture that is one colour would prove nothing"
@@ -78,10 +78,10 @@ def test_drawing_twice_gives_the_same_whatever_the_sampler(scheduler: str, tmp_p
         return reference.forward(feed)
 
     reference.draw(recorded, noise, labels, steps=4, guidance=2.0)
-    sent = [float(feed["timestep"][0]) for feed in feeds]  # type: ignore[arg-type]
+    timesteps = [float(feed["timestep"][0]) for feed in feeds]  # type: ignore[arg-type]
     before: list[float] = []
     reference.trajectory(labels, steps=4, seed=5, guidance=2.0, before=lambda feed: before.append(float(feed["timestep"][0])))
-    assert sent == reference.timesteps(4) == before
+    assert timesteps == reference.timesteps(4) == before
     for feed in feeds:
         assert feed["hidden_states"].shape == (4, *reference.feed_shape)
         assert feed["class_labels"].tolist() == [1, 2, 5, 5]
@@ -143,12 +143,14 @@ def edit_config(transformer: Path, **changes: Any) -> None:
     ],
     ids=["empty", "half", "nearly whole", "norm", "channels", "blocks", "list", "no class"],
 )
-def test_a_damaged_or_foreign_checkpoint_says_what_is_wrong(folder: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, spoil: Any, message: str
+) -> None:
     shutil.copytree(folder, tmp_path / "model")
     spoil(tmp_path / "model" / "transformer")
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as error:
         load_reference(str(tmp_path / "model"))
-    assert str(tmp_path / "model") in str(caught.value), "the message names the place"
+    assert str(tmp_path / "model") in str(error.value), "the message names the place"
 
 
 def test_a_pickle_beside_safetensors_is_not_read(folder: Path, tmp_path: Path) -> None:
@@ -218,8 +220,8 @@ def test_a_gpu_computes_what_the_processor_does(tiny_folder: Path) -> None:
     reference: Any = load_reference(str(tiny_folder))
     exact = reference.forward(feed_of(reference))
     with reference.on("cuda"):
-        found = reference.forward(feed_of(reference))
-    assert sqnr(exact, found) > 90  # float32 on both, sums in other orders
+        actual = reference.forward(feed_of(reference))
+    assert sqnr(exact, actual) > 90  # float32 on both, sums in other orders
 
 
 def test_the_timestep_embedding_is_diffusers_own_to_rounding_in_every_dtype(reference: Any) -> None:

@@ -20,9 +20,9 @@ def of_library(modules: tuple[str, ...], capability: str = "", gpu: str = "") ->
 
 
 def test_the_command_lists_libraries_processor_and_server() -> None:
-    done = call("doctor", env={"COLUMNS": "300", "PATH": "/nowhere"})
-    assert done.returncode == 0, done.stderr
-    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
+    result = call("doctor", env={"COLUMNS": "300", "PATH": "/nowhere"})
+    assert result.returncode == 0, result.stderr
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
     assert set(rows) >= {"CPU", "NVIDIA GPU", "tritonserver", *(library.title for library in doctor.LIBRARIES)}
     assert f" {metadata.version('onnxruntime')} " in rows["ONNX Runtime"]
     assert "pip" not in rows["ONNX Runtime"]
@@ -35,7 +35,7 @@ def test_a_missing_library_has_the_command_that_adds_it(monkeypatch: pytest.Monk
     assert (client.state, client.remedy) == ("missing", "pip install 'dq-export[triton]'")
 
 
-def test_a_library_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_cannot_be_imported_is_reported_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_library.py").write_text("raise ImportError('libz.so.9: no such file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.syspath_prepend(tmp_path)

@@ -69,7 +69,7 @@ def pipeline_of(denoiser: Any, model: Path) -> tuple[Any, list[torch.Tensor]]:
     return pipeline, latents
 
 
-def drawn(denoiser: Any, model: Path, pictures: int) -> Float32:
+def draw_with(denoiser: Any, model: Path, pictures: int) -> Float32:
     """The first of the recording's pictures, drawn by DiTPipeline from its noise."""
     pipeline, latents = pipeline_of(denoiser, model)
     seeds = [(SEED + HELD_OUT) * 100_003 + i for i in range(pictures)]
@@ -91,20 +91,20 @@ def drawn_by_the_export(out: Path, pictures: int) -> Float32:
 def test_a_pipeline_draws_what_the_export_recorded(timesteps: str, model: Path, request: pytest.FixtureRequest) -> None:
     """Bit for bit what the export's own calls of the engine draw, and as far from PyTorch's pictures as the report says."""
     out: Path = request.getfixturevalue(timesteps)
-    found = drawn(dq_export.load(out), model, PICTURES)
-    np.testing.assert_array_equal(found, drawn_by_the_export(out, PICTURES))
+    actual = draw_with(dq_export.load(out), model, PICTURES)
+    np.testing.assert_array_equal(actual, drawn_by_the_export(out, PICTURES))
     parity = FinishedFolder.open(out).report().parity
     assert parity is not None
     recorded = load_tensors(out / "parity" / "pytorch.safetensors")[0]["pictures"]
-    assert sqnr(recorded, found) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
-    np.testing.assert_array_equal(drawn(dq_export.load(out), model, 1), drawn_by_the_export(out, 1))
+    assert sqnr(recorded, actual) == pytest.approx(parity.trajectories[0].sqnr, abs=1e-3)
+    np.testing.assert_array_equal(draw_with(dq_export.load(out), model, 1), drawn_by_the_export(out, 1))
 
 
 def test_a_pipeline_draws_with_openvino(shared: Path, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_ep_openvino")
     shutil.copytree(shared, tmp_path / "out")
     out = export(model, tmp_path / "out", provider="openvino")
-    np.testing.assert_array_equal(drawn(dq_export.load(out), model, PICTURES), drawn_by_the_export(out, PICTURES))
+    np.testing.assert_array_equal(draw_with(dq_export.load(out), model, PICTURES), drawn_by_the_export(out, PICTURES))
 
 
 def test_samples_of_one_call_may_have_their_own_timesteps(per_sample: Path, shared: Path) -> None:
@@ -131,10 +131,10 @@ def test_diffusers_own_ways_with_a_pipeline_pass_the_engine_over(
         pipeline.save_pretrained(tmp_path)
         (message,) = caplog.messages
         assert message.startswith("self.transformer=StandIn of DiTTransformer2DModel, to be set as pipe.transformer of type")
-        again = DiTPipeline.from_pretrained(tmp_path, transformer=None)
-        again.transformer = engine
-        again.set_progress_bar_config(disable=True)
-        images = [one([7], GUIDANCE, torch.Generator().manual_seed(0), STEPS, "np").images for one in (pipeline, again)]
+        other = DiTPipeline.from_pretrained(tmp_path, transformer=None)
+        other.transformer = engine
+        other.set_progress_bar_config(disable=True)
+        images = [one([7], GUIDANCE, torch.Generator().manual_seed(0), STEPS, "np").images for one in (pipeline, other)]
     finally:
         logger.removeHandler(caplog.handler)
     np.testing.assert_array_equal(*images)
@@ -145,7 +145,7 @@ def test_a_folder_of_a_format_without_engines_gives_its_graph(shared: Path, mode
     out = tmp_path / "out"
     shutil.copytree(shared, out, ignore=shutil.ignore_patterns("engine"))
     exported_for(out, "onnx")
-    np.testing.assert_array_equal(drawn(dq_export.load(out), model, 1), drawn(dq_export.load(shared), model, 1))
+    np.testing.assert_array_equal(draw_with(dq_export.load(out), model, 1), draw_with(dq_export.load(shared), model, 1))
 
 
 def test_a_batch_that_the_engine_was_not_built_for_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +191,11 @@ def test_a_folder_that_gives_no_engine_is_refused_in_one_line(
     out = tmp_path / "out"
     shutil.copytree(shared, out)
     spoil(out)
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as failure:
         dq_export.load(out)
-    assert message.format(out=out) in str(caught.value)
-    assert str(out) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message.format(out=out) in str(failure.value)
+    assert str(out) in str(failure.value)
+    assert "\n" not in str(failure.value)
 
 
 def test_a_missing_runtime_is_named(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_the_documents_lines_of_plain_onnxruntime_run(
     (tmp_path / "out").symlink_to(shared)
     (tmp_path / "model").symlink_to(model)
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {}
-    exec(code, found)  # the page's own lines
-    assert found["latents"].shape == (4, 2, 8, 8)
-    assert np.isfinite(found["latents"].numpy()).all()
+    actual: dict[str, Any] = {}
+    exec(code, actual)  # the page's own lines
+    assert actual["latents"].shape == (4, 2, 8, 8)
+    assert np.isfinite(actual["latents"].numpy()).all()

@@ -34,17 +34,17 @@ class Watch:
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.kept: list[str] = []
+        self.reused: list[str] = []
         self.stage = ""
 
-    def begin(self, stage: str, what: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         self.stage = stage
 
     def advance(self, done: int, total: int, unit: str = "") -> None:
         assert 0 <= done <= total
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        (self.kept if kept else self.done).append(self.stage)
+        (self.reused if kept else self.done).append(self.stage)
 
 
 def test_the_folder_holds_everything(tiny_exported: Path) -> None:
@@ -94,13 +94,13 @@ def test_a_second_run_keeps_every_stage_and_other_options_redo_what_differs(tiny
     assert not (tmp_path / "out" / "engine").exists()
     watch = Watch()
     dq_export.export(**options, progress=watch)
-    assert watch.kept == ["float", "calibrate", "quantize"]
+    assert watch.reused == ["float", "calibrate", "quantize"]
     watch = Watch()
     dq_export.export(**options, progress=watch)
-    assert watch.kept == UNSERVED
+    assert watch.reused == UNSERVED
     watch = Watch()
     dq_export.export(**{**options, "scaling": "none"}, overwrite=True, progress=watch)
-    assert watch.kept == ["float", "reference"]  # the timestep bins stayed as they were
+    assert watch.reused == ["float", "reference"]  # the timestep bins stayed as they were
 
 
 def test_the_saved_recipe_repeats_the_run_byte_for_byte(tiny_exported: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_per_sample_timesteps(tiny_folder: Path, tmp_path: Path) -> None:
     assert report.mean_sqnr("engine") > 30
 
 
-def test_excluded_linears_stay_float_and_say_why(tiny_folder: Path, tmp_path: Path) -> None:
+def test_excluded_linears_stay_float_with_a_reason(tiny_folder: Path, tmp_path: Path) -> None:
     report = export_untimed(tiny_folder, tmp_path, exclude=(r"to_q$", r"blocks\.0\.ff"), **QUICK)
     excluded = {linear.name: linear for linear in report.linears if "excluded" in linear.reason}
     assert set(excluded) == {f"transformer_blocks.{n}" for n in ("0.attn1.to_q", "1.attn1.to_q", "0.ff.net.0.proj", "0.ff.net.2")}
@@ -240,10 +240,10 @@ def test_other_bits_and_granularities_export_and_are_audited_again(
     report = export_untimed(tiny_folder, tmp_path / "out", **{**QUICK, "min_sqnr": 0, **options})
     assert report.audit is not None
     assert report.audit.coverage == 1
-    found, _ = audit_again(tmp_path / "out")
-    assert found.coverage == 1
-    again = export_untimed(tiny_folder, tmp_path / "again", **{**QUICK, "min_sqnr": 0, **options})
-    assert again.parity == report.parity
+    actual, _ = audit_again(tmp_path / "out")
+    assert actual.coverage == 1
+    second = export_untimed(tiny_folder, tmp_path / "again", **{**QUICK, "min_sqnr": 0, **options})
+    assert second.parity == report.parity
     for name in ("calibration.safetensors", "model.onnx", "model.onnx.data"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
@@ -269,7 +269,7 @@ LATE = {
 
 
 @pytest.mark.parametrize(("scheduler", "options", "message"), LATE.values(), ids=LATE)
-def test_what_the_sampler_cannot_do_is_refused_before_anything_is_written(
+def test_options_that_the_sampler_does_not_take_are_refused_before_anything_is_written(
     scheduler: dict[str, Any], options: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
@@ -288,7 +288,7 @@ def test_shapes_are_read_before_anything_is_written(tiny_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("limit", [-1.0, 0.0, float("inf"), float("nan")])
-def test_a_memory_that_is_none_is_refused(limit: float, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_impossible_memory_limit_is_refused(limit: float, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--max-memory .*: expected a number of GiB above 0"):
         dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", max_memory=limit, **QUICK)
     assert not (tmp_path / "out").exists()

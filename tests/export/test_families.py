@@ -12,13 +12,13 @@ from conftest import save_tiny
 from json_file import edit
 
 from dq_export.families.reference import ModelError, Reference
-from dq_export.families.source import NAMED, load_reference
+from dq_export.families.source import MODELS, load_reference
 
 
 def test_the_scaling_of_a_dit_goes_into_its_modulation_and_its_value_projection_and_stays_behind_gelu(tiny: Reference) -> None:
     """The rows are those of adaLN-zero: shift, scale, gate of attention, then of the MLP. 1 is what adaLN adds to a scale."""
     block, width = "transformer_blocks.1", 32
-    found = {
+    actual = {
         site.name.removeprefix(f"{block}."): [
             (part.kind, part.name.removeprefix(f"{block}."), part.rows[0] // width, part.shift, part.plus)
             for part in site.fold.parts
@@ -26,7 +26,7 @@ def test_the_scaling_of_a_dit_goes_into_its_modulation_and_its_value_projection_
         for site in tiny.sites
         if site.name.startswith(block)
     }
-    assert found == {
+    assert actual == {
         "attn1.to_q": [("linear", "norm1.linear", 1, False, 1.0), ("linear", "norm1.linear", 0, True, 0.0)],
         "attn1.to_out.0": [("linear", "attn1.to_v", 0, True, 0.0)],
         "ff.net.0.proj": [("linear", "norm1.linear", 4, False, 1.0), ("linear", "norm1.linear", 3, True, 0.0)],
@@ -76,7 +76,7 @@ def test_a_folder_of_only_the_transformer_has_dits_scheduler(tmp_path: Path) -> 
 def test_the_shipped_model_draws_digits_with_guidance_2() -> None:
     reference = load_reference("dit-digits")
     assert (reference.guidance, len(reference.conditions), reference.feed_shape) == (2.0, 10, (1, 16, 16))
-    folder = Path(NAMED["dit-digits"][0])
+    folder = Path(MODELS["dit-digits"][0])
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 10e6
 
 
@@ -125,7 +125,7 @@ def without_a_key(folder: Path) -> None:
     ("spoil", "message"),
     [
         (truncate, r"safetensors: cut short: it has 5000 of \d+ bytes; copy or download it again"),
-        (to_pickle, r"model\.bin: damaged, or no file of torch\.save"),
+        (to_pickle, r"model\.bin: damaged, or not a file of torch\.save"),
         (with_nan, r"NaN or Inf in 1 weights \(proj_out_2.bias\)"),
         (without_a_key, r"do not fit each other: the weights lack 1 of the network's tensors \(proj_out_2\.bias\)"),
         (
@@ -142,7 +142,7 @@ def without_a_key(folder: Path) -> None:
         (lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "os"}'), "'os' is not a scheduler"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_used_says_why(tmp_path: Path, spoil: Any, message: str) -> None:
+def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path, spoil: Any, message: str) -> None:
     spoil(save_tiny(tmp_path))
     with pytest.raises(ModelError, match=message):
         load_reference(str(tmp_path))

@@ -61,8 +61,8 @@ def test_blocks_that_differ_are_all_traced(deep: Path, tmp_path: Path) -> None:
     reference.model.transformer_blocks[2].norm3 = torch.nn.Identity()
     feed = feed_of(reference)
     reference.export_onnx(tmp_path / "model.onnx", shared=True)
-    exact, found = reference.forward(feed), run_onnx(tmp_path / "model.onnx", feed)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    exact, actual = reference.forward(feed), run_onnx(tmp_path / "model.onnx", feed)
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4])
@@ -138,12 +138,12 @@ def test_every_linear_of_every_block_is_named_as_in_pytorch(deep: Path, tmp_path
     reference = load_reference(str(deep))
     model = exported(deep, tmp_path / "out")
     run_passes(model, [FoldTranspose()])
-    found = linears(model)
+    actual = linears(model)
     import torch
 
     modules = reference.model.named_modules()  # type: ignore[attr-defined]
-    assert set(found) == {name for name, module in modules if isinstance(module, torch.nn.Linear)}
-    for name, linear in found.items():
+    assert set(actual) == {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+    for name, linear in actual.items():
         np.testing.assert_array_equal(linear.weight(), reference.weight(name))
 
 
@@ -163,9 +163,9 @@ def test_a_damaged_float_graph_is_refused_in_one_line(damage: str, deep: Path, t
         content = onnx.load(file, load_external_data=False)
         next(item for item in content.graph.initializer if item.external_data).dims[0] = 1 << 20
         file.write_bytes(content.SerializeToString())
-    with pytest.raises(GraphError, match=r"model\.onnx: not the float graph that an export writes; remove its folder") as caught:
+    with pytest.raises(GraphError, match=r"model\.onnx: not the float graph that an export writes; remove its folder") as error:
         load(file)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_text_that_is_no_utf8_is_refused_when_the_graph_is_written(tiny: Reference, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_one_trace_serves_the_structure_and_the_graph(
         return torch_export.export_graph(*words, shared=shared)
 
     monkeypatch.setattr(torch_network, "export_graph", traced)
-    monkeypatch.setattr(structure, "KNOWN", {})  # of this process's other tests
+    monkeypatch.setattr(structure, "STRUCTURES", {})  # of this process's other tests
     run(Recipe.parse({"model": str(tiny_folder), **options}, "test"), tmp_path / "out", until="float")
     assert traces == [timesteps == "shared"]
-    (known,) = structure.KNOWN.values()
-    assert known.sites == tiny.sites
+    (entry,) = structure.STRUCTURES.values()
+    assert entry.sites == tiny.sites

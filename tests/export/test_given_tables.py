@@ -51,9 +51,9 @@ def test_dit_digits_takes_the_tables_of_its_own_calibration(exported: Path, tmp_
     watch = Watch()
     dq_export.build(model="dit-digits", output_dir=tmp_path / "out", tables=str(path), progress=watch, **options)
     before, after = codes_of(exported), codes_of(tmp_path / "out")
-    given = [f"{name}.weight_codes" for plan in result.sites.values() for name in plan.site.linears]
-    assert len(given) == 36
-    for name in given:
+    names = [f"{name}.weight_codes" for plan in result.sites.values() for name in plan.site.linears]
+    assert len(names) == 36
+    for name in names:
         np.testing.assert_array_equal(after[name], before[name])
     assert "; 36 linears as our own gives them, calibrated: " in watch.ended["calibrate"][0]
     feed = feed_of(reference, timestep=500, samples=2)
@@ -72,8 +72,8 @@ def trained(tiny_folder: Path) -> Reference:
             module = reference.model.get_submodule(name)
             module.weight.data = module.weight + 0.3 * module.weight.std() * torch.randn_like(module.weight)
             module.bias.data = module.bias + torch.randn_like(module.bias)  # much, so that a wrong fold of it shows
-    found: Reference = reference
-    return found
+    actual: Reference = reference
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +94,23 @@ def test_the_graph_computes_what_was_trained(
     dq_export.quantize(model=str(tiny_folder), output_dir=tmp_path, tables=str(moved), **QUICK)
     for timestep in (0, 500):
         feed = feed_of(tiny, timestep=timestep)
-        found = run_onnx(tmp_path / "model.onnx", feed)
-        near, far = sqnr(trained.forward(feed), found), sqnr(tiny.forward(feed), found)
+        actual = run_onnx(tmp_path / "model.onnx", feed)
+        near, far = sqnr(trained.forward(feed), actual), sqnr(tiny.forward(feed), actual)
         assert near > 30
         assert near > far + 12
 
 
 def test_a_run_repeats_from_its_recipe_and_notices_another_file(moved: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    own = tmp_path / "mine.safetensors"
-    own.write_bytes(moved.read_bytes())
-    dq_export.calibrate(model=str(tiny_folder), output_dir=tmp_path / "out", tables=str(own), **QUICK)
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(moved.read_bytes())
+    dq_export.calibrate(model=str(tiny_folder), output_dir=tmp_path / "out", tables=str(path), **QUICK)
     recipe = Recipe.load(tmp_path / "out" / "recipe.yaml")
-    assert recipe.tables == str(own)
+    assert recipe.tables == str(path)
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
     watch = Watch()
     dq_export.calibrate(output_dir=tmp_path / "out", progress=watch, **values)
     assert watch.ended["calibrate"][1]
-    with own.open("r+b") as file:
+    with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     with pytest.raises(
@@ -132,14 +132,14 @@ def test_a_search_has_no_use_for_tables(moved: Path, tiny_folder: Path, tmp_path
 def test_a_flag_takes_the_place_of_a_recipes_file_and_digest(moved: Path, tmp_path: Path) -> None:
     old = {"tables": "a", "tables_sha256": "0" * 64, "lora": ["b:1.0"], "lora_sha256": ["1" * 64]}
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{key}: {value!r}" for key, value in {"model": "m", **old}.items()))
-    found = recipe_with(tmp_path / "recipe.yaml", {"tables": str(moved)})
-    assert (found.tables, found.tables_sha256, found.lora_sha256) == (str(moved), None, ("1" * 64,))
-    found = recipe_with(tmp_path / "recipe.yaml", {"lora": ["c", "d:0.5"]})
-    assert (found.lora, found.lora_sha256, found.tables_sha256) == (("c", "d:0.5"), None, "0" * 64)
+    recipe = recipe_with(tmp_path / "recipe.yaml", {"tables": str(moved)})
+    assert (recipe.tables, recipe.tables_sha256, recipe.lora_sha256) == (str(moved), None, ("1" * 64,))
+    recipe = recipe_with(tmp_path / "recipe.yaml", {"lora": ["c", "d:0.5"]})
+    assert (recipe.lora, recipe.lora_sha256, recipe.tables_sha256) == (("c", "d:0.5"), None, "0" * 64)
 
 
 @pytest.mark.parametrize("words", [("--tables", "absent"), ("--lora", "absent:0.5"), ("--lora", "absent", "--lora", "other")])
 def test_a_missing_file_is_a_line_and_a_status(words: tuple[str, ...], tmp_path: Path) -> None:
-    done = call("--model", "dit-digits", "-o", tmp_path / "out", *words)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: (tables|lora) \S+/absent: no such file\n", done.stderr[done.stderr.index("error") :])
+    result = call("--model", "dit-digits", "-o", tmp_path / "out", *words)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: (tables|lora) \S+/absent: no such file\n", result.stderr[result.stderr.index("error") :])

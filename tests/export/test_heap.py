@@ -38,6 +38,6 @@ print(resident() - start)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep no such memory")
 @pytest.mark.parametrize(("way", "stays"), [("plain", True), ("mapped", False), ("returned", False)])
-def test_what_is_freed_below_a_block_that_lives_goes_back(way: str, stays: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKS, way], capture_output=True, text=True, check=True)
-    assert (float(done.stdout) > 250) == stays, done.stdout
+def test_memory_freed_below_a_living_block_returns_to_the_system(way: str, stays: bool) -> None:
+    result = subprocess.run([sys.executable, "-c", BLOCKS, way], capture_output=True, text=True, check=True)
+    assert (float(result.stdout) > 250) == stays, result.stdout

@@ -94,8 +94,8 @@ def run(home: Path, *words: str, **environment: str) -> subprocess.CompletedProc
 def test_the_readmes_command_exports_the_model_as_the_hub_has_it(home: Path, today: Path, tmp_path: Path) -> None:
     """`dq-export --model dit`, and then again from the recipe that it wrote."""
     flags = [word for key, value in QUICK.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    done = run(home, "--model", "dit", "--bits", "w8a8", "--triton", *flags, "-o", str(tmp_path / "hub"))
-    assert done.returncode == 0, done.stderr
+    result = run(home, "--model", "dit", "--bits", "w8a8", "--triton", *flags, "-o", str(tmp_path / "hub"))
+    assert result.returncode == 0, result.stderr
     dq_export.quantize(model=str(today), output_dir=tmp_path / "plain", triton=True, **QUICK)
     assert (tmp_path / "hub" / "model.onnx.data").read_bytes() == (tmp_path / "plain" / "model.onnx.data").read_bytes()
     assert (tmp_path / "hub" / "model.onnx").read_bytes() == (tmp_path / "plain" / "model.onnx").read_bytes()
@@ -110,9 +110,9 @@ def test_the_readmes_command_exports_the_model_as_the_hub_has_it(home: Path, tod
     assert (tmp_path / "hub" / "triton" / "decoder" / "1" / "model.onnx").exists()
     recipe = (tmp_path / "hub" / "recipe.yaml").read_text()
     assert f"model: dit\nrevision: {COMMIT}\n" in recipe
-    again = run(home, "--recipe", str(tmp_path / "hub" / "recipe.yaml"), "-o", str(tmp_path / "hub"))
-    assert again.returncode == 0, again.stderr
-    assert " ".join(again.stderr.split()).count("kept from an earlier run") == len(STAGES)
+    second = run(home, "--recipe", str(tmp_path / "hub" / "recipe.yaml"), "-o", str(tmp_path / "hub"))
+    assert second.returncode == 0, second.stderr
+    assert " ".join(second.stderr.split()).count("kept from an earlier run") == len(STAGES)
 
 
 def test_a_folder_of_the_cache_is_its_snapshot(home: Path, tmp_path: Path) -> None:
@@ -173,15 +173,15 @@ PLAIN = ["model_index.json", "transformer/config.json", "scheduler/scheduler_con
 )  # fmt: skip
 def test_only_needed_files_are_downloaded(weights: list[str], variant: str, expected: list[str]) -> None:
     named = [name.format(STEM) for name in weights]
-    found = needed_files([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
-    assert sorted(found) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
+    files = needed_files([*PLAIN, *named, "text_encoder/model.safetensors"], variant, "owner/name")
+    assert sorted(files) == sorted([*PLAIN[:4], *(name.format(STEM) for name in expected)])
 
 
 def test_a_unets_folder_is_downloaded_as_a_transformers_is() -> None:
     parts = [f"{part}/config.json" for part in ("unet", "vae", "safety_checker")]
     weights = [f"{part}/{STEM}.safetensors" for part in ("unet", "vae", "safety_checker")]
-    found = needed_files(["model_index.json", "v1-5-pruned.ckpt", *parts, *weights], "", "owner/name")
-    assert sorted(found) == sorted(["model_index.json", *parts[:2], *weights[:2]])
+    files = needed_files(["model_index.json", "v1-5-pruned.ckpt", *parts, *weights], "", "owner/name")
+    assert sorted(files) == sorted(["model_index.json", *parts[:2], *weights[:2]])
 
 
 def test_text_encoders_are_downloaded_for_prompts() -> None:
@@ -194,9 +194,9 @@ def test_text_encoders_are_downloaded_for_prompts() -> None:
     names = [*PLAIN, network, "prompts.txt", *tokenizer, *encoder, *others]
     alone = needed_files(names, "", "owner/name")
     assert sorted(alone) == sorted([*PLAIN[:4], network, "prompts.txt"])
-    found = needed_files(names, "", "owner/name", ("tokenizer", "text_encoder"))
+    files = needed_files(names, "", "owner/name", ("tokenizer", "text_encoder"))
     index = "text_encoder/pytorch_model.bin.index.json"  # small, as every JSON file
-    assert sorted(set(found)) == sorted([*alone, *tokenizer, *encoder, index])
+    assert sorted(set(files)) == sorted([*alone, *tokenizer, *encoder, index])
     names.append(f"transformer/{STEM}.fp16.safetensors")
     half = needed_files(names, "fp16", "owner/name", ("tokenizer", "text_encoder"))
     assert [name for name in half if name.endswith("safetensors")] == [names[-1], "text_encoder/model.fp16.safetensors"]
@@ -221,9 +221,9 @@ def fetched(address: str, home: Path, *words: str) -> subprocess.CompletedProces
 
 def test_a_hub_gives_small_files_first_and_one_format_of_the_weights(hub: Hub, tmp_path: Path) -> None:
     address = hub.address
-    done = fetched(address, tmp_path / "one", "owner/name", "main")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(f"snapshots/{COMMIT}/transformer/{STEM}.bin")
+    result = fetched(address, tmp_path / "one", "owner/name", "main")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith(f"snapshots/{COMMIT}/transformer/{STEM}.bin")
     assert sorted(hub.read) == sorted([*PLAIN[:4], f"transformer/{STEM}.bin", f"vae/{STEM}.bin"])
     (hub.folder / "transformer" / f"{STEM}.safetensors").write_bytes(b"x")
     hub.read.clear()

@@ -54,9 +54,9 @@ def out(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_pushed_export_loads_from_the_hub_with_the_same_bits(out: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "served", exists=False) as hub:
-        done = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), "owner/name")
-        assert done.returncode == 0, done.stderr
-        assert f"published: {hub.address}/owner/name/commit/{hub.commit}\n" in done.stdout
+        result = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), "owner/name")
+        assert result.returncode == 0, result.stderr
+        assert f"published: {hub.address}/owner/name/commit/{hub.commit}\n" in result.stdout
         assert hub.requests[0] == "POST /api/repos/create"
         for name in ("model.onnx", "model.onnx.data", "report.json", "recipe.yaml", "float/config.json", "parity/inputs.json"):
             assert (hub.folder / name).read_bytes() == (out / name).read_bytes(), name
@@ -65,8 +65,8 @@ def test_a_pushed_export_loads_from_the_hub_with_the_same_bits(out: Path, tmp_pa
         }
         left = {"notes.txt", ".lock", "stages.json", "float/model.onnx", "float/model.onnx.data"}
         assert not left & {*hub.files()}, "what is the user's, or the base model's"
-        drawn = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/name", str(tmp_path / "hub.npy"), token="")
-        assert drawn.returncode == 0, drawn.stderr
+        process = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/name", str(tmp_path / "hub.npy"), token="")
+        assert process.returncode == 0, process.stderr
         assert {"model.onnx", "model.onnx.data"} <= {*hub.read}
         assert not [name for name in hub.read if name.startswith("parity")], "only what a load reads"
     feed = {
@@ -85,8 +85,8 @@ def test_a_second_push_takes_the_place_of_the_first(out: Path, tmp_path: Path) -
         (served / name).parent.mkdir(parents=True, exist_ok=True)
         (served / name).write_text("old")
     with serving(served) as hub:
-        done = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), "owner/name")
-    assert done.returncode == 0, done.stderr
+        result = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), "owner/name")
+    assert result.returncode == 0, result.stderr
     assert not {"engine/model.plan", "triton/denoiser/config.pbtxt"} & {*hub.files()}
     assert {"LICENSE", ".gitattributes", "engine/session.json"} <= {*hub.files()}
     _, metadata, card = (served / "README.md").read_text().split("---\n", 2)
@@ -121,21 +121,21 @@ def test_a_push_that_the_hub_does_not_take_ends_in_one_line(
     word: str, token: str, message: str, out: Path, tmp_path: Path
 ) -> None:
     with serving(tmp_path / "served", exists=False) as hub:
-        done = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), word, token=token)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1, done.stderr
+        result = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(out), word, token=token)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1, result.stderr
     assert hub.files() == []
 
 
 def test_without_a_network_nothing_is_pushed_or_loaded(out: Path, tmp_path: Path) -> None:
     nowhere = "http://127.0.0.1:9"
-    done = run(tmp_path / "home", nowhere, "-m", "dq_export", "push", str(out), "owner/name")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: the hub cannot be reached, nothing was published (")
-    assert done.stderr.count("\n") == 1, done.stderr
-    drawn = run(tmp_path / "home", nowhere, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
-    assert "owner/name': not a local folder, not in the hub's cache, and the hub cannot be reached (" in drawn.stderr
+    result = run(tmp_path / "home", nowhere, "-m", "dq_export", "push", str(out), "owner/name")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the hub cannot be reached, nothing was published (")
+    assert result.stderr.count("\n") == 1, result.stderr
+    process = run(tmp_path / "home", nowhere, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
+    assert "owner/name': not a local folder, not in the hub's cache, and the hub cannot be reached (" in process.stderr
 
 
 def edited(out: Path, edit: Callable[[dict[str, dict[str, object]]], object]) -> None:
@@ -167,17 +167,17 @@ def test_only_an_export_that_passed_is_pushed(spoil: Callable[[Path], object], m
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
     spoil(copy)
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(OutputError) as error:
         push(copy, "owner/name")
-    assert message.format(out=copy) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message.format(out=copy) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "owner/", "owner/na me", "https://x/owner/name", "owner/..", "o--o/name"])
 def test_a_name_that_is_not_owner_and_name_is_refused(name: str, out: Path) -> None:
-    with pytest.raises(HubError, match="owner/name") as caught:
+    with pytest.raises(HubError, match="owner/name") as error:
         push(out, name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_repository_without_an_export_is_refused(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_a_repository_without_an_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "served" / "README.md").write_text("a model")
     (tmp_path / "served" / "model.onnx").write_text("of another tool")
     with serving(tmp_path / "served") as hub:
-        done = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
+        result = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/name", str(tmp_path / "x.npy"))
         assert (
             "model 'owner/name': not a finished export, because it has no recipe.yaml, report.json, float/config.json"
-            in done.stderr
+            in result.stderr
         )
         absent = run(tmp_path / "home", hub.address, "-c", DRAW, "owner/other", str(tmp_path / "x.npy"))
         assert (

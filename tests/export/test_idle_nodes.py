@@ -39,7 +39,7 @@ def rejoined(cut: int = 2, second: int = 2, axis: int = 1, joined: int = 1, step
     return ir.Model(graph, ir_version=10)
 
 
-def test_a_cut_whose_parts_are_joined_again_is_gone() -> None:
+def test_a_cut_whose_parts_are_joined_again_is_removed() -> None:
     model = rejoined()
     drop_idle(model)
     assert [node.op_type for node in model.graph] == ["Relu"]

@@ -78,16 +78,16 @@ def test_a_stage_whose_result_is_described_badly_is_done_again(result: dict[str,
     def work(target: Path) -> Quantized:
         return Quantized(size=SizeReport(float_bytes=2, engine_bytes=1))
 
-    def again() -> bool:
+    def run_again() -> bool:
         return Ledger(tmp_path).stage("s", Quantized, {}, (), work)[1]
 
-    assert again()
-    assert not again()
+    assert run_again()
+    assert not run_again()
     ledger = json.loads((tmp_path / "stages.json").read_text())
     ledger["s"]["result"] = result
     (tmp_path / "stages.json").write_text(json.dumps(ledger))
-    assert again()
-    assert not again()
+    assert run_again()
+    assert not run_again()
 
 
 def take(folder: Path, recipe: str = "a: 1\nb: 2\n", *, overwrite: bool = False) -> None:

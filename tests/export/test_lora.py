@@ -39,8 +39,8 @@ def adapted(tiny_folder: Path, seed: int, **changes: Any) -> Any:
 
 
 def merged(network: Any) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = network.merge_and_unload().state_dict()
-    return found
+    weights: dict[str, torch.Tensor] = network.merge_and_unload().state_dict()
+    return weights
 
 
 def require_equal(reference: Any, expected: dict[str, torch.Tensor]) -> None:
@@ -95,8 +95,8 @@ def test_older_names_and_alphas_of_the_file(tiny_folder: Path, tiny: Reference, 
     )
     torch.save({f"transformer.{Q}.lora_down.weight": down, f"transformer.{Q}.lora_up.weight": up}, tmp_path / "b.bin")
     for name, strength in (("a.safetensors", 1.5), ("b.bin", 1.0)):
-        found = load_reference(str(tiny_folder), lora=[str(tmp_path / name)])
-        np.testing.assert_allclose(found.weight(Q), tiny.weight(Q) + strength * (up @ down).numpy(), rtol=1e-5, atol=1e-5)
+        reference = load_reference(str(tiny_folder), lora=[str(tmp_path / name)])
+        np.testing.assert_allclose(reference.weight(Q), tiny.weight(Q) + strength * (up @ down).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_several_add_up_each_by_its_scale(tiny_folder: Path, tiny: Reference, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_several_add_up_each_by_its_scale(tiny_folder: Path, tiny: Reference, tm
         save_file({f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}, tmp_path / f"{seed}.safetensors")
         changes.append((up @ down).numpy())
     words = [f"{tmp_path / '0.safetensors'}:0.25", f"{tmp_path / '1.safetensors'}:-2"]
-    found = load_reference(str(tiny_folder), lora=words)
+    reference = load_reference(str(tiny_folder), lora=words)
     expected = tiny.weight(Q) + 0.25 * changes[0] - 2 * changes[1]
-    np.testing.assert_allclose(found.weight(Q), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reference.weight(Q), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +147,11 @@ GOOD = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "module": (
         {f"{Q}s.lora_A.weight": A, f"{Q}s.lora_B.weight": B},
-        "'transformer_blocks.0.attn1.to_qs' is no module of the network. Did you mean 'transformer_blocks.0.attn1.to_q'",
+        "'transformer_blocks.0.attn1.to_qs' is not a module of the network. Did you mean 'transformer_blocks.0.attn1.to_q'",
     ),
     "text encoder": (
         {"text_encoder.layers.0.q_proj.lora_A.weight": A, "text_encoder.layers.0.q_proj.lora_B.weight": B},
-        "'text_encoder.layers.0.q_proj' is no module of the network",
+        "'text_encoder.layers.0.q_proj' is not a module of the network",
     ),
     "shape": (
         {f"{Q}.lora_A.weight": A[:, :5], f"{Q}.lora_B.weight": B},
@@ -163,10 +163,13 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scalar": ({f"{Q}.lora_A.weight": A[0, 0], f"{Q}.lora_B.weight": B}, r"matrices of shapes \[32, 2\] and \[\]"),
     "half": ({f"{Q}.lora_A.weight": A}, "has only one of its two matrices"),
-    "dora": ({**GOOD, f"{Q}.lora_magnitude_vector": A}, "lora_magnitude_vector' is no part of a low-rank adapter of the network"),
+    "dora": (
+        {**GOOD, f"{Q}.lora_magnitude_vector": A},
+        "lora_magnitude_vector' is not part of a low-rank adapter of the network",
+    ),
     "codes": ({f"{Q}.lora_A.weight": A.to(torch.int8), f"{Q}.lora_B.weight": B}, "in floating point"),
     "nan": ({f"{Q}.lora_A.weight": A * float("nan"), f"{Q}.lora_B.weight": B}, "makes NaN or Inf of 'transformer_blocks.0"),
-    "alphas": ({**GOOD, f"{Q}.alpha": A[0]}, "alpha' is no part of a low-rank adapter of the network"),
+    "alphas": ({**GOOD, f"{Q}.alpha": A[0]}, "alpha' is not part of a low-rank adapter of the network"),
     "empty": ({}, "holds no tensors"),
 }
 
@@ -186,10 +189,10 @@ def test_what_does_not_fit_is_named(fault: str, tiny_folder: Path, tmp_path: Pat
     ("settings", "message"),
     [
         ({"transformer.use_dora": True}, "trained with use_dora True, which fusing does not have"),
-        ({"transformer.lora_alpha": "four"}, "lora_alpha 'four' is no finite number"),
-        ({"transformer.alpha_pattern": ["to_q"]}, "its alpha_pattern is no mapping of patterns to numbers"),
-        ({"transformer.alpha_pattern": {"(": 1}}, "its alpha_pattern is no mapping of patterns to numbers"),
-        ([], "its settings are no JSON object"),
+        ({"transformer.lora_alpha": "four"}, "lora_alpha 'four' is not a finite number"),
+        ({"transformer.alpha_pattern": ["to_q"]}, "its alpha_pattern is not a mapping of patterns to numbers"),
+        ({"transformer.alpha_pattern": {"(": 1}}, "its alpha_pattern is not a mapping of patterns to numbers"),
+        ([], "its settings are not a JSON object"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings: Any, message: str, tiny_folder: Path, tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_pefts_file_without_its_settings_is_refused(tiny_folder: Path, tmp_path:
     [
         (["absent.safetensors"], "lora .*absent.safetensors: no such file"),
         (["absent.safetensors:0.5"], "lora .*absent.safetensors: no such file"),
-        (["{file}:inf"], "lora .*: its scale is no finite number"),
+        (["{file}:inf"], "lora .*: its scale is not a finite number"),
         (["{file}:much"], "lora .*:much: no such file"),
         (["{folder}"], "not a regular file"),
     ],
@@ -229,5 +232,5 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="which no tensor needs and which might run code"):
         load_reference(str(folder), lora=[str(path)])
     (tmp_path / "b.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ModelError, match="no safetensors file"):
+    with pytest.raises(ModelError, match="not a safetensors file"):
         load_reference(str(folder), lora=[str(tmp_path / "b.safetensors")])

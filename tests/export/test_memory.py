@@ -40,9 +40,9 @@ def recipe(**values: Any) -> Recipe:
 
 
 def test_without_a_limit_everything_runs(large: Weights) -> None:
-    found = plan_memory(large, recipe(rounding="gptq"), None, STAGES)
-    assert found.stages == STAGES
-    assert found.space == GIB
+    plan = plan_memory(large, recipe(rounding="gptq"), None, STAGES)
+    assert plan.stages == STAGES
+    assert plan.space == GIB
 
 
 def test_bench_alone_is_left_out_where_it_alone_does_not_fit(large: Weights) -> None:
@@ -77,10 +77,10 @@ def test_progressive_calibration_holds_the_quantized_network_too(large: Weights)
 
 
 def test_text_encoders_are_held_beside_the_network(large: Weights) -> None:
-    wanted = ("conditions", *STAGES)
-    assert plan_memory(large, recipe(), 5.4, wanted, 2 * GIB).stages == wanted
+    stages = ("conditions", *STAGES)
+    assert plan_memory(large, recipe(), 5.4, stages, 2 * GIB).stages == stages
     with pytest.raises(RecipeError, match=r"conditions 5\.3 GiB will not fit; encode the prompts on a larger machine, and pass"):
-        plan_memory(large, recipe(), 5.2, wanted, 2 * GIB)
+        plan_memory(large, recipe(), 5.2, stages, 2 * GIB)
 
 
 class Runs(Silent):
@@ -97,7 +97,7 @@ class Runs(Silent):
 def test_what_the_limit_leaves_saves_runs_over_the_pictures(
     space: int, runs: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dq_export.preparation.plan_memory", lambda *given: MemoryPlan(stages=given[3], space=space))
+    monkeypatch.setattr("dq_export.preparation.plan_memory", lambda *arguments: MemoryPlan(stages=arguments[3], space=space))
     watch = Runs()
     dq_export.calibrate(
         model=str(tiny_folder), output_dir=tmp_path, rounding="gptq", steps=5, calib_size=1, max_memory=9, progress=watch

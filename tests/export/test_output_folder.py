@@ -48,7 +48,7 @@ def take(folder: Path) -> None:
         pass
 
 
-def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Mode and content of every file below a folder, links not followed."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     return {str(path): (path.stat().st_mode, path.read_bytes()) for path in files}
@@ -60,10 +60,10 @@ def test_a_link_to_a_file_is_refused_and_the_file_unchanged(name: str, out: Path
     (out / name).unlink(missing_ok=True)
     (out / name).symlink_to(victim)
     (out / "recipe.yaml").touch()
-    before = everything(out.parent)
+    before = files_of(out.parent)
     with pytest.raises(OutputError, match=r": a link; .* not followed\. Remove it"):
         take(out)
-    assert everything(out.parent) == before
+    assert files_of(out.parent) == before
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "engine/inner"])
@@ -183,9 +183,9 @@ def test_a_folder_of_endless_files_is_refused(out: Path, monkeypatch: pytest.Mon
 
 def test_control_characters_of_a_name_are_shown_escaped(out: Path) -> None:
     (out / "a\x1b]0;owned\x07\n").symlink_to("x")
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(OutputError) as error:
         require_plain(out)
-    assert str(caught.value).isprintable()
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("write", [write_text, lambda path, text: write_bytes(path, text.encode())])
@@ -201,23 +201,23 @@ def test_a_write_takes_no_name_that_was_prepared_and_the_systems_mode(
     assert (out / "page").stat().st_mode == (out / "plain").stat().st_mode
 
 
-def test_what_a_killed_write_left_goes_with_the_next_run(out: Path) -> None:
+def test_files_of_a_killed_write_are_removed_by_the_next_run(out: Path) -> None:
     (out / ".report.html.0123456789abcdef.new").write_text("half")
     take(out)
     assert sorted(path.name for path in out.iterdir()) == [".lock", "recipe.yaml"]
 
 
 def test_a_running_export_is_noticed_without_writing(out: Path, tmp_path: Path) -> None:
-    before = everything(tmp_path)
+    before = files_of(tmp_path)
     require_usable(out)
     require_usable(tmp_path / "nothing")
-    assert everything(tmp_path) == before
+    assert files_of(tmp_path) == before
     assert not (tmp_path / "nothing").exists()
     with locked(out), pytest.raises(OutputError, match="being written by another dq-export"):
         require_usable(out)
 
 
-def test_what_is_wrong_with_a_folder_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_bad_folder_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     """The model does not exist, and is not asked for."""
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(OutputError, match="files of something else"):

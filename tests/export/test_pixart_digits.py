@@ -34,7 +34,7 @@ def reader() -> Any:
         return Reader.train()
 
 
-def drawn(pipeline: Any, prompts: list[str], length: int, steps: int) -> Any:
+def draw(pipeline: Any, prompts: list[str], length: int, steps: int) -> Any:
     """float32[N, 1, 16, 16], from noise that the number of prompts settles."""
     import torch
 
@@ -55,16 +55,16 @@ def test_the_digits_that_prompts_name_are_drawn(pipeline: Any, reader: Reader) -
     prompts = [*PROMPTS, "a fancy 3 on paper", "Seven!"]
     labels = np.asarray([*map(named_digit, PROMPTS), 3, 7])
     assert (np.bincount(labels) >= 2).all()
-    read = reader.read(drawn(pipeline, prompts, length=16, steps=20))
-    assert (read == labels).mean() >= 0.9  # the float model reaches 0.99 over 500 pictures
+    digits = reader.read(draw(pipeline, prompts, length=16, steps=20))
+    assert (digits == labels).mean() >= 0.9  # the float model reaches 0.99 over 500 pictures
 
 
 def test_an_engine_draws_them_inside_the_pipeline(pipeline: Any, reader: Reader, prompted: Path) -> None:
     prompts = PROMPTS[:10]
-    exact = drawn(pipeline, prompts, length=16, steps=8)
+    exact = draw(pipeline, prompts, length=16, steps=8)
     float_network, pipeline.transformer = pipeline.transformer, dq_export.load(prompted)
     try:
-        quantized = drawn(pipeline, prompts, length=16, steps=8)
+        quantized = draw(pipeline, prompts, length=16, steps=8)
     finally:
         pipeline.transformer = float_network
     assert reader.read(quantized).tolist() == list(range(10))
@@ -73,7 +73,7 @@ def test_an_engine_draws_them_inside_the_pipeline(pipeline: Any, reader: Reader,
 
 def test_padding_of_prompts_changes_no_picture(pipeline: Any) -> None:
     """PixArt pads prompts to 300 tokens; the model was trained with 16."""
-    short, long = (drawn(pipeline, PROMPTS[:2], length, steps=4) for length in (16, 300))
+    short, long = (draw(pipeline, PROMPTS[:2], length, steps=4) for length in (16, 300))
     np.testing.assert_allclose(long, short, atol=1e-4)
 
 

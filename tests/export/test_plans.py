@@ -17,8 +17,8 @@ QUICK = ("--steps", "4", "--calib-size", "2", "--min-sqnr", "10")
 @pytest.fixture(scope="module")
 def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rtx") / "out"
-    done = call("--model", tiny_folder, "--format", "trt-rtx", "-o", out, *QUICK)
-    assert done.returncode == 0, done.stderr
+    result = call("--model", tiny_folder, "--format", "trt-rtx", "-o", out, *QUICK)
+    assert result.returncode == 0, result.stderr
     return out
 
 
@@ -61,44 +61,44 @@ def test_finish_builds_what_is_not_built(exported: Path) -> None:
     plan = (exported / "engine" / "model.plan").read_bytes()
     for path in (exported / "engine").iterdir():
         path.unlink()
-    done = call("finish", exported)
-    assert done.returncode == 0, done.stderr
-    assert "100.0% of the quantized FLOPs in low precision" in done.stderr
+    result = call("finish", exported)
+    assert result.returncode == 0, result.stderr
+    assert "100.0% of the quantized FLOPs in low precision" in result.stderr
     assert (exported / "engine" / "model.plan").read_bytes() == plan
 
 
 @RTX
 def test_bench_of_a_plan_says_that_it_needs_a_gpu(exported: Path) -> None:
-    done = call("bench", exported)
-    assert done.returncode == 2
-    assert "an engine of --format trt-rtx runs on an NVIDIA GPU of --target sm89,sm120 only" in done.stderr
+    result = call("bench", exported)
+    assert result.returncode == 2
+    assert "an engine of --format trt-rtx runs on an NVIDIA GPU of --target sm89,sm120 only" in result.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 def test_trt_without_tensorrt_does_all_but_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = call("--model", tiny_folder, "--format", "trt", "-o", out, *QUICK)
-    assert done.returncode == 5, done.stderr
-    assert f"pip install 'dq-export[trt]' && dq-export finish {out}" in done.stderr
+    result = call("--model", tiny_folder, "--format", "trt", "-o", out, *QUICK)
+    assert result.returncode == 5, result.stderr
+    assert f"pip install 'dq-export[trt]' && dq-export finish {out}" in result.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["parity"]["calls"]
     assert report["audit"] is None
     assert (report["verdict"]["outcome"], report["verdict"]["status"]) == ("unfinished", 5)
-    assert re.search(r"verdict +│ unfinished", done.stdout)
+    assert re.search(r"verdict +│ unfinished", result.stdout)
     checked = call("check", out / "model.onnx", "--target", "trt")
     assert checked.returncode == 0, checked.stdout
     assert "12 low precision, 2 float, 0 rejected" in checked.stdout
-    again = call("finish", out)
-    assert again.returncode == 5
-    assert "tensorrt is not installed here" in again.stderr
+    second = call("finish", out)
+    assert second.returncode == 5
+    assert "tensorrt is not installed here" in second.stderr
 
 
 def test_check_fails_where_a_quantized_gemm_runs_in_float(tiny_folder: Path, tmp_path: Path) -> None:
-    done = call("quantize", "--model", tiny_folder, "--format", "onnx", "--bins", "per-step", "-o", tmp_path / "out", *QUICK)
-    assert done.returncode == 0, done.stderr
-    found = call("check", tmp_path / "out" / "model.onnx", "--target", "trt-rtx", "--json")
-    assert found.returncode == 3
-    verdicts = [item["verdict"] for item in json.loads(found.stdout)]
+    result = call("quantize", "--model", tiny_folder, "--format", "onnx", "--bins", "per-step", "-o", tmp_path / "out", *QUICK)
+    assert result.returncode == 0, result.stderr
+    actual = call("check", tmp_path / "out" / "model.onnx", "--target", "trt-rtx", "--json")
+    assert actual.returncode == 3
+    verdicts = [item["verdict"] for item in json.loads(actual.stdout)]
     assert sorted(set(verdicts)) == ["float"]
     assert len(verdicts) == 14
 
@@ -111,6 +111,6 @@ def test_check_fails_where_a_quantized_gemm_runs_in_float(tiny_folder: Path, tmp
     ],
 )
 def test_check_of_nothing_is_an_error(words: tuple[str, ...], message: str) -> None:
-    done = call("check", *words)
-    assert done.returncode == 2
-    assert message in done.stderr
+    result = call("check", *words)
+    assert result.returncode == 2
+    assert message in result.stderr

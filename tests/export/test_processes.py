@@ -16,7 +16,7 @@ import pytest
 
 from dq_export.core.artifacts import CalibrationResult
 
-FEW = ("--calib-size", "20", "--steps", "6")
+SMALL = ("--calib-size", "20", "--steps", "6")
 
 
 def started(*words: str, processes: int = 1) -> subprocess.Popen[str]:
@@ -40,7 +40,7 @@ SLOW = (("--method", "mse"), ("--rounding", "gptq", "--bits", "w4a8"))
 
 @pytest.mark.parametrize("more", [("--method", "minmax"), *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)])
 def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], tmp_path: Path) -> None:
-    words = (*FEW, *more)  # three batches: one process samples two of them
+    words = (*SMALL, *more)  # three batches: one process samples two of them
     one = command_line.call("calibrate", "--model", "dit-digits", "-o", tmp_path / "one", *words)
     assert one.returncode == 0, one.stderr
     finish(calibrate(tmp_path / "two", *words, processes=2))
@@ -50,7 +50,7 @@ def test_two_processes_give_the_file_of_one_bit_for_bit(more: tuple[str, ...], t
 
 @pytest.mark.slow
 def test_two_processes_keep_what_one_calibrated(tmp_path: Path) -> None:
-    words = (*FEW, "--method", "minmax")
+    words = (*SMALL, "--method", "minmax")
     finish(calibrate(tmp_path / "two", *words))
     output = finish(calibrate(tmp_path / "two", *words, processes=2))
     assert "calibrate done: 24 inputs" in output
@@ -59,7 +59,7 @@ def test_two_processes_keep_what_one_calibrated(tmp_path: Path) -> None:
 
 def workers(torchrun: int) -> dict[int, int]:
     """Process id by rank of the processes that torchrun started."""
-    found = {}
+    counts = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -68,8 +68,8 @@ def workers(torchrun: int) -> dict[int, int]:
             continue
         ranks = [int(item.split(b"=")[1]) for item in environment if item.startswith(b"RANK=")]
         if parent == torchrun and ranks:
-            found[ranks[0]] = int(entry.name)
-    return found
+            counts[ranks[0]] = int(entry.name)
+    return counts
 
 
 @pytest.mark.slow
@@ -114,9 +114,9 @@ def test_a_calibration_that_was_killed_goes_on_behind_its_finished_batches(tmp_p
 def test_only_a_calibration_is_shared(tmp_path: Path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
     command = [sys.executable, "-m", "dq_export", "--model", "dit-digits", "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2
-    assert "2 processes share only a calibration and a training: run `torchrun" in done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2
+    assert "2 processes share only a calibration and a training: run `torchrun" in result.stderr
 
 
 @pytest.mark.slow
@@ -155,6 +155,6 @@ def peak(out: Path, pictures: int, steps: int) -> float:
 @pytest.mark.slow
 def test_memory_grows_neither_with_the_pictures_nor_with_the_steps(tmp_path: Path) -> None:
     """Kept for each step in memory, as (low, high) of 8,064 channels, 500 steps would take 32 MB more; rows far more."""
-    least = peak(tmp_path / "least", 8, 4)
-    assert peak(tmp_path / "pictures", 64, 4) < least + 12
-    assert peak(tmp_path / "steps", 8, 500) < least + 12
+    smallest = peak(tmp_path / "least", 8, 4)
+    assert peak(tmp_path / "pictures", 64, 4) < smallest + 12
+    assert peak(tmp_path / "steps", 8, 500) < smallest + 12

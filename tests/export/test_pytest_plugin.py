@@ -43,24 +43,24 @@ def run_pytest(user: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_users_tests_judge_an_engine(user: Path, tiny_exported: Path) -> None:
-    done = run_pytest(user, "--dq-engine", str(tiny_exported))
-    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
-    assert f"AssertionError: {tiny_exported}: a call keeps " in done.stdout
-    assert "required 150.0 dB (min_sqnr of the test)" in done.stdout
-    assert "pytest_plugin.py" not in done.stdout, "the traceback ends in the user's test"
+    result = run_pytest(user, "--dq-engine", str(tiny_exported))
+    assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr
+    assert f"AssertionError: {tiny_exported}: a call keeps " in result.stdout
+    assert "required 150.0 dB (min_sqnr of the test)" in result.stdout
+    assert "pytest_plugin.py" not in result.stdout, "the traceback ends in the user's test"
 
 
 def test_without_the_option_tests_of_an_engine_are_skipped(user: Path) -> None:
-    done = run_pytest(user)
-    assert done.returncode == 0
-    assert "needs --dq-engine OUT, the output folder of a finished export" in done.stdout
-    assert "2 skipped" in done.stdout
+    result = run_pytest(user)
+    assert result.returncode == 0
+    assert "needs --dq-engine OUT, the output folder of a finished export" in result.stdout
+    assert "2 skipped" in result.stdout
 
 
 def test_a_folder_without_an_export_is_refused_before_any_test(user: Path) -> None:
-    done = run_pytest(user, "--dq-engine", "site")
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.strip() == (
+    result = run_pytest(user, "--dq-engine", "site")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert result.stderr.strip() == (
         "ERROR: --dq-engine site: no recipe.yaml, report.json, model.onnx; is it the output folder of a finished export?"
     )
 

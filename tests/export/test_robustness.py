@@ -65,8 +65,8 @@ def disk() -> Iterator[Callable[[str], Path]]:
     folder = Path(tempfile.mkdtemp(prefix="dq-export-disk-"))
 
     def mount(options: str) -> Path:
-        again = "remount," if os.path.ismount(folder) else ""
-        words = ["mount", "-t", "tmpfs", "-o", again + options, "none", str(folder)]
+        prefix = "remount," if os.path.ismount(folder) else ""
+        words = ["mount", "-t", "tmpfs", "-o", prefix + options, "none", str(folder)]
         if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
             pytest.skip("mounting a small file system needs root")
         return folder
@@ -89,17 +89,17 @@ class Watch:
     """The stages that were kept."""
 
     def __init__(self) -> None:
-        self.kept: list[str] = []
+        self.reused: list[str] = []
         self.stage = ""
 
-    def begin(self, stage: str, what: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         self.stage = stage
 
     def advance(self, done: int, total: int, unit: str = "") -> None:
         pass
 
     def end(self, seconds: float, result: str, *, kept: bool) -> None:
-        self.kept += [self.stage] if kept else []
+        self.reused += [self.stage] if kept else []
 
 
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
@@ -182,9 +182,9 @@ def test_a_bad_value_is_refused_before_anything_is_written(
 def test_a_bad_recipe_file_is_refused(text: str, message: str, call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     words = ("--model", tiny_folder, *FLAGS, "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
-    status, _, said = call(*words)
+    status, _, error = call(*words)
     assert status == 2
-    assert message in said
+    assert message in error
     assert not (tmp_path / "out").exists()
 
 
@@ -207,8 +207,8 @@ def truncate(path: Path) -> None:
 )
 def test_a_damaged_file_of_a_finished_export_is_named(words: list[str], name: str, status: int, call: Call, copied: Path) -> None:
     truncate(copied / name)
-    found, _, text = call(words[0], copied, *words[1:])
-    assert found == status
+    actual, _, text = call(words[0], copied, *words[1:])
+    assert actual == status
     assert str(copied / name).removesuffix(".data") in text
 
 
@@ -227,12 +227,12 @@ def test_a_damaged_output_is_made_again_and_what_stays_the_same_is_kept(name: st
     watch = Watch()
     dq_export.export(model=str(tiny_folder), output_dir=copied, **QUICK, progress=watch)
     stage = {"float": "float", "calibration.safetensors": "calibrate", "model.onnx": "quantize", "engine": "build"}
-    assert watch.kept == [s for s in UNSERVED if s != stage[name.split("/")[0]]]
+    assert watch.reused == [s for s in UNSERVED if s != stage[name.split("/")[0]]]
     assert digests(copied) == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "stages"),
     [
         ({"min_sqnr": 11, "min_coverage": 0.5}, UNSERVED),
         ({"method": "mse"}, ["float", "reference"]),
@@ -245,12 +245,12 @@ def test_a_damaged_output_is_made_again_and_what_stays_the_same_is_kept(name: st
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_another_option_does_again_only_what_depends_on_it(
-    changes: dict[str, Any], kept: list[str], tiny_folder: Path, copied: Path
+    changes: dict[str, Any], stages: list[str], tiny_folder: Path, copied: Path
 ) -> None:
     watch = Watch()
     options = {**QUICK, **changes}
     dq_export.export(model=str(tiny_folder), output_dir=copied, overwrite=True, progress=watch, **options)
-    assert watch.kept == kept
+    assert watch.reused == stages
 
 
 def test_other_weights_do_everything_again(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_other_weights_do_everything_again(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     watch = Watch()
     dq_export.calibrate(model=str(folder), output_dir=tmp_path / "own", **QUICK, progress=watch)
-    assert watch.kept == []
+    assert watch.reused == []
 
 
 def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
@@ -332,7 +332,7 @@ def test_a_refused_run_changes_no_byte_of_another_ones_folder(call: Call, tiny_f
         assert contents(copied) == before
 
 
-def test_quiet_says_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
+def test_quiet_prints_only_the_summary_and_verbose_every_pass(call: Call, tiny_folder: Path, copied: Path) -> None:
     _, out, text = call("--model", tiny_folder, *FLAGS, "-o", copied, "--quiet")
     assert "of all GEMM FLOPs" in out
     assert [line for line in text.splitlines() if not line.startswith("warning:")] == []
@@ -353,8 +353,8 @@ def test_a_kill_in_the_middle_of_a_stage_leaves_the_old_outputs_whole(tmp_path: 
         "def work(folder):\n    (folder / 'a').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         f"Ledger(Path({str(tmp_path)!r})).stage('s', Result, {{'in': 2}}, ('a',), work)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", code], check=False)
+    assert result.returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_text() == "one"
     assert Ledger(tmp_path).stage("s", Result, {"in": 1}, ("a",), work)[1] is False
     assert Ledger(tmp_path).stage("s", Result, {"in": 2}, ("a",), work)[1] is True

@@ -22,13 +22,13 @@ class Watcher(Nobody):
     """A client that keeps its previews."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, Any] = {}
+        self.latents: dict[int, Any] = {}
 
     def preview(self, step: int, latents: Any) -> None:
-        self.seen[step] = latents
+        self.latents[step] = latents
 
 
-def made(kind: str, **changes: Any) -> Any:
+def scheduler_of(kind: str, **changes: Any) -> Any:
     import diffusers
 
     config = {"num_train_timesteps": 1000, "timestep_spacing": "leading", "steps_offset": 1, **changes}
@@ -36,14 +36,14 @@ def made(kind: str, **changes: Any) -> Any:
 
 
 def sampled(
-    reference: Reference, schedules: Schedules, name: str, steps: int, guidance: float, every: int = 0
+    reference: Reference, schedules: Schedules, name: str, steps: int, guidance: float, interval: int = 0
 ) -> tuple[Any, Watcher]:
     """What a server would draw, with the float network."""
     watcher, null = Watcher(), len(reference.conditions)
     labels = np.array([1, 3, null, null][: 4 if guidance > 1 else 2])
     job = Job(
         client=watcher, steps=schedules.steps(name, steps), latents=reference.noise(2, 7),
-        conditions=lambda: {"class_labels": labels}, guidance=guidance, every=every,
+        conditions=lambda: {"class_labels": labels}, guidance=guidance, preview_interval=interval,
     )  # fmt: skip
     while job.at < steps:
         states, timestep, rows = job.feed()
@@ -61,19 +61,19 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_a_trajectory_is_diffusers_own(network: Any, name: str, prediction: str) -> None:
     """To 1e-5 of the picture's range, whatever the steps and the guidance."""
     kind, options = KINDS[NOISE.name][name]
-    network.scheduler = made(kind, prediction_type=prediction, **options)
+    network.scheduler = scheduler_of(kind, prediction_type=prediction, **options)
     schedules = tabulate(network.scheduler, 20, lambda done, total: None).schedules
     for steps in (1, 2, 5, 20):
         for guidance in (1.0, 4.0):
             exact = network.draw(network.forward, network.noise(2, 7), np.array([1, 3]), steps=steps, guidance=guidance)
-            found, _ = sampled(network, schedules, name, steps, guidance)
-            assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+            actual, _ = sampled(network, schedules, name, steps, guidance)
+            assert np.abs(actual - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_timesteps_are_the_schedulers(kind: str, spacing: str) -> None:
-    scheduler = made(kind, timestep_spacing=spacing)
+    scheduler = scheduler_of(kind, timestep_spacing=spacing)
     schedules = Schedules({"it": table_of(scheduler, 9)})
     scheduler.set_timesteps(9)
     assert [step.timestep for step in schedules.steps("it", 9)] == [float(t) for t in scheduler.timesteps]
@@ -82,9 +82,9 @@ def test_timesteps_are_the_schedulers(kind: str, spacing: str) -> None:
 def test_previews_are_the_pictures_that_the_scheduler_predicts(network: Any) -> None:
     import torch
 
-    scheduler = network.scheduler = made("DDIMScheduler")
+    scheduler = network.scheduler = scheduler_of("DDIMScheduler")
     schedules = Schedules({"ddim": table_of(scheduler, 8)})
-    _, watcher = sampled(network, schedules, "ddim", 8, 1.0, every=3)
+    _, watcher = sampled(network, schedules, "ddim", 8, 1.0, interval=3)
     exact: dict[int, Any] = {}
     scheduler.set_timesteps(8)
     latents = torch.from_numpy(network.noise(2, 7))
@@ -92,8 +92,8 @@ def test_previews_are_the_pictures_that_the_scheduler_predicts(network: Any) -> 
         feed = {"hidden_states": latents.numpy(), "timestep": np.array([int(timestep)]), "class_labels": np.array([1, 3])}
         step = scheduler.step(torch.from_numpy(network.forward(feed))[:, :2], timestep, latents)
         latents, exact[index] = step.prev_sample, step.pred_original_sample.numpy()
-    assert watcher.seen.keys() == {3, 6}
-    for index, picture in watcher.seen.items():
+    assert watcher.latents.keys() == {3, 6}
+    for index, picture in watcher.latents.items():
         assert np.abs(picture - exact[index]).max() < 1e-5 * np.abs(exact[index]).max()
 
 
@@ -107,27 +107,27 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "changes", "why"), REFUSED.values(), ids=REFUSED)
-def test_samplers_that_no_table_can_hold_are_refused(kind: str, changes: dict[str, Any], why: str) -> None:
-    with pytest.raises(CurvedError, match=why):
-        table_of(made(kind, **changes), 9)
+@pytest.mark.parametrize(("kind", "changes", "reason"), REFUSED.values(), ids=REFUSED)
+def test_samplers_that_no_table_can_hold_are_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(CurvedError, match=reason):
+        table_of(scheduler_of(kind, **changes), 9)
 
 
 def test_a_sampler_that_is_refused_is_named_and_another_takes_its_place() -> None:
-    found = tabulate(made("DDIMScheduler", clip_sample=True), 9, lambda done, total: None)
-    assert (found.default, list(found.schedules.tables)) == ("dpmsolver++", ["dpmsolver++", "euler"])
-    assert found.refused == ("DDIMScheduler clips or thresholds the sample",)
-    found = tabulate(made("DDPMScheduler"), 9, lambda done, total: None)
-    assert found.default == "ddim"
-    assert found.refused == ("DDPMScheduler, the checkpoint's own, is not offered",)
-    found = tabulate(made("EulerDiscreteScheduler"), 9, lambda done, total: None)
-    assert (found.default, found.refused) == ("euler", ())
+    table = tabulate(scheduler_of("DDIMScheduler", clip_sample=True), 9, lambda done, total: None)
+    assert (table.default, list(table.schedules.tables)) == ("dpmsolver++", ["dpmsolver++", "euler"])
+    assert table.refused == ("DDIMScheduler clips or thresholds the sample",)
+    table = tabulate(scheduler_of("DDPMScheduler"), 9, lambda done, total: None)
+    assert table.default == "ddim"
+    assert table.refused == ("DDPMScheduler, the checkpoint's own, is not offered",)
+    table = tabulate(scheduler_of("EulerDiscreteScheduler"), 9, lambda done, total: None)
+    assert (table.default, table.refused) == ("euler", ())
 
 
 def test_a_checkpoint_that_no_sampler_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dq_export.families.sampler_tables.KINDS", {NOISE.name: {"ddim": KINDS[NOISE.name]["ddim"]}})
     with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: DDIMScheduler clips"):
-        tabulate(made("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
+        tabulate(scheduler_of("DDIMScheduler", clip_sample=True), 5, lambda done, total: None)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -136,10 +136,10 @@ def test_a_flows_trajectory_and_previews_are_diffusers_own(steps: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    found = tabulate(scheduler, 8, lambda done, total: None, FLOW, integers=False)
-    assert (found.default, found.refused) == ("euler", ())
+    entries = tabulate(scheduler, 8, lambda done, total: None, FLOW, integers=False)
+    assert (entries.default, entries.refused) == ("euler", ())
     scheduler.set_timesteps(steps)
-    table = found.schedules.steps("euler", steps)
+    table = entries.schedules.steps("euler", steps)
     exact = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 4, 4), dtype=np.float32))
     latents = np.float32(table[0].noise) * exact.numpy()
     zeros = np.zeros_like(latents)
@@ -164,9 +164,9 @@ def test_a_flow_that_no_table_can_hold_is_refused_by_name() -> None:
     assert heun.refused == ("FlowMatchHeunDiscreteScheduler, the checkpoint's own, is not offered",)
 
 
-def test_a_number_of_steps_with_a_call_too_many_has_no_row_and_the_others_have() -> None:
+def test_a_number_of_steps_with_too_many_calls_has_no_row() -> None:
     """`trailing` steps of 1000 / 61 are rounded so that one more fits in."""
-    scheduler = made("DPMSolverMultistepScheduler", timestep_spacing="trailing")
+    scheduler = scheduler_of("DPMSolverMultistepScheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(61)
     assert len(scheduler.timesteps) == 62
     schedules = Schedules({"it": table_of(scheduler, 62)})
@@ -185,7 +185,7 @@ def test_a_sampler_of_flows_has_no_table() -> None:
 
 
 def test_samplers_that_do_not_take_the_checkpoints_values_are_named() -> None:
-    scheduler = made("DDPMScheduler", beta_schedule="sigmoid")
+    scheduler = scheduler_of("DDPMScheduler", beta_schedule="sigmoid")
     with pytest.raises(ModelError, match=r"can be served: DDIMScheduler does not take its values \(sigmoid is not implemented"):
         tabulate(scheduler, 3, lambda done, total: None)
 
@@ -196,35 +196,35 @@ def test_probing_leaves_torchs_random_numbers_alone() -> None:
     torch.manual_seed(3)
     exact = torch.rand(4)
     torch.manual_seed(3)
-    probe(made("DDIMScheduler"), 5)
+    probe(scheduler_of("DDIMScheduler"), 5)
     assert torch.equal(torch.rand(4), exact)
 
 
 def test_files_hold_every_number_and_no_pickle(tmp_path: Path) -> None:
-    tables = {"ddim": table_of(made("DDIMScheduler"), 7), "euler": table_of(made("EulerDiscreteScheduler"), 7)}
+    tables = {"ddim": table_of(scheduler_of("DDIMScheduler"), 7), "euler": table_of(scheduler_of("EulerDiscreteScheduler"), 7)}
     digests = []
     for name in ("a.npy", "b.npy"):
         Schedules(tables).save(tmp_path / name)
         digests.append(hashlib.sha256((tmp_path / name).read_bytes()).digest())
     assert digests[0] == digests[1]
-    read = Schedules.load(tmp_path / "a.npy", ["ddim", "euler"])
-    assert read.max_steps == 7
-    assert all(np.array_equal(read.tables[name], tables[name]) for name in tables)
-    with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, found"):
+    loaded = Schedules.load(tmp_path / "a.npy", ["ddim", "euler"])
+    assert loaded.max_steps == 7
+    assert all(np.array_equal(loaded.tables[name], tables[name]) for name in tables)
+    with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, entries"):
         Schedules.load(tmp_path / "a.npy", ["ddim"])
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "why"),
+    ("name", "count", "reason"),
     [("pndm", 3, "scheduler 'pndm': expected ddim"), ("ddim", 0, "expected 1 to 4"), ("ddim", 5, "expected 1 to 4")],
 )
-def test_unknown_samplers_and_step_counts_are_errors(name: str, count: int, why: str) -> None:
-    with pytest.raises(ScheduleError, match=why):
-        Schedules({"ddim": table_of(made("DDIMScheduler"), 4)}).steps(name, count)
+def test_unknown_samplers_and_step_counts_are_errors(name: str, count: int, reason: str) -> None:
+    with pytest.raises(ScheduleError, match=reason):
+        Schedules({"ddim": table_of(scheduler_of("DDIMScheduler"), 4)}).steps(name, count)
 
 
 def test_a_number_of_steps_that_a_scheduler_refuses_is_refused_by_the_server() -> None:
-    scheduler = made("DDIMScheduler", num_train_timesteps=4, steps_offset=0)
+    scheduler = scheduler_of("DDIMScheduler", num_train_timesteps=4, steps_offset=0)
     schedules = Schedules({"ddim": table_of(scheduler, 6)})
     assert len(schedules.steps("ddim", 4)) == 4
     with pytest.raises(ScheduleError, match="does not support so many"):

@@ -27,7 +27,7 @@ def saved(folder: Path, name: Any, **values: Any) -> Path:
     return folder
 
 
-def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance: float) -> Float32:
+def sample(network: Network, scheduler: Any, steps: int, channels: int, guidance: float) -> Float32:
     """A picture of ones, as a DiT draws it."""
     label, null = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
     pictures = Pictures(
@@ -41,7 +41,7 @@ def drawn(network: Network, scheduler: Any, steps: int, channels: int, guidance:
 def rehearsed_timesteps(scheduler: Any, steps: int, channels: int) -> list[float]:
     """The timesteps of a DiT's trajectory."""
     return Rehearsal(
-        draw=lambda made, count, network: drawn(network, made, count, channels, 2.0),
+        draw=lambda chosen, count, network: sample(network, chosen, count, channels, 2.0),
         state="hidden_states",
         output=lambda shape: shape,
     ).timesteps(scheduler, steps)
@@ -52,7 +52,7 @@ def all_schedulers() -> list[str]:
 
     return [
         name for name in dir(diffusers)
-        if inspect.isclass(found := getattr(diffusers, name, None)) and issubclass(found, diffusers.SchedulerMixin)
+        if inspect.isclass(kind := getattr(diffusers, name, None)) and issubclass(kind, diffusers.SchedulerMixin)
     ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ REHEARSALS = {
 
 
 @pytest.mark.parametrize(("name", "values", "remedy"), REHEARSALS.values(), ids=REHEARSALS)
-def test_a_scheduler_that_would_fail_is_refused_with_what_makes_it_run(
+def test_a_scheduler_that_would_fail_is_refused_with_the_remedy(
     name: str, values: dict[str, Any], remedy: str, tmp_path: Path
 ) -> None:
     scheduler = load_scheduler(saved(tmp_path, name, **values), {})
@@ -178,9 +178,9 @@ def test_a_rehearsal_leaves_the_scheduler_as_it_was(tmp_path: Path) -> None:
     def tenth(feed: Feed) -> Float32:
         return np.asarray(0.1 * feed["hidden_states"], dtype=np.float32)
 
-    first = drawn(tenth, scheduler, 6, 2, 1.0)
+    first = sample(tenth, scheduler, 6, 2, 1.0)
     rehearsed_timesteps(scheduler, 9, 2)
-    np.testing.assert_array_equal(first, drawn(tenth, scheduler, 6, 2, 1.0))
+    np.testing.assert_array_equal(first, sample(tenth, scheduler, 6, 2, 1.0))
 
 
 JSON = st.one_of(

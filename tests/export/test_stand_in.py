@@ -46,12 +46,12 @@ def pixart(network: Any) -> StandIn:
 
 def call(rows: int = 2, **changes: Any) -> dict[str, Any]:
     """A call of a DiT's `forward`."""
-    given = {
+    arguments = {
         "hidden_states": torch.randn(rows, 2, 4, 4),
         "timestep": torch.full((rows,), 500),
         "class_labels": torch.arange(rows),
     }
-    return {name: value for name, value in {**given, **changes}.items() if value is not ...}
+    return {name: value for name, value in {**arguments, **changes}.items() if value is not ...}
 
 
 def text_call(**changes: Any) -> dict[str, Any]:
@@ -67,12 +67,12 @@ def text_call(**changes: Any) -> dict[str, Any]:
 
 def test_the_first_argument_may_be_positional_and_the_result_is_diffusers_own() -> None:
     network = Double()
-    given = call()
-    state = given.pop("hidden_states")
-    result = dit(network)(state, **given)
+    arguments = call()
+    state = arguments.pop("hidden_states")
+    result = dit(network)(state, **arguments)
     assert type(result).__name__ == "Transformer2DModelOutput"
     assert torch.equal(result.sample, 2 * state)
-    (tensor,) = dit(network)(state, **given, cross_attention_kwargs=None, return_dict=False)
+    (tensor,) = dit(network)(state, **arguments, cross_attention_kwargs=None, return_dict=False)
     assert torch.equal(tensor, 2 * state)
     for feed in network.feeds:
         assert {name: (value.dtype, value.shape) for name, value in feed.items()} == {
@@ -99,7 +99,7 @@ def test_samples_may_have_their_own_timesteps_where_the_network_takes_them() -> 
         dit(network)(**call(3, timestep=timesteps))
 
 
-def test_what_a_text_pipeline_sends_reaches_the_inputs() -> None:
+def test_arguments_of_a_text_pipeline_reach_the_inputs() -> None:
     network = Double()
     pixart(network)(torch.randn(2, 2, 6, 8), **text_call(cross_attention_kwargs={}))
     (feed,) = network.feeds
@@ -112,9 +112,9 @@ def test_what_a_text_pipeline_sends_reaches_the_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_pipeline_of_another_precision_gets_its_own_back(dtype: Any) -> None:
-    network, given = Double(), call()
-    state = given.pop("hidden_states").to(dtype)
-    result = dit(network)(state, **given).sample
+    network, arguments = Double(), call()
+    state = arguments.pop("hidden_states").to(dtype)
+    result = dit(network)(state, **arguments).sample
     assert network.feeds[0]["hidden_states"].dtype == np.float32
     assert result.dtype == dtype
     assert torch.equal(result, 2 * state)

@@ -31,61 +31,61 @@ def engine(name: str, model: Path, **more: Any) -> Timed:
 
 
 def children(process: int) -> list[int]:
-    found: list[int] = []
+    children: list[int] = []
     for task in Path(f"/proc/{process}/task").glob("*"):
         try:
-            found += map(int, (task / "children").read_text().split())
+            children += map(int, (task / "children").read_text().split())
         except OSError:
             continue
-    return found
+    return children
 
 
 def helpers() -> list[int]:
     """The processes that time engines for this one."""
-    found = []
+    actual = []
     for child in children(os.getpid()):
         try:
             if b"dq_export.timing" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-                found.append(child)
+                actual.append(child)
         except OSError:
             continue
-    return found
+    return actual
 
 
 @contextmanager
 def watched() -> Iterator[list[frozenset[int]]]:
     """Which processes lived at once, of those that load engines."""
-    seen: list[frozenset[int]] = []
+    masks: list[frozenset[int]] = []
     stop = threading.Event()
 
     def look() -> None:
         while not stop.wait(0.002):
-            seen.append(frozenset(turn for helper in helpers() for turn in children(helper)))
+            masks.append(frozenset(turn for helper in helpers() for turn in children(helper)))
 
     thread = threading.Thread(target=look)
     thread.start()
-    yield seen
+    yield masks
     stop.set()
     thread.join()
 
 
 def test_one_engine_is_in_memory_at_a_time_each_turn_in_a_process_of_its_own(tiny: Any, tiny_onnx: Path) -> None:
     ticks: list[tuple[int, int]] = []
-    with watched() as seen:
-        taken = time_engines(
+    with watched() as masks:
+        timings = time_engines(
             [engine("a", tiny_onnx, profile=True), engine("b", tiny_onnx)],
             feed_of(tiny, samples=2),
             lambda done, total: ticks.append((done, total)),
         )
-    assert max(map(len, seen)) == 1
-    assert len(frozenset().union(*seen)) == 2 * ROUNDS
+    assert max(map(len, masks)) == 1
+    assert len(frozenset().union(*masks)) == 2 * ROUNDS
     assert ticks == [(number, 2 * ROUNDS) for number in range(1, 2 * ROUNDS + 1)]
-    for timing in taken.values():
+    for timing in timings.values():
         assert len(timing.milliseconds) >= 3 * ROUNDS
         assert 0 < min(timing.milliseconds) <= timing.median
         assert timing.memory_mb > 0
-    assert "MatMul" in taken["a"].profile
-    assert taken["b"].profile == {}
+    assert "MatMul" in timings["a"].profile
+    assert timings["b"].profile == {}
     assert helpers() == []
 
 
@@ -96,10 +96,10 @@ def test_pytorch_is_timed_as_well_and_a_missing_checkpoint_says_why(tiny: Any, t
         engine("bf16", tiny_folder, runs_on=("torch", None, "bf16")),
         engine("gone", tmp_path / "gone", runs_on=("torch", None, "fp32")),
     ]
-    taken = time_engines(engines, feed_of(tiny, samples=2), rounds=1)
-    assert taken["fp32"].median > 0
-    assert taken["bf16"].median > 0
-    assert "no such model or folder" in taken["gone"].error
+    timings = time_engines(engines, feed_of(tiny, samples=2), rounds=1)
+    assert timings["fp32"].median > 0
+    assert timings["bf16"].median > 0
+    assert "no such model or folder" in timings["gone"].error
 
 
 def test_pytorch_is_not_timed_on_the_processor_beside_an_engine_on_a_gpu(tiny: Any, tiny_folder: Path) -> None:
@@ -112,16 +112,16 @@ def test_pytorch_is_not_timed_on_the_processor_beside_an_engine_on_a_gpu(tiny: A
     assert error == f"PyTorch {torch.__version__} sees 0 CUDA devices; install a CUDA build of PyTorch to time it on the GPU"
 
 
-def test_what_the_runtime_refuses_reaches_the_user(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_the_runtimes_refusal_reaches_the_user(tiny: Any, tiny_onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     feed = feed_of(tiny, samples=2)
-    taken = time_engines([engine("bad", tmp_path / "bad.onnx"), engine("good", tiny_onnx)], feed, rounds=1)
-    assert f"refuses {tmp_path / 'bad.onnx'}" in taken["bad"].error
-    assert taken["good"].median > 0
+    timings = time_engines([engine("bad", tmp_path / "bad.onnx"), engine("good", tiny_onnx)], feed, rounds=1)
+    assert f"refuses {tmp_path / 'bad.onnx'}" in timings["bad"].error
+    assert timings["good"].median > 0
     wrong = {**feed, "hidden_states": feed["hidden_states"][:, :, :4]}
-    taken = time_engines([engine("good", tiny_onnx)], wrong, rounds=1)
-    assert "cannot run the graph on these inputs: " in taken["good"].error
-    assert "\n" not in taken["good"].error
+    timings = time_engines([engine("good", tiny_onnx)], wrong, rounds=1)
+    assert "cannot run the graph on these inputs: " in timings["good"].error
+    assert "\n" not in timings["good"].error
 
 
 def test_a_process_that_is_killed_is_named(tiny: Any, tiny_onnx: Path) -> None:
@@ -136,10 +136,10 @@ def test_a_process_that_is_killed_is_named(tiny: Any, tiny_onnx: Path) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    taken = time_engines([engine("a", tiny_onnx), engine("b", tiny_onnx)], feed_of(tiny, samples=2), rounds=1)
+    timings = time_engines([engine("a", tiny_onnx), engine("b", tiny_onnx)], feed_of(tiny, samples=2), rounds=1)
     killer.join()
-    assert taken["a"].error == f"the process that times {tiny_onnx} was killed, most likely for lack of memory"
-    assert taken["b"].median > 0
+    assert timings["a"].error == f"the process that times {tiny_onnx} was killed, most likely for lack of memory"
+    assert timings["b"].median > 0
 
 
 def test_nothing_is_imported_from_the_folder_that_a_command_runs_in(
@@ -193,11 +193,11 @@ def test_a_search_by_latency_builds_the_plans_that_it_will_load(tmp_path: Path) 
 
     from dq_export.deploy.backends import BACKENDS
     from dq_export.search.kernel_times import build_linear
-    from dq_export.search.space import KNOWN
+    from dq_export.search.space import CHOICES
 
     backend = next(b for b in BACKENDS if (b.name, b.dtype) == ("trt-rtx", "fp16"))
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    for number, scheme in enumerate((KNOWN[0], KNOWN[2], KNOWN[3])):
+    for number, scheme in enumerate((CHOICES[0], CHOICES[2], CHOICES[3])):
         built = build_linear(backend, weight, 32, scheme, tmp_path / str(number))
         assert (built.folder / "model.plan").exists()
         assert ("Int8" in (built.folder / "layers.txt").read_text()) == scheme.low_precision

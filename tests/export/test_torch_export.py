@@ -66,7 +66,7 @@ def exported() -> tuple[Network, ir.Model, int]:
     return network, graph, len(traced)
 
 
-def test_sizes_bear_their_axes_names(exported: Any) -> None:
+def test_sizes_have_their_axes_names(exported: Any) -> None:
     _, graph, _ = exported
     for value in (graph.graph.inputs[0], graph.graph.outputs[0]):
         assert str(value.shape) == "[batch,3,height,width]"

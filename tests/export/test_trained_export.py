@@ -35,27 +35,27 @@ BYTES = ("calibration.safetensors", "distilled.safetensors", "model.onnx", "mode
 
 
 def call(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    done = command_line.call(*words)
-    assert done.returncode == 0, done.stderr
-    return done
+    result = command_line.call(*words)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export with --rounding distill, up to its graph."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    done = call("quantize", "--model", tiny_folder, *QUICK, *TRAINING, "--rounding", "distill", "-o", out)
-    assert "distill   2 blocks, 30 iterations each" in done.stderr
-    assert re.search(r"distill   done: [12] of 2 blocks are better, by \d\.\d dB on average", done.stderr)
+    result = call("quantize", "--model", tiny_folder, *QUICK, *TRAINING, "--rounding", "distill", "-o", out)
+    assert "distill   2 blocks, 30 iterations each" in result.stderr
+    assert re.search(r"distill   done: [12] of 2 blocks are better, by \d\.\d dB on average", result.stderr)
     return out
 
 
 def test_a_calibrated_folder_that_is_trained_later_holds_the_same_bytes(tiny_folder: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     call("calibrate", "--model", tiny_folder, *QUICK, *TRAINING, "--rounding", "gptq", "-o", out)
-    done = call("distill", out)
-    assert "calibrate done" in done.stderr
-    assert "kept from an earlier run" in done.stderr
+    result = call("distill", out)
+    assert "calibrate done" in result.stderr
+    assert "kept from an earlier run" in result.stderr
     for name in BYTES:
         assert (out / name).read_bytes() == (trained / name).read_bytes(), name
     assert not (out / ".training").exists()
@@ -74,7 +74,7 @@ def test_the_graph_holds_what_was_trained(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_begins_anew_where_the_folder_holds_another_ones_half(trained: Path, tmp_path: Path) -> None:
+def test_training_starts_again_in_a_folder_of_another_unfinished_one(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     (out / ".training").mkdir()

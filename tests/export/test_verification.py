@@ -69,7 +69,7 @@ def array(value: np.ndarray[Any, Any]) -> dict[str, str]:
     return {"array": base64.b64encode(file.getvalue()).decode(), "polygraphy_class": "ndarray"}
 
 
-def test_it_says_in_three_lines_what_the_worst_call_keeps_of_which_limit(finished: Path, call: Call) -> None:
+def test_it_states_the_worst_call_and_its_limit_in_three_lines(finished: Path, call: Call) -> None:
     status, printed, error = call("verify", finished)
     assert (status, error) == (0, "")
     verdict, worst, limit = printed.splitlines()
@@ -90,15 +90,15 @@ def test_verbose_adds_what_polygraphy_prints(finished: Path, call: Call) -> None
 
 
 def test_its_numbers_are_those_of_the_export(finished: Path) -> None:
-    done = verify_again(finished, None, verbose=False)
+    result = verify_again(finished, None, verbose=False)
     report = json.loads((finished / "report.json").read_text())
     calls = [item for item in report["parity"]["calls"] if item["stage"] == "engine"]
-    assert [(round(sqnr, 6), timestep) for sqnr, timestep in done.calls] == [
+    assert [(round(sqnr, 6), timestep) for sqnr, timestep in result.calls] == [
         (round(item["sqnr"], 6), item["timestep"]) for item in calls
     ]
 
 
-def test_a_limit_of_the_users_own_counts_alone(finished: Path, call: Call) -> None:
+def test_a_limit_of_the_user_replaces_the_exports(finished: Path, call: Call) -> None:
     status, printed, _ = call("verify", finished, "--min-sqnr", "150")
     assert status == 4
     assert "FAILED" in printed
@@ -222,7 +222,7 @@ def test_many_small_values_are_refused_before_they_are_read(out: Path, call: Cal
         ("recipe.yaml", "no recipe.yaml; is it"),
     ],
 )
-def test_a_folder_that_lacks_something_is_told_what(removed: str, message: str, out: Path, call: Call) -> None:
+def test_the_error_names_what_a_folder_lacks(removed: str, message: str, out: Path, call: Call) -> None:
     shutil.rmtree(out / removed) if (out / removed).is_dir() else (out / removed).unlink()
     status, _, error = call("verify", out)
     assert status == 2
@@ -342,9 +342,9 @@ def test_finish_judges_anew_and_writes_no_command_of_the_folders(out: Path, call
 def test_files_of_an_export_have_the_mode_that_the_system_gives(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     mode = (tmp_path / "plain").stat().st_mode
-    ours = [path for path in finished.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
-    assert len(ours) > 15
-    assert [path.name for path in ours if path.stat().st_mode != mode] == []
+    copies = [path for path in finished.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
+    assert len(copies) > 15
+    assert [path.name for path in copies if path.stat().st_mode != mode] == []
 
 
 def test_a_report_of_another_graph_is_refused(out: Path, call: Call) -> None:

@@ -145,7 +145,7 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def unlike(content: Any, after: Callable[[Path], None] = lambda path: None) -> Callable[[Path], None]:
+def unequal_to(content: Any, after: Callable[[Path], None] = lambda path: None) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         torch.save(content, path)
         after(path)
@@ -161,17 +161,20 @@ WEIGHT = {"a": torch.ones(3)}
     [
         (lambda path: torch.save({"a": Runs(path.parent / "ran")}, path), r"refers to 'posix\.mkdir', which no tensor needs"),
         (lambda path: torch.save(Runs(path.parent / "ran"), path, _use_new_zipfile_serialization=False), r"'posix\.mkdir'"),
-        (unlike({"a": Large()}), r"refers to '__builtin__\.bytearray'"),
-        (unlike(torch.nn.Linear(2, 2)), r"refers to 'torch\.nn\.modules\.linear\.Linear'"),
-        (unlike({"state_dict": WEIGHT}), "'state_dict' is 'dict'; expected a dense tensor for each name"),
-        (unlike([torch.ones(3)]), "holds 'list'; expected tensors by name"),
-        (unlike({1: torch.ones(3)}), "holds 'dict'; expected tensors by name"),
-        (unlike({"a": torch.ones(3).to_sparse()}), r"refers to 'torch\._utils\._rebuild_sparse_tensor'"),
-        (unlike({"a": torch.ones(1).expand(1 << 20, 1 << 20)}), r"shape \(1048576, 1048576\) and repeats fewer stored numbers"),
-        (unlike(WEIGHT, squeeze), "its records are compressed; save it anew with torch.save"),
-        (unlike(WEIGHT, shorten), "cut short or damaged"),
+        (unequal_to({"a": Large()}), r"refers to '__builtin__\.bytearray'"),
+        (unequal_to(torch.nn.Linear(2, 2)), r"refers to 'torch\.nn\.modules\.linear\.Linear'"),
+        (unequal_to({"state_dict": WEIGHT}), "'state_dict' is 'dict'; expected a dense tensor for each name"),
+        (unequal_to([torch.ones(3)]), "holds 'list'; expected tensors by name"),
+        (unequal_to({1: torch.ones(3)}), "holds 'dict'; expected tensors by name"),
+        (unequal_to({"a": torch.ones(3).to_sparse()}), r"refers to 'torch\._utils\._rebuild_sparse_tensor'"),
+        (
+            unequal_to({"a": torch.ones(1).expand(1 << 20, 1 << 20)}),
+            r"shape \(1048576, 1048576\) and repeats fewer stored numbers",
+        ),
+        (unequal_to(WEIGHT, squeeze), "its records are compressed; save it anew with torch.save"),
+        (unequal_to(WEIGHT, shorten), "cut short or damaged"),
         (lambda path: path.write_bytes(b""), "empty; copy or download it again"),
-        (lambda path: path.write_bytes(b"\x80\x02junk" * 9), r"damaged, or no file of torch\.save"),
+        (lambda path: path.write_bytes(b"\x80\x02junk" * 9), r"damaged, or not a file of torch\.save"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "run `git lfs pull`"),
         (lambda path: os.mkfifo(path), "a link to nothing, or not a regular file"),
         (lambda path: path.symlink_to("../../blobs/gone"), "a link to nothing, or not a regular file"),
@@ -182,10 +185,10 @@ WEIGHT = {"a": torch.ones(3)}
 def test_a_pickle_of_anything_but_tensors_by_name_is_refused(spoil: Any, message: str, read: Any, tmp_path: Path) -> None:
     path = tmp_path / f"{STEM}.bin"
     spoil(path)
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as error:
         read(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 
@@ -268,9 +271,9 @@ def test_the_float_graph_reads_its_weights_from_a_link_to_the_pickle(model: Path
     np.testing.assert_allclose(run_onnx(tmp_path / "out" / "model.onnx", feed), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     weights = {value.name: value for value in load(tmp_path / "out" / "model.onnx").graph.initializers.values()}
     name = "transformer_blocks.1.ff.net.2"
-    found = weights[f"transformer.{name}.weight"].const_value
-    assert found is not None
-    np.testing.assert_array_equal(found.numpy(), reference.weight(name))
+    actual = weights[f"transformer.{name}.weight"].const_value
+    assert actual is not None
+    np.testing.assert_array_equal(actual.numpy(), reference.weight(name))
 
 
 @pytest.mark.parametrize("name", ["x.bin", "old.bin", "x.safetensors"])

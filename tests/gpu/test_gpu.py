@@ -22,10 +22,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("kind", [TensorRt, TensorRtRtx])
 @pytest.mark.parametrize(
-    ("bits", "dtype", "least"), [("w8a8", "fp16", 30), ("w8a8", "bf16", 25), ("fp8", "fp16", 25), ("w4a16", "fp16", 30)]
+    ("bits", "dtype", "minimum"), [("w8a8", "fp16", 30), ("w8a8", "bf16", 25), ("fp8", "fp16", 25), ("w4a16", "fp16", 30)]
 )
 def test_a_plan_computes_what_its_graph_does(
-    kind: type[TensorRt], bits: str, dtype: str, least: float, tiny: Any, tiny_onnx_per_sample: Path, tmp_path: Path
+    kind: type[TensorRt], bits: str, dtype: str, minimum: float, tiny: Any, tiny_onnx_per_sample: Path, tmp_path: Path
 ) -> None:
     target = compute_capability()
     if not target:
@@ -44,8 +44,8 @@ def test_a_plan_computes_what_its_graph_does(
     assert backend.audit(built, assigned).coverage == 1
     feed = feed_of(tiny, [20, 500, 900])
     exact = run_onnx(backend.portable(tmp_path / "model.onnx", tmp_path / "portable"), feed)
-    found = backend.load(built)(feed)
-    assert sqnr(exact, found) > least  # other kernels move codes next to a boundary by one
+    actual = backend.load(built)(feed)
+    assert sqnr(exact, actual) > minimum  # other kernels move codes next to a boundary by one
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [("w4a16", "fp16"), ("w8a16", "fp16"), ("w4a16", "fp32"), ("w8a16", "fp32")])

@@ -71,9 +71,9 @@ class Dangler(GraphPass):
 def test_new_nodes_are_stamped() -> None:
     model = small()
     reports = run_passes(model, [Good()])
-    made = [node for node in model.graph if PASS.read(node)]
-    assert [node.op_type for node in made] == ["Identity"]
-    assert PASS.read(made[0]) == "good"
+    result = [node for node in model.graph if PASS.read(node)]
+    assert [node.op_type for node in result] == ["Identity"]
+    assert PASS.read(result[0]) == "good"
     assert reports[0].changed == ("x",)
 
 
@@ -138,12 +138,12 @@ def test_passes_that_are_not_in_the_list_ask_for_nothing() -> None:
 
 def test_every_pass_is_known_by_its_name() -> None:
     """The names that declarations may use are those of the classes, one a file that is called as the pass."""
-    found = []
+    actual = []
     for folder in ("canonical", "legalise"):
         package = importlib.import_module(f"dq_export.passes.{folder}")
         for module in pkgutil.iter_modules(package.__path__):
             loaded = importlib.import_module(f"{package.__name__}.{module.name}")
             defined = [item for item in vars(loaded).values() if getattr(item, "__module__", "") == loaded.__name__]
             assert [item.name for item in defined if isinstance(item, type) and issubclass(item, GraphPass)] == [module.name]
-            found.append(module.name)
-    assert sorted(found) == list(PASSES)
+            actual.append(module.name)
+    assert sorted(actual) == list(PASSES)

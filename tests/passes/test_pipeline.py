@@ -25,8 +25,8 @@ FOLD_BOUND = 1e-5
 """Folding is exact in real arithmetic; float32 has 6e-8 a rounding and a DiT of two blocks some dozens in a row."""
 
 
-def relative(exact: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
-    return float(np.abs(exact - found).max() / np.abs(exact).max())
+def relative(exact: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(exact - actual).max() / np.abs(exact).max())
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_the_runtimes_codes_are_the_oracles(tiny: Any, tiny_onnx: Path, tiny_cal
     session = ort.InferenceSession(
         ir.serde.serialize_model(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found = dict(zip(names, session.run(None, feed_of(tiny, timestep)), strict=True))
+    actual = dict(zip(names, session.run(None, feed_of(tiny, timestep)), strict=True))
     assert len(exposed) == len(result.sites) == 8
     for site, source, codes in exposed:
         table = result.sites[site].activation
         scale = float(table.scale[bin_of(timestep, list(table.bins.edges))])
-        np.testing.assert_array_equal(found[str(codes.name)].astype(np.int64) - 128, onnx_codes(found[str(source.name)], scale))
+        np.testing.assert_array_equal(actual[str(codes.name)].astype(np.int64) - 128, onnx_codes(actual[str(source.name)], scale))
 
 
 def test_stored_weight_codes_are_the_oracles(tiny_onnx: Path, tiny_calibrated: Any) -> None:
@@ -139,11 +139,11 @@ def test_per_sample_equals_shared_where_all_timesteps_are_equal(
     tiny: Any, tiny_onnx: Path, tiny_onnx_per_sample: Path, tiny_calibrated: Any
 ) -> None:
     shared = run_onnx(quantized(tiny_onnx, tiny_calibrated, *factoring_passes(tiny_calibrated[0])), feed_of(tiny, 500))
-    each = run_onnx(
+    separate = run_onnx(
         quantized(tiny_onnx_per_sample, tiny_calibrated, *factoring_passes(tiny_calibrated[0])), feed_of(tiny, [500] * 3)
     )
     direct = run_onnx(quantized(tiny_onnx_per_sample, tiny_calibrated), feed_of(tiny, [500] * 3))
-    assert sqnr(shared, each) > 70  # as above: rare flips of one code
+    assert sqnr(shared, separate) > 70  # as above: rare flips of one code
     assert sqnr(shared, direct) > 70
 
 

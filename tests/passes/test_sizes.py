@@ -24,12 +24,12 @@ def test_a_multiple_is_called_by_its_axis_and_the_file_says_what_sizes_may_be() 
     name_sizes(model, AXES)
     write_sizes(model, AXES)
     assert str(model.graph.outputs[0].shape) == str(model.graph.inputs[0].shape) == "[batch,3,height]"
-    again = ir.serde.deserialize_model(ir.serde.serialize_model(model))
-    assert read_sizes(again) == {axis.name: axis for axis in AXES}
-    assert input_sizes(again) == {"x": (None, 3, AXES[0]), "text": (None, AXES[1], 8), "timestep": (1,)}
+    second = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    assert read_sizes(second) == {axis.name: axis for axis in AXES}
+    assert input_sizes(second) == {"x": (None, 3, AXES[0]), "text": (None, AXES[1], 8), "timestep": (1,)}
 
 
-def test_a_graph_whose_batch_alone_may_change_says_nothing() -> None:
+def test_a_graph_whose_batch_alone_may_change_states_no_sizes() -> None:
     model = graph_of(("x", ["batch", 3, "?"]))
     write_sizes(model, [])
     assert (dict(model.metadata_props), read_sizes(model)) == ({}, {})
@@ -56,7 +56,7 @@ def test_a_dimensions_text_is_computed_for_one_picture(text: str, number: int) -
         "[" * 9999,
     ],
 )  # fmt: skip
-def test_what_no_export_writes_is_refused(text: str) -> None:
+def test_files_that_no_export_writes_are_refused(text: str) -> None:
     model = graph_of(("x", ["batch", 3]))
     model.metadata_props[KEY] = text
     with pytest.raises(GraphError, match=r"^the property dq_export\.sizes of the graph is damaged"):

@@ -75,10 +75,10 @@ def test_an_export_beside_itself_differs_in_nothing(tiny_exported: Path, tmp_pat
 
 
 def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing(tiny_exported: Path, other: Path, tmp_path: Path) -> None:
-    done = call("compare", tiny_exported, other, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
+    result = call("compare", tiny_exported, other, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
     for word in ("rounding", "worst call", "MatMulIntegerToFloat", "transformer_blocks.1.ff.net.2", "page: compare.html"):
-        assert word in done.stdout
+        assert word in result.stdout
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert "<script" not in page
@@ -86,7 +86,7 @@ def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing(tiny_exp
     assert "<b>" not in page
 
 
-def test_what_is_no_export_is_refused_by_its_name(tiny_exported: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_refused_by_name(tiny_exported: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"nowhere: no such folder"):
         compare_folders(tiny_exported, tmp_path / "nowhere")
     with pytest.raises(OutputError, match=r"no report\.json, recipe\.yaml"):

@@ -55,11 +55,11 @@ def test_a_recipe_with_one_scaling_has_no_alternatives(tiny_folder: Path, tmp_pa
 
 
 def test_without_a_name_it_lists_every_linear(finished: Path) -> None:
-    done = explain(finished)
-    assert done.exit_code == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = explain(finished)
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
     report = Report.model_validate_json((finished / "report.json").read_bytes())
-    blocks = re.split(r"\n(?! )", done.stdout.rstrip())
+    blocks = re.split(r"\n(?! )", result.stdout.rstrip())
     assert [block.splitlines()[0] for block in blocks] == [linear.name for linear in report.linears]
     for linear, block in zip(report.linears, blocks, strict=True):
         _, text, *more = block.splitlines()
@@ -73,16 +73,16 @@ def test_without_a_name_it_lists_every_linear(finished: Path) -> None:
 
 
 def test_a_part_of_a_name_lists_those_that_have_it(finished: Path) -> None:
-    done = explain(finished, "to_k")
-    assert done.exit_code == 0
-    assert done.stdout.count("w8a8") == 2
+    result = explain(finished, "to_k")
+    assert result.exit_code == 0
+    assert result.stdout.count("w8a8") == 2
 
 
 def test_a_name_that_fits_none_lists_all_and_is_an_error(finished: Path) -> None:
-    done = explain(finished, f"{Q}q")
-    assert isinstance(done.exception, OutputError)
-    assert str(done.exception) == f"no linear '{Q}q' in {finished}. Did you mean '{Q}'?"
-    assert done.stdout.count("w8a8") > 8
+    result = explain(finished, f"{Q}q")
+    assert isinstance(result.exception, OutputError)
+    assert str(result.exception) == f"no linear '{Q}q' in {finished}. Did you mean '{Q}'?"
+    assert result.stdout.count("w8a8") > 8
 
 
 def test_what_a_pass_left_alone_is_in_the_report_with_its_reason(finished: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dq_export.report.front import EXACT, UNIFORM, Front, apart
+from dq_export.report.front import EXACT, UNIFORM, Front, label_places
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def drawn(front: Front) -> Any:
+def svg_of(front: Front) -> Any:
     import xml.etree.ElementTree as Xml
 
     return Xml.fromstring(front.draw())
@@ -22,7 +22,7 @@ def texts(picture: Any) -> list[str]:
 def test_the_picture_of_the_front_is_whole() -> None:
     uniform = (("float", 12.7, 200.0), ("w8a8 <token>", 4.8, 47.0), ("w4a8", 3.5, 28.0))
     front = Front(unit="MB", mixes=((3.4, 27.0), (4.3, 45.0), (12.7, 200.0)), uniform=uniform, winner=(4.3, 45.0), limit=4.4)
-    picture = drawn(front)
+    picture = svg_of(front)
     assert {"w8a8 <token>", "float", "limit 4.4 MB", "12.7 MB, no error: off the scale"} <= set(texts(picture))
     dots = [
         (float(item.get("cx")), float(item.get("cy"))) for item in picture.iter(f"{SVG}circle") if item.get("fill") == UNIFORM
@@ -35,12 +35,12 @@ def test_the_picture_of_the_front_is_whole() -> None:
     assert len(dashed) == 1
     limit = float(dashed[0][1:].split()[0])
     assert inside[1][0] < limit < inside[0][0], "between w4a8 and w8a8"
-    assert "target 40 dB" in texts(drawn(Front(unit="ms", mixes=(), target=40.0)))
-    drawn(Front(unit="ms", mixes=((1.0, EXACT),)))
+    assert "target 40 dB" in texts(svg_of(Front(unit="ms", mixes=(), target=40.0)))
+    svg_of(Front(unit="ms", mixes=((1.0, EXACT),)))
 
 
 def test_labels_lie_apart_from_each_other_and_from_the_points() -> None:
     points = [(100.0 + i % 3, 100.0 + i // 3) for i in range(8)]
-    placed = apart(points)
+    placed = label_places(points)
     for number, (x, y) in enumerate(placed):
         assert all(abs(x - a) >= 9 or abs(y - b) >= 12 for a, b in (*placed[:number], *points))

@@ -38,21 +38,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 
 def test_every_quantized_linear_has_a_cell_at_every_timestep(exported: Any) -> None:
     _, report = exported
-    drawn: Any = heat_map(report)
+    figure: Any = heat_map(report)
     quantized = [linear for linear in report.linears if linear.action == "w8a8"]
-    assert len(drawn["labels"]) == len(quantized) == 12
-    assert len(drawn["cells"]) == 12 * 6
+    assert len(figure["labels"]) == len(quantized) == 12
+    assert len(figure["cells"]) == 12 * 6
     for linear in quantized:
         assert len(linear.sqnr) == 6
         assert all(value is not None and 25 < value < 80 for value in linear.sqnr)
-    assert len({colour for _, _, colour, _ in drawn["cells"]}) > 3
+    assert len({colour for _, _, colour, _ in figure["cells"]}) > 3
 
 
 def test_the_colours_differ_in_lightness_for_readers_who_do_not_tell_hues_apart(exported: Any) -> None:
     _, report = exported
-    drawn: Any = heat_map(report)
+    figure: Any = heat_map(report)
     lights = []
-    for colour, _, _ in drawn["legend"]:
+    for colour, _, _ in figure["legend"]:
         red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour))
         lights.append(0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2)  # relative luminance, sRGB about 2.2
     assert lights == sorted(lights)
@@ -96,7 +96,7 @@ def test_every_link_leads_to_a_place_of_the_page(exported: Any) -> None:
     assert f'<a id="heat-{number}" href="#linear-{number}"><text' in page
 
 
-def test_the_head_says_what_was_run_when_and_where(exported: Any) -> None:
+def test_the_head_states_command_date_and_machine(exported: Any) -> None:
     _, report = exported
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", report.date)
     assert (report.recipe["bits"], report.recipe["format"], report.recipe["bins"]) == ("w8a8", "ort", "per-step")
@@ -109,7 +109,7 @@ def test_the_head_says_what_was_run_when_and_where(exported: Any) -> None:
     assert page.index('class="verdict') < page.index('<dl class="recipe">') < page.index('class="card"')
 
 
-def test_what_is_measured_is_the_linears_own_error(exported: Any) -> None:
+def test_measured_errors_are_the_linears_own(exported: Any) -> None:
     """A linear's noise over all timesteps is about that which its scaling was chosen by."""
     _, report = exported
     for linear in report.linears:
@@ -154,10 +154,10 @@ def test_pictures_of_float_engine_and_difference_stand_in_three_rows(tmp_path: P
 
     rows = [np.full((2, 1, 16, 16), value, dtype=np.float32) for value in (-1, 0, 1)]
     assert save_pictures(tmp_path / "p.png", rows)
-    drawn = np.asarray(Image.open(tmp_path / "p.png"))
-    assert drawn.shape[0] * 2 == drawn.shape[1] * 3
-    third = len(drawn) // 3
-    assert [int(drawn[i * third + third // 2, third // 2]) for i in range(3)] == [0, 128, 255]
+    pixels = np.asarray(Image.open(tmp_path / "p.png"))
+    assert pixels.shape[0] * 2 == pixels.shape[1] * 3
+    third = len(pixels) // 3
+    assert [int(pixels[i * third + third // 2, third // 2]) for i in range(3)] == [0, 128, 255]
 
 
 def picture(*parts: str) -> bytes:
@@ -215,7 +215,7 @@ def test_names_and_paths_are_text_on_the_page(exported: Any) -> None:
     ],
     ids=["link", "folder", "not-utf-8", "html", "pipe", "huge"],
 )
-def test_what_is_no_picture_beside_a_recipe_is_refused_before_work(make: Any, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_beside_a_recipe_is_refused_before_work(make: Any, message: str, tmp_path: Path) -> None:
     """The folder of somebody else's recipe: the text of a file that search.svg links to must not end in the report."""
     (tmp_path / "secret").write_text("<svg secret")
     (tmp_path / "recipe.yaml").write_text("model: dit-digits\n")
@@ -251,7 +251,7 @@ def test_the_first_card_is_the_share_of_all_gemms(exported: Any) -> None:
     assert cards[1] == ("100.0 %", "of those that the recipe quantizes")
 
 
-def test_the_page_says_what_drew_and_that_a_plan_was_not_run(exported: Any) -> None:
+def test_the_page_states_what_drew_the_pictures_and_that_a_plan_was_not_run(exported: Any) -> None:
     out, report = exported
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "drawn by PyTorch, by ONNX Runtime&#39;s CPU provider, and four" in page
@@ -265,8 +265,8 @@ def test_the_page_says_what_drew_and_that_a_plan_was_not_run(exported: Any) -> N
 
 def test_an_output_that_is_not_finite_still_makes_a_report_that_loads(exported: Any) -> None:
     _, report = exported
-    lost = replace(report.parity.calls[-1], sqnr=-200.0, cosine=0.0, max_error=None)
-    broken = report.model_copy(update={"parity": replace(report.parity, calls=(*report.parity.calls[:-1], lost))})
+    missing = replace(report.parity.calls[-1], sqnr=-200.0, cosine=0.0, max_error=None)
+    broken = report.model_copy(update={"parity": replace(report.parity, calls=(*report.parity.calls[:-1], missing))})
     assert Report.model_validate_json(broken.model_dump_json()) == broken
     assert "not finite" in render_html(broken, None)
 
@@ -283,5 +283,5 @@ def test_the_page_holds_in_a_browser(exported: Any, tmp_path: Path) -> None:
     # The policy must hold even against what escaping would let through.
     (tmp_path / "p.html").write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([*words, f"file://{tmp_path / 'p.html'}"], capture_output=True, text=True, timeout=120, check=True)
-    assert re.findall(r"<title>(.*?)</title>", done.stdout)[0].startswith("dq-export: ")
+    result = subprocess.run([*words, f"file://{tmp_path / 'p.html'}"], capture_output=True, text=True, timeout=120, check=True)
+    assert re.findall(r"<title>(.*?)</title>", result.stdout)[0].startswith("dq-export: ")

@@ -135,7 +135,7 @@ def test_a_text_encoder_that_is_too_far_from_pytorchs_fails_the_export() -> None
     assert str(good.text_encoder) == "4.0 -> 1.1 MB, 21.0 dB at worst"
 
 
-def test_what_was_neither_audited_nor_compared_is_not_judged() -> None:
+def test_an_export_without_audit_and_comparison_is_not_judged() -> None:
     bare = report().model_copy(update={"audit": None, "parity": None})
     assert judge(bare, recipe()) is None
     require(None)
@@ -153,9 +153,9 @@ def test_what_was_neither_audited_nor_compared_is_not_judged() -> None:
 def test_the_replay_command_names_the_graph_and_a_limit_that_the_export_itself_must_keep(
     values: dict[str, Any], sqnr: float, model: str, limit: str
 ) -> None:
-    done = concluded(report(call("float-onnx", 10), call("qdq-onnx", sqnr)), recipe(**values))
-    assert done.parity is not None
-    assert done.parity.replay == (
+    result = concluded(report(call("float-onnx", 10), call("qdq-onnx", sqnr)), recipe(**values))
+    assert result.parity is not None
+    assert result.parity.replay == (
         f"polygraphy run {model} --onnxrt --load-inputs parity/inputs.json --load-outputs parity/outputs.json "
         f"--compare snr --snr-threshold {limit}"
     )

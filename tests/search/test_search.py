@@ -23,7 +23,7 @@ from dq_export.pipeline import run
 from dq_export.preparation import Options, resolve
 from dq_export.search.explore import WINNER, explore
 from dq_export.search.request import SearchError, SearchRequest
-from dq_export.search.space import KNOWN, Q_DIT, space_of, weight_bytes
+from dq_export.search.space import CHOICES, Q_DIT, space_of, weight_bytes
 from dq_export.search.trajectories import EVALUATIONS
 
 
@@ -47,16 +47,16 @@ def searched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return out, search_tiny(folder, out, max_size=0.085)
 
 
-def test_the_winner_exports_at_the_size_that_was_foretold(folder: Path, searched: Any, tmp_path: Path) -> None:
-    out, found = searched
-    assert found.reached
-    assert found.size <= 0.085
+def test_the_winner_exports_at_the_size_that_the_search_predicted(folder: Path, searched: Any, tmp_path: Path) -> None:
+    out, outcome = searched
+    assert outcome.reached
+    assert outcome.size <= 0.085
     report = run(Recipe.load(out / WINNER), tmp_path / "engine", Options(front=out / "search.svg"))
     assert report is not None
     assert report.audit is not None
     assert report.audit.coverage == 1
     stored = sum(value.nbytes for value in _weights(tmp_path / "engine" / "model.onnx")) / 1e6
-    assert stored == pytest.approx(found.size, rel=0.02)
+    assert stored == pytest.approx(outcome.size, rel=0.02)
     page = (tmp_path / "engine" / "report.html").read_text()
     assert "The search that found this recipe" in page
     assert "data:image/svg+xml;base64," in page
@@ -66,37 +66,42 @@ def _weights(path: Path) -> list[Any]:
     import onnx_ir as ir
 
     graph = ir.load(path).graph
-    kept = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
-    return [tensor for tensor in kept if ".weight" in str(tensor.name) and "shape" not in str(tensor.name)]
+    constants = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+    return [tensor for tensor in constants if ".weight" in str(tensor.name) and "shape" not in str(tensor.name)]
 
 
 def test_a_search_tries_every_choice_alone_and_is_no_worse(searched: Any) -> None:
-    out, found = searched
+    out, outcome = searched
     tried = {
         tuple(entry["genome"]): entry["sqnr"]
         for line in (out / EVALUATIONS).read_text().splitlines()[1:]
         if (entry := json.loads(line))
     }
-    alike = [sqnr for genome, sqnr in tried.items() if len(set(genome)) == 1 and genome[0] > 0]
-    assert alike
-    assert found.sqnr >= min(alike)
-    least = max((sqnr for _, size, _, sqnr in found.uniform if size <= 0.085), default=-99.0)
-    assert found.held_back > least - 2  # on other noise and conditions
+    uniform = [sqnr for genome, sqnr in tried.items() if len(set(genome)) == 1 and genome[0] > 0]
+    assert uniform
+    assert outcome.sqnr >= min(uniform)
+    minimum = max((sqnr for _, size, _, sqnr in outcome.uniform if size <= 0.085), default=-99.0)
+    assert outcome.held_back > minimum - 2  # on other noise and conditions
 
 
 def test_a_killed_search_goes_on_from_its_evaluations(folder: Path, searched: Any, tmp_path: Path) -> None:
     import shutil
 
-    out, found = searched
+    out, actual = searched
     shutil.copytree(out, tmp_path / "again")
     journal = tmp_path / "again" / EVALUATIONS
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:20]) + lines[20][:15])  # killed while it wrote
-    again = search_tiny(folder, tmp_path / "again", max_size=0.085)
-    assert (again.recipe, again.sqnr, again.held_back, again.front) == (found.recipe, found.sqnr, found.held_back, found.front)
-    kept = journal.read_text().splitlines()
-    assert kept[:20] == [line.rstrip() for line in lines[:20]]
-    assert len(kept) == len(lines) + 1
+    outcome = search_tiny(folder, tmp_path / "again", max_size=0.085)
+    assert (outcome.recipe, outcome.sqnr, outcome.held_back, outcome.front) == (
+        actual.recipe,
+        actual.sqnr,
+        actual.held_back,
+        actual.front,
+    )
+    rows = journal.read_text().splitlines()
+    assert rows[:20] == [line.rstrip() for line in lines[:20]]
+    assert len(rows) == len(lines) + 1
 
 
 def test_the_journal_of_another_search_is_refused(folder: Path, searched: Any) -> None:
@@ -106,7 +111,7 @@ def test_the_journal_of_another_search_is_refused(folder: Path, searched: Any) -
 
 
 @pytest.mark.parametrize("content", ["[]\n", "null\n", "no json\n", "[" * 5000 + "\n", "\ufeff{}\n"])
-def test_a_journal_that_is_none_is_refused(content: str, folder: Path, searched: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_journal_is_refused(content: str, folder: Path, searched: Any, tmp_path: Path) -> None:
     import shutil
 
     out, _ = searched
@@ -149,9 +154,9 @@ def test_kernels_that_cannot_run_here_are_refused_before_the_model_is_loaded(nam
     if compute_capability():
         pytest.skip("there is a GPU")
     recipe = Recipe.parse({"model": str(tmp_path / "missing"), "format": named}, "test")
-    with pytest.raises(RecipeError, match="--max-latency times kernels, and") as caught:
+    with pytest.raises(RecipeError, match="--max-latency times kernels, and") as error:
         explore(recipe, tmp_path / "out", SearchRequest(max_latency=1.0))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -163,30 +168,30 @@ def test_a_target_that_nothing_reaches_is_an_error_without_a_winner(folder: Path
     with pytest.raises(
         SearchError,
         match=r"--target-sqnr 199: none of \d+ mixes that quantize anything meets it; the nearest keeps \d+\.\d dB at",
-    ) as caught:
+    ) as error:
         search_tiny(folder, tmp_path / "again", target_sqnr=199.0)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "again" / WINNER).exists()
     assert json.loads((tmp_path / "again" / "search.json").read_text())["reached"] is False
 
 
 def test_a_search_by_latency_times_every_shape_and_choice(folder: Path, tmp_path: Path) -> None:
-    found = search_tiny(folder, tmp_path / "out", max_latency=50.0, evaluations=40)
-    assert found.reached
-    assert 0 < found.milliseconds < 50
+    outcome = search_tiny(folder, tmp_path / "out", max_latency=50.0, evaluations=40)
+    assert outcome.reached
+    assert 0 < outcome.milliseconds < 50
     assert json.loads((tmp_path / "out" / "search.json").read_text())["unit"] == "ms"
 
 
 def test_the_space_leaves_out_what_does_not_divide_or_run(folder: Path) -> None:
     reference = load_reference(str(folder))
     recipe = resolve(recipe_for(folder), (), reference, None)
-    space = space_of(reference, recipe, KNOWN, ORT)
+    space = space_of(reference, recipe, CHOICES, ORT)
     sizes = [scheme.words["group_size"] for scheme in space.choices]
     narrow = space.allowed[space.sites.index("transformer_blocks.0.attn1.to_q")]
     assert not narrow[sizes.index(64)]
     assert narrow[sizes.index(32)]
-    on_trt = space_of(reference, recipe, (*KNOWN, *Q_DIT), TensorRt("fp16")).choices
-    assert on_trt == KNOWN
+    on_trt = space_of(reference, recipe, (*CHOICES, *Q_DIT), TensorRt("fp16")).choices
+    assert on_trt == CHOICES
     with pytest.raises(RecipeError, match="nothing to search"):
         space_of(reference, recipe, Q_DIT, OpenVino("fp32"))
 
@@ -202,10 +207,10 @@ def test_the_command_says_what_to_export(folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "base.yaml"
     recipe.write_text(recipe_for(folder).dump())
     words = ["search", "--recipe", str(recipe), "--max-size", "0.1", "--evaluations", "12", "--pictures", "1", "--steps", "2"]
-    done = command_line.call(*words, "-o", tmp_path / "s")
-    assert done.returncode == 0, done.stderr
-    assert f"dq-export --recipe {tmp_path / 's' / WINNER} -o out" in done.stdout.replace("\n", "")
-    assert re.search(r"\d+ evaluations measure each", done.stderr)
+    result = command_line.call(*words, "-o", tmp_path / "s")
+    assert result.returncode == 0, result.stderr
+    assert f"dq-export --recipe {tmp_path / 's' / WINNER} -o out" in result.stdout.replace("\n", "")
+    assert re.search(r"\d+ evaluations measure each", result.stderr)
 
 
 @pytest.mark.parametrize(("calibration", "judging"), [(4, 12), (12, 4)])

@@ -41,7 +41,7 @@ def truth(genome: Genome) -> float:
 def test_a_search_keeps_its_bound_and_its_budget_and_repeats(strategy: str) -> None:
     space = problem()
     goal = Goal(cost=space.bytes_of, limit=0.4 * SIZE[:, 0].sum())
-    found = []
+    actual = []
     for _ in range(2):
         counted: list[Genome] = []
 
@@ -55,11 +55,11 @@ def test_a_search_keeps_its_bound_and_its_budget_and_repeats(strategy: str) -> N
         assert best is not None
         assert goal.legal(best)
         assert len(counted) == len(set(counted)) <= 120
-        found.append(best)
+        actual.append(best)
         front = search.front()
         assert [point[0] for point in front] == sorted(point[0] for point in front)
         assert [point[1] for point in front] == sorted(point[1] for point in front)
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
 
 
 @pytest.mark.parametrize("strategy", list(SEARCHES))
@@ -86,13 +86,13 @@ def test_however_few_evaluations_the_winner_is_within_the_limit_and_beaten_by_no
     best = search.best()
     assert best is not None
     assert goal.legal(best)
-    alike = [(truth(g), space.bytes_of(g)) for scheme in space.choices if goal.legal(g := space.everywhere(scheme))]
-    assert len(alike) == 2
-    if evaluations >= len(alike):
-        assert truth(best) >= max(alike)[0]
-        assert not any(sqnr > truth(best) and size < space.bytes_of(best) for sqnr, size in alike)
+    uniform = [(truth(g), space.bytes_of(g)) for scheme in space.choices if goal.legal(g := space.everywhere(scheme))]
+    assert len(uniform) == 2
+    if evaluations >= len(uniform):
+        assert truth(best) >= max(uniform)[0]
+        assert not any(sqnr > truth(best) and size < space.bytes_of(best) for sqnr, size in uniform)
     if strategy == "descend" and evaluations >= 12:
-        assert truth(best) > max(alike)[0], "the rest of the evaluations is used, too"
+        assert truth(best) > max(uniform)[0], "the rest of the evaluations is used, too"
 
 
 def test_the_network_without_anything_quantized_is_no_winner() -> None:
@@ -106,30 +106,30 @@ def test_the_network_without_anything_quantized_is_no_winner() -> None:
         best = search.best()
         assert best is not None
         assert any(best)
-        assert goal.met(best, search.found[best]) == (goal.limit is not None)
+        assert goal.met(best, search.sqnrs[best]) == (goal.limit is not None)
 
 
 def test_descend_finds_the_best_of_all_with_a_fraction_of_them() -> None:
     space = problem()
     goal = Goal(cost=space.bytes_of, limit=0.4 * SIZE[:, 0].sum())
-    everything = [g for g in itertools.product(range(CHOICES), repeat=SITES) if goal.legal(g)]
-    exact = max(map(truth, everything))
+    legal = [g for g in itertools.product(range(CHOICES), repeat=SITES) if goal.legal(g)]
+    exact = max(map(truth, legal))
     search = Search(space, goal, truth, 100, lambda done, total, best: None)
     SEARCHES["descend"](search, np.random.default_rng(0))
     best = search.best()
     assert best is not None
     assert truth(best) == pytest.approx(exact)
-    assert len(everything) > 500
+    assert len(legal) > 500
 
 
 def test_a_target_is_reached_at_the_least_cost() -> None:
     space = problem()
-    wanted = 25.0
-    goal = Goal(cost=space.bytes_of, sqnr=wanted)
-    enough = [g for g in itertools.product(range(CHOICES), repeat=SITES) if truth(g) >= wanted]
+    target = 25.0
+    goal = Goal(cost=space.bytes_of, sqnr=target)
+    enough = [g for g in itertools.product(range(CHOICES), repeat=SITES) if truth(g) >= target]
     search = Search(space, goal, truth, 150, lambda done, total, best: None)
     SEARCHES["descend"](search, np.random.default_rng(0))
     best = search.best()
     assert best is not None
-    assert truth(best) >= wanted
+    assert truth(best) >= target
     assert space.bytes_of(best) <= min(map(space.bytes_of, enough)) * 1.02

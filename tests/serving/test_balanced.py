@@ -78,8 +78,8 @@ def test_two_servers_share_the_requests_and_one_that_dies_loses_none(balanced: B
 
     exact = [latents(balanced.servers[0].http, seed, 30) for seed in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda seed: latents(balanced.http, seed, 30), range(16)))
-        assert all(np.array_equal(a, b) for a, b in zip(exact, found, strict=True))
+        actual = list(pool.map(lambda seed: latents(balanced.http, seed, 30), range(16)))
+        assert all(np.array_equal(a, b) for a, b in zip(exact, actual, strict=True))
         client = grpc.InferenceServerClient(balanced.servers[1].grpc)
         (stats,) = client.get_inference_statistics("pipeline").model_stats
         assert stats.inference_count == 8

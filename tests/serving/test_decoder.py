@@ -63,13 +63,13 @@ def test_pictures_equal_those_that_diffusers_decodes(latent_client: Any, latent:
     import torch
     from diffusers import AutoencoderKL
 
-    found = ask(latent_client, class_labels=[1, 4, 2], seed=3)
+    actual = ask(latent_client, class_labels=[1, 4, 2], seed=3)
     vae = AutoencoderKL.from_pretrained(latent / "vae").eval()
     with torch.inference_mode():
-        exact = vae.decode(torch.from_numpy(np.array(found["latents"])) / 0.3).sample
+        exact = vae.decode(torch.from_numpy(np.array(actual["latents"])) / 0.3).sample
     pixels = ((exact / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert found["images"].shape == (3, 16, 16, 3)
-    assert np.abs(found["images"].astype(np.int64) - pixels).max() <= 1  # a value between two levels may go either way
+    assert actual["images"].shape == (3, 16, 16, 3)
+    assert np.abs(actual["images"].astype(np.int64) - pixels).max() <= 1  # a value between two levels may go either way
     assert pixels.std() > 3
 
 

@@ -46,9 +46,9 @@ class Guarded:
 
 def options_of(readme: str) -> list[str]:
     """The restrictions of the README's command."""
-    found = re.findall(r'(--(?:http-restricted-api|grpc-restricted-protocol)=\S+:admin=)"\$\(openssl', readme)
-    assert len(found) == 2
-    return [f"{option}0123456789abcdef" for option in found]
+    matches = re.findall(r'(--(?:http-restricted-api|grpc-restricted-protocol)=\S+:admin=)"\$\(openssl', readme)
+    assert len(matches) == 2
+    return [f"{option}0123456789abcdef" for option in matches]
 
 
 def proxy_config(text: str, running: server.Server, ports: list[int]) -> str:
@@ -99,15 +99,15 @@ def guarded_server(repository: Path, folder: Path) -> Iterator[Guarded]:
     options = options_of((repository / "README.md").read_text())
     with (
         server.serving(repository, folder, *options, wait="ready") as running,
-        proxied(repository, running, folder / "proxy") as found,
+        proxied(repository, running, folder / "proxy") as proxy,
     ):
-        yield found
+        yield proxy
 
 
 @pytest.fixture(scope="module")
 def guarded(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    with guarded_server(exported / "triton", tmp_path_factory.mktemp("guarded")) as found:
-        yield found
+    with guarded_server(exported / "triton", tmp_path_factory.mktemp("guarded")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -124,13 +124,13 @@ def unharmed(guarded: Guarded) -> Iterator[None]:
 
     client = grpc.InferenceServerClient(guarded.server.grpc)
     process = guarded.server.process
-    wanted = {"class_labels": [5, 2], "seed": [5, 6]}
-    exact = ask(client, **wanted)["latents"]
+    request = {"class_labels": [5, 2], "seed": [5, 6]}
+    exact = ask(client, **request)["latents"]
     done, same, peak = threading.Event(), [], [0.0]
 
     def others() -> None:
         while not done.is_set():
-            same.append(np.array_equal(ask(client, **wanted)["latents"], exact))
+            same.append(np.array_equal(ask(client, **request)["latents"], exact))
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -229,7 +229,7 @@ def test_a_shape_that_no_memory_holds_is_refused_by_the_server(guarded: Guarded)
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("batch", [0, -1, 2**32, 2**55, 2**63 - 1])
 @pytest.mark.parametrize("content", [True, False])
-def test_the_denoiser_refuses_them_too(guarded: Guarded, batch: int, content: bool) -> None:
+def test_the_denoiser_refuses_shapes_that_no_memory_holds(guarded: Guarded, batch: int, content: bool) -> None:
     row = [
         ("hidden_states", "FP32", [1, 16, 16], bytes(1024)),
         ("timestep", "INT64", [1], ONE),
@@ -294,7 +294,7 @@ HTTP: dict[str, tuple[bytes, str, str]] = {
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("model", ["pipeline", "denoiser"])
 def test_the_proxy_refuses_requests_that_crash_the_server(proxy: Guarded, model: str) -> None:
-    answers = {name: http(proxy.http, f"/v2/models/{model}/infer", sent, head) for name, (sent, head, _) in HTTP.items()}
+    answers = {name: http(proxy.http, f"/v2/models/{model}/infer", body, head) for name, (body, head, _) in HTTP.items()}
     assert {name: answer[:200] for name, answer in answers.items() if not answer.startswith(HTTP[name][2])} == {}
 
 
@@ -310,7 +310,7 @@ def test_memory_models_and_settings_are_closed(guarded: Guarded) -> None:
     assert administration(guarded.server.grpc) == {"UNAVAILABLE"}
 
 
-def test_they_are_closed_at_the_proxy(proxy: Guarded) -> None:
+def test_other_paths_are_closed_at_the_proxy(proxy: Guarded) -> None:
     paths = (*CLOSED, "/v2/models/pipeline/../../repository/index", "//v2/logging", "/v2/models/pipeline_stream/generate")
     assert {path: http(proxy.http, path, b"{}")[:4] for path in paths} == dict.fromkeys(paths, "404 ")
     assert administration(proxy.grpc) == {"UNIMPLEMENTED"}
@@ -334,9 +334,9 @@ def administration(address: str) -> set[str]:
             (stub.LogSettings, messages.LogSettingsRequest()),
             (stub.TraceSetting, messages.TraceSettingRequest()),
         ):
-            with pytest.raises(grpc.RpcError) as caught:
+            with pytest.raises(grpc.RpcError) as error:
                 call(message, timeout=SECONDS)
-            codes.add(caught.value.code().name)
+            codes.add(error.value.code().name)
     return codes
 
 
@@ -366,13 +366,13 @@ def test_the_proxy_forwards_requests_of_the_documented_clients(proxy: Guarded, e
     exact = ask(client, class_labels=[0, 1], num_inference_steps=20, seed=[7, 8])
     assert outputs["images"]["data"] == exact["images"].ravel().tolist()
     for latents in (exact["latents"], np.round(exact["latents"], 3)):
-        found = ask(client, class_labels=[0, 1], latents=latents, num_inference_steps=2)["latents"]
-        given = {"name": "latents", "datatype": "FP32", "shape": [2, 1, 16, 16], "data": latents.tolist()}
+        actual = ask(client, class_labels=[0, 1], latents=latents, num_inference_steps=2)["latents"]
+        tensor = {"name": "latents", "datatype": "FP32", "shape": [2, 1, 16, 16], "data": latents.tolist()}
         steps = {"name": "num_inference_steps", "datatype": "INT32", "shape": [2, 1], "data": [2, 2]}
         labels = {"name": "class_labels", "datatype": "INT64", "shape": [2, 1], "data": [[0], [1]]}
-        asked = {"inputs": [labels, given, steps], "outputs": [{"name": "latents"}]}
-        answer = http(proxy.http, INFER, json.dumps(asked).encode())
-        assert np.array_equal(np.float32(json.loads(answer[4:])["outputs"][0]["data"]), found.ravel())
+        request = {"inputs": [labels, tensor, steps], "outputs": [{"name": "latents"}]}
+        answer = http(proxy.http, INFER, json.dumps(request).encode())
+        assert np.array_equal(np.float32(json.loads(answer[4:])["outputs"][0]["data"]), actual.ravel())
     client.close()
 
 
@@ -389,25 +389,25 @@ def test_the_proxy_takes_no_compression_and_no_long_calls(proxy: Guarded) -> Non
     assert "413" in rpc(proxy.grpc, [("class_labels", "INT64", [8, 1], bytes(30_000_000))])
 
 
-def test_health_tells_of_a_program_that_died(exported: Path, tmp_path: Path) -> None:
+def test_health_reports_a_program_that_died(exported: Path, tmp_path: Path) -> None:
     """Also how a server is restarted by whoever watches it; here it is thrown away."""
     command = re.search(r'health/infer \\\n +-d "(\{.*?\})"', (exported / "triton" / "README.md").read_text())
     assert command
     probe = command[1].replace('\\"', '"').encode()
-    with guarded_server(exported / "triton", tmp_path) as found:
-        assert http(found.server.http, "/v2/models/health/infer", probe).startswith("200 ")
-        if found.http:
-            assert get(found.http, "/health") == 200
-        os.kill(program_of(found.server.process.pid, "/pipeline_stream/1/model.py"), signal.SIGKILL)
+    with guarded_server(exported / "triton", tmp_path) as running:
+        assert http(running.server.http, "/v2/models/health/infer", probe).startswith("200 ")
+        if running.http:
+            assert get(running.http, "/health") == 200
+        os.kill(program_of(running.server.process.pid, "/pipeline_stream/1/model.py"), signal.SIGKILL)
         time.sleep(1)
-        answer = http(found.server.http, "/v2/models/health/infer", probe)
+        answer = http(running.server.http, "/v2/models/health/infer", probe)
         assert answer.startswith("500 ")
         assert "pipeline_stream: " in answer
-        assert get(found.server.http, "/v2/health/ready") == 200  # why `health` is needed
-        if found.http:
-            assert get(found.http, "/health") == 500
-        found.server.process.terminate()
-        found.server.process.wait(SECONDS)  # a server with a dead program still ends when it is asked to
+        assert get(running.server.http, "/v2/health/ready") == 200  # why `health` is needed
+        if running.http:
+            assert get(running.http, "/health") == 500
+        running.server.process.terminate()
+        running.server.process.wait(SECONDS)  # a server with a dead program still ends when it is asked to
 
 
 def program_of(parent: int, model: str) -> int:

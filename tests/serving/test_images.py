@@ -56,7 +56,7 @@ def pixels(data: str) -> Any:
 
 def test_openais_client_gets_the_pictures_that_the_server_draws(images: Any, text_client: Any) -> None:
     more = {"seed": 7, "num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "an eight"}
-    found = images.generate(prompt="a seven", n=2, size="16x16", response_format="b64_json", extra_body=more)
+    actual = images.generate(prompt="a seven", n=2, size="16x16", response_format="b64_json", extra_body=more)
     exact = ask(
         text_client,
         prompt=["a seven"] * 2,
@@ -65,8 +65,8 @@ def test_openais_client_gets_the_pictures_that_the_server_draws(images: Any, tex
         num_inference_steps=6,
         guidance_scale=3.0,
     )
-    assert len(found.data) == 2
-    for item, picture in zip(found.data, exact["images"], strict=True):
+    assert len(actual.data) == 2
+    for item, picture in zip(actual.data, exact["images"], strict=True):
         assert np.array_equal(pixels(item.b64_json), picture[..., 0])
 
 
@@ -116,7 +116,7 @@ def test_a_body_that_is_not_a_request_is_refused(address: str, content: bytes, s
     assert post(address, content)[0] == status
 
 
-def test_openais_client_reads_errors_and_another_model_is_none(images: Any) -> None:
+def test_openais_client_reads_errors_and_another_model_is_refused(images: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="size: expected 16x16 or auto"):
         images.generate(prompt="a", size="1024x1024")
     with pytest.raises(openai.NotFoundError, match="this server has only 'pipeline'"):

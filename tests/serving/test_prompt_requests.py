@@ -42,7 +42,7 @@ def pipeline(prompted: Path) -> Any:
     return loaded
 
 
-def drawn(pipeline: Any, prompts: list[str], noise: Any, **more: Any) -> Any:
+def draw_with(pipeline: Any, prompts: list[str], noise: Any, **more: Any) -> Any:
     import torch
 
     settings = {"use_resolution_binning": False, "clean_caption": False, "num_inference_steps": PROMPTED_STEPS, **more}
@@ -56,25 +56,25 @@ def noise_of(pictures: int) -> Any:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_is_the_one_that_diffusers_draws_with_the_engine(text_client: Any, pipeline: Any, guidance: float) -> None:
     prompts, noise = ["a seven", "The Digit 3 "], noise_of(2)
-    found = ask(text_client, prompt=prompts, negative_prompt=["an eight"] * 2, latents=noise, guidance_scale=guidance)
-    exact = drawn(pipeline, prompts, noise, guidance_scale=guidance, negative_prompt=["an eight"] * 2)
+    actual = ask(text_client, prompt=prompts, negative_prompt=["an eight"] * 2, latents=noise, guidance_scale=guidance)
+    exact = draw_with(pipeline, prompts, noise, guidance_scale=guidance, negative_prompt=["an eight"] * 2)
     # Encoded by another runtime: conditions differ by float32 rounding, which a few 8-bit activations round to another step.
-    assert sqnr(exact, found["latents"]) > 30
+    assert sqnr(exact, actual["latents"]) > 30
     assert np.abs(exact).max() > 0.9
-    pixels = np.clip(np.rint(found["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
-    assert np.array_equal(found["images"], pixels.transpose(0, 2, 3, 1))
+    pixels = np.clip(np.rint(actual["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
+    assert np.array_equal(actual["images"], pixels.transpose(0, 2, 3, 1))
 
 
 def test_embeddings_take_the_prompts_place_and_a_step_is_diffusers_own(text_client: Any, pipeline: Any) -> None:
     text, mask, null, null_mask = (tensor.detach().numpy() for tensor in pipeline.encode_prompt(["a five"]))
     noise = noise_of(1)
-    given = {"prompt_embeds": text, "prompt_attention_mask": mask.astype(np.float32)}
-    given |= {"negative_prompt_embeds": null, "negative_prompt_attention_mask": null_mask.astype(np.float32)}
+    embeddings = {"prompt_embeds": text, "prompt_attention_mask": mask.astype(np.float32)}
+    embeddings |= {"negative_prompt_embeds": null, "negative_prompt_attention_mask": null_mask.astype(np.float32)}
     for steps in (1, PROMPTED_STEPS):
-        found = ask(text_client, **given, latents=noise, guidance_scale=3.0, num_inference_steps=steps)["latents"]
-        exact = drawn(pipeline, ["a five"], noise, guidance_scale=3.0, num_inference_steps=steps)
+        actual = ask(text_client, **embeddings, latents=noise, guidance_scale=3.0, num_inference_steps=steps)["latents"]
+        exact = draw_with(pipeline, ["a five"], noise, guidance_scale=3.0, num_inference_steps=steps)
         # From the second step on, what float32 rounds otherwise moves a few 8-bit activations to the next step.
-        assert np.abs(found - exact).max() < 1e-5 if steps == 1 else sqnr(exact, found) > 30
+        assert np.abs(actual - exact).max() < 1e-5 if steps == 1 else sqnr(exact, actual) > 30
 
 
 def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
@@ -82,19 +82,19 @@ def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
     import tritonclient.grpc as grpc
 
     tokens = pipeline.tokenizer(["a handwritten nine"], padding="max_length", max_length=TOKENS, return_tensors="np")
-    given = []
+    inputs = []
     for name in ("input_ids", "attention_mask"):
-        given.append(grpc.InferInput(name, [1, TOKENS], "INT64"))
-        given[-1].set_data_from_numpy(tokens[name].astype(np.int64))
-    found = client.infer(model, given)
+        inputs.append(grpc.InferInput(name, [1, TOKENS], "INT64"))
+        inputs[-1].set_data_from_numpy(tokens[name].astype(np.int64))
+    actual = client.infer(model, inputs)
     text, mask, *_ = pipeline.encode_prompt(["a handwritten nine"], False)
-    assert np.array_equal(found.as_numpy("encoder_attention_mask"), mask.numpy())
-    return found.as_numpy("encoder_hidden_states"), text.detach().numpy()
+    assert np.array_equal(actual.as_numpy("encoder_attention_mask"), mask.numpy())
+    return actual.as_numpy("encoder_hidden_states"), text.detach().numpy()
 
 
 def test_the_text_encoder_equals_transformers(text_client: Any, pipeline: Any) -> None:
-    found, exact = encoded(text_client, pipeline, "text_encoder")
-    np.testing.assert_allclose(found, exact, atol=1e-5)
+    actual, exact = encoded(text_client, pipeline, "text_encoder")
+    np.testing.assert_allclose(actual, exact, atol=1e-5)
 
 
 def test_a_text_encoder_of_8_bits_is_served(
@@ -116,25 +116,25 @@ def test_a_text_encoder_of_8_bits_is_served(
     (added / "config.pbtxt").write_text(config)
     try:
         text_client.load_model("text_encoder_8")
-        found, exact = encoded(text_client, pipeline, "text_encoder_8")
+        actual, exact = encoded(text_client, pipeline, "text_encoder_8")
     finally:
         shutil.rmtree(added)
     # The report is about the farthest of all prompts.
-    assert report.text_encoder.sqnr - 3 < sqnr(exact[:, :READ], found[:, :READ]) < 60
+    assert report.text_encoder.sqnr - 3 < sqnr(exact[:, :READ], actual[:, :READ]) < 60
 
 
 def test_prompts_of_all_lengths_share_calls_with_equal_results(text_client: Any) -> None:
     prompts = ["a one", "a handwritten two", "draw the digit 3", "", "four " * 100, "five"]
-    wanted = [
+    requests = [
         {"prompt": [prompts[i % 6]], "seed": i, "num_inference_steps": 4 + i % 3, "guidance_scale": 1.0 + 2 * (i % 2)}
         for i in range(12)
     ]
-    alone = [ask(text_client, **request)["latents"] for request in wanted]
+    alone = [ask(text_client, **request)["latents"] for request in requests]
     (before,) = text_client.get_inference_statistics("denoiser").model_stats
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        together = list(pool.map(lambda request: ask(text_client, **request)["latents"], wanted))
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(lambda request: ask(text_client, **request)["latents"], requests))
     (after,) = text_client.get_inference_statistics("denoiser").model_stats
-    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(wanted)
+    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(requests)
     rows, calls = after.inference_count - before.inference_count, after.execution_count - before.execution_count
     assert rows / calls > 4  # alone it is 1 or 2
 
@@ -145,12 +145,12 @@ def test_a_stream_shows_previews_of_a_prompt(text_client: Any) -> None:
     answers: queue.Queue[Any] = queue.Queue()
     text_client.start_stream(callback=lambda result, error: answers.put((result, error)))
     text_client.async_stream_infer("pipeline_stream", tensors(prompt=["a two"], seed=1, num_inference_steps=6, preview_every=4))
-    found = [answers.get(timeout=60) for _ in range(2)]
+    actual = [answers.get(timeout=60) for _ in range(2)]
     text_client.stop_stream()
-    assert [error for _, error in found] == [None, None]
-    assert [int(result.as_numpy("step")[0, 0]) for result, _ in found] == [4, 0]
+    assert [error for _, error in actual] == [None, None]
+    assert [int(result.as_numpy("step")[0, 0]) for result, _ in actual] == [4, 0]
     exact = ask(text_client, prompt=["a two"], seed=1, num_inference_steps=6)["latents"]
-    assert np.array_equal(found[-1][0].as_numpy("latents"), exact)
+    assert np.array_equal(actual[-1][0].as_numpy("latents"), exact)
 
 
 EMBEDDED: dict[str, Any] = {"prompt_embeds": np.zeros((1, TOKENS, WIDTH)), "prompt_attention_mask": OFF}
@@ -182,16 +182,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("inputs", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_a_bad_request_gets_an_error_that_names_the_fault(text_client: Any, inputs: dict[str, Any], message: str) -> None:
-    with pytest.raises(InferenceServerException) as caught:
+    with pytest.raises(InferenceServerException) as error:
         ask(text_client, **inputs)
-    assert "INVALID_ARGUMENT" in str(caught.value.status())
-    assert message in str(caught.value.message())
-    assert "\n" not in str(caught.value.message())
+    assert "INVALID_ARGUMENT" in str(error.value.status())
+    assert message in str(error.value.message())
+    assert "\n" not in str(error.value.message())
 
 
 def test_embeddings_that_overflow_the_network_harm_nobody(text_client: Any) -> None:
-    wanted = {"prompt": ["a four"], "seed": 4, "num_inference_steps": 12}
-    exact = ask(text_client, **wanted)["latents"]
+    body = {"prompt": ["a four"], "seed": 4, "num_inference_steps": 12}
+    exact = ask(text_client, **body)["latents"]
     great = {**EMBEDDED, "prompt_embeds": np.full((1, TOKENS, WIDTH), 3e38)}
 
     def poison() -> bool:
@@ -203,12 +203,12 @@ def test_embeddings_that_overflow_the_network_harm_nobody(text_client: Any) -> N
 
     with ThreadPoolExecutor(4) as pool:
         poisoned = [pool.submit(poison) for _ in range(2)]
-        found = list(pool.map(lambda request: ask(text_client, **request)["latents"], [wanted] * 2))
+        actual = list(pool.map(lambda request: ask(text_client, **request)["latents"], [body] * 2))
         assert all(item.result() for item in poisoned)
-    assert all(np.array_equal(exact, latents) for latents in found)
+    assert all(np.array_equal(exact, latents) for latents in actual)
 
 
-def test_without_its_text_encoder_a_client_hears_why_and_kept_prompts_go_on(text_client: Any) -> None:
+def test_without_its_text_encoder_a_client_gets_the_reason_and_cached_prompts_work(text_client: Any) -> None:
     exact = ask(text_client, prompt=["a six"], seed=6)["latents"]
     text_client.unload_model("text_encoder")
     try:
@@ -239,8 +239,8 @@ def test_the_shipped_client_and_the_readmes_curl_draw_a_prompt(texts: server.Ser
 
     command = [sys.executable, str(prompted / "triton" / "client.py"), "--url", texts.grpc]
     command += ["--prompt", "a seven", "--prompt", "a two", "--steps", "4", "--seed", "7", "-o", "digits.png"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stdout) == (0, "digits.png: seeds 7, 8\n"), done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stdout) == (0, "digits.png: seeds 7, 8\n"), result.stderr
     example = re.search(r"infer -d '(\{.*?\})'", (prompted / "triton" / "README.md").read_text(), re.DOTALL)
     assert example
     request = urllib.request.Request(f"http://{texts.http}/v2/models/pipeline/infer", data=example[1].encode())

@@ -41,8 +41,8 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     )
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
     columns = {name: np.broadcast_to(np.asarray(value).reshape(-1, 1), (rows, 1)) for name, value in inputs.items()}
-    wanted = Labels("class_labels", classes=10, max_images=8).read(columns)
-    job = limits.job(columns, wanted, schedules, seeds, Nobody())
+    expected = Labels("class_labels", classes=10, max_images=8).read(columns)
+    job = limits.job(columns, expected, schedules, seeds, Nobody())
     engine = open_graph(exported / "model.onnx")
     while job.at < len(job.steps):
         states, timestep, conditions = job.feed()
@@ -65,9 +65,9 @@ def refused(client: Any, model: str = "pipeline", **inputs: Any) -> tuple[str, s
     """Status and message of a request that must fail."""
     from tritonclient.utils import InferenceServerException
 
-    with pytest.raises(InferenceServerException) as caught:
+    with pytest.raises(InferenceServerException) as error:
         ask(client, model, **inputs)
-    return str(caught.value.status()).removeprefix("StatusCode."), str(caught.value.message())
+    return str(error.value.status()).removeprefix("StatusCode."), str(error.value.message())
 
 
 def executions(client: Any, model: str = "denoiser") -> tuple[int, int]:
@@ -99,20 +99,20 @@ def test_models_are_ready_and_list_their_inputs(client: Any) -> None:
 def test_the_denoiser_equals_the_engine(client: Any, exported: Path) -> None:
     states = np.random.default_rng(0).standard_normal((3, 1, 16, 16), dtype=np.float32)
     timestep, labels = np.array([7, 500, 999]), np.array([0, 4, 10])
-    found = ask(client, "denoiser", hidden_states=states, timestep=timestep[:, None], class_labels=labels[:, None])
+    actual = ask(client, "denoiser", hidden_states=states, timestep=timestep[:, None], class_labels=labels[:, None])
     exact = open_graph(exported / "model.onnx")({"hidden_states": states, "timestep": timestep, "class_labels": labels})
-    assert np.array_equal(found["sample"], exact)
+    assert np.array_equal(actual["sample"], exact)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "euler"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_picture_is_the_one_that_the_engine_draws(client: Any, exported: Path, scheduler: str, guidance: float) -> None:
-    wanted = {"class_labels": [3, 8], "num_inference_steps": 9, "guidance_scale": guidance, "scheduler": scheduler}
-    found = ask(client, seed=[5, 2**64 - 1], **wanted)
-    assert np.array_equal(found["latents"], drawn_here(exported, seed=[5, 2**64 - 1], **wanted))
-    assert found["seed"].tolist() == [[5], [2**64 - 1]]
-    pixels = np.clip(np.rint(found["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
-    assert np.array_equal(found["images"], pixels.transpose(0, 2, 3, 1))
+    request = {"class_labels": [3, 8], "num_inference_steps": 9, "guidance_scale": guidance, "scheduler": scheduler}
+    actual = ask(client, seed=[5, 2**64 - 1], **request)
+    assert np.array_equal(actual["latents"], drawn_here(exported, seed=[5, 2**64 - 1], **request))
+    assert actual["seed"].tolist() == [[5], [2**64 - 1]]
+    pixels = np.clip(np.rint(actual["latents"] * np.float32(127.5) + np.float32(127.5)), 0, 255).astype(np.uint8)
+    assert np.array_equal(actual["images"], pixels.transpose(0, 2, 3, 1))
 
 
 def test_http_without_a_client_library_gives_the_same(client: Any, running: server.Server) -> None:
@@ -122,19 +122,19 @@ def test_http_without_a_client_library_gives_the_same(client: Any, running: serv
         {"name": "scheduler", "datatype": "BYTES", "shape": [2, 1], "data": ["euler", "euler"]}]}  # fmt: skip
     status, answer = post(running, "pipeline", body)
     assert status == 200
-    found = {item["name"]: np.array(item["data"]).reshape(item["shape"]) for item in answer["outputs"]}
+    actual = {item["name"]: np.array(item["data"]).reshape(item["shape"]) for item in answer["outputs"]}
     exact = ask(client, class_labels=[1, 9], seed=[2**63, 3], scheduler=b"euler")
-    assert np.array_equal(found["latents"].astype(np.float32), exact["latents"])
-    assert np.array_equal(found["images"], exact["images"])
-    assert found["seed"].tolist() == [[2**63], [3]]
+    assert np.array_equal(actual["latents"].astype(np.float32), exact["latents"])
+    assert np.array_equal(actual["images"], exact["images"])
+    assert actual["seed"].tolist() == [[2**63], [3]]
 
 
 def test_pictures_are_pytorchs(client: Any) -> None:
     reference = load_reference("dit-digits")
     noise, labels = reference.noise(4, 11), np.arange(4, dtype=np.int64)
     exact = reference.draw(reference.forward, noise, labels, steps=SERVED_STEPS, guidance=2.0)
-    found = ask(client, class_labels=labels, latents=noise)["latents"]
-    assert sqnr(exact, found) > 20  # the limit that the export itself holds for every call
+    actual = ask(client, class_labels=labels, latents=noise)["latents"]
+    assert sqnr(exact, actual) > 20  # the limit that the export itself holds for every call
 
 
 def test_an_absent_seed_is_chosen_and_repeats(client: Any) -> None:
@@ -154,24 +154,24 @@ def test_a_request_for_seeds_draws_nothing(client: Any) -> None:
     import tritonclient.grpc as grpc
 
     _, calls = settled(client)
-    wanted = [grpc.InferRequestedOutput("seed")]
-    found = client.infer("pipeline", tensors(class_labels=[4, 6], seed=[3, 9]), outputs=wanted)
-    assert found.as_numpy("seed").tolist() == [[3], [9]]
+    outputs = [grpc.InferRequestedOutput("seed")]
+    actual = client.infer("pipeline", tensors(class_labels=[4, 6], seed=[3, 9]), outputs=outputs)
+    assert actual.as_numpy("seed").tolist() == [[3], [9]]
     assert settled(client)[1] == calls
 
 
 def test_requests_share_calls_with_equal_results(client: Any) -> None:
-    wanted = [
+    outputs = [
         {"class_labels": [i % 10], "seed": i, "num_inference_steps": 6 + 7 * (i % 4), "guidance_scale": 1 + i % 2}
         for i in range(32)
     ]
-    alone = [ask(client, **request)["latents"] for request in wanted]
+    alone = [ask(client, **request)["latents"] for request in outputs]
     rows, calls = settled(client)
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        together = list(pool.map(lambda request: ask(client, **request)["latents"], wanted))
+    with ThreadPoolExecutor(len(outputs)) as pool:
+        together = list(pool.map(lambda request: ask(client, **request)["latents"], outputs))
     more_rows, more_calls = settled(client)
-    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(wanted)
-    assert more_rows - rows == sum(r["num_inference_steps"] * r["guidance_scale"] for r in wanted)
+    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(outputs)
+    assert more_rows - rows == sum(r["num_inference_steps"] * r["guidance_scale"] for r in outputs)
     assert (more_rows - rows) / (more_calls - calls) > 6  # of 16; alone it is 1 or 2
 
 
@@ -195,17 +195,17 @@ def stream(client: Any, answers: queue.Queue[Any], **inputs: Any) -> None:
 def test_previews_come_every_k_steps_and_the_last_is_the_picture(client: Any) -> None:
     answers: queue.Queue[Any] = queue.Queue()
     stream(client, answers, class_labels=[7], seed=1, num_inference_steps=10, preview_every=4)
-    found = []
+    actual = []
     for _ in range(3):
         result, error = answers.get(timeout=30)
         assert error is None
-        found.append((int(result.as_numpy("step")[0, 0]), result.as_numpy("latents")))
+        actual.append((int(result.as_numpy("step")[0, 0]), result.as_numpy("latents")))
     client.stop_stream()
     exact = ask(client, class_labels=[7], seed=1, num_inference_steps=10)["latents"]
-    assert [step for step, _ in found] == [4, 8, 0]
-    assert np.array_equal(found[-1][1], exact)
-    assert sqnr(exact, found[0][1]) < sqnr(exact, found[1][1])  # the prediction grows nearer to the picture
-    assert sqnr(exact, found[1][1]) > 10
+    assert [step for step, _ in actual] == [4, 8, 0]
+    assert np.array_equal(actual[-1][1], exact)
+    assert sqnr(exact, actual[0][1]) < sqnr(exact, actual[1][1])  # the prediction grows nearer to the picture
+    assert sqnr(exact, actual[1][1]) > 10
 
 
 def test_a_cancelled_stream_frees_the_denoiser(client: Any) -> None:
@@ -297,8 +297,8 @@ def test_a_denoiser_batch_above_the_maximum_is_refused(client: Any) -> None:
 
 def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
     """The denoiser's own clients can ask for a label that it has not, which fails every request of a dynamic batch."""
-    wanted = [{"class_labels": [i], "seed": i, "num_inference_steps": 30} for i in range(8)]
-    exact = [ask(client, **request)["latents"] for request in wanted]
+    requests = [{"class_labels": [i], "seed": i, "num_inference_steps": 30} for i in range(8)]
+    exact = [ask(client, **request)["latents"] for request in requests]
     stop, poisoned = threading.Event(), [0]
 
     def poison() -> None:
@@ -310,13 +310,13 @@ def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
     with ThreadPoolExecutor(10) as pool:
         poisoners = [pool.submit(poison) for _ in range(2)]
         try:
-            found = list(pool.map(lambda request: ask(client, **request)["latents"], wanted))
+            actual = list(pool.map(lambda request: ask(client, **request)["latents"], requests))
         finally:
             stop.set()
         for item in poisoners:
             item.result()
     assert poisoned[0] > 10
-    assert all(np.array_equal(a, b) for a, b in zip(exact, found, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(exact, actual, strict=True))
 
 
 def test_clients_that_hang_up_harm_nobody(client: Any, running: server.Server) -> None:
@@ -403,21 +403,21 @@ def test_the_shipped_client_draws_and_reports(running: server.Server, exported: 
         command = [sys.executable, str(exported / "triton" / "client.py"), "--url", running.grpc, *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 
-    done = run("--labels", "0,1,2", "--steps", "8", "--seed", "4", "-o", "digits.png")
-    assert (done.returncode, done.stdout) == (0, "digits.png: seeds 4, 5, 6\n"), done.stderr
+    result = run("--labels", "0,1,2", "--steps", "8", "--seed", "4", "-o", "digits.png")
+    assert (result.returncode, result.stdout) == (0, "digits.png: seeds 4, 5, 6\n"), result.stderr
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (48, 16)
-    done = run("--labels", "3", "--steps", "8", "--preview-every", "4", "-o", "three.png")
-    assert done.returncode == 0, done.stderr
+    result = run("--labels", "3", "--steps", "8", "--preview-every", "4", "-o", "three.png")
+    assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.glob("three*")} == {"three-4.png", "three.png"}
-    done = run("--labels", "12")
-    assert (done.returncode, done.stderr) == (1, "error: class_labels: expected 0 to 9, found 12\n")
+    result = run("--labels", "12")
+    assert (result.returncode, result.stderr) == (1, "error: class_labels: expected 0 to 9, found 12\n")
     for wrong in (("--labels", "1,²"), ("--labels", "1,"), ("--seed", "-1"), ("--seed", str(2**64)), ("--steps", "9" * 5000)):
-        done = run(*wrong)
-        assert done.returncode == 2
-        assert f"argument {wrong[0]}: expected a whole number from 0" in done.stderr
-    done = run("--labels", "1", "-o", "missing/picture.png")
-    assert (done.returncode, done.stderr.startswith("error: ")) == (1, True)
+        result = run(*wrong)
+        assert result.returncode == 2
+        assert f"argument {wrong[0]}: expected a whole number from 0" in result.stderr
+    result = run("--labels", "1", "-o", "missing/picture.png")
+    assert (result.returncode, result.stderr.startswith("error: ")) == (1, True)
 
 
 def test_metrics_count_rows_and_calls(client: Any, running: server.Server) -> None:

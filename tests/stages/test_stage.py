@@ -55,5 +55,5 @@ def test_bins_that_the_ledger_describes_badly_are_no_result(edges: tuple[float, 
 
 def test_a_calibration_comes_back_from_the_ledger_as_it_was(tmp_path: Path) -> None:
     result = Calibrated(edges=(0.1, 500.0), timesteps=(1.0, 999.0), sqnr={"a": [30.1, None]})
-    kept = [Ledger(tmp_path).stage("s", Calibrated, {}, (), lambda target: result) for _ in range(2)]
-    assert kept == [(result, True), (result, False)]
+    results = [Ledger(tmp_path).stage("s", Calibrated, {}, (), lambda target: result) for _ in range(2)]
+    assert results == [(result, True), (result, False)]

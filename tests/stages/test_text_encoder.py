@@ -13,11 +13,11 @@ from dq_export.stages.triton import require_encoder_bits
 
 
 def rows(states: list[float], pooled: float, mask: list[float] | None) -> dict[str, np.ndarray]:
-    made = {"encoder_hidden_states": np.array([[[value, value] for value in states]], dtype=np.float32)}
-    made["pooled_projections"] = np.array([[pooled]], dtype=np.float32)
+    result = {"encoder_hidden_states": np.array([[[value, value] for value in states]], dtype=np.float32)}
+    result["pooled_projections"] = np.array([[pooled]], dtype=np.float32)
     if mask is not None:
-        made["encoder_attention_mask"] = np.array([mask], dtype=np.float32)
-    return made
+        result["encoder_attention_mask"] = np.array([mask], dtype=np.float32)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def rows(states: list[float], pooled: float, mask: list[float] | None) -> dict[s
 def test_the_farthest_condition_counts_without_hidden_tokens(
     states: list[float], pooled: float, mask: list[float] | None, expected: float
 ) -> None:
-    found = distance(rows([1.0, 1.0], 1.0, mask), rows(states, pooled, mask))
-    assert found == pytest.approx(expected, abs=0.01)
+    actual = distance(rows([1.0, 1.0], 1.0, mask), rows(states, pooled, mask))
+    assert actual == pytest.approx(expected, abs=0.01)
 
 
 def test_bits_of_text_encoders_without_a_server_or_an_encoder_are_refused() -> None:

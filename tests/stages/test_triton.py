@@ -39,9 +39,9 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Serve
     options = {"steps": 4, "calib_size": 2, "min_sqnr": 10}  # as `QUICK`
     export_untimed(tiny_folder, out, timesteps="per-sample", **options)
     before = digests(out)
-    done = call("triton", out)
-    assert done.returncode == 0, done.stderr
-    return out, before, done
+    result = call("triton", out)
+    assert result.returncode == 0, result.stderr
+    return out, before, result
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_a_finished_export_gets_its_repository_and_keeps_all_else(served: Served
     assert {"README.md", "client.py", "denoiser/1/model.onnx", "pipeline/1/schedules.npy"} <= first.keys()
     assert not any("__pycache__" in name for name in first)
     shutil.rmtree(mixed / "triton")
-    again = call("triton", mixed)
-    assert again.stderr.count("kept from an earlier run") == 7
+    second = call("triton", mixed)
+    assert second.stderr.count("kept from an earlier run") == 7
     assert digests(mixed / "triton") == first
 
 
@@ -88,14 +88,14 @@ def test_one_timestep_a_batch_cannot_be_served(tiny_folder: Path, tmp_path: Path
     out = tmp_path / "out"
     assert call("build", "--model", tiny_folder, "-o", out, *QUICK).returncode == 0
     before = digests(out)
-    done = call("triton", out)
-    assert done.returncode == 2
-    assert f"dq-export --recipe {out / 'recipe.yaml'} --timesteps per-sample --triton -o {out}-triton" in done.stderr
+    result = call("triton", out)
+    assert result.returncode == 2
+    assert f"dq-export --recipe {out / 'recipe.yaml'} --timesteps per-sample --triton -o {out}-triton" in result.stderr
     assert digests(out) == before
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "reason"),
     [
         (("--timesteps", "shared"), "--triton needs --timesteps per-sample"),
         (("--format", "onnx"), "no backend of Triton's serves --format onnx"),
@@ -104,11 +104,11 @@ def test_one_timestep_a_batch_cannot_be_served(tiny_folder: Path, tmp_path: Path
     ],
 )
 def test_a_network_that_cannot_be_served_is_refused_before_any_work(
-    tiny_folder: Path, tmp_path: Path, words: tuple[str, ...], why: str
+    tiny_folder: Path, tmp_path: Path, words: tuple[str, ...], reason: str
 ) -> None:
-    done = call("--model", tiny_folder, "-o", tmp_path / "out", "--triton", *words, *QUICK)
-    assert done.returncode == 2
-    assert why in done.stderr
+    result = call("--model", tiny_folder, "-o", tmp_path / "out", "--triton", *words, *QUICK)
+    assert result.returncode == 2
+    assert reason in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -116,9 +116,9 @@ def test_a_network_that_cannot_be_served_is_refused_before_any_work(
 @pytest.mark.slow
 def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Path) -> None:
     shapes = "hidden_states:8x2x8x8,class_labels:8,timestep:8"
-    done = call("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
-    assert done.returncode == 5, done.stderr
-    assert "dq-export finish" in done.stderr
+    result = call("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
+    assert result.returncode == 5, result.stderr
+    assert "dq-export finish" in result.stderr
     repository = tmp_path / "out" / "triton"
     (fault,) = check_repository(repository)
     assert fault.problem == "1/model.plan is missing or empty"
@@ -132,28 +132,28 @@ def test_for_tensorrt_all_but_the_plan_is_there(tiny_folder: Path, tmp_path: Pat
 def test_check_lists_faults_and_sets_the_status(mixed: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(mixed / "triton", repository)
-    done = call("triton", "--check", repository)
-    assert (done.returncode, done.stdout) == (0, "0 errors, 0 warnings\n")
+    result = call("triton", "--check", repository)
+    assert (result.returncode, result.stdout) == (0, "0 errors, 0 warnings\n")
     (repository / "denoiser" / "1" / "model.onnx.data").unlink()
-    done = call("triton", "--check", repository)
-    assert done.returncode == 1
-    assert "external data 'model.onnx.data' is missing" in done.stdout
-    assert "1 errors, 0 warnings" in done.stdout
+    result = call("triton", "--check", repository)
+    assert result.returncode == 1
+    assert "external data 'model.onnx.data' is missing" in result.stdout
+    assert "1 errors, 0 warnings" in result.stdout
     assert call("triton", "--check", tmp_path / "nothing").returncode == 1
 
 
 def test_a_folder_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
-    done = call("triton", tmp_path)
-    assert done.returncode == 2
-    assert "is it the output folder of a finished export?" in done.stderr
+    result = call("triton", tmp_path)
+    assert result.returncode == 2
+    assert "is it the output folder of a finished export?" in result.stderr
 
 
 def test_without_the_client_library_the_error_has_the_pip_command(tiny_folder: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['tritonclient'] = None; from dq_export.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
     words = ["--model", tiny_folder, "--triton", "-o", tmp_path / "out", *QUICK]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "pip install 'dq-export[triton]'" in done.stderr
+    result = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "pip install 'dq-export[triton]'" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -161,6 +161,6 @@ def test_without_the_client_library_the_error_has_the_pip_command(tiny_folder: P
 def test_an_engine_for_one_row_cannot_draw_guided_pictures(tiny_folder: Path, tmp_path: Path) -> None:
     shapes = "hidden_states:1x2x8x8,class_labels:1,timestep:1"
     words = ("--model", tiny_folder, "--format", "trt", "--triton", "--max-shapes", shapes, "-o", tmp_path / "out", *QUICK)
-    done = call(*words)
-    assert done.returncode == 1
-    assert "a guided picture takes two rows of a call, --max-shapes allows one" in done.stderr
+    result = call(*words)
+    assert result.returncode == 1
+    assert "a guided picture takes two rows of a call, --max-shapes allows one" in result.stderr

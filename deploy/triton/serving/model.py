@@ -160,7 +160,7 @@ class Caller:
         """See `Client`."""
         self._later(self._refuse, error)
 
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         """See `Client`. True also after an error that ended the request, such as a picture that could not be decoded."""
         return self.ended or bool(self.sender.is_cancelled())
 

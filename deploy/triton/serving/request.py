@@ -51,9 +51,9 @@ class Limits:
         guidance = float(_shared(inputs, "guidance_scale", self.guidance_scale))
         if not (np.isfinite(guidance) and guidance >= 0):
             raise BadRequestError(f"guidance_scale: expected a finite number of 0 or more (1 turns it off), found {guidance}")
-        every = int(_shared(inputs, "preview_every", 0))
-        if every < 0:
-            raise BadRequestError(f"preview_every: expected 0 (no previews) or a number of steps, found {every}")
+        interval = int(_shared(inputs, "preview_every", 0))
+        if interval < 0:
+            raise BadRequestError(f"preview_every: expected 0 (no previews) or a number of steps, found {interval}")
         name = _shared(inputs, "scheduler", self.scheduler)
         try:
             text = name.decode() if isinstance(name, bytes) else str(name)
@@ -73,7 +73,7 @@ class Limits:
                 f"{conditions.count} pictures: a guided picture takes two rows of a call; expected at most {self.max_rows} rows"
             )
         rows = partial(conditions.rows, guided)
-        return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=guidance, every=every)
+        return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=guidance, preview_interval=interval)
 
     def noise(self, seeds: UInt64) -> Float32:
         """Draw float32[n, C, H, W]. Each picture depends on its own seed alone; `seeds` is uint64[n, 1]."""

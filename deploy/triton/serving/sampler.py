@@ -46,7 +46,7 @@ class Client(Protocol):
     def failed(self, error: Exception) -> None:
         """Receive an error; no result follows."""
 
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         """Whether the client no longer waits."""
 
 
@@ -59,7 +59,7 @@ class Job:
         latents: float32[n, C, H, W], unit noise.
         conditions: returns the network's conditions with `rows` rows each. It may take long, and raise DenoiserError.
         guidance: above 1 each picture takes two rows of a network call, one with its condition and one without.
-        every: number of steps between two previews; 0: no previews.
+        preview_interval: number of steps between two previews; 0: no previews.
     """
 
     client: Client
@@ -67,7 +67,7 @@ class Job:
     latents: Float32
     conditions: Callable[[], Feed]
     guidance: float
-    every: int = 0
+    preview_interval: int = 0
     at: int = 0
     checked: float = 0.0
     computed: Feed | None = None
@@ -120,7 +120,7 @@ class Job:
         self.latents = step.advance(x, predicted, self.x_before, self.e_before)
         self.x_before, self.e_before = x, predicted
         self.at += 1
-        if self.every and self.at % self.every == 0 and self.at < len(self.steps):
+        if self.preview_interval and self.at % self.preview_interval == 0 and self.at < len(self.steps):
             self.client.preview(self.at, step.clean(x, predicted))
 
 
@@ -281,7 +281,7 @@ class Sampler:
             for job in jobs:
                 job.checked = now
         for job in jobs:
-            if job.client.gone():
+            if job.client.disconnected():
                 with self.changed:
                     if job not in lane and job not in self.waiting:
                         continue  # another lane took it meanwhile, and will check it

@@ -49,7 +49,7 @@ def test_a_modulation_takes_the_scaling_and_the_one_that_is_added_to_it() -> Non
     assert "case 2" in unchanged(model, FoldScaling(result=result_of(site, 8)))
 
 
-def test_the_one_moves_into_the_bias_where_nothing_is_scaled_too() -> None:
+def test_the_one_also_moves_into_the_bias_if_nothing_is_scaled() -> None:
     model, feed = read(), modulation_feed()
     site = graph_sites(model)[-1].site
     exact = run_onnx(model, feed)

@@ -27,9 +27,9 @@ def test_factor_scale(timestep: list[Any]) -> None:
     }
     direct = run_onnx(model, feed)
     run_passes(model, [FactorScale(result=result_of(site_of(), 8))])
-    found = listing(model)
-    assert "QuantizeLinear(Mul, fc0.activation_constant_scale, fc0.activation_zero_point)" in found
-    assert found[-1] == ("Mul(MatMul, Gather)" if timestep == [1] else "Mul(MatMul, Unsqueeze)")
+    actual = listing(model)
+    assert "QuantizeLinear(Mul, fc0.activation_constant_scale, fc0.activation_zero_point)" in actual
+    assert actual[-1] == ("Mul(MatMul, Gather)" if timestep == [1] else "Mul(MatMul, Unsqueeze)")
     np.testing.assert_allclose(run_onnx(model, feed), direct, rtol=1e-5, atol=1e-5)  # no value sits on a boundary here
 
 
@@ -68,8 +68,8 @@ def test_a_scale_for_each_token(limit: float) -> None:
     x = RANDOM.normal(size=(2, 3, 8)).astype(np.float32) * np.asarray([[1, 0.01, 0]], dtype=np.float32)[..., None]
     feed = {"x": x, "timestep": np.asarray([150, 50])}
     direct = run_onnx(model, feed)
-    least = 0.0123 * 127 * 2.0**-13
-    scale = np.maximum(np.abs(x).max(axis=2, keepdims=True), least) * 0.9 / 127
+    minimum = 0.0123 * 127 * 2.0**-13
+    scale = np.maximum(np.abs(x).max(axis=2, keepdims=True), minimum) * 0.9 / 127
     codes = np.clip(np.round(x / scale), -128, 127)
     weight = model.graph.initializers["w0"].const_value
     assert weight is not None

@@ -43,12 +43,12 @@ def convolution(timestep: list[Any], *, biased: bool = True) -> ir.Model:
 def convolved(x: Any, weight: Any, bias: Any) -> Any:
     """numpy's convolution of stride 2 and padding 1."""
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    found = np.zeros((len(x), len(weight), 3, 3))
+    actual = np.zeros((len(x), len(weight), 3, 3))
     for row in range(3):
         for column in range(3):
             patch = padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
-            found[:, :, row, column] = np.einsum("bchw,ochw->bo", patch, weight)
-    return found + bias[:, None, None]
+            actual[:, :, row, column] = np.einsum("bchw,ochw->bo", patch, weight)
+    return actual + bias[:, None, None]
 
 
 @pytest.mark.parametrize("unsigned", [False, True], ids=["int8", "uint8"])
@@ -87,8 +87,8 @@ def test_the_bias_joins_a_vector_that_is_added_next() -> None:
         embedding=(ir.DataType.FLOAT, ["B", 6, 1, 1]),
         timestep=(ir.DataType.INT64, [1]),
     )
-    read = b.node("Conv", b.value["x"], b.weight("w", 6, 4, 1, 1), b.weight("bias", 6), module=NAME, shape=["B", 6, 6, 6])
-    model = b.model(b.node("Add", read, b.value["embedding"], shape=["B", 6, 6, 6]))
+    reader = b.node("Conv", b.value["x"], b.weight("w", 6, 4, 1, 1), b.weight("bias", 6), module=NAME, shape=["B", 6, 6, 6])
+    model = b.model(b.node("Add", reader, b.value["embedding"], shape=["B", 6, 6, 6]))
     run_passes(model, [QuantizeWeights(result=NARROW, assigned=ASSIGNED), InsertQdq(result=NARROW, assigned=ASSIGNED)])
     shape = {"x": (2, 4, 6, 6), "embedding": (2, 6, 1, 1)}
     feed = {name: RANDOM.normal(size=size).astype(np.float32) for name, size in shape.items()} | {"timestep": np.asarray([5])}

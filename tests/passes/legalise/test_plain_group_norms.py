@@ -22,9 +22,9 @@ def normalized(kind: ir.DataType = ir.DataType.FLOAT, *, shape: list[Any] | None
     x = b.value["x"]
     if shape is None:
         x = b.node("Identity", x)
-    made = b.node("GroupNormalization", x, gain, bias, num_groups=4, epsilon=1e-3, shape=shape)
-    made.dtype = kind
-    return b.model(made)
+    result = b.node("GroupNormalization", x, gain, bias, num_groups=4, epsilon=1e-3, shape=shape)
+    result.dtype = kind
+    return b.model(result)
 
 
 def test_the_result_equals_that_of_the_operator() -> None:
@@ -49,5 +49,5 @@ def test_it_must_not_act() -> None:
     assert "case 2" in unchanged(normalized(ir.DataType.FLOAT16), PlainGroupNorms())
     assert "case 2" in unchanged(normalized(shape=None), PlainGroupNorms())
     b = Builder(x=(ir.DataType.FLOAT, SIZES), gain=(ir.DataType.FLOAT, [8]))
-    made = b.node("GroupNormalization", b.value["x"], b.value["gain"], b.const("bias", np.zeros(8, np.float32)), num_groups=4)
-    assert "case 1" in unchanged(b.model(made), PlainGroupNorms())
+    result = b.node("GroupNormalization", b.value["x"], b.value["gain"], b.const("bias", np.zeros(8, np.float32)), num_groups=4)
+    assert "case 1" in unchanged(b.model(result), PlainGroupNorms())

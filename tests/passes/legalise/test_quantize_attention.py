@@ -54,10 +54,12 @@ def _reads(node: ir.Node, softmax: ir.Node) -> bool:
 
 def test_scales_are_twice_what_the_kept_rows_reach(tiny: Any, scales: dict[str, float]) -> None:
     """Against PyTorch's own projections of the same sampling: nothing seen is clipped."""
-    seen: dict[str, float] = {}
+    calls: dict[str, float] = {}
     handles = [
         tiny.model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.__setitem__(name, max(seen.get(name, 0.0), float(output.abs().max())))
+            lambda module, inputs, output, name=name: calls.__setitem__(
+                name, max(calls.get(name, 0.0), float(output.abs().max()))
+            )
         )
         for name in scales
     ]
@@ -66,13 +68,13 @@ def test_scales_are_twice_what_the_kept_rows_reach(tiny: Any, scales: dict[str, 
     for handle in handles:
         handle.remove()
     for name, scale in scales.items():
-        assert seen[name] < scale * FP8.qmax < 4 * seen[name]
+        assert calls[name] < scale * FP8.qmax < 4 * calls[name]
 
 
 @pytest.mark.parametrize("missing", ["to_q", "to_k", "to_v"])
 def test_case_1_without_a_scale_it_stays_float(missing: str, tiny_onnx: Path, scales: dict[str, float]) -> None:
-    some = {name: scale for name, scale in scales.items() if not name.endswith(missing)}
-    _, report = quantized(tiny_onnx, some)
+    part = {name: scale for name, scale in scales.items() if not name.endswith(missing)}
+    _, report = quantized(tiny_onnx, part)
     assert report.changed == ()
     assert len(report.skipped) == 2
     assert all("not heads of linears with a scale (case 1)" in line for line in report.skipped)

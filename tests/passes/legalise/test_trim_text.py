@@ -50,8 +50,8 @@ def feed_of(lengths: list[int]) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("lengths", "kept"), [([3, 5], 5), ([1], 1), ([12, 2], 12), ([4, 0], 12)], ids=str)
-def test_the_longest_text_of_the_batch_decides_and_the_result_is_the_same(lengths: list[int], kept: int) -> None:
+@pytest.mark.parametrize(("lengths", "length"), [([3, 5], 5), ([1], 1), ([12, 2], 12), ([4, 0], 12)], ids=str)
+def test_the_longest_text_of_the_batch_decides_and_the_result_is_the_same(lengths: list[int], length: int) -> None:
     before, after, report = trimmed()
     assert report.changed == ("'text'",)
     feed = feed_of(lengths)
@@ -60,7 +60,7 @@ def test_the_longest_text_of_the_batch_decides_and_the_result_is_the_same(length
     assert keys is not None
     keys.shape = ir.Shape(["batch", "kept", 8])
     after.graph.outputs[:] = [keys]
-    assert run_onnx(after, feed).shape == (len(lengths), kept, 8)
+    assert run_onnx(after, feed).shape == (len(lengths), length, 8)
 
 
 def test_a_mask_with_gaps_keeps_all_up_to_its_last_token() -> None:
@@ -71,7 +71,7 @@ def test_a_mask_with_gaps_keeps_all_up_to_its_last_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "why"),
+    ("old", "new", "reason"),
     [
         ("float[batch, length] mask", "float[batch, 12] mask", ""),
         ("{-10000.0}", "{-5.0}", "case 2"),
@@ -83,9 +83,9 @@ def test_a_mask_with_gaps_keeps_all_up_to_its_last_token() -> None:
         ("y = MatMul(weights, values)", "plain = Softmax <axis = -1> (scores)\n    y = MatMul(plain, values)", "case 3"),
     ],
 )
-def test_it_leaves_other_texts_alone(old: str, new: str, why: str) -> None:
+def test_it_leaves_other_texts_alone(old: str, new: str, reason: str) -> None:
     assert old in GRAPH
     _, after, report = trimmed(GRAPH.replace(old, new))
     assert not report.changed
     assert "Slice" not in [node.op_type for node in after.graph]
-    assert [why in line for line in report.skipped] == ([True] if why else []), report.skipped
+    assert [reason in line for line in report.skipped] == ([True] if reason else []), report.skipped

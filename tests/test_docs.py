@@ -139,7 +139,7 @@ def test_the_page_about_formats_names_todays() -> None:
 
 @cache
 def messages() -> str:
-    """Every text of the product, a line each, with … for what a text is filled with."""
+    """Every text of the product, one per line, with … for each inserted value."""
     texts = []
     for path in [path for top in TOP for path in sorted((ROOT / top).rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -150,7 +150,7 @@ def test_an_intact_export_passes_every_step(finished: Path) -> None:
 
 
 def test_folded_results_are_distinguished_from_broken_ones(finished: Path, tmp_path: Path) -> None:
-    """What takes up a scaling gives other results, which are right."""
+    """An operator that absorbs a scaling has other results, which are right."""
     calibration = CalibrationResult.load(finished / "calibration.safetensors")
     folder = FinishedFolder.open(finished)
     passes = canonical_passes(calibration, folder.assigned())
@@ -198,7 +198,7 @@ def test_a_folder_without_its_recording_is_refused(finished: Path, tmp_path: Pat
 
 
 def test_graphs_that_onnx_runtime_does_not_run_are_skipped(tiny_folder: Path, tmp_path: Path) -> None:
-    """A table of float8 zero points is in no graph that ONNX Runtime takes, and factor_scale replaces it."""
+    """ONNX Runtime takes no graph with a table of float8 zero points; factor_scale replaces the table."""
     out = tmp_path / "out"
     fp8 = {"model": str(tiny_folder), **QUICK, "format": "trt", "bits": "fp8"}
     run(Recipe.parse(fp8, "test"), out, until="verify")

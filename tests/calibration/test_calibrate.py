@@ -192,7 +192,7 @@ def test_progress_counts_every_network_call_input_and_weight_once(
 
 
 def constant_input(folder: Path) -> Reference:
-    """A model whose MLPs put out the same for every token of every picture: what their second linears read is constant."""
+    """A model whose MLPs return the same for every token of every picture: the inputs of their second linears are constant."""
     reference: Any = load_reference(str(save_tiny(folder)))
     for block in reference.model.transformer_blocks:
         block.ff.net[0].proj.weight.data.zero_()

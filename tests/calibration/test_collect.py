@@ -23,7 +23,7 @@ SAMPLING = Sampling(calib_size=10, steps=3, seed=4, guidance=2.0, conditions=5)
 
 
 def calls_of(reference: Reference, sampling: Sampling, calls: list[tuple[int, int]] | None = None) -> Calls:
-    """The network calls of a sampling; their progress goes to `seen`."""
+    """The network calls of a sampling; their progress goes to `calls`."""
     return Calls(
         denoiser=reference,
         sampling=sampling,

@@ -11,7 +11,7 @@ from dq_export.calibration.parallel import SPACE, parallel
 
 
 def most_at_once(item_bytes: int, threads: int) -> int:
-    """How many items `parallel` works on together; fails where `wanted` never are."""
+    """How many items `parallel` works on together; fails if `threads` never are."""
     together, lock, running, greatest = threading.Barrier(threads), threading.Lock(), 0, 0
 
     def work(item: int) -> int:

@@ -26,7 +26,7 @@ W4 = scheme_of("w4a16", group_size=32)
 
 
 def correlated(rows: int, seed: int, width: int = 64) -> np.ndarray:
-    """float32[rows, width] whose columns hang together, as activations' do."""
+    """float32[rows, width] whose columns are correlated, as activations' are."""
     random = np.random.default_rng(seed)
     mixing = np.random.default_rng(1).normal(size=(16, width))
     return (random.normal(size=(rows, 16)) @ mixing + 0.3 * random.normal(size=(rows, width))).astype(np.float32)

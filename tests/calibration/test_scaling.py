@@ -87,7 +87,7 @@ def statistics(*steps: np.ndarray) -> SiteStatistics:
 
 
 def two_steps(seed: int = 0) -> tuple[SiteStatistics, np.ndarray]:
-    """Channels of unlike size and middle, at two timesteps of unlike range; and a weight."""
+    """Channels of different size and centre, at two timesteps of different range; and a weight."""
     random = np.random.default_rng(seed)
     factor, middle = random.lognormal(0, 1.5, 8), random.normal(size=8) * 3
     steps = [((random.normal(size=(24, 8)) + middle) * factor * size).astype(np.float32) for size in (1, 6)]
@@ -208,7 +208,7 @@ def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
 
 
 def test_below_8_bits_every_gain_counts() -> None:
-    """Codes of few bits have no decibel to give away."""
+    """Codes of few bits cannot afford to lose a decibel."""
     for seed in range(30):
         samples, weight = two_steps(seed)
         recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
@@ -254,7 +254,7 @@ def test_auto_never_shifts_a_constant_input_away() -> None:
 
 
 def test_scales_that_float16_rounds_to_nothing_are_no_choice() -> None:
-    """An input that hardly moves: its middle taken away leaves 1e-6, whose scales are of the same size."""
+    """An input that hardly varies: without its centre 1e-6 remains, and its scales have the same size."""
     random = np.random.default_rng(0)
     rows = (random.normal(size=8) + 1e-6 * random.normal(size=(32, 8))).astype(np.float32)
     samples, weight = statistics(rows, rows), random.normal(size=(6, 8)).astype(np.float32)

@@ -114,7 +114,7 @@ def test_linears_that_a_file_does_not_have_are_calibrated(
 
 @pytest.mark.parametrize("names", [(FC2,), QKV])
 def test_an_asymmetric_table_becomes_a_shift(names: tuple[str, ...], tiny: Reference, tmp_path: Path) -> None:
-    """Whatever has a code in the one has it in the other, less one code at an end."""
+    """A value that has a code in one has it in the other, except for one code at an end."""
     timesteps = sorted(tiny.timesteps(STEPS))
     scale = np.linspace(0.02, 0.03, STEPS).astype(np.float32)
     point = np.full(STEPS, 37.4, dtype=np.float32)

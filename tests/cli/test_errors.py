@@ -22,7 +22,7 @@ with watching(quiet=False, advice="the same command continues") as watch:
 
 
 def test_an_interrupt_that_python_swallows_ends_the_command_without_a_traceback() -> None:
-    """The interpreter passes over whatever is raised while it drops an object, and prints it."""
+    """The interpreter ignores an exception that is raised while it drops an object, and prints it."""
     result = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr.splitlines() == ["calibrate pictures", "", "interrupted; the same command continues"]

@@ -64,7 +64,7 @@ def test_a_description_stands_in_the_recipe_alone_with_choices_and_default() -> 
     ],
 )
 def test_flags_become_the_recipes_values(words: list[str], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the recipe that is parsed: what was not given is left to it."""
+    """Up to the parsed recipe, which fills in the other keys."""
     options: list[dict[str, Any]] = []
 
     def remember(path: object, flags: dict[str, Any]) -> Recipe:

@@ -48,7 +48,7 @@ def save_ddpm(folder: Path, **changes: Any) -> Path:
 def drawn_by_ddpm_pipeline(
     folder: Path, reference: Reference, labels: Any, seed: int, *, name: str = "DDPM", unet: Any = None
 ) -> Float32:
-    """In 4 steps. The pipelines take no noise and clamp their pictures: theirs is ours, and the last step's picture is record.
+    """In 4 steps. The pipelines take no noise and clamp their pictures: theirs is ours, and the last step's picture is kept.
 
     Args:
         labels: one a picture; None: the network takes none.

@@ -62,14 +62,14 @@ def reference(folder: Path, case: Case) -> Any:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "per-sample"])
 def graph(request: pytest.FixtureRequest, reference: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
-    """The float graph, and whether one timestep is all samples'."""
+    """The float graph, and whether all samples share one timestep."""
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
     reference.export_onnx(path, shared=request.param)
     return path, request.param
 
 
 def timesteps_of(reference: Any) -> list[float]:
-    """The ends and some between; a fractional one where the network takes such."""
+    """The first, the last and some between; a fractional one if the network takes it."""
     fractional = np.issubdtype(np.dtype(reference.inputs[1].dtype), np.floating)
     if max(reference.timesteps(3)) <= 1:
         return [0, 0.001, 0.74925, 1]
@@ -135,7 +135,7 @@ def test_sites_are_the_inputs_of_the_gemms_in_execution_order(reference: Any) ->
 
 
 def test_the_graph_shows_every_linear_of_the_network(reference: Any) -> None:
-    """What the analysis did not find would stay float without a word. Convolutions count in the blocks."""
+    """A linear that the analysis misses would silently stay float. Convolutions count in the blocks."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     modules = {name: module for name, module in reference.model.named_modules() if isinstance(module, kinds)}
     assert {name: (linear.width, linear.convolution) for name, linear in reference.linears.items()} == {

@@ -45,7 +45,7 @@ def model(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("side", [SIDE, (160, 160)])
 def test_timesteps_are_those_that_the_pipeline_sends_at_that_size(side: tuple[int, int], folder: Path) -> None:
-    """And at another size those of the first, where calibration asks for them."""
+    """At another size, calibration gets those of the first size."""
     reference, values = load_reference(str(folder)), []
     reference.draw_at(*side)
     pipeline = flux2_pipeline(folder)
@@ -88,7 +88,7 @@ def test_devs_guidance_is_an_input_and_changes_the_picture(tmp_path: Path) -> No
 
 
 def test_klein_reads_prompts_as_its_pipeline_does_and_runs_no_template_of_the_checkpoint(folder: Path, model: Path) -> None:
-    """A chat template is a program: here one that would say something else."""
+    """A chat template is a program; this one would write another text."""
     exact, _ = flux2_pipeline(folder).encode_prompt(list(PROMPTS))
     (model / "tokenizer" / "chat_template.jinja").write_text("{% for message in messages %}another{% endfor %}")
     for place in (folder, model):
@@ -146,7 +146,7 @@ def test_devs_text_encoder_is_refused_with_the_way_around_it(model: Path) -> Non
 
 @pytest.mark.slow
 def test_the_streams_share_one_scaling_and_all_blocks_one_modulation(folder: Path) -> None:
-    """A modulation of all blocks takes up no scaling of one: a vector of each block does."""
+    """A modulation of all blocks absorbs no scaling of a single block; a vector of each block does."""
     sites = {site.name: site for site in load_reference(str(folder)).sites}
     joint = sites["transformer_blocks.0.attn.to_add_out"]
     assert [part.name for part in joint.fold.parts] == [f"transformer_blocks.0.attn.{name}" for name in ("add_v_proj", "to_v")]

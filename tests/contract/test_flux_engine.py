@@ -103,7 +103,7 @@ def test_a_picture_starts_from_a_picture(model: Path, out: Path) -> None:
 
 
 def test_a_guidance_that_the_network_does_not_take_is_refused(model: Path, out: Path) -> None:
-    """As the pipeline of schnell would leave it out of dev's calls."""
+    """schnell's pipeline would leave it out of dev's calls."""
     engine = dq_export.load(out)
     call = {
         "hidden_states": np.zeros((1, 24, 8)), "timestep": np.ones(1), "encoder_hidden_states": np.zeros((1, 512, 8)),

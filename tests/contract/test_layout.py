@@ -81,7 +81,7 @@ def exported(model: Path, out: Path) -> Path:
 
 
 def outputs(path: Path, **feed: Any) -> dict[str, Float32]:
-    """By name, what a graph gives."""
+    """A graph's outputs by name."""
     session = ort.InferenceSession(path)
     assert (path.parent / "config.json").is_file(), "optimum takes no graph without"
     return dict(zip((item.name for item in session.get_outputs()), session.run(None, feed), strict=True))

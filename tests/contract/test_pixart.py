@@ -101,7 +101,7 @@ def test_positions_are_diffusers_own_on_every_grid(size: int, patch: int, scale:
 
 
 def test_alpha_of_2023_is_the_same_model(alpha: Path, tmp_path: Path) -> None:
-    """Called with the picture's size, too, which its configuration does not say."""
+    """It is also called with the picture's size, which its configuration does not state."""
     shutil.copytree(alpha, tmp_path / "old")
     path = tmp_path / "old" / "transformer" / "config.json"
     changed = {**TINY, **ALPHA}

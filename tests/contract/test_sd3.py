@@ -87,7 +87,7 @@ def test_each_run_of_equal_blocks_is_traced_with_three_of_them(tmp_path: Path, m
 
 
 def test_pictures_of_another_scheduler_of_flows_are_diffusers_own(model: Path) -> None:
-    """Of two calls a step."""
+    """A sampler with two calls per step."""
     from diffusers import FlowMatchHeunDiscreteScheduler
 
     FlowMatchHeunDiscreteScheduler(shift=SHIFT).save_pretrained(model / "scheduler")

@@ -109,7 +109,7 @@ def test_a_tokenizer_may_be_a_sentencepiece_model(model: Path, tmp_path: Path) -
 
 
 def test_the_memory_of_an_encoder_is_computed_from_its_headers(model: Path) -> None:
-    """What is stored in float32 is mapped as it is; of other files one block at a time is converted."""
+    """Weights in float32 are mapped as they are; of other files, one block at a time is converted."""
     actual = []
     for dtype in (torch.float32, torch.bfloat16):
         save_text_encoder(model, dtype)

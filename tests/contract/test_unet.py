@@ -164,7 +164,7 @@ def test_other_configurations_are_refused(changes: dict[str, Any], message: str,
 
 
 def test_recipes_give_convolutions_what_they_can_have(plain: Path) -> None:
-    """What the recipe asks of all linears is left out; a rule that asks it of a convolution is refused."""
+    """An option that the recipe sets for all linears skips convolutions; a rule that sets it for one is refused."""
     linears = load_reference(str(plain)).linears
     name = "mid_block.resnets.0.conv1"
 

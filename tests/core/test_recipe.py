@@ -1,4 +1,4 @@
-"""Recipes: what is asked for, and how a wrong request is answered."""
+"""Recipes: their values, and the errors for wrong ones."""
 
 from __future__ import annotations
 

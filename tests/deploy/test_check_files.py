@@ -155,7 +155,7 @@ def exploding() -> bytes:
 
 
 def reshaped() -> bytes:
-    """A constant that is noted down with another rank."""
+    """A constant that is declared with another rank."""
     model = onnx.ModelProto.FromString(typed_tensor())
     model.graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4, 7]))
     return bytes(model.SerializeToString())

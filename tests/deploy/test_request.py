@@ -1,4 +1,4 @@
-"""What becomes of a request before anything is computed; what a server answers is tested on one."""
+"""How a request is read before anything is computed; answers are tested on a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seeds(*values: int) -> UInt64:
 
 
 def job(**inputs: Any) -> Job:
-    """Of one value a row for each label; arrays of two dimensions and more as they are."""
+    """A single value becomes one row per label; arrays of two and more dimensions stay as they are."""
     rows = len(inputs["class_labels"])
     columns = {name: np.asarray(value) for name, value in inputs.items()}
     columns = {name: np.broadcast_to(v.reshape(-1, 1), (rows, 1)) if v.ndim < 2 else v for name, v in columns.items()}

@@ -17,7 +17,7 @@ SHAPE = (1, 2, 2)
 
 
 class Client:
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -183,7 +183,7 @@ def test_only_the_guilty_fail(start: Callable[..., Sampler], network: Network) -
 
 
 def test_a_call_that_fails_by_other_rows_is_repeated_once_for_all_jobs(network: Network) -> None:
-    """As when the server put somebody else's bad label into the same batch."""
+    """The server has put another client's bad label into the same batch."""
     struck = [True]
 
     def denoise(*feed: Any) -> Any:

@@ -39,7 +39,7 @@ def test_impossible_plans_are_an_error_before_anything_is_done(options: dict[str
 @RTX
 @pytest.mark.parametrize(("action", "first"), [("fp8", "sm89"), ("w4a16", "sm80")])
 def test_a_target_must_have_the_element_types_of_the_rules_not_of_bits(action: str, first: str, tiny: Any) -> None:
-    """A recipe's rules decide, where it has them: neither do bits stand for them, nor does a rule that decides nothing."""
+    """The rules of a recipe decide, if it has any: not its bits, and not a rule that matches nothing."""
     lowest = {"sm89": "sm80", "sm80": "sm75"}[first]
     edges, one = {"match": "emb|norm|proj_out|pos_embed", "action": "float"}, {"match": r"0\.attn1\.to_q", "action": action}
     quantized = {"match": "", "action": "w8a8"}

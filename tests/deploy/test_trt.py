@@ -220,7 +220,7 @@ def test_the_legalised_graph_computes_what_the_float32_one_does(
 
 
 def test_float16_gemms_stay_in_range(tiny_onnx_per_sample: Path, calibrations: Any, tmp_path: Path) -> None:
-    """TensorRT puts c times the sum of products out in float16: c must be small enough for any row as long as those seen."""
+    """TensorRT stores c times the sum of products in float16: c must be small enough for rows as long as those of calibration."""
     result = calibrations["w8a8"][0]
     assert min(result.reach.values()) > 1000  # so that a c of some 0.05 needs looking at
     large = result.__class__(

@@ -114,7 +114,7 @@ def test_efficientdm(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None
 
 
 def test_weights_of_4_bits_lie_exactly_in_codes_of_8(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None:
-    """Their zero points and all: an integer GEMM of 8 bits computes what EfficientDM trained."""
+    """With their zero points: an integer GEMM of 8 bits computes what EfficientDM trained."""
     state = efficientdm(tiny, 4)
     for key in state:
         if key.endswith("delta_list"):
@@ -199,7 +199,7 @@ def test_modules_that_read_one_input_get_a_table_that_covers_theirs(tiny: Refere
 
 
 def test_tdq(tiny: Reference, tiny_folder: Path, tmp_path: Path) -> None:
-    """Evaluated from the steps that calibration finds, the engine is as good as calibration's."""
+    """With steps that are evaluated from calibration's own, the engine is as good as calibration's."""
     state = {f"net.{name}": torch.linspace(0.03, 0.04, T) for name in (*BLOCKS, "transformer_blocks.1.ff.net.2")}
     words = [save(tmp_path / "a.pth", state), str(tmp_path / "tables"), "--timesteps", rising(tiny), "--activation-bits", "8"]
     convert_tdq.main([*words, "--rename", "^net\\.=", "--unsigned", "ff.net.2", "--skip", "blocks.0"])

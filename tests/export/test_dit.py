@@ -1,4 +1,4 @@
-"""What is DiT's own: its sampling loop, its embeddings, and checkpoints that are none of it."""
+"""What is DiT's own: its sampling loop, its embeddings, and checkpoints of other networks."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_tiny_model_is_what_its_configuration_says(reference: Any) -> None:
 
 
 def test_the_position_embedding_does_not_depend_on_where_it_was_computed(folder: Path) -> None:
-    """diffusers' own differs in last bits from process to process; ours replaces what is within rounding of it."""
+    """diffusers' embedding differs in the last bits between processes; ours replaces one that is equal up to rounding."""
     import torch
 
     from dq_export.families import embeddings
@@ -185,7 +185,7 @@ def test_the_position_embedding_does_not_depend_on_where_it_was_computed(folder:
 
 
 def test_weights_are_the_checkpoints_while_the_network_is_on_another_device(tiny_folder: Path) -> None:
-    """`cpu:0` takes the way of a GPU: tensors are put aside, and put back as they were."""
+    """`cpu:0` is treated as a GPU: tensors are moved away, and restored as they were."""
     reference: Any = load_reference(str(tiny_folder))
     feed = feed_of(reference)
     names = list(reference.linears)

@@ -149,7 +149,7 @@ def test_a_folder_of_a_format_without_engines_gives_its_graph(shared: Path, mode
 
 
 def test_a_batch_that_the_engine_was_not_built_for_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a plan has one, which runs on a GPU alone."""
+    """As for a plan, which runs only on a GPU."""
     monkeypatch.setattr(Ort, "greatest_batch", lambda backend, model: 2)
     engine = dq_export.load(shared)
     engine(torch.randn(2, 2, 8, 8), torch.tensor(5), torch.tensor([1, 2]))

@@ -30,7 +30,7 @@ BYTES = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inp
 
 
 class Watch:
-    """Which stages were done and which were kept."""
+    """Records which stages ran and which were reused."""
 
     def __init__(self) -> None:
         self.done: list[str] = []

@@ -157,7 +157,7 @@ def test_an_unknown_model_is_an_error(name: str, message: str) -> None:
 
 
 def test_another_scheduler_is_another_model(tmp_path: Path) -> None:
-    """Calibration and parity sample with the scheduler: results of another one must not be kept."""
+    """Calibration and parity sample with the scheduler, so results of another one must not be reused."""
     before = load_reference(str(save_tiny(tmp_path))).digest
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.05}))

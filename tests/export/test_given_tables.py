@@ -1,4 +1,4 @@
-"""Whole exports with tables that are given."""
+"""Whole exports with imported tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dq_export.families.source import load_reference
 
 
 class Watch(Silent):
-    """What each stage ended with."""
+    """Records the result of each stage."""
 
     def __init__(self) -> None:
         self.name, self.ended = "", {}
@@ -90,7 +90,7 @@ def moved(trained: Reference, tiny: Reference, tmp_path_factory: pytest.TempPath
 def test_the_graph_computes_what_was_trained(
     trained: Reference, tiny: Reference, moved: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Weights, biases, and what the shift brings, are the file's: through every fold of the graph."""
+    """Weights, biases and the change by the shift are the file's, through every fold of the graph."""
     dq_export.quantize(model=str(tiny_folder), output_dir=tmp_path, tables=str(moved), **QUICK)
     for timestep in (0, 500):
         feed = feed_of(tiny, timestep=timestep)

@@ -73,7 +73,7 @@ def test_a_damaged_ledger_means_nothing_is_done(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("result", [{}, {"size": {"float_bytes": 1, "engine_bytes": 0}}, {"passes": [], "more": 1}])
 def test_a_stage_whose_result_is_described_badly_is_done_again(result: dict[str, Any], tmp_path: Path) -> None:
-    """A hand wrote it, or another version, whose stages returned other things."""
+    """Somebody edited it, or another version wrote it, whose stages returned other results."""
 
     def work(target: Path) -> Quantized:
         return Quantized(size=SizeReport(float_bytes=2, engine_bytes=1))

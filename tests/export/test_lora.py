@@ -119,7 +119,7 @@ def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_an_export_is_of_the_fused_network_and_repeats(adapter: Path, tiny_folder: Path, tiny: Reference, tmp_path: Path) -> None:
-    """The float graph reads its weights from the checkpoint's files: those that changed it must not."""
+    """The float graph reads its weights from the checkpoint's files, but not those that an adapter changed."""
     options = {"lora": (f"{adapter}:0.5",), **QUICK}
     report = dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", **options)
     fused, feed = load_reference(str(tiny_folder), lora=[f"{adapter}:0.5"]), feed_of(tiny)

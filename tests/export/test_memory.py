@@ -1,4 +1,4 @@
-"""--max-memory: what an export of a model of gigabytes does within a limit, told from the checkpoint's headers alone."""
+"""--max-memory: what an export of a model of gigabytes does within a limit, computed from the checkpoint's headers alone."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_a_pipe_is_refused_at_once(name: str, out: Path) -> None:
 
 
 def test_the_lock_itself_follows_no_link_and_waits_for_no_pipe(tmp_path: Path, victim: Path) -> None:
-    """Also where the folder changed after it was searched."""
+    """Also if the folder changes after the search."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".lock").symlink_to(victim)
     with pytest.raises(OutputError, match="cannot be written"), locked(tmp_path / "a"):
@@ -218,7 +218,7 @@ def test_a_running_export_is_noticed_without_writing(out: Path, tmp_path: Path) 
 
 
 def test_a_bad_folder_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    """The model does not exist, and is not asked for."""
+    """The model does not exist, and nothing looks for it."""
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(OutputError, match="files of something else"):
         run(Recipe(model="nothing/there"), tmp_path)

@@ -35,7 +35,7 @@ def reader() -> Any:
 
 
 def draw(pipeline: Any, prompts: list[str], length: int, steps: int) -> Any:
-    """float32[N, 1, 16, 16], from noise that the number of prompts settles."""
+    """float32[N, 1, 16, 16], from noise that depends only on the number of prompts."""
     import torch
 
     noise = torch.randn(len(prompts), 1, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -121,7 +121,7 @@ def test_only_a_calibration_is_shared(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tiny_folder: Path, tmp_path: Path) -> None:
-    """What differs comes from the order of sums: few codes, by one."""
+    """The order of sums differs, so a few codes differ by one."""
     quick = ("--calib-size", "9", "--steps", "4", "--bits", "w4a4", "--rounding", "gptq", "--guidance-scale", "1")
     training = ("--distill-iterations", "40", "--distill-batch", "7")  # an odd number of samples between two
     finish(started("calibrate", "--model", str(tiny_folder), "-o", str(tmp_path / "one"), *quick, *training))

@@ -289,7 +289,7 @@ def test_an_engine_that_runs_in_float_is_status_3_after_the_report(
 
 @pytest.fixture(scope="module")
 def well_calibrated(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 128 pictures: two leave so much of the range unseen that wider scales would be better ones."""
+    """Calibrated on 128 pictures: two would leave so much of the range unseen that wider scales would be better."""
     out = tmp_path_factory.mktemp("well-calibrated") / "out"
     export_untimed(tiny_folder, out, **{**QUICK, "calib_size": 128})
     return out

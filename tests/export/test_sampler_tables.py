@@ -177,7 +177,7 @@ def test_a_number_of_steps_with_too_many_calls_has_no_row() -> None:
 
 
 def test_a_sampler_of_flows_has_no_table() -> None:
-    """DPM-Solver++ with betas in its place would draw nothing of what the network learned."""
+    """DPM-Solver++ with betas instead would not draw what the network learned."""
     import diffusers
 
     with pytest.raises(ModelError, match="--triton: no table holds FlowMatchEulerDiscreteScheduler for a network"):

@@ -26,7 +26,7 @@ TEXT = (
 
 
 class Double:
-    """A network that gives twice its state and keeps what it got."""
+    """A network that returns twice its state and records its inputs."""
 
     def __init__(self) -> None:
         self.feeds: list[Feed] = []

@@ -54,7 +54,7 @@ def helpers() -> list[int]:
 
 @contextmanager
 def watched() -> Iterator[list[frozenset[int]]]:
-    """Which processes lived at once, of those that load engines."""
+    """Records which of the processes that load engines lived at the same time."""
     masks: list[frozenset[int]] = []
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""An export whose blocks are trained: in one command, or behind a calibration that is there already."""
+"""An export whose blocks are trained: in one command, or after a finished calibration."""
 
 from __future__ import annotations
 

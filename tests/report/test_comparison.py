@@ -17,7 +17,7 @@ from dq_export.report.report import Report
 
 @pytest.fixture
 def other(tiny_exported: Path, tmp_path: Path) -> Path:
-    """What is compared of an export, with other numbers: half the size, 3 dB more, one linear in float."""
+    """The compared values of an export, with other numbers: half the size, 3 dB more, one linear in float."""
     folder = tmp_path / "other <b>"
     folder.mkdir()
     text = (tiny_exported / "recipe.yaml").read_text()

@@ -1,4 +1,4 @@
-"""What `dq-export explain` says of a finished folder, and what the report keeps of what was left alone."""
+"""`dq-export explain` on a finished folder, and the report's record of places that passes left alone."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_the_head_states_command_date_and_machine(exported: Any) -> None:
 
 
 def test_measured_errors_are_the_linears_own(exported: Any) -> None:
-    """A linear's noise over all timesteps is about that which its scaling was chosen by."""
+    """A linear's noise over all timesteps is about the noise by which its scaling was chosen."""
     _, report = exported
     for linear in report.linears:
         if linear.error:

@@ -31,7 +31,7 @@ def problem() -> Space:
 
 
 def truth(genome: Genome) -> float:
-    """Noise that adds up, but for a pair of sites that make each other worse."""
+    """Noise that adds up, except for a pair of sites that make each other worse."""
     chosen = list(genome)
     noise = NOISE[np.arange(SITES), chosen].sum() + 5 * NOISE[0, chosen[0]] * (chosen[1] > 1)
     return float(-10 * np.log10(noise))

@@ -317,7 +317,7 @@ def test_other_paths_are_closed_at_the_proxy(proxy: Guarded) -> None:
 
 
 def administration(address: str) -> set[str]:
-    """grpc's status of all that no client needs."""
+    """grpc's status of every method that no client needs."""
     import grpc
     from tritonclient.grpc import service_pb2 as messages
     from tritonclient.grpc import service_pb2_grpc
@@ -390,7 +390,7 @@ def test_the_proxy_takes_no_compression_and_no_long_calls(proxy: Guarded) -> Non
 
 
 def test_health_reports_a_program_that_died(exported: Path, tmp_path: Path) -> None:
-    """Also how a server is restarted by whoever watches it; here it is thrown away."""
+    """A supervisor restarts a server in the same way; here it stays down."""
     command = re.search(r'health/infer \\\n +-d "(\{.*?\})"', (exported / "triton" / "README.md").read_text())
     assert command
     probe = command[1].replace('\\"', '"').encode()

@@ -78,7 +78,7 @@ def test_embeddings_take_the_prompts_place_and_a_step_is_diffusers_own(text_clie
 
 
 def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
-    """What a model of a server and what transformers make of the tokens of one prompt."""
+    """The outputs of a server's model and of transformers for the tokens of one prompt."""
     import tritonclient.grpc as grpc
 
     tokens = pipeline.tokenizer(["a handwritten nine"], padding="max_length", max_length=TOKENS, return_tensors="np")

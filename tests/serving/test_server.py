@@ -29,7 +29,7 @@ from dq_export.families.source import load_reference
 
 
 def drawn_here(exported: Path, **inputs: Any) -> Any:
-    """What the same request gives without a server: the graph in ONNX Runtime, one job alone."""
+    """The result of the same request without a server: the graph in ONNX Runtime, one job alone."""
     rows = len(inputs["class_labels"])
     seeds = np.broadcast_to(np.asarray(inputs.pop("seed"), dtype=np.uint64).reshape(-1, 1), (rows, 1))
     limits = Limits(
@@ -296,7 +296,7 @@ def test_a_denoiser_batch_above_the_maximum_is_refused(client: Any) -> None:
 
 
 def test_someone_elses_bad_label_harms_nobody(client: Any) -> None:
-    """The denoiser's own clients can ask for a label that it has not, which fails every request of a dynamic batch."""
+    """The denoiser's own clients can ask for a label that it does not have, which fails every request of a dynamic batch."""
     requests = [{"class_labels": [i], "seed": i, "num_inference_steps": 30} for i in range(8)]
     exact = [ask(client, **request)["latents"] for request in requests]
     stop, poisoned = threading.Event(), [0]

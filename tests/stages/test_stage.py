@@ -1,4 +1,4 @@
-"""What decides the outputs of a stage is declared beside it."""
+"""Each stage declares everything on which its outputs depend."""
 
 from __future__ import annotations
 

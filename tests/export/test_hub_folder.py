@@ -97,7 +97,7 @@ def test_a_second_push_takes_the_place_of_the_first(out: Path, tmp_path: Path) -
     report = json.loads((out / "report.json").read_text())
     assert f"at revision `{REVISION[:12]}`, quantized to W8A8 for ONNX Runtime's CPU provider" in card
     assert f"| low precision | {report['audit']['integer_share']:.1%}".replace("%", "") in card.replace("%", "")
-    assert f"{report['latency']['engine_ms']:.2f} ms by the engine" in card
+    assert f"{report['latency']['engine_ms']:.2f} ms on the engine" in card
     assert "![Rows of pictures: PyTorch, the engine, their difference](parity/pictures.png)" in card
     assert 'pipe.transformer = dq_export.load("owner/name")' in card
     assert report["parity"]["replay"] in card

@@ -210,7 +210,7 @@ def test_files_hold_every_number_and_no_pickle(tmp_path: Path) -> None:
     loaded = Schedules.load(tmp_path / "a.npy", ["ddim", "euler"])
     assert loaded.max_steps == 7
     assert all(np.array_equal(loaded.tables[name], tables[name]) for name in tables)
-    with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, entries"):
+    with pytest.raises(ScheduleError, match="expected 1 tables of 9 columns, found"):
         Schedules.load(tmp_path / "a.npy", ["ddim"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from dq_export.core.documents import shown
 
-from .model_folder import FILES, Fault, Model, type_of
+from .model_folder import FILES, Fault, Model, has_type, type_of
 
 NUMBERS = {
     "onnxruntime": ("intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern",
@@ -76,7 +76,7 @@ def batching(model: Model) -> Iterator[Fault]:
         problem = f"max_queue_delay_microseconds: every step of {', '.join(callers)} waits {delay}"
         yield model.warning(problem, "write 0: requests of a loop batch without it")
     for item in (*config.input, *config.output):
-        if type_of(item).endswith("no type"):
+        if not has_type(item):
             yield model.fault(f"'{item.name}': data_type is {type_of(item)}", "write TYPE_FP32, or another of Triton's types")
         if any(size < -1 or size == 0 for size in item.dims):
             yield model.fault(f"'{item.name}': dims {shown(list(item.dims))}", "write sizes of 1 and more, or -1 for any")

@@ -17,6 +17,11 @@ NAME_LIMIT = 255
 """The greatest length in bytes of a file name on Linux."""
 
 
+def has_type(entry: Any) -> bool:
+    """Whether the number of a config entry's element type is one of Triton's."""
+    return entry.data_type in entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+
+
 def type_of(entry: Any) -> str:
     """The name of a config entry's element type, such as `TYPE_FP32`."""
     value = entry.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number.get(entry.data_type)

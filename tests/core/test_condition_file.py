@@ -64,8 +64,8 @@ def test_blank_conditions_fit(tmp_path: Path) -> None:
             "rows: 3 of 'mask', 2 of 'states'; expected as many of each",
         ),
         (arrays(2), {"prompts": '["a"]'}, "1 prompts in its metadata for 2 conditions"),
-        (arrays(2), {"prompts": '{"a": 1}'}, "no JSON list of texts"),
-        (arrays(2), {"prompts": "[1, 2]"}, "no JSON list of texts"),
+        (arrays(2), {"prompts": '{"a": 1}'}, "not a JSON list of texts"),
+        (arrays(2), {"prompts": "[1, 2]"}, "not a JSON list of texts"),
         (arrays(2), {"prompts": "a cat"}, "not readable as JSON"),
     ],
 )

@@ -57,13 +57,14 @@ def prepare() -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """The addresses and the process of a running server."""
+    """The addresses and the process of a running server, and when it was started, by `time.monotonic`."""
 
     http: str
     grpc: str
     metrics: str
     process: subprocess.Popen[bytes]
     log: Path
+    started: float
 
 
 @contextmanager
@@ -91,8 +92,9 @@ def serving(repository: Path, folder: Path, *options: str, wait: str = "live") -
         "PATH": f"{HOME / 'venv' / 'bin'}:/usr/bin:/bin",
     }
     with log.open("wb") as file:
+        started = time.monotonic()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process, log)
+        server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process, log, started)
         try:
             _await(server, f"http://{server.http}/v2/health/{wait}")
             yield server

@@ -1,18 +1,22 @@
 """Compares shared calls of the denoiser with one request at a time, on one real tritonserver.
 
     python benchmarks/serving.py [--model pixart-digits] [--seconds 20] [--json FILE]
+    python benchmarks/serving.py --model pixart-digits --first 5 [--json FILE]
 
 Exports `dit-digits`, or the small model that draws prompts. Starts a server with its repository and with a copy of the pipeline
 that draws one picture at a time. Requests pictures of 10, 20, 30 and 50 steps from both in turn: at saturation (32 clients that
 send the next request at once), and as Poisson arrivals at 0.5 and 0.9 of the rate that one picture at a time reached. Then
 sends 1,000 bad requests beside good ones.
+
+With `--first` it starts the server so many times instead, and measures the time until its first picture. `--json` writes a result
+file for `benchmarks/measured.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import queue
 import random
 import re
@@ -23,7 +27,9 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +37,23 @@ import numpy as np
 import server
 from serving_requests import ask, memory, tensors
 
+from dq_export.machine import cpu_name, versions
+
 STEPS = (10, 20, 30, 50)
 CLIENTS = 32
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = ("dit-digits", "pixart-digits")
 SINGLE = {1: "one-at-a-time", 2: "one-at-a-time-guided"}
 """The model that draws one picture at a time, by the rows of a picture."""
+LOADS = (
+    "load",
+    "pictures",
+    "one at a time: requests a second, median s",
+    "shared: requests a second, median s",
+    "rows of a call",
+)
+STARTS = ("model", "models ready, s: median of {count} starts", "first picture, s: median, slowest", "memory then, MB")
+"""Columns of the tables."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="of both models in turn (default 3)")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--first", type=int, default=0, help="measure the first picture of so many starts instead")
+    parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
     if server.missing():
         raise SystemExit(server.missing())
@@ -189,16 +207,60 @@ def main() -> None:
         folder = Path(name)
         command = [sys.executable, "-m", "dq_export", "--model", options.model, "--triton", "-q", "-o", str(folder / "out")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if options.first:
+            row = first_pictures(folder, options.model, options.first)
+            save(options.json, [text.format(count=options.first) for text in STARTS], [row])
+            return
         for rows in SINGLE:
             single(folder / "out" / "triton", rows)
         with server.serving(folder / "out" / "triton", folder, wait="ready") as running:
             measured = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options)]
             before, after = bad_requests(running, 1000, options.model)
     print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": platform.processor(), "loads": [asdict(row) for _, row in measured]}, indent=1)
-        )
+    save(options.json, LOADS, table(measured))
+
+
+def first_pictures(folder: Path, network: str, count: int) -> list[str]:
+    """Start the server `count` times, each until its first picture, and return the row of the table."""
+    import tritonclient.grpc as grpc
+
+    ready, first, used = [], [], []
+    for number in range(count):
+        place = folder / str(number)
+        place.mkdir()
+        with server.serving(folder / "out" / "triton", place, wait="ready") as running:
+            ready.append(time.monotonic() - running.started)
+            ask(grpc.InferenceServerClient(running.grpc), **digit(network, 7), seed=7)
+            first.append(time.monotonic() - running.started)
+            used.append(memory(running.process.pid))
+        print(f"start {number + 1}: ready after {ready[-1]:.1f} s, first picture after {first[-1]:.1f} s", flush=True)
+    times = f"{statistics.median(first):.1f}, {max(first):.1f}"
+    return [network, f"{statistics.median(ready):.1f}", times, f"{statistics.median(used):.0f}"]
+
+
+def table(measured: Sequence[tuple[float, Load]]) -> list[list[str]]:
+    """Return the table's rows: a load on one picture at a time beside the same load on shared calls."""
+    rows = []
+    for guidance in dict.fromkeys(guidance for guidance, _ in measured):
+        by_load: dict[str, list[Load]] = {}
+        for _, load in (item for item in measured if item[0] == guidance):
+            by_load.setdefault(load.load, []).append(load)
+        for name, pair in by_load.items():
+            alone, shared = sorted(pair, key=lambda load: load.model == "pipeline")
+            pictures = "guided (two rows a picture)" if guidance > 1 else "unguided (one row)"
+            figures = [f"{load.requests:.1f}, {load.median:.2f}" for load in (alone, shared)]
+            rows.append([name, pictures, *figures, f"{shared.rows:.1f}"])
+    return rows
+
+
+def save(path: Path | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a result file, if a path is named."""
+    if path is None:
+        return
+    installed, words = versions(), [word for word in sys.argv[1:] if word not in ("--json", str(path))]
+    machine = f"{os.cpu_count()} cores, {cpu_name()}; torch {installed['torch']}, ONNX Runtime {installed['onnxruntime']}"
+    content = {"command": " ".join(["python benchmarks/serving.py", *words]), "machine": machine, "date": str(date.today())}
+    path.write_text(json.dumps({**content, "columns": columns, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Load]]:

@@ -17,6 +17,7 @@ from .serving.conditions import PROMPT
 from .serving.health import PROBES_KEY
 from .serving.model import PARAMETERS
 from .serving.schedules import Schedules
+from .serving.sizes import Sizes
 
 DENOISER, DECODER, PIPELINE, STREAM, HEALTH = "denoiser", "decoder", "pipeline", "pipeline_stream", "health"
 ENCODER = "text_encoder"
@@ -39,7 +40,8 @@ class Served:
         model: the graph, with its external data beside it.
         plan: the TensorRT plan; None if the backend is another, or if `finish` builds the plan later.
         call: names and types of the network's tensors.
-        shapes: shape of one sample by input of the network; empty for a scalar.
+        shapes: shape of one sample by input of the network, at the default size; empty for a scalar.
+        sizes: the sizes of pictures that requests may ask for.
         encoder: folder with the text encoder's graph, its data and its tokenizers. They are moved into the repository.
             None: requests hold class labels.
         decoder: the VAE's graph, in a folder with only its data. The folder's files are moved into the repository. None: no VAE.
@@ -55,6 +57,7 @@ class Served:
     plan: Path | None
     call: Call
     shapes: Mapping[str, Sequence[int]]
+    sizes: Sizes
     encoder: Path | None
     decoder: Path | None
     pictures: bool
@@ -73,8 +76,18 @@ class Served:
 
     @property
     def latents(self) -> Sequence[int]:
-        """(C, H, W) of one picture's latents."""
+        """(C, H, W) of one picture's latents at the default size."""
         return self.shapes[self.call.state]
+
+    @property
+    def largest(self) -> Sequence[int]:
+        """(C, H, W) of the greatest latents of a request."""
+        return [self.latents[0], *self.sizes.latents(self.sizes.height.maximum, self.sizes.width.maximum)]
+
+    def opened(self, dims: Sequence[int]) -> list[int]:
+        """The dims (C, H, W) of latents with -1 for the sides that requests choose."""
+        sides = (self.sizes.height, self.sizes.width)
+        return [dims[0], *(-1 if side.varies else size for side, size in zip(sides, dims[1:], strict=True))]
 
     def condition_inputs(self) -> list[tuple[str, str, Sequence[int]]]:
         """Name, type and dims of a request's condition inputs. Those of prompts and embeddings are all optional."""
@@ -119,18 +132,25 @@ def network_config(
     return {**config, "dynamic_batching": {"max_queue_delay_microseconds": 0}} if batched else config
 
 
+def open_latents(config: Config, name: str, served: Served) -> Config:
+    """Return a network's config whose input `name`, the latents, has the sizes of requests. The warm-up keeps the default."""
+    inputs = [{**item, "dims": served.opened(item["dims"])} if item["name"] == name else item for item in config["input"]]
+    return {**config, "input": inputs}
+
+
 def pipeline_config(name: str, served: Served, image: Sequence[int]) -> Config:
     """Return the config of a model that samples whole pictures. A request is a batch of pictures.
 
-    All dims are fixed and the batch has a maximum, so the server refuses any other shape before the program sees it.
+    All inputs' dims are fixed and the batch has a maximum, so the server refuses any other shape before the program sees it.
 
     Args:
-        image: (H, W, C) of the pictures; empty if the model gives latents alone.
+        image: (H, W, C) of the pictures, -1 for a side that requests choose; empty if the model gives latents alone.
     """
     streams, shape = name == STREAM, served.latents
     inputs = [*served.condition_inputs(), ("seed", "TYPE_UINT64", [1]), ("num_inference_steps", "TYPE_INT32", [1])]
     inputs += [("guidance_scale", "TYPE_FP32", [1]), ("scheduler", "TYPE_STRING", [1]), ("latents", "TYPE_FP32", [*shape])]
-    outputs = [("latents", "TYPE_FP32", [*shape]), ("seed", "TYPE_UINT64", [1])]
+    inputs += [("height", "TYPE_INT32", [1]), ("width", "TYPE_INT32", [1])]
+    outputs = [("latents", "TYPE_FP32", served.opened(shape)), ("seed", "TYPE_UINT64", [1])]
     outputs += [("images", "TYPE_UINT8", [*image])] if image else []
     if streams:
         inputs, outputs = [*inputs, ("preview_every", "TYPE_INT32", [1])], [*outputs, ("step", "TYPE_INT32", [1])]
@@ -139,7 +159,7 @@ def pipeline_config(name: str, served: Served, image: Sequence[int]) -> Config:
         "text_encoder": ENCODER if served.encoder else "", "classes": served.classes,
         "max_rows": served.max_rows, "max_requests": MAX_REQUESTS, "denoiser_calls": CALLS,
         "num_inference_steps": served.steps, "guidance_scale": served.guidance, "scheduler": served.scheduler,
-        "schedulers": ",".join(served.schedules.tables),
+        "schedulers": ",".join(served.schedules.tables), **served.sizes.parameters,
     }  # fmt: skip
     config = {
         "name": name,

@@ -32,6 +32,11 @@ def readme(served: Served, opset: int) -> str:
         schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
         max_steps=served.schedules.max_steps,
         shape=shape,
+        default_size=f"{served.sizes.height.default}, {served.sizes.width.default}",
+        sizes=_sizes(served),
+        latents_of="; of the default size alone" if served.sizes.vary else "",
+        sharing=SHARING if served.sizes.vary else "",
+        bounded=_bounded(served),
         megabytes=_megabytes(served),
         pictures="`images` UINT8[n, H, W, C]" if served.pictures or served.decoder else "no `images`: there is no decoder here",
         decoder=DECODED if served.decoder else "",
@@ -89,13 +94,29 @@ def _call(served: Served) -> str:
     return ", ".join(texts)
 
 
+def _sizes(served: Served) -> str:
+    """The sizes of pictures that requests may ask for, as the README has them."""
+    height, width = served.sizes.height, served.sizes.width
+    if not served.sizes.vary:
+        return "these alone, in pixels"
+    return f"heights of {height} and widths of {width}, in pixels"
+
+
+def _bounded(served: Served) -> str:
+    """What refuses shapes over grpc, as the README has it."""
+    if not served.sizes.vary:
+        return BOUNDED
+    return OPEN.format(models="`denoiser` and `decoder`" if served.decoder else "`denoiser`", megabytes=_megabytes(served))
+
+
 def _listed(shape: object) -> str:
     return ", ".join(map(str, shape))  # type: ignore[call-overload]
 
 
 def _megabytes(served: Served) -> int:
     """An upper bound of the largest request in MB: float32 inputs for each row of a call."""
-    return 1 + math.ceil(served.max_rows * sum(map(math.prod, served.shapes.values())) * 4 / 1e6)
+    shapes = {**served.shapes, served.call.state: served.largest}
+    return 1 + math.ceil(served.max_rows * sum(map(math.prod, shapes.values())) * 4 / 1e6)
 
 
 def _needs(served: Served, opset: int) -> str:
@@ -110,6 +131,16 @@ def _needs(served: Served, opset: int) -> str:
     return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.09 on."
 
 
+SHARING = """
+Pictures of different sizes do not fit into one tensor. So each size has calls of its own, of up to `max_rows` rows, and the
+sizes take turns: many sizes at a time make many small calls. A call of `max_rows` rows of the greatest size must fit the memory.
+"""
+BOUNDED = "Each config.pbtxt bounds its shapes, so over grpc the server itself refuses all others."
+OPEN = """Over grpc the server itself refuses all shapes that no config.pbtxt has.
+
+No config.pbtxt bounds the height and the width that {models} take: the pipelines check them. A grpc client that calls {models}
+itself can send larger latents, up to {megabytes} MB through the proxy. Open the grpc port to clients that you trust, and to
+programs such as `images.py`; the proxy's http port takes latents of the default size alone."""
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.")
 """Characters that need no escape in a shell or in JSON."""
 EXAMPLES = ("a house", "a tree")
@@ -150,7 +181,7 @@ client = openai.OpenAI(base_url="http://127.0.0.1:9100/v1", api_key="none")
 answer = client.images.generate(prompt="{prompt}", n=2, extra_body={{"seed": 7, "num_inference_steps": 20}})
 ```
 
-It takes `prompt`, `n` and `size` (the one size that the model draws, or `auto`), and returns `b64_json` of PNG. Its extensions
+It takes `prompt`, `n` and `size` (WIDTHxHEIGHT as allowed above, or `auto`), and returns `b64_json` of PNG. Its extensions
 are `seed` (picture i has `seed` + i), `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`. It works on at
 most 64 requests at a time (`--requests`); others get 503, after which OpenAI's clients try again. A body has at most 64 kB. A
 client that hangs up frees its rows, as over grpc. It also serves `/health`, `/metrics` (Prometheus) and `/v1/models`. It has no

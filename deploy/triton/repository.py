@@ -22,18 +22,21 @@ from .model_config import (
     dump,
     health_config,
     network_config,
+    open_latents,
     pipeline_config,
 )
 from .model_folder import Fault
 from .readme import PROXY, README, SERVED, proxy, readme
 from .serving.schedules import FILE
 
-PROGRAM = ("model.py", "call.py", "conditions.py", "request.py", "sampler.py", "schedules.py")
+PROGRAM = ("model.py", "call.py", "conditions.py", "job.py", "request.py", "sampler.py", "schedules.py", "sizes.py")
 """Files of `serving` that each pipeline's version folder gets."""
 CLIENT = "client.py"
 ENDPOINT = ("images.py", "compose.yaml")
 FRONT = SERVED.parent / "endpoint"
 """Files of the images endpoint of models with prompts, and the folder that holds them here."""
+LATENTS = "latents"
+"""The decoder's input."""
 PROBE = "health.py"
 """The program of the model `health`."""
 INSTALL = "pip install 'dq-export[triton]'"
@@ -70,16 +73,18 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
     model, shape = ir.load(served.model), served.latents
     kind = "KIND_GPU" if served.backend == "tensorrt" else "KIND_CPU"
     health = health_config(served)  # reads the text encoder's graph before it is moved
-    target = _add(folder, network_config(DENOISER, model.graph, served.backend, kind, served.max_rows, served.shapes))
+    config = network_config(DENOISER, model.graph, served.backend, kind, served.max_rows, served.shapes)
+    target = _add(folder, open_latents(config, served.call.state, served))
     if served.backend == "tensorrt":
         if served.plan:
             add_plan(served.plan, folder)
     else:
         for path in (served.model, served.model.with_name(f"{served.model.name}.data")):
             shutil.copyfile(path, target / path.name)
-    image = [*shape[1:], shape[0]] if served.pictures else []
+    sides = [-1 if side.varies else side.default for side in (served.sizes.height, served.sizes.width)]
+    image = [*sides, shape[0]] if served.pictures else []
     if served.decoder:
-        image = _add_decoder(served.decoder, kind, folder)
+        image = [*sides, _add_decoder(served, served.decoder, kind, folder)]
     for name in (PIPELINE, STREAM):
         target = _add(folder, pipeline_config(name, served, image))
         for file in PROGRAM:
@@ -120,14 +125,14 @@ def _add(folder: Path, config: Config) -> Path:
     return version
 
 
-def _add_decoder(decoder: Path, kind: str, folder: Path) -> list[int]:
-    """Move the decoder in, with one picture a call to bound its memory. Return (H, W, C) of its pictures."""
+def _add_decoder(served: Served, decoder: Path, kind: str, folder: Path) -> int:
+    """Move the decoder in, with one picture a call to bound its memory. Return the channels of its pictures."""
     graph = ir.load(decoder).graph
-    target = _add(folder, network_config(DECODER, graph, "onnxruntime", kind, 1))
+    config = network_config(DECODER, graph, "onnxruntime", kind, 1, {LATENTS: served.latents})
+    target = _add(folder, open_latents(config, LATENTS, served))
     for path in sorted(decoder.parent.iterdir()):
         path.rename(target / path.name)
-    channels, height, width = (int(size or 0) for size in shape_of(graph.outputs[0])[1:])
-    return [height, width, channels]
+    return int(shape_of(graph.outputs[0])[1] or 0)
 
 
 def _add_encoder(served: Served, kind: str, folder: Path) -> None:

@@ -14,6 +14,8 @@ from .serving.call import Call, CallError
 from .serving.health import PROBES_KEY
 from .serving.model import PARAMETERS
 from .serving.schedules import FILE, ScheduleError, Schedules
+from .serving.sizes import PARAMETERS as SIZES
+from .serving.sizes import Sizes
 
 TEXTUAL = ("denoiser", "decoder", "text_encoder", "scheduler", "schedulers", "guidance_scale")
 """Parameters of these pipelines that are not whole numbers."""
@@ -36,6 +38,7 @@ def sampling(model: Model) -> Iterator[Fault]:
             continue
         elif key not in TEXTUAL and not re.fullmatch(r"[1-9][0-9]{0,8}", values[key]):
             yield model.fault(f"parameters: {key} {shown(values[key])} is not a whole number above 0", "write one, as a string")
+    yield from _sizes(model, values)
     if "guidance_scale" in values and not 0 <= _real(values["guidance_scale"]) < math.inf:
         problem = f"parameters: guidance_scale {shown(values['guidance_scale'])} is not a finite number of 0 or more"
         yield model.fault(problem, "write one, as a string; 1 or less turns guidance off")
@@ -76,6 +79,15 @@ def probing(model: Model) -> Iterator[Fault]:
             yield model.fault(
                 f"parameters: model {shown(name)} is not in the repository, so health always fails", "remove it, or add the model"
             )
+
+
+def _sizes(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
+    """Check that the sizes fit each other. Missing and unreadable numbers have faults of their own."""
+    if all(whole_number(values.get(key, "")) for key in SIZES):
+        try:
+            Sizes.of(values)
+        except ValueError as error:
+            yield model.fault(f"parameters: {error}", "correct one of them")
 
 
 def _tables(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:

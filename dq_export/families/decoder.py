@@ -22,13 +22,20 @@ from .weights import find_weights
 ARCHITECTURE = "AutoencoderKL"
 
 
-def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "") -> str:
+LARGEST = 1024
+"""The greatest height and width of latents in a graph that takes any."""
+ROWS = 63
+"""Samples of a call. diffusers' upsampling copies its input from 64 samples on, which changes no number."""
+
+
+def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "", *, resizable: bool = False) -> str:
     """Write `latents` float32[B, C, h, w] -> `sample` float32[B, 3, H, W] in [-1, 1], the latents' scaling undone first.
 
     Args:
         vae: a diffusers folder.
         shape: (C, h, w).
         variant: of the weights, where the folder has it.
+        resizable: whether the graph takes latents of any height and width, not of this shape alone.
 
     Returns:
         Empty, or the reason why the VAE is not exported: it has another architecture, or is for other latents.
@@ -41,12 +48,37 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
     model = load_vae(vae, shape, variant)
     if model is None:
         return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
-    # diffusers' upsampling copies its input from 64 samples on, which changes no number: the graph takes any batch.
-    batch = torch.export.Dim("batch", min=1, max=63)
-    graph = trace(wrapped(model, _decoded), (torch.zeros(2, *shape),), ["latents"], ["sample"], [{0: batch}])
+    network, names = wrapped(model, _decoded), ("latents", "sample")
+    if resizable:
+        graph = resizable_graph(network, names, shape[0])
+    else:
+        batch = torch.export.Dim("batch", min=1, max=ROWS)
+        graph = trace(network, (torch.zeros(2, *shape),), [names[0]], [names[1]], [{0: batch}])
     path.parent.mkdir(parents=True)
     ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return ""
+
+
+def resizable_graph(network: Any, names: tuple[str, str], channels: int, multiple: int = 1) -> ir.Model:
+    """Export a module of one value whose height and width are any multiples of `multiple`.
+
+    Args:
+        names: of the graph's input and output.
+        channels: of the value, [B, channels, H, W].
+    """
+    import torch
+
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=ROWS)}
+    for axis, name in ((2, "height"), (3, "width")):
+        dim = torch.export.Dim(name if multiple == 1 else f"{name}_by_{multiple}", min=1, max=LARGEST)
+        sizes[axis] = dim if multiple == 1 else multiple * dim
+    example = torch.zeros(2, channels, 4 * multiple, 6 * multiple)
+    return trace(network, (example,), [names[0]], [names[1]], [sizes])
+
+
+def pixels_of_latent(vae: Path) -> int:
+    """Return the pixels along a side of the picture that a VAE of ARCHITECTURE decodes from one latent."""
+    return int(2 ** (len(read_config(vae / CONFIG).get("block_out_channels", (64,))) - 1))
 
 
 def load_vae(vae: Path, shape: tuple[int, ...] | None, variant: str = "") -> Any:

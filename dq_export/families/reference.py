@@ -98,6 +98,10 @@ class Reference(Denoiser, Protocol):
         """
 
     @property
+    def unit(self) -> int:
+        """The pixels that `draw_at` counts for a side of one latent; 0 for a network of one size."""
+
+    @property
     def sampler(self) -> str:
         """The scheduler's class, for the report."""
 

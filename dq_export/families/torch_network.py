@@ -192,6 +192,10 @@ class TorchNetwork:
             self.host = {}
 
     @property
+    def unit(self) -> int:
+        return self.family.unit
+
+    @property
     def requests(self) -> Mapping[str, str]:
         return self.family.requests
 

@@ -9,13 +9,8 @@ from typing import Any
 import onnx_ir as ir
 
 from .checkpoint import configuration
-from .decoder import load_vae, wrapped
-from .float_graph import INLINE, trace
-
-LARGEST = 1024
-"""Height and width of the latents that the graphs take."""
-ROWS = 63
-"""Samples of a call: diffusers' upsampling copies its input from 64 on, which changes no number."""
+from .decoder import load_vae, resizable_graph, wrapped
+from .float_graph import INLINE
 
 
 def export_vae(vae: Path, encoder: Path, decoder: Path, variant: str = "") -> Mapping[str, Any] | None:
@@ -43,21 +38,9 @@ def export_vae(vae: Path, encoder: Path, decoder: Path, variant: str = "") -> Ma
         (_encoded, ("sample", "latent_parameters"), model.config.in_channels, pixels, encoder),
         (_decoded, ("latent_sample", "sample"), model.config.latent_channels, 1, decoder),
     ):
-        graph = _graph(wrapped(model, call), names, channels, multiple)
+        graph = resizable_graph(wrapped(model, call), names, channels, multiple)
         ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE)
     return dict(configuration(model))
-
-
-def _graph(network: Any, names: tuple[str, str], channels: int, multiple: int) -> ir.Model:
-    """Of a module of one value, whose height and width are any multiples of `multiple`."""
-    import torch
-
-    sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=ROWS)}
-    for axis, name in ((2, "height"), (3, "width")):
-        dim = torch.export.Dim(name if multiple == 1 else f"{name}_by_{multiple}", min=1, max=LARGEST)
-        sizes[axis] = dim if multiple == 1 else multiple * dim
-    example = torch.zeros(2, channels, 4 * multiple, 6 * multiple)
-    return trace(network, (example,), [names[0]], [names[1]], [sizes])
 
 
 def _encoded(vae: Any, pictures: Any) -> Any:

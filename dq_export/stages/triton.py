@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_export.core.network import output_name
+from dq_export.core.network import Axis, output_name
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.model_config import MAX_ROWS, Served
 from dq_export.deploy.triton.readme import PROXY, README, SERVED
 from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository
 from dq_export.deploy.triton.serving.call import Call
+from dq_export.deploy.triton.serving.sizes import Side, Sizes
 
 from ..families.family import Family
 from ..families.reference import ModelError, Reference
@@ -49,7 +51,7 @@ class WriteRepository(Stage[Repository]):
 
     name: str = "triton"
     result: type[Repository] = Repository
-    fields: tuple[str, ...] = ("steps", "guidance_scale", "variant", "text_encoder_bits")
+    fields: tuple[str, ...] = ("steps", "guidance_scale", "variant", "text_encoder_bits", "sizes")
     needs: tuple[Stage[Any], ...] = (QUANTIZE, BUILD)
 
     def applies(self, context: Context) -> bool:
@@ -84,13 +86,17 @@ class WriteRepository(Stage[Repository]):
             BackendError: it would not load.
             ModelError: no sampler of the checkpoint can be served, or its VAE is damaged.
         """
-        from ..families.decoder import export_decoder
+        from ..families.decoder import export_decoder, pixels_of_latent
 
         assert context.backend is not None  # preparation refuses formats that nothing serves
         recipe, reference, model = context.recipe, context.reference, context.folder / MODEL
         decoder, undecoded = target / "decoder" / MODEL, ""
+        pixels, pictures = reference.unit or 1, reference.decoder is None and reference.feed_shape[0] in (1, 3)
         if reference.decoder:
-            undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, recipe.variant or "")
+            several, variant = len(recipe.pixels) > 1, recipe.variant or ""
+            undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, variant, resizable=several)
+        if decoder.exists() and reference.decoder:
+            pixels = pixels_of_latent(reference.decoder)
         encoder = reference.export_encoders(target / "encoder", recipe.text_encoder_bits)
         call = call_of(reference, encoder.tokenizers if encoder else ())
         compared = None
@@ -104,9 +110,10 @@ class WriteRepository(Stage[Repository]):
             plan=plan if plan.exists() else None,
             call=call,
             shapes={item.name: item.zeros(1).shape[1:] for item in reference.inputs},
+            sizes=sizes_of(recipe, reference, 1 if pictures else pixels),
             encoder=encoder.path.parent if encoder else None,
             decoder=decoder if decoder.exists() else None,
-            pictures=reference.decoder is None and reference.feed_shape[0] in (1, 3),
+            pictures=pictures,
             max_rows=context.backend.greatest_batch(model) or MAX_ROWS,
             classes=0 if encoder else len(reference.conditions),
             steps=recipe.steps,
@@ -138,6 +145,23 @@ def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
         tokenizers=tokenizers,
         lowercase=reference.lowercase,
     )
+
+
+def sizes_of(recipe: Recipe, reference: Reference, pixels: int) -> Sizes:
+    """The sizes that requests may ask for: those between the least and the greatest of the recipe, for which its scales are.
+
+    Args:
+        pixels: of a latent, along a side of the picture that the server returns.
+    """
+    axes = reference.inputs[0].shape[-2:]
+    step = math.lcm(*(axis.multiple for axis in axes if isinstance(axis, Axis)))
+    sizes = [[pixels * side // reference.unit for side in size] for size in recipe.pixels]
+    default = [pixels * side for side in reference.feed_shape[1:]]
+    height, width = (
+        Side(name=name, default=side, minimum=min(chosen), maximum=max(chosen), step=pixels * step)
+        for name, side, *chosen in zip(("height", "width"), default, *(sizes or [default]), strict=True)
+    )
+    return Sizes(height=height, width=width, pixels=pixels)
 
 
 def require_encoder_bits(recipe: Recipe, family: Family) -> None:

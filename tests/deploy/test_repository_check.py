@@ -237,6 +237,12 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "error",
         "max_batch_size: 9 guided pictures are more than max_rows 16",
     ),
+    "a default size that is not drawn": (
+        set_parameter("height", "24"),
+        "error",
+        "parameters: height 24: expected 16, the only height that this model was exported for",
+    ),
+    "sizes between steps": (set_parameter("size_step", "3"), "error", "height 16 is not a multiple of size_step 3"),
     "a scheduler without a table": (
         set_parameter("scheduler", "pndm"),
         "error",

@@ -9,12 +9,18 @@ import pytest
 from conftest import Nobody
 
 from dq_export.deploy.triton.serving.conditions import BadRequestError, Labels
-from dq_export.deploy.triton.serving.request import SAFE_SEED, Limits, UInt64, seeds_of
-from dq_export.deploy.triton.serving.sampler import Job
+from dq_export.deploy.triton.serving.job import Job
+from dq_export.deploy.triton.serving.request import SAFE_SEED, Limits, UInt64, noise, seeds_of
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Schedules
+from dq_export.deploy.triton.serving.sizes import Side, Sizes
 
 LABELS = Labels("class_labels", classes=5, max_images=4)
-LIMITS = Limits(shape=(2, 4, 4), max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
+SIZES = Sizes(
+    height=Side(name="height", default=32, minimum=32, maximum=64, step=16),
+    width=Side(name="width", default=32, minimum=32, maximum=32, step=16),
+    pixels=8,
+)
+LIMITS = Limits(shape=(2, 4, 4), sizes=SIZES, max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
 SCHEDULES = Schedules({name: np.full((10, len(COLUMNS)), 0.5) for name in ("one", "other")})
 
 
@@ -46,19 +52,56 @@ def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
 
 
 def test_a_pictures_noise_is_its_own_and_its_seeds() -> None:
-    noise = LIMITS.noise(seeds(7, 8, 9))
-    assert noise.dtype == np.float32
-    assert np.array_equal(LIMITS.noise(seeds(8)), noise[1:2])
-    assert len({picture.tobytes() for picture in (*noise, *LIMITS.noise(seeds(10, 2**63)))}) == 5
-    assert LIMITS.noise(seeds(2**64 - 1)).shape == (1, 2, 4, 4)
-    limits = Limits(**{**vars(LIMITS), "shape": (4, 64, 64)}).noise(seeds(0))
-    assert abs(limits.mean()) < 4 / limits.size**0.5  # four standard errors of unit noise
-    assert abs(limits.std() - 1) < 4 / (2 * limits.size) ** 0.5
+    pictures = noise(seeds(7, 8, 9), (2, 4, 4))
+    assert pictures.dtype == np.float32
+    assert np.array_equal(noise(seeds(8), (2, 4, 4)), pictures[1:2])
+    assert len({picture.tobytes() for picture in (*pictures, *noise(seeds(10, 2**63), (2, 4, 4)))}) == 5
+    assert noise(seeds(2**64 - 1), (2, 4, 4)).shape == (1, 2, 4, 4)
+    values = noise(seeds(0), (4, 64, 64))
+    assert abs(values.mean()) < 4 / values.size**0.5  # four standard errors of unit noise
+    assert abs(values.std() - 1) < 4 / (2 * values.size) ** 0.5
 
 
 def test_given_latents_take_the_noises_place() -> None:
     noise = np.ones((1, 2, 4, 4), dtype=np.float32)
     assert np.array_equal(job(class_labels=[1], latents=noise).latents, 0.5 * noise)  # the table's noise factor
+
+
+def test_a_request_chooses_its_size_and_latents_come_at_the_exported_one() -> None:
+    assert job(class_labels=[1, 2], height=48).latents.shape == (2, 2, 6, 4)
+    assert job(class_labels=[1], height=64, width=32).latents.shape == (1, 2, 8, 4)
+    with pytest.raises(BadRequestError, match="height: expected one value"):
+        job(class_labels=[1, 2], height=[32, 48])
+    with pytest.raises(BadRequestError, match="latents: expected with height 32 and width 32 alone; other sizes need a seed"):
+        job(class_labels=[1], height=48, latents=np.ones((1, 2, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"height": 50}, "height 50: expected 32 to 64 in steps of 16; the nearest are 48 and 64"),
+        ({"height": 16}, "height 16: expected 32 to 64 in steps of 16; the nearest is 32"),
+        ({"height": 1000}, "height 1000: expected 32 to 64 in steps of 16; the nearest is 64"),
+        ({"height": -(2**31)}, "height -2147483648: expected 32 to 64 in steps of 16; the nearest is 32"),
+        ({"width": 48}, "width 48: expected 32, the only width that this model was exported for"),
+    ],
+)
+def test_a_size_that_is_not_drawn_is_refused_with_the_nearest(size: dict[str, int], message: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        job(class_labels=[1], **size)
+    assert str(caught.value) == message
+
+
+def test_sizes_are_read_from_the_parameters_of_a_config() -> None:
+    values = {key: str(value) for key, value in SIZES.parameters.items()}
+    assert Sizes.of(values) == SIZES
+    for changed, message in (
+        ({"height": "80"}, "height 80: expected 32 to 64 in steps of 16; the nearest is 64"),
+        ({"max_height": "70"}, "max_height 70 is not a multiple of size_step 16"),
+        ({"latent_pixels": "3"}, "size_step 16 is not a multiple of latent_pixels 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sizes.of({**values, **changed})
 
 
 def test_an_absent_seed_is_one_that_json_can_hold() -> None:

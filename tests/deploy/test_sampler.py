@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dq_export.deploy.triton.serving.sampler import AbandonedError, BusyError, DenoiserError, Job, Sampler
+from dq_export.deploy.triton.serving.job import DenoiserError, Job
+from dq_export.deploy.triton.serving.sampler import AbandonedError, BusyError, Sampler
 from dq_export.deploy.triton.serving.schedules import Step
 
 SHAPE = (1, 2, 2)
@@ -63,11 +64,19 @@ class Network:
         return states * (timestep / 1000).astype(np.float32)[:, None, None, None] + labels[:, None, None, None].astype(np.float32)
 
 
-def job(label: int = 1, steps: int = 4, *, pictures: int = 1, guidance: float = 1.0, interval: int = 0) -> Job:
+def job(
+    label: int = 1,
+    steps: int = 4,
+    *,
+    pictures: int = 1,
+    guidance: float = 1.0,
+    interval: int = 0,
+    shape: tuple[int, ...] = SHAPE,
+) -> Job:
     table = tuple(Step(100.0 * (steps - i), 1.0, 1.0, 0.5, 0.25, 0.1, 0.05, 1.0, -0.5) for i in range(steps))
     labels = np.repeat([label, 0] if guidance > 1 else [label], pictures)
     return Job(
-        client=Client(), steps=table, latents=np.ones((pictures, *SHAPE), dtype=np.float32),
+        client=Client(), steps=table, latents=np.ones((pictures, *shape), dtype=np.float32),
         conditions=lambda: {"labels": labels}, guidance=guidance, preview_interval=interval,
     )  # fmt: skip
 
@@ -164,6 +173,45 @@ def test_a_lane_takes_jobs_that_do_not_fit_into_the_one_before(start: Callable[.
     for item in jobs:
         client(item).wait()
     assert sorted(label for call in network.calls for label in call) == [1, 2, 3]
+
+
+TALL = (1, 3, 2)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_jobs_of_one_size_share_calls_and_every_size_gets_the_result_of_alone(
+    start: Callable[..., Sampler], network: Network, lanes: int
+) -> None:
+    network.open = False
+    sampler = start(lanes=lanes)
+    requests: list[dict[str, Any]] = [{"label": i, "shape": (SHAPE, TALL, (1, 1, 5))[i % 3]} for i in range(1, 13)]
+    jobs = [job(**options) for options in requests]
+    for item in jobs:
+        sampler.submit(item)
+    network.open = True
+    network.gate.release(50)
+    for item, options in zip(jobs, requests, strict=True):
+        assert np.array_equal(client(item).wait().latents, alone(job(**options)))
+    assert all(len({label % 3 for label in call}) == 1 for call in network.calls)
+    assert max(map(len, network.calls)) == 4
+    assert len(sampler.joined) <= 3
+
+
+def test_sizes_take_turns_and_each_has_the_whole_of_a_call(start: Callable[..., Sampler], network: Network) -> None:
+    network.open = False
+    sampler = start(max_rows=2)
+    first = job(1, steps=3)
+    sampler.submit(first)
+    until(lambda: sampler.lanes[0])
+    others = [job(2, steps=1), job(3, steps=1, shape=TALL), job(4, steps=1, shape=TALL), job(5, steps=1, shape=TALL), job(6)]
+    for item in others:
+        sampler.submit(item)
+    network.open = True
+    network.gate.release(50)
+    for item in (first, *others):
+        client(item).wait()
+    # 6 waits for a row beside 1, and 5 for a row of its own size; neither waits for the other size.
+    assert network.calls[:5] == [[1], [1, 2], [3, 4], [1, 6], [5]]
 
 
 def test_only_the_guilty_fail(start: Callable[..., Sampler], network: Network) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Nobody, save_tiny
 
-from dq_export.deploy.triton.serving.sampler import Job
+from dq_export.deploy.triton.serving.job import Job
 from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
 from dq_export.families.prediction import FLOW, NOISE
 from dq_export.families.reference import ModelError, Reference

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ from serving_requests import ask
 
 @pytest.fixture(scope="module")
 def address(texts: server.Server, prompted: Path) -> Iterator[str]:
+    with endpoint(texts, prompted / "triton") as started:
+        yield started
+
+
+@contextmanager
+def endpoint(running: server.Server, repository: Path) -> Iterator[str]:
+    """Start the service of a repository that takes two requests at a time, and return its address."""
     (port,) = server._free_ports(1)
-    program = prompted / "triton" / "images.py"
-    command = [sys.executable, str(program), "--triton", texts.grpc, "--port", str(port), "--requests", "2"]
+    command = [sys.executable, str(repository / "images.py"), "--triton", running.grpc, "--port", str(port), "--requests", "2"]
     process = subprocess.Popen(command)
     try:
         end = time.monotonic() + 60
@@ -77,7 +84,9 @@ def test_a_prompt_needs_no_other_parameter(images: Any) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "n": 9}, "n: expected 1 to 8"),
     ({"prompt": "a", "n": True}, "n: expected int, found bool"),
-    ({"prompt": "a", "size": "1024x1024"}, "size: expected 16x16 or auto"),
+    ({"prompt": "a", "size": "1024x1024"}, "height 1024: expected 16, the only height that this model was exported for"),
+    ({"prompt": "a", "size": "0x16"}, "size: expected auto, or WIDTHxHEIGHT in pixels"),
+    ({"prompt": "a", "size": "16"}, "size: expected auto, or WIDTHxHEIGHT in pixels"),
     ({"prompt": "a", "response_format": "url"}, "response_format: expected b64_json"),
     ({"prompt": "a", "stream": True}, "stream: expected False"),
     ({"prompt": "a " * 300}, "prompt: more than 300 tokens"),
@@ -117,7 +126,7 @@ def test_a_body_that_is_not_a_request_is_refused(address: str, content: bytes, s
 
 
 def test_openais_client_reads_errors_and_another_model_is_refused(images: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="size: expected 16x16 or auto"):
+    with pytest.raises(openai.BadRequestError, match="height 1024: expected 16"):
         images.generate(prompt="a", size="1024x1024")
     with pytest.raises(openai.NotFoundError, match="this server has only 'pipeline'"):
         images.generate(prompt="a", model="gpt-image-1")

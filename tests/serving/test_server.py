@@ -25,7 +25,10 @@ from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.triton.serving.conditions import Labels
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
+from dq_export.deploy.triton.serving.sizes import Side, Sizes
 from dq_export.families.source import load_reference
+
+SIDE = Side(name="", default=16, minimum=16, maximum=16, step=1)
 
 
 def drawn_here(exported: Path, **inputs: Any) -> Any:
@@ -34,6 +37,7 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
     seeds = np.broadcast_to(np.asarray(inputs.pop("seed"), dtype=np.uint64).reshape(-1, 1), (rows, 1))
     limits = Limits(
         shape=(1, 16, 16),
+        sizes=Sizes(height=SIDE, width=SIDE, pixels=1),
         max_rows=16,
         num_inference_steps=SERVED_STEPS,
         guidance_scale=2.0,
@@ -253,6 +257,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a long scheduler", {"class_labels": [1], "scheduler": b"x" * 100_000}, f"scheduler '{'x' * 40}': expected ddim"),
     ("unknown scheduler", {"class_labels": [1], "scheduler": b"pndm"}, "scheduler 'pndm': expected ddim, dpmsolver++, euler"),
     ("no text", {"class_labels": [1], "scheduler": b"\xff"}, "found text that is not UTF-8"),
+    ("another size", {"class_labels": [1], "height": 32}, "height 32: expected 16, the only height that this model was exported"),
     ("NaN guidance", {"class_labels": [1], "guidance_scale": np.nan}, "guidance_scale: expected a finite number"),
     ("negative guidance", {"class_labels": [1], "guidance_scale": -1.0}, "guidance_scale: expected a finite number"),
     ("NaN latents", {"class_labels": [1], "latents": np.full((1, 1, 16, 16), np.nan)}, "latents: NaN or Inf"),

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import base64
 import json
+import re
 import struct
 import time
 import zlib
@@ -48,8 +49,11 @@ ONLY = {"response_format": ("b64_json",), "output_format": ("png",), "background
 INPUTS: Mapping[str, tuple[str, Any]] = {
     "prompt": ("BYTES", np.object_), "negative_prompt": ("BYTES", np.object_), "scheduler": ("BYTES", np.object_),
     "num_inference_steps": ("INT32", np.int32), "guidance_scale": ("FP32", np.float32), "seed": ("UINT64", np.uint64),
+    "height": ("INT32", np.int32), "width": ("INT32", np.int32),
 }  # fmt: skip
-"""Parameters that are passed to the server unchanged, with Triton's and numpy's types."""
+"""Values that are passed to the server unchanged, with Triton's and numpy's types."""
+SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+"""Width and height in pixels."""
 STATUS = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504}
 """The http status for each status of grpc; 500 for others."""
 
@@ -74,34 +78,24 @@ class RefusedError(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
-@dataclass(frozen=True)
-class Served:
-    """The limits of the server's model `pipeline`.
+def max_pictures(config: Mapping[str, Any]) -> int:
+    """Return the most pictures of one request, from config.pbtxt of the model `pipeline` as JSON.
+
+    Raises:
+        RefusedError: the model takes no prompts, or returns no pictures.
+    """
+    inputs, outputs = ([item["name"] for item in config[kind]] for kind in ("input", "output"))
+    if "images" not in outputs or "prompt" not in inputs:
+        raise RefusedError(500, "the server's pipeline makes no pictures of prompts")
+    return int(config["max_batch_size"])
+
+
+def parse_body(content: bytes, pictures: int, name: str) -> dict[str, Any]:
+    """Return the parameters of a request's body, without those that are None. `size` becomes `height` and `width`.
 
     Args:
         pictures: the most pictures of one request.
-        size: width and height in pixels, as in `size` of a request.
-    """
-
-    pictures: int
-    size: str
-
-    @staticmethod
-    def of(config: Mapping[str, Any]) -> Served:
-        """Read the limits from the model's config.pbtxt as JSON.
-
-        Raises:
-            RefusedError: the model takes no prompts, or returns no pictures.
-        """
-        dims = [item["dims"] for item in config["output"] if item["name"] == "images"]
-        if not dims or "prompt" not in [item["name"] for item in config["input"]]:
-            raise RefusedError(500, "the server's pipeline makes no pictures of prompts")
-        height, width = (int(size) for size in dims[0][:2])
-        return Served(int(config["max_batch_size"]), f"{width}x{height}")
-
-
-def parse_body(content: bytes, served: Served, name: str) -> dict[str, Any]:
-    """Return the parameters of a request's body, without those that are None.
+        name: the model's name for clients.
 
     Raises:
         RefusedError: 400, or 404 for another model. The message names the parameter, the expected and the actual value.
@@ -124,9 +118,13 @@ def parse_body(content: bytes, served: Served, name: str) -> dict[str, Any]:
         raise RefusedError(400, "prompt: missing", "prompt")
     if values.get("model", name) != name:
         raise RefusedError(404, f"model: this server has only {name!r}", "model")
-    if values.get("size", "auto") not in ("auto", served.size):
-        raise RefusedError(400, f"size: expected {served.size} or auto", "size")
-    for key, low, high in (("n", 1, served.pictures), ("seed", 0, SEEDS - 1), ("num_inference_steps", 1, 2**31 - 1)):
+    size = values.pop("size", "auto")
+    if size != "auto":
+        sides = SIZE.fullmatch(size)
+        if not sides:
+            raise RefusedError(400, "size: expected auto, or WIDTHxHEIGHT in pixels, such as 512x768", "size")
+        values["width"], values["height"] = map(int, sides.groups())
+    for key, low, high in (("n", 1, pictures), ("seed", 0, SEEDS - 1), ("num_inference_steps", 1, 2**31 - 1)):
         if key in values and not low <= values[key] <= high:
             raise RefusedError(400, f"{key}: expected {low} to {high}", key)
     if not 0 <= values.get("guidance_scale", 0) <= FLOAT32_MAX:
@@ -176,7 +174,7 @@ class Images:
     seconds: float = 0.0
     pictures: int = 0
     waiting: int = 0
-    served: Served | None = None
+    limit: int | None = None
     client: Any = None
 
     def app(self) -> Starlette:
@@ -227,8 +225,7 @@ class Images:
         if self.waiting > self.max_requests:
             raise RefusedError(503, f"{self.max_requests} requests are in progress; try again later")
         content = await _body(request)
-        served = await self._served()
-        values = parse_body(content, served, self.name)
+        values = parse_body(content, await self._limit(), self.name)
         # After the body, the only message that can still arrive is the client's disconnect.
         drawing, disconnect = asyncio.ensure_future(self._draw(values)), asyncio.ensure_future(request.receive())
         try:
@@ -242,7 +239,8 @@ class Images:
         encoded = await asyncio.to_thread(lambda: [base64.b64encode(png(picture)).decode() for picture in pictures])
         self.pictures += len(encoded)
         data = [{"b64_json": text} for text in encoded]
-        return JSONResponse({"created": int(time.time()), "data": data, "size": served.size, "output_format": "png"})
+        size = f"{pictures.shape[2]}x{pictures.shape[1]}"
+        return JSONResponse({"created": int(time.time()), "data": data, "size": size, "output_format": "png"})
 
     async def _draw(self, values: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
         """Call the server, and return the pictures as uint8[n, H, W, C]."""
@@ -251,17 +249,18 @@ class Images:
             result = await self.client.infer("pipeline", tensors(values), outputs=outputs, client_timeout=SECONDS)
         except InferenceServerException as error:
             status = STATUS.get(str(error.status()).removeprefix("StatusCode."), 500)
-            raise RefusedError(status, _first_line(error)) from error
+            message = _first_line(error)
+            raise RefusedError(status, message, "size" if message.startswith(("height ", "width ")) else "") from error
         images: npt.NDArray[np.uint8] = result.as_numpy("images")
         return images
 
-    async def _served(self) -> Served:
-        """Return the model's limits. The first request reads them, since the server may start after the endpoint."""
+    async def _limit(self) -> int:
+        """Return `max_pictures`. The first request reads it, since the server may start after the endpoint."""
         try:
-            self.served = self.served or Served.of((await self.client.get_model_config("pipeline", as_json=True))["config"])
+            self.limit = self.limit or max_pictures((await self.client.get_model_config("pipeline", as_json=True))["config"])
         except InferenceServerException as error:
             raise RefusedError(503, f"the server does not answer: {_first_line(error)}") from error
-        return self.served
+        return self.limit
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -33,7 +33,7 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     import tritonclient.grpc as grpc
 
     kinds = {"class_labels": np.int64, "seed": np.uint64, "num_inference_steps": np.int32, "guidance_scale": np.float32}
-    kinds |= {"preview_every": np.int32}
+    kinds |= {"preview_every": np.int32, "height": np.int32, "width": np.int32}
     names = {np.int64: "INT64", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}
     tensors, pictures = [], len(inputs["prompt" if "prompt" in inputs else "class_labels"])
     for name, value in inputs.items():
@@ -98,6 +98,8 @@ def main() -> int:
     parser.add_argument("--steps", type=_count, help="number of sampler steps")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less turns guidance off")
     parser.add_argument("--scheduler", help="ddim, dpmsolver++ or euler")
+    parser.add_argument("--height", type=_count, help="of the pictures in pixels; default: the exported size")
+    parser.add_argument("--width", type=_count, help="of the pictures in pixels; default: the exported size")
     parser.add_argument("--preview-every", type=_count, help="save the predicted picture after every N steps")
     parser.add_argument("--seconds", type=float, default=600, help="longest wait for a response")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
@@ -106,7 +108,7 @@ def main() -> int:
     seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(count)]
     optional = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
     optional |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
-    optional |= {"negative_prompt": options.negative_prompt}
+    optional |= {"negative_prompt": options.negative_prompt, "height": options.height, "width": options.width}
     inputs = {"prompt": options.prompt} if options.prompt else {"class_labels": options.labels}
     try:
         for step, outputs in ask(

@@ -13,13 +13,16 @@ import numpy.typing as npt
 
 from .call import Call, CallError
 from .conditions import BadRequestError, Conditions, Feed, Labels, Texts, load_tokenizers
+from .job import DenoiserError
 from .request import Limits, UInt64, seeds_of
-from .sampler import AbandonedError, BusyError, DenoiserError, Sampler
+from .sampler import AbandonedError, BusyError, Sampler
 from .schedules import FILE, Float32, Float64, Schedules
+from .sizes import PARAMETERS as SIZES
+from .sizes import Sizes
 
 PARAMETERS = (
     "denoiser", "decoder", "text_encoder", "classes", "max_rows", "max_requests", "denoiser_calls", "num_inference_steps",
-    "guidance_scale", "scheduler", "schedulers",
+    "guidance_scale", "scheduler", "schedulers", *SIZES,
 )  # fmt: skip
 """The keys of `parameters` in config.pbtxt; all are required."""
 Paint = Callable[[Float32], npt.NDArray[np.uint8]]
@@ -42,9 +45,10 @@ class TritonPythonModel:
         try:
             self.call = Call.load(folder)
             values = {key: value["string_value"] for key, value in config["parameters"].items()}
-            shape = next(output["dims"] for output in config["output"] if output["name"] == "latents")
+            shape = next(item["dims"] for item in config["input"] if item["name"] == "latents")
             self.limits = Limits(
                 shape=tuple(int(size) for size in shape),  # type: ignore[arg-type]
+                sizes=Sizes.of(values),
                 max_rows=int(values["max_rows"]),
                 num_inference_steps=int(values["num_inference_steps"]),
                 guidance_scale=float(values["guidance_scale"]),

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .conditions import BadRequestError, Feed, RequestConditions
-from .sampler import Client, Job
+from .job import Client, Job
 from .schedules import Float32, ScheduleError, Schedules
+from .sizes import Sizes
 
 UInt64 = npt.NDArray[np.uint64]
 SAFE_SEED = 2**53
@@ -26,11 +27,13 @@ class Limits:
     A request is a batch of n pictures: every input has n rows.
 
     Args:
-        shape: (C, H, W) of one picture's latents.
+        shape: (C, H, W) of the latents that a request may bring.
+        sizes: the sizes of pictures that a request may ask for.
         max_rows: the most rows of one network call.
     """
 
     shape: tuple[int, int, int]
+    sizes: Sizes
     max_rows: int
     num_inference_steps: int
     guidance_scale: float
@@ -66,7 +69,9 @@ class Limits:
             raise BadRequestError(str(error)) from error
         if seeds.shape != (conditions.count, 1):
             raise BadRequestError(f"seed: expected shape {[conditions.count, 1]}, found {list(seeds.shape)}")
-        latents = self._latents(inputs["latents"], conditions.count) if "latents" in inputs else self.noise(seeds)
+        height, width = (int(_shared(inputs, side.name, side.default)) for side in (self.sizes.height, self.sizes.width))
+        shape = (self.shape[0], *self.sizes.latents(height, width))
+        latents = self._latents(inputs["latents"], conditions.count, shape) if "latents" in inputs else noise(seeds, shape)
         guided = guidance > 1
         if conditions.count * (1 + guided) > self.max_rows:  # such a job would wait forever
             raise BadRequestError(
@@ -75,18 +80,22 @@ class Limits:
         rows = partial(conditions.rows, guided)
         return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=guidance, preview_interval=interval)
 
-    def noise(self, seeds: UInt64) -> Float32:
-        """Draw float32[n, C, H, W]. Each picture depends on its own seed alone; `seeds` is uint64[n, 1]."""
-        generators = (np.random.default_rng(int(seed)) for seed in seeds.ravel())
-        return np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in generators])
-
-    def _latents(self, values: npt.NDArray[Any], pictures: int) -> Float32:
+    def _latents(self, values: npt.NDArray[Any], pictures: int, shape: tuple[int, ...]) -> Float32:
         latents: Float32 = np.array(values, dtype=np.float32)
+        if shape != self.shape:  # config.pbtxt has this one shape, so that no request can bring one that overflows
+            height, width = (self.sizes.pixels * side for side in self.shape[1:])
+            raise BadRequestError(f"latents: expected with height {height} and width {width} alone; other sizes need a seed")
         if latents.shape != (pictures, *self.shape):
             raise BadRequestError(f"latents: expected shape {[pictures, *self.shape]}, found {list(latents.shape)}")
         if not np.isfinite(latents).all():
             raise BadRequestError("latents: NaN or Inf; expected finite unit noise")
         return latents
+
+
+def noise(seeds: UInt64, shape: tuple[int, ...]) -> Float32:
+    """Draw float32[n, *shape]. Each picture depends on its own seed and its shape alone; `seeds` is uint64[n, 1]."""
+    generators = (np.random.default_rng(int(seed)) for seed in seeds.ravel())
+    return np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
 
 
 def seeds_of(inputs: Feed, count: int) -> UInt64:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TRACED = 3
 """Blocks of a run; see `repeat_block`."""
+NESTED = "transformer_blocks"
+"""What diffusers calls the lists inside a UNet's levels, whose blocks follow each other."""
 
 
 def export_graph(model: Any, inputs: Sequence[Input], part: str, blocks: Sequence[str], *, shared: bool) -> ir.Model:
@@ -25,10 +27,11 @@ def export_graph(model: Any, inputs: Sequence[Input], part: str, blocks: Sequenc
     Args:
         model: a diffusers network, which takes `inputs` by name.
         part: the prefix of the network's modules and parameters in its graph; a dot follows it.
-        blocks: names of its lists of blocks, which its `forward` calls one after the other; empty to trace all blocks.
+        blocks: names of its lists of blocks, which its `forward` calls one after the other. Lists called `NESTED` are that, too.
         shared: the timestep has one row for all samples.
     """
-    listed = {name: getattr(model, name) for name in blocks}
+    nested = [name for name, _ in model.named_modules() if name.endswith(f".{NESTED}")]
+    listed = {name: model.get_submodule(name) for name in (*blocks, *nested)}
     runs = [(name, run) for name, modules in listed.items() for run in runs_of(modules) if len(run) > TRACED]
     if not runs:
         return _traced(model, inputs, part, shared)
@@ -36,14 +39,20 @@ def export_graph(model: Any, inputs: Sequence[Input], part: str, blocks: Sequenc
     try:
         for name, modules in listed.items():
             repeated = {index for other, run in runs if other == name for index in run[TRACED:]}
-            setattr(model, name, _without(modules, repeated))
+            _replace(model, name, _without(modules, repeated))
         graph = _traced(model, inputs, part, shared)
     finally:
         for name, modules in listed.items():
-            setattr(model, name, modules)
+            _replace(model, name, modules)
     if all(repeat_block(graph, f"{part}.{name}", run, state) for name, run in runs):
         return graph
     return _traced(model, inputs, part, shared)
+
+
+def _replace(model: Any, name: str, modules: Any) -> None:
+    """Put another list of blocks in the place of a list of the network."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, modules)
 
 
 def runs_of(blocks: Iterable[Any]) -> list[range]:

@@ -53,17 +53,47 @@ class Network(torch.nn.Module):
         return (torch.einsum("nhwpqc->nchpwq", patches).reshape(-1, 3, height * PATCH, width * PATCH),)
 
 
-@pytest.fixture(scope="module")
-def exported() -> tuple[Network, ir.Model, int]:
-    """The network, its graph, and how many times it was traced."""
-    torch.manual_seed(0)
-    network, traced = Network().eval(), []
+class Level(torch.nn.Module):
+    """A level of a UNet: its blocks stand in a list of their own."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList([Block() for _ in range(blocks)])
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer_blocks:
+            x = block(x, modulation)
+        return x
+
+
+class Levels(Network):
+    """The same network with blocks in three levels, one of which is too short for a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Level(BLOCKS), Level(1), Level(BLOCKS + 1)])
+
+
+def export(network: Network, *blocks: str) -> tuple[Network, ir.Model, list[int]]:
+    """Return the network, its graph, and the number of blocks in each trace."""
+    traced: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         whole = torch_export._traced
-        patch.setattr(torch_export, "_traced", lambda *arguments: traced.append(1) or whole(*arguments))  # type: ignore[func-returns-value]
-        graph = torch_export.export_graph(network, INPUTS, "transformer", ("layers",), shared=False)
+
+        def counted(model: Any, *arguments: Any) -> ir.Model:
+            traced.append(sum(isinstance(module, Block) for module in model.modules()))
+            return whole(model, *arguments)
+
+        patch.setattr(torch_export, "_traced", counted)
+        graph = torch_export.export_graph(network.eval(), INPUTS, "transformer", blocks, shared=False)
     graph.ir_version = 10
-    return network, graph, len(traced)
+    return network, graph, traced
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[Network, ir.Model, list[int]]:
+    torch.manual_seed(0)
+    return export(Network(), "layers")
 
 
 def test_sizes_have_their_axes_names(exported: Any) -> None:
@@ -85,7 +115,20 @@ def test_the_graph_takes_every_size_that_the_axes_allow(shape: tuple[int, ...], 
 
 def test_tables_with_an_axis_before_them_are_their_blocks_parameters(exported: Any) -> None:
     network, graph, traced = exported
-    assert traced == 1, "three blocks stand for all"
+    assert traced == [3], "three blocks stand for all"
     for index, layer in enumerate(network.layers):
         stored = graph.graph.initializers[f"transformer.layers.{index}.table"].const_value.numpy()
         np.testing.assert_array_equal(stored, layer.table.detach().numpy()[None])
+
+
+def test_blocks_inside_the_levels_of_a_network_stand_for_their_runs() -> None:
+    torch.manual_seed(0)
+    network, graph, traced = export(Levels())
+    assert traced == [3 + 1 + 3], "three blocks of each run stand for all"
+    assert [len(level.transformer_blocks) for level in network.layers] == [BLOCKS, 1, BLOCKS + 1], "the network is as before"
+    rng = np.random.default_rng(0)
+    feed = {"states": rng.normal(size=(2, 3, 8, 8)).astype(np.float32), "timestep": rng.normal(size=2).astype(np.float32)}
+    with torch.no_grad():
+        exact = network(**{name: torch.from_numpy(value) for name, value in feed.items()})[0].numpy()
+    np.testing.assert_allclose(run_onnx(graph, feed), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    assert sum(node.op_type == "MatMul" for node in graph.graph) == 2 * BLOCKS + 2 + 1

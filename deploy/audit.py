@@ -68,8 +68,8 @@ class Audit:
     @staticmethod
     def of(gemms: Iterable[Gemm]) -> Audit:
         """The audit of these GEMMs."""
-        listed = tuple(gemms)
-        return Audit(coverage=_low_share([g for g in listed if g.required]), integer_share=_low_share(listed), gemms=listed)
+        items = tuple(gemms)
+        return Audit(coverage=_low_share([g for g in items if g.required]), integer_share=_low_share(items), gemms=items)
 
 
 def _low_share(gemms: Sequence[Gemm]) -> float:

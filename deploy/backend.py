@@ -117,13 +117,13 @@ class Backend(ABC):
             RecipeError: it does not run some of them; the message has a line for each reason, with the nearest scheme that it
                 runs.
         """
-        refused: dict[str, Scheme] = {}
+        refusals: dict[str, Scheme] = {}
         for scheme in schemes:
             answer = self.supports(scheme)
             if isinstance(answer, Refusal):
-                refused.setdefault(str(answer), scheme)
-        if refused:
-            raise RecipeError("\n".join(f"{scheme} on {self.title}: {reason}" for reason, scheme in refused.items()))
+                refusals.setdefault(str(answer), scheme)
+        if refusals:
+            raise RecipeError("\n".join(f"{scheme} on {self.title}: {reason}" for reason, scheme in refusals.items()))
 
     def shared_timesteps(self, choice: str) -> bool:
         """Whether `choice` (`auto`, `shared` or `per-sample`) means one timestep for the batch.

@@ -157,8 +157,8 @@ def _finished(out: Path) -> FinishedFolder:
 
 def _files(out: Path) -> list[str]:
     """Return the relative paths of the folder's published files."""
-    listed = (str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file())
-    return [name for name in listed if _published(name)]
+    names = (str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file())
+    return [name for name in names if _published(name)]
 
 
 def _published(name: str) -> bool:

@@ -110,8 +110,8 @@ class Ledger:
         return hashlib.sha256(json.dumps(self.stages[name].outputs, sort_keys=True).encode()).hexdigest()
 
     def _save(self) -> None:
-        described = {name: stage.model_dump(mode="json") for name, stage in self.stages.items()}
-        write_text(self.folder / LEDGER, json.dumps(described, indent=1, allow_nan=False) + "\n")
+        content = {name: stage.model_dump(mode="json") for name, stage in self.stages.items()}
+        write_text(self.folder / LEDGER, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _hashes(self, outputs: tuple[str, ...]) -> dict[str, str]:
         hashes = {}
@@ -127,10 +127,10 @@ def _read(path: Path) -> dict[str, Record]:
     """The stages that the file describes well."""
     stages = {}
     try:
-        described = read_json(path, LEDGER_LIMIT, links=False)
+        content = read_json(path, LEDGER_LIMIT, links=False)
     except DocumentError:
         return {}
-    for name, value in described.items() if isinstance(described, dict) else ():
+    for name, value in content.items() if isinstance(content, dict) else ():
         try:
             stages[name] = Record.model_validate(value)
         except ValidationError:

@@ -63,27 +63,27 @@ def plan_memory(
     stored_shapes = {name: place.shape for file in checkpoint.files for name, place in stored(file).items()}
     shapes = list(stored_shapes.values())
     weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
-    needed = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
+    gigabytes = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
     if encoders:
-        needed["conditions"] = BASE + weights + encoders / GIB
+        gigabytes["conditions"] = BASE + weights + encoders / GIB
     if recipe.rounding == "distill":
         copies = TRAINED + SAMPLE * recipe.distill_batch
-        needed["distill"] = BASE + (1.0 + CODES) * weights + copies * _largest_block(stored_shapes) / GIB
+        gigabytes["distill"] = BASE + (1.0 + CODES) * weights + copies * _largest_block(stored_shapes) / GIB
         if recipe.finish:
             finish = BASE + (2.0 + CODES + SAMPLE * recipe.distill_batch) * weights
-            needed["distill"] = max(needed["distill"], finish)
-    plain, space = needed["calibrate"], SPACE
+            gigabytes["distill"] = max(gigabytes["distill"], finish)
+    plain, space = gigabytes["calibrate"], SPACE
     if recipe.calibration == "progressive":
-        needed["calibrate"] += SIMULATED * weights
+        gigabytes["calibrate"] += SIMULATED * weights
     if recipe.first_rounding == "gptq":
         smallest = _widest_work(shapes)
-        needed["calibrate"] += CODES * weights
-        space = max(smallest, int((limit - needed["calibrate"]) * GIB))
-        needed["calibrate"] += smallest / GIB
-    exceeding = [stage for stage in stages if needed.get(stage, 0.0) > limit]
+        gigabytes["calibrate"] += CODES * weights
+        space = max(smallest, int((limit - gigabytes["calibrate"]) * GIB))
+        gigabytes["calibrate"] += smallest / GIB
+    exceeding = [stage for stage in stages if gigabytes.get(stage, 0.0) > limit]
     hard = [stage for stage in exceeding if stage != "bench"]
     if hard:
-        listed = ", ".join(f"{stage} {needed[stage]:.1f} GiB" for stage in hard)
+        text = ", ".join(f"{stage} {gigabytes[stage]:.1f} GiB" for stage in hard)
         if hard == ["verify"]:
             advice = "`dq-export build` does without verify"
         elif hard == ["conditions"]:
@@ -94,7 +94,7 @@ def plan_memory(
             advice = "--rounding mse and --calibration uniform need less"
         else:
             advice = "no stage needs less: take a larger machine"
-        raise RecipeError(f"--max-memory {limit:g}: {listed} will not fit; {advice}")
+        raise RecipeError(f"--max-memory {limit:g}: {text} will not fit; {advice}")
     return MemoryPlan(stages=tuple(stage for stage in stages if stage not in exceeding), space=space)
 
 

@@ -66,18 +66,18 @@ def require_plain(folder: Path) -> None:
 
 def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Everything inside, without following links. What another process removes meanwhile is passed over."""
-    waiting = [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            listed = list(islice(entries, ENTRIES + 1))
-        for entry in listed:
+    queue = [folder]
+    while queue:
+        with os.scandir(queue.pop()) as entries:
+            batch = list(islice(entries, ENTRIES + 1))
+        for entry in batch:
             try:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             yield Path(entry.path), status
             if stat.S_ISDIR(status.st_mode):
-                waiting.append(Path(entry.path))
+                queue.append(Path(entry.path))
 
 
 def _fault(name: Path, status: os.stat_result) -> str:

@@ -48,8 +48,8 @@ def plan_shapes(recipe: Recipe, reference: Reference) -> dict[str, str]:
         if len(set(of_sizes)) == 1:
             continue
         columns = list(zip(*of_sizes, strict=True))
-        chosen = ([min(column) for column in columns], [column[0] for column in columns], [max(column) for column in columns])
-        for key, batch, shape in zip(flags, BATCHES, chosen, strict=True):
+        triples = ([min(column) for column in columns], [column[0] for column in columns], [max(column) for column in columns])
+        for key, batch, shape in zip(flags, BATCHES, triples, strict=True):
             numbers = [batch, *shape[1:]] if name in batched else shape
             flags[key].append(f"{name}:{'x'.join(map(str, numbers))}")
     return {key: ",".join(texts) for key, texts in flags.items()}

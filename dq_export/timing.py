@@ -218,10 +218,10 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
                 network(inputs)
                 milliseconds.append((time.perf_counter() - begin) * 1e3)
         del network
-        spent = _backend(engine).profile(engine.built, inputs) if profile else {}
+        operators = _backend(engine).profile(engine.built, inputs) if profile else {}
     except (BackendError, ModelError) as error:
         return {"error": str(error)}
-    return {"milliseconds": milliseconds, "memory_mb": memory, "profile": spent}
+    return {"milliseconds": milliseconds, "memory_mb": memory, "profile": operators}
 
 
 @contextlib.contextmanager

@@ -73,15 +73,15 @@ def _tensors(proto: Any) -> Iterator[Any]:
     """Every TensorProto of a model, including those in attributes of nodes and in functions, always in the same order."""
     from onnx import TensorProto
 
-    waiting = [proto]
-    while waiting:
-        message = waiting.pop()
+    queue = [proto]
+    while queue:
+        message = queue.pop()
         if isinstance(message, TensorProto):
             yield message
             continue
         for field, value in message.ListFields():
             if field.type == field.TYPE_MESSAGE:
-                waiting.extend(value if field.is_repeated else (value,))
+                queue.extend(value if field.is_repeated else (value,))
 
 
 def _require_bounded_functions(proto: Any) -> None:
@@ -104,12 +104,12 @@ def _require_bounded_functions(proto: Any) -> None:
 
 
 def _written_out(graph: Any, size: Callable[[tuple[str, str]], int]) -> int:
-    total, waiting = 0, [graph]
-    while waiting:
-        for node in waiting.pop().node:
+    total, queue = 0, [graph]
+    while queue:
+        for node in queue.pop().node:
             total += size((node.domain, node.op_type))
             for attribute in node.attribute:
-                waiting.extend((attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs)
+                queue.extend((attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs)
     return total
 
 

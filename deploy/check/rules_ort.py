@@ -46,8 +46,8 @@ def _types(gemm: Gemm) -> Judgement | None:
     if not names:
         return None
     # Its choice of a kernel leaves out types of 4 and 16 bits only.
-    chosen = all(name.startswith("float8") for name in names) and (gemm.node.op_type != "Conv" or requantizes(gemm))
-    if chosen and direct(gemm, gemm.right):
+    integer_kernel = all(name.startswith("float8") for name in names) and (gemm.node.op_type != "Conv" or requantizes(gemm))
+    if integer_kernel and direct(gemm, gemm.right):
         return "rejected", "float8: ONNX Runtime chooses an integer kernel, which refuses it", "int8 weights, uint8 activations"
     return "float", f"no kernel for {' and '.join(names)} on a CPU", "int8 weights and uint8 activations"
 

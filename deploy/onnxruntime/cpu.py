@@ -143,8 +143,8 @@ class Ort(Backend):
             raise
         ort = onnxruntime()
         (folder / f"{OPTIMIZED}.data").unlink(missing_ok=True)  # the audit reads the graph; sessions load model.onnx
-        described = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
-        (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+        description = {"onnxruntime": ort.__version__, "providers": session.get_providers(), "model": model.name}
+        (folder / "session.json").write_text(json.dumps(description, indent=2) + "\n")
         return Built(model=model, folder=folder)
 
     def load(self, built: Built, *, batch: int | None = None) -> OrtEngine:
@@ -173,11 +173,11 @@ class Ort(Backend):
         length = len(kernels) // PROFILED
         calls = []
         for start in range(0, len(kernels), length):
-            spent: dict[str, float] = {}
+            milliseconds: dict[str, float] = {}
             for event in kernels[start : start + length]:
                 operator = event["args"]["op_name"]
-                spent[operator] = spent.get(operator, 0.0) + event["dur"] / 1e3
-            calls.append(spent)
+                milliseconds[operator] = milliseconds.get(operator, 0.0) + event["dur"] / 1e3
+            calls.append(milliseconds)
         return {name: statistics.median(call.get(name, 0.0) for call in calls) for name in calls[0]}
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:

@@ -84,14 +84,14 @@ class OpenVino(Backend):
         engine = self._open(model, None)
         providers = engine.session.get_providers() if isinstance(engine, OrtEngine) else []
         compiled = engine if isinstance(engine, OpenVinoEngine) else load_engine(model, self._config, None)
-        described = {
+        description = {
             "onnxruntime": onnxruntime().__version__,
             "openvino": openvino().__version__,
             "dtype": self.dtype,
             "providers": providers,
             "model": model.name,
         }
-        (folder / "session.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "session.json").write_text(json.dumps(description, indent=2) + "\n")
         (folder / KERNELS).write_text(json.dumps(compiled.kernels(), indent=0, sort_keys=True) + "\n")
         return Built(model=model, folder=folder, note="" if providers else ALONE)
 
@@ -126,11 +126,11 @@ class OpenVino(Backend):
         request = load_engine(built.model, {**self._config, "PERF_COUNT": True}, batch_of(feed)).request
         for _ in range(3):
             request.infer(dict(feed))
-        spent: dict[str, float] = {}
+        milliseconds: dict[str, float] = {}
         for item in request.get_profiling_info():
             label = f"{item.node_type} {item.exec_type}"
-            spent[label] = spent.get(label, 0.0) + item.real_time.total_seconds() * 1e3
-        return {label: time for label, time in spent.items() if time > 0}
+            milliseconds[label] = milliseconds.get(label, 0.0) + item.real_time.total_seconds() * 1e3
+        return {label: time for label, time in milliseconds.items() if time > 0}
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
         """Audit by the names of the nodes from which each kernel was compiled.

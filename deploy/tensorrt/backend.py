@@ -168,9 +168,9 @@ class TensorRt(Backend):
         """
         folder.mkdir(parents=True, exist_ok=True)
         graph = ir.load(model)
-        refused = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
-        if refused:
-            raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(refused))
+        faults = [f"'{item.node}': {item.rule}; {item.fix}" for item in self._check(graph) if item.verdict == "rejected"]
+        if faults:
+            raise BackendError(f"{model} will not build for --format {self.name}:\n  " + "\n  ".join(faults))
         ranges = profiles(input_sizes(graph), self.shapes)
         if importlib.util.find_spec(self.module) is None:
             raise NotHereError(
@@ -186,7 +186,7 @@ class TensorRt(Backend):
         )
         report = build_plan(request, progress)
         (folder / LAYERS).write_text(report.layers)
-        described = {
+        description = {
             "library": f"{request.module} {report.version}",
             "targets": self.targets,
             "dtype": self.dtype,
@@ -196,7 +196,7 @@ class TensorRt(Backend):
             "sha256": report.sha256,
             "origin": dict(graph.metadata_props),
         }
-        (folder / METADATA).write_text(json.dumps(described, indent=1) + "\n")
+        (folder / METADATA).write_text(json.dumps(description, indent=1) + "\n")
         return Built(model=model, folder=folder)
 
     def load(self, built: Built, *, batch: int | None = None) -> Engine:
@@ -208,16 +208,16 @@ class TensorRt(Backend):
         plan, advice = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
         if not plan.exists() or not (built.folder / METADATA).exists():
             raise BackendError(f"{built.folder}: no {PLAN}; {advice}")
-        described = _read_metadata(built.folder / METADATA)
+        description = _read_metadata(built.folder / METADATA)
         if importlib.util.find_spec(self.module) is None:
             raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan}")
         library = f"{self.module} {importlib.import_module(self.module).__version__}"
-        if described["library"] != library:
-            raise BackendError(f"{plan} was built by {described['library']}, but {library} is installed here; {advice}")
+        if description["library"] != library:
+            raise BackendError(f"{plan} was built by {description['library']}, but {library} is installed here; {advice}")
         content = plan.read_bytes()
-        if hashlib.sha256(content).hexdigest() != described["sha256"]:
+        if hashlib.sha256(content).hexdigest() != description["sha256"]:
             raise BackendError(f"{plan} was changed after the build; {advice}")
-        return load_plan(content, tuple(described["targets"]), rtx=self.name == "trt-rtx")
+        return load_plan(content, tuple(description["targets"]), rtx=self.name == "trt-rtx")
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
         """Audit by the builder's list of layers.
@@ -296,10 +296,10 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         BackendError: the file is damaged.
     """
     try:
-        described = read_json(path, links=False)
+        description = read_json(path, links=False)
     except DocumentError as error:
         raise BackendError(f"{error}; build the plan again with `dq-export finish`") from error
-    values = described if isinstance(described, dict) else {}
+    values = description if isinstance(description, dict) else {}
     targets = values.get("targets")
     valid = isinstance(targets, list) and all(target in TARGETS for target in targets)
     if not valid or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):

@@ -158,8 +158,8 @@ def _build(library: Any, request: PlanRequest, tell: Tell) -> tuple[bytes, str]:
     if built is None:
         raise PlanError("; ".join(text for severity, text in messages if severity == "ERROR") or "no plan, and no reason given")
     content = bytes(built)
-    listed = next((text for _, text in messages if text.startswith("Layers:")), "")
-    return content, listed or _inspected(library, log, content)
+    layers = next((text for _, text in messages if text.startswith("Layers:")), "")
+    return content, layers or _inspected(library, log, content)
 
 
 def _timing_cache(config: Any, path: Path) -> Any:

@@ -147,9 +147,9 @@ def _constants(model: ir.Model) -> set[ir.Value]:
 def _inputs(result: ir.Value, inside: Callable[[ir.Node], bool], constants: set[ir.Value]) -> list[str]:
     """Names of the values that the nodes `inside` need to compute a result, beside constants."""
     inputs: dict[str, None] = {}
-    waiting, visited = [result], {result} | constants
-    while waiting:
-        node = waiting.pop().producer()
+    queue, visited = [result], {result} | constants
+    while queue:
+        node = queue.pop().producer()
         assert node is not None
         for value in (item for item in node.inputs if item is not None and item not in visited):
             visited.add(value)
@@ -157,7 +157,7 @@ def _inputs(result: ir.Value, inside: Callable[[ir.Node], bool], constants: set[
             if producer is None or not inside(producer):
                 inputs[str(value.name)] = None
             else:
-                waiting.append(value)
+                queue.append(value)
     return list(inputs)
 
 

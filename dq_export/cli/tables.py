@@ -112,8 +112,8 @@ def print_latency(latency: LatencyReport) -> None:
     print(f"float: {latency.baseline}; each engine in its own processes, in turn")
     before, after = latency.profile["float"], latency.profile["engine"]
     longest = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
-    shown = [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]
-    operators = [(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}") for name in shown]
+    names = [name for name in longest if max(before.get(name, 0), after.get(name, 0)) >= 0.01 * latency.engine_ms]
+    operators = [(name, f"{before.get(name, 0):.2f}", f"{after.get(name, 0):.2f}") for name in names]
     print_table(["operator", "float ms", "engine ms"], operators)
     for name, reason in latency.skipped.items():
         print(f"without {name}: {one_line(reason)}")
@@ -125,9 +125,9 @@ def print_findings(findings: Sequence[Finding]) -> None:
     rows = [(item.node, item.verdict, item.rule, item.fix) for item in gemms if item.verdict != "low precision"]
     if rows:
         print_table(["node", "verdict", "why", "what to do"], rows)
-    counted: Counter[str] = Counter(item.verdict for item in gemms)
-    verdicts = ["low precision", "float", "rejected", *(["unknown"] if counted["unknown"] else [])]
-    print(", ".join(f"{counted[verdict]} {verdict}" for verdict in verdicts))
+    counts: Counter[str] = Counter(item.verdict for item in gemms)
+    verdicts = ["low precision", "float", "rejected", *(["unknown"] if counts["unknown"] else [])]
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts))
     others = Counter(item.verdict for item in findings if not item.gemm and not item.failed)
     if others:
         print("beside GEMMs:", ", ".join(f"{count} operators in {verdict}" for verdict, count in others.items()))
@@ -152,8 +152,8 @@ def print_faults(faults: Sequence[Fault]) -> None:
     if faults:
         rows = [(item.model, item.severity, item.problem, item.fix) for item in faults]
         print_table(["model", "", "what", "what to do"], rows)
-    counted = Counter(item.severity for item in faults)
-    print(", ".join(f"{counted[severity]} {severity}s" for severity in ("error", "warning")))
+    counts = Counter(item.severity for item in faults)
+    print(", ".join(f"{counts[severity]} {severity}s" for severity in ("error", "warning")))
 
 
 def summarize(report: Report, folder: Path, *, verbose: bool) -> None:

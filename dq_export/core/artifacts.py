@@ -125,7 +125,7 @@ class CalibrationResult:
     def save(self, path: Path) -> None:
         """Write one safetensors file; equal results give equal bytes."""
         tensors: dict[str, npt.NDArray[np.generic]] = {}
-        described = []
+        entries = []
         for name, plan in self.sites.items():
             tensors[f"{name}.in_scale"] = plan.in_scale
             tensors[f"{name}.in_shift"] = plan.in_shift
@@ -136,13 +136,13 @@ class CalibrationResult:
                 entry |= {"edges": plan.activation.bins.edges, "type": plan.activation.qtype.name}
             elif plan.activation is not None:
                 entry |= {"token": {**asdict(plan.activation), "qtype": plan.activation.qtype.name}}
-            described.append(entry)
+            entries.append(entry)
         for kind, arrays in self._by_linear().items():
             tensors |= {f"{name}.weight.{kind}": value for name, value in arrays.items()}
         # One metadata entry: safetensors keeps its metadata in a hash map, whose order would differ from run to run.
         header: dict[str, Any] = {
             "format": FORMAT,
-            "sites": described,
+            "sites": entries,
             "provenance": dict(self.provenance),
         }
         header |= {"reach": dict(self.reach), "attention": dict(self.attention), "timesteps": list(self.timesteps)}
@@ -158,11 +158,11 @@ class CalibrationResult:
         """
         try:
             tensors, metadata = load_tensors(path)
-            described = parse_json(metadata.get("dq_export", "{}"), shown_path(path), finite=False)
-            version = described.get("format") if isinstance(described, dict) else None
+            content = parse_json(metadata.get("dq_export", "{}"), shown_path(path), finite=False)
+            version = content.get("format") if isinstance(content, dict) else None
             if version != FORMAT:
                 raise CalibrationError(f"{shown_path(path)}: expected '{FORMAT}', found {shown(version)}; calibrate again")
-            header = _Header.model_validate(described)
+            header = _Header.model_validate(content)
             sites = {entry.site.name: entry.plan(tensors) for entry in header.sites}
             by_linear = {kind: _of_kind(kind, tensors) for kind in KINDS}
         except (DocumentError, ValueError, KeyError) as error:  # ValidationError is a ValueError

@@ -44,8 +44,8 @@ def load_conditions(path: Path) -> Conditions:
         )
     if len(set(counts.values())) > 1:
         first = sorted(counts.items())[:3]
-        listed = ", ".join(f"{count} of {shown(name)}" for name, count in first) + (" …" if len(counts) > 3 else "")
-        raise DocumentError(f"{shown_path(path)}: rows: {listed}; expected as many of each")
+        text = ", ".join(f"{count} of {shown(name)}" for name, count in first) + (" …" if len(counts) > 3 else "")
+        raise DocumentError(f"{shown_path(path)}: rows: {text}; expected as many of each")
     names = _names(metadata.get(PROMPTS), next(iter(counts.values())), shown_path(path))
     return Conditions(names=names, arrays=arrays, null=null)
 

@@ -127,15 +127,15 @@ class Scheme:
         if self.weight is None or self.weight.granularity != "blocks":
             return self
         size = self.weight.size
-        tried = (GROUP_SIZES if self.two_level else BLOCK_SIZES) if size is None else (size,)
+        candidates = (GROUP_SIZES if self.two_level else BLOCK_SIZES) if size is None else (size,)
         # TensorRT unpacks a weight with a single block of int4 outside the GEMM.
         fewest = 2 if size is None and self.weight.qtype.stored_bits < 8 else 1
-        fitting = next((size for size in tried if width % size == 0 and width // size >= fewest), None)
+        fitting = next((size for size in candidates if width % size == 0 and width // size >= fewest), None)
         if fitting is not None:
             return self.resized(fitting)
         if self.for_memory and size is None:
             return replace(self, weight=TensorScheme(qtype=self.weight.qtype, granularity="channel"))
-        sizes, other = ", ".join(str(size) for size in sorted(tried)), self._without_blocks()
+        sizes, other = ", ".join(str(size) for size in sorted(candidates)), self._without_blocks()
         raise ValueError(f"its {width} inputs are not divided by {sizes}; {other}, or leave it float with --exclude")
 
     def resized(self, size: int | None) -> Scheme:

@@ -175,14 +175,14 @@ def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
         progress: called with (tensors hashed, all tensors).
     """
     settings = [_accepted(model), type(scheduler).__name__, _accepted(scheduler)]
-    hashed = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     state = model.state_dict()
     with ThreadPoolExecutor() as pool:
         for done, (name, content) in enumerate(zip(state, pool.map(_content_hash, state.values()), strict=True), start=1):
-            hashed.update(name.encode())
-            hashed.update(content)
+            digest.update(name.encode())
+            digest.update(content)
             progress(done, len(state))
-    return hashed.hexdigest()
+    return digest.hexdigest()
 
 
 def broken_weights(model: Any) -> list[str]:

@@ -125,9 +125,9 @@ def snapshot(folder: Path, revision: str) -> Path:
     if not commit and not revision and len(present) == 1:
         commit = present[0]
     if commit not in present:
-        listed = ", ".join(present[:3]) or "nothing"
+        content = ", ".join(present[:3]) or "nothing"
         fault = f"revision {shown(revision)} is not in it" if revision else "no refs/main, and not exactly one snapshot"
-        raise ModelError(f"{shown_path(folder)}: {fault}; there is {listed}: choose with --revision")
+        raise ModelError(f"{shown_path(folder)}: {fault}; there is {content}: choose with --revision")
     return folder / "snapshots" / commit
 
 

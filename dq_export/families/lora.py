@@ -74,8 +74,8 @@ def settle_adapters(recipe: Recipe) -> tuple[Recipe, tuple[Adapter, ...]]:
     if len(recorded) != len(adapters):
         raise RecipeError(f"lora_sha256: {len(recorded)} digests for {len(adapters)} files of lora; expected one for each")
     digests = [require_recorded("lora", item.path, digest) for item, digest in zip(adapters, recorded, strict=True)]
-    settled = {"lora": tuple(map(str, adapters)), "lora_sha256": tuple(digests)}
-    return recipe.model_copy(update=settled), adapters
+    values = {"lora": tuple(map(str, adapters)), "lora_sha256": tuple(digests)}
+    return recipe.model_copy(update=values), adapters
 
 
 def fuse(model: Any, adapters: Sequence[Adapter]) -> frozenset[str]:

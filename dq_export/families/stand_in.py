@@ -149,9 +149,9 @@ class StandIn:
         if timesteps.shape not in ((1,), (rows,)):
             raise ValueError(f"timestep has shape {list(timesteps.shape)}, and the network takes [{rows}] or [1]")
         if (timesteps != timesteps[0]).any():
-            shown = ", ".join(f"{value:g}" for value in np.unique(timesteps)[:3])
+            examples = ", ".join(f"{value:g}" for value in np.unique(timesteps)[:3])
             raise ValueError(
-                f"different timesteps in one call ({shown}), and the network takes one for the whole batch; export it with "
+                f"different timesteps in one call ({examples}), and the network takes one for the whole batch; export it with "
                 "--timesteps per-sample"
             )
         return timesteps[:1]

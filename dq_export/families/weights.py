@@ -75,13 +75,13 @@ def choose(names: Iterable[str], variant: str, place: str, *, required: bool = T
         first, second = (DIFFUSERS, DIFFUSERS) if stem == DIFFUSERS else ("model", "pytorch_model")
         raise ModelError(f"{place}: no weights; expected {first}.safetensors or {second}.bin, whole or with an index{present}")
     variants = sorted({entry.variant for entry in entries})
-    listed = ", ".join(item or "one without a variant" for item in variants)
+    choices = ", ".join(item or "one without a variant" for item in variants)
     if variant not in variants and not required:
         variant = ""
     if variant and variant not in variants:
-        raise ModelError(f"{place}: no weights of variant {shown(variant)}; there is {listed}.{nearest(variant, variants)}")
+        raise ModelError(f"{place}: no weights of variant {shown(variant)}; there is {choices}.{nearest(variant, variants)}")
     if not variant and "" not in variants and len(variants) > 1:
-        raise ModelError(f"{place}: weights of several variants ({listed}); choose one with --variant")
+        raise ModelError(f"{place}: weights of several variants ({choices}); choose one with --variant")
     chosen = variant or ("" if "" in variants else variants[0])
     fitting = [entry for entry in entries if entry.variant == chosen]
     return min(fitting, key=lambda entry: (SUFFIXES.index(entry.suffix), not entry.sharded, entry.name))

@@ -129,13 +129,13 @@ Without dq-export, `model.onnx` runs on ONNX Runtime; its inputs have diffusers'
 
 def _making(report: Report) -> str:
     """Return the recipe's keys, and the command that repeats the comparison."""
-    chosen = "\n".join(f"{key}: {printable(value, 200)}" for key, value in report.recipe.items())
+    keys = "\n".join(f"{key}: {printable(value, 200)}" for key, value in report.recipe.items())
     proof = ""
     if report.parity and report.parity.replay:
         command = printable(report.parity.replay, 400)
         proof = f"\n\nThis replays the recorded calls in a copy of the folder:\n\n```sh\n{command}\n```"
     return (
-        f"## Recipe\n\n`dq-export --recipe recipe.yaml -o out` repeats the export.\n\n```yaml\n{chosen}\n```{proof}\n\n"
+        f"## Recipe\n\n`dq-export --recipe recipe.yaml -o out` repeats the export.\n\n```yaml\n{keys}\n```{proof}\n\n"
         f"Made with {_text(', '.join(f'{key} {value}' for key, value in report.versions.items()))}."
     )
 

@@ -85,12 +85,12 @@ def heat_map(report: Report) -> dict[str, object]:
         return {}
     order = sorted(range(len(times)), key=lambda i: -times[i])
     columns = min(COLUMNS, len(order))
-    shown = [order[round(i * (len(order) - 1) / max(columns - 1, 1))] for i in range(columns)]  # the first and the last, too
+    timesteps = [order[round(i * (len(order) - 1) / max(columns - 1, 1))] for i in range(columns)]  # the first and the last, too
     names = [linear.name.removeprefix("transformer_blocks.") for linear in rows]
     label = math.ceil(LETTER * max(len(f"{name} {row.action}") for name, row in zip(names, rows, strict=True))) + 6
     cells = []
     for y, linear in enumerate(rows):
-        for x, index in enumerate(shown):
+        for x, index in enumerate(timesteps):
             value = linear.sqnr[index]
             if value is not None:
                 title = f"{linear.name}, timestep {times[index]:g}: {value:.1f} dB"
@@ -99,9 +99,9 @@ def heat_map(report: Report) -> dict[str, object]:
         (HEAD + y * CELL + CELL - 3, name, row.action, anchor(report, row.name))
         for y, (name, row) in enumerate(zip(names, rows, strict=True))
     ]
-    ticks = [(label + x * CELL, f"{times[i]:g}") for x, i in enumerate(shown) if x % 6 == 0]
+    ticks = [(label + x * CELL, f"{times[i]:g}") for x, i in enumerate(timesteps) if x % 6 == 0]
     legend = [(_colour(value), _ink(value), f"{value:.0f}") for value in range(int(COLD), int(HOT) + 1, 7)]
-    width, height = max(label + len(shown) * CELL + 10, label + 140), HEAD + len(rows) * CELL + 6
+    width, height = max(label + len(timesteps) * CELL + 10, label + 140), HEAD + len(rows) * CELL + 6
     return {
         "cells": cells, "labels": labels, "ticks": ticks, "legend": legend, "left": label, "width": width, "height": height,
         "cell": CELL,

@@ -8,8 +8,8 @@ from .report import LinearReport, Report
 def explain_linear(report: Report, linear: LinearReport) -> dict[str, str]:
     """The decisions for a linear: label -> text."""
     kernels = [gemm.kernel for gemm in report.audit.gemms if gemm.name == linear.name] if report.audit else []
-    measured = [value for value in linear.sqnr if value is not None]
-    tried = sorted(_alternatives(report, linear).items(), key=lambda pair: pair[1])
+    values = [value for value in linear.sqnr if value is not None]
+    alternatives = sorted(_alternatives(report, linear).items(), key=lambda pair: pair[1])
     return {
         "action": linear.action,
         "rule": f"'{linear.rule}'{' (' + linear.reason + ')' if linear.reason else ''}",
@@ -17,9 +17,9 @@ def explain_linear(report: Report, linear: LinearReport) -> dict[str, str]:
         "scaling": linear.scaling or "none",
         "fold": linear.fold or "nothing to fold",
         "bins": str(linear.bins),
-        "SQNR": f"{min(measured):.1f} to {max(measured):.1f} dB over the timesteps" if measured else "not measured",
+        "SQNR": f"{min(values):.1f} to {max(values):.1f} dB over the timesteps" if values else "not measured",
         "error": "not measured" if linear.error is None else f"{linear.error:.2e} of the output's power",
-        "measured": ", ".join(f"{method} {error:.2e}" for method, error in tried) or "the recipe chose the scaling",
+        "measured": ", ".join(f"{method} {error:.2e}" for method, error in alternatives) or "the recipe chose the scaling",
         "kernel": ", ".join(kernels) or "merged with an identical linear, or not built",
         "left alone": "; ".join(_left_alone(report, linear)) or "by no pass",
     }
@@ -29,10 +29,10 @@ def linear_lines(report: Report, part: str) -> list[list[str]]:
     """For each linear whose name contains `part`: its name; action, worst SQNR, scaling and fold; the next best scaling."""
     lines = []
     for linear in (item for item in report.linears if part in item.name):
-        measured = [value for value in linear.sqnr if value is not None]
+        values = [value for value in linear.sqnr if value is not None]
         others = {key: error for key, error in _alternatives(report, linear).items() if key != linear.scaling}
         second = min(others, key=lambda key: others[key], default="")
-        text = f"{linear.action:11} {min(measured):5.1f} dB" if measured else linear.action
+        text = f"{linear.action:11} {min(values):5.1f} dB" if values else linear.action
         text += f"  {linear.scaling}" if linear.scaling else ""
         text += f" into {linear.fold}" if linear.fold else ""
         lines.append([linear.name, text])

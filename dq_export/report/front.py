@@ -56,11 +56,11 @@ class Front:
 
     def _ranges(self) -> tuple[Point, Point]:
         """(lowest, highest) log cost and dB of all points, with a margin."""
-        shown = [
+        points = [
             point for point in (*self.mixes, *((c, s) for _, c, s in self.uniform), self.winner) if point and point[1] < EXACT
         ]
-        costs = [math.log(cost) for cost, _ in shown] + ([math.log(self.limit)] if self.limit else [])
-        heights = [sqnr for _, sqnr in shown] + ([self.target] if self.target is not None else [])
+        costs = [math.log(cost) for cost, _ in points] + ([math.log(self.limit)] if self.limit else [])
+        heights = [sqnr for _, sqnr in points] + ([self.target] if self.target is not None else [])
         return _widened(costs), _widened(heights)
 
     def _place(self, cost: float, sqnr: float) -> Point:
@@ -99,12 +99,12 @@ class Front:
         path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(line))
         yield f'<path d="{path}" fill="none" stroke="{MIXES}" stroke-width="2"/>'
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{MIXES}"/>' for x, y in line)
-        shown = [(letter, self._place(cost, sqnr)) for letter, (_, cost, sqnr) in self._lettered() if sqnr < EXACT]
-        yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{UNIFORM}"/>' for _, (x, y) in shown)
+        letters = [(letter, self._place(cost, sqnr)) for letter, (_, cost, sqnr) in self._lettered() if sqnr < EXACT]
+        yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{UNIFORM}"/>' for _, (x, y) in letters)
         if self.winner and self.winner[1] < EXACT:
             x, y = self._place(*self.winner)
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="{WINNER}" stroke-width="2"/>'
-        for (letter, _), (x, y) in zip(shown, label_places([point for _, point in shown]), strict=True):
+        for (letter, _), (x, y) in zip(letters, label_places([point for _, point in letters]), strict=True):
             yield f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" fill="{UNIFORM}">{letter}</text>'
 
     def _lettered(self) -> list[tuple[str, tuple[str, float, float]]]:

@@ -174,8 +174,8 @@ class Report(Part):
             required: what the recipe requires at least.
         """
         calls = self.parity.calls if self.parity else []
-        measured = [call.sqnr for call in calls if call.stage != FLOAT_STAGE]
-        return max(min(measured) - REPLAY_MARGIN, required) if measured else required
+        values = [call.sqnr for call in calls if call.stage != FLOAT_STAGE]
+        return max(min(values) - REPLAY_MARGIN, required) if values else required
 
     def ran(self) -> bool:
         """Whether the engine ran on the machine that exported."""
@@ -211,9 +211,9 @@ class Report(Part):
 
     def skipped(self) -> list[tuple[str, int]]:
         """Reasons for linears that stay float or weight-only, and how many have each."""
-        counted: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for linear in self.linears:
             if not PRESETS[linear.action].low_precision:
                 label = f"{linear.action}: {linear.reason or 'rule ' + linear.rule}"
-                counted[label] = counted.get(label, 0) + 1
-        return list(counted.items())
+                counts[label] = counts.get(label, 0) + 1
+        return list(counts.items())

@@ -252,7 +252,7 @@ def _uniform(space: Space, fresh: Trajectories) -> tuple[tuple[str, float, float
 def _write(outcome: Outcome, search: Search, folder: Path, request: SearchRequest) -> None:
     """Write the search's results as data and as a picture."""
     space, unit = search.space, request.unit
-    described = {
+    content = {
         "sqnr": outcome.sqnr,
         "held_back": outcome.held_back,
         "megabytes": outcome.size,
@@ -265,7 +265,7 @@ def _write(outcome: Outcome, search: Search, folder: Path, request: SearchReques
         "uniform": [{"choice": n, "megabytes": mb, "sqnr": db} for n, mb, _, db in outcome.uniform],
         "front": [{"cost": cost, "sqnr": sqnr, "genome": list(genome)} for cost, sqnr, genome in outcome.front],
     }
-    write_text(folder / "search.json", json.dumps(described, indent=1) + "\n")
+    write_text(folder / "search.json", json.dumps(content, indent=1) + "\n")
     uniform = [(scheme.label, space.everywhere(scheme)) for scheme in space.choices]
     picture = Front(
         unit=unit,

@@ -78,10 +78,10 @@ class Space:
     def rules(self, genome: Genome) -> tuple[Rule, ...]:
         """The genome as a recipe's rules, one for each site."""
         rules = []
-        for site, chosen in zip(self.sites, genome, strict=True):
+        for site, choice in zip(self.sites, genome, strict=True):
             names = "|".join(name.replace(".", r"\.") for name in self.linears[site])
-            reason = "" if self.choices[chosen].low_precision else "chosen by the search"
-            rules.append(Rule.of(f"^({names})$", self.choices[chosen], reason))
+            reason = "" if self.choices[choice].low_precision else "chosen by the search"
+            rules.append(Rule.of(f"^({names})$", self.choices[choice], reason))
         return tuple(rules)
 
 

@@ -127,8 +127,8 @@ def evolve(search: Search, random: np.random.Generator) -> None:
     while search.left > 0 and population:
         for genome in population[: search.left]:
             search.evaluate(genome)
-        ranked = sorted(search.sqnrs, key=lambda genome: search.goal.rank(genome, search.sqnrs[genome]), reverse=True)
-        parents = ranked[:PARENTS]
+        ranking = sorted(search.sqnrs, key=lambda genome: search.goal.rank(genome, search.sqnrs[genome]), reverse=True)
+        parents = ranking[:PARENTS]
         population = breed(lambda parents=parents: _mutated(_pick(parents, random), search.space, random), POPULATION // 2)  # type: ignore[misc]
         population += breed(lambda parents=parents: _crossed(parents, random), POPULATION // 2)  # type: ignore[misc]
         population += breed(draw, POPULATION - len(population))
@@ -231,8 +231,8 @@ def _priced(search: Search, noise: Noise) -> list[Genome]:
     if search.goal.limit is not None:  # the legal ones nearest to the limit, best first
         genomes = sorted((g for g in genomes if search.goal.legal(g)), key=search.goal.cost, reverse=True)
         return genomes[: MULTIPLIERS // 4]
-    chosen = np.linspace(0, len(genomes) - 1, min(MULTIPLIERS, len(genomes))).round().astype(int)
-    return [genomes[i] for i in chosen]
+    places = np.linspace(0, len(genomes) - 1, min(MULTIPLIERS, len(genomes))).round().astype(int)
+    return [genomes[i] for i in places]
 
 
 def _exchange(search: Search, noise: Noise, best: Genome, random: np.random.Generator) -> Genome | None:

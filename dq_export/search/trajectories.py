@@ -83,16 +83,16 @@ class Trajectories:
         """The SQNR in dB: the power of the float latents over that of the difference, over all steps and the final picture."""
         if genome not in self.sqnrs:
             weights, biases = {}, {}
-            chosen = {}
+            simulations_of = {}
             for site, choice in zip(self.space.sites, genome, strict=True):
                 simulation = self.simulations[choice]
-                chosen[site] = simulation
+                simulations_of[site] = simulation
                 for name in self.space.linears[site]:
                     if name in simulation.weights:
                         weights[name] = simulation.weights[name]
                     if name in simulation.biases:
                         biases[name] = simulation.biases[name]
-            with self.reference.replace(weights, biases, lambda site, rows, t: _rounded(chosen.get(site), site, rows, t)):
+            with self.reference.replace(weights, biases, lambda site, rows, t: _rounded(simulations_of.get(site), site, rows, t)):
                 latents = self.latents(self.reference.forward)
             noise = float(np.square(latents.astype(np.float64) - self.exact).sum())
             signal = float(np.square(self.exact.astype(np.float64)).sum())

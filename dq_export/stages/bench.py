@@ -91,8 +91,8 @@ def bench(
 def losing(report: LatencyReport) -> list[str]:
     """The engine's operators that take longer than the same ones of the float graph, the worst first."""
     before, after = (report.profile.get(name, {}) for name in ("float", "engine"))
-    more = {name: spent - before.get(name, 0.0) for name, spent in after.items()}
-    return [f"{name} +{spent:.2f} ms" for name, spent in sorted(more.items(), key=lambda item: -item[1]) if spent > 0]
+    slower = {name: time - before.get(name, 0.0) for name, time in after.items()}
+    return [f"{name} +{time:.2f} ms" for name, time in sorted(slower.items(), key=lambda item: -item[1]) if time > 0]
 
 
 def _feed(folder: Path) -> Feed:

@@ -204,8 +204,8 @@ def described(tables: Tables, assigned: Mapping[str, Rule]) -> str:
         return ""
     header = tables.file.header
     rest = [name for name, rule in assigned.items() if rule.scheme.weight and name not in header.linears]
-    listed = f", calibrated: {', '.join(rest[:3])}" + (f" and {len(rest) - 3} more" if len(rest) > 3 else "") if rest else ""
-    return f"; {len(header.linears)} linears as {header.method} gives them{listed}"
+    remark = f", calibrated: {', '.join(rest[:3])}" + (f" and {len(rest) - 3} more" if len(rest) > 3 else "") if rest else ""
+    return f"; {len(header.linears)} linears as {header.method} gives them{remark}"
 
 
 def calibration_of(context: Context, folder: Path) -> Calibration:

@@ -57,8 +57,8 @@ def distance(exact: Rows, rounded: Rows) -> float:
     masks = [rows for name, rows in exact.items() if name.endswith("_mask")]
     values = []
     for name, rows in exact.items():
-        shown = next((mask for mask in masks if rows.shape[: mask.ndim] == mask.shape and rows.ndim > mask.ndim), None)
-        weight = 1.0 if shown is None else np.expand_dims(shown, tuple(range(shown.ndim, rows.ndim)))
+        mask_of_rows = next((mask for mask in masks if rows.shape[: mask.ndim] == mask.shape and rows.ndim > mask.ndim), None)
+        weight = 1.0 if mask_of_rows is None else np.expand_dims(mask_of_rows, tuple(range(mask_of_rows.ndim, rows.ndim)))
         signal, noise = (np.square(value * weight, dtype=np.float64).sum() for value in (rows, rows - rounded[name]))
         values.append(float(decibels(signal, noise)))
     return min(values)

@@ -123,8 +123,8 @@ class WriteRepository(Stage[Repository]):
             prompts=recipe.prompts or (),
         )
         faults = write_repository(served, target / REPOSITORY)
-        refused = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
-        parts = [f"schedulers {', '.join(samplers.schedules.tables)}", *refused]
+        remarks = [*samplers.refused, *filter(None, [undecoded]), f"{folder_bytes(target / REPOSITORY) / 1e6:.1f} MB"]
+        parts = [f"schedulers {', '.join(samplers.schedules.tables)}", *remarks]
         parts += [f"text encoder {compared}"] if compared else []
         return Repository(
             summary="; ".join([*parts, *(f"{item.model}: {item.problem}" for item in faults)]), text_encoder=compared

@@ -158,8 +158,8 @@ def save_pictures(path: Path, rows: list[Float32]) -> bool:
 
     if rows[0].shape[1] not in COLOURS:
         return False
-    framed = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
-    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in framed])
+    frames = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in frames])
     factor = max(1, 64 // rows[0].shape[-1])
     large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")

@@ -183,6 +183,7 @@ def health_config(served: Served) -> Config:
     state = {call.state: ["float32", [1, *served.latents]], "timestep": [call.timestep, [1, 1]]}
     kind = "float32" if served.encoder else "int64"
     state |= {name: [kind, [1, *(shapes[name] or [1])]] for name in call.conditions}
+    state |= {name: ["float32", [1, *shapes[name]]] for name in call.size_values}
     probes = [[name, "seed", request] for name in (PIPELINE, STREAM)]
     probes.append([DENOISER, call.output, state])
     if served.encoder:

@@ -65,7 +65,7 @@ def _condition_texts(served: Served) -> dict[str, str]:
         }  # fmt: skip
     texts = [text for text in served.prompts if PLAIN.issuperset(text)][:2]
     first, second = (*texts, *EXAMPLES)[:2]
-    names = list(served.call.conditions.values())
+    names, null = list(served.call.conditions.values()), "zeros in place of its embeddings" if served.call.zero_null else '""'
     embeddings = "\n".join(
         f"| `{name}`, `negative_{name}` | FP32[n, {_listed(served.shapes[key])}] | | in place of `prompt`, of `negative_prompt` |"
         for key, name in served.call.conditions.items()
@@ -77,7 +77,7 @@ def _condition_texts(served: Served) -> dict[str, str]:
         "pictures_of": f'--prompt "{first}" --prompt "{second}"',
         "picture_of": f'--prompt "{first}"',
         "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
-        f'{images} |\n| `negative_prompt` | STRING[n, 1] | "" | as `prompt`; unused where guidance is off |\n{embeddings}',
+        f"{images} |\n| `negative_prompt` | STRING[n, 1] | {null} | as `prompt`; unused where guidance is off |\n{embeddings}",
         "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
         "install": INSTALL,
         "encoder": ENCODER,
@@ -91,6 +91,7 @@ def _call(served: Served) -> str:
     texts = [f"`{served.call.state}` FP32[n, {_listed(served.latents)}]", f"`timestep` {kinds[served.call.timestep]}[n, 1]"]
     kind = "INT64" if served.encoder is None else "FP32"
     texts += [f"`{name}` {kind}[n, {_listed(served.shapes[name]) or 1}]" for name in served.call.conditions]
+    texts += [f"`{name}` FP32[n, {_listed(served.shapes[name])}]" for name in served.call.size_values]
     return ", ".join(texts)
 
 

@@ -115,6 +115,11 @@ def _call(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
         for name in call.conditions.values():
             if name not in inputs:
                 yield model.fault(f"input '{name}' is missing, which {version.name}/{CALL} names", "export again")
+        target = model.names.get(values.get("denoiser", ""))
+        tensors = {item.name for item in target.input} if target is not None else set(call.size_values)
+        for name in call.size_values:
+            if name not in tensors:
+                yield model.fault(f"the denoiser has no input '{name}', which {version.name}/{CALL} names", "export again")
         for name in call.tokenizers:
             try:
                 model.read(version / name, TOKENIZER_LIMIT)

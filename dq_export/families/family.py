@@ -49,6 +49,8 @@ class Family(ABC):
         lowercase: whether its pipelines write prompts in lower case, without white space around them.
         requests: by condition input, what diffusers' pipelines call its embeddings and a server's request calls it; without
             those that no request holds.
+        size_values: values of inputs that no request holds, by name: numbers, or what follows a picture's size; see the server's
+            `Call`.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
         unit: pixels that the height and the width of its pictures are multiples of, before the network's own patches; 0: its
@@ -68,6 +70,7 @@ class Family(ABC):
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
     lowercase: bool = False
     requests: Mapping[str, str] = MappingProxyType({})
+    size_values: Mapping[str, tuple[float | str, ...]] = MappingProxyType({})
     blocks: tuple[str, ...] = ()
     unit: int = 0
     default_guidance: float
@@ -104,6 +107,10 @@ class Family(ABC):
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
         """The kind of guidance above a scale of 1: calls without a condition, an input of the network, or none."""
         return "null"
+
+    def zero_null(self, config: Any) -> bool:
+        """Whether the empty condition of guidance is zeros, not that of the prompt ""."""
+        return False
 
     def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
         """A scheduler that sends the same timesteps at every size: those of pictures of these inputs."""

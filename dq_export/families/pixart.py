@@ -43,6 +43,7 @@ class PixArt(Family):
     prompt_tokens = TOKENS
     lowercase = True
     requests = {STATES: "prompt_embeds", MASK: "prompt_attention_mask"}  # noqa: RUF012
+    size_values = {"resolution": ("height", "width"), "aspect_ratio": ("aspect",)}  # noqa: RUF012
     blocks = ("transformer_blocks",)
     unit = PIXELS
     default_guidance = 4.5  # the pipelines'

@@ -139,6 +139,14 @@ class Reference(Denoiser, Protocol):
         """Names of the condition inputs in a server's requests; see `Family.requests`."""
 
     @property
+    def size_values(self) -> Mapping[str, tuple[float | str, ...]]:
+        """Values of the network's inputs that follow a picture's size; see `Family.size_values`."""
+
+    @property
+    def zero_null(self) -> bool:
+        """See `Family.zero_null`."""
+
+    @property
     def lowercase(self) -> bool:
         """Whether prompts are written in lower case; see `Family.lowercase`."""
 

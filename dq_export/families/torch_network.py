@@ -200,13 +200,22 @@ class TorchNetwork:
         return self.family.requests
 
     @property
+    def size_values(self) -> Mapping[str, tuple[float | str, ...]]:
+        names = {item.name for item in self.inputs}
+        return {name: values for name, values in self.family.size_values.items() if name in names}
+
+    @property
+    def zero_null(self) -> bool:
+        return self.family.zero_null(self.config)
+
+    @property
     def lowercase(self) -> bool:
         return self.family.lowercase
 
     def export_encoders(self, folder: Path, bits: int | None = None) -> PromptGraph | None:
         if not self.family.encoders:
             return None
-        names = [item.name for item in self.inputs if item.role == "condition"]
+        names = [item.name for item in self.inputs if item.name in self.requests]
         return export_encoders(self.family, self.checkpoint, self.config, names, folder, bits)
 
     def forward(self, feed: Feed) -> Float32:

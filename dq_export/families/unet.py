@@ -46,7 +46,7 @@ PIXELS = 8
 """Pixels of one latent along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
 INNER = 8
 """Width of a GEGLU's linear, relative to the width of its tokens: two halves of four."""
-STATES, POOLED, ADDED = "encoder_hidden_states", "text_embeds", "added_cond_kwargs"
+STATES, POOLED, IDS, ADDED = "encoder_hidden_states", "text_embeds", "time_ids", "added_cond_kwargs"
 
 
 class UNet(Family):
@@ -59,7 +59,8 @@ class UNet(Family):
     encoders = PARTS[XL]
     optional = PARTS[XL][2:]
     prompt_tokens = {PLAIN: TOKENS, XL: TOKENS, LCM: TOKENS}  # noqa: RUF012
-    requests = {STATES: "prompt_embeds"}  # noqa: RUF012
+    requests = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}  # noqa: RUF012
+    size_values = {IDS: ("height", "width", 0, 0, "height", "width")}  # noqa: RUF012
     unit = PIXELS
     default_guidance = 7.5  # StableDiffusionPipeline's
     default_scheduler = SCHEDULER
@@ -76,6 +77,10 @@ class UNet(Family):
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
         """See `Family.guided_by`. A latent consistency model reads the scale, as sines and cosines."""
         return "null" if config.time_cond_proj_dim is None else "input"
+
+    def zero_null(self, config: Any) -> bool:
+        """See `Family.zero_null`. XL's pipeline takes zeros where there is no negative prompt."""
+        return config.addition_embed_type is not None
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """See `Family.inputs`. XL also takes the pooled text and six numbers about the picture's size."""
@@ -94,7 +99,7 @@ class UNet(Family):
         if config.addition_embed_type is not None:
             pooled = (BATCH, config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim)
             inputs.append(Input(name=POOLED, role="condition", dtype="float32", shape=pooled, within=ADDED))
-            inputs.append(Input(name="time_ids", role="setting", dtype="float32", shape=(BATCH, SIZES), within=ADDED))
+            inputs.append(Input(name=IDS, role="setting", dtype="float32", shape=(BATCH, SIZES), within=ADDED))
         return tuple(inputs)
 
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
@@ -112,7 +117,7 @@ class UNet(Family):
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
         """See `Family.encode`. The null condition of XL is zeros, as in its pipeline; latent consistency models have none."""
         encoded = super().encode(pipeline, parts, prompts, config)
-        null = {name: np.zeros_like(rows) if pipeline == XL else rows for name, rows in encoded.null.items()}
+        null = {name: np.zeros_like(rows) if self.zero_null(config) else rows for name, rows in encoded.null.items()}
         guided = self.guided_by(config) == "null"
         return Conditions(names=encoded.names, arrays=encoded.arrays, null=null if guided else {})
 

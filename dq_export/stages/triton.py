@@ -144,6 +144,8 @@ def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
         conditions={name: reference.requests[name] for name in types if name in reference.requests},
         tokenizers=tokenizers,
         lowercase=reference.lowercase,
+        size_values=reference.size_values,
+        zero_null=reference.zero_null,
     )
 
 
@@ -186,7 +188,7 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
         RecipeError: what it draws comes from a file.
     """
-    supplied = {reference.inputs[0].name, "timestep", *reference.requests}
+    supplied = {reference.inputs[0].name, "timestep", *reference.requests, *reference.size_values}
     others = [item.name for item in reference.inputs if item.name not in supplied]
     if others or not reference.requests:
         raise ModelError(

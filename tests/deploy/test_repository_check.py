@@ -267,6 +267,16 @@ UNSEEN: dict[str, tuple[Change, str, str]] = {
         "error",
         "input 'label' is missing, which 1/network.json names",
     ),
+    "a value of no size": (
+        edit(CALL, r'"size_values": \{\}', '"size_values": {"time_ids": ["depth"]}'),
+        "error",
+        "expected size_values as lists of numbers, height, width, aspect",
+    ),
+    "a value for no input": (
+        edit(CALL, r'"size_values": \{\}', '"size_values": {"time_ids": ["height", 0]}'),
+        "error",
+        "the denoiser has no input 'time_ids', which 1/network.json names",
+    ),
     "a tokenizer elsewhere": (edit(CALL, r'"tokenizers": \[\]', '"tokenizers": ["../t.json"]'), "error", "in the same folder"),
     "a tokenizer that is not there": (
         edit(CALL, r'"tokenizers": \[\]', '"tokenizers": ["t.json"]'),

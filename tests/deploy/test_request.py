@@ -92,6 +92,14 @@ def test_a_size_that_is_not_drawn_is_refused_with_the_nearest(size: dict[str, in
     assert str(caught.value) == message
 
 
+def test_a_network_that_reads_the_pictures_size_gets_it_in_every_row() -> None:
+    columns = {"class_labels": np.array([[1], [2]]), "height": np.array([[64], [64]])}
+    limits = Limits(**{**vars(LIMITS), "size_values": {"time_ids": ("height", "width", 0, "aspect")}})
+    feed = limits.job(columns, LABELS.read(columns), SCHEDULES, seeds(1, 2), Nobody()).feed()[2]
+    assert feed["time_ids"].dtype == np.float32
+    assert feed["time_ids"].tolist() == [[64, 32, 0, 2]] * 2
+
+
 def test_sizes_are_read_from_the_parameters_of_a_config() -> None:
     values = {key: str(value) for key, value in SIZES.parameters.items()}
     assert Sizes.of(values) == SIZES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ FILE = "network.json"
 TIMESTEPS = ("int64", "float32")
 NEGATIVE = "negative_"
 """Prefix of a condition's name in a request, for the negative condition of guidance."""
+SIZE_WORDS = ("height", "width", "aspect")
+"""Values that follow a picture's size: height and width in pixels, and height / width."""
 
 
 class CallError(ValueError):
@@ -29,6 +31,8 @@ class Call:
         conditions: name in requests by input of the network: `class_labels`, or `prompt_embeds` and others.
         tokenizers: files in the same folder, in the order of the text encoder's inputs; empty: conditions are class labels.
         lowercase: whether the network was trained with prompts in lower case.
+        size_values: values of further inputs by name: numbers, or names of SIZE_WORDS.
+        zero_null: whether the negative condition of a request without `negative_prompt` is zeros, not that of "".
     """
 
     state: str
@@ -37,6 +41,8 @@ class Call:
     conditions: Mapping[str, str]
     tokenizers: tuple[str, ...] = ()
     lowercase: bool = False
+    size_values: Mapping[str, tuple[float | str, ...]] = field(default_factory=dict)
+    zero_null: bool = False
 
     def save(self, folder: Path) -> None:
         """Write the file into a folder."""
@@ -67,15 +73,25 @@ class Call:
             raise CallError(f"expected an object of {', '.join(keys)}")
         texts = [values["state"], values["output"], values["timestep"]]
         tokenizers, conditions = values["tokenizers"], values["conditions"]
-        if not (isinstance(tokenizers, list) and isinstance(conditions, dict) and isinstance(values["lowercase"], bool)):
-            raise CallError("expected tokenizers as a list, conditions as an object, lowercase as true or false")
+        if not (isinstance(tokenizers, list) and isinstance(conditions, dict)):
+            raise CallError("expected tokenizers as a list, conditions as an object")
+        if not all(isinstance(values[key], bool) for key in ("lowercase", "zero_null")):
+            raise CallError("expected lowercase and zero_null as true or false")
+        sized = values["size_values"]
+        if not (isinstance(sized, dict) and all(isinstance(row, list) and all(map(_is_value, row)) for row in sized.values())):
+            raise CallError(f"expected size_values as lists of numbers, {', '.join(SIZE_WORDS)}")
         if not all(isinstance(item, str) and item for item in (*texts, *tokenizers, *conditions.values())):
             raise CallError("expected names as strings")
         if values["timestep"] not in TIMESTEPS:
             raise CallError(f"expected timestep {' or '.join(TIMESTEPS)}, found another type")
         if not conditions or any(_is_path(name) for name in tokenizers):
             raise CallError("expected one condition or more, and tokenizers in the same folder")
-        return Call(**{**values, "tokenizers": tuple(tokenizers)})
+        rows = {name: tuple(row) for name, row in sized.items()}
+        return Call(**{**values, "tokenizers": tuple(tokenizers), "size_values": rows})
+
+
+def _is_value(value: Any) -> bool:
+    return value in SIZE_WORDS if isinstance(value, str) else type(value) in (int, float) and abs(value) < 1e6
 
 
 def suffix(number: int) -> str:

@@ -107,7 +107,8 @@ class Texts:
     def read(self, inputs: Feed) -> RequestConditions:
         """Check `prompt`, text[n, 1], or embeddings, float32[n, ...]; see `Conditions`.
 
-        Inputs whose names begin with `negative_` give the negative condition of guidance. Its default is the prompt "".
+        Inputs whose names begin with `negative_` give the negative condition of guidance. Its default is the prompt "", or zeros
+        if the call says so.
         """
         count = next((len(inputs[name]) for name in (PROMPT, *self.shapes) if name in inputs and inputs[name].ndim), 0)
         if not self._side(inputs, ""):
@@ -132,6 +133,9 @@ class Texts:
 
     def _rows(self, inputs: Feed, prefix: str, count: int) -> Callable[[], Feed]:
         names = self._side(inputs, prefix)
+        if not names and prefix and self.call.zero_null:
+            zeros = {name: np.zeros((count, *self.shapes[key]), np.float32) for name, key in self.call.conditions.items()}
+            return lambda: zeros
         if not names:
             texts = [""] * count
         elif names == [prefix + PROMPT]:

@@ -49,6 +49,7 @@ class TritonPythonModel:
             self.limits = Limits(
                 shape=tuple(int(size) for size in shape),  # type: ignore[arg-type]
                 sizes=Sizes.of(values),
+                size_values=self.call.size_values,
                 max_rows=int(values["max_rows"]),
                 num_inference_steps=int(values["num_inference_steps"]),
                 guidance_scale=float(values["guidance_scale"]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ class Limits:
     Args:
         shape: (C, H, W) of the latents that a request may bring.
         sizes: the sizes of pictures that a request may ask for.
+        size_values: see `Call`.
         max_rows: the most rows of one network call.
     """
 
@@ -38,6 +40,7 @@ class Limits:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    size_values: Mapping[str, tuple[float | str, ...]] = field(default_factory=dict)
 
     def job(self, inputs: Feed, conditions: RequestConditions, schedules: Schedules, seeds: UInt64, client: Client) -> Job:
         """Return the job of a request.
@@ -77,8 +80,17 @@ class Limits:
             raise BadRequestError(
                 f"{conditions.count} pictures: a guided picture takes two rows of a call; expected at most {self.max_rows} rows"
             )
-        rows = partial(conditions.rows, guided)
+        rows = partial(self._rows, conditions, guided, height, width)
         return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=guidance, preview_interval=interval)
+
+    def _rows(self, conditions: RequestConditions, guided: bool, height: int, width: int) -> Feed:
+        """Return the network's inputs of a job beside latents and timestep."""
+        words = {"height": height, "width": width, "aspect": height / width}
+        rows = dict(conditions.rows(guided))
+        for name, values in self.size_values.items():
+            row = np.array([[words[value] if isinstance(value, str) else value for value in values]], dtype=np.float32)
+            rows[name] = np.repeat(row, conditions.count * (1 + guided), axis=0)
+        return rows
 
     def _latents(self, values: npt.NDArray[Any], pictures: int, shape: tuple[int, ...]) -> Float32:
         latents: Float32 = np.array(values, dtype=np.float32)

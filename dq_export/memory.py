@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dq_export.calibration.hessians import PATCH, SPACE
+from dq_export.calibration.training.trainer import AT_ONCE
 from dq_export.calibration.weights import factor_bytes
 from dq_export.core.folding import TEMPORARIES
 from dq_export.core.recipe import Recipe, RecipeError
@@ -22,10 +23,11 @@ WEIGHTS = {"calibrate": 1.0, "verify": 1.05, "bench": 1.1}
 the float graph, packed, in a process beside this one. Measured at 3 GB; no stage grows with pictures or steps."""
 CODES, SIMULATED = 0.25, 1.25
 """Copies of the float32 weights that calibration adds: GPTQ's codes, and the quantized network of progressive calibration."""
-TRAINED, SAMPLE = 9.0, 0.45
-"""Copies of the largest block's float32 weights that training it takes: codes, rest, latent weights, their gradients, Adam's two
-moments, what they stand for and its gradient, the float ones; and what a sample of a batch takes, in such copies: 40 MB in
-DiT-XL/2's block with 256 tokens."""
+TRAINED, SAMPLE = 7.0, 0.28
+"""Copies of the largest block's float32 weights that training it takes, and what training keeps of a sample, in such copies:
+28 MB in DiT-XL/2's block with 256 tokens."""
+KEPT = 24 * AT_ONCE
+"""Bytes that training keeps of all samples that are computed at once, if it computes more than one."""
 GIB = 2**30
 
 
@@ -67,11 +69,7 @@ def plan_memory(
     if encoders:
         gigabytes["conditions"] = BASE + weights + encoders / GIB
     if recipe.rounding == "distill":
-        copies = TRAINED + SAMPLE * recipe.distill_batch
-        gigabytes["distill"] = BASE + (1.0 + CODES) * weights + copies * _largest_block(stored_shapes) / GIB
-        if recipe.finish:
-            finish = BASE + (2.0 + CODES + SAMPLE * recipe.distill_batch) * weights
-            gigabytes["distill"] = max(gigabytes["distill"], finish)
+        gigabytes["distill"] = BASE + _training(recipe, weights, _largest_block(stored_shapes) / GIB)
     plain, space = gigabytes["calibrate"], SPACE
     if recipe.calibration == "progressive":
         gigabytes["calibrate"] += SIMULATED * weights
@@ -89,13 +87,25 @@ def plan_memory(
         elif hard == ["conditions"]:
             advice = "encode the prompts on a larger machine, and pass its conditions.safetensors with --conditions"
         elif hard == ["distill"]:
-            advice = "a smaller --distill-batch, no --finish, or --rounding gptq, needs less"
+            advice = "--rounding gptq, or no --finish, needs less"
         elif hard == ["calibrate"] and plain <= limit:
             advice = "--rounding mse and --calibration uniform need less"
         else:
             advice = "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {text} will not fit; {advice}")
     return MemoryPlan(stages=tuple(stage for stage in stages if stage not in exceeding), space=space)
+
+
+def _training(recipe: Recipe, weights: float, block: float) -> float:
+    """Return GiB of training, from GiB of the network's and of the largest block's float32 weights.
+
+    The greatest of three: the training of a block, all codes at the end, and the finish.
+    """
+    kept = max(SAMPLE * block, min(recipe.distill_batch * SAMPLE * block, KEPT / GIB))
+    phases = [TRAINED * block + kept, CODES * weights]
+    if recipe.finish:
+        phases.append((1.0 + CODES + kept / max(block, 1 / GIB)) * weights)
+    return weights + max(phases)
 
 
 def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:

@@ -63,14 +63,14 @@ def distill(calibration: Calibration, start: CalibrationResult, report: Callable
     trainer = Trainer(calibration, start, feeds.samples(recipe.distill_samples, recipe.seed))
     result, blocks = start, []
     for index in range(len(denoiser.blocks)):
-        outcome, part = trainer.block(index)
-        result = _with(result, part)
+        outcome, _ = trainer.block(index)
         blocks.append(outcome)
         report(outcome)
     network = trainer.network()
     report(network)
-    if not network.kept:
-        result = start
+    if network.kept:  # until now the trained codes were on disk alone
+        for index in range(len(denoiser.blocks)):
+            result = _with(result, trainer.block(index)[1])
     finish = None
     if recipe.finish:
         finish, part = trainer.finish(result)

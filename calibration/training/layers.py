@@ -134,11 +134,15 @@ class QuantizedLinear:
 
         self.site, self.training = site, training
         self.steps = torch.from_numpy((self.blocks * self.divisors[:, None]).astype(np.float32)).to(device)[:, :, None]
-        latent = self.codes + (PULL * np.clip(self.error, -INSIDE, INSIDE) if training == "all" else 0.0)
-        self.latent = torch.from_numpy(latent.astype(np.float32)).to(device).requires_grad_(training == "all")
         self.bias = torch.from_numpy(self.start.copy()).to(device).requires_grad_(training != "nothing")
-        if training != "all":
-            self.latent = self._weight(self.latent)
+        self.weight = torch.from_numpy(np.ascontiguousarray(self.codes, dtype=np.float32)).to(device)
+        if training == "all":
+            latent = self.codes + PULL * np.clip(self.error, -INSIDE, INSIDE)
+            self.latent = torch.from_numpy(np.ascontiguousarray(latent, dtype=np.float32)).to(device).requires_grad_()
+            self.round()
+            self.weight.requires_grad_()
+        else:
+            self._scale(self.weight)
         del self.codes, self.error
         return self
 
@@ -146,17 +150,27 @@ class QuantizedLinear:
         """Compute [..., out] from [..., in]."""
         import torch
 
-        weight = self._weight(self._codes()) if self.training == "all" else self.latent
-        return torch.nn.functional.linear(value if self.site is None else self.site(value), weight, self.bias)
+        return torch.nn.functional.linear(value if self.site is None else self.site(value), self.weight, self.bias)
 
-    def _weight(self, codes: torch.Tensor) -> torch.Tensor:
-        return (codes.reshape(len(codes), self.steps.shape[1], -1) * self.steps).reshape(codes.shape)
+    def round(self) -> None:
+        """Compute the weight from the nearest codes of the latent weight. No memory is taken."""
+        import torch
 
-    def _codes(self) -> torch.Tensor:
-        """Return the nearest codes. Latent weights get a gradient inside the range, widened by half a code."""
         limit = self.qtype.qmax
-        latent = self.latent.clamp(-limit - 0.5, limit + 0.5)
-        return latent + (self.latent.detach().round().clamp(-limit, limit) - latent.detach())
+        with torch.no_grad():
+            self._scale(self.weight.copy_(self.latent).round_().clamp_(-limit, limit))
+
+    def pass_gradient(self) -> None:
+        """Move the weight's gradient to the latent weight, inside the range of codes, widened by half a code."""
+        gradient, self.weight.grad = self.weight.grad, None
+        if gradient is not None:
+            inside = self.latent.detach().abs() <= self.qtype.qmax + 0.5
+            self.latent.grad = self._scale(gradient).mul_(inside)
+
+    def _scale(self, codes: torch.Tensor) -> torch.Tensor:
+        """Multiply codes by their steps in place."""
+        codes.view(len(codes), self.steps.shape[1], -1).mul_(self.steps)
+        return codes
 
     def rounded_codes(self) -> npt.NDArray[np.int8]:
         """Return the codes of trained latent weights, int8[out, in]."""

@@ -30,6 +30,19 @@ class Layers:
         for site in self.sites.values():
             site.forget()
 
+    def round(self) -> None:
+        """Round the latent weights for the next call."""
+        for linear in self._latent():
+            linear.round()
+
+    def pass_gradients(self) -> None:
+        """Move the gradients of the rounded weights to the latent weights."""
+        for linear in self._latent():
+            linear.pass_gradient()
+
+    def _latent(self) -> list[QuantizedLinear]:
+        return [linear for linear in self.linears.values() if linear.training == "all"]
+
     def parameters(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
         """Return the trained parameters in groups, each with its greatest rate `peak`. `rates` are in steps of codes, by kind.
 

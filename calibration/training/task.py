@@ -62,6 +62,7 @@ class Task:
         target: returns the float block's output for some samples.
         timestep: float64[N], timesteps of all samples.
         held_back: bool[N], the samples that judge.
+        part: number of samples that are computed at once; a batch is the sum of its parts.
         seed: seed of the random batches.
         group: the processes that share the samples of a batch and the samples that judge.
     """
@@ -71,6 +72,7 @@ class Task:
     timestep: Float64
     held_back: npt.NDArray[np.bool_]
     effort: Effort
+    part: int
     seed: tuple[int, ...]
     group: ProcessGroup
 
@@ -80,8 +82,8 @@ class Task:
 
         sums = np.zeros((2, len(rows)))
         with torch.no_grad():
-            for start in own_parts(range(0, len(rows), self.effort.batch), self.group):
-                part = slice(start, start + self.effort.batch)
+            for start in own_parts(range(0, len(rows), self.part), self.group):
+                part = slice(start, start + self.part)
                 exact = [tensor.double() for tensor in self.target(rows[part])]
                 sums[0, part] = squares([a.cpu() - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
                 sums[1, part] = squares(exact)
@@ -113,11 +115,13 @@ class Task:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share_of_rate(iteration, iterations)
             optimizer.zero_grad()
-            if len(rows):  # with more processes than samples, a share may be empty
-                self._loss(layers, rows, weights).backward()
+            for start in range(0, len(rows), self.part):
+                self._loss(layers, rows[start : start + self.part], weights).backward()
                 layers.forget()
+            layers.pass_gradients()
             add_gradients(trained, self.group)
             optimizer.step()
+            layers.round()
             progress(iteration + 1)
 
     def _loss(self, layers: Layers, rows: Int64, weights: Float64) -> torch.Tensor:

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.training.outcome import Outcome
-from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.documents import DocumentError, read_text
 from dq_export.core.recipe import Recipe
+from dq_export.core.stored_codes import load_without_codes
 
+from ..heap import return_freed_memory
 from ..output_folder import TRAINING, remove, write_text
 from ..report.report import Part
 from .calibrate import (
@@ -93,7 +94,7 @@ class Distill(Stage[Distilled]):
         """Write `distilled.safetensors`. What is trained so far lies in a folder of its own, which a later run continues."""
         from dq_export.calibration.training.distill import distill
 
-        start = CalibrationResult.load(context.folder / CALIBRATION)
+        start = load_without_codes(context.folder / CALIBRATION)
         folder = context.folder / TRAINING
         key = hashlib.sha256(json.dumps(self.inputs(context), sort_keys=True).encode()).hexdigest()
         continue_with(folder, key)
@@ -101,6 +102,7 @@ class Distill(Stage[Distilled]):
         def finished(outcome: Outcome) -> None:
             better = "" if outcome.kept else ", kept as it was"
             context.progress.begin(self.name, f"{outcome.name}: {outcome.before:.1f} -> {outcome.after:.1f} dB{better}")
+            return_freed_memory()
 
         announce(context.group, work=True)
         with context.reference.on(context.device):
@@ -136,7 +138,7 @@ def assist_training(prepared: Prepared, folder: Path, group: ProcessGroup, devic
     from dq_export.calibration.training.distill import distill
 
     if announced(group):
-        start = CalibrationResult.load(folder / CALIBRATION)
+        start = load_without_codes(folder / CALIBRATION)
         with prepared.reference.on(device):
             distill(calibration_beside(prepared, folder, folder / TRAINING, group), start, lambda outcome: None)
 

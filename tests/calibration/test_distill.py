@@ -21,6 +21,7 @@ from dq_export.core.artifacts import CalibrationResult
 from dq_export.core.recipe import Recipe
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
+from dq_export.families.torch_blocks import TorchChain
 
 QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 30, "distill_batch": 8, "calib_size": 8}
 
@@ -123,6 +124,26 @@ def test_a_run_that_was_killed_gives_the_same_bytes(tiny: Reference, tmp_path: P
     second.result.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert (second.blocks, second.network, second.finish) == (whole.blocks, whole.network, whole.finish)
+
+
+def test_a_batch_that_is_computed_in_parts_gives_the_same_training(
+    tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tiny, **QUICK, bits="w4a4")
+    start = started(tiny, recipe, tmp_path)
+    whole = trained(tiny, recipe, start, tmp_path / "whole")
+    monkeypatch.setattr("dq_export.calibration.training.trainer.AT_ONCE", 3 * 4 * 16 * 32)
+    rows: list[int] = []
+    run = TorchChain.run
+    monkeypatch.setattr(TorchChain, "run", lambda chain, *parts: (rows.append(len(parts[1]["timestep"])), run(chain, *parts))[1])
+    found = trained(tiny, recipe, start, tmp_path / "parts")
+    assert max(rows[len(tiny.blocks) :]) == 3
+    assert whole.network.kept
+    assert [outcome.kept for outcome in found.blocks] == [outcome.kept for outcome in whole.blocks]
+    for name, codes in whole.result.codes.items():
+        assert (found.result.codes[name] != codes).mean() < 0.005 < (start.codes[name] != codes).mean()
+    for name, plan in whole.result.sites.items():
+        np.testing.assert_allclose(found.result.sites[name].activation.scale, plan.activation.scale, rtol=5e-3)
 
 
 def test_a_finish_trains_scales_and_biases_alone(tiny: Reference, tmp_path: Path) -> None:

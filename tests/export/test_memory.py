@@ -21,7 +21,7 @@ from dq_export.memory import GIB, MemoryPlan, plan_memory
 def large(tmp_path: Path) -> Weights:
     """A checkpoint with the linears of DiT-XL/2 (2.5 GiB), of which only the header is there."""
     shapes = [[1152, 1152]] * 4 + [[4608, 1152], [1152, 4608], [6912, 1152]]
-    tensors = [(f"{block}.{index}", shape) for block in range(28) for index, shape in enumerate(shapes)]
+    tensors = [(f"blocks.{block}.{index}", shape) for block in range(28) for index, shape in enumerate(shapes)]
     entries, end = {}, 0
     for name, (rows, width) in tensors:
         start, end = end, end + 4 * rows * width
@@ -109,3 +109,13 @@ def test_nothing_is_written_by_an_export_that_will_not_fit(tiny_folder: Path, tm
     with pytest.raises(RecipeError, match=r"--max-memory 0\.5: calibrate 0\.9 GiB, verify 0\.9 GiB will not fit"):
         dq_export.export(model=str(tiny_folder), output_dir=tmp_path / "out", max_memory=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_one_block_and_few_samples_of_a_batch(large: Weights) -> None:
+    until = STAGES[: STAGES.index("quantize")]
+    options = {"rounding": "distill", "distill_batch": 64}
+    assert plan_memory(large, recipe(**options), 4.6, until).stages == until
+    with pytest.raises(RecipeError, match=r"distill 4\.\d GiB will not fit; --rounding gptq, or no --finish, needs less"):
+        plan_memory(large, recipe(**options), 4.0, ("distill",))
+    with pytest.raises(RecipeError, match=r"distill \d+\.\d GiB will not fit"):
+        plan_memory(large, recipe(**options, finish=10), 5.5, ("distill",))

@@ -26,7 +26,7 @@ CODES, SIMULATED = 0.25, 1.25
 TRAINED, SAMPLE = 7.0, 0.28
 """Copies of the largest block's float32 weights that training it takes, and what training keeps of a sample, in such copies:
 28 MB in DiT-XL/2's block with 256 tokens."""
-KEPT = 24 * AT_ONCE
+SAMPLES = 24 * AT_ONCE
 """Bytes that training keeps of all samples that are computed at once, if it computes more than one."""
 GIB = 2**30
 
@@ -101,10 +101,10 @@ def _training(recipe: Recipe, weights: float, block: float) -> float:
 
     The greatest of three: the training of a block, all codes at the end, and the finish.
     """
-    kept = max(SAMPLE * block, min(recipe.distill_batch * SAMPLE * block, KEPT / GIB))
-    phases = [TRAINED * block + kept, CODES * weights]
+    samples = max(SAMPLE * block, min(recipe.distill_batch * SAMPLE * block, SAMPLES / GIB))
+    phases = [TRAINED * block + samples, CODES * weights]
     if recipe.finish:
-        phases.append((1.0 + CODES + kept / max(block, 1 / GIB)) * weights)
+        phases.append((1.0 + CODES + samples / max(block, 1 / GIB)) * weights)
     return weights + max(phases)
 
 

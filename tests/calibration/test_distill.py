@@ -135,15 +135,17 @@ def test_a_batch_that_is_computed_in_parts_gives_the_same_training(
     monkeypatch.setattr("dq_export.calibration.training.trainer.AT_ONCE", 3 * 4 * 16 * 32)
     rows: list[int] = []
     run = TorchChain.run
-    monkeypatch.setattr(TorchChain, "run", lambda chain, *parts: (rows.append(len(parts[1]["timestep"])), run(chain, *parts))[1])
-    found = trained(tiny, recipe, start, tmp_path / "parts")
+    monkeypatch.setattr(
+        TorchChain, "run", lambda chain, *inputs: (rows.append(len(inputs[1]["timestep"])), run(chain, *inputs))[1]
+    )
+    parts = trained(tiny, recipe, start, tmp_path / "parts")
     assert max(rows[len(tiny.blocks) :]) == 3
     assert whole.network.kept
-    assert [outcome.kept for outcome in found.blocks] == [outcome.kept for outcome in whole.blocks]
+    assert [outcome.kept for outcome in parts.blocks] == [outcome.kept for outcome in whole.blocks]
     for name, codes in whole.result.codes.items():
-        assert (found.result.codes[name] != codes).mean() < 0.005 < (start.codes[name] != codes).mean()
+        assert (parts.result.codes[name] != codes).mean() < 0.005 < (start.codes[name] != codes).mean()
     for name, plan in whole.result.sites.items():
-        np.testing.assert_allclose(found.result.sites[name].activation.scale, plan.activation.scale, rtol=5e-3)
+        np.testing.assert_allclose(parts.result.sites[name].activation.scale, plan.activation.scale, rtol=5e-3)
 
 
 def test_a_finish_trains_scales_and_biases_alone(tiny: Reference, tmp_path: Path) -> None:

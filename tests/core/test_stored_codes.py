@@ -16,13 +16,13 @@ def test_codes_are_read_from_the_file_when_they_are_used(tmp_path: Path) -> None
     scales = {name: np.ones(2, dtype=np.float32) for name in (*codes, "d")}
     path = tmp_path / "calibration.safetensors"
     CalibrationResult(sites={}, weight_scale=scales, codes=codes, provenance={}).save(path)
-    found = load_without_codes(path)
-    assert sorted(found.codes) == ["a", "b.c"]
-    assert len(found.codes) == 2
-    assert found.codes.get("d") is None
-    np.testing.assert_array_equal(found.codes["b.c"], codes["b.c"])
-    found.save(tmp_path / "again.safetensors")
+    loaded = load_without_codes(path)
+    assert sorted(loaded.codes) == ["a", "b.c"]
+    assert len(loaded.codes) == 2
+    assert loaded.codes.get("d") is None
+    np.testing.assert_array_equal(loaded.codes["b.c"], codes["b.c"])
+    loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     path.unlink()
     with pytest.raises(CalibrationError, match=r"calibration\.safetensors: no such file"):
-        found.codes["a"]
+        loaded.codes["a"]

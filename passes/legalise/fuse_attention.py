@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from ..base import GraphPass, PassReport, initializer, like, redirect, stored
 from ..match import only_user
+from ..sizes import read_sizes, size_of, sizes_of
 
 OPSET, IR_VERSION = 23, 11
 HEADS = (0, 2, 1, 3)
@@ -27,7 +29,7 @@ class FuseAttention(GraphPass):
     at least 23, the first with this operator.
 
     Attention keeps all scores, [B, heads, queries, keys], in memory. Without a mask the operator is ONNX Runtime's own
-    MultiHeadAttention, which keeps a tile of them, if a head has many, or their number depends on the picture's size.
+    MultiHeadAttention, which keeps a tile of them, if a head has many in the pictures' size.
 
     It does not act where
         1. another operation than the Add of a mask [B, 1, 1, keys], or of its copies for each head, is between scores and
@@ -45,12 +47,13 @@ class FuseAttention(GraphPass):
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
         masks: dict[object, ir.Value] = {}
+        sizes = sizes_of(read_sizes(model))
         for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
             pattern = _attention(softmax)
             if isinstance(pattern, str):
                 skipped.append(f"'{softmax.name}': {pattern}")
                 continue
-            _fuse(model.graph, pattern, masks)
+            _fuse(model.graph, pattern, masks, has_many_scores=_scores(pattern, sizes) >= MANY_SCORES)
             changed.append(f"'{softmax.name}'")
         if changed:
             model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
@@ -93,9 +96,9 @@ def _attention(softmax: ir.Node) -> _Pattern | str:
     return _Pattern(query=first, key=second, value=third, heads=heads, scale=scale * key_scale, last=last, mask=mask)
 
 
-def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> None:
+def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value], *, has_many_scores: bool) -> None:
     operands: list[ir.Value | None] = [pattern.query, pattern.key, pattern.value]
-    if pattern.mask is None and _has_many_scores(pattern):
+    if pattern.mask is None and has_many_scores:
         sizes = {"num_heads": pattern.heads}
         node = ir.node("MultiHeadAttention", operands, attributes={**sizes, "scale": pattern.scale}, domain=ORT_DOMAIN)
     else:
@@ -108,18 +111,16 @@ def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value]) -> 
     redirect(result, node.outputs[0])
 
 
-def _has_many_scores(pattern: _Pattern) -> bool:
-    """Return whether a head has `MANY_SCORES`, or attends from each token to all, where their number depends on the picture."""
-    queries, keys = (_tokens(value) for value in (pattern.query, pattern.key))
-    if isinstance(queries, int) and isinstance(keys, int):
-        return queries * keys >= MANY_SCORES
-    return queries is not None and queries == keys
+def _scores(pattern: _Pattern, sizes: Mapping[str, int]) -> int:
+    """Return the number of scores of a head in the pictures' size; 0 if it is unknown."""
+    queries, keys = (_tokens(value, sizes) for value in (pattern.query, pattern.key))
+    return queries * keys
 
 
-def _tokens(value: ir.Value) -> int | str | None:
-    """Return the number of tokens in [B, tokens, width], or its formula; None if unknown."""
-    tokens = value.shape[1] if value.shape is not None else None
-    return tokens.value if isinstance(tokens, ir.SymbolicDim) else tokens
+def _tokens(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    """Return the number of tokens in [B, tokens, width]; 0 if it is unknown."""
+    tokens = value.shape[1] if value.shape is not None else 0
+    return size_of(str(tokens), sizes) if isinstance(tokens, ir.SymbolicDim) else tokens
 
 
 def _one_head(mask: ir.Value | None) -> ir.Value | None:

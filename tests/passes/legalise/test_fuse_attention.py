@@ -12,8 +12,10 @@ import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
 from onnx import parser
 
+from dq_export.core.network import Axis
 from dq_export.passes.base import PassReport, run_passes
 from dq_export.passes.legalise.fuse_attention import FuseAttention
+from dq_export.passes.sizes import size_of, write_sizes
 
 
 def fused(path: Path, edit: Callable[[ir.Graph], None] = lambda graph: None) -> tuple[ir.Model, PassReport]:
@@ -81,17 +83,19 @@ attention (float[B, Q, 8] x, float[B, K, 8] y) => (float[B, Q, 8] result)
         ("1024", "1024", "MultiHeadAttention"),
         ("4096", "77", "Attention"),
         ("256", "256", "Attention"),
-        ("N", "N", "MultiHeadAttention"),
-        ("N", "77", "Attention"),
-        ("N", "length", "Attention"),
+        ("many", "many", "MultiHeadAttention"),
+        ("few", "few", "Attention"),
+        ("many", "few", "Attention"),
+        ("N", "N", "Attention"),
     ],
 )
 def test_many_scores_go_to_the_operator_that_keeps_a_tile_of_them(queries: str, keys: str, operator: str) -> None:
     rng = np.random.default_rng(0)
-    rows = {name: int(size) if size.isdigit() else len(size) * 48 for name, size in (("x", queries), ("y", keys))}
+    rows = {name: size_of(size, {"many": 1024, "few": 77, "N": 48}) for name, size in (("x", queries), ("y", keys))}
     feed = {name: rng.normal(size=(2, count, 8)).astype(np.float32) for name, count in rows.items()}
     exact = run_onnx(plain(queries, keys), feed)
     model = plain(queries, keys)
+    write_sizes(model, [Axis("many", 1024, 4096), Axis("few", 77, 77)])
     assert len(run_passes(model, [FuseAttention()])[0].changed) == 1
     assert kinds(model) == [operator]
     assert sqnr(exact, run_onnx(model, feed)) > 110

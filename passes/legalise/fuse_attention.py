@@ -112,14 +112,13 @@ def _fuse(graph: ir.Graph, pattern: _Pattern, masks: dict[object, ir.Value], *, 
 
 
 def _scores(pattern: _Pattern, sizes: Mapping[str, int]) -> int:
-    """Return the number of scores of a head in the pictures' size; 0 if it is unknown."""
-    queries, keys = (_tokens(value, sizes) for value in (pattern.query, pattern.key))
-    return queries * keys
+    """Return the number of scores of a head in the pictures' size; an unknown number of tokens counts as one."""
+    return _tokens(pattern.query, sizes) * _tokens(pattern.key, sizes)
 
 
 def _tokens(value: ir.Value, sizes: Mapping[str, int]) -> int:
-    """Return the number of tokens in [B, tokens, width]; 0 if it is unknown."""
-    tokens = value.shape[1] if value.shape is not None else 0
+    """Return the number of tokens in [B, tokens, width]; 1 if it is unknown."""
+    tokens = value.shape[1] if value.shape is not None else 1
     return size_of(str(tokens), sizes) if isinstance(tokens, ir.SymbolicDim) else tokens
 
 

@@ -12,6 +12,7 @@ import pytest
 import server
 from conftest import save_tiny
 from serving_requests import ask, tensors
+from tiny_vae import save_vae
 
 import dq_export
 from dq_export.families.reference import ModelError
@@ -21,16 +22,8 @@ QUICK: dict[str, Any] = {"triton": True, "steps": 4, "calib_size": 2, "parity_si
 
 def save_latent(folder: Path) -> Path:
     """A pipeline of a tiny DiT and a tiny VAE: latents of 2 x 8 x 8, pictures of 16 x 16."""
-    import torch
-    from diffusers import AutoencoderKL
-
     save_tiny(folder)
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        latent_channels=2, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=16, scaling_factor=0.3,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    vae.save_pretrained(folder / "vae", safe_serialization=True)
+    save_vae(folder, channels=2, size=16)
     return folder
 
 

@@ -22,6 +22,7 @@ import server
 from conftest import PROMPTED_STEPS, shared, whole_after
 from serving_requests import ask, tensors
 from test_images import endpoint
+from tiny_vae import save_vae
 from tritonclient.utils import InferenceServerException
 
 import dq_export
@@ -35,16 +36,8 @@ PIXELS = 2
 
 def save_model(folder: Path) -> None:
     """The small model that draws prompts, with a tiny random VAE behind it."""
-    import torch
-    from diffusers import AutoencoderKL
-
     shutil.copytree(PACKAGED / "pixart-digits", folder)
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        latent_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=32, scaling_factor=0.3,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    vae.save_pretrained(folder / "vae", safe_serialization=True)
+    save_vae(folder, channels=1, size=32)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
 

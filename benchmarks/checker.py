@@ -51,8 +51,8 @@ def static_verdict(form: Form, target: str, path: Path) -> tuple[str, str]:
 
 def _decisive(findings: list[Finding]) -> Finding | None:
     """A refused one: nothing is built; else that of the operator which is called `gemm`; else the first."""
-    refused = next((item for item in findings if item.verdict == "rejected"), None)
-    return refused or next((item for item in findings if "gemm" in item.node), None) or next(iter(findings), None)
+    rejection = next((item for item in findings if item.verdict == "rejected"), None)
+    return rejection or next((item for item in findings if "gemm" in item.node), None) or next(iter(findings), None)
 
 
 def rtx_verdict(path: Path) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def ort_cuda_verdict(path: Path) -> tuple[str, str]:
         (narrow, _), (wide, _) = (_run(onnxruntime, item, None) for item in (path, path.with_name(FLOAT)))
     except session_errors():  # a form that the CPU refuses has no rounding to compare
         return _ort(path, CUDA, 0.0)
-    return _ort(path, CUDA, 2 * _apart(narrow, wide))
+    return _ort(path, CUDA, 2 * _relative_difference(narrow, wide))
 
 
 def _ort(path: Path, provider: str, rounding: float) -> tuple[str, str]:
@@ -129,24 +129,24 @@ def _ort(path: Path, provider: str, rounding: float) -> tuple[str, str]:
 
     optimized = path.with_name("optimized.onnx")
     try:
-        fast, taken = _run(onnxruntime, path, optimized, provider)
+        fast, providers = _run(onnxruntime, path, optimized, provider)
     except session_errors() as error:
         return "rejected", str(error).splitlines()[0]
     nodes = [node for graph in ir.load(optimized).graphs() for node in graph]
-    elsewhere = {node for node in nodes if taken.get(str(node.name), taken.get(node.op_type, provider)) != provider}
+    elsewhere = {node for node in nodes if providers.get(str(node.name), providers.get(node.op_type, provider)) != provider}
     low = [node for node in nodes if _named(node) and _is_low(node) and node not in elsewhere]
     kernel = " ".join(node.op_type + (" (CPU)" if node in elsewhere else "") for node in nodes)
     try:
         exact, _ = _run(onnxruntime, path, None)
     except session_errors():  # no kernel for the graph as it is
         exact = fast
-    difference = _apart(fast, exact)
+    difference = _relative_difference(fast, exact)
     if not difference < OTHER_NUMBERS + rounding and np.isfinite(exact).all():
         return "rejected", f"other numbers: {difference:.3f} of the result ({kernel})"
     return ("low precision" if low else "float"), kernel
 
 
-def _apart(result: np.ndarray, exact: np.ndarray) -> float:
+def _relative_difference(result: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sqrt(np.square(result - exact).mean() / max(np.square(exact).mean(), 1e-12)))
 
 
@@ -166,10 +166,10 @@ def _run(onnxruntime: Any, path: Path, optimized: Path | None, provider: str = C
     for value in session.get_inputs():
         shape = [dim if isinstance(dim, int) else 2 for dim in value.shape]
         feed[value.name] = (random.normal(0, 1, shape) if value.name == "x" else np.zeros(shape)).astype(kinds[value.type])
-    placed = [(node, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    assignments = [(node, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
     # By operator, too: a change of layout writes nodes anew, without their names.
-    taken = {node.op_type: name for node, name in placed} | {node.name: name for node, name in placed}
-    return session.run(None, feed)[0].astype(np.float64), taken
+    providers = {node.op_type: name for node, name in assignments} | {node.name: name for node, name in assignments}
+    return session.run(None, feed)[0].astype(np.float64), providers
 
 
 def _named(node: ir.Node) -> bool:
@@ -188,13 +188,13 @@ REAL = {"ort": ort_verdict, "ort-cuda": ort_cuda_verdict, "trt-rtx": rtx_verdict
 def compare(form: Form, target: str, folder: Path) -> tuple[str, str, str]:
     """The checker's verdict, the runtime's, and what is wrong about it; empty where nothing is."""
     path = folder / "form.onnx"
-    judged, rule = static_verdict(form, target, path)
+    verdict, rule = static_verdict(form, target, path)
     if target == "ort-cuda":
         ir.save(form.model("ort"), folder / FLOAT)
     real, words = REAL[target](path)
     trap = form.trap and target == "trt-rtx"
-    right = judged == "rejected" if trap else judged == real
-    return judged, f"{real}, with other numbers" if trap else real, "" if right else f"**wrong**: {rule}; {words[:200]}"
+    right = verdict == "rejected" if trap else verdict == real
+    return verdict, f"{real}, with other numbers" if trap else real, "" if right else f"**wrong**: {rule}; {words[:200]}"
 
 
 def table(target: str) -> int:
@@ -203,9 +203,9 @@ def table(target: str) -> int:
     print(f"\n| form | checker | {target} | |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for form in forms:
-            judged, real, note = compare(form, target, Path(folder))
+            verdict, real, note = compare(form, target, Path(folder))
             wrong += bool(note)
-            print(f"| {form.name} | {judged} | {real} | {note} |", flush=True)
+            print(f"| {form.name} | {verdict} | {real} | {note} |", flush=True)
     print(f"{target}: {len(forms)} forms, {wrong} wrong verdicts")
     return wrong
 

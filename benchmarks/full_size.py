@@ -250,8 +250,8 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
     expected = {name: file_digest(out / name) for name in OUTPUTS}
     shutil.rmtree(out)
     out, moment = temporary / "killed", random.Random(0)
-    where = ["--model", str(model), "-o", str(out), *flags_of(model)]
-    command = [sys.executable, "-m", "dq_export", *where, *FLAGS, "--max-memory", "4.5"]
+    folders = ["--model", str(model), "-o", str(out), *flags_of(model)]
+    command = [sys.executable, "-m", "dq_export", *folders, *FLAGS, "--max-memory", "4.5"]
     stages: list[str] = []
     # Each run continues the one before, so later moments are in later stages.
     for turn in range(kills):
@@ -263,9 +263,9 @@ def resume(model: Path, temporary: Path, *, kills: int) -> None:
         stages.append(lines[-1] if lines and process.returncode < 0 else "finished")
         print(f"kill {turn + 1} in {stages[-1]}", flush=True)
     last = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
-    kept = [line.split()[0] for line in last.stderr.splitlines() if "kept from an earlier run" in line]
+    reused = [line.split()[0] for line in last.stderr.splitlines() if "kept from an earlier run" in line]
     equal = {name: file_digest(out / name) == expected[name] for name in OUTPUTS}
-    print(f"killed {kills} times, in {', '.join(sorted(set(stages)))}; the last run kept {', '.join(kept) or 'nothing'}")
+    print(f"killed {kills} times, in {', '.join(sorted(set(stages)))}; the last run kept {', '.join(reused) or 'nothing'}")
     different = [name for name, is_equal in equal.items() if not is_equal]
     print(f"outputs equal to an undisturbed run's: {len(equal) - len(different)} of {len(equal)}; different: {different}")
 

@@ -97,7 +97,7 @@ def attempt(form: Format, index: int, seed: int, stock: Path, root: Path) -> Non
     (guard / "canary.txt").write_text("the canary sings\n")
     (guard / "folder" / "inside.txt").write_text("untouched\n")
     case: Case = form.mutate(random.Random(f"{seed}/{form.name}/{index}"), stock, work, guard)
-    (root / "case.json").write_text(json.dumps({"words": case.words, "what": case.what, "writes": case.writes}))
+    (root / "case.json").write_text(json.dumps({"words": case.words, "mutation": case.mutation, "writes": case.writes}))
     (root / "before.json").write_text(json.dumps(guarded(root)))
     os.chdir(work)
     if not case.whole:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-EVERY = 0.02
+INTERVAL = 0.02
 """Seconds between two samples."""
 GROWTH = 1.01
 """Growth of the pages in memory between two exact sums. An exact sum delays the process that is measured."""
@@ -33,7 +33,7 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
         resident = sum(map(_resident, tree))
         if resident > largest * GROWTH:  # otherwise the exact sum, which is smaller, cannot exceed the peak by much
             peak, largest = max(peak, sum(map(_proportional, tree))), resident
-        time.sleep(EVERY)
+        time.sleep(INTERVAL)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
     single = usage.ru_maxrss * KIB

@@ -214,17 +214,17 @@ def main() -> None:
         for rows in SINGLE:
             single(folder / "out" / "triton", rows)
         with server.serving(folder / "out" / "triton", folder, wait="ready") as running:
-            measured = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options)]
+            results = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options)]
             before, after = bad_requests(running, 1000, options.model)
     print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
-    save(options.json, LOADS, table(measured))
+    save(options.json, LOADS, table(results))
 
 
 def first_pictures(folder: Path, network: str, count: int) -> list[str]:
     """Start the server `count` times, each until its first picture, and return the row of the table."""
     import tritonclient.grpc as grpc
 
-    ready, first, used = [], [], []
+    ready, first, memories = [], [], []
     for number in range(count):
         place = folder / str(number)
         place.mkdir()
@@ -232,18 +232,18 @@ def first_pictures(folder: Path, network: str, count: int) -> list[str]:
             ready.append(time.monotonic() - running.started)
             ask(grpc.InferenceServerClient(running.grpc), **digit(network, 7), seed=7)
             first.append(time.monotonic() - running.started)
-            used.append(memory(running.process.pid))
+            memories.append(memory(running.process.pid))
         print(f"start {number + 1}: ready after {ready[-1]:.1f} s, first picture after {first[-1]:.1f} s", flush=True)
     times = f"{statistics.median(first):.1f}, {max(first):.1f}"
-    return [network, f"{statistics.median(ready):.1f}", times, f"{statistics.median(used):.0f}"]
+    return [network, f"{statistics.median(ready):.1f}", times, f"{statistics.median(memories):.0f}"]
 
 
-def table(measured: Sequence[tuple[float, Load]]) -> list[list[str]]:
+def table(results: Sequence[tuple[float, Load]]) -> list[list[str]]:
     """Return the table's rows: a load on one picture at a time beside the same load on shared calls."""
     rows = []
-    for guidance in dict.fromkeys(guidance for guidance, _ in measured):
+    for guidance in dict.fromkeys(guidance for guidance, _ in results):
         by_load: dict[str, list[Load]] = {}
-        for _, load in (item for item in measured if item[0] == guidance):
+        for _, load in (item for item in results if item[0] == guidance):
             by_load.setdefault(load.load, []).append(load)
         for name, pair in by_load.items():
             alone, shared = sorted(pair, key=lambda load: load.model == "pipeline")
@@ -265,7 +265,7 @@ def save(path: Path | None, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Load]]:
     """Run all loads with one guidance scale, models in turn, and print the rows of the median rounds."""
-    asker, measured, seconds = Clients(running.grpc, guidance, options.model), [], options.seconds
+    asker, results, seconds = Clients(running.grpc, guidance, options.model), [], options.seconds
     asker.saturate("pipeline", 2.0)
     alone = SINGLE[2 if guidance > 1 else 1]
     full: dict[str, list[Load]] = {model: [] for model in (alone, "pipeline")}
@@ -273,17 +273,17 @@ def loads(running: server.Server, guidance: float, options: argparse.Namespace) 
         for model, rows in full.items():
             rows.append(asker.saturate(model, seconds))
     middle = {model: sorted(rows, key=lambda row: row.requests)[len(rows) // 2] for model, rows in full.items()}
-    measured += list(middle.values())
+    results += list(middle.values())
     for share in (0.5, 0.9):
-        measured += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
+        results += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
     print(f"\nguidance {guidance:g}: {'two rows' if guidance > 1 else 'a row'} a picture")
     print("| load | model | requests a second | median s | 95 % s | rows of a call |\n|---|---|---|---|---|---|")
-    for row in measured:
+    for row in results:
         print(f"| {row.load} | {row.model} | {row.requests:.1f} | {row.median:.2f} | {row.p95:.2f} | {row.rows:.1f} |")
     single_load, shared = middle[alone], middle["pipeline"]
     rate, speed = shared.requests / single_load.requests, single_load.median / shared.median
     print(f"at saturation {rate:.2f} times the requests, {speed:.2f} times as soon")
-    return [(guidance, row) for row in measured]
+    return [(guidance, row) for row in results]
 
 
 if __name__ == "__main__":

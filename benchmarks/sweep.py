@@ -44,7 +44,7 @@ BATCH = 16
 TWICE = 6
 FLOAT_GRAPH = 60.0
 """The lowest SQNR in dB of a float graph that is near PyTorch."""
-COMPARED = ("model.onnx", "model.onnx.data", "calibration.safetensors")
+OUTPUTS = ("model.onnx", "model.onnx.data", "calibration.safetensors")
 
 
 @dataclass
@@ -78,7 +78,7 @@ def judge(root: Path, outcome: Outcome) -> tuple[str, str]:
     """Return the ending of a run, one of `GOOD` or `FAULTS`, and the reason."""
     text = outcome.stderr
     error = next((line for line in text.splitlines() if line.lower().startswith("error")), "")
-    started = any(line.startswith("float ") for line in text.splitlines())
+    in_float = any(line.startswith("float ") for line in text.splitlines())
     if "exporting" not in text.splitlines():
         raise RuntimeError(f"{root.name}: the model could not be made: {text[-2000:]}")
     if outcome.stopped:
@@ -88,7 +88,7 @@ def judge(root: Path, outcome: Outcome) -> tuple[str, str]:
     if outcome.status < 0 or outcome.status > 128:
         return "crash", f"status {outcome.status}"
     if outcome.status in (1, 2, 5):
-        return ("refused late" if started else "refused"), error
+        return ("refused late" if in_float else "refused"), error
     report = json.loads((root / "work" / "out" / "report.json").read_text())
     near = min(call["sqnr"] for call in report["parity"]["calls"] if call["stage"] == "float-onnx")
     if near < FLOAT_GRAPH:
@@ -111,7 +111,7 @@ def run(runs: int, seed: int, folder: Path, workers: int = 2, keep: Path | None 
             endings[root.name] = judge(root, outcome)
         for index, indices in batch.items():
             root = folder / f"{index}"
-            ending, reason = _compared(root, endings, sweep)
+            ending, reason = _ending(root, endings, sweep)
             sweep.endings[ending] += 1
             choice = pairs.values(indices)
             kind = re.sub(r"-?\d[\d.]*", "N", reason)
@@ -146,16 +146,16 @@ def _jobs(batch: dict[int, dict[str, int]], pairs: Pairs, folder: Path) -> Itera
             yield root, functools.partial(attempt, pairs.values(indices), root)
 
 
-def _compared(root: Path, endings: dict[str, tuple[str, str]], sweep: Sweep) -> tuple[str, str]:
+def _ending(root: Path, endings: dict[str, tuple[str, str]], sweep: Sweep) -> tuple[str, str]:
     """Return the ending of a run; `unequal` if its repetition differs."""
-    again = root.with_name(f"{root.name}-again")
-    first, second = endings[root.name], endings.get(again.name)
+    repetition = root.with_name(f"{root.name}-again")
+    first, second = endings[root.name], endings.get(repetition.name)
     if second is None or first[0] not in ("audited", "graph", "status 3", "status 4"):
         return first
     sweep.repeats += 1
-    names = [name for name in COMPARED if (root / "work" / "out" / name).exists()]
+    names = [name for name in OUTPUTS if (root / "work" / "out" / name).exists()]
     for name in names:
-        if (root / "work" / "out" / name).read_bytes() != (again / "work" / "out" / name).read_bytes():
+        if (root / "work" / "out" / name).read_bytes() != (repetition / "work" / "out" / name).read_bytes():
             return "unequal", name
     return first if first[0] == second[0] else ("unequal", f"{first} and {second}")
 
@@ -179,8 +179,8 @@ def show(sweep: Sweep) -> None:
         values.sort()
         print(f"| {bits} | {len(values)} | {values[0]:.1f} | {values[len(values) // 2]:.1f} | {values[-1]:.1f} |")
     print()
-    for reason, which in sorted(sweep.reasons.items(), key=lambda item: (item[0].split(":")[0] not in FAULTS, -len(item[1]))):
-        print(f"{len(which):4}  {reason[:400]}  [{', '.join(which[:3])}]")
+    for reason, runs in sorted(sweep.reasons.items(), key=lambda item: (item[0].split(":")[0] not in FAULTS, -len(item[1]))):
+        print(f"{len(runs):4}  {reason[:400]}  [{', '.join(runs[:3])}]")
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def job(name):
     (root / "work").mkdir(parents=True)
     (root / "guard").mkdir()
     def work():
-        (root / "case.json").write_text(json.dumps({"words": ["x"], "what": "", "writes": ["work/out"]}))
+        (root / "case.json").write_text(json.dumps({"words": ["x"], "mutation": "", "writes": ["work/out"]}))
         (root / "before.json").write_text(json.dumps(guarded(root)))
         os.chdir(root / "work")
         globals()[name]()

@@ -255,7 +255,8 @@ def names_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_names_tell_what_they_hold() -> None:
     odd, words = [], set(ODD_NAMES.split())
-    for path in [*(path for _, path in sources()), *sorted((ROOT / "tests").rglob("*.py")), *(ROOT / "examples").glob("*.py")]:
+    scripts = [path for folder in ("tests", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in [*(path for _, path in sources()), *scripts]:
         relative = str(path.relative_to(ROOT))
         allowed = FIELDS_OF_FILES.get(relative, set())
         odd += [

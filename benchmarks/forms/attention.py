@@ -33,11 +33,11 @@ def fused(kind: np.dtype = INT8, scale: tuple[int, ...] = (3 * N,), heads: int =
     """One GEMM for q, k and v."""
 
     def build(s: Sketch) -> ir.Value:
-        how = {"axis": 1} if scale else {}
+        attributes = {"axis": 1} if scale else {}
         weight = (
-            s.activation(s.noise(K, 3 * N), kind, np.full(scale, 0.01), **how)
+            s.activation(s.noise(K, 3 * N), kind, np.full(scale, 0.01), **attributes)
             if floats
-            else s.weight((K, 3 * N), kind, scale, **how)
+            else s.weight((K, 3 * N), kind, scale, **attributes)
         )
         y = s.matmul(s.activation(s.x, kind), weight)
         return thirds(s, s.op("Add", y, s.noise(3 * N)), heads)
@@ -56,8 +56,8 @@ def factored(s: Sketch) -> ir.Value:
 def gathered(s: Sketch) -> ir.Value:
     """q, k and v as timm takes them apart: Reshape, Transpose, three Gathers."""
     y = s.matmul(s.activation(s.x), s.weight((K, 3 * N), scale=(3 * N,), axis=1))
-    turned = s.op("Transpose", s.op("Reshape", y, s.constant([0, 0, 3, 2, N // 2])), perm=[2, 0, 3, 1, 4])
-    q, k, v = (s.op("Gather", turned, s.constant(index), axis=0) for index in range(3))
+    transposed = s.op("Transpose", s.op("Reshape", y, s.constant([0, 0, 3, 2, N // 2])), perm=[2, 0, 3, 1, 4])
+    q, k, v = (s.op("Gather", transposed, s.constant(index), axis=0) for index in range(3))
     return attend(s, q, k, v, turn=[0, 1, 3, 2])
 
 
@@ -68,7 +68,7 @@ def products(kind: np.dtype, zero: int, **more: Any) -> Iterator[Form]:
     def quantized(s: Sketch, x: ir.Value, scale: float = 0.05) -> ir.Value:
         return s.activation(x, kind, scale, zero)
 
-    def turned(s: Sketch) -> ir.Value:
+    def transposed(s: Sketch) -> ir.Value:
         return s.op("Transpose", s.op("Mul", s.x, s.float(2.0)), perm=[0, 2, 1])
 
     def whole(s: Sketch) -> ir.Value:
@@ -77,12 +77,12 @@ def products(kind: np.dtype, zero: int, **more: Any) -> Iterator[Form]:
         return s.matmul(s.activation(scores, kind, 1 / 448 if kind == FP8 else 1 / 127, zero), v)
 
     yield Form(f"attention, {text}", whole, **more)
-    yield Form(f"scores, Transpose before Q, {text}", lambda s: s.matmul(quantized(s, s.x), quantized(s, turned(s))), **more)
-    yield Form(f"scores, keys in float, {text}", lambda s: s.matmul(quantized(s, s.x), turned(s)), **more)
-    yield Form(f"scores, queries in float, {text}", lambda s: s.matmul(s.x, quantized(s, turned(s))), **more)
+    yield Form(f"scores, Transpose before Q, {text}", lambda s: s.matmul(quantized(s, s.x), quantized(s, transposed(s))), **more)
+    yield Form(f"scores, keys in float, {text}", lambda s: s.matmul(quantized(s, s.x), transposed(s)), **more)
+    yield Form(f"scores, queries in float, {text}", lambda s: s.matmul(s.x, quantized(s, transposed(s))), **more)
     yield Form(
         f"scores, a scale a key, {text}",
-        lambda s: s.matmul(quantized(s, s.x), s.activation(turned(s), kind, np.linspace(0.04, 0.06, 16), zero, axis=2)),
+        lambda s: s.matmul(quantized(s, s.x), s.activation(transposed(s), kind, np.linspace(0.04, 0.06, 16), zero, axis=2)),
         **more,
     )
 

@@ -16,15 +16,15 @@ KERNEL = (32, 16, 2, 2)
 CHANNELS: dict[str, Any] = {"shape": KERNEL, "scale": (32,), "axis": 0}
 
 
-def conv(s: Sketch, left: ir.Value, right: ir.Value, *bias: ir.Value, **how: Any) -> ir.Value:
-    return s.op("Conv", left, right, *bias, name="gemm", **{"strides": [2, 2], **how})
+def conv(s: Sketch, left: ir.Value, right: ir.Value, *bias: ir.Value, **attributes: Any) -> ir.Value:
+    return s.op("Conv", left, right, *bias, name="gemm", **{"strides": [2, 2], **attributes})
 
 
 def form(name: str, build: Any, shape: tuple[int | str, ...] = IMAGE, **more: Any) -> Form:
     return Form(f"Conv, {name}", build, shape, **more)
 
 
-def both(kind: np.dtype, zero: int) -> Iterator[Form]:
+def activation_forms(kind: np.dtype, zero: int) -> Iterator[Form]:
     """Forms of one activation type, with a QuantizeLinear behind and without."""
 
     def x(s: Sketch) -> ir.Value:
@@ -67,24 +67,24 @@ def both(kind: np.dtype, zero: int) -> Iterator[Form]:
     yield form(f"{kind}, result quantized and read", shared)
 
 
-def shaped(name: str, kernel: tuple[int, ...], **how: Any) -> Iterator[Form]:
+def shaped(name: str, kernel: tuple[int, ...], **attributes: Any) -> Iterator[Form]:
     """A convolution of codes of another shape, whose result stays float, or is quantized."""
 
     def build(s: Sketch) -> ir.Value:
-        return conv(s, s.activation(s.x), s.weight(kernel, scale=(kernel[0],), axis=0), **{"strides": [1, 1], **how})
+        return conv(s, s.activation(s.x), s.weight(kernel, scale=(kernel[0],), axis=0), **{"strides": [1, 1], **attributes})
 
     yield form(f"int8, {name}", build)
     yield form(f"int8, {name}, result quantized", lambda s: s.activation(build(s), scale=0.1))
 
 
-def factored(s: Sketch, kind: np.dtype = INT8, **how: Any) -> ir.Value:
+def factored(s: Sketch, kind: np.dtype = INT8, **attributes: Any) -> ir.Value:
     """x * (c / s[t]) -> Q/DQ(c) -> Conv -> * (s[t] / c) -> + bias, the scales in a table."""
 
     def entry(table: list[float]) -> ir.Value:
         return s.op("Gather", s.float(table), s.t, axis=0)
 
     x = s.activation(s.op("Mul", s.x, entry([1.0, 0.5])), kind)
-    product = conv(s, x, s.weight(KERNEL, kind, (32,), axis=0), **how)
+    product = conv(s, x, s.weight(KERNEL, kind, (32,), axis=0), **attributes)
     return s.op("Add", s.op("Mul", product, entry([1.0, 2.0])), s.noise(32, 1, 1))
 
 
@@ -98,17 +98,19 @@ def direct(s: Sketch, kind: np.dtype = INT8, zero: int = 0, *, scalar: bool = Tr
     )
 
 
-def integers(s: Sketch, left: np.dtype, right: np.dtype, kernel: tuple[int, ...] = KERNEL, **how: Any) -> ir.Value:
+def integers(s: Sketch, left: np.dtype, right: np.dtype, kernel: tuple[int, ...] = KERNEL, **attributes: Any) -> ir.Value:
     """ConvInteger behind a QuantizeLinear, in the form of the pass integer_convolutions."""
     zero, point = (128 if kind == UINT8 else 0 for kind in (left, right))
     x, w = s.quantized(s.x, left, 0.05, zero), s.codes(kernel, right)
-    y = s.op("ConvInteger", x, w, s.constant(zero, left), s.constant(point, right), name="gemm", **{"strides": [2, 2], **how})
+    y = s.op(
+        "ConvInteger", x, w, s.constant(zero, left), s.constant(point, right), name="gemm", **{"strides": [2, 2], **attributes}
+    )
     return s.op("Add", s.op("Mul", s.op("Cast", y, to=s.dtype.value), s.noise(kernel[0], 1, 1)), s.noise(kernel[0], 1, 1))
 
 
-def transposed(name: str, *, out: float = 0.0, **how: Any) -> Form:
+def transposed(name: str, *, out: float = 0.0, **attributes: Any) -> Form:
     def build(s: Sketch) -> ir.Value:
-        y = s.op("ConvTranspose", s.activation(s.x), s.weight((16, 4, 2, 2), scale=()), name="gemm", **how)
+        y = s.op("ConvTranspose", s.activation(s.x), s.weight((16, 4, 2, 2), scale=()), name="gemm", **attributes)
         return s.activation(y, scale=out) if out else y
 
     return Form(f"ConvTranspose, {name}", build, IMAGE)
@@ -116,9 +118,9 @@ def transposed(name: str, *, out: float = 0.0, **how: Any) -> Form:
 
 PAD = {"pads": [1, 1, 1, 1]}
 CONVOLUTIONS = (
-    *both(INT8, 0), *(replace(form, only="ort") for form in both(UINT8, 128)),
+    *activation_forms(INT8, 0), *(replace(form, only="ort") for form in activation_forms(UINT8, 128)),
     form("int8, result as uint8", lambda s: s.activation(conv(s, s.activation(s.x), s.weight(**CHANNELS)), UINT8, 0.1, 128)),
-    form("int8 without zero points, result quantized", lambda s: s.activation(conv(s, s.activation(s.x, points="", quantize={"output_dtype": 3}), s.weight(**CHANNELS)), scale=0.1)),
+    form("int8 without zero points, result quantized", lambda s: s.activation(conv(s, s.activation(s.x, points="", output_dtype=3), s.weight(**CHANNELS)), scale=0.1)),
     form("uint8 without zero points, result quantized", lambda s: s.activation(conv(s, s.activation(s.x, UINT8, points=""), s.weight(**CHANNELS)), UINT8, 0.1, points=""), trap=True),
     form("int8, result quantized, opset 13", lambda s: s.activation(conv(s, s.activation(s.x), s.weight(**CHANNELS)), scale=0.1), opset=13),
     form("uint8, a scale a channel of x, result quantized", lambda s: s.activation(conv(s, s.activation(s.x, UINT8, np.linspace(0.04, 0.06, 16), 128, axis=1), s.weight(**CHANNELS)), UINT8, 0.1, 128)),
@@ -142,8 +144,8 @@ CONVOLUTIONS = (
     form("int8 weight only, result quantized", lambda s: s.activation(conv(s, s.x, s.weight(**CHANNELS)), scale=0.1)),
     form("int4 weight only", lambda s: conv(s, s.x, s.weight(KERNEL, INT4, (32,), axis=0))),
     form("int4 blocks along axis 1", lambda s: conv(s, s.x, s.weight(KERNEL, INT4, (32, 1, 2, 2), axis=1, block_size=16))),
-    *(Form(f"ConvTranspose, {name}", lambda s, scale=scale, how=how: s.op("ConvTranspose", s.activation(s.x), s.weight((16, 32, 2, 2), scale=scale, **how), name="gemm"), IMAGE)
-      for name, scale, how in (("one scale", (), {}), ("scales along the output", (32,), {"axis": 1}), ("scales along the input", (16,), {"axis": 0}))),
+    *(Form(f"ConvTranspose, {name}", lambda s, scale=scale, attributes=attributes: s.op("ConvTranspose", s.activation(s.x), s.weight((16, 32, 2, 2), scale=scale, **attributes), name="gemm"), IMAGE)
+      for name, scale, attributes in (("one scale", (), {}), ("scales along the output", (32,), {"axis": 1}), ("scales along the input", (16,), {"axis": 0}))),
     Form("ConvTranspose, uint8, result quantized", lambda s: s.activation(s.op("ConvTranspose", s.activation(s.x, UINT8, zero=128), s.weight((16, 32, 2, 2), scale=()), name="gemm"), UINT8, 0.1, 128), IMAGE),
     transposed("in two groups", group=2), transposed("strided", strides=[2, 2]), transposed("strided, result quantized", out=0.1, strides=[2, 2]),
     Form("ConvTranspose, fp8", lambda s: s.op("ConvTranspose", s.activation(s.x, FP8), s.weight((16, 32, 2, 2), FP8, ()), name="gemm"), IMAGE),

@@ -32,18 +32,20 @@ def forms(kind: np.dtype, zero: int) -> Iterator[Form]:
     def two(s: Sketch) -> tuple[ir.Value, ir.Value]:
         return quantized(s, s.x), quantized(s, s.op("Mul", s.x, s.float(0.7)), 0.06)
 
-    def unary(operator: str, shape: tuple[int | str, ...], how: dict[str, Any]) -> Iterator[Form]:
+    def unary(operator: str, shape: tuple[int | str, ...], attributes: dict[str, Any]) -> Iterator[Form]:
         yield Form(
             f"{operator} between DQ and Q, {kind}",
-            lambda s: quantized(s, s.op(operator, quantized(s, s.x), name="gemm", **how)),
+            lambda s: quantized(s, s.op(operator, quantized(s, s.x), name="gemm", **attributes)),
             shape,
         )
         yield Form(
-            f"{operator} behind DQ, {kind}", lambda s: s.op("Neg", s.op(operator, quantized(s, s.x), name="gemm", **how)), shape
+            f"{operator} behind DQ, {kind}",
+            lambda s: s.op("Neg", s.op(operator, quantized(s, s.x), name="gemm", **attributes)),
+            shape,
         )
 
-    for operator, how, shape in UNARY:
-        yield from unary(operator, shape, how)
+    for operator, attributes, shape in UNARY:
+        yield from unary(operator, shape, attributes)
     for operator in ("Add", "Mul", "Sub"):
         yield Form(
             f"{operator} between DQ and Q, {kind}",

@@ -13,8 +13,8 @@ FLAT = ("batch", K)
 FIXED = (16, K)
 
 
-def gemm(s: Sketch, left: ir.Value, right: ir.Value, *bias: ir.Value, name: str = "gemm", **how: Any) -> ir.Value:
-    return s.op("Gemm", left, right, *bias, name=name, **how)
+def gemm(s: Sketch, left: ir.Value, right: ir.Value, *bias: ir.Value, name: str = "gemm", **attributes: Any) -> ir.Value:
+    return s.op("Gemm", left, right, *bias, name=name, **attributes)
 
 
 def form(name: str, build: Any, **more: Any) -> Form:
@@ -23,10 +23,10 @@ def form(name: str, build: Any, **more: Any) -> Form:
 
 def typed(kind: np.dtype, zero: int, *, transposed: bool) -> Form:
     """A Gemm of stored weights [in, out] or [out, in]."""
-    how = {"axis": 0} if transposed else {"axis": 1}
+    attributes = {"axis": 0} if transposed else {"axis": 1}
     return form(
         f"{kind}{' transB' if transposed else ''}",
-        lambda s: gemm(s, s.activation(s.x, kind, zero=zero), s.weight(**how), transB=int(transposed)),
+        lambda s: gemm(s, s.activation(s.x, kind, zero=zero), s.weight(**attributes), transB=int(transposed)),
     )
 
 
@@ -36,8 +36,8 @@ def two(s: Sketch, kind: np.dtype, zero: int) -> ir.Value:
     return s.op("Add", gemm(s, x, s.weight(axis=0), transB=1), gemm(s, x, s.weight(axis=0), name="other", transB=1))
 
 
-def biased(s: Sketch, bias: ir.Value, kind: np.dtype = INT8, zero: int = 0, **how: Any) -> ir.Value:
-    return gemm(s, s.activation(s.x, kind, zero=zero), s.weight(axis=0), bias, transB=1, **how)
+def biased(s: Sketch, bias: ir.Value, kind: np.dtype = INT8, zero: int = 0, **attributes: Any) -> ir.Value:
+    return gemm(s, s.activation(s.x, kind, zero=zero), s.weight(axis=0), bias, transB=1, **attributes)
 
 
 def added(name: str, bias: Any, shape: tuple[int | str, ...], kind: np.dtype = INT8, zero: int = 0, **more: Any) -> Form:
@@ -45,7 +45,7 @@ def added(name: str, bias: Any, shape: tuple[int | str, ...], kind: np.dtype = I
     return Form(f"MatMul and Add: {name}, {kind}", lambda s: s.op("Add", s.plain(kind=kind, zero=zero), bias(s)), shape, **more)
 
 
-def spared(s: Sketch) -> ir.Value:
+def read_by_add_and_mul(s: Sketch) -> ir.Value:
     """A MatMul whose result an Add and a Mul read."""
     y = s.plain()
     return s.op("Mul", s.op("Add", y, s.noise(N)), y)
@@ -66,7 +66,7 @@ GEMMS = (
     form("float bias", lambda s: biased(s, s.noise(N))),
     form("float bias, uint8", lambda s: biased(s, s.noise(N), UINT8, 128)),
     form("weight without zero point", lambda s: gemm(s, s.activation(s.x), s.weight(axis=0, point=False), transB=1)),
-    form("int8 without zero points", lambda s: gemm(s, s.activation(s.x, points="", quantize={"output_dtype": 3}), s.weight(axis=0), transB=1)),
+    form("int8 without zero points", lambda s: gemm(s, s.activation(s.x, points="", output_dtype=3), s.weight(axis=0), transB=1)),
     form("alpha 2", lambda s: gemm(s, s.activation(s.x), s.weight(axis=1), alpha=2.0)),
     form("alpha 2, int32 bias", lambda s: biased(s, s.bias(), alpha=2.0)),
     form("beta 0.5, int32 bias", lambda s: biased(s, s.bias(), beta=0.5)),
@@ -100,5 +100,5 @@ GEMMS = (
     added("an int32 bias, rank 3", lambda s: s.bias(), ("batch", 16, K), UINT8, 128),
     added("an int32 bias of another scale, rank 2", lambda s: s.bias(exact=False), FLAT),
     Form("MatMul and Add, with a Mul between", lambda s: s.op("Add", s.op("Mul", s.plain(), s.noise(N)), s.noise(N)), FLAT),
-    Form("MatMul that an Add and a Mul read", spared, FIXED),
+    Form("MatMul that an Add and a Mul read", read_by_add_and_mul, FIXED),
 )  # fmt: skip

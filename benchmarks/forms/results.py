@@ -18,7 +18,7 @@ def gemm(s: Sketch, left: ir.Value, *bias: ir.Value, right: ir.Value | None = No
     return s.op("Gemm", left, s.weight(axis=0) if right is None else right, *bias, transB=1, name="gemm")
 
 
-def read_twice(s: Sketch, y: ir.Value, kind: np.dtype, zero: int) -> ir.Value:
+def two_dequantizers(s: Sketch, y: ir.Value, kind: np.dtype, zero: int) -> ir.Value:
     """One QuantizeLinear behind, two DequantizeLinears."""
     step, point = s.float(0.3), s.constant(zero, kind)
     codes = s.op("QuantizeLinear", y, step, point)
@@ -27,7 +27,7 @@ def read_twice(s: Sketch, y: ir.Value, kind: np.dtype, zero: int) -> ir.Value:
 
 
 def forms(kind: np.dtype, zero: int) -> Iterator[Form]:
-    other, turned = (UINT8, 128) if kind == INT8 else (INT8, 0)
+    other, other_zero = (UINT8, 128) if kind == INT8 else (INT8, 0)
     low = zero - 128
 
     def x(s: Sketch) -> ir.Value:
@@ -36,10 +36,10 @@ def forms(kind: np.dtype, zero: int) -> Iterator[Form]:
     def y(s: Sketch) -> ir.Value:
         return s.plain(kind=kind, zero=zero)
 
-    def out(s: Sketch, value: ir.Value, **how: Any) -> ir.Value:
-        return s.activation(value, **{"kind": kind, "scale": 0.3, "zero": zero, **how})
+    def out(s: Sketch, value: ir.Value, **attributes: Any) -> ir.Value:
+        return s.activation(value, **{"kind": kind, "scale": 0.3, "zero": zero, **attributes})
 
-    def also(s: Sketch) -> ir.Value:
+    def quantized_and_read(s: Sketch) -> ir.Value:
         value = y(s)
         return s.op("Add", out(s, value), value)
 
@@ -54,11 +54,11 @@ def forms(kind: np.dtype, zero: int) -> Iterator[Form]:
         return f"{kind}: {text}"
 
     yield Form(name("result quantized"), lambda s: out(s, y(s)))
-    yield Form(name("result quantized as the other type"), lambda s: out(s, y(s), kind=other, zero=turned))
-    yield Form(name("result quantized and read"), also)
+    yield Form(name("result quantized as the other type"), lambda s: out(s, y(s), kind=other, zero=other_zero))
+    yield Form(name("result quantized and read"), quantized_and_read)
     yield Form(name("result quantized a channel"), lambda s: out(s, y(s), scale=np.full(N, 0.3), axis=2))
-    yield Form(name("result quantized, two DQs"), lambda s: read_twice(s, y(s), kind, zero))
-    yield Form(name("result quantized as the other type, two DQs"), lambda s: read_twice(s, y(s), other, turned))
+    yield Form(name("result quantized, two DQs"), lambda s: two_dequantizers(s, y(s), kind, zero))
+    yield Form(name("result quantized as the other type, two DQs"), lambda s: two_dequantizers(s, y(s), other, other_zero))
     yield Form(name("Add, then quantized"), lambda s: out(s, s.op("Add", y(s), s.noise(N))))
     yield Form(name("Add, then quantized, rank 2"), lambda s: out(s, s.op("Add", y(s), s.noise(N))), FLAT)
     yield Form(name("Add of x, then quantized, rank 2"), lambda s: out(s, s.op("Add", y(s), s.x)), FLAT)
@@ -77,7 +77,9 @@ def forms(kind: np.dtype, zero: int) -> Iterator[Form]:
     yield Form(name("Gemm, float bias, result quantized"), lambda s: out(s, gemm(s, x(s), s.noise(N))), FLAT)
     yield Form(name("Gemm, float weight, result quantized"), lambda s: out(s, gemm(s, x(s), right=s.noise(N, K))), FLAT)
     yield Form(
-        name("Gemm, result quantized as the other type"), lambda s: out(s, gemm(s, x(s), s.bias()), kind=other, zero=turned), FLAT
+        name("Gemm, result quantized as the other type"),
+        lambda s: out(s, gemm(s, x(s), s.bias()), kind=other, zero=other_zero),
+        FLAT,
     )
     yield Form(name("Gemm, then Relu and Neg"), lambda s: s.op("Neg", s.op("Relu", gemm(s, x(s)))), FLAT)
     yield Form(name("Gemm, then Relu, the graph's result"), lambda s: s.op("Relu", gemm(s, x(s))), FLAT)

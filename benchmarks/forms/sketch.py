@@ -65,11 +65,11 @@ class Sketch:
         return node.outputs
 
     def quantized(
-        self, x: ir.Value, kind: np.dtype = INT8, scale: Any = 0.05, zero: int = 0, *, point: bool = True, **how: Any
+        self, x: ir.Value, kind: np.dtype = INT8, scale: Any = 0.05, zero: int = 0, *, point: bool = True, **attributes: Any
     ) -> ir.Value:
         """QuantizeLinear alone."""
         zeros = (self.constant(np.full(np.shape(scale), zero), kind),) if point else ()
-        return self.op("QuantizeLinear", x, self.float(scale), *zeros, **how)
+        return self.op("QuantizeLinear", x, self.float(scale), *zeros, **attributes)
 
     def activation(
         self,
@@ -79,22 +79,22 @@ class Sketch:
         zero: int = 0,
         *,
         points: str = "qd",
-        quantize: dict[str, Any] | None = None,
         between: Callable[[ir.Value], ir.Value] = lambda codes: codes,
-        **how: Any,
+        **attributes: Any,
     ) -> ir.Value:
         """QuantizeLinear and DequantizeLinear.
 
         Args:
             points: `q` and `d` for a zero point of the one and the other.
-            quantize: attributes of the QuantizeLinear alone.
             between: what stands between the two.
+            attributes: of both, except `output_dtype`, which the QuantizeLinear alone gets.
         """
         step = scale if isinstance(scale, ir.Value) else self.float(scale)
         shape = () if step.const_value is None else step.const_value.shape.numpy()
         point = self.constant(np.full(shape, zero), kind)
-        codes = self.op("QuantizeLinear", x, step, *((point,) if "q" in points else ()), **how, **(quantize or {}))
-        return self.op("DequantizeLinear", between(codes), step, *((point,) if "d" in points else ()), **how)
+        codes = self.op("QuantizeLinear", x, step, *((point,) if "q" in points else ()), **attributes)
+        attributes.pop("output_dtype", None)
+        return self.op("DequantizeLinear", between(codes), step, *((point,) if "d" in points else ()), **attributes)
 
     def weight(
         self,
@@ -105,12 +105,12 @@ class Sketch:
         *,
         point: bool = True,
         step: float = 0.01,
-        **how: Any,
+        **attributes: Any,
     ) -> ir.Value:
         """Stored codes and DequantizeLinear; the scales rise from half of `step` to twice."""
         steps = step * np.linspace(0.5, 2, int(np.prod(scale))).reshape(scale) if scale else np.asarray(step)
         zeros = (self.constant(np.full(scale, zero).astype(kind)),) if point else ()
-        return self.op("DequantizeLinear", self.codes(shape, kind), self.float(steps), *zeros, **how)
+        return self.op("DequantizeLinear", self.codes(shape, kind), self.float(steps), *zeros, **attributes)
 
     def codes(self, shape: tuple[int, ...], kind: np.dtype) -> ir.Value:
         """Stored codes over most of a type's range."""

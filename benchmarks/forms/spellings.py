@@ -13,10 +13,10 @@ from .sketch import B64, INT4, INT8, MICROSOFT, UINT8, Form, K, N, Sketch
 Make = Callable[[Sketch], ir.Value]
 
 
-def parameters(s: Sketch, step: ir.Value, point: ir.Value, **how: Any) -> ir.Value:
+def parameters(s: Sketch, step: ir.Value, point: ir.Value, **attributes: Any) -> ir.Value:
     """A MatMul whose activation has this scale and zero point."""
-    codes = s.op("QuantizeLinear", s.x, step, point, **how)
-    return s.matmul(s.op("DequantizeLinear", codes, step, point, **how), s.weight(axis=1))
+    codes = s.op("QuantizeLinear", s.x, step, point, **attributes)
+    return s.matmul(s.op("DequantizeLinear", codes, step, point, **attributes), s.weight(axis=1))
 
 
 def constants(s: Sketch) -> ir.Value:
@@ -73,24 +73,24 @@ def branch(inner: Callable[[Sketch, ir.Value], ir.Value], outer: Make | None = N
     def build(s: Sketch) -> ir.Value:
         before = outer(s) if outer else s.x
         condition = s.op("Greater", s.op("ReduceMax", s.x, keepdims=0), s.float(-99.0))
-        then = s.body("then", (), lambda b: [inner(b, before)])
+        body = s.body("then", (), lambda b: [inner(b, before)])
         other = s.body("other", (), lambda b: [b.matmul(s.x, b.noise(K, N), "float")])
-        return s.op("If", condition, then_branch=then, else_branch=other)
+        return s.op("If", condition, then_branch=body, else_branch=other)
 
     return build
 
 
 def loop(kind: np.dtype, zero: int) -> Make:
     def build(s: Sketch) -> ir.Value:
-        step, going = (
+        step, condition = (
             ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(kind))
             for name, kind in (("i", ir.DataType.INT64), ("going", ir.DataType.BOOL))
         )
         value = ir.Value(name="v", shape=s.x.shape, type=ir.TensorType(s.dtype))
         body = s.body(
             "loop",
-            [step, going, value],
-            lambda b: [b.op("Identity", going), b.matmul(b.activation(value, kind, zero=zero), b.weight(axis=1))],
+            [step, condition, value],
+            lambda b: [b.op("Identity", condition), b.matmul(b.activation(value, kind, zero=zero), b.weight(axis=1))],
         )
         return s.op("Loop", s.constant(1), s.constant(True), s.x, body=body)
 

@@ -14,9 +14,9 @@ FLAT = ("batch", K)
 WIDE = ("batch", 16, 256)
 
 
-def only(name: str, kind: np.dtype, scale: tuple[int, ...], shape: tuple[int, ...] = (K, N), **how: Any) -> Form:
+def only(name: str, kind: np.dtype, scale: tuple[int, ...], shape: tuple[int, ...] = (K, N), **attributes: Any) -> Form:
     """A MatMul of x and a stored weight."""
-    return Form(name, lambda s: s.matmul(s.x, s.weight(shape, kind, scale, **how)))
+    return Form(name, lambda s: s.matmul(s.x, s.weight(shape, kind, scale, **attributes)))
 
 
 def blocks(kind: np.dtype, size: int) -> Form:
@@ -30,27 +30,27 @@ def blocks(kind: np.dtype, size: int) -> Form:
 
 def under(left: np.dtype, right: np.dtype, zero: int = 0, parts: int = 2) -> Form:
     """Blocks under quantized activations."""
-    how = {"axis": 0, "block_size": K // parts}
+    attributes = {"axis": 0, "block_size": K // parts}
     return Form(
         f"{right} in {parts} blocks under {left} activations",
-        lambda s: s.matmul(s.activation(s.x, left, zero=zero), s.weight(kind=right, scale=(parts, N), **how)),
+        lambda s: s.matmul(s.activation(s.x, left, zero=zero), s.weight(kind=right, scale=(parts, N), **attributes)),
     )
 
 
-def twice(s: Sketch, kind: np.dtype, *, dequantizers: int, **how: Any) -> ir.Value:
+def twice(s: Sketch, kind: np.dtype, *, dequantizers: int, **attributes: Any) -> ir.Value:
     """A weight that two GEMMs read."""
     codes = s.codes((K, N), kind)
-    scale = s.float(np.full((2, N) if how.get("block_size") else N, 0.01))
-    values = [s.op("DequantizeLinear", codes, scale, **how) for _ in range(dequantizers)]
+    scale = s.float(np.full((2, N) if attributes.get("block_size") else N, 0.01))
+    values = [s.op("DequantizeLinear", codes, scale, **attributes) for _ in range(dequantizers)]
     return s.op("Add", s.matmul(s.x, values[0]), s.matmul(s.op("Neg", s.x), values[-1], "other"))
 
 
-def turned(kind: np.dtype, scale: tuple[int, ...], **how: Any) -> Form:
+def turned(kind: np.dtype, scale: tuple[int, ...], **attributes: Any) -> Form:
     """A weight [out, in] and a Transpose behind the DequantizeLinear."""
-    label = "blocks" if "block_size" in how else "a scale a channel"
+    label = "blocks" if "block_size" in attributes else "a scale a channel"
     return Form(
         f"{kind} weight only, [out, in], {label}, Transpose",
-        lambda s: s.matmul(s.x, s.op("Transpose", s.weight((N, K), kind, scale, **how), perm=[1, 0])),
+        lambda s: s.matmul(s.x, s.op("Transpose", s.weight((N, K), kind, scale, **attributes), perm=[1, 0])),
     )
 
 
@@ -61,9 +61,9 @@ def cast(s: Sketch) -> ir.Value:
     return s.matmul(s.x, s.op("Cast", values, to=s.dtype.value))
 
 
-def reshaped(s: Sketch, scale: tuple[int, ...], **how: Any) -> ir.Value:
+def reshaped(s: Sketch, scale: tuple[int, ...], **attributes: Any) -> ir.Value:
     """A weight of another rank, and a Reshape behind the DequantizeLinear."""
-    return s.matmul(s.activation(s.x), s.op("Reshape", s.weight((1, K, N), scale=scale, **how), s.constant([K, N])))
+    return s.matmul(s.activation(s.x), s.op("Reshape", s.weight((1, K, N), scale=scale, **attributes), s.constant([K, N])))
 
 
 def quantized(kind: np.dtype) -> Form:

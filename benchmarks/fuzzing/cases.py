@@ -16,7 +16,7 @@ class Case:
 
     Args:
         words: words of the command line, which runs inside the mutant's folder.
-        what: a description of the mutation.
+        mutation: a description of what was changed.
         whole: whether an export runs to its end. Most exports stop before the float graph, which takes seconds.
         judge: called after a command that succeeded. It returns `""` if the result is right, `other` if nothing can tell,
             `equal` if the output must be that of the unmutated input, and otherwise the fault.
@@ -24,7 +24,7 @@ class Case:
     """
 
     words: list[str]
-    what: str
+    mutation: str
     whole: bool = True
     judge: Callable[[], str] = field(default=lambda: "other")
     writes: tuple[str, ...] = ("work/out",)

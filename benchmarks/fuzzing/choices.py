@@ -82,10 +82,10 @@ def save_model(choice: Mapping[str, Any], folder: Path) -> None:
 
     (heads, width), (sample, patch) = choice["heads"], choice["picture"]
     channels = choice["in_channels"]
-    same = ("num_layers", "num_embeds_ada_norm", "activation_fn", "norm_eps", "attention_bias")
+    copied_keys = ("num_layers", "num_embeds_ada_norm", "activation_fn", "norm_eps", "attention_bias")
     model = network(
         num_attention_heads=heads, attention_head_dim=width, sample_size=sample, patch_size=patch, in_channels=channels,
-        out_channels=channels * (1 + choice["learned_sigma"]), **{key: choice[key] for key in same},
+        out_channels=channels * (1 + choice["learned_sigma"]), **{key: choice[key] for key in copied_keys},
     )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

@@ -49,7 +49,7 @@ POLYGRAPHY = (
 )  # fmt: skip
 
 
-def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+def export_folder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
     """Change a file of a finished export, and choose a command that reads it."""
     out = Path(shutil.copytree(materials / "out", work / "out", symlinks=True))
     kind = rng.choice(sorted(READ_BY))
@@ -62,14 +62,14 @@ def finished(rng: random.Random, materials: Path, work: Path, guard: Path) -> Ca
     for folder in (out, work):
         (folder / "x.py").write_text("open('../guard/owned', 'w')")
     if rng.random() < 0.25:
-        what = mutate_path(rng, out / rng.choice(LINKS), guard)
+        mutation = mutate_path(rng, out / rng.choice(LINKS), guard)
     else:
         file = out / rng.choice([name for name in READ_BY[kind] if (out / name).exists()])
-        what = mutate_file(rng, file)
+        mutation = mutate_file(rng, file)
         if rng.random() < 0.5 and file.name != "stages.json":
             record(out, file)
-    judged = kind in ("verify", "audit", "explain")
-    return Case(words, f"{' '.join(words)[:40]}: {what}", judge=(lambda: "equal") if judged else (lambda: "other"))
+    compared = kind in ("verify", "audit", "explain")
+    return Case(words, f"{' '.join(words)[:40]}: {mutation}", judge=(lambda: "equal") if compared else (lambda: "other"))
 
 
 def record(out: Path, file: Path) -> None:
@@ -84,37 +84,38 @@ def record(out: Path, file: Path) -> None:
 def mutate_file(rng: random.Random, file: Path) -> str:
     """Change a file of an output folder, according to its kind."""
     if file.suffix == ".safetensors":
-        what = mutate_header(rng, file)
+        mutation = mutate_header(rng, file)
     elif file.suffix == ".json":
-        data, what = mutate_json(rng, file.read_bytes())
+        data, mutation = mutate_json(rng, file.read_bytes())
         file.write_bytes(data)
     elif file.suffix == ".yaml" and rng.random() < 0.7:
-        document, what = change(rng, yaml.safe_load(file.read_text()))
+        document, mutation = change(rng, yaml.safe_load(file.read_text()))
         file.write_text(yaml.safe_dump(document, sort_keys=False), errors="surrogatepass")
     elif file.name == "command.txt" and rng.random() < 0.8:
-        what = rng.choice(POLYGRAPHY)
-        file.write_bytes(f"{file.read_text().strip()} {what}".encode("latin-1"))
+        mutation = rng.choice(POLYGRAPHY)
+        file.write_bytes(f"{file.read_text().strip()} {mutation}".encode("latin-1"))
     else:
-        data, what = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 200)))
+        data, mutation = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 200)))
         file.write_bytes(data)
-    return f"{file.name}: {what}"
+    return f"{file.name}: {mutation}"
 
 
-SEARCHED = (
+SEARCH_FILES = (
     ".lock", "choices", "statistics", "recipe.yaml", "search.json", "search.svg", "winner.yaml", "evaluations.jsonl",
     "held-back-evaluations.jsonl", ".winner.yaml.new", ".search.json.new", ".recipe.yaml.new", ".partial",
 )  # fmt: skip
 SEARCH = ("--target-sqnr", "30", "--evaluations", "2", "--steps", "1", "--pictures", "1")
 
 
-def searched(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
+def search_folder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
     """Change a file of a finished search, and continue the search."""
     out = Path(shutil.copytree(materials / "search", work / "out", symlinks=True))
     if rng.random() < 0.3:
-        what = mutate_path(rng, out / rng.choice(SEARCHED), guard)
+        mutation = mutate_path(rng, out / rng.choice(SEARCH_FILES), guard)
     else:
-        what = mutate_file(rng, rng.choice([path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"]))
-    return Case(["search", "--model", str(materials / "plain"), *SEARCH, "-o", "out"], what)
+        files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"]
+        mutation = mutate_file(rng, rng.choice(files))
+    return Case(["search", "--model", str(materials / "plain"), *SEARCH, "-o", "out"], mutation)
 
 
 TOKENS = (
@@ -135,13 +136,13 @@ def repository(rng: random.Random, materials: Path, work: Path, guard: Path) -> 
         new = rng.choice(folders) / rng.choice(
             ("²", "-1", "2", "007", "1x", "999999999999999999999", "x.onnx", "[/]", "\x1b[31m")
         )
-        what = mutate_path(rng, rng.choice((file, rng.choice(folders), new)), guard)
+        mutation = mutate_path(rng, rng.choice((file, rng.choice(folders), new)), guard)
     elif file.suffix == ".pbtxt" and kind < 0.8:
-        what = mutate_words(rng, file)
+        mutation = mutate_words(rng, file)
     else:
-        data, what = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 128)))
+        data, mutation = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 128)))
         file.write_bytes(data)
-    return Case(["triton", "--check", "out"], f"{file.parent.name}/{file.name}: {what}", judge=lambda: "equal", writes=())
+    return Case(["triton", "--check", "out"], f"{file.parent.name}/{file.name}: {mutation}", judge=lambda: "equal", writes=())
 
 
 def mutate_words(rng: random.Random, file: Path) -> str:
@@ -169,7 +170,7 @@ def mutate_words(rng: random.Random, file: Path) -> str:
 
 
 FORMATS = (
-    Format("finished folder", 14, finished, accepts=(0, 3, 4)),
-    Format("finished search", 2, searched),
+    Format("finished folder", 14, export_folder, accepts=(0, 3, 4)),
+    Format("finished search", 2, search_folder),
     Format("Triton repository", 8, repository, accepts=(0, 1)),
 )

@@ -91,20 +91,20 @@ def serve(
         jobs: pairs of a new empty folder, for `HOME`, `TMPDIR` and the two outputs, and the work.
     """
     bounds = limits or Limits()
-    waiting, running = iter(jobs), list[_Child]()
+    queue, children = iter(jobs), list[_Child]()
     more = True
-    while more or running:
-        while more and len(running) < workers:
-            job = next(waiting, None)
+    while more or children:
+        while more and len(children) < workers:
+            job = next(queue, None)
             if job is None:
                 more = False
             else:
-                running.append(_fork(*job, bounds))
+                children.append(_fork(*job, bounds))
         time.sleep(POLL)
-        for child in list(running):
+        for child in list(children):
             outcome = _look(child, bounds)
             if outcome:
-                running.remove(child)
+                children.remove(child)
                 yield child.folder, outcome
 
 

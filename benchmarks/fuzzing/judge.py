@@ -41,12 +41,12 @@ def judge(form: Format, root: Path, outcome: Outcome, expected: Mapping[str, str
     if not (root / "before.json").exists():
         return Verdict("no mutant", outcome.stderr.strip().splitlines()[-1] if outcome.stderr.strip() else "")
     case = json.loads((root / "case.json").read_text())
-    changed = _outside(root, case["writes"])
-    if changed:
-        return Verdict("outside", f"outside: {changed}")
+    difference = _outside(root, case["writes"])
+    if difference:
+        return Verdict("outside", f"outside: {difference}")
     if outcome.stopped:
-        where = last_frame(outcome.stderr) or f"{form.name}, {case['words'][0]}"
-        return Verdict("hang" if outcome.stopped == "time" else "memory", f"{outcome.stopped} over: {where}")
+        place = last_frame(outcome.stderr) or f"{form.name}, {case['words'][0]}"
+        return Verdict("hang" if outcome.stopped == "time" else "memory", f"{outcome.stopped} over: {place}")
     trace = "Traceback (most recent call last)" in outcome.stderr
     if trace and "MemoryError" in outcome.stderr[-300:]:
         return Verdict("memory", f"MemoryError in {last_frame(outcome.stderr)}")
@@ -76,12 +76,12 @@ def _accepted(root: Path, outcome: Outcome, words: list[str], expected: Mapping[
         return Verdict("loaded")
     if outcome.status in (3, 4) and "error:" not in outcome.stderr and not outcome.stdout.strip():
         return Verdict("no message", f"status {outcome.status} without an error line")
-    judged = (root / "judged.txt").read_text() if (root / "judged.txt").exists() else "other"
-    if judged == "equal":
-        judged = "" if outcome.stdout == expected.get(" ".join(words)) else "other"
-    if judged == "other":
+    result = (root / "judged.txt").read_text() if (root / "judged.txt").exists() else "other"
+    if result == "equal":
+        result = "" if outcome.stdout == expected.get(" ".join(words)) else "other"
+    if result == "other":
         return Verdict("other verdict")
-    return Verdict("silent", re.sub(r"-?\d+", "N", judged)) if judged else Verdict("right")
+    return Verdict("silent", re.sub(r"-?\d+", "N", result)) if result else Verdict("right")
 
 
 def _outside(root: Path, writes: list[str]) -> str:

@@ -34,10 +34,10 @@ class Payload:
         return os.system, ("echo owned > ../guard/owned",)
 
 
-def export(rng: random.Random, work: Path, what: str, *words: str, whole: float = WHOLE) -> Case:
+def export(rng: random.Random, work: Path, mutation: str, *words: str, whole: float = WHOLE) -> Case:
     """Return a case that exports the model in `work`, to its end for a share of the inputs."""
     goes_on = rng.random() < whole
-    return Case(["--model", "model", *EXPORT, "-o", "out", *words], what, goes_on, lambda: equal_to_diffusers(work))
+    return Case(["--model", "model", *EXPORT, "-o", "out", *words], mutation, goes_on, lambda: equal_to_diffusers(work))
 
 
 def equal_to_diffusers(work: Path) -> str:
@@ -78,9 +78,9 @@ def json_of(name: str, layouts: tuple[str, ...] = ("plain", "published")) -> Cal
         file = copy_model(rng, materials, work, layouts) / name
         if rng.random() < 0.06:
             return export(rng, work, mutate_path(rng, rng.choice((file, file.parent)) if "/" in name else file, guard))
-        data, what = mutate_json(rng, file.read_bytes())
+        data, mutation = mutate_json(rng, file.read_bytes())
         file.write_bytes(data)
-        return export(rng, work, what)
+        return export(rng, work, mutation)
 
     return mutate
 
@@ -95,11 +95,11 @@ def scheduler(rng: random.Random, materials: Path, work: Path, guard: Path) -> C
     name = rng.choice([name for name in SCHEDULERS if hasattr(diffusers, name)])
     config = dict(getattr(diffusers, name)().config)
     config = {**json.loads(json.dumps(config, default=str)), "_class_name": name}
-    data, what = json.dumps(config).encode(), "defaults"
+    data, mutation = json.dumps(config).encode(), "defaults"
     if rng.random() < 0.8:
-        data, what = mutate_json(rng, data)
+        data, mutation = mutate_json(rng, data)
     file.write_bytes(data)
-    return export(rng, work, f"{name}: {what}")
+    return export(rng, work, f"{name}: {mutation}")
 
 
 def decoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
@@ -111,13 +111,13 @@ def decoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Cas
     file = model / "vae" / rng.choice(("config.json", "config.json", "diffusion_pytorch_model.safetensors"))
     kind = rng.random()
     if kind < 0.1:
-        what = mutate_path(rng, file, guard)
+        mutation = mutate_path(rng, file, guard)
     elif file.suffix == ".json":
-        data, what = mutate_json(rng, file.read_bytes())
+        data, mutation = mutate_json(rng, file.read_bytes())
         file.write_bytes(data)
     else:
-        what = mutate_header(rng, file)
-    return Case(["triton", "out"], f"{file.name}: {what}")
+        mutation = mutate_header(rng, file)
+    return Case(["triton", "out"], f"{file.name}: {mutation}")
 
 
 def mutate_header(rng: random.Random, file: Path) -> str:
@@ -127,18 +127,18 @@ def mutate_header(rng: random.Random, file: Path) -> str:
     header, body = data[8 : 8 + length], data[8 + length :]
     kind = rng.random()
     if kind < 0.6:
-        header, what = mutate_json(rng, header)
+        header, mutation = mutate_json(rng, header)
         mutant = len(header).to_bytes(8, "little") + header + body
     elif kind < 0.75:
         field = rng.choice((0, 1, length - 1, length + 1, len(data), 2**31, 2**63, 2**64 - 1, 10**8))
-        mutant, what = field.to_bytes(8, "little") + data[8:], f"length {field}"
+        mutant, mutation = field.to_bytes(8, "little") + data[8:], f"length {field}"
     elif kind < 0.9:
-        mutant, what = mutate_bytes(rng, data, length)
+        mutant, mutation = mutate_bytes(rng, data, length)
     else:
-        body, what = mutate_bytes(rng, body)
+        body, mutation = mutate_bytes(rng, body)
         mutant = data[: 8 + length] + body
     file.write_bytes(mutant)
-    return what
+    return mutation
 
 
 def safetensors(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
@@ -147,12 +147,12 @@ def safetensors(rng: random.Random, materials: Path, work: Path, guard: Path) ->
     file = rng.choice(sorted(folder.glob("*.safetensors")))
     kind = rng.random()
     if kind < 0.08:
-        what = mutate_path(rng, file, guard)
+        mutation = mutate_path(rng, file, guard)
     elif kind < 0.7:
-        what = mutate_header(rng, file)
+        mutation = mutate_header(rng, file)
     else:
-        what = mutate_content(rng, file)
-    return export(rng, work, what)
+        mutation = mutate_content(rng, file)
+    return export(rng, work, mutation)
 
 
 def mutate_content(rng: random.Random, file: Path) -> str:
@@ -161,17 +161,17 @@ def mutate_content(rng: random.Random, file: Path) -> str:
     from safetensors.torch import load_file, save_file
 
     state = load_file(file)
-    content, what = _tensors(rng, state)
-    kept = {}
+    content, mutation = _tensors(rng, state)
+    tensors = {}
     for name, value in content.items() if isinstance(content, dict) else state.items():
         plain = isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         if plain and not value.is_meta and value.numel() < 1 << 20:
-            kept[name] = value.detach().contiguous().clone()
+            tensors[name] = value.detach().contiguous().clone()
     if rng.random() < 0.3:
         dtype = rng.choice((torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64))
-        kept, what = {name: value.to(dtype) for name, value in kept.items()}, f"{what}, all {dtype}"
-    save_file(kept, file, metadata=rng.choice((None, {"format": "pt"}, {"format": "tf"}, {"x": "y"})))
-    return what
+        tensors, mutation = {name: value.to(dtype) for name, value in tensors.items()}, f"{mutation}, all {dtype}"
+    save_file(tensors, file, metadata=rng.choice((None, {"format": "pt"}, {"format": "tf"}, {"x": "y"})))
+    return mutation
 
 
 def index(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
@@ -182,9 +182,9 @@ def index(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
     if kind < 0.1:
         return export(rng, work, mutate_path(rng, file, guard))
     if kind < 0.6:
-        data, what = mutate_json(rng, file.read_bytes())
+        data, mutation = mutate_json(rng, file.read_bytes())
         file.write_bytes(data)
-        return export(rng, work, what)
+        return export(rng, work, mutation)
     document = json.loads(file.read_bytes())
     names = document["weight_map"]
     key = rng.choice(sorted(names))
@@ -243,16 +243,16 @@ def binary(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case
     if kind < 0.08:
         return export(rng, work, mutate_path(rng, file, guard))
     if kind < 0.5:
-        data, what = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 200, 4000)))
+        data, mutation = mutate_bytes(rng, file.read_bytes(), rng.choice((None, 200, 4000)))
         file.write_bytes(data)
-        return export(rng, work, what)
+        return export(rng, work, mutation)
     state = torch.load(file, weights_only=True)
-    content, what = _tensors(rng, state)
+    content, mutation = _tensors(rng, state)
     if kind < 0.55:
         file.write_bytes(pickle.dumps(content))
-        return export(rng, work, f"a bare pickle of {what}")
+        return export(rng, work, f"a bare pickle of {mutation}")
     torch.save(content, file, _use_new_zipfile_serialization=rng.random() < 0.8)
-    return export(rng, work, what)
+    return export(rng, work, mutation)
 
 
 FORMATS = (

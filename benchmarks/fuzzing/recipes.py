@@ -65,48 +65,48 @@ def recipe(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case
     file = work / "recipe.yaml"
     text = (materials / "out" / "recipe.yaml").read_text()
     kind = rng.random()
-    goes_on = rng.random() < 0.03
+    whole = rng.random() < 0.03
     words = ["--recipe", file.name, "-o", "out", *EXPORT]
     if kind < 0.3:
         name = rng.choice(list(EXPLODING))
         file.write_text(EXPLODING[name] + (text if rng.random() < 0.3 else ""), errors="surrogatepass")
-        return Case(words, name, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
+        return Case(words, name, whole, lambda: changed_values(file, work / "out" / "recipe.yaml"))
     file.write_text(text)
     if kind < 0.35:
-        return Case(words, mutate_path(rng, file, guard), goes_on)
+        return Case(words, mutate_path(rng, file, guard), whole)
     if kind < 0.5:
-        data, what = mutate_bytes(rng, text.encode())
+        data, mutation = mutate_bytes(rng, text.encode())
         file.write_bytes(data)
-        return Case(words, what, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
-    document, what = _changed(rng, yaml.safe_load(text))
+        return Case(words, mutation, whole, lambda: changed_values(file, work / "out" / "recipe.yaml"))
+    document, mutation = _mutate(rng, yaml.safe_load(text))
     file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=rng.random() < 0.5), errors="surrogatepass")
-    return Case(words, what, goes_on, lambda: kept(file, work / "out" / "recipe.yaml"))
+    return Case(words, mutation, whole, lambda: changed_values(file, work / "out" / "recipe.yaml"))
 
 
-def _changed(rng: random.Random, document: Any) -> tuple[Any, str]:
+def _mutate(rng: random.Random, document: Any) -> tuple[Any, str]:
     if rng.random() < 0.3:
         pattern = rng.choice(PATTERNS)
         document["rules"].insert(0, {"match": pattern, "action": rng.choice(("float", "w8a8", "w4a16", "fp8"))})
         return document, f"rule {pattern!r:.60}"
     words = []
     for _ in range(rng.choice((1, 1, 2))):
-        document, what = change(rng, document)
-        words.append(what)
+        document, mutation = change(rng, document)
+        words.append(mutation)
     return document, "; ".join(words)
 
 
-def kept(source: Path, written: Path) -> str:
+def changed_values(source: Path, output: Path) -> str:
     """Return the values of an accepted recipe that differ in the recipe that the export wrote."""
-    if not written.is_file():
+    if not output.is_file():
         return "other"
-    before, after = yaml.safe_load(source.read_bytes()), yaml.safe_load(written.read_bytes())
+    before, after = yaml.safe_load(source.read_bytes()), yaml.safe_load(output.read_bytes())
     flags = {"steps", "calib_size", "parity_size", "min_sqnr", "model"}
-    lost = [
+    changes = [
         key
         for key in before
         if key not in flags and before[key] is not None and key != "rules" and before[key] != after.get(key, "not there")
     ]
-    return f"silent: {', '.join(map(str, lost))} became another value" if lost else ""
+    return f"silent: {', '.join(map(str, changes))} became another value" if changes else ""
 
 
 def options(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:

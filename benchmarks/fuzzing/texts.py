@@ -21,8 +21,8 @@ ENCODER = (
 )  # fmt: skip
 
 
-def _export(words: list[str], what: str) -> Case:
-    return Case(["calibrate", "--model", "model", *EXPORT, "-o", "out", *words], what, whole=False)
+def _export(words: list[str], mutation: str) -> Case:
+    return Case(["calibrate", "--model", "model", *EXPORT, "-o", "out", *words], mutation, whole=False)
 
 
 def _model(materials: Path, work: Path) -> Path:
@@ -41,9 +41,9 @@ def prompts(rng: random.Random, materials: Path, work: Path, guard: Path) -> Cas
     if kind < 0.15:
         return _export(words, mutate_path(rng, file, guard))
     if kind < 0.35:
-        data, what = mutate_bytes(rng, file.read_bytes())
+        data, mutation = mutate_bytes(rng, file.read_bytes())
         file.write_bytes(data)
-        return _export(words, what)
+        return _export(words, mutation)
     if kind < 0.4:
         words = [*words, f"--conditions={value(rng)}".replace("\0", "")[:5000].encode("utf-8", "replace").decode()]
     return _export(words, f"{len(lines)} lines, {lines[:1]!r:.60}")
@@ -54,8 +54,8 @@ def conditions(rng: random.Random, materials: Path, work: Path, guard: Path) -> 
     _model(materials, work)
     shutil.rmtree(work / "model" / "text_encoder")
     file = Path(shutil.copyfile(materials / "conditions.safetensors", work / "conditions.safetensors"))
-    what = mutate_path(rng, file, guard) if rng.random() < 0.1 else mutate_header(rng, file)
-    return _export(["--conditions", file.name], what)
+    mutation = mutate_path(rng, file, guard) if rng.random() < 0.1 else mutate_header(rng, file)
+    return _export(["--conditions", file.name], mutation)
 
 
 def encoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Case:
@@ -68,13 +68,13 @@ def encoder(rng: random.Random, materials: Path, work: Path, guard: Path) -> Cas
     if rng.random() < 0.08:
         return _export([], f"{file.name}: {mutate_path(rng, rng.choice((file, file.parent)), guard)}")
     if file.suffix == ".json":
-        data, what = mutate_json(rng, file.read_bytes())
+        data, mutation = mutate_json(rng, file.read_bytes())
         file.write_bytes(data)
     elif file.suffix == ".safetensors":
-        what = mutate_header(rng, file)
+        mutation = mutate_header(rng, file)
     else:
-        what = "no SentencePiece"
-    return _export([], f"{file.name}: {what}")
+        mutation = "no SentencePiece"
+    return _export([], f"{file.name}: {mutation}")
 
 
 FORMATS = (

@@ -121,10 +121,10 @@ def mutate_bytes(rng: random.Random, data: bytes, until: int | None = None) -> t
     at, much = rng.randrange(size), rng.choice((1, 1, 2, 4, 8, 64))
     kind = rng.choice(("flip", "flip", "flip", "cut", "remove", "repeat", "insert", "ones", "append"))
     if kind == "flip":
-        changed = bytearray(data or b"\0")
+        mutant = bytearray(data or b"\0")
         for _ in range(much):
-            changed[rng.randrange(min(size, len(changed)))] = rng.randrange(256)
-        return bytes(changed), f"{much} bytes flipped"
+            mutant[rng.randrange(min(size, len(mutant)))] = rng.randrange(256)
+        return bytes(mutant), f"{much} bytes flipped"
     mutants = {
         "cut": data[:at],
         "remove": data[:at] + data[at + much :],

@@ -37,7 +37,7 @@ def conditions_of(model: str) -> Path | None:
 def load_model(model: str) -> Reference:
     """Load a model with its conditions. The prompts of a text-to-image model are encoded."""
     path = conditions_of(model)
-    recipe, source = pin(Recipe(model=model, conditions=None if path is None else str(path)))
+    recipe, source = pin(Recipe.parse({"model": model, "conditions": None if path is None else str(path)}, "benchmark"))
     reference = load(source)
     if path is not None:
         reference.conditions = load_conditions(path)

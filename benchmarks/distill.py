@@ -1,10 +1,11 @@
 """Measures the gain of block-wise training over GPTQ, with real engines of dit-digits, its hard copy and pixart-digits.
 
-    pip install ".[cpu,metrics]" && python benchmarks/distill.py [--models plain hard text] [--forms NAME ...] [--iterations N]
+    pip install ".[cpu,metrics]" && python benchmarks/distill.py [--models plain hard text] [--forms NAME ...] [--json FILE]
     python benchmarks/distill.py --ablation     tables only, weights only, no biases, with and without weight dilation
 
 A row has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory, and of ten pictures from the
-same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training.
+same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training. `--json` writes a result
+file for `benchmarks/measured.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from result_table import ResultTable
 
 from dq_export.core.recipe import Recipe
 from dq_export.families.source import MODELS, PACKAGED
@@ -44,10 +47,12 @@ ABLATION: dict[str, dict[str, Any]] = {
     "all, weight dilation": {"scaling": "dilate"},
     "all, no scaling": {"scaling": "none"},
 }
-Figures = tuple[float, float, float]
+COLUMNS = ("model", "bits, scales", "mean of the calls, dB", "worst call", "ten pictures", "CPU s of the training")
+TITLES = {"plain": "dit-digits", "hard": "hard copy", "text": "pixart-digits"}
+Decibels = tuple[float, float, float]
 
 
-def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figures, float]:
+def measure(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Decibels, float]:
     """Export, and return ((mean call, worst call, pictures) in dB, CPU seconds)."""
     guidance = MODELS.get(model, ("", 2.0))[1]
     recipe = Recipe.parse({"model": model, "guidance_scale": guidance, "min_sqnr": -200, **options}, "benchmark")
@@ -61,35 +66,36 @@ def figures(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Figur
     return (report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr), seconds
 
 
-def row(name: str, label: str, model: str, options: Mapping[str, Any], training: Mapping[str, Any], temporary: Path) -> None:
-    """Print the figures of an export with GPTQ, and the gain of training."""
+def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the figures of an export with GPTQ and the gain of training, behind the names of model and form."""
     calibration = {key: value for key, value in training.items() if not key.startswith("distill_")}
-    before, plain = figures(model, {**options, **calibration, "rounding": "gptq"}, temporary / name / label / "gptq")
-    after, trained = figures(model, {**options, **training, "rounding": "distill"}, temporary / name / label / "distill")
-    cells = [f"{old:.1f} {new - old:+.1f}" for old, new in zip(before, after, strict=True)]
-    print(f"| {name} | {label} | {' | '.join(cells)} | {trained - plain:.0f} |", flush=True)
+    before, gptq_seconds = measure(model, {**options, **calibration, "rounding": "gptq"}, folder / "gptq")
+    after, seconds = measure(model, {**options, **training, "rounding": "distill"}, folder / "distill")
+    gains = [f"{old:.1f} {new - old:+.1f}" for old, new in zip(before, after, strict=True)]
+    return [*gains, f"{seconds - gptq_seconds:.0f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["plain"], choices=("plain", "hard", "text"))
+    parser.add_argument("--models", nargs="*", default=["plain"], choices=tuple(TITLES))
     parser.add_argument("--forms", nargs="*", default=list(FORMS), help="words that a form's name must begin with")
     parser.add_argument("--iterations", type=int, default=150, help="iterations of a block")
     parser.add_argument("--ablation", action="store_true", help="parts of the training, of w4a4 per timestep")
+    parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
-    print("| model | form | SQNR a call | worst | pictures | CPU s |\n|---|---|---|---|---|---|", flush=True)
-    training = {"distill_iterations": options.iterations}
+    table, training = ResultTable(COLUMNS, options.json), {"distill_iterations": options.iterations}
+    if options.ablation:
+        exports = {label: (FORMS["w4a4 per timestep"], {**training, **changes}) for label, changes in ABLATION.items()}
+    else:
+        labels = [label for label in FORMS if any(label.startswith(word) for word in options.forms)]
+        exports = {label: (FORMS[label], training) for label in labels}
     with tempfile.TemporaryDirectory() as temporary:
         models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model"), "text": "pixart-digits"}
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
         for name in options.models:
-            if options.ablation:
-                for label, changes in ABLATION.items():
-                    row(name, label, models[name], FORMS["w4a4 per timestep"], {**training, **changes}, Path(temporary))
-                continue
-            for label, form in FORMS.items():
-                if any(label.startswith(word) for word in options.forms):
-                    row(name, label, models[name], form, training, Path(temporary))
+            for label, (form, changes) in exports.items():
+                figures = cells(models[name], form, changes, Path(temporary) / name / label)
+                table.add([TITLES[name], label, *figures])
 
 
 if __name__ == "__main__":

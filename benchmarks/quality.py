@@ -8,13 +8,13 @@
 Each row is a real engine. It has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory; the
 SQNR of ten pictures from the same noise; the share of digits that are read as requested; the Frechet distance from real digits;
 megabytes on disk; the speed against the float graph on ONNX Runtime, timed in turn; and the share of the quantized FLOPs in low
-precision. Peers are installed into their own virtual environments below --peers-folder.
+precision. Peers are installed into their own virtual environments below --peers-folder. `--json` writes a result file for
+`benchmarks/measured.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 from digits import conditions_and_digits, conditions_of, load_model
+from figures import Figures
 from reading import Reader
+from result_table import ResultTable
 
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import BackendError
@@ -82,10 +84,10 @@ PEERS = {
     "modelopt": ("nvidia-modelopt ONNX int8, max", ["torch==2.13.0", "nvidia-modelopt[onnx]==0.47.0"]),
     "nncf": ("NNCF, transformer preset, OpenVINO", ["nncf==3.4.0", "openvino==2026.4.1", "onnx==1.23.2"]),
 }
-HEADER = (
-    "| model | recipe | SQNR a call | worst | pictures | digits read | Frechet | MB | speed | coverage |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = (
+    "model", "recipe", "SQNR of a call, dB", "worst", "of pictures", "digits read", "Frechet distance", "MB", "speed",
+    "low precision",
+)  # fmt: skip
 
 
 class Bench:
@@ -96,40 +98,38 @@ class Bench:
         self.steps, self.keep = options.steps, options.keep
         self.reference: Reference = load_model(model)
         self.guidance = 1.0 if self.reference.guided_by == "nothing" else MODELS.get(model, ("", 2.0))[1]
-        self.rows: list[dict[str, Any]] = []
 
-    def parsed(self, options: Mapping[str, Any]) -> Recipe:
+    def recipe(self, options: Mapping[str, Any]) -> Recipe:
         """Return a recipe of the model."""
         conditions = conditions_of(self.model)
-        draws = {} if conditions is None else {"conditions": str(conditions)}
-        return Recipe.parse(
-            {"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200, **draws, **options}, "benchmark"
-        )
+        draws: dict[str, Any] = {} if conditions is None else {"conditions": str(conditions)}
+        draws |= {"model": self.model, "guidance_scale": self.guidance, "min_sqnr": -200}
+        return Recipe.parse({**draws, **options}, "benchmark")
 
-    def recipe(self, label: str, options: Mapping[str, Any]) -> None:
-        """Export with a recipe and add its row."""
-        parsed = self.parsed(options)
+    def export(self, label: str, options: Mapping[str, Any]) -> Figures:
+        """Export with a recipe and measure its engine."""
         out = self.temporary / self.name / label
-        report = run(parsed, out)
+        report = run(self.recipe(options), out)
+        assert report
         assert report.parity
         assert report.latency
         assert report.size
         assert report.audit
         worst = report.worst_call("engine")
         assert worst
-        figures = self.digits(open_graph(out / "model.onnx"), label)
-        self.row(
-            label, report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr, figures,
-            report.size.engine_bytes, report.latency.ratio, report.audit.coverage,
+        read, distance = self.digits(open_graph(out / "model.onnx"), label)
+        return Figures(
+            sqnr=report.mean_sqnr("engine"), worst=worst.sqnr, pictures=report.parity.trajectories[0].sqnr, read=read,
+            distance=distance, size=report.size.engine_bytes, speed=report.latency.ratio, coverage=report.audit.coverage,
         )  # fmt: skip
 
-    def peer(self, key: str, folder: Path) -> None:
-        """Quantize the same float graph with a peer, and add its row."""
+    def peer(self, key: str, folder: Path) -> Figures | str:
+        """Quantize the same float graph with a peer and measure its engine. Return the error if it fails."""
         label, packages = PEERS[key]
         out = self.temporary / self.name / label
         source = self.temporary / self.name / "float"
         if not source.exists():
-            run(self.parsed({"parity_size": 8}), self.temporary / self.name / "whole", until="verify")
+            run(self.recipe({"parity_size": 8}), self.temporary / self.name / "whole", until="verify")
             shutil.copytree(self.temporary / self.name / "whole" / "float", source)  # a copy: peers refuse hard links
             np.savez(source / "feeds.npz", **self.calls())
         out.mkdir(parents=True)
@@ -143,23 +143,21 @@ class Bench:
         ]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
-            print(f"| {self.name} | {label} | failed: {process.stderr.strip().splitlines()[-1][:200]} |", flush=True)
-            return
+            return f"failed: {process.stderr.strip().splitlines()[-1][:200]}"
         recording = Recording.load(self.temporary / self.name / "whole" / "parity")
-        parsed = Recipe.load(self.temporary / self.name / "whole" / "recipe.yaml")
+        recipe = Recipe.load(self.temporary / self.name / "whole" / "recipe.yaml")
         try:
             engine = _openvino(target) if key == "nncf" else _session(target)
             calls = [difference(y, engine(feed)).sqnr for feed, y in zip(recording.feeds, recording.outputs, strict=True)]
-            pictures = difference(recording.pictures, draw(self.reference, engine, parsed)).sqnr
-            figures = self.digits(engine, label)
+            pictures = difference(recording.pictures, draw(self.reference, engine, recipe)).sqnr
+            read, distance = self.digits(engine, label)
             small = {name: np.asarray(value)[:2] for name, value in recording.feeds[0].items()}
             times = measure({"float": open_graph(source / "model.onnx"), "peer": engine}, small)
-        except (BackendError, RuntimeError, ValueError, *session_errors()) as error:  # the row reports it
-            print(f"| {self.name} | {label} | does not run: {str(error).splitlines()[0][:200]} |", flush=True)
-            return
+        except (BackendError, RuntimeError, ValueError, *session_errors()) as error:
+            return f"does not run: {str(error).splitlines()[0][:200]}"
         size = sum(path.stat().st_size for path in out.iterdir() if path.name != "fixed.onnx")
         speed = times["float"].median / times["peer"].median
-        self.row(label, float(np.mean(calls)), min(calls), pictures, figures, size, speed, float("nan"))
+        return Figures(float(np.mean(calls)), min(calls), pictures, read, distance, size, speed, coverage=float("nan"))
 
     def calls(self) -> dict[str, Any]:
         """Return the peers' calibration data: every second call of the 16 pictures that dq-export's calibration samples."""
@@ -187,28 +185,6 @@ class Bench:
             self.keep.mkdir(parents=True, exist_ok=True)
             save_pictures(self.keep / f"{self.name} {label.replace('/', ' ')}.png", [pictures[:20]])
         return float((self.reader.read(pictures) == digits).mean()), self.reader.distance(pictures)
-
-    def row(
-        self,
-        label: str,
-        call: float,
-        worst: float,
-        pictures: float,
-        digits: tuple[float, float],
-        size: int,
-        speed: float,
-        share: float,
-    ) -> None:
-        """Print a row and keep it."""
-        figures = [call, worst, pictures, *digits, size / 1e6, speed, share]
-        keys = ("sqnr", "worst", "pictures", "read", "frechet", "mb", "speed", "coverage")
-        self.rows.append({"model": self.name, "recipe": label, **dict(zip(keys, figures, strict=True))})
-        covered = f"{share:.0%}" if np.isfinite(share) else "-"
-        print(
-            f"| {self.name} | {label} | {call:.1f} | {worst:.1f} | {pictures:.1f} | {digits[0]:.1%} | {digits[1]:.3f} | "
-            f"{size / 1e6:.2f} | {speed:.2f}x | {covered} |",
-            flush=True,
-        )
 
 
 def _environment(folder: Path, packages: list[str]) -> str:
@@ -260,11 +236,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="digits to draw for reading and distance")
     parser.add_argument("--steps", type=int, default=25, help="sampler steps of those digits")
     parser.add_argument("--keep", type=Path, help="folder for a strip of twenty digits of every row")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
     reader = Reader.train()
-    rows: list[dict[str, Any]] = []
-    print(HEADER, flush=True)
+    table = ResultTable(COLUMNS, options.json)
     with tempfile.TemporaryDirectory() as temporary:
         models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model"), "text": "pixart-digits"}
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
@@ -272,15 +247,22 @@ def main() -> None:
             model = models.get(name, name)
             bench = Bench(Path(name).name, model, Path(temporary), options, reader)
             read, distance = bench.digits(bench.reference.forward, "PyTorch")
-            print(f"| {bench.name} | PyTorch float32 | | | | {read:.1%} | {distance:.3f} | | | |", flush=True)
+            table.add([bench.name, "PyTorch float32", "", "", "", f"{read:.1%}", f"{distance:.3f}", "", "", ""])
             for label, recipe in RECIPES.items():
                 if any(label.startswith(word) for word in options.recipes):
-                    bench.recipe(label, recipe)
+                    table.add([bench.name, label, *cells(bench.export(label, recipe))])
             for key in PEERS if options.peers == [] else options.peers or ():
-                bench.peer(key, options.peers_folder)
-            rows += bench.rows
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                result = bench.peer(key, options.peers_folder)
+                if isinstance(result, Figures):
+                    table.add([bench.name, PEERS[key][0], *cells(result)])
+                else:
+                    print(f"{bench.name}, {PEERS[key][0]}: {result}", flush=True)
+
+
+def cells(figures: Figures) -> list[str]:
+    """Return the cells behind the names of model and recipe."""
+    digits = [f"{figures.read:.1%}", f"{figures.distance:.3f}"]
+    return [*figures.decibels(), *digits, figures.megabytes(), f"{figures.speed:.2f}x", figures.low_precision()]
 
 
 if __name__ == "__main__":

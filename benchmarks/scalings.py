@@ -53,7 +53,8 @@ def main() -> None:
                         )
                         out = Path(temporary) / "out" / f"{Path(model).name}-{scaling}-{bins}-{method}"
                         report = run(recipe, out, until="verify")
-                        assert report.parity is not None
+                        assert report
+                        assert report.parity
                         trajectory = next(t.sqnr for t in report.parity.trajectories if t.stage == "engine")
                         cells.append(f"{report.mean_sqnr('engine'):.1f} ({trajectory:.1f})")
                     label = "static" if bins == 1 else "per timestep"

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dq_export.core.recipe import Recipe
 from dq_export.search.explore import explore
 from dq_export.search.request import SearchRequest
 from dq_export.search.space import CHOICES, Q_DIT
 
-ROWS = (
+ROWS: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
     ("Q-DiT: evolution over group sizes", "evolve", Q_DIT, {"format": "onnx", "scaling": "none"}),
     ("Q-DiT's evolution over group sizes, with our scaling", "evolve", Q_DIT, {"format": "onnx"}),
     ("evolution in our space", "evolve", CHOICES, {}),

@@ -15,8 +15,6 @@ file for `benchmarks/measured.py`.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import queue
 import random
 import re
@@ -29,15 +27,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import server
+from result_table import ResultTable
 from serving_requests import ask, memory, tensors
-
-from dq_export.machine import cpu_name, versions
 
 STEPS = (10, 20, 30, 50)
 CLIENTS = 32
@@ -209,7 +205,7 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         if options.first:
             row = first_pictures(folder, options.model, options.first)
-            save(options.json, [text.format(count=options.first) for text in STARTS], [row])
+            ResultTable([text.format(count=options.first) for text in STARTS], options.json).add(row)
             return
         for rows in SINGLE:
             single(folder / "out" / "triton", rows)
@@ -217,7 +213,9 @@ def main() -> None:
             results = [row for guidance in (2.0, 1.0) for row in loads(running, guidance, options)]
             before, after = bad_requests(running, 1000, options.model)
     print(f"memory of the server's processes: {before:.1f} -> {after:.1f} MB")
-    save(options.json, LOADS, table(results))
+    table = ResultTable(LOADS, options.json)
+    for row in side_by_side(results):
+        table.add(row)
 
 
 def first_pictures(folder: Path, network: str, count: int) -> list[str]:
@@ -238,7 +236,7 @@ def first_pictures(folder: Path, network: str, count: int) -> list[str]:
     return [network, f"{statistics.median(ready):.1f}", times, f"{statistics.median(memories):.0f}"]
 
 
-def table(results: Sequence[tuple[float, Load]]) -> list[list[str]]:
+def side_by_side(results: Sequence[tuple[float, Load]]) -> list[list[str]]:
     """Return the table's rows: a load on one picture at a time beside the same load on shared calls."""
     rows = []
     for guidance in dict.fromkeys(guidance for guidance, _ in results):
@@ -251,16 +249,6 @@ def table(results: Sequence[tuple[float, Load]]) -> list[list[str]]:
             figures = [f"{load.requests:.1f}, {load.median:.2f}" for load in (alone, shared)]
             rows.append([name, pictures, *figures, f"{shared.rows:.1f}"])
     return rows
-
-
-def save(path: Path | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a result file, if a path is named."""
-    if path is None:
-        return
-    installed, words = versions(), [word for word in sys.argv[1:] if word not in ("--json", str(path))]
-    machine = f"{os.cpu_count()} cores, {cpu_name()}; torch {installed['torch']}, ONNX Runtime {installed['onnxruntime']}"
-    content = {"command": " ".join(["python benchmarks/serving.py", *words]), "machine": machine, "date": str(date.today())}
-    path.write_text(json.dumps({**content, "columns": columns, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def loads(running: server.Server, guidance: float, options: argparse.Namespace) -> list[tuple[float, Load]]:

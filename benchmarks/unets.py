@@ -3,20 +3,20 @@
     pip install ".[cpu,metrics]" && python benchmarks/unets.py unet-digits [--networks class text] [--bits w8a8 w6a6 w4a8]
 
 The figures are those of `benchmarks/quality.py`, whose engines these are. A published method is taken as far as options express
-it: what it trains is left out, because rounding distill needs a chain of blocks, which a UNet is not.
+it: what it trains is left out, because rounding distill needs a chain of blocks, which a UNet is not. `--json` writes a result
+file for `benchmarks/measured.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from quality import Bench
 from reading import Reader
+from result_table import ResultTable
 
 SMALL = {"calib_size": 8, "parity_size": 4}
 """Pictures."""
@@ -35,7 +35,7 @@ COLUMNS = ("network", "recipe", "SQNR of a call, dB", "worst", "of pictures", "d
 
 
 def main() -> None:
-    """Export and measure; print the rows, and write a result file that `benchmarks/measured.py` reads."""
+    """Export, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of examples/train_unet_digits.py")
     parser.add_argument("--networks", nargs="*", default=["class", "text"], choices=["class", "text"])
@@ -43,28 +43,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="digits to draw for reading")
     parser.add_argument("--steps", type=int, default=20, help="of every picture")
     parser.add_argument("--keep", type=Path, help="folder for a strip of twenty digits of every row")
-    parser.add_argument("--rows", type=Path, help="also write the table's rows there, as JSON")
+    parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
-    reader, rows = Reader.train(), []
+    reader, table = Reader.train(), ResultTable(COLUMNS, options.json)
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.networks:
             bench = Bench(name, str(options.folder / name), Path(temporary), options, reader)
-            read, distance = bench.digits(bench.reference.forward, "PyTorch")
-            print(f"{name}: PyTorch float32, {read:.1%} of digits read, Frechet distance {distance:.3f}", flush=True)
-            rows.append([name, "PyTorch float32", "", "", "", f"{read:.1%}", "", ""])
+            read, _ = bench.digits(bench.reference.forward, "PyTorch")
+            table.add([name, "PyTorch float32", "", "", "", f"{read:.1%}", "", ""])
             for bits in options.bits:
                 for label, values in RECIPES.items():
-                    bench.recipe(f"{bits} {label}", {"bits": bits, "steps": options.steps, **SMALL, **PLAIN, **values})
-                    rows.append(cells(bench.rows[-1]))
-                    if options.rows:
-                        options.rows.write_text(json.dumps({"columns": COLUMNS, "rows": rows}, indent=1) + "\n")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    figures = [f"{row[key]:.1f}" for key in ("sqnr", "worst", "pictures")]
-    share = f"{row['coverage']:.0%}" if np.isfinite(row["coverage"]) else "-"
-    return [row["model"], row["recipe"], *figures, f"{row['read']:.1%}", f"{row['mb']:.2f}", share]
+                    recipe = {"bits": bits, "steps": options.steps, **SMALL, **PLAIN, **values}
+                    figures = bench.export(f"{bits} {label}", recipe)
+                    digits = [f"{figures.read:.1%}", figures.megabytes(), figures.low_precision()]
+                    table.add([name, f"{bits} {label}", *figures.decibels(), *digits])
 
 
 if __name__ == "__main__":

@@ -267,6 +267,20 @@ def test_names_tell_what_they_hold() -> None:
     assert odd == []
 
 
+def test_files_and_functions_of_scripts_are_small() -> None:
+    large = []
+    for path in [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]:
+        text = path.read_text()
+        large += [f"{path.relative_to(ROOT)}: {count} lines"] if (count := len(text.splitlines())) > 300 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                parameters = [item.arg for item in arguments if item.arg != "self"]
+                if len(parameters) > 6:
+                    large.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {len(parameters)} parameters")
+    assert large == []
+
+
 def test_every_package_that_the_tests_install_is_pinned() -> None:
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():

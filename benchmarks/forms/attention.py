@@ -33,7 +33,7 @@ def fused(kind: np.dtype = INT8, scale: tuple[int, ...] = (3 * N,), heads: int =
     """One GEMM for q, k and v."""
 
     def build(s: Sketch) -> ir.Value:
-        attributes = {"axis": 1} if scale else {}
+        attributes: dict[str, Any] = {"axis": 1} if scale else {}
         weight = (
             s.activation(s.noise(K, 3 * N), kind, np.full(scale, 0.01), **attributes)
             if floats

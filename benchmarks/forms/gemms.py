@@ -23,7 +23,7 @@ def form(name: str, build: Any, **more: Any) -> Form:
 
 def typed(kind: np.dtype, zero: int, *, transposed: bool) -> Form:
     """A Gemm of stored weights [in, out] or [out, in]."""
-    attributes = {"axis": 0} if transposed else {"axis": 1}
+    attributes: dict[str, Any] = {"axis": 0} if transposed else {"axis": 1}
     return form(
         f"{kind}{' transB' if transposed else ''}",
         lambda s: gemm(s, s.activation(s.x, kind, zero=zero), s.weight(**attributes), transB=int(transposed)),

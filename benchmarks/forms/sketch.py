@@ -16,7 +16,7 @@ INT8, UINT8, INT16, UINT16, INT32 = (np.dtype(kind) for kind in (np.int8, np.uin
 INT4, UINT4, INT2 = (np.dtype(kind) for kind in (ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2))
 FP8, E5M2, FP4 = (np.dtype(kind) for kind in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn))
 MICROSOFT = "com.microsoft"
-B64 = {"axis": 0, "block_size": 64}
+B64: dict[str, Any] = {"axis": 0, "block_size": 64}
 
 
 class Sketch:

@@ -30,7 +30,7 @@ def blocks(kind: np.dtype, size: int) -> Form:
 
 def under(left: np.dtype, right: np.dtype, zero: int = 0, parts: int = 2) -> Form:
     """Blocks under quantized activations."""
-    attributes = {"axis": 0, "block_size": K // parts}
+    attributes: dict[str, Any] = {"axis": 0, "block_size": K // parts}
     return Form(
         f"{right} in {parts} blocks under {left} activations",
         lambda s: s.matmul(s.activation(s.x, left, zero=zero), s.weight(kind=right, scale=(parts, N), **attributes)),

@@ -23,7 +23,7 @@ from .families.prompts import conditions_of
 from .families.reference import ModelError, Reference
 from .memory import plan_memory
 from .sizes import plan_shapes, require_sizes
-from .stages.appearance import require_appearance
+from .stages.appearance import latent_shape, require_appearance
 from .stages.layout import layout_timesteps, require_layout
 from .stages.stage import Prepared, Stage
 from .stages.triton import TRITON, require_encoder_bits, require_served
@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         require_prompts(source.family, source.checkpoint, recipe.prompts)
     reference = load(source, progress.advance, place)
     progress.begin("load", TRACING)  # at the first question for its linears
-    _require_decoder(recipe, reference)
+    verified = VERIFY.name in memory.stages
     resolved = resolve(recipe, options.exclude, reference, backend)
     assigned = resolved.assign(reference.linears)
     _require_trained(reference)
@@ -97,8 +97,8 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     _require_blocks(resolved, reference, assigned)
     _require_shapes(resolved, reference)
     require_conditions(resolved, reference)
-    if VERIFY.name in memory.stages:
-        require_appearance(reference, resolved)
+    undecoded = require_appearance(reference, resolved, options.max_memory) if verified else ""
+    _require_decoder(resolved, reference, drawn=verified and not undecoded)
     tables = _tables(resolved, reference, assigned)
     if resolved.triton and TRITON.name in memory.stages:
         require_served(resolved, reference)
@@ -111,6 +111,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
         tables=tables,
         stages=memory.stages,
         space=memory.space,
+        undecoded=undecoded,
         weight_bytes=sum(reference.weight(name).nbytes for name in reference.linears),
     )
 
@@ -132,16 +133,16 @@ def _require_packages(stages: Iterable[Stage[Any]], recipe: Recipe, backend: Bac
         require_triton()
 
 
-def _require_decoder(recipe: Recipe, reference: Reference) -> None:
-    """Load the VAE that the server will decode with.
+def _require_decoder(recipe: Recipe, reference: Reference, *, drawn: bool) -> None:
+    """Load the VAE that the server or the report will decode with.
 
     Raises:
         ModelError: it is damaged.
     """
     from .families.decoder import load_vae
 
-    if recipe.triton and reference.decoder:
-        load_vae(reference.decoder, reference.feed_shape, recipe.variant or "")
+    if reference.decoder and (recipe.triton or drawn):
+        load_vae(reference.decoder, latent_shape(reference), recipe.variant or "")
 
 
 def resolve(recipe: Recipe, exclude: tuple[str, ...], reference: Reference, backend: Backend | None) -> Recipe:

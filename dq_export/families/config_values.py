@@ -63,6 +63,8 @@ class VaeValues(Values):
     sample_size: int | list[int] | None = 32
     scaling_factor: float = Field(0.18215, gt=1e-6, le=1e6)
     shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[Positive] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -71,6 +73,10 @@ class VaeValues(Values):
     @model_validator(mode="after")
     def _fit_each_other(self) -> VaeValues:
         require_levels(self)
+        for key in ("latents_mean", "latents_std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{key}: expected {self.latent_channels} numbers, one for each of latent_channels")
         return self
 
 

@@ -1,7 +1,8 @@
-"""Export a latent checkpoint's VAE decoder as an ONNX file, for a server that returns pictures."""
+"""A latent checkpoint's VAE: its decoder as an ONNX file for a server, and the pictures of latents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dq_export.core.documents import shown_path
+from dq_export.core.documents import shown, shown_path
+from dq_export.core.progress import Advance
 
 from .checkpoint import CONFIG, broken_weights
-from .config_values import VaeValues, refused
+from .config_values import VaeValues, refused, values_of
 from .float_graph import trace
 from .loading import load_weights, make_empty, read_config
 from .old_names import todays_name
 from .reference import Float32, ModelError
+from .tensors import stored
 from .weights import find_weights
 
 ARCHITECTURE = "AutoencoderKL"
@@ -26,6 +29,11 @@ LARGEST = 1024
 """The greatest height and width of latents in a graph that takes any."""
 ROWS = 63
 """Samples of a call. diffusers' upsampling copies its input from 64 samples on, which changes no number."""
+TILE = 512
+"""Pixels along a side of the tiles that `pictures_of` decodes a larger picture in: a picture of 1024 x 1024 takes four times
+their memory at once."""
+ACTIVATIONS = 4.4
+"""The largest activations that decoding holds at once: 4.3 of them at 256 pixels and 4.1 at 512 in Stable Diffusion's decoder."""
 
 
 def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "", *, resizable: bool = False) -> str:
@@ -89,9 +97,9 @@ def load_vae(vae: Path, shape: tuple[int, ...] | None, variant: str = "") -> Any
     """
     from diffusers import AutoencoderKL
 
-    config = read_config(vae / CONFIG)
-    if config.get("_class_name") != ARCHITECTURE or (shape and config.get("latent_channels", 4) != shape[0]):
+    if misfit(vae, shape):
         return None
+    config = read_config(vae / CONFIG)
     weights = find_weights(vae, variant, required=False)
     model = load_weights(make_empty(AutoencoderKL, VaeValues, vae / CONFIG, config), weights, rename=todays_name)
     if broken_weights(model):
@@ -100,12 +108,61 @@ def load_vae(vae: Path, shape: tuple[int, ...] | None, variant: str = "") -> Any
     return model
 
 
-def pictures_of(vae: Any, latents: Float32) -> Float32:
-    """Pictures float32[N, 3, H, W] of latents float32[N, C, h, w], decoded one at a time for the memory."""
+def misfit(vae: Path, shape: tuple[int, ...] | None) -> str:
+    """Why the VAE of a folder does not decode latents of a shape (C, h, w), None: whatever it is for; empty if it does."""
+    config = read_config(vae / CONFIG)
+    architecture, channels = config.get("_class_name"), config.get("latent_channels", 4)
+    if architecture != ARCHITECTURE:
+        return f"its VAE is of class {shown(architecture)}, not {ARCHITECTURE}"
+    if shape and channels != shape[0]:
+        return f"its VAE takes latents of {shown(channels)} channels, and the network draws {shape[0]}"
+    return ""
+
+
+def undecodable(vae: Path, shape: tuple[int, ...], variant: str = "") -> str:
+    """Why the VAE of a folder makes no pictures of latents of a shape (C, h, w): see `misfit`, or a file is missing."""
+    if not (vae / CONFIG).is_file():
+        return f"its VAE has no {CONFIG}"
+    if reason := misfit(vae, shape):
+        return reason
+    try:
+        find_weights(vae, variant, required=False)
+    except ModelError as error:
+        return f"its VAE is incomplete ({error})"
+    return ""
+
+
+def decoding_bytes(vae: Path, shape: tuple[int, ...], variant: str = "") -> int:
+    """Bytes that `pictures_of` takes for latents of a shape (C, h, w), with the VAE's float32 weights.
+
+    Raises:
+        ModelError: files are missing or damaged, or a value of the configuration is wrong.
+    """
+    widths = values_of(VaeValues, read_config(vae / CONFIG), vae / CONFIG).block_out_channels
+    shapes = [place.shape for file in find_weights(vae, variant, required=False).files for place in stored(file).values()]
+    pixels = math.prod(min(pixels_of_latent(vae) * side, TILE) for side in shape[1:])
+    # The last upsampling has the picture's size and the width of the level below.
+    return sum(4 * math.prod(sizes) for sizes in shapes) + int(ACTIVATIONS * 4 * pixels * widths[:2][-1])
+
+
+def pictures_of(vae: Any, latents: Float32, progress: Advance) -> Float32:
+    """Pictures float32[N, 3, H, W] of latents float32[N, C, h, w], decoded one at a time for the memory.
+
+    Pictures with a side of more than TILE pixels are decoded in tiles that overlap by a quarter, as diffusers does it.
+
+    Args:
+        progress: called with (pictures decoded, all pictures, their name).
+    """
     import torch
 
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    pictures = []
     with torch.inference_mode():
-        return np.concatenate([_decoded(vae, torch.from_numpy(latents[i : i + 1])).numpy() for i in range(len(latents))])
+        for done, sample in enumerate(torch.from_numpy(latents).split(1), start=1):
+            pictures.append(_decoded(vae, sample).numpy())
+            progress(done, len(latents), "pictures")
+    return np.concatenate(pictures)
 
 
 def _require_pictures(model: Any, path: Path) -> None:
@@ -119,9 +176,15 @@ def _require_pictures(model: Any, path: Path) -> None:
 
 
 def _decoded(model: Any, latents: Any) -> Any:
-    """The picture of latents as the network samples them."""
-    factor, shift = 1 / float(model.config.scaling_factor), float(getattr(model.config, "shift_factor", None) or 0.0)
-    return model.decode(latents * factor + shift, return_dict=False)[0]
+    """The picture of latents as the network samples them. Statistics by channel go before a shift, as in XL's pipeline."""
+    import torch
+
+    config = model.config
+    scale, shift = 1 / float(config.scaling_factor), float(config.shift_factor or 0.0)
+    mean, std = config.latents_mean, config.latents_std
+    if mean is not None and std is not None:
+        scale, shift = (torch.tensor(values).view(1, -1, 1, 1) for values in ([scale * value for value in std], mean))
+    return model.decode(latents * scale + shift, return_dict=False)[0]
 
 
 def wrapped(model: Any, call: Callable[[Any, Any], Any]) -> Any:

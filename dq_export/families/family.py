@@ -152,6 +152,14 @@ class Family(ABC):
         )
         return Conditions(names=tuple(prompts), arrays=rows, null=null)
 
+    def latents(self, sampled: Float32, size: tuple[int, int] | None) -> Float32:
+        """What `draw` returned as a VAE takes it, float32[P, C, h, w].
+
+        Args:
+            size: height and width of the pictures in pixels; None for the network's own.
+        """
+        return sampled
+
     @abstractmethod
     def largest_activation(self, model: Any) -> int:
         """The number of elements of the largest activation of one sample."""

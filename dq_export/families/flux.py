@@ -106,6 +106,15 @@ class Flux(Family):
         arrays = {STATES: text.float().cpu().numpy(), POOLED: pooled.float().cpu().numpy()}
         return Conditions(names=tuple(prompts), arrays=arrays, null={})
 
+    def latents(self, sampled: Float32, size: tuple[int, int] | None) -> Float32:
+        """See `Family.latents`. A token holds a patch of 2 x 2."""
+        import torch
+        from diffusers import FluxPipeline
+
+        height, width = size or (SIDE, SIDE)
+        unpacked: Float32 = FluxPipeline._unpack_latents(torch.from_numpy(sampled), height, width, PIXELS // 2).numpy()
+        return unpacked
+
     def largest_activation(self, model: Any) -> int:
         """The input of a block's last linear: attention and the MLP's inner activation side by side."""
         return int((SIDE // PIXELS) ** 2 * 5 * model.inner_dim)

@@ -92,7 +92,7 @@ def needed_files(names: list[str], variant: str, place: str, encoders: tuple[str
     network = next((f"{part}/" for part in NETWORKS if f"{part}/{CONFIG}" in names), "")
     files = [*(name for name in names if name in SMALL), *_weights(names, network, variant, place)]
     if f"{VAE}/{CONFIG}" in names:
-        with suppress(ModelError):  # only a server needs the VAE, and an export for one names what is missing
+        with suppress(ModelError):  # a server refuses what is missing, and a report says that it has no pictures
             files += _weights(names, f"{VAE}/", variant, place, required=False)
     for part in encoders:
         files += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]

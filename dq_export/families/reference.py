@@ -113,6 +113,9 @@ class Reference(Denoiser, Protocol):
     def feed_shape(self) -> tuple[int, ...]:
         """The shape of one sample's state, without the batch."""
 
+    def latents(self, sampled: Float32) -> Float32:
+        """What `draw` returned as a VAE takes it, float32[N, C, h, w]."""
+
     @property
     def decoder(self) -> Path | None:
         """The folder of the checkpoint's VAE, whose latents this network samples; None if its latents are pictures."""

@@ -291,6 +291,9 @@ class TorchNetwork:
         pictures = Pictures(noise=noise, conditions=rows, null=null, size=self.size)
         return self._draw(network, self.scheduler, pictures, steps=steps, guidance=guidance)
 
+    def latents(self, sampled: Float32) -> Float32:
+        return self.family.latents(sampled, self.size)
+
     def _draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True, part=self.family.part)
         return self.family.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)

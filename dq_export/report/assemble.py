@@ -60,6 +60,7 @@ def assemble(context: Context, command: str = "") -> Report:
         audit=audited.audit if audited else None,
         parity=verified.parity if verified else None,
         drawn=[reference.conditions.names[index] for index in drawn_conditions(reference, recipe)] if verified else [],
+        pictures=verified.pictures if verified else None,
         latency=benched.latency if benched else None,
     )
     return concluded(report, recipe, results.unbuilt)

@@ -77,11 +77,12 @@ def _base(origin: Origin) -> str:
 
 
 def _figure(report: Report) -> str:
-    names = "; ".join(_text(name) for name in report.drawn)
+    names = "; ".join(_text(name) for name in report.captions())
     return (
         "![Rows of pictures: PyTorch, the engine, their difference](parity/pictures.png)\n\n"
         f"The same noise, drawn by PyTorch in float32, by {_text(report.drawn_by())}, and four times their difference"
         f"{': ' + names if names else ''}."
+        f"{' ' + _text(report.pictures.origin) if report.pictures else ''}"
     )
 
 

@@ -114,6 +114,13 @@ class EncoderReport(Part):
         return f"{sizes}, {self.sqnr:.1f} dB at worst"
 
 
+class PicturesReport(Part):
+    """The picture `parity/pictures.png`: rows of PyTorch, of the engine, and of four times their difference."""
+
+    shown: int = Field(ge=0, description="pictures of a row, the first of the compared ones; 0: there is none")
+    origin: str = Field(description="a sentence: what made pictures of the latents, or why nothing did")
+
+
 class Verdict(Part):
     """Whether the export keeps what its recipe requires."""
 
@@ -155,6 +162,7 @@ class Report(Part):
     audit: Audit | None = None
     parity: Parity | None = None
     drawn: list[str] = Field(default=[], description="prompt or class label of each compared picture")
+    pictures: PicturesReport | None = Field(default=None, description="null where nothing was drawn")
     latency: LatencyReport | None = None
 
     @model_validator(mode="after")
@@ -185,6 +193,10 @@ class Report(Part):
         """The runtime that drew the pictures which are compared with PyTorch's."""
         labels = {"engine": self.engine, "qdq-onnx": "the Q/DQ graph on ONNX Runtime's CPU provider, operator by operator"}
         return labels.get(self.stages()[-1], self.stages()[-1]) if self.stages() else ""
+
+    def captions(self) -> list[str]:
+        """Prompt or class label of each picture in `parity/pictures.png`."""
+        return self.drawn[: self.pictures.shown] if self.pictures else self.drawn
 
     def worst_call(self, stage: str) -> CallParity | None:
         """The stage's network call of the least SQNR."""

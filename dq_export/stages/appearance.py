@@ -1,4 +1,4 @@
-"""How the engine's pictures look beside PyTorch's."""
+"""The pictures of what PyTorch and the engine sampled, and how far apart they look."""
 
 from __future__ import annotations
 
@@ -7,55 +7,114 @@ from typing import Any
 
 import numpy as np
 
-from dq_export.core.documents import shown_path
 from dq_export.core.likeness import psnr, ssim
+from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
 
-from ..families.decoder import load_vae, pictures_of
+from ..families.decoder import decoding_bytes, load_vae, pictures_of, undecodable
 from ..families.lpips import Lpips
 from ..families.reference import Float32, Reference
+from ..heap import return_freed_memory
+from ..memory import BASE, GIB
 
+Pair = tuple[Float32, Float32]
 COLOURS = (1, 3)
 """Channels of latents that are pictures."""
+SHOWN = 4
+"""Pictures of decoded latents in the report: to decode one of 512 pixels takes as long as ten network calls of that size."""
 
 
-def appearance(reference: Reference, recipe: Recipe, references: Float32, latents: Float32) -> dict[str, Any]:
-    """`psnr`, `ssim` and `lpips` of pictures; nothing of latents that nobody decodes.
+def undecoded(reference: Reference, recipe: Recipe, limit: float | None) -> str:
+    """Why no VAE makes pictures of the network's latents; empty if the checkpoint's does.
 
     Args:
-        references, latents: float32[N, C, H, W], what PyTorch and the engine sampled.
+        limit: GiB that this process may take; None: any.
 
     Raises:
-        ModelError: the weights of LPIPS or of the VAE are damaged.
+        ModelError: the VAE's configuration or one of its files is damaged.
     """
-    pair = references, latents
-    if references.shape[1] not in COLOURS:
-        if recipe.metric_weights is None or not np.isfinite(latents).all():
-            return {}
-        vae = _vae(reference, recipe)
-        pair = pictures_of(vae, references), pictures_of(vae, latents)
-    exact, actual = (np.clip(pictures, -1, 1) for pictures in pair)
+    if reference.decoder is None:
+        return "its checkpoint has no VAE"
+    shape, variant = latent_shape(reference), recipe.variant or ""
+    reason = undecodable(reference.decoder, shape, variant)
+    if reason or limit is None:
+        return reason
+    needed = BASE + decoding_bytes(reference.decoder, shape, variant) / GIB
+    return f"its VAE takes {needed:.1f} GiB to decode, and --max-memory is {limit:g}" if needed > limit else ""
+
+
+def latent_shape(reference: Reference) -> tuple[int, ...]:
+    """(C, h, w) of latents as a VAE takes them."""
+    return reference.latents(np.zeros((1, *reference.feed_shape), dtype=np.float32)).shape[1:]
+
+
+def draws_pictures(reference: Reference, reason: str) -> bool:
+    """Whether there are pictures: a VAE decodes latents, or they have the channels of pictures.
+
+    Args:
+        reason: see `undecoded`.
+    """
+    return not reason or latent_shape(reference)[0] in COLOURS
+
+
+def origin(reference: Reference, reason: str, count: int) -> str:
+    """One sentence: what made the pictures in the report, or why there are none.
+
+    Args:
+        reason: see `undecoded`.
+        count: of the pictures that are compared.
+    """
+    if reason:
+        end = "the latents are drawn" if draws_pictures(reference, reason) else "no pictures are drawn"
+        return f"{reason[0].upper()}{reason[1:]}, so {end}."
+    return f"The checkpoint's VAE decoded these pictures, the first {min(SHOWN, count)} of {count}."
+
+
+def decoded(reference: Reference, recipe: Recipe, pair: Pair, progress: Advance = unwatched) -> Pair:
+    """Pictures float32[P, 3, H, W] in [-1, 1] of what PyTorch and the engine sampled.
+
+    All of them where `--metric-weights` compares them, else the first SHOWN. The VAE is in memory only here.
+
+    Args:
+        pair: float32[N, ...] each, as `Reference.draw` returns them.
+        progress: see `pictures_of`.
+
+    Raises:
+        ModelError: the VAE is damaged.
+    """
+    assert reference.decoder is not None  # see `undecoded`
+    return_freed_memory()
+    count = len(pair[0]) if recipe.metric_weights else min(SHOWN, len(pair[0]))
+    latents = [reference.latents(sampled[:count]) for sampled in pair]
+    vae = load_vae(reference.decoder, latents[0].shape[1:], recipe.variant or "")
+    pictures = np.clip(pictures_of(vae, np.concatenate(latents), progress), -1, 1)
+    return pictures[:count], pictures[count:]
+
+
+def appearance(recipe: Recipe, references: Float32, pictures: Float32) -> dict[str, Any]:
+    """`psnr`, `ssim` and `lpips` of the engine's pictures beside PyTorch's.
+
+    Args:
+        references, pictures: float32[N, C, H, W].
+
+    Raises:
+        ModelError: the weights of LPIPS are damaged.
+    """
+    exact, actual = (np.clip(values, -1, 1) for values in (references, pictures))
     if not np.isfinite(actual).all():
         return {"psnr": psnr(exact, actual)}
     distance = Lpips.load(Path(recipe.metric_weights))(exact, actual) if recipe.metric_weights else None
     return {"psnr": psnr(exact, actual), "ssim": ssim(exact, actual), "lpips": distance}
 
 
-def require_appearance(reference: Reference, recipe: Recipe) -> None:
-    """Look for the VAE that `--metric-weights` needs, before any work.
+def require_appearance(reference: Reference, recipe: Recipe, limit: float | None) -> str:
+    """Ask for the pictures that `--metric-weights` needs, before any work. See `undecoded`.
 
     Raises:
-        ModelError: it is damaged.
-        RecipeError: no VAE makes pictures of the latents.
+        ModelError: see `undecoded`.
+        RecipeError: there are none.
     """
-    if recipe.metric_weights is not None and reference.feed_shape[0] not in COLOURS:
-        _vae(reference, recipe)
-
-
-def _vae(reference: Reference, recipe: Recipe) -> Any:
-    folder = reference.decoder
-    vae = load_vae(folder, reference.feed_shape, recipe.variant or "") if folder else None
-    if vae is None:
-        reason = f"{shown_path(folder)} does not decode its latents" if folder else "its checkpoint has no VAE"
+    reason = undecoded(reference, recipe, limit)
+    if recipe.metric_weights is not None and not draws_pictures(reference, reason):
         raise RecipeError(f"metric_weights: pictures of this model cannot be compared, for {reason}; leave it out")
-    return vae
+    return reason

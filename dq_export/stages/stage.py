@@ -127,6 +127,7 @@ class Prepared:
         tables: what a file decides, and not calibration.
         stages: names of the stages that run.
         space: bytes of second moments, for the calibration.
+        undecoded: why no VAE makes pictures of the latents; empty if the checkpoint's does.
         weight_bytes: of the float32 weights of all linears.
     """
 
@@ -138,6 +139,7 @@ class Prepared:
     tables: Tables
     stages: tuple[str, ...]
     space: int
+    undecoded: str
     weight_bytes: int
 
 

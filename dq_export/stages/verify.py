@@ -20,7 +20,9 @@ from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
 from ..heap import large_blocks_mapped
 from ..ledger import Result, file_digest
-from .appearance import COLOURS, appearance
+from ..output_folder import remove
+from ..report.report import PicturesReport
+from .appearance import SHOWN, Pair, appearance, decoded, draws_pictures, origin
 from .build import BUILD
 from .calibrate import CALIBRATE
 from .quantize import QUANTIZE
@@ -29,12 +31,15 @@ from .reference import REFERENCE
 from .stage import Context, Stage
 
 PICTURES = f"{REPLAY}/pictures.png"
+LARGEST = 512
+"""Pixels of a side of a picture in the report."""
 
 
 class Verified(Result):
     """What the comparison found."""
 
     parity: Parity
+    pictures: PicturesReport | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,19 @@ class Verify(Stage[Verified]):
         return "PyTorch, float ONNX, Q/DQ ONNX, engine"
 
     def outputs(self, context: Context) -> tuple[str, ...]:
-        """Pictures where latents are pictures, and a graph for the CPU where the engine's own does not run there."""
-        pictures = (PICTURES,) if context.reference.feed_shape[0] in COLOURS else ()
+        """Pictures, where there are some, and a graph for the CPU where the engine's own does not run there."""
+        pictures = (PICTURES,) if draws_pictures(context.reference, context.undecoded) else ()
         portable = portable_name(context.recipe)
         return (*pictures, *((portable, f"{portable}.data") if portable != MODEL else ()))
 
     def also(self, context: Context) -> dict[str, Any]:
-        """Whether this machine runs the engine, and the weights that judge pictures."""
-        folder = context.recipe.metric_weights
+        """Whether this machine runs the engine, the VAE, and the weights that judge pictures."""
+        folder, vae = context.recipe.metric_weights, context.reference.decoder
         weights = [file_digest(path) for path in weight_files(Path(folder))] if folder else []
-        return {"engine": _runs(context), **({"weights": weights} if weights else {})}
+        values: dict[str, Any] = {"weights": weights} if weights else {}
+        if vae is not None:
+            values["vae"] = context.undecoded or [file_digest(path) for path in sorted(vae.iterdir()) if path.is_file()]
+        return {"engine": _runs(context), **values}
 
     def run(self, context: Context, target: Path) -> Verified:
         """Compare with one graph or engine in memory at a time."""
@@ -83,13 +91,12 @@ class Verify(Stage[Verified]):
             if name == last:
                 pictures = comparison.pictures(engine)
             del engine
-        difference = np.clip(4 * (pictures - recording.pictures), -1, 1)
-        save_pictures(target / PICTURES, [recording.pictures, pictures, difference])
-        looks = appearance(context.reference, context.recipe, recording.pictures, pictures)
-        trajectory, low = replace(compare_pictures(last, recording.pictures, pictures), **looks), worst(rows, last)
+        trajectory, low = compare_pictures(last, recording.pictures, pictures), worst(rows, last)
+        looks, shown = _drawn(context, (recording.pictures, pictures), target / PICTURES)
+        trajectory = replace(trajectory, **looks)
         distances = ", ".join(filter(None, [f"trajectory {trajectory.sqnr:.1f} dB", trajectory.appearance()]))
         summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), {distances}"
-        return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)))
+        return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)), pictures=shown)
 
 
 VERIFY = Verify()
@@ -112,6 +119,23 @@ def _loaders(context: Context, target: Path) -> dict[str, Callable[[], Engine]]:
     if backend and _runs(context):
         loaders["engine"] = lambda: backend.load(engine_of(folder))
     return loaders
+
+
+def _drawn(context: Context, pair: Pair, path: Path) -> tuple[dict[str, Any], PicturesReport]:
+    """Write the pictures of what PyTorch and the engine sampled, where there are some; return how far apart they look."""
+    reference, recipe, count = context.reference, context.recipe, len(pair[0])
+    text = origin(reference, context.undecoded, count)
+    if not draws_pictures(reference, context.undecoded):
+        remove(context.folder / PICTURES)  # of an earlier run that had a VAE; the report would show it
+        return {}, PicturesReport(shown=0, origin=text)
+    if context.undecoded:
+        looks, shown = appearance(recipe, *pair), count
+    else:
+        pair = decoded(reference, recipe, pair, context.progress.advance)
+        looks, shown = appearance(recipe, *pair) if len(pair[0]) == count else {}, min(SHOWN, count)
+    exact, actual = (pictures[:shown] for pictures in pair)
+    save_pictures(path, [exact, actual, np.clip(4 * (actual - exact), -1, 1)])
+    return looks, PicturesReport(shown=shown, origin=text)
 
 
 class _Comparison:
@@ -152,15 +176,25 @@ class _Comparison:
         self.context.progress.advance(self.done, self.total, "calls")
 
 
-def save_pictures(path: Path, rows: list[Float32]) -> bool:
-    """One row of pictures for each array float32[N, 1 or 3, H, W] in [-1, 1], enlarged; False for other channels."""
+def save_pictures(path: Path, rows: list[Float32]) -> None:
+    """Write one row of pictures for each array float32[N, 1 or 3, H, W] in [-1, 1]; NaN is black.
+
+    Small ones are enlarged. Sides of more than LARGEST pixels are halved until they are not, so that a report has few megabytes.
+    """
     from PIL import Image
 
-    if rows[0].shape[1] not in COLOURS:
-        return False
-    frames = [np.pad(images_of(row), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for row in rows]
+    while max(rows[0].shape[2:]) > LARGEST:
+        rows = [_halved(row) for row in rows]
+    images = [images_of(np.nan_to_num(row, nan=-1)) for row in rows]
+    frames = [np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96) for image in images]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in frames])
     factor = max(1, 64 // rows[0].shape[-1])
     large = grid.repeat(factor, axis=0).repeat(factor, axis=1)
     Image.fromarray(large[..., 0] if large.shape[-1] == 1 else large).save(path, format="PNG")
-    return True
+
+
+def _halved(pictures: Float32) -> Float32:
+    """Pictures of half the height and width, of the means of 2 x 2 pixels. A last odd row or column is left out."""
+    count, channels, height, width = (size // 2 if axis > 1 else size for axis, size in enumerate(pictures.shape))
+    means: Float32 = pictures[..., : 2 * height, : 2 * width].reshape(count, channels, height, 2, width, 2).mean(axis=(3, 5))
+    return means

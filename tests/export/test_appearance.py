@@ -26,7 +26,7 @@ from dq_export.families.source import load_reference
 from dq_export.pipeline import run
 from dq_export.preparation import Options
 from dq_export.report.verdict import require
-from dq_export.stages.appearance import appearance, require_appearance
+from dq_export.stages.appearance import appearance, decoded, require_appearance
 
 SIZES = (64, 192, 384, 256, 256)
 
@@ -99,11 +99,11 @@ def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Pat
     vae = save_vae(model / "vae", scaling_factor=0.5)
     reference = load_reference(str(model))
     recipe = recipe_of(reference, metric_weights=str(weights))
+    assert require_appearance(reference, recipe, None) == ""
     random = np.random.default_rng(2)
     exact = random.standard_normal((2, 2, 8, 8)).astype(np.float32)
     actual = exact + 0.3 * random.standard_normal(exact.shape).astype(np.float32)
-    assert appearance(reference, recipe_of(reference), exact, actual) == {}, "nobody asked for what takes seconds"
-    result = appearance(reference, recipe, exact, actual)
+    result = appearance(recipe, *decoded(reference, recipe, (exact, actual)))
     with torch.inference_mode():
         pictures = [vae.decode(torch.from_numpy(value) / 0.5).sample.clamp(-1, 1) for value in (exact, actual)]
     noise = (pictures[0] - pictures[1]).square().mean(dim=(1, 2, 3))
@@ -111,7 +111,7 @@ def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Pat
     assert result["lpips"] == pytest.approx(Lpips.load(weights)(*(value.numpy() for value in pictures)), rel=1e-4)
     assert isinstance(vae, AutoencoderKL)
     broken = np.full_like(actual, math.nan)
-    assert appearance(reference, recipe, exact, broken) == {}
+    assert appearance(recipe, *decoded(reference, recipe, (exact, broken))) == {"psnr": -200}
 
 
 def without(name: str) -> Callable[[Path], object]:
@@ -148,7 +148,7 @@ def test_weights_that_are_not_there_are_refused_in_one_line(
 def test_a_model_without_a_decoder_for_its_latents_is_refused(weights: Path, tiny_folder: Path) -> None:
     reference = load_reference(str(tiny_folder))
     with pytest.raises(RecipeError, match="pictures of this model cannot be compared, for its checkpoint has no VAE; leave it"):
-        require_appearance(reference, recipe_of(reference, metric_weights=str(weights)))
+        require_appearance(reference, recipe_of(reference, metric_weights=str(weights)), None)
 
 
 def test_an_export_refuses_missing_weights_before_it_writes(grey: Path, tmp_path: Path) -> None:

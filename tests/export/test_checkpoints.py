@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import save_tiny
+from conftest import run_onnx, save_tiny
 from json_file import edit
 from typer.testing import CliRunner
 
@@ -222,6 +223,20 @@ def test_a_vae_as_published_is_the_same_decoder(vae: Path, tmp_path: Path) -> No
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "onnx" / "old" / name).read_bytes() == (tmp_path / "onnx" / "new" / name).read_bytes()
     assert todays_name("decoder.mid_block.attentions.0.group_norm.weight").endswith("group_norm.weight")
+
+
+def test_a_decoder_undoes_the_statistics_of_latents(tmp_path: Path) -> None:
+    import torch
+
+    mean, std = [0.4, -0.2], [1.5, 0.6]
+    vae = save_vae(tmp_path / "vae", scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    assert export_decoder(tmp_path / "vae", (2, 8, 8), tmp_path / "onnx" / "model.onnx") == ""
+    latents = np.random.default_rng(0).normal(size=(1, 2, 8, 8)).astype(np.float32)
+    scaled = torch.tensor(std).view(2, 1, 1) * torch.from_numpy(latents) / 0.5 + torch.tensor(mean).view(2, 1, 1)
+    with torch.inference_mode():
+        expected = vae.decode(scaled).sample.numpy()
+    actual = run_onnx(tmp_path / "onnx" / "model.onnx", {"latents": latents})
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_a_vae_that_makes_no_pictures_is_refused(vae: Path, tmp_path: Path) -> None:

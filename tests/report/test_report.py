@@ -153,7 +153,7 @@ def test_pictures_of_float_engine_and_difference_stand_in_three_rows(tmp_path: P
     from PIL import Image
 
     rows = [np.full((2, 1, 16, 16), value, dtype=np.float32) for value in (-1, 0, 1)]
-    assert save_pictures(tmp_path / "p.png", rows)
+    save_pictures(tmp_path / "p.png", rows)
     pixels = np.asarray(Image.open(tmp_path / "p.png"))
     assert pixels.shape[0] * 2 == pixels.shape[1] * 3
     third = len(pixels) // 3

@@ -1,0 +1,86 @@
+"""The pictures of a report are those that diffusers' own pipeline gives: its VAE's scaling, and tokens laid out as latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, SEED, loaded
+from conftest import recipe_of
+from diffusers import AutoencoderKL
+from flux import flux_pipeline
+from sd3 import sd3_pipeline
+from toy import PROMPTS
+from unet import unet_pipeline
+
+from dq_export.families.decoder import TILE, decoding_bytes, load_vae, pictures_of
+from dq_export.stages.appearance import decoded
+
+LEVELS = 4
+"""So that a latent has 8 pixels along a side, as in published checkpoints."""
+
+
+def save_vae(folder: Path, **options: Any) -> Any:
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * LEVELS, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * LEVELS,
+        up_block_types=("UpDecoderBlock2D",) * LEVELS, **options,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline_of", "options"),
+    [
+        ("flux", flux_pipeline, {"latent_channels": 2, "scaling_factor": 0.36, "shift_factor": 0.5}),
+        ("sd3", sd3_pipeline, {"latent_channels": 4, "scaling_factor": 1.53, "shift_factor": -0.4}),
+        ("unet-xl", unet_pipeline, {"latents_mean": [0.5, -1, 0.2, 0], "latents_std": [2.0, 1, 0.5, 3], "scaling_factor": 0.5}),
+    ],
+)
+def test_pictures_are_those_of_diffusers_pipeline(
+    name: str, pipeline_of: Callable[[Path], Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    folder = case.save(tmp_path / "model")
+    vae = save_vae(folder, **options)
+    reference = loaded(folder, case)
+    height, width = case.size or (64, 64)
+    pipeline = pipeline_of(folder)
+    pipeline.vae = vae
+
+    def drawn(kind: str) -> Any:
+        noise = torch.from_numpy(reference.noise(2, SEED))
+        settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": height, "width": width, "output_type": kind}
+        return pipeline(list(PROMPTS[:2]), latents=noise, generator=torch.Generator().manual_seed(0), **settings).images.numpy()
+
+    latents, expected = drawn("latent"), drawn("pt")
+    exact, engines = decoded(reference, recipe_of(reference), (latents, -latents))
+    assert expected.shape == (2, 3, height, width)
+    assert expected.std() > 0.03
+    np.testing.assert_allclose(exact / 2 + 0.5, expected, atol=1e-5)
+    assert np.abs(engines - exact).max() > 0.1
+
+
+def test_large_pictures_are_decoded_in_tiles_as_diffusers_does_it(tmp_path: Path) -> None:
+    vae = save_vae(tmp_path, latent_channels=4, scaling_factor=0.5)
+    latents = np.random.default_rng(0).normal(size=(2, 4, 72, 40)).astype(np.float32)
+    counted: list[tuple[int, int]] = []
+    ours = load_vae(tmp_path / "vae", (4, 72, 40))
+    pictures = pictures_of(ours, latents, lambda done, total, unit: counted.append((done, total)))
+    assert counted == [(1, 2), (2, 2)]
+    scaled = torch.from_numpy(latents / 0.5).split(1)
+    with torch.inference_mode():
+        whole = np.concatenate([vae.decode(sample).sample.numpy() for sample in scaled])
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 8
+        tiled = np.concatenate([vae.decode(sample).sample.numpy() for sample in scaled])
+    assert pictures.shape == (2, 3, 576, 320)
+    np.testing.assert_allclose(pictures, tiled, atol=1e-5)
+    assert np.abs(pictures - whole).max() > 1e-3
+    sizes = [decoding_bytes(tmp_path / "vae", (4, side, side)) for side in (32, 64, 128)]
+    assert sizes[0] < sizes[1] == sizes[2], "tiles take the memory of one"

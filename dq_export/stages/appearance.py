@@ -21,7 +21,7 @@ Pair = tuple[Float32, Float32]
 COLOURS = (1, 3)
 """Channels of latents that are pictures."""
 SHOWN = 4
-"""Pictures of decoded latents in the report: to decode one of 512 pixels takes as long as ten network calls of that size."""
+"""Pictures of decoded latents in the report: decoding one takes as long as a few calls of the network."""
 
 
 def undecoded(reference: Reference, recipe: Recipe, limit: float | None) -> str:

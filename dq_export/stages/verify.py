@@ -92,11 +92,11 @@ class Verify(Stage[Verified]):
                 pictures = comparison.pictures(engine)
             del engine
         trajectory, low = compare_pictures(last, recording.pictures, pictures), worst(rows, last)
-        looks, shown = _drawn(context, (recording.pictures, pictures), target / PICTURES)
+        looks, strip = _write_strip(context, (recording.pictures, pictures), target / PICTURES)
         trajectory = replace(trajectory, **looks)
         distances = ", ".join(filter(None, [f"trajectory {trajectory.sqnr:.1f} dB", trajectory.appearance()]))
         summary = f"{last} at worst {low.sqnr:.1f} dB (timestep {low.timestep:g}), {distances}"
-        return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)), pictures=shown)
+        return Verified(summary=summary, parity=Parity(calls=tuple(rows), trajectories=(trajectory,)), pictures=strip)
 
 
 VERIFY = Verify()
@@ -121,7 +121,7 @@ def _loaders(context: Context, target: Path) -> dict[str, Callable[[], Engine]]:
     return loaders
 
 
-def _drawn(context: Context, pair: Pair, path: Path) -> tuple[dict[str, Any], PicturesReport]:
+def _write_strip(context: Context, pair: Pair, path: Path) -> tuple[dict[str, Any], PicturesReport]:
     """Write the pictures of what PyTorch and the engine sampled, where there are some; return how far apart they look."""
     reference, recipe, count = context.reference, context.recipe, len(pair[0])
     text = origin(reference, context.undecoded, count)
@@ -129,13 +129,13 @@ def _drawn(context: Context, pair: Pair, path: Path) -> tuple[dict[str, Any], Pi
         remove(context.folder / PICTURES)  # of an earlier run that had a VAE; the report would show it
         return {}, PicturesReport(shown=0, origin=text)
     if context.undecoded:
-        looks, shown = appearance(recipe, *pair), count
+        looks, columns = appearance(recipe, *pair), count
     else:
         pair = decoded(reference, recipe, pair, context.progress.advance)
-        looks, shown = appearance(recipe, *pair) if len(pair[0]) == count else {}, min(SHOWN, count)
-    exact, actual = (pictures[:shown] for pictures in pair)
+        looks, columns = appearance(recipe, *pair) if len(pair[0]) == count else {}, min(SHOWN, count)
+    exact, actual = (pictures[:columns] for pictures in pair)
     save_pictures(path, [exact, actual, np.clip(4 * (actual - exact), -1, 1)])
-    return looks, PicturesReport(shown=shown, origin=text)
+    return looks, PicturesReport(shown=columns, origin=text)
 
 
 class _Comparison:

@@ -53,12 +53,12 @@ def test_pictures_are_those_of_diffusers_pipeline(
     pipeline = pipeline_of(folder)
     pipeline.vae = vae
 
-    def drawn(kind: str) -> Any:
+    def output(kind: str) -> Any:
         noise = torch.from_numpy(reference.noise(2, SEED))
         settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": height, "width": width, "output_type": kind}
         return pipeline(list(PROMPTS[:2]), latents=noise, generator=torch.Generator().manual_seed(0), **settings).images.numpy()
 
-    latents, expected = drawn("latent"), drawn("pt")
+    latents, expected = output("latent"), output("pt")
     exact, engines = decoded(reference, recipe_of(reference), (latents, -latents))
     assert expected.shape == (2, 3, height, width)
     assert expected.std() > 0.03
@@ -70,8 +70,8 @@ def test_large_pictures_are_decoded_in_tiles_as_diffusers_does_it(tmp_path: Path
     vae = save_vae(tmp_path, latent_channels=4, scaling_factor=0.5)
     latents = np.random.default_rng(0).normal(size=(2, 4, 72, 40)).astype(np.float32)
     counted: list[tuple[int, int]] = []
-    ours = load_vae(tmp_path / "vae", (4, 72, 40))
-    pictures = pictures_of(ours, latents, lambda done, total, unit: counted.append((done, total)))
+    network = load_vae(tmp_path / "vae", (4, 72, 40))
+    pictures = pictures_of(network, latents, lambda done, total, unit: counted.append((done, total)))
     assert counted == [(1, 2), (2, 2)]
     scaled = torch.from_numpy(latents / 0.5).split(1)
     with torch.inference_mode():

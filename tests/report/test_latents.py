@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,12 @@ import torch
 from conftest import QUICK, save_tiny
 from diffusers import AutoencoderKL
 from json_file import edit
+from onnxruntime import InferenceSession
 
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.tensor_file import load_tensors
 from dq_export.deploy.backends import backend_of
-from dq_export.families.decoder import decoding_bytes
+from dq_export.families.decoder import decoding_bytes, load_vae
 from dq_export.families.reference import Float32, ModelError
 from dq_export.families.source import load_reference
 from dq_export.finished_folder import FinishedFolder, engine_of
@@ -27,6 +29,7 @@ from dq_export.memory import BASE, GIB
 from dq_export.pipeline import run
 from dq_export.preparation import Options
 from dq_export.report.report import Report
+from dq_export.stages import appearance
 from dq_export.stages.recording import draw, feed_of
 
 SCALE, MEAN, STD = 0.3, (0.4, -0.2), (1.5, 0.6)
@@ -118,17 +121,28 @@ def test_the_report_shows_the_first_pictures_and_says_what_made_them(out: Path) 
     assert page.index(text) > page.index("</figure>")
 
 
-def test_another_vae_draws_again_and_the_same_one_does_not(model: Path, out: Path, tmp_path: Path) -> None:
+def test_another_vae_draws_again_and_the_same_one_does_not(
+    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[int] = []
+
+    def load(*arguments: Any) -> Any:
+        sessions.append(sum(type(item) is InferenceSession for item in gc.get_objects()))
+        return load_vae(*arguments)
+
+    monkeypatch.setattr(appearance, "load_vae", load)
     shutil.copytree(out, tmp_path / "out")
     shutil.copytree(model, tmp_path / "model")
     exported(model, tmp_path / "out")
     before = (tmp_path / "out" / "parity" / "pictures.png").stat().st_mtime_ns
     exported(model, tmp_path / "out")
     assert (tmp_path / "out" / "parity" / "pictures.png").stat().st_mtime_ns == before
+    before_any = sum(type(item) is InferenceSession for item in gc.get_objects())
     edit(tmp_path / "model" / "vae" / "config.json", latents_mean=None, latents_std=None, shift_factor=0.25)
     exported(tmp_path / "model", tmp_path / "out")
     vae = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae").eval()
     sampled = load_tensors(tmp_path / "out" / "parity" / "pytorch.safetensors")[0]["pictures"]
+    assert sessions == [before_any], "the engine is freed before the VAE is loaded"
     exact = pixels_of(vae, sampled[:4], (0.25, 0.25), (1.0, 1.0))
     assert np.abs(rows_of(tmp_path / "out", 16, 4)[0] - exact).max() < LEVEL
 

@@ -160,6 +160,18 @@ def test_pictures_of_float_engine_and_difference_stand_in_three_rows(tmp_path: P
     assert [int(pixels[i * third + third // 2, third // 2]) for i in range(3)] == [0, 128, 255]
 
 
+def test_large_pictures_are_halved_and_those_that_are_not_finite_are_black(tmp_path: Path) -> None:
+    from PIL import Image
+
+    checks = np.indices((1024, 768)).sum(axis=0) % 2 * np.float32(2) - 1
+    rows = [np.broadcast_to(value, (1, 3, 1024, 768)) for value in (checks, np.float32(np.nan))]
+    save_pictures(tmp_path / "p.png", rows)
+    pixels = np.asarray(Image.open(tmp_path / "p.png"))
+    assert pixels.shape == (2 * (512 + 2), 384 + 2, 3)
+    assert (pixels[1:513, 1:-1] == 128).all()
+    assert (pixels[515:-1, 1:-1] == 0).all()
+
+
 def picture(*parts: str) -> bytes:
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">' + "".join(parts) + "</svg>").encode()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,11 @@ import numpy.typing as npt
 
 PROBES_KEY = "asked"
 """The parameter of config.pbtxt that lists the models to ask, as JSON: [model, output, {input: [type, shape]}] of each."""
+
+
+HELD_ROUNDS = 8
+"""Rounds for which answers are kept. The server's library drops them in a thread of its own, without Python's lock; if that were
+the last reference to their tensors, it would end this program from Python 3.12 on."""
 
 
 class TritonPythonModel:
@@ -23,6 +29,7 @@ class TritonPythonModel:
             (model, output, {name: _smallest(kind, shape) for name, (kind, shape) in inputs.items()})
             for model, output, inputs in probes
         ]
+        self.held: deque[Any] = deque(maxlen=HELD_ROUNDS * len(probes))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with `healthy`, or with the error of the first model that does not answer."""
@@ -46,7 +53,8 @@ class TritonPythonModel:
                 model_name=model, requested_output_names=[output], inputs=tensors, preferred_memory=memory
             )
             try:
-                errors = [answer.error().message() for answer in request.exec(decoupled=True) if answer.has_error()]
+                self.held.append(request.exec(decoupled=True))
+                errors = [answer.error().message() for answer in self.held[-1] if answer.has_error()]
             except pb_utils.TritonModelException as error:
                 errors = [str(error)]
             if errors:

@@ -190,7 +190,10 @@ class Caller:
     def _respond(self, outputs: dict[str, npt.NDArray[Any]], *, last: bool) -> None:
         import triton_python_backend_utils as pb_utils
 
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])
+        # `send` gives up Python's lock and then drops the tensors that the client did not ask for. The last reference to them
+        # must be here: freed without the lock they end this program from Python 3.12 on, and spoil its memory before.
+        tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
+        response = pb_utils.InferenceResponse(tensors)
         self.ended = last
         self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 

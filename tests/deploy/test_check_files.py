@@ -230,7 +230,7 @@ def test_names_from_the_file_are_text_alone(tmp_path: Path) -> None:
     sketch = Sketch(F32, ("batch", 16, K), 21)
     value = sketch.x
     for name in names:
-        left = sketch.activation(value, INT8, points="", quantize={"output_dtype": 3})
+        left = sketch.activation(value, INT8, points="", output_dtype=3)
         value = sketch.matmul(left, sketch.weight(axis=1), name)
         value.name = f"value{len(sketch.nodes)}"
     ir.save(sketch.model(value), tmp_path / "model.onnx")

@@ -171,7 +171,7 @@ CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
         (endless, "not a regular file"),
         (pipe, "not a regular file"),
         (written(CONFIG, " " * (17 << 20)), "larger than the 16777216 bytes"),
-        (written(CONFIG, "[" * 5000), "more than 32 levels"),
+        (written(CONFIG, "[" * 5000 + "]" * 5000), "more than 32 levels"),
         (written(CONFIG, "[1]"), "expected a JSON object, found list"),
         (written(SCHEDULER, "[]"), "expected a JSON object, found list"),
         (written(SCHEDULER, "{}"), "None is not a scheduler of diffusers"),

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+LONGEST = 300.0
+"""Seconds after which a request counts as lost. A server whose program died may never answer."""
 KINDS: dict[str, tuple[str, Any]] = {
     "class_labels": ("INT64", np.int64), "seed": ("UINT64", np.uint64), "num_inference_steps": ("INT32", np.int32),
     "guidance_scale": ("FP32", np.float32), "scheduler": ("BYTES", np.object_), "latents": ("FP32", np.float32),
@@ -40,7 +42,7 @@ def _pictures(inputs: dict[str, Any]) -> int:
 
 def ask(client: Any, model: str = "pipeline", **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Send a request, and return its outputs by name."""
-    result = client.infer(model, tensors(**inputs))
+    result = client.infer(model, tensors(**inputs), client_timeout=LONGEST)
     return {item.name: result.as_numpy(item.name) for item in result.get_response().outputs}
 
 

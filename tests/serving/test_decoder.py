@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import server
 from conftest import save_tiny
-from serving_requests import ask, tensors
+from serving_requests import LONGEST, ask, tensors
 from tiny_vae import save_vae
 
 import dq_export
@@ -74,7 +74,8 @@ def test_without_its_decoder_a_client_gets_latents_or_the_reason(latent_client: 
     latent_client.unload_model("decoder")
     with pytest.raises(InferenceServerException, match="decoder"):
         ask(latent_client, class_labels=[1], seed=3)
-    alone = latent_client.infer("pipeline", tensors(class_labels=[1], seed=3), outputs=[grpc.InferRequestedOutput("latents")])
+    outputs = [grpc.InferRequestedOutput("latents")]
+    alone = latent_client.infer("pipeline", tensors(class_labels=[1], seed=3), outputs=outputs, client_timeout=LONGEST)
     assert np.array_equal(alone.as_numpy("latents"), exact["latents"])
     latent_client.load_model("decoder")
     assert np.array_equal(ask(latent_client, class_labels=[1], seed=3)["images"], exact["images"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import server
 from conftest import PROMPTED_STEPS, sqnr
-from serving_requests import ask, tensors
+from serving_requests import LONGEST, ask, tensors
 from tritonclient.utils import InferenceServerException
 
 import dq_export
@@ -86,7 +86,7 @@ def encoded(client: Any, pipeline: Any, model: str) -> tuple[Any, Any]:
     for name in ("input_ids", "attention_mask"):
         inputs.append(grpc.InferInput(name, [1, TOKENS], "INT64"))
         inputs[-1].set_data_from_numpy(tokens[name].astype(np.int64))
-    actual = client.infer(model, inputs)
+    actual = client.infer(model, inputs, client_timeout=LONGEST)
     text, mask, *_ = pipeline.encode_prompt(["a handwritten nine"], False)
     assert np.array_equal(actual.as_numpy("encoder_attention_mask"), mask.numpy())
     return actual.as_numpy("encoder_hidden_states"), text.detach().numpy()
@@ -224,11 +224,11 @@ def test_health_asks_the_text_encoder_too(text_client: Any) -> None:
 
     probe = grpc.InferInput("probe", [1], "BOOL")
     probe.set_data_from_numpy(np.array([True]))
-    assert text_client.infer("health", [probe]).as_numpy("healthy").all()
+    assert text_client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
     text_client.unload_model("text_encoder")
     try:
         with pytest.raises(InferenceServerException, match="text_encoder"):
-            text_client.infer("health", [probe])
+            text_client.infer("health", [probe], client_timeout=LONGEST)
     finally:
         text_client.load_model("text_encoder")
 

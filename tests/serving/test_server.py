@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import server
 from conftest import SERVED_STEPS, Nobody, sqnr
-from serving_requests import ask, memory, tensors
+from serving_requests import LONGEST, ask, memory, tensors
 
 from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.triton.serving.conditions import Labels
@@ -159,7 +159,7 @@ def test_a_request_for_seeds_draws_nothing(client: Any) -> None:
 
     _, calls = settled(client)
     outputs = [grpc.InferRequestedOutput("seed")]
-    actual = client.infer("pipeline", tensors(class_labels=[4, 6], seed=[3, 9]), outputs=outputs)
+    actual = client.infer("pipeline", tensors(class_labels=[4, 6], seed=[3, 9]), outputs=outputs, client_timeout=LONGEST)
     assert actual.as_numpy("seed").tolist() == [[3], [9]]
     assert settled(client)[1] == calls
 

@@ -1,6 +1,6 @@
 """Measures cost and speed at full size, of DiT-XL/2, PixArt-Sigma-XL/2, UNets or larger networks. Each command prints one table.
 
-    pip install -c constraints.txt ".[cpu,openvino]"
+    pip install -c constraints.txt ".[cpu,openvino,text]"
     python benchmarks/full_size.py cost       # time by stage and peak memory of one export, also with --rounding gptq
     python benchmarks/full_size.py flat       # memory and time of calibration at 2 and 16 pictures, 2 and 16 steps
     python benchmarks/full_size.py speed      # latency of several engines, timed in turn
@@ -11,8 +11,8 @@ The model is made once in a folder (`--model`, default ./dit-xl), with `--pickle
 `sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` holds all engines of a runtime in memory; for
 the last three networks use `cost`, which times ONNX Runtime's engines in turn. If the folder has conditions.safetensors, the
 export uses them.
-Exports are written to a temporary folder beside the model. `speed --peers` also quantizes with onnxruntime's quantize_static,
-which takes 13 GB of memory and some minutes, and with NNCF if it is installed. Every table names the machine.
+Exports are written to a temporary folder beside the model. `speed --peers static nncf` also quantizes with onnxruntime's
+quantize_static, which takes 13 GB of memory and some minutes for DiT-XL/2, and with NNCF. Every table names the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def flat(model: Path, temporary: Path) -> None:
         shutil.rmtree(out)
 
 
-def speed(model: Path, temporary: Path, *, peers: bool) -> None:
+def speed(model: Path, temporary: Path, peers: list[str]) -> None:
     """Print the latency of one call of a picture, for the warm engines of each runtime in turn."""
     from dq_export.deploy.latency import Latency, measure
     from dq_export.deploy.onnxruntime.cpu import open_graph
@@ -113,13 +112,13 @@ def speed(model: Path, temporary: Path, *, peers: bool) -> None:
         "ONNX Runtime fp32": lambda: open_graph(cpu / "float" / "model.onnx"),
         "dq-export W8A8, ONNX Runtime CPU": lambda: open_graph(cpu / "model.onnx"),
     }
-    if peers:
+    if "static" in peers:
         first["onnxruntime quantize_static"] = partial(open_graph, quantize_static(cpu / "float" / "model.onnx", feed, temporary))
     times: dict[str, Latency] = {}
     for makers in (first, openvino_engines(model, temporary, len(feed[reference.inputs[0].name]))):
         # The engines of one runtime at a time: those of a UNet do not all fit into memory.
         times |= measure({name: make() for name, make in makers.items()}, feed)
-    if peers and find_spec("nncf"):
+    if "nncf" in peers:
         times |= measure({"NNCF, OpenVINO": nncf(cpu / "float" / "model.onnx", feed, temporary)}, feed)
     base = times["ONNX Runtime fp32"].median
     print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the network's name followed by -xl")
     parser.add_argument("--layers", default="", help="fewer layers for a quick look; N,M for flux-dev")
     parser.add_argument("--pickle", action="store_true", help="make the model with a .bin and an old configuration")
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="+", choices=("static", "nncf"), default=[], help="other quantizers, for speed")
     parser.add_argument("--rounding", default="rtn", help="rounding of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
@@ -228,7 +227,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=model.parent) as temporary:
         folder = Path(temporary)
         if options.table == "speed":
-            speed(model, folder, peers=options.peers)
+            speed(model, folder, options.peers)
         elif options.table == "resume":
             resume(model, folder, kills=options.kills)
         elif options.table == "cost":

@@ -99,7 +99,7 @@ def main() -> None:
         sys.exit(USAGE)
     except tuple(statuses()) as error:
         print_error(str(error))
-        sys.exit(statuses()[type(error)])
+        sys.exit(next(status for kind, status in statuses().items() if isinstance(error, kind)))
     except Exception as error:
         reason = reason_of(error)
         if not reason:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dq_export.core.network import Feed
 
-from .reference import Float32
+from .reference import Float32, MissingPackageError
 
 
 def pipeline_of(name: str, **parts: Any) -> Any:
@@ -14,10 +14,18 @@ def pipeline_of(name: str, **parts: Any) -> Any:
 
     Args:
         parts: the arguments of its constructor but for the VAE; None where it calls for nothing.
+
+    Raises:
+        MissingPackageError: the class needs a package that is not installed.
     """
     import diffusers
 
-    pipeline = getattr(diffusers, name)(**parts, vae=None)
+    kind = getattr(diffusers, name)
+    # Where a package is missing, diffusers has a class of this name that lists what it needs, and whose every use fails.
+    packages = [package for package in getattr(kind, "_backends", ()) if package != "torch"]
+    if packages:
+        raise MissingPackageError(f"diffusers' {name} needs {' and '.join(packages)}; pip install 'dq-export[text]'")
+    pipeline = kind(**parts, vae=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -24,6 +24,10 @@ class ModelError(Exception):
     """A model cannot be found, read or used; the message says which file and what to do."""
 
 
+class MissingPackageError(ModelError):
+    """The model's own pipeline needs a package that is not installed; the message says how to install it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samplers:
     """The samplers that a server can offer.

@@ -19,7 +19,7 @@ from .config_values import RAISED, SchedulerValues, reason_of, refused, require_
 from .family import Pictures
 from .loading import read_config, silent
 from .prediction import NOISE, Prediction
-from .reference import Float32, ModelError, Network
+from .reference import Float32, MissingPackageError, ModelError, Network
 from .stand_in import StandIn
 
 
@@ -133,10 +133,13 @@ class Rehearsal:
         Raises:
             ModelError: the scheduler fails, sends timesteps that the network does not take, or returns NaN or Inf; the
                 message says what to change, and this change was tried.
+            MissingPackageError: see `pipeline_of`.
             PluginError: the loop of a plug-in's family fails.
         """
         try:
             return self._rehearse(scheduler, steps)
+        except MissingPackageError:
+            raise
         except ModelError as error:  # of `set_steps`
             problem = reason_of(error.__cause__ or error)
         except RAISED as error:

@@ -56,6 +56,16 @@ def test_keys_and_values_of_the_text_are_static_and_the_modulation_is_outside_th
     assert set(roles.values()) == {"static", "edge", "gemm"}
 
 
+def test_a_package_that_the_pipeline_needs_is_named_with_the_way_to_get_it(sigma: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers without transformers has classes whose use fails; the scheduler is not to blame for that."""
+    import diffusers
+    from diffusers.utils import dummy_torch_and_transformers_objects as dummies
+
+    monkeypatch.setattr(diffusers, "PixArtSigmaPipeline", dummies.PixArtSigmaPipeline)
+    with pytest.raises(ModelError, match=r"^diffusers' PixArtSigmaPipeline needs transformers; pip install 'dq-export\[text\]'$"):
+        load_reference(str(sigma)).timesteps(4)
+
+
 def test_scalings_fold_into_norms_values_and_the_texts_projection(sigma: Path) -> None:
     """A vector for each site behind the shared modulation; operations on tokens before the queries of the text, which read
     the residual stream, and behind GELU."""

@@ -13,7 +13,7 @@ PROBES_KEY = "asked"
 """The parameter of config.pbtxt that lists the models to ask, as JSON: [model, output, {input: [type, shape]}] of each."""
 
 
-HELD_ROUNDS = 8
+ROUNDS = 8
 """Rounds for which answers are kept. The server's library drops them in a thread of its own, without Python's lock; if that were
 the last reference to their tensors, it would end this program from Python 3.12 on."""
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
             (model, output, {name: _smallest(kind, shape) for name, (kind, shape) in inputs.items()})
             for model, output, inputs in probes
         ]
-        self.held: deque[Any] = deque(maxlen=HELD_ROUNDS * len(probes))
+        self.iterators: deque[Any] = deque(maxlen=ROUNDS * len(probes))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with `healthy`, or with the error of the first model that does not answer."""
@@ -53,8 +53,8 @@ class TritonPythonModel:
                 model_name=model, requested_output_names=[output], inputs=tensors, preferred_memory=memory
             )
             try:
-                self.held.append(request.exec(decoupled=True))
-                errors = [answer.error().message() for answer in self.held[-1] if answer.has_error()]
+                self.iterators.append(request.exec(decoupled=True))
+                errors = [answer.error().message() for answer in self.iterators[-1] if answer.has_error()]
             except pb_utils.TritonModelException as error:
                 errors = [str(error)]
             if errors:

@@ -17,8 +17,9 @@ from dq_export.passes.match import linears, module_of
 from dq_export.passes.names import origin
 from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
-from .check import check, read_model
+from .check import Finding, check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
+from .check.ort_unpacking import BYTES_SINCE
 
 CONVOLUTIONS = ("Conv", "ConvInteger")
 ATTENTION = ("Attention", "MultiHeadAttention")
@@ -144,12 +145,26 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
         return kernel, kernel in PRODUCTS - UNPACKING or unpacks
 
     @cache
+    def findings() -> list[Finding]:
+        return check(read_model(model), "ort")
+
+    @cache
     def rules() -> dict[str, str]:
-        return {item.node: f"{item.rule}; {item.fix}" for item in check(read_model(model), "ort") if item.rule}
+        return {item.node: f"{item.rule}; {item.fix}" for item in findings() if item.rule}
+
+    @cache
+    def unpacked() -> set[str]:  # by the version that the rules are of; an earlier one may take another kernel
+        return {item.node for item in findings() if item.weight_only and item.verdict == "low precision"}
 
     def why_float(node: ir.Node, kernel: str) -> str:
-        if kernel in UNPACKING:
-            return "the activation has no DequantizeLinear before it; quantize it, too"
+        name = str(node.name)
+        if kernel in UNPACKING or name in unpacked():
+            scheme = assigned[name].scheme if name in assigned else Scheme()
+            if scheme.graph_type is not None:
+                return "the activation has no DequantizeLinear before it; quantize it, too"
+            if scheme.weight is not None and scheme.weight.qtype.bits == 8:
+                first = ".".join(map(str, BYTES_SINCE))
+                return f"before version {first}, ONNX Runtime multiplies blocks of 8 bits in float; install that or a later one"
         return rules().get(str(node.name)) or f"ONNX Runtime chose {kernel}; no known rule says why"
 
     return audit_graph(model, assigned, kernel_of, why_float)

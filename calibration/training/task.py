@@ -164,7 +164,7 @@ def share_of_rate(iteration: int, iterations: int) -> float:
 def _batches(rows: Int64, size: int, seed: tuple[int, ...]) -> Iterator[Int64]:
     """Yield batches of rows without end. All rows come in random order, again and again."""
     random = np.random.default_rng(seed)
-    queue = np.zeros(0, dtype=np.int64)
+    queue: Int64 = np.zeros(0, dtype=np.int64)
     while True:
         while len(queue) < size:
             queue = np.concatenate([queue, random.permutation(rows)])

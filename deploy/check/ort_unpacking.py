@@ -9,6 +9,8 @@ from .operand import Operand, attribute, shape_of
 from .ort_result import bias_of
 
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
+BYTES_SINCE = (1, 25)
+"""The first version of ONNX Runtime that unpacks blocks of 8 bits in a kernel; earlier ones do it before each MatMul."""
 NARROW = (*BYTES, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2)
 UNMOVED = ("Flatten",)
 """Views that are not swapped with a preceding DequantizeLinear."""

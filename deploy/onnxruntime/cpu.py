@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_ort
 from ..backend import Backend, BackendError, Built, Feed, Float32
+from ..check.ort_unpacking import BYTES_SINCE
 from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm, unpacked_blocks
 from ..packages import require_packages
 
@@ -100,7 +102,7 @@ class Ort(Backend):
         require_packages(["onnxruntime"], "--format ort")
 
     def supports(self, scheme: Scheme) -> Lowering | Refusal:
-        """The kernel that runs a scheme, or the reason that there is none."""
+        """The kernel that runs a scheme, or the reason that there is none; in the installed version, or the newest if none is."""
         weight, codes = scheme.weight, scheme.graph_type
         if weight is None or not scheme.low_precision:
             return ANY_KERNEL
@@ -108,6 +110,10 @@ class Ort(Backend):
             return Refusal("no CPU kernel takes float8; --format trt has one", PRESETS["w8a8"])
         if codes is not None:
             return integer_gemm(scheme, "MatMulIntegerToFloat")
+        if weight.qtype.bits == 8 and importlib.util.find_spec("onnxruntime") and version() < BYTES_SINCE:
+            first, current = ".".join(map(str, BYTES_SINCE)), onnxruntime().__version__
+            reason = f"before version {first}, ONNX Runtime multiplies blocks of 8 bits in float; {current} is installed"
+            return Refusal(reason, PRESETS["w8a8" if scheme.activation else "w4a16"])
         return unpacked_blocks(scheme, ", which rounds its input to 8 bits a block")
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
@@ -118,8 +124,8 @@ class Ort(Backend):
         Attention becomes one operator if the installed library has it. Otherwise the graph has opset 21, which versions
         since 1.19 run on the same integer kernels (measured: 1.19, 1.22, 1.23, 1.24, 1.31).
         """
-        attention = (FuseAttention(),) if _version() >= ATTENTION_SINCE else ()
-        unsigned = UnsignCodes(convolutions=_version() < SIGNED_CONVOLUTIONS_SINCE)
+        attention = (FuseAttention(),) if version() >= ATTENTION_SINCE else ()
+        unsigned = UnsignCodes(convolutions=version() < SIGNED_CONVOLUTIONS_SINCE)
         codes = (*factoring_passes(result, shared=shared), IntegerConvolutions(), unsigned)
         return (*codes, TrimText(), *attention, RaiseBiases(), PlainGroupNorms())
 
@@ -228,7 +234,8 @@ def onnxruntime() -> Any:
     return library
 
 
-def _version() -> tuple[int, ...]:
+def version() -> tuple[int, ...]:
+    """The installed library's major and minor version."""
     return tuple(int(part) for part in onnxruntime().__version__.split(".")[:2])
 
 

@@ -78,7 +78,8 @@ def _frequencies(count: int) -> npt.NDArray[np.float64]:
 @cache
 def _sines(size: int, span: float, count: int) -> npt.NDArray[np.float32]:
     angles = (np.arange(size) * span / size)[:, None] * _frequencies(count)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    table: npt.NDArray[np.float32] = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    return table
 
 
 def settle_timesteps(model: Any) -> None:

@@ -84,8 +84,9 @@ def _replace(graph: ir.Graph, node: ir.Node, activation: ir.Node, weight: ir.Nod
     product = _product(graph, node, activation, weight)
     scales, scale = constant(weight.inputs[1]), activation.inputs[1]
     assert scales is not None
-    row, fixed = scales.reshape(-1).astype(np.float32), constant(scale)
-    row = row if fixed is None else (row * fixed.astype(np.float32)).astype(np.float32)
+    fixed = constant(scale)
+    common = np.float32(1) if fixed is None else fixed.astype(np.float32)
+    row = (scales.reshape(-1).astype(np.float32) * common).astype(np.float32)
     factor, small = initializer(graph, f"{node.name}.scales", row), list[ir.Node]()
     user, last = only_user(node.outputs[0]), node
     values = [] if fixed is not None else [scale]

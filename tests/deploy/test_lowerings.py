@@ -20,8 +20,9 @@ from dq_export.core.rule import Rule
 from dq_export.core.scheme import PRESETS, Scheme, TensorScheme, all_schemes, scheme_of
 from dq_export.deploy.backend import Backend
 from dq_export.deploy.backends import BACKENDS, backend_of
+from dq_export.deploy.check.ort_unpacking import BYTES_SINCE
 from dq_export.deploy.lowerings import Lowering
-from dq_export.deploy.onnxruntime.cpu import ORT, open_graph
+from dq_export.deploy.onnxruntime.cpu import ORT, open_graph, version
 from dq_export.deploy.support_table import support_table
 from dq_export.deploy.tensorrt.backend import TensorRtRtx
 from dq_export.families.reference import Reference
@@ -198,5 +199,22 @@ def test_rules_mix_bits_and_granularities(tiny: Reference, tiny_onnx: Path, tmp_
     assert sqnr(tiny.forward(feed), open_graph(model)(feed)) > MINIMUM["w4a8"]
 
 
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [({"bits": "w8a16"}, "w4a16"), ({"bits": "w8a8", "granularity": "token-group"}, "w8a8 granularity tensor")],
+)
+def test_blocks_of_8_bits_are_refused_before_1_25(options: dict[str, Any], nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    message = "before version 1.25, ONNX Runtime multiplies blocks of 8 bits in float; 1.24.4 is installed; the nearest is"
+    with pytest.raises(RecipeError, match=f"{re.escape(f'{message} {nearest}')}$"):
+        backend_of(Recipe.parse({"model": "tiny", **options}, "test"))
+    assert backend_of(Recipe.parse({"model": "tiny", **options, "bits": options["bits"].replace("w8", "w4")}, "test")) == ORT
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.0")
+    assert backend_of(Recipe.parse({"model": "tiny", **options}, "test")) == ORT
+
+
+@pytest.mark.skipif(version() < BYTES_SINCE, reason="the table is that of a later ONNX Runtime")
 def test_the_page_about_bits_shows_the_table() -> None:
     assert support_table() in PAGE.read_text(encoding="utf-8"), support_table()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from dq_export.deploy.openvino.engine import OpenVinoEngine, load_engine
 from dq_export.passes.base import run_passes
 from dq_export.passes.pipeline import canonical_passes
 
+OPENVINO = pytest.mark.skipif(importlib.util.find_spec("onnxruntime_ep_openvino") is None, reason="needs OpenVINO")
 BACKEND = OpenVino("fp32")
 INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
@@ -40,6 +42,7 @@ def built(tiny_onnx: Path, tiny_calibrated: Any, tmp_path_factory: pytest.TempPa
     return BACKEND.build(model, folder / "engine")
 
 
+@OPENVINO
 def test_every_quantized_gemm_runs_in_integers(built: Built, tiny_calibrated: Any) -> None:
     audit = BACKEND.audit(built, tiny_calibrated[1])
     assert audit.coverage == 1
@@ -51,6 +54,7 @@ def test_every_quantized_gemm_runs_in_integers(built: Built, tiny_calibrated: An
     assert not any(gemm.integer for gemm in audit.gemms if gemm.wanted != "w8a8")
 
 
+@OPENVINO
 def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_so(
     tiny_onnx: Path, tiny_calibrated: Any, tmp_path: Path
 ) -> None:
@@ -60,6 +64,7 @@ def test_a_scale_that_is_looked_up_at_run_time_runs_in_float_and_the_audit_says_
     assert all("it needs constant scales" in gemm.reason for gemm in audit.gemms if gemm.wanted == "w8a8")
 
 
+@OPENVINO
 def test_it_computes_what_the_graph_says(tiny: Any, built: Built) -> None:
     for timestep in (1, 400, 999):
         feed = feed_of(tiny, timestep)
@@ -69,6 +74,7 @@ def test_it_computes_what_the_graph_says(tiny: Any, built: Built) -> None:
         np.testing.assert_allclose(BACKEND.load(built, batch=3)(feed), BACKEND.load(built)(feed), atol=1e-2)
 
 
+@OPENVINO
 def test_the_session_is_described(built: Built) -> None:
     described = json.loads((built.folder / "session.json").read_text())
     assert described["providers"][:1] == (["OpenVINOExecutionProvider"] if INTEL else [])
@@ -76,12 +82,14 @@ def test_the_session_is_described(built: Built) -> None:
     assert described["openvino"].startswith("20")
 
 
+@OPENVINO
 def test_its_profile_names_integer_kernels(tiny: Any, built: Built) -> None:
     spent = BACKEND.profile(built, feed_of(tiny, samples=2))
     assert any("FullyConnected" in name and "i8" in name for name in spent)
     assert all(time > 0 for time in spent.values())
 
 
+@OPENVINO
 @pytest.mark.parametrize("library", ["onnxruntime_ep_openvino", "openvino"])
 def test_a_missing_library_is_an_error(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
@@ -91,6 +99,7 @@ def test_a_missing_library_is_an_error(library: str, monkeypatch: pytest.MonkeyP
         BACKEND.require()
 
 
+@OPENVINO
 def test_without_the_plugin_it_runs_on_its_own_runtime_and_says_so(
     tiny: Any, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +118,7 @@ def test_without_the_plugin_it_runs_on_its_own_runtime_and_says_so(
         fixed(feed)
 
 
+@OPENVINO
 def test_a_graph_that_openvino_refuses_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"OpenVINO refuses .*model\.onnx"):
@@ -126,6 +136,7 @@ def test_options_that_no_backend_runs_together_are_an_error() -> None:
     assert backend_of(Recipe.parse({"model": "m", "format": "onnx"}, "test")) is None
 
 
+@OPENVINO
 def test_bfloat16_costs_accuracy_but_not_the_integers(tiny: Any, built: Built, tiny_calibrated: Any, tmp_path: Path) -> None:
     other = OpenVino("bf16")
     compiled = other.build(built.model, tmp_path / "engine")

@@ -25,6 +25,10 @@ from dq_export.pipeline import run
 from dq_export.preparation import Options
 from dq_export.report.verdict import require
 
+LISTS = pytest.mark.skipif(
+    not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"), reason="needs ONNX Runtime 1.24, which lists nodes"
+)
+
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
@@ -54,6 +58,7 @@ def test_without_a_gpu_an_export_does_all_but_the_engine(tiny_folder: Path, tmp_
     assert {item.verdict for item in findings} == {"low precision"}
 
 
+@LISTS
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_a_build_records_the_nodes_that_the_provider_takes(
     dtype: str, tiny: Reference, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +89,7 @@ def test_a_build_records_the_nodes_that_the_provider_takes(
             backend.audit(built, assigned)
 
 
+@LISTS
 def test_a_session_that_falls_back_to_the_cpu_is_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As onnxruntime-gpu does on a machine without CUDA, with a warning."""
 

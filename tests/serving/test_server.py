@@ -21,7 +21,8 @@ import server
 from conftest import SERVED_STEPS, Nobody, sqnr
 from serving_requests import LONGEST, ask, memory, tensors
 
-from dq_export.deploy.onnxruntime.cpu import open_graph
+from dq_export.deploy.check.ort_unpacking import BYTES_SINCE
+from dq_export.deploy.onnxruntime.cpu import open_graph, version
 from dq_export.deploy.triton.serving.conditions import Labels
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
@@ -174,7 +175,10 @@ def test_requests_share_calls_with_equal_results(client: Any) -> None:
     with ThreadPoolExecutor(len(outputs)) as pool:
         together = list(pool.map(lambda request: ask(client, **request)["latents"], outputs))
     more_rows, more_calls = settled(client)
-    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(outputs)
+    equal = [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)]
+    # Earlier versions of ONNX Runtime add in another order in calls of one row: those of one request without guidance.
+    exact = [version() >= BYTES_SINCE or request["guidance_scale"] > 1 for request in outputs]
+    assert all(a or not b for a, b in zip(equal, exact, strict=True))
     assert more_rows - rows == sum(r["num_inference_steps"] * r["guidance_scale"] for r in outputs)
     assert (more_rows - rows) / (more_calls - calls) > 6  # of 16; alone it is 1 or 2
 

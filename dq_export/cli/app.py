@@ -99,7 +99,8 @@ def main() -> None:
         sys.exit(USAGE)
     except tuple(statuses()) as error:
         print_error(str(error))
-        sys.exit(next(status for kind, status in statuses().items() if isinstance(error, kind)))
+        codes = statuses()
+        sys.exit(next(codes[kind] for kind in type(error).__mro__ if kind in codes))  # the nearest class
     except Exception as error:
         reason = reason_of(error)
         if not reason:

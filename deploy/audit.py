@@ -19,7 +19,7 @@ from dq_export.passes.sizes import read_sizes, size_of, sizes_of
 
 from .check import Finding, check, read_model
 from .check.integer_operators import PRODUCTS, UNPACKING
-from .check.ort_unpacking import BYTES_SINCE
+from .check.ort_unpacking import BYTES_IN_FLOAT
 
 CONVOLUTIONS = ("Conv", "ConvInteger")
 ATTENTION = ("Attention", "MultiHeadAttention")
@@ -163,9 +163,8 @@ def audit_ort(model: Path, optimized: Path, assigned: Mapping[str, Rule]) -> Aud
             if scheme.graph_type is not None:
                 return "the activation has no DequantizeLinear before it; quantize it, too"
             if scheme.weight is not None and scheme.weight.qtype.bits == 8:
-                first = ".".join(map(str, BYTES_SINCE))
-                return f"before version {first}, ONNX Runtime multiplies blocks of 8 bits in float; install that or a later one"
-        return rules().get(str(node.name)) or f"ONNX Runtime chose {kernel}; no known rule says why"
+                return f"{BYTES_IN_FLOAT}; install that or a later one"
+        return rules().get(name) or f"ONNX Runtime chose {kernel}; no known rule says why"
 
     return audit_graph(model, assigned, kernel_of, why_float)
 

@@ -11,6 +11,8 @@ from .ort_result import bias_of
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 BYTES_SINCE = (1, 25)
 """The first version of ONNX Runtime that unpacks blocks of 8 bits in a kernel; earlier ones do it before each MatMul."""
+BYTES_IN_FLOAT = f"before version {'.'.join(map(str, BYTES_SINCE))}, ONNX Runtime multiplies blocks of 8 bits in float"
+"""Why an earlier version does not run them in low precision."""
 NARROW = (*BYTES, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2)
 UNMOVED = ("Flatten",)
 """Views that are not swapped with a preceding DequantizeLinear."""

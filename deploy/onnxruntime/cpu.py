@@ -32,7 +32,7 @@ from dq_export.passes.pipeline import factoring_passes
 
 from ..audit import Audit, audit_ort
 from ..backend import Backend, BackendError, Built, Feed, Float32
-from ..check.ort_unpacking import BYTES_SINCE
+from ..check.ort_unpacking import BYTES_IN_FLOAT, BYTES_SINCE
 from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm, unpacked_blocks
 from ..packages import require_packages
 
@@ -111,8 +111,7 @@ class Ort(Backend):
         if codes is not None:
             return integer_gemm(scheme, "MatMulIntegerToFloat")
         if weight.qtype.bits == 8 and importlib.util.find_spec("onnxruntime") and version() < BYTES_SINCE:
-            first, current = ".".join(map(str, BYTES_SINCE)), onnxruntime().__version__
-            reason = f"before version {first}, ONNX Runtime multiplies blocks of 8 bits in float; {current} is installed"
+            reason = f"{BYTES_IN_FLOAT}; {onnxruntime().__version__} is installed"
             return Refusal(reason, PRESETS["w8a8" if scheme.activation else "w4a16"])
         return unpacked_blocks(scheme, ", which rounds its input to 8 bits a block")
 

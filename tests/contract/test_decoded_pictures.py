@@ -11,27 +11,17 @@ import pytest
 import torch
 from cases import CASES, SEED, loaded
 from conftest import recipe_of
-from diffusers import AutoencoderKL
 from flux import flux_pipeline
 from sd3 import sd3_pipeline
+from tiny_vae import save_vae
 from toy import PROMPTS
 from unet import unet_pipeline
 
 from dq_export.families.decoder import TILE, decoding_bytes, load_vae, pictures_of
 from dq_export.stages.appearance import decoded
 
-LEVELS = 4
-"""So that a latent has 8 pixels along a side, as in published checkpoints."""
-
-
-def save_vae(folder: Path, **options: Any) -> Any:
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * LEVELS, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * LEVELS,
-        up_block_types=("UpDecoderBlock2D",) * LEVELS, **options,
-    ).eval()  # fmt: skip
-    vae.save_pretrained(folder / "vae")
-    return vae
+WIDE: dict[str, Any] = {"block_out_channels": (8,) * 4, "sample_size": 32}
+"""A latent has 8 pixels along a side, as in published checkpoints."""
 
 
 @pytest.mark.parametrize(
@@ -39,7 +29,11 @@ def save_vae(folder: Path, **options: Any) -> Any:
     [
         ("flux", flux_pipeline, {"latent_channels": 2, "scaling_factor": 0.36, "shift_factor": 0.5}),
         ("sd3", sd3_pipeline, {"latent_channels": 4, "scaling_factor": 1.53, "shift_factor": -0.4}),
-        ("unet-xl", unet_pipeline, {"latents_mean": [0.5, -1, 0.2, 0], "latents_std": [2.0, 1, 0.5, 3], "scaling_factor": 0.5}),
+        (
+            "unet-xl",
+            unet_pipeline,
+            {"latent_channels": 4, "latents_mean": [0.5, -1, 0.2, 0], "latents_std": [2.0, 1, 0.5, 3], "scaling_factor": 0.5},
+        ),
     ],
 )
 def test_pictures_are_those_of_diffusers_pipeline(
@@ -47,7 +41,7 @@ def test_pictures_are_those_of_diffusers_pipeline(
 ) -> None:
     case = CASES[name]
     folder = case.save(tmp_path / "model")
-    vae = save_vae(folder, **options)
+    vae = save_vae(folder / "vae", **WIDE, **options)
     reference = loaded(folder, case)
     height, width = case.size or (64, 64)
     pipeline = pipeline_of(folder)
@@ -67,7 +61,7 @@ def test_pictures_are_those_of_diffusers_pipeline(
 
 
 def test_large_pictures_are_decoded_in_tiles_as_diffusers_does_it(tmp_path: Path) -> None:
-    vae = save_vae(tmp_path, latent_channels=4, scaling_factor=0.5)
+    vae = save_vae(tmp_path / "vae", **WIDE, latent_channels=4, scaling_factor=0.5)
     latents = np.random.default_rng(0).normal(size=(2, 4, 72, 40)).astype(np.float32)
     counted: list[tuple[int, int]] = []
     network = load_vae(tmp_path / "vae", (4, 72, 40))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import run_onnx, save_tiny
 from json_file import edit
+from tiny_vae import save_vae
 from typer.testing import CliRunner
 
 from dq_export.core.recipe import Recipe
@@ -29,20 +30,6 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny pipeline, to be changed."""
     shutil.copytree(tiny_folder, tmp_path / "model")
     return tmp_path / "model"
-
-
-def save_vae(folder: Path, **options: Any) -> Any:
-    """A tiny VAE with attention in its middle, as every published one has."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        **{"latent_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16,
-           "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, **options}
-    )  # fmt: skip
-    vae.save_pretrained(folder, safe_serialization=True)
-    return vae
 
 
 def as_published(vae: Path) -> None:

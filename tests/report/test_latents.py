@@ -17,6 +17,7 @@ from conftest import QUICK, save_tiny
 from diffusers import AutoencoderKL
 from json_file import edit
 from onnxruntime import InferenceSession
+from tiny_vae import save_vae
 
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.core.tensor_file import load_tensors
@@ -35,16 +36,6 @@ from dq_export.stages.recording import draw, feed_of
 SCALE, MEAN, STD = 0.3, (0.4, -0.2), (1.5, 0.6)
 LEVEL = 1 + 1e-3
 """Of 255: float32 may round a value between two levels to either."""
-
-
-def save_vae(folder: Path, **options: Any) -> None:
-    """A VAE of two levels for latents of 2 x 8 x 8, with pictures of 16 x 16."""
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        **{"latent_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4, "scaling_factor": SCALE, "sample_size": 16,
-           "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, **options}
-    )  # fmt: skip
-    vae.save_pretrained(folder)
 
 
 def exported(model: Path, out: Path, options: Options | None = None, **values: Any) -> Report:
@@ -83,7 +74,7 @@ def drawn_by_the_engine(out: Path, recipe: Recipe) -> Float32:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny(tmp_path_factory.mktemp("latents"))
-    save_vae(folder / "vae", latents_mean=MEAN, latents_std=STD)
+    save_vae(folder / "vae", scaling_factor=SCALE, latents_mean=MEAN, latents_std=STD)
     return folder
 
 
@@ -205,8 +196,8 @@ def test_a_damaged_vae_is_refused_before_anything_is_done(model: Path, tmp_path:
 def test_pictures_that_do_not_fit_into_memory_are_left_out(tmp_path: Path) -> None:
     """A decoder as wide as a published one, for pictures of 512 pixels, beside a network of kilobytes."""
     model = save_tiny(tmp_path / "model", sample_size=16, patch_size=4)
-    wide = {"block_out_channels": (32, 512, 32, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 32}
-    save_vae(model / "vae", **wide, down_block_types=("DownEncoderBlock2D",) * 6, up_block_types=("UpDecoderBlock2D",) * 6)
+    wide: dict[str, Any] = {"block_out_channels": (32, 512, 32, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 32}
+    save_vae(model / "vae", **wide)
     needed = BASE + decoding_bytes(model / "vae", (2, 16, 16)) / GIB
     assert 3 < needed < 4, "4.4 times 512 channels of 512 x 512 pixels are 2.2 GiB"
     report = exported(model, tmp_path / "out", Options(max_memory=2), parity_size=1)

@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {"triton": True, "steps": 4, "calib_size": 2, "parity_si
 def save_latent(folder: Path) -> Path:
     """A pipeline of a tiny DiT and a tiny VAE: latents of 2 x 8 x 8, pictures of 16 x 16."""
     save_tiny(folder)
-    save_vae(folder, channels=2, size=16)
+    save_vae(folder / "vae", scaling_factor=0.3)
     return folder
 
 

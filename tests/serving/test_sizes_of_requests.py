@@ -37,7 +37,7 @@ PIXELS = 2
 def save_model(folder: Path) -> None:
     """The small model that draws prompts, with a tiny random VAE behind it."""
     shutil.copytree(PACKAGED / "pixart-digits", folder)
-    save_vae(folder, channels=1, size=32)
+    save_vae(folder / "vae", latent_channels=1, sample_size=32, scaling_factor=0.3)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
 

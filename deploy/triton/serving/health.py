@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 PROBES_KEY = "asked"
 """The parameter of config.pbtxt that lists the models to ask, as JSON: [model, output, {input: [type, shape]}] of each."""
-
-
 ROUNDS = 8
 """Rounds for which answers are kept. The server's library drops them in a thread of its own, without Python's lock; if that were
 the last reference to their tensors, it would end this program from Python 3.12 on."""

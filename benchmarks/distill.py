@@ -4,8 +4,8 @@
     python benchmarks/distill.py --ablation     tables only, weights only, no biases, with and without weight dilation
 
 A row has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory, and of ten pictures from the
-same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training. `--json` writes a result
-file for `benchmarks/measured.py`.
+same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training. `--device cuda` samples
+and trains on a GPU; the engines stay on the processor. `--json` writes a result file for `benchmarks/measured.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from result_table import ResultTable
 from dq_export.core.recipe import Recipe
 from dq_export.families.source import MODELS, PACKAGED
 from dq_export.pipeline import run
+from dq_export.preparation import Options
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from hard_copy import harden_folder
@@ -52,12 +53,12 @@ TITLES = {"plain": "dit-digits", "hard": "hard copy", "text": "pixart-digits"}
 Decibels = tuple[float, float, float]
 
 
-def measure(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Decibels, float]:
+def measure(model: str, options: Mapping[str, Any], folder: Path, device: str) -> tuple[Decibels, float]:
     """Export, and return ((mean call, worst call, pictures) in dB, CPU seconds)."""
     guidance = MODELS.get(model, ("", 2.0))[1]
     recipe = Recipe.parse({"model": model, "guidance_scale": guidance, "min_sqnr": -200, **options}, "benchmark")
     start = time.process_time()
-    report = run(recipe, folder, until="verify")
+    report = run(recipe, folder, Options(device=device), until="verify")
     seconds = time.process_time() - start
     assert report is not None
     assert report.parity is not None
@@ -66,11 +67,11 @@ def measure(model: str, options: Mapping[str, Any], folder: Path) -> tuple[Decib
     return (report.mean_sqnr("engine"), worst.sqnr, report.parity.trajectories[0].sqnr), seconds
 
 
-def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], folder: Path) -> list[str]:
+def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], folder: Path, device: str) -> list[str]:
     """Return the figures of an export with GPTQ and the gain of training, behind the names of model and form."""
     calibration = {key: value for key, value in training.items() if not key.startswith("distill_")}
-    before, gptq_seconds = measure(model, {**options, **calibration, "rounding": "gptq"}, folder / "gptq")
-    after, seconds = measure(model, {**options, **training, "rounding": "distill"}, folder / "distill")
+    before, gptq_seconds = measure(model, {**options, **calibration, "rounding": "gptq"}, folder / "gptq", device)
+    after, seconds = measure(model, {**options, **training, "rounding": "distill"}, folder / "distill", device)
     gains = [f"{old:.1f} {new - old:+.1f}" for old, new in zip(before, after, strict=True)]
     return [*gains, f"{seconds - gptq_seconds:.0f}"]
 
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="*", default=list(FORMS), help="words that a form's name must begin with")
     parser.add_argument("--iterations", type=int, default=150, help="iterations of a block")
     parser.add_argument("--ablation", action="store_true", help="parts of the training, of w4a4 per timestep")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the sampling and the training")
     parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
     table, training = ResultTable(COLUMNS, options.json), {"distill_iterations": options.iterations}
@@ -94,7 +96,7 @@ def main() -> None:
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))
         for name in options.models:
             for label, (form, changes) in exports.items():
-                figures = cells(models[name], form, changes, Path(temporary) / name / label)
+                figures = cells(models[name], form, changes, Path(temporary) / name / label, options.device)
                 table.add([TITLES[name], label, *figures])
 
 

@@ -85,7 +85,7 @@ class Task:
             for start in own_parts(range(0, len(rows), self.part), self.group):
                 part = slice(start, start + self.part)
                 exact = [tensor.double() for tensor in self.target(rows[part])]
-                sums[0, part] = squares([a.cpu() - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
+                sums[0, part] = squares([a - b for a, b in zip(self.run(layers, rows[part]), exact, strict=True)])
                 sums[1, part] = squares(exact)
         noise, signal = self.group.total(sums)
         return noise, signal
@@ -129,9 +129,7 @@ class Task:
         import torch
 
         outputs, targets = self.run(layers, rows), self.target(rows)
-        of_sample = torch.stack(
-            [(a - b.to(a.device)).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)]
-        )
+        of_sample = torch.stack([(a - b).square().flatten(1).sum(dim=1) for a, b in zip(outputs, targets, strict=True)])
         return (of_sample.sum(dim=0) * torch.from_numpy(weights[rows]).to(of_sample)).sum() / self.effort.batch
 
 
@@ -174,5 +172,5 @@ def _batches(rows: Int64, size: int, seed: tuple[int, ...]) -> Iterator[Int64]:
 
 def squares(tensors: Sequence[torch.Tensor]) -> Float64:
     """Return the sum of squares of each sample over all tensors, float64[B]."""
-    total: Float64 = sum(tensor.square().flatten(1).sum(dim=1) for tensor in tensors).numpy()  # type: ignore[union-attr]
+    total: Float64 = sum(tensor.square().flatten(1).sum(dim=1) for tensor in tensors).cpu().numpy()  # type: ignore[union-attr]
     return total

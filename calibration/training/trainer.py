@@ -160,7 +160,7 @@ class Trainer:
         before: list[torch.Tensor] = []
         if index:
             exact, error = (self._boundary(index, part).read(rows) for part in ("exact", kind))
-            before = [(a + b).to(self.chain.device) for a, b in zip(exact, error, strict=True)]
+            before = [a + b for a, b in zip(exact, error, strict=True)]
         with self.quantized.on(layers):
             return self.chain.run(index, self.samples.feed(rows), before)
 
@@ -177,7 +177,7 @@ class Trainer:
         target = self._boundary(index + 1, "exact")
         with torch.no_grad():
             for rows in own_parts(self._parts(self.all_samples), self.group):
-                before = [part.to(self.chain.device) for part in self._boundary(index, "exact").read(rows)] if index else []
+                before = self._boundary(index, "exact").read(rows) if index else []
                 target.write(rows, self.chain.run(index, self.samples.feed(rows), before))
         self._meet()
 
@@ -189,7 +189,7 @@ class Trainer:
         with torch.no_grad():
             for rows in own_parts(self._parts(samples), self.group):
                 outputs = self._run(index, layers, kind, rows)
-                error.write(rows, [a.cpu() - b for a, b in zip(outputs, exact.read(rows), strict=True)])
+                error.write(rows, [a - b for a, b in zip(outputs, exact.read(rows), strict=True)])
         self._meet()
 
     def _meet(self) -> None:
@@ -201,7 +201,7 @@ class Trainer:
 
     def _boundary(self, index: int, kind: str) -> Boundary:
         """Return the file of a chain's tensors between block `index - 1` and block `index`."""
-        return Boundary(self._path(index, kind), self.chain.shapes[index - 1])
+        return Boundary(self._path(index, kind), self.chain.shapes[index - 1], self.chain.device)
 
     def _path(self, index: int, kind: str) -> Path:
         return self.calibration.folder / f"{kind}.{index}"

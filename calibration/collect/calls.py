@@ -41,6 +41,11 @@ class Call:
         """Whether rows of this call are kept. Samplers may call the network more often than they have steps."""
         return self.place < self.steps and self.number % stride == 0
 
+    def contributes(self, stride: int) -> bool:
+        """Whether it is one of every `stride` calls of its batch. The first of them is another one in the next batch, so that
+        `stride` batches have every timestep."""
+        return (self.place + self.number // self.steps) % stride == 0
+
 
 Collect = Callable[[Call, str, "torch.Tensor | Patches"], None]
 """Called with each site's input float32[rows, K] at each network call: (call, site, input)."""

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from conftest import calibrate_tiny, calibration_of, recipe_of
 
+from dq_export.calibration import hessians
 from dq_export.calibration.calibrate import calibrate
+from dq_export.calibration.collect.calls import Call
 from dq_export.calibration.hessians import TILE, Moments, stream_hessians
 from dq_export.families.reference import Reference
 
@@ -47,6 +50,31 @@ def test_hessians_are_the_second_moments_of_the_quantized_inputs(tiny: Reference
         np.testing.assert_array_equal(matrix, whole[name])
     for name, moments in streamed(1 << 30, diagonal=True).items():
         np.testing.assert_allclose(moments, np.diagonal(whole[name]), rtol=1e-5)
+
+
+def test_of_many_calls_some_contribute_at_every_timestep(
+    tiny: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tiny, bits="w4a8", rounding="gptq", calib_size=16, steps=6)
+    contributing: list[tuple[int, int]] = []
+    contributes = Call.contributes
+
+    def watch(call: Call, stride: int) -> bool:
+        answer = contributes(call, stride)
+        if answer:
+            contributing.append((call.number // call.steps, call.place))
+        return answer
+
+    monkeypatch.setattr(Call, "contributes", watch)
+    monkeypatch.setattr(hessians, "CALLS", 4)
+    calibration = calibration_of(tiny, recipe, tmp_path)
+    assert calibration.sampling.batches == 2
+    assert calibrate(calibration) is not None
+    assert set(contributing) == {(0, 0), (0, 3), (1, 2), (1, 5)}, "of 12 calls each third, which is another one in each batch"
+    monkeypatch.setattr(hessians, "CALLS", 12)
+    contributing.clear()
+    assert calibrate(calibration_of(tiny, recipe, tmp_path / "every")) is not None
+    assert len(set(contributing)) == 12
 
 
 class Watched:

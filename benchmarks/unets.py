@@ -3,8 +3,7 @@
     pip install ".[cpu,metrics]" && python benchmarks/unets.py unet-digits [--networks class text] [--bits w8a8 w6a6 w4a8]
 
 The figures are those of `benchmarks/quality.py`, whose engines these are. A published method is taken as far as options express
-it: what it trains is left out, because rounding distill needs a chain of blocks, which a UNet is not. `--json` writes a result
-file for `benchmarks/measured.py`.
+it. `--json` writes a result file for `benchmarks/measured.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "per timestep (TDQ's table)": {"scaling": "none"},
     "per step, least error of weights (EfficientDM's settings)": {"scaling": "none", "bins": "per-step", "rounding": "mse"},
     "per step, dilate (DilateQuant's settings)": {"scaling": "dilate", "bins": "per-step"},
+    "per step, dilate, trained (DilateQuant whole)": {"scaling": "dilate", "bins": "per-step", "rounding": "distill"},
     "per timestep, auto, gptq (ours)": {"rounding": "gptq"},
+    "per timestep, auto, trained (ours)": {"rounding": "distill"},
 }
 COLUMNS = ("network", "recipe", "SQNR of a call, dB", "worst", "of pictures", "digits read", "MB", "low precision")
 

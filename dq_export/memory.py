@@ -14,6 +14,7 @@ from dq_export.core.folding import TEMPORARIES
 from dq_export.core.recipe import Recipe, RecipeError
 
 from .families.tensors import stored
+from .families.torch_blocks import UNET_LISTS
 from .families.weights import Weights
 
 BASE = 0.85
@@ -120,10 +121,10 @@ def _widest_work(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _largest_block(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of the float32 weights of the largest block, a numbered part of a list at the top."""
+    """Bytes of the float32 weights of the largest block: a numbered part of a list at the top, or of a list in a UNet's level."""
     blocks: dict[str, int] = {}
     for name, shape in shapes.items():
-        block = re.match(r"\w+\.\d+\.", name)
+        block = re.match(rf"\w+(\.\d+)?\.({'|'.join(UNET_LISTS)})\.\d+\.", name) or re.match(r"\w+\.\d+\.", name)
         if block:
             blocks[block[0]] = blocks.get(block[0], 0) + 4 * math.prod(shape)
     return max(blocks.values(), default=0)

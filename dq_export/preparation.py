@@ -187,7 +187,7 @@ def _rules(recipe: Recipe, reference: Reference) -> tuple[Rule, ...]:
     if recipe.rules is not None or recipe.granularity is not None:
         return reference.rules if recipe.rules is None else recipe.rules
     place = next((index for index, rule in enumerate(reference.rules) if rule.action == "bits"), len(reference.rules))
-    first = recipe.width.rules(reference.blocks, reference.sites, reference.linears)
+    first = recipe.width.rules(reference.tower, reference.sites, reference.linears)
     return (*reference.rules[:place], *first, *reference.rules[place:])
 
 

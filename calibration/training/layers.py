@@ -1,4 +1,4 @@
-"""Quantized linears in PyTorch with gradients. Rounding passes a gradient through, clipping stops it."""
+"""Quantized linears and convolutions in PyTorch with gradients. Rounding passes a gradient through, clipping stops it."""
 
 from __future__ import annotations
 
@@ -44,14 +44,16 @@ class SiteInput:
     """The input of a site's readers: (x - in_shift) / in_scale, rounded with the scale of each sample's timestep.
 
     Args:
+        pictures: whether convolutions read the site. All pixels of a channel's patch have one scaling.
         trained: whether the scales get gradients.
     """
 
-    def __init__(self, plan: SitePlan, clock: Clock, device: Any, *, trained: bool) -> None:
+    def __init__(self, plan: SitePlan, clock: Clock, device: Any, *, pictures: bool, trained: bool) -> None:
         import torch
 
         self.plan, self.clock, self.activation = plan, clock, plan.activation
         self.in_scale, self.in_shift = (torch.from_numpy(v.copy()).to(device) for v in (plan.in_scale, plan.in_shift))
+        self.pictures = pictures
         start = None
         if isinstance(self.activation, ScaleTable):
             start = np.log(self.activation.scale)
@@ -61,9 +63,13 @@ class SiteInput:
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Round a value [B, ..., K] to its codes' values, with the same shape."""
+        """Round a value [B, ..., K], or pictures [B, C, H, W], to its codes' values, with the same shape."""
         if self.last is None or self.last[0] is not value:  # readers of the same tensor share its rounded value
-            self.last = value, self._rounded((value - self.in_shift) / self.in_scale)
+            shift, scale = self.in_shift, self.in_scale
+            if self.pictures:
+                taps = len(scale) // value.shape[1]
+                shift, scale = shift[::taps, None, None], scale[::taps, None, None]
+            self.last = value, self._rounded((value - shift) / scale)
         return self.last[1]
 
     def forget(self) -> None:
@@ -85,23 +91,25 @@ class SiteInput:
 
         if self.activation is None:
             return value
-        qmax, shape = self.activation.qtype.qmax, value.shape
+        qmax = self.activation.qtype.qmax
         if isinstance(self.activation, ScaleTable):
             assert self.log is not None
             rows = self.clock.rows(self.activation.bins).to(value.device)
             step = self.log[rows].exp().repeat_interleave(len(value) // len(rows)).reshape(-1, *[1] * (value.ndim - 1))
-        else:
-            value = value.unflatten(-1, (-1, self.activation.group or shape[-1]))
-            step = value.detach().abs().amax(dim=-1, keepdim=True) / qmax
-            step = torch.where(step > 0, step, torch.ones_like(step))
-            if self.log is not None:
-                step = step * self.log.clamp(max=0.0).exp()
-        rounded: torch.Tensor = round_through().apply(value, step, float(qmax))
-        return rounded.reshape(shape)
+            rounded: torch.Tensor = round_through().apply(value, step, float(qmax))
+            return rounded
+        tokens = value.movedim(1, -1) if self.pictures else value
+        groups = tokens.unflatten(-1, (-1, self.activation.group or tokens.shape[-1]))
+        step = groups.detach().abs().amax(dim=-1, keepdim=True) / qmax
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        if self.log is not None:
+            step = step * self.log.clamp(max=0.0).exp()
+        rounded = round_through().apply(groups, step, float(qmax)).reshape(tokens.shape)
+        return rounded.movedim(-1, 1) if self.pictures else rounded
 
 
 class QuantizedLinear:
-    """A quantized linear that replaces one of the float network.
+    """A quantized linear or convolution that replaces one of the float network.
 
     Args:
         plans: the plans that change its weight.
@@ -127,6 +135,7 @@ class QuantizedLinear:
         self.correction = result.correction.get(name, np.float32(0))
         self.start = (bias + self.divisors * self.correction).astype(np.float32)
         self.site: SiteInput | None = None
+        self.product = denoiser.product(name)
 
     def place(self, device: Any, site: SiteInput | None, training: Training) -> QuantizedLinear:
         """Move the linear to a device, with latent weights if all of it is trained. `site` rounds its input."""
@@ -147,10 +156,8 @@ class QuantizedLinear:
         return self
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Compute [..., out] from [..., in]."""
-        import torch
-
-        return torch.nn.functional.linear(value if self.site is None else self.site(value), self.weight, self.bias)
+        """Compute [..., out] from [..., in], or pictures from pictures."""
+        return self.product(value if self.site is None else self.site(value), self.weight, self.bias)
 
     def round(self) -> None:
         """Compute the weight from the nearest codes of the latent weight. No memory is taken."""

@@ -117,7 +117,10 @@ class QuantizedNetwork:
         for name in names:
             if name in self.site_of:
                 plans[self.site_of[name].site.name] = self.site_of[name]
-        sites = {key: SiteInput(plan, self.clock, self.device, trained=training != "nothing") for key, plan in plans.items()}
+        sites = {}
+        for key, plan in plans.items():
+            pictures = self.denoiser.linears[plan.site.linears[0]].convolution
+            sites[key] = SiteInput(plan, self.clock, self.device, pictures=pictures, trained=training != "nothing")
         linears = {}
         for name in names:
             scheme, site = self.assigned[name].scheme, sites.get(self.site_of[name].site.name) if name in self.site_of else None

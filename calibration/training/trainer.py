@@ -56,8 +56,10 @@ class Trainer:
         """Train a block, or read its outcome from an earlier run's file."""
         trained = self._once(f"block.{index}", self.names[index], lambda: self._block(index))
         if self.group.rank == 0:  # only after the block's file is written, from which a killed run continues
-            for kind in ("exact", "error", "first"):
-                self._path(index, kind).unlink(missing_ok=True)
+            for source in self.chain.sources[index]:
+                if not any(source in sources for sources in self.chain.sources[index + 1 :]):
+                    for kind in ("exact", "error", "first"):
+                        self._path(source + 1, kind).unlink(missing_ok=True)
         return trained
 
     def network(self) -> Outcome:
@@ -157,12 +159,14 @@ class Trainer:
         """Compute the quantized block's output for some samples, from the input of a quantized chain."""
         self.quantized.at(self.samples.timestep[rows])
         layers.forget()
-        before: list[torch.Tensor] = []
-        if index:
-            exact, error = (self._boundary(index, part).read(rows) for part in ("exact", kind))
-            before = [a + b for a, b in zip(exact, error, strict=True)]
+        exact, error = (self._before(index, part, rows) for part in ("exact", kind))
+        before = [a + b for a, b in zip(exact, error, strict=True)]
         with self.quantized.on(layers):
             return self.chain.run(index, self.samples.feed(rows), before)
+
+    def _before(self, index: int, kind: str, rows: Int64) -> list[torch.Tensor]:
+        """Return the tensors of a chain that a block reads, of some samples."""
+        return [tensor for source in self.chain.sources[index] for tensor in self._boundary(source + 1, kind).read(rows)]
 
     def _powers(self, kind: str) -> Float64:
         """Return the sum of squares after the last block of each sample that judges, float64[judges]."""
@@ -177,8 +181,7 @@ class Trainer:
         target = self._boundary(index + 1, "exact")
         with torch.no_grad():
             for rows in own_parts(self._parts(self.all_samples), self.group):
-                before = self._boundary(index, "exact").read(rows) if index else []
-                target.write(rows, self.chain.run(index, self.samples.feed(rows), before))
+                target.write(rows, self.chain.run(index, self.samples.feed(rows), self._before(index, "exact", rows)))
         self._meet()
 
     def _advance(self, index: int, layers: Layers, kind: str, samples: Int64) -> None:
@@ -200,7 +203,7 @@ class Trainer:
         return [samples[i : i + self.part] for i in range(0, len(samples), self.part)]
 
     def _boundary(self, index: int, kind: str) -> Boundary:
-        """Return the file of a chain's tensors between block `index - 1` and block `index`."""
+        """Return the file of a chain's tensors after block `index - 1`."""
         return Boundary(self._path(index, kind), self.chain.shapes[index - 1], self.chain.device)
 
     def _path(self, index: int, kind: str) -> Path:

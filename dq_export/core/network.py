@@ -210,11 +210,15 @@ class Linear:
 
 
 class Chain(Protocol):
-    """The blocks of a network; each reads the output of the block before it and values that all blocks share."""
+    """The blocks of a network; each reads outputs of earlier blocks, and values that all blocks share."""
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """For each block, the shapes of a sample's outputs."""
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """For each block, the ascending indices of the earlier blocks whose outputs it reads: of a UNet's often several."""
 
     @property
     def behind(self) -> tuple[str, ...]:
@@ -230,7 +234,7 @@ class Chain(Protocol):
 
         Args:
             feed: the network's inputs; each sample may have its own timestep.
-            before: the output of the block before it; empty for the first block.
+            before: the outputs of its `sources`, one after the other.
         """
 
     def whole(self, feed: Feed) -> tuple[torch.Tensor, ...]:
@@ -290,12 +294,19 @@ class Denoiser(Protocol):
     def blocks(self) -> tuple[str, ...]:
         """Module names of the blocks that hold linears, in execution order; none where the network is not made of blocks."""
 
+    @property
+    def tower(self) -> tuple[str, ...]:
+        """The same where the blocks stand on each other; none in a UNet, whose last blocks read the first."""
+
     def chain(self, feed: Feed) -> Chain:
         """The blocks one by one; `feed`: an example of a network call.
 
         Raises:
-            Exception: the family's own, where a block reads more than what the one before puts out and what all share.
+            Exception: the family's own, where a block reads more than what earlier ones put out and what all share.
         """
+
+    def product(self, linear: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """What a linear or a convolution computes of its input, a weight [out, in] and a bias [out]."""
 
     def computing(self, linears: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> AbstractContextManager[None]:
         """While active, linears compute something else of their input."""

@@ -15,6 +15,7 @@ from .old_names import todays_name
 from .reference import Float32
 from .sampling import sampled
 from .stand_in import StandIn
+from .torch_blocks import UNET_LISTS
 from .upsampling import settle_upsamplers
 
 DEFAULT_SCHEDULER = {
@@ -35,6 +36,7 @@ class DDPM(Family):
 
     name = "ddpm"
     part = "unet"
+    chain_lists = UNET_LISTS
     architectures = ("UNet2DModel",)
     values = DDPMValues
     default_guidance = 1.0

@@ -53,6 +53,8 @@ class Family(ABC):
             `Call`.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
+        chain_lists: last parts of the names of the lists whose modules are trained one by one, where they are not `blocks`: a
+            UNet's, whose later modules read what earlier ones put out.
         unit: pixels that the height and the width of its pictures are multiples of, before the network's own patches; 0: its
             pictures have one size.
         default_guidance: guidance scale for a checkpoint that has no better one.
@@ -72,6 +74,7 @@ class Family(ABC):
     requests: Mapping[str, str] = MappingProxyType({})
     size_values: Mapping[str, tuple[float | str, ...]] = MappingProxyType({})
     blocks: tuple[str, ...] = ()
+    chain_lists: tuple[str, ...] = ()
     unit: int = 0
     default_guidance: float
     prediction: Prediction = NOISE

@@ -34,7 +34,7 @@ from .stand_in import StandIn
 from .structure import structure_of
 from .text_encoders import encode_prompts
 from .text_parts import files_of
-from .torch_blocks import TorchChain, block_names, linears_computing
+from .torch_blocks import TorchChain, block_names, linears_computing, product_of
 from .torch_call import call, parts_of
 from .torch_export import export_graph
 from .torch_hooks import inputs_replaced, moved, observed, parameters_replaced
@@ -312,10 +312,17 @@ class TorchNetwork:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        return block_names(self.model, self.linears) if self.family.blocks else ()
+        return block_names(self.linears, self.family.chain_lists or self.family.blocks)
+
+    @property
+    def tower(self) -> tuple[str, ...]:
+        return () if self.family.chain_lists else self.blocks
 
     def chain(self, feed: Feed) -> TorchChain:
         return TorchChain(self.model, self.inputs, self.blocks, feed)
+
+    def product(self, linear: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        return product_of(self.model.get_submodule(linear))
 
     def computing(self, linears: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> AbstractContextManager[None]:
         return linears_computing(self.model, linears)

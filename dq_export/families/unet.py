@@ -15,6 +15,7 @@ from .pipelines import latents_of, pipeline_of
 from .reference import Float32, ModelError
 from .sampling import set_steps
 from .stand_in import StandIn
+from .torch_blocks import UNET_LISTS
 from .unet_values import SIZES, UNetValues
 from .upsampling import settle_upsamplers
 
@@ -54,6 +55,7 @@ class UNet(Family):
 
     name = "unet"
     part = "unet"
+    chain_lists = UNET_LISTS
     architectures = ("UNet2DConditionModel",)
     values = UNetValues
     encoders = PARTS[XL]

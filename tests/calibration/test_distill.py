@@ -201,5 +201,5 @@ def test_a_network_with_long_skips_is_refused(tmp_path: Path) -> None:
     first.register_forward_pre_hook(lambda module, inputs: earlier.clear())
     first.attn1.register_forward_pre_hook(lambda module, inputs, named: earlier.append(inputs[0]), with_kwargs=True)
     second.register_forward_pre_hook(lambda module, inputs: (inputs[0] + earlier.pop(),) if earlier else (inputs[0],))
-    with pytest.raises(ModelError, match=r"transformer_blocks\.1 .* reads more than the output of the block before it"):
+    with pytest.raises(ModelError, match=r"transformer_blocks\.1 .* reads more than the outputs of blocks before it"):
         reference.chain(feed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,28 @@ from dq_export.families.weights import Weights, find_weights
 from dq_export.memory import GIB, MemoryPlan, plan_memory
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Weights:
-    """A checkpoint with the linears of DiT-XL/2 (2.5 GiB), of which only the header is there."""
-    shapes = [[1152, 1152]] * 4 + [[4608, 1152], [1152, 4608], [6912, 1152]]
-    tensors = [(f"blocks.{block}.{index}", shape) for block in range(28) for index, shape in enumerate(shapes)]
+def header_alone(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Weights:
+    """A checkpoint of float32 tensors, of which only the header is there."""
     entries, end = {}, 0
-    for name, (rows, width) in tensors:
+    for name, (rows, width) in shapes.items():
         start, end = end, end + 4 * rows * width
         entries[name] = {"dtype": "F32", "shape": [rows, width], "data_offsets": [start, end]}
     header = json.dumps({"__metadata__": {}, **entries}).encode()
-    (tmp_path / "large").mkdir()
-    (tmp_path / "large" / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
-    path = tmp_path / "large" / "diffusion_pytorch_model.safetensors"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + end)  # a hole in the place of the tensors
-    return find_weights(path.parent)
+    return find_weights(folder)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Weights:
+    """A checkpoint with the linears of DiT-XL/2 (2.5 GiB)."""
+    shapes = [(1152, 1152)] * 4 + [(4608, 1152), (1152, 4608), (6912, 1152)]
+    return header_alone(
+        tmp_path / "large", {f"blocks.{block}.{index}": shape for block in range(28) for index, shape in enumerate(shapes)}
+    )
 
 
 def recipe(**values: Any) -> Recipe:
@@ -119,3 +126,19 @@ def test_training_takes_one_block_and_few_samples_of_a_batch(large: Weights) -> 
         plan_memory(large, recipe(**options), 4.0, ("distill",))
     with pytest.raises(RecipeError, match=r"distill \d+\.\d GiB will not fit"):
         plan_memory(large, recipe(**options, finish=10), 5.5, ("distill",))
+
+
+def test_training_takes_one_module_of_a_unets_level(tmp_path: Path) -> None:
+    of_a_level, of_a_list = (
+        header_alone(
+            tmp_path / kind, {f"down_blocks.{level}{part}.{index}.weight": (4096, 4096) for level in (0, 1) for index in range(8)}
+        )
+        for kind, part in (("level", ""), ("list", ".attentions"))
+    )
+    options = {"rounding": "distill", "distill_batch": 1}
+    needs = []
+    for weights in (of_a_level, of_a_list):
+        with pytest.raises(RecipeError) as raised:
+            plan_memory(weights, recipe(**options), 0.1, ("distill",))
+        needs.append(float(str(raised.value).split("distill ")[1].split(" GiB")[0]))
+    assert needs[0] - needs[1] > 7 * 7 * 4096**2 * 4 / GIB, "copies of seven eighths of a level"

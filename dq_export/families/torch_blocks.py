@@ -92,8 +92,8 @@ class TorchChain:
         rows = len(feed[self.inputs[0].name])
         with ExitStack() as stack:
             for place, block in enumerate(self.blocks[:index]):
-                known = values if place in self.sources[index] else None
-                stack.enter_context(computing(block, _constant(_filled(self.forms[place], known, rows))))
+                leaves = values if place in self.sources[index] else None
+                stack.enter_context(computing(block, _constant(_filled(self.forms[place], leaves, rows))))
             stack.enter_context(computing(self.blocks[index], last))
             stack.enter_context(suppress(_Reached))
             stack.enter_context(torch.set_grad_enabled(enabled and index == len(self.blocks) - 1))
@@ -125,7 +125,7 @@ class TorchChain:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if _has_nan((args, tuple(kwargs.values()))):
                     readers.append(place)
-                return _every(lambda leaf: leaf * float("nan"), output) if place == source else output
+                return _map_leaves(lambda leaf: leaf * float("nan"), output) if place == source else output
 
             return forward
 
@@ -221,16 +221,16 @@ def _has_nan(value: Any) -> bool:
     return hasattr(value, "isnan") and bool(value.isnan().any())
 
 
-def _every(change: Callable[[torch.Tensor], torch.Tensor], form: Any) -> Any:
+def _map_leaves(change: Callable[[torch.Tensor], torch.Tensor], form: Any) -> Any:
     """The form with each tensor changed."""
     if isinstance(form, tuple):
-        return tuple(_every(change, part) for part in form)
+        return tuple(_map_leaves(change, part) for part in form)
     return None if form is None else change(form)
 
 
 def _empty(output: Any) -> Any:
     """The same form with a tensor of one sample of zeros in place of each tensor."""
-    return _every(lambda leaf: leaf[:1] * 0, output)
+    return _map_leaves(lambda leaf: leaf[:1] * 0, output)
 
 
 def _filled(form: Any, values: Iterator[torch.Tensor] | None, rows: int) -> Any:

@@ -30,6 +30,7 @@ from dq_export.core.rule import Rule
 from dq_export.families import torch_export
 from dq_export.families.float_graph import load
 from dq_export.families.reference import Reference
+from dq_export.families.sampling import noise_of
 from dq_export.families.source import load_reference
 from dq_export.report.report import Report
 from dq_export.stages.conditions import ENCODE
@@ -228,7 +229,7 @@ def feed_of(reference: Reference, timestep: int | list[int] = 500, samples: int 
         if item.name in settings and not item.batched:  # positions, in the order of the tokens
             settings[item.name][:] = np.arange(settings[item.name].size).reshape(-1, 3) % (5, 6, 7)
     values = {
-        state.name: reference.noise(samples, seed),
+        state.name: noise_of(state.zeros().shape[1:], samples, seed),
         time.name: timesteps,
         **reference.conditions.rows(conditions),
         **settings,

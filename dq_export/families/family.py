@@ -43,7 +43,7 @@ class Family(ABC):
         architectures: the diffusers classes of its networks, as `architecture_of` returns them.
         values: the possible values of their configurations.
         encoders: folders of a pipeline that encode prompts, including tokenizers; empty if the family does not draw prompts.
-        optional: those of `encoders` that a pipeline may leave out, a tokenizer and its encoder together.
+        optional: for each class of a pipeline, those of `encoders` that it may leave out, a tokenizer and its encoder together.
         prompt_tokens: for each class of a pipeline in model_index.json, the greatest number of tokens of a prompt; only for a
             family with `encoders`.
         lowercase: whether its pipelines write prompts in lower case, without white space around them.
@@ -68,7 +68,7 @@ class Family(ABC):
     architectures: tuple[str, ...]
     values: type[Values]
     encoders: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
+    optional: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
     lowercase: bool = False
     requests: Mapping[str, str] = MappingProxyType({})
@@ -141,8 +141,8 @@ class Family(ABC):
 
         Args:
             pipeline: the pipeline's class, one of `prompt_tokens`.
-            parts: for each folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32. Parts of
-                `optional` that the pipeline leaves out are missing.
+            parts: for each folder of `encoders`, the loaded tokenizer or encoder; encoders compute in float32. Optional parts
+                that the pipeline leaves out are missing.
             config: the configuration of the network, as diffusers has it.
         """
         raise NotImplementedError

@@ -23,7 +23,7 @@ from .text_parts import Part, parts_of
 from .vae_graphs import export_vae
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
-"""Classes of diffusers that optimum-onnx 0.1 supports and for whose networks a family exists."""
+"""Classes of diffusers for text to image that optimum-onnx 0.1 supports and for whose networks a family exists."""
 GRAPH = "model.onnx"
 """The graph's file in the folder of each part."""
 VAE_ENCODER, VAE_DECODER = "vae_encoder", "vae_decoder"
@@ -43,7 +43,7 @@ def require_pipeline(family: Family, checkpoint: Checkpoint) -> None:
         raise ModelError(f"--layout diffusers: {place}: no such file; pass the whole pipeline's folder, or {INSTEAD}")
     if checkpoint.pipeline not in PIPELINES:
         raise ModelError(
-            f"--layout diffusers: {place}: {shown(checkpoint.index.get('_class_name'))}, and optimum draws with "
+            f"--layout diffusers: {place}: {shown(checkpoint.index.get('_class_name'))}, and the folder is for "
             f"{', '.join(PIPELINES)}; {INSTEAD}"
         )
     if present_parts(family, checkpoint):
@@ -77,7 +77,8 @@ def write_pipeline(
     for name, part in parts.items():
         index[name] = ["transformers", part.kind]
         _write_text_part(part, checkpoint, folder / name)
-    missing = [name for name in family.encoders if name not in parts and name not in family.optional]
+    optional = family.optional.get(checkpoint.pipeline, ())
+    missing = [name for name in family.encoders if name not in parts and name not in optional]
     vae = _write_vae(checkpoint, folder)
     if vae:
         index["vae"] = ["diffusers", vae]

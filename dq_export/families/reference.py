@@ -115,7 +115,7 @@ class Reference(Denoiser, Protocol):
 
     @property
     def feed_shape(self) -> tuple[int, ...]:
-        """The shape of one sample's state, without the batch."""
+        """The shape of what is sampled of one picture: its state without channels that the sampler does not change."""
 
     def latents(self, sampled: Float32) -> Float32:
         """What `draw` returned as a VAE takes it, float32[N, C, h, w]."""

@@ -34,7 +34,7 @@ class SD3(Family):
     architectures = ("SD3Transformer2DModel",)
     values = SD3Values
     encoders = PARTS
-    optional = ("tokenizer_3", "text_encoder_3")
+    optional = {PIPELINE: ("tokenizer_3", "text_encoder_3")}  # noqa: RUF012
     prompt_tokens = {PIPELINE: TOKENS}  # noqa: RUF012
     requests = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}  # noqa: RUF012
     blocks = ("transformer_blocks",)

@@ -101,10 +101,11 @@ def parts_of(family: Family, checkpoint: Checkpoint) -> dict[str, Part]:
             f"{place}: {shown(checkpoint.index.get('_class_name'))} does not draw with the family {family.name}; expected "
             f"{' or '.join(family.prompt_tokens)}: correct it, {INSTEAD}"
         )
-    present = [name for name in family.encoders if name not in family.optional or _names(checkpoint.index.get(name))]
+    optional = family.optional.get(checkpoint.pipeline, ())
+    present = [name for name in family.encoders if name not in optional or _names(checkpoint.index.get(name))]
     for name in present:
         partner = other(name)
-        if partner in family.optional and partner not in present:
+        if partner in optional and partner not in present:
             raise ModelError(f"{place}: {name} without {partner}; add what is missing, or leave out both, {INSTEAD}")
     return {name: _part(checkpoint, name) for name in present}
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dq_export.core.condition_file import misfit
 from dq_export.core.documents import shown_path
-from dq_export.core.network import Axis, Conditions, Feed, InputSite, Linear, Observer, axes_of, sized
+from dq_export.core.network import Conditions, Feed, InputSite, Linear, Observer, axes_of, sized
 from dq_export.core.progress import Advance, unwatched
 from dq_export.passes.analysis.sites import Structure
 from dq_export.passes.sizes import write_sizes
@@ -123,7 +123,9 @@ class TorchNetwork:
 
     @property
     def feed_shape(self) -> tuple[int, ...]:
-        return tuple(axis.size if isinstance(axis, Axis) else axis for axis in self.inputs[0].shape[1:])
+        state = self.inputs[0].zeros(1).shape
+        # A state may also hold a mask and a picture, and an output variances: neither is sampled.
+        return tuple(map(min, state, self.family.output_shape(self.config, state)))[1:]
 
     def draw_at(self, height: int, width: int) -> None:
         self.inputs = inputs_at(self.family, self.inputs, height, width)

@@ -12,10 +12,11 @@ from dq_export.core.network import BATCH, Axis, Conditions, Input
 from .embeddings import settle_timesteps
 from .family import Family, Pictures
 from .pipelines import latents_of, pipeline_of
-from .reference import Float32, ModelError
+from .reference import Float32
 from .sampling import set_steps
 from .stand_in import StandIn
 from .torch_blocks import UNET_LISTS
+from .unet_pipelines import ALONE, ENCODED_AS, OPTIONAL, PARTS, PIXELS, WITHOUT_VAE, XL, constructed, drawn_by, start
 from .unet_values import SIZES, UNetValues
 from .upsampling import settle_upsamplers
 
@@ -32,19 +33,10 @@ SCHEDULER = {
 """The scheduler of Stable Diffusion, for a folder without one."""
 CONSISTENT = {**SCHEDULER, "_class_name": "LCMScheduler", "set_alpha_to_one": True}
 """The scheduler of a latent consistency model, for a folder without one."""
-PLAIN, XL, LCM = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
-ALONE: dict[str, dict[str, Any]] = {
-    PLAIN: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    XL: {"add_watermarker": False},
-}
-"""Arguments that make each pipeline draw latents alone."""
-PARTS = {PLAIN: ("tokenizer", "text_encoder"), XL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")}
 TOKENS = 77
 """The number of tokens to which CLIP's texts are padded."""
 LARGER = 4
 """Greatest height and width of the graph, relative to the checkpoint's."""
-PIXELS = 8
-"""Pixels of one latent along an axis. Source: the pipelines' `vae_scale_factor` without a VAE."""
 INNER = 8
 """Width of a GEGLU's linear, relative to the width of its tokens: two halves of four."""
 STATES, POOLED, IDS, ADDED = "encoder_hidden_states", "text_embeds", "time_ids", "added_cond_kwargs"
@@ -59,8 +51,8 @@ class UNet(Family):
     architectures = ("UNet2DConditionModel",)
     values = UNetValues
     encoders = PARTS[XL]
-    optional = PARTS[XL][2:]
-    prompt_tokens = {PLAIN: TOKENS, XL: TOKENS, LCM: TOKENS}  # noqa: RUF012
+    optional = OPTIONAL
+    prompt_tokens = dict.fromkeys(ENCODED_AS, TOKENS)
     requests = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}  # noqa: RUF012
     size_values = {IDS: ("height", "width", 0, 0, "height", "width")}  # noqa: RUF012
     unit = PIXELS
@@ -106,14 +98,12 @@ class UNet(Family):
 
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
         """See `Family.embed`."""
-        pipeline = PLAIN if pipeline == LCM else pipeline  # both encode prompts in the same way
-        if missing := [name for name in PARTS[pipeline] if name not in parts]:
-            raise ModelError(f"{pipeline} needs {' and '.join(missing)} to encode prompts; download the whole pipeline")
-        encoders = {name: parts[name] for name in PARTS[pipeline]}
-        encoder = pipeline_of(pipeline, **encoders, **ALONE[pipeline], unet=None, scheduler=None)
+        kind = ENCODED_AS[pipeline]
+        encoders = {name: parts[name] for name in PARTS[kind]}
+        encoder = pipeline_of(kind, **encoders, **ALONE[kind], unet=None, scheduler=None)
         options = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         encoded = encoder.encode_prompt(list(prompts), **options)
-        names = (STATES, POOLED) if pipeline == XL else (STATES,)
+        names = (STATES, POOLED) if kind == XL else (STATES,)
         return {name: tensor.float() for name, tensor in zip(names, encoded[::2], strict=True)}
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
@@ -129,26 +119,15 @@ class UNet(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
-        import torch
-
         set_steps(scheduler, steps)
-        pipeline = XL if POOLED in pictures.conditions else PLAIN
-        arguments = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}
-        prompts = {arguments[name]: rows for name, rows in pictures.conditions.items()}
+        kind = drawn_by(network.config)
+        pipeline = pipeline_of(kind, **constructed(kind), unet=network, scheduler=scheduler)
+        pipeline.vae = WITHOUT_VAE
+        prompts = {self.requests[name]: rows for name, rows in pictures.conditions.items()}
         if guidance > 1:
-            prompts |= {f"negative_{arguments[name]}": rows for name, rows in pictures.null.items()}
-        height, width = (PIXELS * size for size in pictures.noise.shape[-2:])
-        parts = dict.fromkeys(PARTS[pipeline])
-        return latents_of(
-            pipeline_of(pipeline, **parts, **ALONE[pipeline], unet=network, scheduler=scheduler),
-            pictures.noise,
-            prompts,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
-            generator=torch.Generator().manual_seed(0),
-        )
+            prompts |= {f"negative_{self.requests[name]}": rows for name, rows in pictures.null.items()}
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, **start(kind, pictures.noise)}
+        return latents_of(pipeline, pictures.noise, prompts, **settings)
 
 
 UNET = UNet()

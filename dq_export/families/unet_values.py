@@ -11,6 +11,9 @@ from .config_values import Channels, Positive, Share, Values, require_halved, re
 SIZES = 6
 """Numbers that StableDiffusionXLPipeline sends for a picture: its original size, the corner of its crop, and its size."""
 
+INPAINTING = (9, 4)
+"""Channels that a network of the inpainting pipelines reads (latents, mask, latents of the picture around it) and predicts."""
+
 Count = Annotated[int, Field(ge=1, le=512)]
 
 
@@ -85,10 +88,10 @@ class UNetValues(Values):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> UNetValues:
-        if self.in_channels != self.out_channels:
+        if self.in_channels != self.out_channels and (self.in_channels, self.out_channels) != INPAINTING:
             raise ValueError(
-                f"in_channels {self.in_channels}: expected out_channels {self.out_channels}; a network that also reads a mask or "
-                "a picture (inpainting, instructions) is not supported"
+                f"in_channels {self.in_channels}: expected out_channels {self.out_channels}, or 9 for 4, those of inpainting; a "
+                "network that reads other pictures (instructions, depth) is not supported"
             )
         if self.addition_embed_type is None:
             return self

@@ -114,8 +114,8 @@ class Trajectories:
         conditions, state = self.conditions[part], self.reference.inputs[0].name
 
         def watched(feed: Feed) -> Float32:
-            states: Float32 = np.array(feed[state][: len(conditions)], dtype=np.float32)
-            latents.append(states)
+            # A state that also holds a mask and a picture has them behind the latents.
+            latents.append(np.array(feed[state][: len(conditions), : self.noise.shape[1]], dtype=np.float32))
             return network(feed)
 
         draw: Callable[..., Float32] = self.reference.draw

@@ -188,8 +188,11 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
         RecipeError: what it draws comes from a file.
     """
-    supplied = {reference.inputs[0].name, "timestep", *reference.requests, *reference.size_values}
+    state = reference.inputs[0]
+    supplied = {state.name, "timestep", *reference.requests, *reference.size_values}
     others = [item.name for item in reference.inputs if item.name not in supplied]
+    if state.zeros(1).shape[1:] != reference.feed_shape:
+        others.append(f"the mask and the picture in {state.name}")
     if others or not reference.requests:
         raise ModelError(
             f"--triton: the server's requests do not hold what this network takes: {', '.join(others) or 'its conditions'}. "

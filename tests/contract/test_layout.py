@@ -131,7 +131,7 @@ def test_what_a_checkpoint_does_not_have_is_null_in_the_index(tmp_path: Path) ->
         ),
         ({"timesteps": "shared"}, RecipeError, "--layout diffusers: optimum sends per-sample timesteps to this network; leave"),
         ({"index": None}, ModelError, "--layout diffusers: .*model_index.json: no such file; pass the whole pipeline's folder"),
-        ({"index": "PixArtSigmaPipeline"}, ModelError, "'PixArtSigmaPipeline', and optimum draws with StableDiffusionPipeline"),
+        ({"index": "PixArtSigmaPipeline"}, ModelError, "'PixArtSigmaPipeline', and the folder is for StableDiffusionPipeline"),
         ({"broken": "vae"}, ModelError, "vae: no weights"),
         ({"broken": "text_encoder"}, ModelError, "text_encoder: no weights"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from sd3 import save_clip
 from toy import PROMPTS
 
-from dq_export.core.network import Float32
+from dq_export.core.network import Feed, Float32
 from dq_export.families.reference import Reference
 
 CLIP = 32
@@ -35,12 +36,18 @@ XL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * 4 + CLIP,
 }
 """What makes a network of it one of Stable Diffusion XL."""
+INPAINT: dict[str, Any] = {"task": "Inpaint", "in_channels": 9}
+"""What makes a pipeline of it one that inpaints."""
 SCALE = 16
 """Sines and cosines of the guidance scale that a latent consistency model reads."""
 
 
-def save_unet(folder: Path, *, prediction: str = "epsilon", **changes: Any) -> Path:
-    """A tiny pipeline folder with seeded random weights."""
+def save_unet(folder: Path, *, prediction: str = "epsilon", task: str = "", **changes: Any) -> Path:
+    """A tiny pipeline folder with seeded random weights.
+
+    Args:
+        task: in the name of the pipeline's class, such as "Inpaint".
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -60,7 +67,7 @@ def save_unet(folder: Path, *, prediction: str = "epsilon", **changes: Any) -> P
         save_clip(folder, number, kind, CLIP)
         parts[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
         parts[f"text_encoder{number}"] = ["transformers", kind]
-    name = f"StableDiffusion{'XL' if '_2' in kinds else ''}Pipeline"
+    name = f"StableDiffusion{'XL' if '_2' in kinds else ''}{task}Pipeline"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name, **parts}))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
@@ -103,8 +110,14 @@ def unet_pipeline(folder: Path, unet: Any = None) -> Any:
 def drawn_by_unet_pipeline(
     folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int, unet: Any = None
 ) -> Float32:
-    """From the prompts' texts, in 4 steps."""
-    latents = unet_pipeline(folder, unet)(
+    """From the prompts' texts, in 4 steps; around the mask and the picture of the reference's first call, if it inpaints."""
+    pipeline, start = unet_pipeline(folder, unet), {}
+    if reference.inputs[0].shape[1] == INPAINT["in_channels"]:
+        mask, hidden = (torch.from_numpy(part) for part in inpainted(reference, chosen, seed))
+        start = {"image": hidden, "mask_image": mask.repeat_interleave(8, 2).repeat_interleave(8, 3), "strength": 1.0}
+        start["masked_image_latents"] = hidden
+        pipeline.vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    latents = pipeline(
         [PROMPTS[index] for index in chosen],
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -113,5 +126,18 @@ def drawn_by_unet_pipeline(
         width=8 * reference.feed_shape[2],
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
+        **start,
     )
     return np.asarray(latents.images)
+
+
+def inpainted(reference: Reference, chosen: Any, seed: int) -> tuple[Float32, Float32]:
+    """The masks and the latents of the pictures around them that the network reads while the reference draws."""
+    states: list[Float32] = []
+
+    def first(feed: Feed) -> Float32:
+        states.append(feed["sample"])
+        return np.zeros_like(feed["sample"][:, :4])
+
+    reference.draw(first, reference.noise(len(chosen), seed), chosen, steps=1, guidance=1.0)
+    return states[0][:, 4:5], states[0][:, 5:]

@@ -30,16 +30,17 @@ def pipeline_of(name: str, **parts: Any) -> Any:
     return pipeline
 
 
-def latents_of(pipeline: Any, noise: Float32, prompts: Feed, **settings: Any) -> Float32:
+def latents_of(pipeline: Any, noise: Float32 | None, prompts: Feed, **settings: Any) -> Float32:
     """The latents that a pipeline samples, float32 of the shape of the noise.
 
     Args:
+        noise: what it starts from; None where the pipeline makes that of a picture.
         prompts: arrays by the names of the pipeline's arguments.
         settings: what else the pipeline takes, such as `height` and `guidance_scale`.
     """
     import torch
 
     tensors = {name: torch.from_numpy(rows) for name, rows in prompts.items()}
-    result = pipeline(latents=torch.from_numpy(noise), output_type="latent", **tensors, **settings)
+    result = pipeline(latents=None if noise is None else torch.from_numpy(noise), output_type="latent", **tensors, **settings)
     latents: Float32 = result.images.numpy()
     return latents

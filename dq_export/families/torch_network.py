@@ -203,8 +203,9 @@ class TorchNetwork:
 
     @property
     def size_values(self) -> Mapping[str, tuple[float | str, ...]]:
-        names = {item.name for item in self.inputs}
-        return {name: values for name, values in self.family.size_values.items() if name in names}
+        sizes = {item.name: item.shape[1:] for item in self.inputs}
+        # A network of the family may take other values under that name, which do not follow the size.
+        return {name: values for name, values in self.family.size_values.items() if sizes.get(name) == (len(values),)}
 
     @property
     def zero_null(self) -> bool:

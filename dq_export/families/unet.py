@@ -11,13 +11,11 @@ from dq_export.core.network import BATCH, Axis, Conditions, Input
 
 from .embeddings import settle_timesteps
 from .family import Family, Pictures
-from .pipelines import latents_of, pipeline_of
 from .reference import Float32
-from .sampling import set_steps
 from .stand_in import StandIn
 from .torch_blocks import UNET_LISTS
-from .unet_pipelines import ALONE, ENCODED_AS, OPTIONAL, PARTS, PIXELS, WITHOUT_VAE, XL, constructed, drawn_by, start
-from .unet_values import SIZES, UNetValues
+from .unet_pipelines import ENCODED_AS, OPTIONAL, PARTS, PIXELS, XL, draw, encoding
+from .unet_values import UNetValues, is_refiner, numbers_of
 from .upsampling import settle_upsamplers
 
 SCHEDULER = {
@@ -73,11 +71,11 @@ class UNet(Family):
         return "null" if config.time_cond_proj_dim is None else "input"
 
     def zero_null(self, config: Any) -> bool:
-        """See `Family.zero_null`. XL's pipeline takes zeros where there is no negative prompt."""
-        return config.addition_embed_type is not None
+        """See `Family.zero_null`. XL's pipeline takes zeros where there is no negative prompt, its refiner's does not."""
+        return config.addition_embed_type is not None and not is_refiner(config)
 
     def inputs(self, model: Any) -> tuple[Input, ...]:
-        """See `Family.inputs`. XL also takes the pooled text and six numbers about the picture's size."""
+        """See `Family.inputs`. XL also takes the pooled text, and numbers about the picture."""
         config = model.config
         size, halved = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
         height, width = (Axis(name, size, LARGER * size, halved) for name in ("height", "width"))
@@ -91,23 +89,22 @@ class UNet(Family):
             scale = (BATCH, config.time_cond_proj_dim)
             inputs.append(Input(name="timestep_cond", role="setting", dtype="float32", shape=scale))
         if config.addition_embed_type is not None:
-            pooled = (BATCH, config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim)
+            count = numbers_of(config)
+            pooled = (BATCH, config.projection_class_embeddings_input_dim - count * config.addition_time_embed_dim)
             inputs.append(Input(name=POOLED, role="condition", dtype="float32", shape=pooled, within=ADDED))
-            inputs.append(Input(name=IDS, role="setting", dtype="float32", shape=(BATCH, SIZES), within=ADDED))
+            inputs.append(Input(name=IDS, role="setting", dtype="float32", shape=(BATCH, count), within=ADDED))
         return tuple(inputs)
 
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
         """See `Family.embed`."""
         kind = ENCODED_AS[pipeline]
-        encoders = {name: parts[name] for name in PARTS[kind]}
-        encoder = pipeline_of(kind, **encoders, **ALONE[kind], unet=None, scheduler=None)
-        options = {"device": parts["text_encoder"].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoded = encoder.encode_prompt(list(prompts), **options)
+        options = {"device": parts[PARTS[kind][-1]].device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoded = encoding(pipeline, parts).encode_prompt(list(prompts), **options)
         names = (STATES, POOLED) if kind == XL else (STATES,)
         return {name: tensor.float() for name, tensor in zip(names, encoded[::2], strict=True)}
 
     def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. The null condition of XL is zeros, as in its pipeline; latent consistency models have none."""
+        """See `Family.encode`. XL's null condition is zeros, as in its pipeline; latent consistency models have none."""
         encoded = super().encode(pipeline, parts, prompts, config)
         null = {name: np.zeros_like(rows) if self.zero_null(config) else rows for name, rows in encoded.null.items()}
         guided = self.guided_by(config) == "null"
@@ -119,15 +116,10 @@ class UNet(Family):
 
     def draw(self, network: StandIn, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
         """See `Family.draw`. With guidance > 1 a feed holds every sample twice: without its prompt, then with it."""
-        set_steps(scheduler, steps)
-        kind = drawn_by(network.config)
-        pipeline = pipeline_of(kind, **constructed(kind), unet=network, scheduler=scheduler)
-        pipeline.vae = WITHOUT_VAE
         prompts = {self.requests[name]: rows for name, rows in pictures.conditions.items()}
         if guidance > 1:
             prompts |= {f"negative_{self.requests[name]}": rows for name, rows in pictures.null.items()}
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, **start(kind, pictures.noise)}
-        return latents_of(pipeline, pictures.noise, prompts, **settings)
+        return draw(network, scheduler, pictures.noise, prompts, steps=steps, guidance=guidance)
 
 
 UNET = UNet()

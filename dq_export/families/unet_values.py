@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from .config_values import Channels, Positive, Share, Values, require_halved, require_levels
 
-SIZES = 6
-"""Numbers that StableDiffusionXLPipeline sends for a picture: its original size, the corner of its crop, and its size."""
+SIZES, SCORED = 6, 5
+"""Numbers that XL's pipelines send for a picture: its original size, the corner of its crop, and its size, or for the refiner in
+place of that an aesthetic score."""
 
 INPAINTING = (9, 4)
 """Channels that a network of the inpainting pipelines reads (latents, mask, latents of the picture around it) and predicts."""
 
 Count = Annotated[int, Field(ge=1, le=512)]
+
+
+def is_refiner(config: Any) -> bool:
+    """Whether a configuration is that of XL's refiner: one encoder makes its states and its pooled text, of one width."""
+    sizes, width = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+    scored = sizes is not None and width == SCORED * sizes + config.cross_attention_dim
+    return scored and config.addition_embed_type is not None
+
+
+def numbers_of(config: Any) -> int:
+    """How many numbers about a picture a network of XL takes."""
+    return SCORED if is_refiner(config) else SIZES
 
 
 class UNetValues(Values):
@@ -95,15 +108,10 @@ class UNetValues(Values):
             )
         if self.addition_embed_type is None:
             return self
-        sizes, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
-        if sizes is not None and width == (SIZES - 1) * sizes + self.cross_attention_dim:
+        sizes, width, count = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim, numbers_of(self)
+        if sizes is None or width is None or width <= count * sizes or sizes % 2:
             raise ValueError(
-                f"projection_class_embeddings_input_dim {width}: this is XL's refiner, which starts from a picture and takes an "
-                "aesthetic score; it is not supported"
-            )
-        if sizes is None or width is None or width <= SIZES * sizes or sizes % 2:
-            raise ValueError(
-                f"projection_class_embeddings_input_dim {width}: expected {SIZES} times addition_time_embed_dim {sizes}, an even "
+                f"projection_class_embeddings_input_dim {width}: expected {count} times addition_time_embed_dim {sizes}, an even "
                 "number, and the width of the pooled text"
             )
         return self

@@ -17,7 +17,7 @@ from flux2 import drawn_by_flux2_pipeline, save_flux2
 from pixart import ALPHA, drawn_by_pixart_pipeline, save_pixart
 from sd3 import drawn_by_sd3_pipeline, save_sd3
 from toy import PROMPTS, TOY, ToyPipeline, save_toy
-from unet import INPAINT, XL, drawn_by_unet_pipeline, save_lcm, save_unet
+from unet import INPAINT, REFINER, XL, drawn_by_unet_pipeline, save_lcm, save_unet
 
 from dq_export.core.network import Float32
 from dq_export.families import FAMILIES
@@ -142,6 +142,12 @@ CASES = {
     "unet-inpaint": Case(
         family=FAMILIES[5],
         save=lambda folder: save_unet(folder, **XL, **INPAINT),
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
+    ),
+    "unet-refiner": Case(
+        family=FAMILIES[5],
+        save=lambda folder: save_unet(folder, **REFINER),
         changes={"norm_eps": 1e-4},
         draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
     ),

@@ -42,7 +42,7 @@ SAME = 100
 """dB of float32 rounding: 120 to 130 are seen."""
 
 
-SLOW = ("pixart-alpha", "unet-xl", "unet-inpaint", "unet-lcm", "ddpm")
+SLOW = ("pixart-alpha", "unet-xl", "unet-inpaint", "unet-refiner", "unet-lcm", "ddpm")
 """Cases that differ from another one in few inputs."""
 
 

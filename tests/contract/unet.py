@@ -38,6 +38,13 @@ XL: dict[str, Any] = {
 """What makes a network of it one of Stable Diffusion XL."""
 INPAINT: dict[str, Any] = {"task": "Inpaint", "in_channels": 9}
 """What makes a pipeline of it one that inpaints."""
+REFINER: dict[str, Any] = {
+    **XL,
+    "task": "Img2Img",
+    "cross_attention_dim": CLIP,
+    "projection_class_embeddings_input_dim": 5 * 4 + CLIP,
+}
+"""The same for XL's refiner, which has one text encoder, the second."""
 SCALE = 16
 """Sines and cosines of the guidance scale that a latent consistency model reads."""
 
@@ -62,7 +69,11 @@ def save_unet(folder: Path, *, prediction: str = "epsilon", task: str = "", **ch
     kinds = {"": "CLIPTextModel"}
     if "addition_embed_type" in changes:
         kinds["_2"] = "CLIPTextModelWithProjection"
-    parts = {}
+    parts: dict[str, Any] = {}
+    if task == "Img2Img":
+        del kinds[""]
+        parts = {"tokenizer": [None, None], "text_encoder": [None, None]}
+        parts |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     for number, kind in kinds.items():
         save_clip(folder, number, kind, CLIP)
         parts[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
@@ -91,9 +102,12 @@ def unet_pipeline(folder: Path, unet: Any = None) -> Any:
     import transformers
 
     index, parts = json.loads((folder / "model_index.json").read_text()), {}
-    for name, (_, kind) in ((name, entry) for name, entry in index.items() if isinstance(entry, list)):
-        loaded = getattr(transformers, kind).from_pretrained(folder / name)
-        parts[name] = loaded.eval() if name.startswith("text_encoder") else loaded
+    for name, entry in index.items():
+        if entry == [None, None] or isinstance(entry, bool):
+            parts[name] = entry if isinstance(entry, bool) else None
+        elif isinstance(entry, list):
+            loaded = getattr(transformers, entry[1]).from_pretrained(folder / name)
+            parts[name] = loaded.eval() if name.startswith("text_encoder") else loaded
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     plain = {} if "text_encoder_2" in parts else {"safety_checker": None, "feature_extractor": None}
     pipeline = getattr(diffusers, index["_class_name"])(
@@ -110,20 +124,22 @@ def unet_pipeline(folder: Path, unet: Any = None) -> Any:
 def drawn_by_unet_pipeline(
     folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int, unet: Any = None
 ) -> Float32:
-    """From the prompts' texts, in 4 steps; around the mask and the picture of the reference's first call, if it inpaints."""
-    pipeline, start = unet_pipeline(folder, unet), {}
-    if reference.inputs[0].shape[1] == INPAINT["in_channels"]:
-        mask, hidden = (torch.from_numpy(part) for part in inpainted(reference, chosen, seed))
-        start = {"image": hidden, "mask_image": mask.repeat_interleave(8, 2).repeat_interleave(8, 3), "strength": 1.0}
-        start["masked_image_latents"] = hidden
+    """From the prompts' texts, in 4 calls, and what the reference's first call reads beside noise: the mask and the picture
+    around it, or for the refiner the picture with its noise."""
+    pipeline, (_, height, width) = unet_pipeline(folder, unet), reference.feed_shape
+    noise = torch.from_numpy(reference.noise(len(chosen), seed))
+    start: dict[str, Any] = {"num_inference_steps": 4, "latents": noise, "height": 8 * height, "width": 8 * width}
+    if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"):
+        first = torch.from_numpy(first_state(reference, chosen, seed))
+        if first.shape[1] == INPAINT["in_channels"]:
+            mask, hidden = first[:, 4:5].repeat_interleave(8, 2).repeat_interleave(8, 3), first[:, 5:]
+            start |= {"image": hidden, "mask_image": mask, "masked_image_latents": hidden, "strength": 1.0}
+        else:
+            start = {"num_inference_steps": 14, "strength": 0.3, "image": torch.zeros_like(first), "latents": first}
         pipeline.vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
     latents = pipeline(
         [PROMPTS[index] for index in chosen],
-        num_inference_steps=4,
         guidance_scale=guidance,
-        latents=torch.from_numpy(reference.noise(len(chosen), seed)),
-        height=8 * reference.feed_shape[1],
-        width=8 * reference.feed_shape[2],
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
         **start,
@@ -131,13 +147,13 @@ def drawn_by_unet_pipeline(
     return np.asarray(latents.images)
 
 
-def inpainted(reference: Reference, chosen: Any, seed: int) -> tuple[Float32, Float32]:
-    """The masks and the latents of the pictures around them that the network reads while the reference draws."""
+def first_state(reference: Reference, chosen: Any, seed: int) -> Float32:
+    """What the network reads in the first of 4 calls."""
     states: list[Float32] = []
 
     def first(feed: Feed) -> Float32:
         states.append(feed["sample"])
         return np.zeros_like(feed["sample"][:, :4])
 
-    reference.draw(first, reference.noise(len(chosen), seed), chosen, steps=1, guidance=1.0)
-    return states[0][:, 4:5], states[0][:, 5:]
+    reference.draw(first, reference.noise(len(chosen), seed), chosen, steps=4, guidance=1.0)
+    return states[0]

@@ -28,7 +28,7 @@ from dq_export.core.recipe import Recipe
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
-QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 40, "distill_batch": 8, "calib_size": 8, "steps": 4}
+QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 20, "distill_batch": 4, "calib_size": 8, "steps": 4}
 
 
 def ddpm(folder: Path) -> Any:

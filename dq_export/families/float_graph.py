@@ -32,6 +32,8 @@ SYMBOL = re.compile(r"\bs\d+\b")
 """The exporter's names of sizes."""
 INLINE = 1024
 """The greatest size, in bytes, of a tensor that stays in the graph file."""
+TESTED = "torch 2.13, diffusers 0.42"
+"""What the tests run with, by constraints.txt for Python 3.11."""
 DAMAGED = "not the float graph that an export writes; remove its folder and run the export again"
 
 
@@ -221,7 +223,8 @@ def exporting(kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the exporter, which runs the network's code and has exceptions of many bases
         raise ModelError(
-            f"PyTorch's exporter makes no graph of {kind} ({reason_of(error)}); try another version of PyTorch or diffusers"
+            f"PyTorch's exporter makes no graph of {kind} ({reason_of(error)}); try another version of PyTorch or "
+            f"diffusers, best those of the tests: {TESTED}"
         ) from error
 
 

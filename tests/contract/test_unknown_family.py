@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_written(
     with pytest.raises(ModelError, match=r"^PyTorch's exporter makes no graph of Stubborn \(.+\); try another version") as error:
         run(recipe, tmp_path / "out", progress=Lines(quiet=False))
     assert "\n" not in str(error.value)
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    for name, version in re.findall(r"(torch|diffusers) (\d+\.\d+)", str(error.value).split("those of the tests: ")[1]):
+        assert f"\n{name}=={version}." in pins
     assert not (tmp_path / "out").exists()
     shown = " ".join(capsys.readouterr().err.split())
     assert shown.endswith("load the network's graph, for its linears and folds"), "what takes the time is said"

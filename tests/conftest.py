@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import onnx_ir as ir
 import pytest
 import server
-import traced_once
-from filelock import FileLock
 from hypothesis import settings
+from made_once import made_once
+from traced_once import TracedOnce
 
 from dq_export import pipeline
 from dq_export.calibration.calibrate import calibrate
@@ -82,10 +83,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exporter_called_once() -> Iterator[None]:
-    """Calls of PyTorch's exporter with equal networks are one call; processes that a test starts call it themselves."""
+def exporter_called_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Calls of PyTorch's exporter with equal networks are one call; interpreters that a test starts call it themselves."""
+    root = root_of(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_export, "trace", traced_once.trace)
+        patch.setattr(torch_export, "trace", TracedOnce(root).trace)
+        patch.setattr(command_line, "TRACES", root)
         yield
 
 
@@ -130,15 +133,13 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     Args:
         make: writes the folder, which does not exist yet.
     """
+    return made_once(root_of(factory), name, make)
+
+
+def root_of(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder that all processes of the tests share; each has a folder of its own in it."""
     base = factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each process has a folder of its own in it
-    folder, done = root / name, root / f"{name}.done"
-    with FileLock(root / f"{name}.lock"):
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed half-way
-            make(folder)
-            done.touch()
-    return folder
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,8 @@ class TrajectoryParity(Difference):
         psnr: mean peak signal to noise of the decoded pictures, dB; None for latents that were not decoded.
         ssim: mean structural similarity of the pictures; 1 if they are equal.
         lpips: mean perceptual distance of the pictures; 0 if they are equal. None without the weights of the metric.
+        clip, clip_of_pytorch: mean CLIP score of these pictures, and of PyTorch's, with their prompts, 0 … 100. None without a
+            CLIP, or without prompts.
     """
 
     stage: str
@@ -72,13 +74,16 @@ class TrajectoryParity(Difference):
     psnr: float | None = None
     ssim: float | None = None
     lpips: float | None = None
+    clip: float | None = None
+    clip_of_pytorch: float | None = None
 
     def appearance(self) -> str:
-        """PSNR, SSIM and LPIPS, as far as they are known."""
+        """PSNR, SSIM, LPIPS and CLIP scores, as far as they are known."""
         parts = [
             f"PSNR {self.psnr:.1f} dB" if self.psnr is not None else "",
             f"SSIM {self.ssim:.4f}" if self.ssim is not None else "",
             f"LPIPS {self.lpips:.4f}" if self.lpips is not None else "",
+            f"CLIP score {self.clip:.2f} (PyTorch's {self.clip_of_pytorch:.2f})" if self.clip is not None else "",
         ]
         return ", ".join(filter(None, parts))
 

@@ -144,7 +144,7 @@ class Recipe(BaseModel):
         default=None,
         min_length=1,
         max_length=4096,
-        description="folder with the weights of LPIPS, to compare how pictures look",
+        description="folder with the weights of LPIPS, of a CLIP, or both, to judge how pictures look",
     )
     max_lpips: float = Field(
         0.10, ge=0, le=100, allow_inf_nan=False, description="for metric-weights: LPIPS that the pictures may have on average"

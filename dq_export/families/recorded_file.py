@@ -9,7 +9,7 @@ from dq_export.core.documents import printable, shown, shown_path
 from dq_export.core.recipe import Recipe, RecipeError
 
 from ..ledger import file_digest
-from .lpips import require_weights
+from .metric_weights import require_metrics
 
 
 def settle_tables(recipe: Recipe) -> Recipe:
@@ -31,12 +31,12 @@ def settle_metrics(recipe: Recipe) -> Recipe:
     """The recipe with the absolute place of its folder of metrics' weights.
 
     Raises:
-        ModelError: see `require_weights`.
+        ModelError: see `require_metrics`.
     """
     if recipe.metric_weights is None:
         return recipe
     folder = Path(os.path.expanduser(recipe.metric_weights)).absolute()
-    require_weights(folder)
+    require_metrics(folder)
     return recipe.model_copy(update={"metric_weights": str(folder)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from dq_export.core.likeness import psnr, ssim
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.recipe import Recipe, RecipeError
 
+from ..families.clip_score import FOLDER, ClipScore
 from ..families.decoder import decoding_bytes, load_vae, pictures_of, undecodable
 from ..families.lpips import Lpips
+from ..families.metric_weights import has_clip, has_lpips
 from ..families.reference import Float32, Reference
 from ..heap import return_freed_memory
 from ..memory import BASE, GIB
@@ -91,20 +94,27 @@ def decoded(reference: Reference, recipe: Recipe, pair: Pair, progress: Advance 
     return pictures[:count], pictures[count:]
 
 
-def appearance(recipe: Recipe, references: Float32, pictures: Float32) -> dict[str, Any]:
-    """`psnr`, `ssim` and `lpips` of the engine's pictures beside PyTorch's.
+def appearance(recipe: Recipe, references: Float32, pictures: Float32, prompts: Sequence[str]) -> dict[str, Any]:
+    """`psnr`, `ssim` and `lpips` of the engine's pictures beside PyTorch's, and the CLIP scores of both.
 
     Args:
         references, pictures: float32[N, C, H, W].
+        prompts: of the pictures; none where there are none.
 
     Raises:
-        ModelError: the weights of LPIPS are damaged.
+        ModelError: the weights of a metric are damaged.
     """
     exact, actual = (np.clip(values, -1, 1) for values in (references, pictures))
     if not np.isfinite(actual).all():
         return {"psnr": psnr(exact, actual)}
-    distance = Lpips.load(Path(recipe.metric_weights))(exact, actual) if recipe.metric_weights else None
-    return {"psnr": psnr(exact, actual), "ssim": ssim(exact, actual), "lpips": distance}
+    looks: dict[str, Any] = {"psnr": psnr(exact, actual), "ssim": ssim(exact, actual)}
+    folder = None if recipe.metric_weights is None else Path(recipe.metric_weights)
+    if folder is not None and has_lpips(folder):
+        looks["lpips"] = Lpips.load(folder)(exact, actual)
+    if folder is not None and has_clip(folder) and prompts:
+        score = ClipScore.load(folder / FOLDER)
+        looks |= {"clip": score(actual, prompts), "clip_of_pytorch": score(exact, prompts)}
+    return looks
 
 
 def require_appearance(reference: Reference, recipe: Recipe, limit: float | None) -> str:

@@ -19,6 +19,7 @@ from dq_export.deploy.replay import load_replay, save_replay
 
 from ..families.reference import Float32, ModelError, Network, Reference
 from ..output_folder import OutputError
+from .conditions import draws_prompts
 
 HELD_OUT = 1_000_000
 """Added to the seed, so that the noise is none of calibration's."""
@@ -124,6 +125,12 @@ def draw(reference: Reference, network: Network, recipe: Recipe) -> Float32:
 def drawn_conditions(reference: Reference, recipe: Recipe) -> npt.NDArray[np.int64]:
     """int64[recipe.parity_size]: the index of each picture's condition."""
     return np.arange(recipe.parity_size, dtype=np.int64) % len(reference.conditions)
+
+
+def prompts_of(reference: Reference, recipe: Recipe) -> list[str]:
+    """The prompt of each picture; none of a network that draws class labels."""
+    names = reference.conditions.names
+    return [names[index] for index in drawn_conditions(reference, recipe)] if draws_prompts(recipe) else []
 
 
 def feed_of(feed: Feed, recipe: Recipe) -> Feed:

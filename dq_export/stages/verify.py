@@ -15,7 +15,7 @@ from dq_export.deploy.onnxruntime.cpu import open_graph
 from dq_export.deploy.parity import CallParity, Parity, compare_calls, compare_pictures, worst
 from dq_export.deploy.triton.serving.model import images_of
 
-from ..families.lpips import weight_files
+from ..families.metric_weights import metric_files
 from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
 from ..heap import large_blocks_mapped
@@ -26,7 +26,7 @@ from .appearance import SHOWN, Pair, appearance, decoded, draws_pictures, origin
 from .build import BUILD
 from .calibrate import CALIBRATE
 from .quantize import QUANTIZE
-from .recording import Recording, draw, feed_of
+from .recording import Recording, draw, feed_of, prompts_of
 from .reference import REFERENCE
 from .stage import Context, Stage
 
@@ -67,7 +67,7 @@ class Verify(Stage[Verified]):
     def also(self, context: Context) -> dict[str, Any]:
         """Whether this machine runs the engine, the VAE, and the weights that judge pictures."""
         folder, vae = context.recipe.metric_weights, context.reference.decoder
-        weights = [file_digest(path) for path in weight_files(Path(folder))] if folder else []
+        weights = [file_digest(path) for path in metric_files(Path(folder))] if folder else []
         values: dict[str, Any] = {"weights": weights} if weights else {}
         if vae is not None:
             values["vae"] = context.undecoded or [file_digest(path) for path in sorted(vae.iterdir()) if path.is_file()]
@@ -128,11 +128,12 @@ def _write_strip(context: Context, pair: Pair, path: Path) -> tuple[dict[str, An
     if not draws_pictures(reference, context.undecoded):
         remove(context.folder / PICTURES)  # of an earlier run that had a VAE; the report would show it
         return {}, PicturesReport(shown=0, origin=text)
+    prompts = prompts_of(reference, recipe)
     if context.undecoded:
-        looks, columns = appearance(recipe, *pair), count
+        looks, columns = appearance(recipe, *pair, prompts), count
     else:
         pair = decoded(reference, recipe, pair, context.progress.advance)
-        looks, columns = appearance(recipe, *pair) if len(pair[0]) == count else {}, min(SHOWN, count)
+        looks, columns = appearance(recipe, *pair, prompts) if len(pair[0]) == count else {}, min(SHOWN, count)
     exact, actual = (pictures[:columns] for pictures in pair)
     save_pictures(path, [exact, actual, np.clip(4 * (actual - exact), -1, 1)])
     return looks, PicturesReport(shown=columns, origin=text)

@@ -103,7 +103,7 @@ def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Pat
     random = np.random.default_rng(2)
     exact = random.standard_normal((2, 2, 8, 8)).astype(np.float32)
     actual = exact + 0.3 * random.standard_normal(exact.shape).astype(np.float32)
-    result = appearance(recipe, *decoded(reference, recipe, (exact, actual)))
+    result = appearance(recipe, *decoded(reference, recipe, (exact, actual)), [])
     with torch.inference_mode():
         pictures = [vae.decode(torch.from_numpy(value) / 0.5).sample.clamp(-1, 1) for value in (exact, actual)]
     noise = (pictures[0] - pictures[1]).square().mean(dim=(1, 2, 3))
@@ -111,7 +111,7 @@ def test_latents_are_decoded_by_the_checkpoints_vae(weights: Path, tmp_path: Pat
     assert result["lpips"] == pytest.approx(Lpips.load(weights)(*(value.numpy() for value in pictures)), rel=1e-4)
     assert isinstance(vae, AutoencoderKL)
     broken = np.full_like(actual, math.nan)
-    assert appearance(recipe, *decoded(reference, recipe, (exact, broken))) == {"psnr": -200}
+    assert appearance(recipe, *decoded(reference, recipe, (exact, broken)), []) == {"psnr": -200}
 
 
 def without(name: str) -> Callable[[Path], object]:

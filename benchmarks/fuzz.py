@@ -120,9 +120,17 @@ READ = (
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Import everything, make the materials in `folder`, and return the output of the commands of `READ` for them."""
+    """Import everything, make the materials in `folder`, and return the output of the commands of `READ` for them.
+
+    After that a mutant whose network equals an earlier one to the last bit takes the exporter's graph of that one.
+    """
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     os.environ.update(quiet, MKL_CBWR="AUTO,STRICT", TOKENIZERS_PARALLELISM="false")
+    from traced_once import TracedOnce
+
+    from dq_export.families import torch_export
+
+    torch_export.trace = TracedOnce(folder).trace
     materials.save_models(folder)
     materials.save_text(folder)
     export = ["--model", str(folder / "plain"), *materials.EXPORT, "--triton", "-o", str(folder / "out")]

@@ -50,7 +50,8 @@ def prepare() -> Path:
             shutil.rmtree(HOME, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
             pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
+            # The server imports few of the modules, and compiles these itself.
+            subprocess.run([*pip, "--no-compile", "--no-deps", "-r", str(REQUIREMENTS)], check=True)
             mark.write_text(contents)
     return HOME
 

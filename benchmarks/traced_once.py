@@ -1,4 +1,4 @@
-"""Equal networks go through PyTorch's exporter once in a run of the tests: it takes half the time of a small export."""
+"""Equal networks go through PyTorch's exporter once in a run of the tests or the fuzzer: it takes half of a small export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that several processes of the tests share."""
+"""Folders that several processes share."""
 
 from __future__ import annotations
 

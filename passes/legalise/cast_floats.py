@@ -14,6 +14,8 @@ WIDE = frozenset({"LayerNormalization"})
 """Operators that stay in float32: only their sums of squares over a row leave float16's range."""
 OTHER = MEASURES | {"Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "QuantizeLinear"}
 """Operators whose result is never of their input's type."""
+FACTORS = {("Resize", 2)}
+"""Inputs, by operator and index, that ONNX takes in float32 alone."""
 SMALL = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATS = (ir.DataType.FLOAT, *SMALL)
 
@@ -29,7 +31,8 @@ class CastFloats(GraphPass):
         1. a node depends only on the timestep, the conditions and the sizes of the state, and no GEMM with a quantized weight
            precedes it: the sines of the timestep and of positions, the embedders' MLPs and the bin of the timestep need
            float32, and their cost is negligible,
-        2. the operator is a LayerNormalization.
+        2. the operator is a LayerNormalization,
+        3. an input is the factors of a Resize.
 
     Exactness: rounds every intermediate value to `dtype`: relative error 2^-11 (float16) or 2^-8 (bfloat16) each.
 
@@ -52,6 +55,8 @@ class CastFloats(GraphPass):
         for node in list(graph):
             target = self.dtype if node in small else ir.DataType.FLOAT
             for index, value in enumerate(node.inputs):
+                if (node.op_type, index) in FACTORS:
+                    continue
                 if value in types and types[value] != target and node.op_type != "Cast":
                     assert value is not None
                     key = (value, target)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from conftest import feed_of, load_graph, run_onnx, sqnr
@@ -87,6 +88,26 @@ def test_case_2_layer_normalization_stays_float32(tiny_onnx_per_sample: Path, ti
     nodes = [node for node in model.graph if node.op_type == "LayerNormalization"]
     assert len(nodes) == 5
     assert all(types_of(node) == {"FLOAT"} for node in nodes)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_case_3_the_factors_of_an_upsampling_stay_float32(dtype: ir.DataType) -> None:
+    b = Builder(x=(ir.DataType.FLOAT, ["B", 2, 3, 3]))
+    none: Any = None  # a Resize goes without a region
+    factors = b.const("factors", np.asarray([1, 1, 2, 2], dtype=np.float32))
+    scaled = b.node("Mul", b.value["x"], b.const("half", np.float32(0.5)))
+    model = b.shaped(b.node("Resize", scaled, none, factors, mode="nearest", coordinate_transformation_mode="asymmetric"))
+    run_passes(model, [CastFloats(dtype=dtype)])
+    resize = next(node for node in model.graph if node.op_type == "Resize")
+    assert [value.dtype for value in (resize.inputs[0], resize.inputs[2], resize.outputs[0]) if value] == [
+        dtype,
+        ir.DataType.FLOAT,
+        dtype,
+    ]
+    onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 3)).astype(np.float32)
+    run_passes(model, [WidenFloats()])
+    assert sqnr(x.repeat(2, 2).repeat(2, 3) / 2, run_onnx(model, {"x": x})) > 40
 
 
 def test_a_residual_that_float16_cannot_hold_is_seen_on_the_cpu(tiny: Any, tiny_onnx: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from conftest import calibration_of, recipe_of, sqnr
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from ddpm import save_ddpm
 from toy import PROMPTS
-from unet import XL, save_unet
+from unet import save_unet
 
 from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.simulation import Simulation
@@ -28,15 +27,15 @@ from dq_export.core.recipe import Recipe
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
-QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 20, "distill_batch": 4, "calib_size": 8, "steps": 4}
+QUICK: dict[str, Any] = {"rounding": "distill", "bits": "w4a4", "calib_size": 8, "steps": 4}
 
 
 def ddpm(folder: Path) -> Any:
     return load_reference(str(save_ddpm(folder)))
 
 
-def xl(folder: Path) -> Any:
-    reference: Any = load_reference(str(save_unet(folder, **XL)))
+def stable_diffusion(folder: Path) -> Any:
+    reference: Any = load_reference(str(save_unet(folder)))
     reference.conditions = reference.encode(PROMPTS, "cpu")
     return reference
 
@@ -48,20 +47,30 @@ def calls_of(reference: Reference, seed: int) -> list[Feed]:
     return feeds
 
 
-@pytest.fixture(scope="module", params=[ddpm, xl])
-def trained(
-    request: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Reference, Recipe, CalibrationResult, Any, list[str]]:
-    """A network, and its calibration before and after its training with 4-bit codes."""
-    make: Callable[[Path], Reference] = request.param
-    folder = tmp_path_factory.mktemp("unet")
-    reference = make(folder / "model")
-    recipe = recipe_of(reference, **QUICK, bits="w4a4")
+Training = tuple[Reference, Recipe, CalibrationResult, Any, list[str]]
+
+
+def training(reference: Reference, folder: Path, iterations: int) -> Training:
+    """A network's calibration with 4-bit codes before and after its training, and the files that the training leaves."""
+    recipe = recipe_of(reference, **QUICK, distill_iterations=iterations, distill_batch=8)
     start = calibrate(calibration_of(reference, recipe, folder / "start"))
     assert start is not None
-    training = folder / "training"
-    result = distill(calibration_of(reference, recipe, training), start, lambda outcome: None)
-    return reference, recipe, start, result, sorted(path.name for path in training.iterdir())
+    place = folder / "training"
+    result = distill(calibration_of(reference, recipe, place), start, lambda outcome: None)
+    return reference, recipe, start, result, sorted(path.name for path in place.iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    folder = tmp_path_factory.mktemp("ddpm")
+    return training(ddpm(folder / "model"), folder, 60)
+
+
+@pytest.fixture(scope="module")
+def trained_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A few steps are enough to change codes."""
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    return training(stable_diffusion(folder / "model"), folder, 6)
 
 
 def test_a_block_reads_the_blocks_whose_outputs_skip_to_it(tmp_path: Path) -> None:
@@ -78,14 +87,14 @@ def test_a_block_reads_the_blocks_whose_outputs_skip_to_it(tmp_path: Path) -> No
     assert reference.tower == (), "w4a8 keeps no first blocks of a UNet at 8 bits"
 
 
-def test_training_improves_calls_that_it_has_not_seen(trained: Any) -> None:
-    reference, recipe, start, training, files = trained
-    assert [outcome.name for outcome in training.blocks] == list(reference.blocks)
-    assert sum(outcome.kept for outcome in training.blocks) > len(reference.blocks) / 2
-    assert training.network.kept
-    convolutions = [name for name in training.result.correction if reference.linears[name].convolution]
+def test_training_improves_calls_that_it_has_not_seen(trained_ddpm: Training) -> None:
+    reference, recipe, start, result, files = trained_ddpm
+    assert [outcome.name for outcome in result.blocks] == list(reference.blocks)
+    assert sum(outcome.kept for outcome in result.blocks) > len(reference.blocks) / 2
+    assert result.network.kept
+    convolutions = [name for name in result.result.correction if reference.linears[name].convolution]
     assert convolutions
-    assert any((training.result.codes[name] != start.codes[name]).any() for name in convolutions)
+    assert any((result.result.codes[name] != start.codes[name]).any() for name in convolutions)
 
     def mean(result: CalibrationResult) -> float:
         feeds = calls_of(reference, 321)
@@ -93,20 +102,22 @@ def test_training_improves_calls_that_it_has_not_seen(trained: Any) -> None:
         with Simulation.of(reference, result, recipe.assign(reference.linears)).on(reference):
             return float(np.mean([sqnr(y, reference.forward(feed)) for feed, y in zip(feeds, exact, strict=True)]))
 
-    assert mean(training.result) > mean(start) + 0.2
+    assert mean(result.result) > mean(start) + 0.2
     last = len(reference.blocks)
     assert [name for name in files if name.startswith(("exact", "error", "first"))] == [
         f"error.{last}", f"exact.{last}", f"first.{last}",
     ], "values that no later block reads are deleted"  # fmt: skip
 
 
-def test_the_result_computes_the_trained_values(trained: Any) -> None:
-    reference, recipe, _, training, _ = trained
+@pytest.mark.parametrize("trained", ["trained_ddpm", "trained_stable_diffusion"])
+def test_the_result_computes_the_trained_values(trained: str, request: pytest.FixtureRequest) -> None:
+    reference, recipe, _, result, _ = request.getfixturevalue(trained)
+    assert result.network.kept
     assigned, feed = recipe.assign(reference.linears), calls_of(reference, 5)[1]
     exact = reference.forward(feed)
-    with Simulation.of(reference, training.result, assigned).on(reference):
+    with Simulation.of(reference, result.result, assigned).on(reference):
         simulated = reference.forward(feed)
-    network = QuantizedNetwork(reference, training.result, assigned, reference.chain(feed))
+    network = QuantizedNetwork(reference, result.result, assigned, reference.chain(feed))
     network.at(np.full(len(exact), float(feed["timestep"][0])))
     with ExitStack() as stack, torch.no_grad():
         for block in reference.blocks:

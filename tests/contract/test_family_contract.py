@@ -347,4 +347,4 @@ def test_w4a8_with_its_defaults_gives_the_readers_of_one_input_one_scheme(refere
     assigned = resolve(recipe, (), reference, None).assign(reference.linears)
     assert site_schemes(reference.sites, assigned)
     wide = {name for name, rule in assigned.items() if rule.action == "w8a8"}
-    assert bool(wide) == bool(reference.blocks)
+    assert bool(wide) == bool(reference.tower)

@@ -27,7 +27,7 @@ from dq_export.core.recipe import Recipe
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
-QUICK: dict[str, Any] = {"rounding": "distill", "bits": "w4a4", "calib_size": 8, "steps": 4}
+QUICK: dict[str, Any] = {"rounding": "distill", "bits": "w4a8", "calib_size": 16, "steps": 4}
 
 
 def ddpm(folder: Path) -> Any:
@@ -51,7 +51,7 @@ Training = tuple[Reference, Recipe, CalibrationResult, Any, list[str]]
 
 
 def training(reference: Reference, folder: Path, iterations: int) -> Training:
-    """A network's calibration with 4-bit codes before and after its training, and the files that the training leaves."""
+    """A network's calibration with 4-bit weights before and after its training, and the files that the training leaves."""
     recipe = recipe_of(reference, **QUICK, distill_iterations=iterations, distill_batch=8)
     start = calibrate(calibration_of(reference, recipe, folder / "start"))
     assert start is not None
@@ -68,9 +68,8 @@ def trained_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 @pytest.fixture(scope="module")
 def trained_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """A few steps are enough to change codes."""
     folder = tmp_path_factory.mktemp("stable_diffusion")
-    return training(stable_diffusion(folder / "model"), folder, 6)
+    return training(stable_diffusion(folder / "model"), folder, 30)
 
 
 def test_a_block_reads_the_blocks_whose_outputs_skip_to_it(tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def drawn_by_toy_pipeline(folder: Path, reference: Reference, chosen: Any, guida
     return np.asarray(pipeline(*tensors, 4, guidance))
 
 
+def unet_case(save: Callable[[Path], Path]) -> Case:
+    """A network of the family `unet`."""
+    return Case(
+        family=FAMILIES[5],
+        save=save,
+        changes={"norm_eps": 1e-4},
+        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
+    )
+
+
 CASES = {
     "dit": Case(
         family=FAMILIES[0],
@@ -127,36 +137,11 @@ CASES = {
         draw=lambda *arguments: drawn_by_flux2_pipeline(*arguments, SEED),
         size=SIDE,
     ),
-    "unet": Case(
-        family=FAMILIES[5],
-        save=save_unet,
-        changes={"norm_eps": 1e-4},
-        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
-    ),
-    "unet-xl": Case(
-        family=FAMILIES[5],
-        save=lambda folder: save_unet(folder, **XL),
-        changes={"norm_eps": 1e-4},
-        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
-    ),
-    "unet-inpaint": Case(
-        family=FAMILIES[5],
-        save=lambda folder: save_unet(folder, **XL, **INPAINT),
-        changes={"norm_eps": 1e-4},
-        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
-    ),
-    "unet-refiner": Case(
-        family=FAMILIES[5],
-        save=lambda folder: save_unet(folder, **REFINER),
-        changes={"norm_eps": 1e-4},
-        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
-    ),
-    "unet-lcm": Case(
-        family=FAMILIES[5],
-        save=save_lcm,
-        changes={"norm_eps": 1e-4},
-        draw=lambda *arguments: drawn_by_unet_pipeline(*arguments, SEED),
-    ),
+    "unet": unet_case(save_unet),
+    "unet-xl": unet_case(lambda folder: save_unet(folder, **XL)),
+    "unet-inpaint": unet_case(lambda folder: save_unet(folder, **XL, **INPAINT)),
+    "unet-refiner": unet_case(lambda folder: save_unet(folder, **REFINER)),
+    "unet-lcm": unet_case(save_lcm),
     "ddpm": Case(
         family=FAMILIES[6],
         save=save_ddpm,

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import recipe_of
 from json_file import edit
 from PIL import Image
 from test_unet import encoded
 from tiny_vae import save_vae
 from toy import PROMPTS
-from unet import INPAINT, XL, drawn_by_unet_pipeline, save_unet, unet_pipeline
+from unet import INPAINT, XL, drawn_by_both, drawn_by_unet_pipeline, save_unet
 
 import dq_export
 from dq_export.core.recipe import Recipe
@@ -109,23 +108,8 @@ def test_the_engine_stands_in_for_pipe_unet_of_an_inpainting_pipeline(
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     mask = Image.fromarray(np.kron(np.eye(2), np.full((32, 32), 255)).astype(np.uint8))
-    pictures = []
-    for unet in (None, stand_in):
-        pipeline = unet_pipeline(model)
-        pipeline.vae = vae
-        if unet is not None:
-            pipeline.unet = unet
-        arguments = {"image": picture, "mask_image": mask, "height": 64, "width": 64, "strength": 0.8, "guidance_scale": 2.0}
-        pictures.append(
-            pipeline(
-                list(PROMPTS[:1]),
-                num_inference_steps=5,
-                output_type="pt",
-                generator=torch.Generator().manual_seed(0),
-                **arguments,
-            ).images
-        )
-    exact, actual = pictures
+    arguments = {"image": picture, "mask_image": mask, "height": 64, "width": 64, "strength": 0.8, "guidance_scale": 2.0}
+    exact, actual = drawn_by_both(model, vae, stand_in, num_inference_steps=5, **arguments)
     assert exact.shape == (1, 3, 64, 64)
     assert 0 < (actual - exact).abs().max() < 0.1 * exact.std()
     with pytest.raises(ValueError, match=r"sample has shape \[2, 4, 8, 8\], and the network takes \[batch.*, 9, "):

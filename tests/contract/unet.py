@@ -147,6 +147,20 @@ def drawn_by_unet_pipeline(
     return np.asarray(latents.images)
 
 
+def drawn_by_both(folder: Path, vae: Any, engine: Any, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of the first prompt by the folder's pipeline, as it is and with an engine as its `unet`."""
+    pictures = []
+    for unet in (None, engine):
+        pipeline = unet_pipeline(folder)
+        pipeline.vae = vae
+        if unet is not None:
+            pipeline.unet = unet
+        generator = torch.Generator().manual_seed(0)
+        pictures.append(pipeline(list(PROMPTS[:1]), output_type="pt", generator=generator, **arguments).images)
+    exact, actual = pictures
+    return exact, actual
+
+
 def first_state(reference: Reference, chosen: Any, seed: int) -> Float32:
     """What the network reads in the first of 4 calls."""
     states: list[Float32] = []

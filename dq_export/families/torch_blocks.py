@@ -51,7 +51,8 @@ class TorchChain:
             if isinstance(module, torch.nn.Linear)
         ]
         try:
-            output = self._call(feed)
+            with torch.no_grad():
+                output = self._call(feed)
         finally:
             for handle in handles:
                 handle.remove()
@@ -102,14 +103,11 @@ class TorchChain:
 
     def whole(self, feed: Feed) -> Outputs:
         """See `core.network.Chain`."""
-        return _leaves(self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False))
+        return _leaves(self._call(feed))
 
     def _call(self, feed: Feed) -> Any:
-        """The output of the network, in its own form, without gradients."""
-        import torch
-
-        with torch.no_grad():
-            return self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False)
+        """The output of the network, in its own form."""
+        return self.model(**tensors_of(self.model, self.inputs, feed), return_dict=False)
 
     def _readers(self, feed: Feed, forms: Sequence[Any], source: int) -> list[int]:
         """The blocks that read a block's output, perhaps through work that the network does between them.
@@ -117,6 +115,8 @@ class TorchChain:
         All blocks return zeros, and this one NaN: those whose arguments then hold a NaN read it. The last block counts as the
         reader of what the network reads after it.
         """
+        import torch
+
         rows, readers = len(feed[self.inputs[0].name]), []
 
         def watched(place: int) -> Callable[..., Any]:
@@ -132,6 +132,7 @@ class TorchChain:
         with ExitStack() as stack:
             for place, block in enumerate(self.blocks):
                 stack.enter_context(computing(block, watched(place)))
+            stack.enter_context(torch.no_grad())
             output = self._call(feed)
         last = len(self.blocks) - 1
         return [*readers, last] if source < last and _has_nan(output) else readers

@@ -44,42 +44,6 @@ class Values(BaseModel):
 V = TypeVar("V", bound=Values)
 
 
-class VaeValues(Values):
-    """Of `AutoencoderKL`."""
-
-    in_channels: Channels = 3
-    out_channels: Channels = 3
-    down_block_types: list[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]] = Field(
-        ["DownEncoderBlock2D"], min_length=1, max_length=8
-    )
-    up_block_types: list[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]] = Field(
-        ["UpDecoderBlock2D"], min_length=1, max_length=8
-    )
-    block_out_channels: list[Channels] = Field([64], min_length=1, max_length=8)
-    layers_per_block: int = Field(1, ge=1, le=32)
-    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
-    latent_channels: Channels = 4
-    norm_num_groups: Channels = 32
-    sample_size: int | list[int] | None = 32
-    scaling_factor: float = Field(0.18215, gt=1e-6, le=1e6)
-    shift_factor: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[Positive] | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-
-    @model_validator(mode="after")
-    def _fit_each_other(self) -> VaeValues:
-        require_levels(self)
-        for key in ("latents_mean", "latents_std"):
-            values = getattr(self, key)
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(f"{key}: expected {self.latent_channels} numbers, one for each of latent_channels")
-        return self
-
-
 class SchedulerValues(Values):
     """The keys of all schedulers; each scheduler uses some of them."""
 

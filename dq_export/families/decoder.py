@@ -14,16 +14,15 @@ from dq_export.core.documents import shown, shown_path
 from dq_export.core.progress import Advance
 
 from .checkpoint import CONFIG, broken_weights
-from .config_values import VaeValues, refused, values_of
+from .config_values import refused
 from .float_graph import trace
 from .loading import load_weights, make_empty, read_config
 from .old_names import todays_name
 from .reference import Float32, ModelError
 from .tensors import stored
+from .vae_classes import CLASSES, VaeClass, class_of, read_vae
+from .vae_values import VaeValues
 from .weights import find_weights
-
-ARCHITECTURE = "AutoencoderKL"
-
 
 LARGEST = 1024
 """The greatest height and width of latents in a graph that takes any."""
@@ -55,7 +54,7 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
 
     model = load_vae(vae, shape, variant)
     if model is None:
-        return f"{shown_path(vae)} is no {ARCHITECTURE} of {shape[0]} channels: latents alone"
+        return f"{shown_path(vae)}: {misfit(vae, shape)}: latents alone"
     network, names = wrapped(model, _decoded), ("latents", "sample")
     if resizable:
         graph = resizable_graph(network, names, shape[0])
@@ -85,37 +84,51 @@ def resizable_graph(network: Any, names: tuple[str, str], channels: int, multipl
 
 
 def pixels_of_latent(vae: Path) -> int:
-    """Return the pixels along a side of the picture that a VAE of ARCHITECTURE decodes from one latent."""
-    return int(2 ** (len(read_config(vae / CONFIG).get("block_out_channels", (64,))) - 1))
+    """Return the pixels along a side of the picture that a VAE of one of CLASSES decodes from one place of the latents."""
+    kind, values = _read(vae)
+    return kind.pixels(values)
+
+
+def _read(vae: Path) -> tuple[VaeClass, VaeValues]:
+    read = read_vae(vae)
+    assert read is not None  # see `misfit`
+    return read
 
 
 def load_vae(vae: Path, shape: tuple[int, ...] | None, variant: str = "") -> Any:
-    """The VAE of a folder; None where it is of another architecture, or for other latents. See `export_decoder`.
+    """The VAE of a folder; None where it is of another class, or for other latents. See `export_decoder`.
 
     Args:
         shape: of the latents; None: whatever it is for.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
     if misfit(vae, shape):
         return None
+    kind, values = _read(vae)
     config = read_config(vae / CONFIG)
     weights = find_weights(vae, variant, required=False)
-    model = load_weights(make_empty(AutoencoderKL, VaeValues, vae / CONFIG, config), weights, rename=todays_name)
+    empty = make_empty(getattr(diffusers, kind.name), kind.values, vae / CONFIG, config)
+    model = load_weights(empty, weights, rename=todays_name)
     if broken_weights(model):
         raise ModelError(f"{shown_path(vae)}: NaN or Inf in the VAE's weights; the checkpoint is damaged")
-    _require_pictures(model, vae / CONFIG)
+    _require_pictures(model, kind.channels(values), vae / CONFIG)
     return model
 
 
 def misfit(vae: Path, shape: tuple[int, ...] | None) -> str:
-    """Why the VAE of a folder does not decode latents of a shape (C, h, w), None: whatever it is for; empty if it does."""
-    config = read_config(vae / CONFIG)
-    architecture, channels = config.get("_class_name"), config.get("latent_channels", 4)
-    if architecture != ARCHITECTURE:
-        return f"its VAE is of class {shown(architecture)}, not {ARCHITECTURE}"
-    if shape and channels != shape[0]:
-        return f"its VAE takes latents of {shown(channels)} channels, and the network draws {shape[0]}"
+    """Why the VAE of a folder does not decode latents of a shape (C, h, w), None: whatever it is for; empty if it does.
+
+    Raises:
+        ModelError: see `read_vae`.
+    """
+    read = read_vae(vae)
+    if read is None:
+        name = read_config(vae / CONFIG).get("_class_name")
+        return f"its VAE is of class {shown(name)}, not {' or '.join(item.name for item in CLASSES)}"
+    kind, values = read
+    if shape and kind.channels(values) != shape[0]:
+        return f"its VAE takes latents of {kind.channels(values)} channels, and the network draws {shape[0]}"
     return ""
 
 
@@ -138,11 +151,11 @@ def decoding_bytes(vae: Path, shape: tuple[int, ...], variant: str = "") -> int:
     Raises:
         ModelError: files are missing or damaged, or a value of the configuration is wrong.
     """
-    widths = values_of(VaeValues, read_config(vae / CONFIG), vae / CONFIG).block_out_channels
+    kind, values = _read(vae)
     shapes = [place.shape for file in find_weights(vae, variant, required=False).files for place in stored(file).values()]
-    pixels = math.prod(min(pixels_of_latent(vae) * side, TILE) for side in shape[1:])
+    pixels = math.prod(min(kind.pixels(values) * side, TILE) for side in shape[1:])
     # The last upsampling has the picture's size and the width of the level below.
-    return sum(4 * math.prod(sizes) for sizes in shapes) + int(ACTIVATIONS * 4 * pixels * widths[:2][-1])
+    return sum(4 * math.prod(sizes) for sizes in shapes) + int(ACTIVATIONS * 4 * pixels * values.decoder_widths[:2][-1])
 
 
 def pictures_of(vae: Any, latents: Float32, progress: Advance) -> Float32:
@@ -165,26 +178,23 @@ def pictures_of(vae: Any, latents: Float32, progress: Advance) -> Float32:
     return np.concatenate(pictures)
 
 
-def _require_pictures(model: Any, path: Path) -> None:
+def _require_pictures(model: Any, channels: int, path: Path) -> None:
     """Decode zeros of 2 x 2, to find errors of a configuration that fits the weights but cannot decode."""
     import torch
 
     with refused(f"{shown_path(path)}: the VAE does not decode", "a value is wrong"), torch.inference_mode():
-        shape = tuple(_decoded(model, torch.zeros(1, model.config.latent_channels, 2, 2)).shape)
-    if shape[:2] != (1, 3):
-        raise ModelError(f"{shown_path(path)}: the VAE decodes to {shape[1]} channels; expected 3")
+        picture = _decoded(model, torch.zeros(1, channels, 2, 2))
+    if tuple(picture.shape[:2]) != (1, 3):
+        raise ModelError(f"{shown_path(path)}: the VAE decodes to {picture.shape[1]} channels; expected 3")
+    if not torch.isfinite(picture).all():
+        raise ModelError(f"{shown_path(path)}: the VAE decodes zeros to NaN or Inf; the checkpoint is damaged")
 
 
 def _decoded(model: Any, latents: Any) -> Any:
-    """The picture of latents as the network samples them. Statistics by channel go before a shift, as in XL's pipeline."""
-    import torch
-
-    config = model.config
-    scale, shift = 1 / float(config.scaling_factor), float(config.shift_factor or 0.0)
-    mean, std = config.latents_mean, config.latents_std
-    if mean is not None and std is not None:
-        scale, shift = (torch.tensor(values).view(1, -1, 1, 1) for values in ([scale * value for value in std], mean))
-    return model.decode(latents * scale + shift, return_dict=False)[0]
+    """The picture of latents as the network samples them."""
+    kind = class_of(model.config)
+    assert kind is not None  # see `load_vae`
+    return model.decode(kind.unscale(model, latents), return_dict=False)[0]
 
 
 def wrapped(model: Any, call: Callable[[Any, Any], Any]) -> Any:

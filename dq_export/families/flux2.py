@@ -86,6 +86,12 @@ class Flux2(Flux):
         text, _ = whole.encode_prompt(list(prompts), max_sequence_length=TOKENS)
         return Conditions(names=tuple(prompts), arrays={STATES: text.float().cpu().numpy()}, null={})
 
+    def latents(self, sampled: Float32, size: tuple[int, int] | None) -> Float32:
+        """See `Family.latents`. A token's channels are those of 2 x 2 latents, which the VAE unpacks."""
+        height, width = size or (SIDE, SIDE)
+        places: Float32 = sampled.transpose(0, 2, 1).reshape(len(sampled), -1, height // PIXELS, width // PIXELS)
+        return places
+
     def largest_activation(self, model: Any) -> int:
         """The output of a block's first linear: query, key, value, and both halves of the MLP's inner activation."""
         return int((SIDE // PIXELS) ** 2 * (3 + 2 * model.config.mlp_ratio) * model.inner_dim)

@@ -15,6 +15,9 @@ from .tensors import read_tensors
 from .weights import Weights
 from .widened import widened
 
+COUNTER = ".num_batches_tracked"
+"""A batch norm's count of training steps, an integer that evaluation does not read."""
+
 
 def read_config(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in a configuration file.
@@ -45,8 +48,9 @@ def load_weights(model: Any, weights: Weights, place: Path | None = None, rename
         ModelError: a file is damaged, the files do not fit the network, or there is no room for float32.
     """
     state = _state(weights, place, rename)
-    require_same(model.state_dict(), state, shown_path(weights.files[0].parent))
-    model.load_state_dict(state, assign=True)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    require_same(expected, state, shown_path(weights.files[0].parent))
+    model.load_state_dict(state, assign=True, strict=False)  # counters alone are missing
     return model.eval()
 
 
@@ -82,6 +86,8 @@ def _state(weights: Weights, place: Path | None, rename: Callable[[str], str]) -
     state: dict[str, Any] = {}
     for file in weights.files:
         for name, tensor in read_tensors(file).items():
+            if name.endswith(COUNTER):
+                continue
             if rename(name) in state:
                 raise ModelError(f"{shown_path(file)}: tensor {shown(name)} stands twice in the checkpoint")
             if not tensor.is_floating_point():

@@ -8,9 +8,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .checkpoint import configuration
+from .checkpoint import CONFIG, configuration
 from .decoder import load_vae, resizable_graph, wrapped
 from .float_graph import INLINE
+from .loading import read_config
+from .vae_classes import KL, class_of
 
 
 def export_vae(vae: Path, encoder: Path, decoder: Path, variant: str = "") -> Mapping[str, Any] | None:
@@ -30,9 +32,9 @@ def export_vae(vae: Path, encoder: Path, decoder: Path, variant: str = "") -> Ma
     Raises:
         ModelError: its files are missing, damaged, or do not fit each other.
     """
-    model = load_vae(vae, None, variant)
-    if model is None:
+    if class_of(read_config(vae / CONFIG)) is not KL:
         return None
+    model = load_vae(vae, None, variant)
     pixels = 2 ** (len(model.config.block_out_channels) - 1)
     for call, names, channels, multiple, path in (
         (_encoded, ("sample", "latent_parameters"), model.config.in_channels, pixels, encoder),

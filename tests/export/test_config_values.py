@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from dq_export.core.recipe import RecipeError
 from dq_export.families import FAMILIES
-from dq_export.families.config_values import SchedulerValues, VaeValues, require_values
+from dq_export.families.config_values import SchedulerValues, require_values
 from dq_export.families.decoder import load_vae
 from dq_export.families.dit_values import DiTValues
 from dq_export.families.reference import ModelError
 from dq_export.families.source import load_reference
+from dq_export.families.vae_classes import CLASSES
+from dq_export.families.vae_values import KlValues
 
 HUB = {
     "_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "activation_fn": "gelu-approximate",
@@ -91,7 +93,7 @@ def test_the_published_configurations_are_accepted() -> None:
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     require_values(DiTTransformer2DModel, DiTValues, HUB, Path("config.json"))
-    require_values(AutoencoderKL, VaeValues, VAE, Path("config.json"))
+    require_values(AutoencoderKL, KlValues, VAE, Path("config.json"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_every_key_that_diffusers_takes_has_a_type() -> None:
     from dq_export.families.prediction import FLOW, NOISE
 
     networks = [(name, family.values) for family in FAMILIES for name in family.architectures]
-    for name, values in [*networks, ("AutoencoderKL", VaeValues)]:
+    for name, values in [*networks, *((item.name, item.values) for item in CLASSES)]:
         parameters = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
         assert parameters == set(values.model_fields), name
     keys: set[str] = set()

@@ -89,8 +89,11 @@ def batching(model: Model) -> Iterator[Fault]:
 
 def bounds(model: Model) -> Iterator[Fault]:
     """Check that each input has a maximum size, so that the server refuses larger requests before it allocates memory."""
+    open_batch = model.backend != "python" and not model.config.max_batch_size
+    if open_batch and any(item.dims and item.dims[0] == -1 for item in model.config.input):
+        yield model.warning("max_batch_size is 0: a request may have any number of rows", "open its port to trusted clients")
     for item in model.config.input:
-        if -1 in item.dims:
+        if -1 in list(item.dims)[open_batch:]:
             problem = f"input '{item.name}' has dims {shown(list(item.dims))}: a request may ask for any size"
             fix = "write the greatest as fixed dims, and max_batch_size for how many"
             if model.backend == "python":  # sizes that overflow pass the server's check and stop the program

@@ -41,6 +41,7 @@ class Served:
         plan: the TensorRT plan; None if the backend is another, or if `finish` builds the plan later.
         call: names and types of the network's tensors.
         shapes: shape of one sample by input of the network, at the default size; empty for a scalar.
+        latents: (C, H, W) of one picture's latents at the default size.
         sizes: the sizes of pictures that requests may ask for.
         encoder: folder with the text encoder's graph, its data and its tokenizers. They are moved into the repository.
             None: requests hold class labels.
@@ -57,6 +58,7 @@ class Served:
     plan: Path | None
     call: Call
     shapes: Mapping[str, Sequence[int]]
+    latents: Sequence[int]
     sizes: Sizes
     encoder: Path | None
     decoder: Path | None
@@ -72,12 +74,12 @@ class Served:
     @property
     def max_images(self) -> int:
         """The most pictures of one request: as many guided pictures as fit into one call."""
-        return max(1, self.max_rows // 2)
+        return max(1, self.max_rows // self.call.rows_of_picture)
 
     @property
-    def latents(self) -> Sequence[int]:
-        """(C, H, W) of one picture's latents at the default size."""
-        return self.shapes[self.call.state]
+    def shared(self) -> set[str]:
+        """Inputs of the denoiser without a row for each picture."""
+        return set() if self.call.batched else {*self.call.picture_positions, *self.call.text_positions}
 
     @property
     def largest(self) -> Sequence[int]:
@@ -94,10 +96,32 @@ class Served:
         if self.encoder is None:
             return [(name, "TYPE_INT64", [1]) for name in self.call.conditions.values()]
         inputs: list[tuple[str, str, Sequence[int]]] = []
-        for prefix in ("", NEGATIVE):
+        for prefix in ("", NEGATIVE) if self.call.guided_by == "null" else ("",):
             inputs.append((prefix + PROMPT, "TYPE_STRING", [1]))
             inputs += [(prefix + name, "TYPE_FP32", self.shapes[key]) for key, name in self.call.conditions.items()]
         return inputs
+
+
+def denoiser_config(served: Served, graph: ir.Graph, kind: str) -> Config:
+    """Return the denoiser's config. With inputs that all rows of a call share, the batch is a dimension of the others."""
+    if served.call.batched:
+        config = network_config(DENOISER, graph, served.backend, kind, served.max_rows, served.shapes)
+        return open_tokens(config, served) if served.call.tokens else open_latents(config, served.call.state, served)
+    rows = {name: [*shape] if name in served.shared else [-1, *shape] for name, shape in served.shapes.items()}
+    return open_tokens(network_config(DENOISER, graph, served.backend, kind, 0, rows), served)
+
+
+def open_tokens(config: Config, served: Served) -> Config:
+    """Return a denoiser's config whose tokens of a picture have the number of requests."""
+    if not served.sizes.vary:
+        return config
+    call, first = served.call, 0 if served.call.batched else 1
+    axes = {call.state: first, **dict.fromkeys(call.picture_positions, 0)}
+    inputs = []
+    for item in config["input"]:
+        axis = axes.get(item["name"])
+        inputs.append({**item, "dims": [-1 if index == axis else size for index, size in enumerate(item["dims"])]})
+    return {**config, "input": inputs}
 
 
 def network_config(
@@ -107,7 +131,7 @@ def network_config(
 
     Args:
         max_rows: the greatest batch; 0: the graph has no batch axis that varies, and the config's dims are the graph's.
-        shapes: shape of one sample by input; inputs that are left out get the graph's dims.
+        shapes: shape of one sample by input; inputs that are left out get the graph's dims. A warm-up has 1 in place of -1.
     """
     batched = max_rows > 0
     inputs = [_tensor(value, batched, shapes.get(str(value.name))) for value in graph.inputs]
@@ -117,7 +141,8 @@ def network_config(
         samples = {}
         for item in inputs:
             content = "random_data" if "FP" in item["data_type"] else "zero_data"
-            samples[item["name"]] = {"data_type": item["data_type"], "dims": item["dims"], content: True}
+            dims = [abs(size) for size in item["dims"]]
+            samples[item["name"]] = {"data_type": item["data_type"], "dims": dims, content: True}
         return {"name": f"batch {rows}", "batch_size": rows, "inputs": samples}
 
     config = {
@@ -180,10 +205,12 @@ def health_config(served: Served) -> Config:
     """Return the config of the model `health`, which sends every other model a small request."""
     call, shapes = served.call, served.shapes
     request = {PROMPT: ["bytes", [1, 1]]} if served.encoder else {"class_labels": ["int64", [1, 1]]}
-    state = {call.state: ["float32", [1, *served.latents]], "timestep": [call.timestep, [1, 1]]}
-    kind = "float32" if served.encoder else "int64"
-    state |= {name: [kind, [1, *(shapes[name] or [1])]] for name in call.conditions}
-    state |= {name: ["float32", [1, *shapes[name]]] for name in call.size_values}
+    kinds = {"timestep": call.timestep, **({} if served.encoder else dict.fromkeys(call.conditions, "int64"))}
+    scalar = [1] if call.batched else []  # see `_tensor`
+    state = {
+        name: [kinds.get(name, "float32"), [*shape] if name in served.shared else [1, *(shape or scalar)]]
+        for name, shape in shapes.items()
+    }
     probes = [[name, "seed", request] for name in (PIPELINE, STREAM)]
     probes.append([DENOISER, call.output, state])
     if served.encoder:

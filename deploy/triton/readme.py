@@ -28,6 +28,9 @@ def readme(served: Served, opset: int) -> str:
         calls=CALLS,
         steps=served.steps,
         guidance=f"{served.guidance:g}",
+        scales=SCALES[served.call.guided_by],
+        taken="two" if served.call.guided_by == "null" else "one, whatever its guidance",
+        batching=WITHOUT_DELAY if served.call.batched else ALONE,
         scheduler=served.scheduler,
         schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
         max_steps=served.schedules.max_steps,
@@ -53,6 +56,7 @@ def proxy(served: Served) -> str:
 def _condition_texts(served: Served) -> dict[str, str]:
     """The parts of the README that differ between class labels and prompts."""
     images = served.max_images
+    guided = served.call.guided_by == "null"
     if served.encoder is None:
         return {
             "first": "class_labels",
@@ -68,8 +72,11 @@ def _condition_texts(served: Served) -> dict[str, str]:
     names, null = list(served.call.conditions.values()), "zeros in place of its embeddings" if served.call.zero_null else '""'
     embeddings = "\n".join(
         f"| `{name}`, `negative_{name}` | FP32[n, {_listed(served.shapes[key])}] | | in place of `prompt`, of `negative_prompt` |"
+        if guided
+        else f"| `{name}` | FP32[n, {_listed(served.shapes[key])}] | | in place of `prompt` |"
         for key, name in served.call.conditions.items()
     )
+    negative = f"\n| `negative_prompt` | STRING[n, 1] | {null} | as `prompt`; unused where guidance is off |" if guided else ""
     return {
         "first": PROMPT,
         "asked": "`prompt` STRING[n, 1]",
@@ -77,7 +84,7 @@ def _condition_texts(served: Served) -> dict[str, str]:
         "pictures_of": f'--prompt "{first}" --prompt "{second}"',
         "picture_of": f'--prompt "{first}"',
         "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
-        f"{images} |\n| `negative_prompt` | STRING[n, 1] | {null} | as `prompt`; unused where guidance is off |\n{embeddings}",
+        f"{images} |{negative}\n{embeddings}",
         "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
         "install": INSTALL,
         "encoder": ENCODER,
@@ -88,10 +95,13 @@ def _condition_texts(served: Served) -> dict[str, str]:
 def _call(served: Served) -> str:
     """The inputs of one network call, as the README lists them."""
     kinds = {"int64": "INT64", "float32": "FP32"}
-    texts = [f"`{served.call.state}` FP32[n, {_listed(served.latents)}]", f"`timestep` {kinds[served.call.timestep]}[n, 1]"]
-    kind = "INT64" if served.encoder is None else "FP32"
-    texts += [f"`{name}` {kind}[n, {_listed(served.shapes[name]) or 1}]" for name in served.call.conditions]
-    texts += [f"`{name}` FP32[n, {_listed(served.shapes[name])}]" for name in served.call.size_values]
+    types = {"timestep": kinds[served.call.timestep]}
+    types |= dict.fromkeys(served.call.conditions, "INT64") if served.encoder is None else {}
+    scalar = [1] if served.call.batched else []
+    texts = []
+    for name, shape in served.shapes.items():
+        dims = shape if name in served.shared else ["n", *(shape or scalar)]
+        texts.append(f"`{name}` {types.get(name, 'FP32')}[{_listed(dims)}]")
     return ", ".join(texts)
 
 
@@ -105,6 +115,8 @@ def _sizes(served: Served) -> str:
 
 def _bounded(served: Served) -> str:
     """What refuses shapes over grpc, as the README has it."""
+    if not served.call.batched:
+        return UNBATCHED.format(megabytes=_megabytes(served))
     if not served.sizes.vary:
         return BOUNDED
     return OPEN.format(models="`denoiser` and `decoder`" if served.decoder else "`denoiser`", megabytes=_megabytes(served))
@@ -142,6 +154,22 @@ OPEN = """Over grpc the server itself refuses all shapes that no config.pbtxt ha
 No config.pbtxt bounds the height and the width that {models} take: the pipelines check them. A grpc client that calls {models}
 itself can send larger latents, up to {megabytes} MB through the proxy. Open the grpc port to clients that you trust, and to
 programs such as `images.py`; the proxy's http port takes latents of the default size alone."""
+UNBATCHED = """Over grpc the server itself refuses all shapes that no config.pbtxt has.
+
+The config.pbtxt of `denoiser` does not bound the rows of a call, nor the tokens of several sizes: the pipelines check them. A
+grpc client that calls `denoiser` itself can send more, up to {megabytes} MB through the proxy. Open the grpc port to clients that
+you trust, and to programs such as `images.py`."""
+SCALES = {
+    "null": "0 or more; 1 or less turns guidance off",
+    "input": "0 or more; the network itself applies it",
+    "nothing": "0 to 1, which changes nothing: this network has no guidance",
+}
+"""What a request's `guidance_scale` may be, by the kind of guidance."""
+ALONE = """
+All rows of a call share the positions of their tokens, so the server does not put requests for the `denoiser` together. The
+pipelines do: a client that calls it itself gets a call of its own."""
+WITHOUT_DELAY = """
+`dynamic_batching` of the denoiser has no queue delay on purpose: every step would wait for it."""
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.")
 """Characters that need no escape in a shell or in JSON."""
 EXAMPLES = ("a house", "a tree")

@@ -19,6 +19,7 @@ from .model_config import (
     STREAM,
     Config,
     Served,
+    denoiser_config,
     dump,
     health_config,
     network_config,
@@ -29,7 +30,9 @@ from .model_folder import Fault
 from .readme import PROXY, README, SERVED, proxy, readme
 from .serving.schedules import FILE
 
-PROGRAM = ("model.py", "call.py", "conditions.py", "job.py", "request.py", "sampler.py", "schedules.py", "sizes.py")
+PROGRAM = (
+    "model.py", "call.py", "conditions.py", "job.py", "positions.py", "request.py", "sampler.py", "schedules.py", "sizes.py",
+)  # fmt: skip
 """Files of `serving` that each pipeline's version folder gets."""
 CLIENT = "client.py"
 ENDPOINT = ("images.py", "compose.yaml")
@@ -73,8 +76,7 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
     model, shape = ir.load(served.model), served.latents
     kind = "KIND_GPU" if served.backend == "tensorrt" else "KIND_CPU"
     health = health_config(served)  # reads the text encoder's graph before it is moved
-    config = network_config(DENOISER, model.graph, served.backend, kind, served.max_rows, served.shapes)
-    target = _add(folder, open_latents(config, served.call.state, served))
+    target = _add(folder, denoiser_config(served, model.graph, kind))
     if served.backend == "tensorrt":
         if served.plan:
             add_plan(served.plan, folder)

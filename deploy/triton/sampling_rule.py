@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from dq_export.core.documents import DocumentError, parse_json, shown
 
@@ -54,12 +55,9 @@ def sampling(model: Model) -> Iterator[Fault]:
     if target is not None and rows < target.max_batch_size:
         problem = f"parameters: max_rows {rows} is below the denoiser's max_batch_size {target.max_batch_size}"
         yield model.warning(problem, "make them equal: a failing request of others can fail pictures, too")
-    if target is not None and rows > target.max_batch_size:
+    if target is not None and rows > target.max_batch_size > 0:
         problem = f"parameters: max_rows {rows} is above the denoiser's max_batch_size {target.max_batch_size}"
         yield model.fault(problem, "lower it")
-    images = model.config.max_batch_size
-    if 2 * images > rows:
-        yield model.fault(f"max_batch_size: {images} guided pictures are more than max_rows {rows}", "write half of max_rows")
     yield from _tables(model, values)
     yield from _call(model, values)
 
@@ -116,8 +114,10 @@ def _call(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
             if name not in inputs:
                 yield model.fault(f"input '{name}' is missing, which {version.name}/{CALL} names", "export again")
         target = model.names.get(values.get("denoiser", ""))
-        tensors = {item.name for item in target.input} if target is not None else set(call.size_values)
-        for name in call.size_values:
+        yield from _batches(model, call, whole_number(values.get("max_rows", "")), target)
+        read = [*call.size_values, *call.picture_positions, *call.text_positions]
+        tensors = {item.name for item in target.input} if target is not None else set(read)
+        for name in read:
             if name not in tensors:
                 yield model.fault(f"the denoiser has no input '{name}', which {version.name}/{CALL} names", "export again")
         for name in call.tokenizers:
@@ -127,6 +127,17 @@ def _call(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
                 yield model.fault(f"{version.name}/{name}: {error}", "export again")
         if bool(call.tokenizers) != bool(values.get("text_encoder")):
             yield model.fault(f"parameters: text_encoder and the tokenizers of {version.name}/{CALL} do not fit", "export again")
+
+
+def _batches(model: Model, call: Call, rows: int, target: Any) -> Iterator[Fault]:
+    """Check the batches of a pipeline and of its denoiser against what the network's call takes."""
+    images, rows_each = model.config.max_batch_size, call.rows_of_picture
+    if rows_each * images > rows:
+        fix = "write half of max_rows" if rows_each == 2 else "write max_rows"
+        yield model.fault(f"max_batch_size: {images} guided pictures are more than max_rows {rows}", fix)
+    if target is not None and call.batched != (target.max_batch_size > 0):
+        expected = "above 0" if call.batched else "0, for all rows of a call share the positions"
+        yield model.fault(f"the denoiser has max_batch_size {target.max_batch_size}; expected {expected}", "export again")
 
 
 def _real(text: str) -> float:

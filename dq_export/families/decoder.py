@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,30 @@ ACTIVATIONS = 4.4
 """The largest activations that decoding holds at once: 4.3 of them at 256 pixels and 4.1 at 512 in Stable Diffusion's decoder."""
 
 
-def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str = "", *, resizable: bool = False) -> str:
+@dataclass(frozen=True)
+class Decoding:
+    """How a decoder takes latents.
+
+    Args:
+        packing: latents along a side that lie in the channels of one place.
+        variant: of the weights, where the folder has it.
+        resizable: whether the graph takes latents of any height and width, not of one shape alone.
+    """
+
+    packing: int = 1
+    variant: str = ""
+    resizable: bool = False
+
+
+PLAIN = Decoding()
+
+
+def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, decoding: Decoding = PLAIN) -> str:
     """Write `latents` float32[B, C, h, w] -> `sample` float32[B, 3, H, W] in [-1, 1], the latents' scaling undone first.
 
     Args:
         vae: a diffusers folder.
         shape: (C, h, w).
-        variant: of the weights, where the folder has it.
-        resizable: whether the graph takes latents of any height and width, not of this shape alone.
 
     Returns:
         Empty, or the reason why the VAE is not exported: it has another architecture, or is for other latents.
@@ -52,11 +69,18 @@ def export_decoder(vae: Path, shape: tuple[int, ...], path: Path, variant: str =
     """
     import torch
 
-    model = load_vae(vae, shape, variant)
+    packing = decoding.packing
+    unpacked = (shape[0] // packing**2, *(packing * side for side in shape[1:]))
+    model = load_vae(vae, unpacked, decoding.variant)
     if model is None:
-        return f"{shown_path(vae)}: {misfit(vae, shape)}: latents alone"
-    network, names = wrapped(model, _decoded), ("latents", "sample")
-    if resizable:
+        return f"{shown_path(vae)}: {misfit(vae, unpacked)}: latents alone"
+
+    def decoded(vae: Any, latents: Any) -> Any:
+        # `FluxPipeline._unpack_latents`: the channels of a token are those of 2 x 2 latents.
+        return _decoded(vae, torch.nn.functional.pixel_shuffle(latents, packing) if packing > 1 else latents)
+
+    network, names = wrapped(model, decoded), ("latents", "sample")
+    if decoding.resizable:
         graph = resizable_graph(network, names, shape[0])
     else:
         batch = torch.export.Dim("batch", min=1, max=ROWS)

@@ -14,6 +14,7 @@ from dq_export.core.rule import DEFAULT_RULES, Rule
 from .config_values import Values
 from .prediction import NOISE, Prediction
 from .reference import Float32
+from .serving import Serving
 from .stand_in import StandIn
 
 
@@ -47,10 +48,15 @@ class Family(ABC):
         prompt_tokens: for each class of a pipeline in model_index.json, the greatest number of tokens of a prompt; only for a
             family with `encoders`.
         lowercase: whether its pipelines write prompts in lower case, without white space around them.
+        template: the text that its pipelines give to their tokenizers, with `{}` in the prompt's place.
         requests: by condition input, what diffusers' pipelines call its embeddings and a server's request calls it; without
             those that no request holds.
         size_values: values of inputs that no request holds, by name: numbers, or what follows a picture's size; see the server's
             `Call`.
+        picture_positions, text_positions: what each column of an input holds of the place of each token, by name; see the
+            server's `positions`.
+        packing: latents along a side that its pipelines pack into one token, and that a VAE takes apart from each other.
+        timestep_divisor: the scheduler's timesteps are divided by this for the network.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
         chain_lists: last parts of the names of the lists whose modules are trained one by one, where they are not `blocks`: a
@@ -71,8 +77,13 @@ class Family(ABC):
     optional: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     prompt_tokens: Mapping[str, int] = MappingProxyType({})
     lowercase: bool = False
+    template: str = "{}"
     requests: Mapping[str, str] = MappingProxyType({})
     size_values: Mapping[str, tuple[float | str, ...]] = MappingProxyType({})
+    picture_positions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    text_positions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    packing: int = 1
+    timestep_divisor: float = 1.0
     blocks: tuple[str, ...] = ()
     chain_lists: tuple[str, ...] = ()
     unit: int = 0
@@ -119,6 +130,33 @@ class Family(ABC):
         """A scheduler that sends the same timesteps at every size: those of pictures of these inputs."""
         return scheduler
 
+    def follows_size(self, scheduler: Any) -> bool:
+        """Whether the timesteps that the family's pipeline sends follow the picture's size."""
+        return False
+
+    def set_timesteps(self, scheduler: Any, steps: int, inputs: Sequence[Input]) -> None:
+        """Set a scheduler's timesteps as the family's pipeline does it, for pictures of these inputs."""
+        scheduler.set_timesteps(steps)
+
+    def serving(self, config: Any, inputs: Sequence[Input], scheduler: Any) -> Serving:
+        """How a server calls a network of this configuration, of these inputs, with the checkpoint's scheduler."""
+        sizes = {item.name: item.shape[1:] for item in inputs}
+        # A network of the family may take other values under that name, which do not follow the size.
+        values = {name: row for name, row in self.size_values.items() if sizes.get(name) == (len(row),)}
+        return Serving(
+            requests=self.requests,
+            size_values=values,
+            zero_null=self.zero_null(config),
+            lowercase=self.lowercase,
+            template=self.template,
+            batched=all(item.batched for item in inputs),
+            tokens=len(inputs[0].shape) == 3,
+            picture_positions=self.picture_positions,
+            text_positions=self.text_positions,
+            packing=self.packing,
+            follows_size=self.follows_size(scheduler),
+        )
+
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
         """For each axis of the inputs, its size for a picture of the given multiples of `unit`; only for a family with a
         `unit`."""
@@ -131,7 +169,7 @@ class Family(ABC):
 
     def written(self, prompt: str) -> str:
         """A prompt as the family's pipelines give it to their tokenizers."""
-        return prompt.lower().strip() if self.lowercase else prompt
+        return self.template.replace("{}", prompt.lower().strip() if self.lowercase else prompt)
 
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
         """The condition inputs' float32 tensors [prompts, ...], as the pipeline makes them. Of a family with `encoders`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from dq_export.core.network import BATCH, Axis, Conditions, Input, axes_of
 
 from .config_values import Values
@@ -49,6 +51,11 @@ class Flux(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     prediction = FLOW
     unit = PIXELS
+    requests = {STATES: "prompt_embeds", POOLED: "pooled_prompt_embeds"}  # noqa: RUF012
+    picture_positions = {"img_ids": ("zero", "row", "column")}  # noqa: RUF012
+    text_positions = {"txt_ids": ("zero",) * 3}  # noqa: RUF012
+    packing = 2
+    timestep_divisor = 1000.0
     default_guidance = 3.5  # the pipeline's
     default_scheduler = SCHEDULER
 
@@ -83,13 +90,26 @@ class Flux(Family):
 
     def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
         """See `Family.scheduler_at`. dev's shift follows the number of tokens."""
-        settings = {**SCHEDULER, **scheduler.config}
-        if not settings["use_dynamic_shifting"]:
+        if not self.follows_size(scheduler):
             return scheduler
+        shift = self.shift(scheduler, tokens_of(inputs), 0)
+        return type(scheduler).from_config({**scheduler.config, "base_shift": shift, "max_shift": shift})
+
+    def shift(self, scheduler: Any, tokens: int, steps: int) -> float:
+        """The pipeline's exponential shift for pictures of a number of tokens, and for a number of steps."""
+        settings = {**SCHEDULER, **scheduler.config}
         low, high = settings["base_image_seq_len"], settings["max_image_seq_len"]
         slope = (settings["max_shift"] - settings["base_shift"]) / (high - low)
-        shift = settings["base_shift"] + slope * (tokens_of(inputs) - low)
-        return type(scheduler).from_config({**scheduler.config, "base_shift": shift, "max_shift": shift})
+        return float(settings["base_shift"] + slope * (tokens - low))
+
+    def follows_size(self, scheduler: Any) -> bool:
+        """See `Family.follows_size`."""
+        return bool({**SCHEDULER, **scheduler.config}["use_dynamic_shifting"])
+
+    def set_timesteps(self, scheduler: Any, steps: int, inputs: Sequence[Input]) -> None:
+        """See `Family.set_timesteps`."""
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=self.shift(scheduler, tokens_of(inputs), steps))
 
     def sizes(self, height: int, width: int) -> Mapping[str, int]:
         """See `Family.sizes`."""
@@ -99,11 +119,16 @@ class Flux(Family):
         """See `Family.output_shape`."""
         return state
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. There is no null condition: guidance is an input of the network."""
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """See `Family.embed`."""
         encoder = pipeline_of(PIPELINE, **parts, transformer=None, scheduler=None)
         text, pooled, _ = encoder.encode_prompt(list(prompts), max_sequence_length=TOKENS)
-        arrays = {STATES: text.float().cpu().numpy(), POOLED: pooled.float().cpu().numpy()}
+        return {STATES: text.float(), POOLED: pooled.float()}
+
+    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
+        """See `Family.encode`. There is no null condition: guidance is an input of the network."""
+        rows = self.embed(pipeline, parts, prompts, config)
+        arrays = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
         return Conditions(names=tuple(prompts), arrays=arrays, null={})
 
     def latents(self, sampled: Float32, size: tuple[int, int] | None) -> Float32:

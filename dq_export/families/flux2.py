@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input
+from dq_export.core.network import BATCH, Axis, Input
 
 from .family import Pictures
 from .flux import LONGEST, PIXELS, SCHEDULER, SIDE, Flux, tokens_of
@@ -35,6 +35,11 @@ class Flux2(Flux):
     architectures = ("Flux2Transformer2DModel",)
     values = Flux2Values
     encoders = ("tokenizer", "text_encoder")
+    requests = {STATES: "prompt_embeds"}  # noqa: RUF012
+    template = CHAT
+    picture_positions = {"img_ids": ("zero", "row", "column", "zero")}  # noqa: RUF012
+    text_positions = {"txt_ids": ("zero", "zero", "zero", "place")}  # noqa: RUF012
+    packing = 1
     prompt_tokens = {DEV: TOKENS, KLEIN: TOKENS}  # noqa: RUF012
     default_guidance = 4.0  # dev's pipeline's
 
@@ -58,33 +63,33 @@ class Flux2(Flux):
 
     def scheduler_at(self, scheduler: Any, inputs: Sequence[Input]) -> Any:
         """See `Family.scheduler_at`. The pipelines' shift follows the number of tokens and of steps."""
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        if not scheduler.config.use_dynamic_shifting:
+        if not self.follows_size(scheduler):
             return scheduler
         fixed, tokens = copy.deepcopy(scheduler), tokens_of(inputs)
         method = fixed.set_timesteps
 
         @functools.wraps(method)  # the pipelines look at its arguments
         def set_timesteps(*args: Any, sigmas: Any, mu: float, **options: Any) -> None:
-            method(*args, sigmas=sigmas, mu=compute_empirical_mu(tokens, len(sigmas)), **options)
+            method(*args, sigmas=sigmas, mu=self.shift(scheduler, tokens, len(sigmas)), **options)
 
         fixed.set_timesteps = set_timesteps
         return fixed
 
-    def written(self, prompt: str) -> str:
-        """See `Family.written`."""
-        return CHAT.format(prompt)
+    def shift(self, scheduler: Any, tokens: int, steps: int) -> float:
+        """See `Flux.shift`."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-    def encode(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Conditions:
-        """See `Family.encode`. For klein only; there is no null condition."""
+        return float(compute_empirical_mu(tokens, steps))
+
+    def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """See `Family.embed`. For klein only."""
         import torch
 
         tokenizer, encoder = _Chat(parts["tokenizer"], self), parts["text_encoder"]
         encoder.lm_head = torch.nn.Identity()  # logits of all words take gigabytes, and nothing reads them
         whole = pipeline_of(KLEIN, tokenizer=tokenizer, text_encoder=encoder, transformer=None, scheduler=None)
         text, _ = whole.encode_prompt(list(prompts), max_sequence_length=TOKENS)
-        return Conditions(names=tuple(prompts), arrays={STATES: text.float().cpu().numpy()}, null={})
+        return {STATES: text.float()}
 
     def latents(self, sampled: Float32, size: tuple[int, int] | None) -> Float32:
         """See `Family.latents`. A token's channels are those of 2 x 2 latents, which the VAE unpacks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -119,9 +118,11 @@ class _Tokens:
         self.model_max_length = ids.shape[-1]
 
     def __call__(self, texts: Any, padding: str = "", **options: Any) -> Any:
+        from transformers import BatchEncoding
+
         if padding == "longest":  # called to warn of texts that were cut
-            return SimpleNamespace(input_ids=self.ids[:, :0])
-        return SimpleNamespace(input_ids=self.ids, attention_mask=self.mask)
+            return BatchEncoding({"input_ids": self.ids[:, :0]})
+        return BatchEncoding({"input_ids": self.ids, "attention_mask": self.mask})
 
     def tokenize(self, text: str) -> list[str]:
         """Return the text; pipelines call it to find tokens of textual inversion."""

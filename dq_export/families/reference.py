@@ -16,6 +16,8 @@ from dq_export.core.progress import Advance, unwatched
 from dq_export.core.rule import Rule
 from dq_export.deploy.triton.serving.schedules import Schedules
 
+from .serving import Serving
+
 Float32 = npt.NDArray[np.float32]
 Network = Callable[[Feed], Float32]
 
@@ -142,20 +144,8 @@ class Reference(Denoiser, Protocol):
         """
 
     @property
-    def requests(self) -> Mapping[str, str]:
-        """Names of the condition inputs in a server's requests; see `Family.requests`."""
-
-    @property
-    def size_values(self) -> Mapping[str, tuple[float | str, ...]]:
-        """Values of the network's inputs that follow a picture's size; see `Family.size_values`."""
-
-    @property
-    def zero_null(self) -> bool:
-        """See `Family.zero_null`."""
-
-    @property
-    def lowercase(self) -> bool:
-        """Whether prompts are written in lower case; see `Family.lowercase`."""
+    def serving(self) -> Serving:
+        """How a server calls the network, at the present size."""
 
     def export_encoders(self, folder: Path, bits: int | None = None) -> PromptGraph | None:
         """Write what encodes prompts as one ONNX graph, and its tokenizers; None where the network draws no prompts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,34 @@ EXACT = 1e-6
 """The greatest relative deviation from a linear step that float32 rounding explains."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """How a pipeline uses a scheduler.
+
+    Args:
+        integers: whether the network takes integer timesteps.
+        set_timesteps: sets a scheduler's timesteps for a number of steps.
+        divisor: the scheduler's timesteps are divided by it, in float32, for the network.
+    """
+
+    integers: bool = True
+    set_timesteps: Callable[[Any, int], None] = lambda scheduler, count: scheduler.set_timesteps(count)
+    divisor: float = 1.0
+
+
+PLAIN = Sending()
+
+
 class CurvedError(Exception):
     """No table can hold the sampler."""
 
 
 def tabulate(
-    scheduler: Any, max_steps: int, progress: Callable[[int, int], None], prediction: Prediction = NOISE, *, integers: bool = True
+    scheduler: Any,
+    max_steps: int,
+    progress: Callable[[int, int], None],
+    prediction: Prediction = NOISE,
+    sending: Sending = PLAIN,
 ) -> Samplers:
     """Compute the tables of every sampler of KINDS with the checkpoint's own configuration.
 
@@ -45,7 +67,7 @@ def tabulate(
         scheduler: the checkpoint's diffusers scheduler. If its class is not one of KINDS, the first sampler replaces it.
         max_steps: the greatest number of steps.
         prediction: the kind of the network's output.
-        integers: whether the network takes integer timesteps.
+        sending: how the network's pipeline uses a scheduler.
 
     Raises:
         ModelError: no sampler has a table, or the checkpoint's scheduler samples another kind of prediction.
@@ -64,7 +86,7 @@ def tabulate(
                 warnings.simplefilter("ignore")  # about keys that only one of the schedulers has
                 same = scheduler if sampler == kind else None
                 probed = same or getattr(diffusers, kind).from_config({**scheduler.config, **options})
-            tables[name] = table_of(probed, max_steps, lambda n: progress(len(tables) * max_steps + n, total), integers=integers)
+            tables[name] = table_of(probed, max_steps, lambda n: progress(len(tables) * max_steps + n, total), sending)
         except CurvedError as error:
             refused.append(f"{kind} {error}")
         except RAISED as error:
@@ -78,7 +100,7 @@ def tabulate(
 
 
 def table_of(
-    scheduler: Any, max_steps: int, progress: Callable[[int], None] = lambda count: None, *, integers: bool = True
+    scheduler: Any, max_steps: int, progress: Callable[[int], None] = lambda count: None, sending: Sending = PLAIN
 ) -> Float64:
     """Compute a table of `Schedules`, float64[max_steps * (max_steps + 1) / 2, 9].
 
@@ -86,12 +108,12 @@ def table_of(
 
     Raises:
         CurvedError: the scheduler is not linear (clipping, thresholding), draws noise, uses more than one earlier step, or
-            sends fractional timesteps although `integers` is set.
+            sends fractional timesteps to a network that takes integers.
     """
     rows, last, largest = [], "", 0
     for count in range(1, max_steps + 1):
         try:
-            steps = [astuple(step) for step in probe(scheduler, count, integers=integers)]
+            steps = [astuple(step) for step in probe(scheduler, count, sending)]
             if not np.isfinite(steps).all():
                 raise ValueError("gives numbers that are not finite")
             largest = count
@@ -106,7 +128,7 @@ def table_of(
     return table
 
 
-def probe(scheduler: Any, count: int, *, integers: bool = True) -> list[Step]:
+def probe(scheduler: Any, count: int, sending: Sending = PLAIN) -> list[Step]:
     """Measure the coefficients of one trajectory with unit vectors as latents and network outputs.
 
     Each step has two elements of the sample that are 1, one in its latents and one in its output. They are 0 in the next two
@@ -120,14 +142,14 @@ def probe(scheduler: Any, count: int, *, integers: bool = True) -> list[Step]:
     """
     import torch
 
-    scheduler.set_timesteps(count)
+    sending.set_timesteps(scheduler, count)
     timesteps = list(scheduler.timesteps)
     if len(timesteps) != count:
         raise ValueError(f"calls the network {len(timesteps)} times in {count} steps")
     steps: list[tuple[float, ...]] = []
     period, state = 3, torch.get_rng_state()
     for index, timestep in enumerate(timesteps):
-        if integers and float(timestep) != int(timestep):
+        if sending.integers and float(timestep) != int(timestep):
             raise CurvedError(f"sends the fractional timestep {float(timestep):g}")
         current, before = 2 * (index % period), 2 * ((index - 1) % period)
         latents, output = torch.zeros(1, 1, 1, 2 * period + 2), torch.zeros(1, 1, 1, 2 * period + 2)
@@ -144,7 +166,8 @@ def probe(scheduler: Any, count: int, *, integers: bool = True) -> list[Step]:
             raise CurvedError("uses more than one earlier step")
         steps.append((float(timestep), factor, x, e, x_before, e_before, great))
     torch.set_rng_state(state)
-    return _steps(scheduler, steps)
+    divisor = np.float32(sending.divisor)
+    return [replace(step, timestep=float(np.float32(step.timestep) / divisor)) for step in _steps(scheduler, steps)]
 
 
 def _steps(scheduler: Any, probed: list[tuple[float, ...]]) -> list[Step]:

@@ -28,8 +28,9 @@ from .lora import Adapter, fuse
 from .picture_size import inputs_at
 from .prompt_graph import export_encoders
 from .reference import Float32, ModelError, Network, PromptGraph, Samplers
-from .sampler_tables import tabulate
+from .sampler_tables import Sending, tabulate
 from .sampling import Rehearsal, load_scheduler, noise_of
+from .serving import Serving
 from .stand_in import StandIn
 from .structure import structure_of
 from .text_encoders import encode_prompts
@@ -198,27 +199,13 @@ class TorchNetwork:
         return self.family.unit
 
     @property
-    def requests(self) -> Mapping[str, str]:
-        return self.family.requests
-
-    @property
-    def size_values(self) -> Mapping[str, tuple[float | str, ...]]:
-        sizes = {item.name: item.shape[1:] for item in self.inputs}
-        # A network of the family may take other values under that name, which do not follow the size.
-        return {name: values for name, values in self.family.size_values.items() if sizes.get(name) == (len(values),)}
-
-    @property
-    def zero_null(self) -> bool:
-        return self.family.zero_null(self.config)
-
-    @property
-    def lowercase(self) -> bool:
-        return self.family.lowercase
+    def serving(self) -> Serving:
+        return self.family.serving(self.config, self.inputs, self.scheduler)
 
     def export_encoders(self, folder: Path, bits: int | None = None) -> PromptGraph | None:
         if not self.family.encoders:
             return None
-        names = [item.name for item in self.inputs if item.name in self.requests]
+        names = [item.name for item in self.inputs if item.name in self.family.requests]
         return export_encoders(self.family, self.checkpoint, self.config, names, folder, bits)
 
     def forward(self, feed: Feed) -> Float32:
@@ -285,7 +272,12 @@ class TorchNetwork:
 
     def samplers(self, limit: int, progress: Advance = unwatched) -> Samplers:
         (timestep,) = (item.dtype for item in self.inputs if item.role == "timestep")
-        return tabulate(self.scheduler, limit, progress, self.family.prediction, integers=timestep.startswith("int"))
+        sending = Sending(
+            integers=timestep.startswith("int"),
+            set_timesteps=lambda scheduler, count: self.family.set_timesteps(scheduler, count, self.inputs),
+            divisor=self.family.timestep_divisor,
+        )
+        return tabulate(self.scheduler, limit, progress, self.family.prediction, sending)
 
     def draw(
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float

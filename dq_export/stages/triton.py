@@ -13,7 +13,7 @@ from dq_export.deploy.tensorrt.backend import PLAN
 from dq_export.deploy.triton.model_config import MAX_ROWS, Served
 from dq_export.deploy.triton.readme import PROXY, README, SERVED
 from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository
-from dq_export.deploy.triton.serving.call import Call
+from dq_export.deploy.triton.serving.call import GUIDANCE, Call
 from dq_export.deploy.triton.serving.sizes import Side, Sizes
 
 from ..families.family import Family
@@ -86,17 +86,18 @@ class WriteRepository(Stage[Repository]):
             BackendError: it would not load.
             ModelError: no sampler of the checkpoint can be served, or its VAE is damaged.
         """
-        from ..families.decoder import export_decoder, pixels_of_latent
+        from ..families.decoder import Decoding, export_decoder, pixels_of_latent
 
         assert context.backend is not None  # preparation refuses formats that nothing serves
         recipe, reference, model = context.recipe, context.reference, context.folder / MODEL
         decoder, undecoded = target / "decoder" / MODEL, ""
-        pixels, pictures = reference.unit or 1, reference.decoder is None and reference.feed_shape[0] in (1, 3)
+        serving, latents = reference.serving, latents_of(recipe, reference)
+        pixels, pictures = reference.unit or 1, reference.decoder is None and latents[0] in (1, 3)
         if reference.decoder:
-            several, variant = len(recipe.pixels) > 1, recipe.variant or ""
-            undecoded = export_decoder(reference.decoder, reference.feed_shape, decoder, variant, resizable=several)
+            kind = Decoding(serving.packing, recipe.variant or "", resizable=len(recipe.pixels) > 1)
+            undecoded = export_decoder(reference.decoder, latents, decoder, kind)
         if decoder.exists() and reference.decoder:
-            pixels = pixels_of_latent(reference.decoder)
+            pixels = serving.packing * pixels_of_latent(reference.decoder)
         encoder = reference.export_encoders(target / "encoder", recipe.text_encoder_bits)
         call = call_of(reference, encoder.tokenizers if encoder else ())
         compared = None
@@ -109,7 +110,8 @@ class WriteRepository(Stage[Repository]):
             model=model,
             plan=plan if plan.exists() else None,
             call=call,
-            shapes={item.name: item.zeros(1).shape[1:] for item in reference.inputs},
+            shapes={item.name: item.zeros(1).shape[item.batched :] for item in reference.inputs},
+            latents=latents,
             sizes=sizes_of(recipe, reference, 1 if pictures else pixels),
             encoder=encoder.path.parent if encoder else None,
             decoder=decoder if decoder.exists() else None,
@@ -136,17 +138,32 @@ TRITON = WriteRepository()
 
 def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
     """How a server calls the network."""
-    types = {item.name: item.dtype for item in reference.inputs}
+    types, serving = {item.name: item.dtype for item in reference.inputs}, reference.serving
     return Call(
         state=reference.inputs[0].name,
         output=output_name(types),
         timestep=types["timestep"],
-        conditions={name: reference.requests[name] for name in types if name in reference.requests},
+        conditions={name: serving.requests[name] for name in types if name in serving.requests},
         tokenizers=tokenizers,
-        lowercase=reference.lowercase,
-        size_values=reference.size_values,
-        zero_null=reference.zero_null,
+        lowercase=serving.lowercase,
+        size_values=serving.size_values,
+        zero_null=serving.zero_null,
+        template=serving.template,
+        batched=serving.batched,
+        guided_by=reference.guided_by,
+        tokens=serving.tokens,
+        picture_positions=dict(serving.picture_positions),
+        text_positions=dict(serving.text_positions),
     )
+
+
+def latents_of(recipe: Recipe, reference: Reference) -> tuple[int, ...]:
+    """(C, H, W) of a picture's latents at the default size; of tokens, the channels of one and their rows and columns."""
+    if not reference.serving.tokens:
+        return reference.feed_shape
+    tokens, channels = reference.feed_shape
+    height, width = recipe.pixels[0] if recipe.pixels else (round(math.sqrt(tokens)) * reference.unit,) * 2
+    return channels, height // reference.unit, width // reference.unit
 
 
 def sizes_of(recipe: Recipe, reference: Reference, pixels: int) -> Sizes:
@@ -155,10 +172,10 @@ def sizes_of(recipe: Recipe, reference: Reference, pixels: int) -> Sizes:
     Args:
         pixels: of a latent, along a side of the picture that the server returns.
     """
-    axes = reference.inputs[0].shape[-2:]
+    axes = () if reference.serving.tokens else reference.inputs[0].shape[-2:]
     step = math.lcm(*(axis.multiple for axis in axes if isinstance(axis, Axis)))
     sizes = [[pixels * side // reference.unit for side in size] for size in recipe.pixels]
-    default = [pixels * side for side in reference.feed_shape[1:]]
+    default = [pixels * side for side in latents_of(recipe, reference)[1:]]
     height, width = (
         Side(name=name, default=side, minimum=min(chosen), maximum=max(chosen), step=pixels * step)
         for name, side, *chosen in zip(("height", "width"), default, *(sizes or [default]), strict=True)
@@ -186,14 +203,15 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
 
     Raises:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
-        RecipeError: what it draws comes from a file.
+        RecipeError: what it draws comes from a file, or its sampler follows the size and the recipe has several.
     """
-    state = reference.inputs[0]
-    supplied = {state.name, "timestep", *reference.requests, *reference.size_values}
+    state, serving = reference.inputs[0], reference.serving
+    supplied = {state.name, "timestep", *serving.requests, *serving.size_values}
+    supplied |= {*serving.picture_positions, *serving.text_positions, *([GUIDANCE] if reference.guided_by == "input" else [])}
     others = [item.name for item in reference.inputs if item.name not in supplied]
     if state.zeros(1).shape[1:] != reference.feed_shape:
         others.append(f"the mask and the picture in {state.name}")
-    if others or not reference.requests:
+    if others or not serving.requests:
         raise ModelError(
             f"--triton: the server's requests do not hold what this network takes: {', '.join(others) or 'its conditions'}. "
             "Leave --triton out"
@@ -202,5 +220,10 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         raise RecipeError(
             "--triton: the server encodes prompts with the checkpoint's own text encoders, which --conditions does without; "
             "leave one of the two out"
+        )
+    if serving.follows_size and len(recipe.pixels) > 1:
+        raise RecipeError(
+            "--triton: the timesteps of this checkpoint's sampler follow the picture's size, and a server's table holds those of "
+            "one; pass one of --sizes"
         )
     reference.samplers(FEW_STEPS)

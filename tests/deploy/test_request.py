@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Nobody
 
+from dq_export.deploy.triton.serving.call import Call
 from dq_export.deploy.triton.serving.conditions import BadRequestError, Labels
 from dq_export.deploy.triton.serving.job import Job
 from dq_export.deploy.triton.serving.request import SAFE_SEED, Limits, UInt64, noise, seeds_of
@@ -20,7 +22,8 @@ SIZES = Sizes(
     width=Side(name="width", default=32, minimum=32, maximum=32, step=16),
     pixels=8,
 )
-LIMITS = Limits(shape=(2, 4, 4), sizes=SIZES, max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one")
+CALL = Call(state="hidden_states", output="sample", timestep="int64", conditions={"class_labels": "class_labels"})
+LIMITS = Limits(shape=(2, 4, 4), sizes=SIZES, max_rows=4, num_inference_steps=3, guidance_scale=1.0, scheduler="one", call=CALL)
 SCHEDULES = Schedules({name: np.full((10, len(COLUMNS)), 0.5) for name in ("one", "other")})
 
 
@@ -94,7 +97,7 @@ def test_a_size_that_is_not_drawn_is_refused_with_the_nearest(size: dict[str, in
 
 def test_a_network_that_reads_the_pictures_size_gets_it_in_every_row() -> None:
     columns = {"class_labels": np.array([[1], [2]]), "height": np.array([[64], [64]])}
-    limits = Limits(**{**vars(LIMITS), "size_values": {"time_ids": ("height", "width", 0, "aspect")}})
+    limits = replace(LIMITS, call=replace(CALL, size_values={"time_ids": ("height", "width", 0, "aspect")}))
     feed = limits.job(columns, LABELS.read(columns), SCHEDULES, seeds(1, 2), Nobody()).feed()[2]
     assert feed["time_ids"].dtype == np.float32
     assert feed["time_ids"].tolist() == [[64, 32, 0, 2]] * 2

@@ -14,7 +14,7 @@ from dq_export.deploy.triton.serving.job import Job
 from dq_export.deploy.triton.serving.schedules import ScheduleError, Schedules
 from dq_export.families.prediction import FLOW, NOISE
 from dq_export.families.reference import ModelError, Reference
-from dq_export.families.sampler_tables import KINDS, CurvedError, probe, table_of, tabulate
+from dq_export.families.sampler_tables import KINDS, CurvedError, Sending, probe, table_of, tabulate
 from dq_export.families.source import load_reference
 
 
@@ -136,7 +136,7 @@ def test_a_flows_trajectory_and_previews_are_diffusers_own(steps: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    entries = tabulate(scheduler, 8, lambda done, total: None, FLOW, integers=False)
+    entries = tabulate(scheduler, 8, lambda done, total: None, FLOW, Sending(integers=False))
     assert (entries.default, entries.refused) == ("euler", ())
     scheduler.set_timesteps(steps)
     table = entries.schedules.steps("euler", steps)
@@ -159,8 +159,8 @@ def test_a_flow_that_no_table_can_hold_is_refused_by_name() -> None:
     for changes in ({"use_dynamic_shifting": True}, {"stochastic_sampling": True}):
         scheduler = FlowMatchEulerDiscreteScheduler(**changes)
         with pytest.raises(ModelError, match="no sampler of this checkpoint can be served: FlowMatchEulerDiscreteScheduler"):
-            tabulate(scheduler, 5, lambda done, total: None, FLOW, integers=False)
-    heun = tabulate(FlowMatchHeunDiscreteScheduler(), 5, lambda done, total: None, FLOW, integers=False)
+            tabulate(scheduler, 5, lambda done, total: None, FLOW, Sending(integers=False))
+    heun = tabulate(FlowMatchHeunDiscreteScheduler(), 5, lambda done, total: None, FLOW, Sending(integers=False))
     assert heun.refused == ("FlowMatchHeunDiscreteScheduler, the checkpoint's own, is not offered",)
 
 

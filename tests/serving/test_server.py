@@ -23,6 +23,7 @@ from serving_requests import LONGEST, ask, memory, tensors
 
 from dq_export.deploy.check.ort_unpacking import BYTES_SINCE
 from dq_export.deploy.onnxruntime.cpu import open_graph, version
+from dq_export.deploy.triton.serving.call import Call
 from dq_export.deploy.triton.serving.conditions import Labels
 from dq_export.deploy.triton.serving.request import Limits
 from dq_export.deploy.triton.serving.schedules import FILE, Schedules
@@ -43,6 +44,7 @@ def drawn_here(exported: Path, **inputs: Any) -> Any:
         num_inference_steps=SERVED_STEPS,
         guidance_scale=2.0,
         scheduler="ddim",
+        call=Call.load(exported / "triton" / "pipeline" / "1"),
     )
     schedules = Schedules.load(exported / "triton" / "pipeline" / "1" / FILE, ["ddim", "dpmsolver++", "euler"])
     columns = {name: np.broadcast_to(np.asarray(value).reshape(-1, 1), (rows, 1)) for name, value in inputs.items()}

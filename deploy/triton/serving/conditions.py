@@ -137,7 +137,7 @@ class Texts:
             zeros = {name: np.zeros((count, *self.shapes[key]), np.float32) for name, key in self.call.conditions.items()}
             return lambda: zeros
         if not names:
-            texts = [""] * count
+            texts = [self.call.written("")] * count
         elif names == [prefix + PROMPT]:
             texts = [self._text(prefix + PROMPT, value) for value in _column(prefix + PROMPT, inputs[prefix + PROMPT], count)]
         elif prefix + PROMPT in names:
@@ -162,7 +162,7 @@ class Texts:
             text = content.decode()
         except UnicodeDecodeError as error:
             raise BadRequestError(f"{name}: expected UTF-8, found other bytes") from error
-        text = text.lower().strip() if self.call.lowercase else text
+        text = self.call.written(text)
         encodings = [tokenizer.encode(text) for tokenizer in self.tokenizers]
         if all(item.overflowing for item in encodings):
             limit = max(len(item.ids) for item in encodings)

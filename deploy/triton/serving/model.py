@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .call import Call, CallError
 from .conditions import BadRequestError, Conditions, Feed, Labels, Texts, load_tokenizers
 from .job import DenoiserError
+from .positions import picture_positions, text_positions
 from .request import Limits, UInt64, seeds_of
 from .sampler import AbandonedError, BusyError, Sampler
 from .schedules import FILE, Float32, Float64, Schedules
@@ -49,7 +50,7 @@ class TritonPythonModel:
             self.limits = Limits(
                 shape=tuple(int(size) for size in shape),  # type: ignore[arg-type]
                 sizes=Sizes.of(values),
-                size_values=self.call.size_values,
+                call=self.call,
                 max_rows=int(values["max_rows"]),
                 num_inference_steps=int(values["num_inference_steps"]),
                 guidance_scale=float(values["guidance_scale"]),
@@ -115,13 +116,20 @@ class TritonPythonModel:
         return Texts(self.call, shapes, tokenizers, self._encode, images)
 
     def _denoise(self, states: Float32, timesteps: Float64, conditions: Feed) -> Float32:
-        feed: dict[str, npt.NDArray[Any]] = {self.call.state: states, "timestep": timesteps.astype(self.call.timestep)[:, None]}
-        # The server takes one scalar per sample as a column.
-        feed |= {name: rows[:, None] if rows.ndim == 1 else rows for name, rows in conditions.items()}
-        (sample,) = _call(self.denoiser, feed, [self.call.output])
+        call, (height, width) = self.call, states.shape[2:]
+        feed: dict[str, npt.NDArray[Any]] = {"timestep": timesteps.astype(call.timestep), **conditions}
+        if call.batched:  # the server takes one scalar per sample as a column
+            feed = {name: rows[:, None] if rows.ndim == 1 else rows for name, rows in feed.items()}
+        feed[call.state] = states.reshape(*states.shape[:2], -1).transpose(0, 2, 1) if call.tokens else states
+        length = next((rows.shape[1] for rows in conditions.values() if rows.ndim == 3), 0)
+        places = {name: picture_positions(columns, height, width) for name, columns in call.picture_positions.items()}
+        places |= {name: text_positions(columns, length) for name, columns in call.text_positions.items()}
+        rows = len(states)
+        feed |= {name: np.repeat(array[None], rows, axis=0) if call.batched else array for name, array in places.items()}
+        (sample,) = _call(self.denoiser, feed, [call.output])
         if len(sample) != len(states):
             raise DenoiserError(f"{self.denoiser}: it returned {len(sample)} rows, expected {len(states)}")
-        return sample
+        return sample.transpose(0, 2, 1).reshape(len(sample), -1, height, width) if call.tokens else sample
 
     def _encode(self, tokens: Feed) -> Feed:
         names = list(self.call.conditions)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .call import GUIDANCE, Call
 from .conditions import BadRequestError, Feed, RequestConditions
 from .job import Client, Job
 from .schedules import Float32, ScheduleError, Schedules
@@ -30,7 +31,7 @@ class Limits:
     Args:
         shape: (C, H, W) of the latents that a request may bring.
         sizes: the sizes of pictures that a request may ask for.
-        size_values: see `Call`.
+        call: the network's inputs and its guidance.
         max_rows: the most rows of one network call.
     """
 
@@ -40,7 +41,7 @@ class Limits:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
-    size_values: Mapping[str, tuple[float | str, ...]] = field(default_factory=dict)
+    call: Call
 
     def job(self, inputs: Feed, conditions: RequestConditions, schedules: Schedules, seeds: UInt64, client: Client) -> Job:
         """Return the job of a request.
@@ -57,6 +58,8 @@ class Limits:
         guidance = float(_shared(inputs, "guidance_scale", self.guidance_scale))
         if not (np.isfinite(guidance) and guidance >= 0):
             raise BadRequestError(f"guidance_scale: expected a finite number of 0 or more (1 turns it off), found {guidance}")
+        if self.call.guided_by == "nothing" and guidance > 1:
+            raise BadRequestError(f"guidance_scale: this model has no guidance, found {guidance}; leave it out")
         interval = int(_shared(inputs, "preview_every", 0))
         if interval < 0:
             raise BadRequestError(f"preview_every: expected 0 (no previews) or a number of steps, found {interval}")
@@ -75,21 +78,25 @@ class Limits:
         height, width = (int(_shared(inputs, side.name, side.default)) for side in (self.sizes.height, self.sizes.width))
         shape = (self.shape[0], *self.sizes.latents(height, width))
         latents = self._latents(inputs["latents"], conditions.count, shape) if "latents" in inputs else noise(seeds, shape)
-        guided = guidance > 1
-        if conditions.count * (1 + guided) > self.max_rows:  # such a job would wait forever
+        guided = guidance > 1 and self.call.guided_by == "null"
+        total = conditions.count * (1 + guided)
+        if total > self.max_rows:  # such a job would wait forever
             raise BadRequestError(
                 f"{conditions.count} pictures: a guided picture takes two rows of a call; expected at most {self.max_rows} rows"
             )
-        rows = partial(self._rows, conditions, guided, height, width)
-        return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=guidance, preview_interval=interval)
+        rows = partial(self._rows, partial(conditions.rows, guided), total, guidance, (height, width))
+        scale = guidance if guided else 1.0
+        return Job(client=client, steps=steps, latents=latents, conditions=rows, guidance=scale, preview_interval=interval)
 
-    def _rows(self, conditions: RequestConditions, guided: bool, height: int, width: int) -> Feed:
-        """Return the network's inputs of a job beside latents and timestep."""
-        words = {"height": height, "width": width, "aspect": height / width}
-        rows = dict(conditions.rows(guided))
-        for name, values in self.size_values.items():
+    def _rows(self, conditions: Callable[[], Feed], count: int, guidance: float, size: tuple[int, int]) -> Feed:
+        """Return the network's inputs of a job beside latents and timestep, `count` rows of each."""
+        words = {"height": size[0], "width": size[1], "aspect": size[0] / size[1]}
+        rows = dict(conditions())
+        for name, values in self.call.size_values.items():
             row = np.array([[words[value] if isinstance(value, str) else value for value in values]], dtype=np.float32)
-            rows[name] = np.repeat(row, conditions.count * (1 + guided), axis=0)
+            rows[name] = np.repeat(row, count, axis=0)
+        if self.call.guided_by == "input":
+            rows[GUIDANCE] = np.full(count, guidance, dtype=np.float32)
         return rows
 
     def _latents(self, values: npt.NDArray[Any], pictures: int, shape: tuple[int, ...]) -> Float32:

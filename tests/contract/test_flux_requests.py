@@ -224,6 +224,21 @@ def test_a_server_draws_several_sizes(sized_client: Any, sized: Sized, size: tup
     assert answer["images"].shape == (1, *size, 3)
 
 
+def test_a_prompt_is_encoded_as_the_pipeline_does_it(sized_client: Any, sized: Sized) -> None:
+    """Klein's chat template is part of the text. The text of another prompt is the measure of how much it matters."""
+    pipeline = (flux2_pipeline if sized.name == "flux2" else flux_pipeline)(sized.model)
+
+    def from_embeddings(prompt: str) -> Any:
+        text, pooled, *_ = pipeline.encode_prompt([prompt])
+        rows = {"prompt_embeds": text.detach().numpy(), "pooled_prompt_embeds": pooled.detach().numpy()}
+        rows = {name: rows[name] for name in list(rows)[: 1 if sized.name == "flux2" else 2]}
+        return ask(sized_client, **rows, seed=3, num_inference_steps=1)["latents"]
+
+    actual = ask(sized_client, prompt=["a red square"], seed=3, num_inference_steps=1)["latents"]
+    exact, other = from_embeddings("a red square"), from_embeddings("a red square.")
+    assert sqnr(exact, actual) > 20 + sqnr(exact, other)
+
+
 def test_requests_of_several_sizes_in_flight_get_what_they_get_alone(sized_client: Any) -> None:
     sizes: list[dict[str, Any]] = [{}, {"height": 96, "width": 128}, {"height": 80}]
     requests = [{"prompt": [PROMPTS[i % 4]], "seed": i, "num_inference_steps": 3 + i % 3, **sizes[i % 3]} for i in range(12)]

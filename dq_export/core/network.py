@@ -257,8 +257,8 @@ class Denoiser(Protocol):
         """Every linear of the network by module name, in execution order."""
 
     @property
-    def attention(self) -> tuple[tuple[str, str, str], ...]:
-        """Module names of the query, key and value projection of every attention."""
+    def attention(self) -> tuple[tuple[str, ...], ...]:
+        """Module names of the linears whose results bound the query, key and value of each attention."""
 
     @property
     def batch(self) -> int:

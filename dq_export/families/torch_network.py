@@ -172,7 +172,7 @@ class TorchNetwork:
         return self.structure.linears
 
     @property
-    def attention(self) -> tuple[tuple[str, str, str], ...]:
+    def attention(self) -> tuple[tuple[str, ...], ...]:
         return self.structure.attention
 
     def weight(self, linear: str) -> Float32:

@@ -14,6 +14,7 @@ from ..base import stored
 from ..canonical.fold_transpose import FoldTranspose
 from ..match import LinearNode, convolutions, linears
 from .axes import dims
+from .bounds import terms
 from .roles import roles
 from .rules import RULES
 from .walk import Place, Scaled, Walk, Way
@@ -52,12 +53,13 @@ class Structure:
     Args:
         linears: by module name, in execution order.
         sites: inputs of the linears whose role is `gemm` or `static`, in execution order.
-        attention: the query, key and value projection of every attention that reads them directly.
+        attention: the linears whose results bound the query, key and value of each attention. A query or key that is
+            normalized head by head needs none.
     """
 
     linears: dict[str, Linear]
     sites: tuple[InputSite, ...]
-    attention: tuple[tuple[str, str, str], ...]
+    attention: tuple[tuple[str, ...], ...]
 
 
 def structure(model: ir.Model, conditions: Collection[str] = ()) -> Structure:
@@ -188,25 +190,29 @@ def _inputs(value: ir.Value) -> int:
     return 0 if node.attributes.get_int("group", 1) != 1 else int(tensor.shape.numpy()[1])
 
 
-def _attention(model: ir.Model, by_name: dict[str, LinearNode]) -> tuple[tuple[str, str, str], ...]:
+def _attention(model: ir.Model, by_name: dict[str, LinearNode]) -> tuple[tuple[str, ...], ...]:
     by_output = {linear.output: name for name, linear in by_name.items()}
-    triples = []
+    groups = []
     for node in model.graph:
         scores = node.inputs[0].producer() if node.op_type == "Softmax" and node.inputs[0] is not None else None
         products = [user for user, index in node.outputs[0].uses() if user.op_type == "MatMul" and index == 0]
         if scores is None or scores.op_type != "MatMul" or len(products) != 1:
             continue
-        names = [_projection(value, by_output) for value in (*scores.inputs, products[0].inputs[1])]
-        if all(names):
-            triples.append((names[0], names[1], names[2]))
-    return tuple(triples)
+        names = [_projections(value, by_output) for value in (*scores.inputs, products[0].inputs[1])]
+        if None not in names:
+            groups.append(tuple(dict.fromkeys(name for part in names for name in part or ())))
+    return tuple(groups)
 
 
-def _projection(value: ir.Value | None, by_output: dict[ir.Value, str]) -> str:
-    """The linear whose result, rearranged or multiplied, is the value; empty if there is none."""
-    while value is not None and value not in by_output:
-        node = value.producer()
-        if node is None or node.op_type not in ("Reshape", "Transpose", "Mul", "Cast"):
-            return ""
-        value = node.inputs[0]
-    return by_output[value] if value is not None else ""
+def _projections(value: ir.Value | None, by_output: dict[ir.Value, str]) -> list[str] | None:
+    """The linears whose results bound a value, in order; None if other values do, too."""
+    if value is None or stored(value) is not None:
+        return None if value is None else []
+    if value in by_output:
+        return [by_output[value]]
+    node = value.producer()
+    inputs = terms(node) if node is not None else None
+    if inputs is None:
+        return None
+    parts = [_projections(item, by_output) for item in inputs]
+    return None if None in parts else [name for part in parts for name in part or ()]

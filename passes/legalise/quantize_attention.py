@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from dq_export.core.qtypes import FP8
 
+from ..analysis.bounds import bound
 from ..base import GraphPass, PassReport, initializer, like
 from ..match import element_type, module_of, only_user
-from .fuse_attention import split_source, unscaled, untransposed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,17 +21,18 @@ class QuantizeAttention(GraphPass):
     """MatMul(q, k) -> Softmax -> MatMul(p, v)  ->  the same with Q/DQ float8 at q, k, p and v.
 
     Scales are constants: a type with an exponent loses no precision if a timestep's values are ten times smaller. The scale of
-    p is 1 / 448, because no probability exceeds 1. Query and key are quantized after their factor 1 / sqrt(sqrt(head)).
+    p is 1 / 448, because no probability exceeds 1. Query and key are quantized after their factor 1 / sqrt(sqrt(head)). The
+    heads of joint attention come from several linears, and may be normalized and rotated: see `bound`.
 
     It does not act where
-        1. query, key or value are not heads split from a linear that has a scale,
+        1. no bound of query, key or value follows from the linears that have a scale,
         2. they are already quantized.
 
     Exactness: lossy by design; 3 bits of mantissa.
     Source: the placement of NVIDIA's Model-Optimizer; TensorRT fuses no other placement (both operands of both matmuls).
 
     Args:
-        scales: by module name of the query, key and value projections.
+        scales: by module name of the linears that make query, key and value: their greatest |result| / 448.
     """
 
     name: ClassVar[str] = "quantize_attention"
@@ -41,6 +42,12 @@ class QuantizeAttention(GraphPass):
 
     def rewrite(self, model: ir.Model) -> PassReport:
         changed, skipped = [], []
+        greatest = {
+            output: self.scales[module_of(node)] * FP8.qmax
+            for node in model.graph
+            if module_of(node) in self.scales
+            for output in node.outputs
+        }
         for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
             scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
             product = only_user(softmax.outputs[0])
@@ -49,17 +56,15 @@ class QuantizeAttention(GraphPass):
             if scores is None or product is None or {scores.op_type, product.op_type} != {"MatMul"}:
                 skipped.append(f"'{softmax.name}': not between two matmuls (case 1)")
                 continue
-            (query, first), (key, second) = unscaled(scores.inputs[0]), unscaled(scores.inputs[1])
-            sources = (split_source(query), split_source(untransposed(key)), split_source(product.inputs[1]))
-            scales = [self._scale(source) for source in sources]
+            scales = [_scale(value, greatest) for value in (*scores.inputs, product.inputs[1])]
             if None in scales:
-                skipped.append(f"'{softmax.name}': its operands are not heads of linears with a scale (case 1)")
+                skipped.append(f"'{softmax.name}': no bound of its operands follows from linears with a scale (case 1)")
                 continue
             label = str(softmax.name)
             q, k, v = (float(scale or 0.0) for scale in scales)
             for node, index, name, scale in (
-                (scores, 0, "query", q * first),
-                (scores, 1, "key", k * second),
+                (scores, 0, "query", q),
+                (scores, 1, "key", k),
                 (product, 0, "probability", 1 / FP8.qmax),
                 (product, 1, "value", v),
             ):
@@ -67,9 +72,10 @@ class QuantizeAttention(GraphPass):
             changed.append(f"'{softmax.name}'")
         return PassReport(name=self.name, changed=tuple(changed), skipped=tuple(skipped))
 
-    def _scale(self, source: ir.Value | None) -> float | None:
-        producer = source.producer() if source is not None else None
-        return self.scales.get(module_of(producer)) if producer is not None else None
+
+def _scale(value: ir.Value | None, linears: Mapping[ir.Value, float]) -> float | None:
+    greatest = bound(value, linears)
+    return None if greatest is None else greatest / FP8.qmax
 
 
 def _insert(graph: ir.Graph, node: ir.Node, index: int, name: str, scale: float) -> None:

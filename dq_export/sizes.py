@@ -38,7 +38,7 @@ def plan_shapes(recipe: Recipe, reference: Reference) -> dict[str, str]:
     if not plan or len(recipe.pixels) < 2 or recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes:
         return {}
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    for size in recipe.pixels:
+    for size in (*recipe.pixels, *(_corners(recipe) if recipe.triton else ())):
         with reference.at(size):
             for item in reference.inputs:
                 shapes.setdefault(item.name, []).append(item.zeros(1).shape)
@@ -53,3 +53,9 @@ def plan_shapes(recipe: Recipe, reference: Reference) -> dict[str, str]:
             numbers = [batch, *shape[1:]] if name in batched else shape
             flags[key].append(f"{name}:{'x'.join(map(str, numbers))}")
     return {key: ",".join(texts) for key, texts in flags.items()}
+
+
+def _corners(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The least and the greatest size that a server draws: its requests choose height and width apart from each other."""
+    heights, widths = zip(*recipe.pixels, strict=True)
+    return (min(heights), min(widths)), (max(heights), max(widths))

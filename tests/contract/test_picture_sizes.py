@@ -101,6 +101,17 @@ def test_a_plan_goes_from_the_least_to_the_greatest_size(sd3: Path, flux: Path) 
     assert plan_shapes(recipe.model_copy(update={"format": "ort"}), reference) == {}
 
 
+def test_a_served_plan_takes_each_height_with_each_width(flux: Path) -> None:
+    """Both sizes have 32 tokens. A server also offers 64x64, which has 16, and 128x128."""
+    reference, recipe = drawing(flux, "64x128,128x64", format="trt")
+    assert plan_shapes(recipe, reference) == {"min_shapes": "", "opt_shapes": "", "max_shapes": ""}
+    assert plan_shapes(recipe.model_copy(update={"triton": True}), reference) == {
+        "min_shapes": "hidden_states:1x16x8,img_ids:16x3",
+        "opt_shapes": "hidden_states:2x32x8,img_ids:32x3",
+        "max_shapes": "hidden_states:16x64x8,img_ids:64x3",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_an_engine_keeps_its_scales_at_sizes_in_between(family: str, sd3: Path, flux: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def readme(served: Served, opset: int) -> str:
         steps=served.steps,
         guidance=f"{served.guidance:g}",
         scales=SCALES[served.call.guided_by],
-        taken="two" if served.call.guided_by == "null" else "one, whatever its guidance",
+        taken="a guided picture takes two" if served.call.guided_by == "null" else "a picture takes one",
         batching=WITHOUT_DELAY if served.call.batched else ALONE,
         scheduler=served.scheduler,
         schedulers=", ".join(f"`{name}`" for name in served.schedules.tables),
@@ -56,7 +56,7 @@ def proxy(served: Served) -> str:
 def _condition_texts(served: Served) -> dict[str, str]:
     """The parts of the README that differ between class labels and prompts."""
     images = served.max_images
-    guided = served.call.guided_by == "null"
+    guided, pictures = served.call.guided_by == "null", served.pictures or served.decoder
     if served.encoder is None:
         return {
             "first": "class_labels",
@@ -85,10 +85,12 @@ def _condition_texts(served: Served) -> dict[str, str]:
         "picture_of": f'--prompt "{first}"',
         "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
         f"{images} |{negative}\n{embeddings}",
-        "prompts": PROMPTS.format(embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED),
+        "prompts": PROMPTS.format(
+            embeddings=" and ".join(f"`{name}`" for name in names), kept=ENCODED, empty=', also those of ""' if guided else ""
+        ),
         "install": INSTALL,
         "encoder": ENCODER,
-        "endpoint": ENDPOINT.format(prompt=first) if served.pictures or served.decoder else "",
+        "endpoint": ENDPOINT.format(prompt=first, negative="`negative_prompt`, " if guided else "") if pictures else "",
     }
 
 
@@ -115,11 +117,13 @@ def _sizes(served: Served) -> str:
 
 def _bounded(served: Served) -> str:
     """What refuses shapes over grpc, as the README has it."""
-    if not served.call.batched:
-        return UNBATCHED.format(megabytes=_megabytes(served))
-    if not served.sizes.vary:
+    models = "`denoiser` and `decoder`" if served.sizes.vary and served.decoder else "`denoiser`"
+    unbounded = [f"the height and the width that {models} take"] if served.sizes.vary else []
+    unbounded += [] if served.call.batched else ["the rows of a call of `denoiser`"]
+    if not unbounded:
         return BOUNDED
-    return OPEN.format(models="`denoiser` and `decoder`" if served.decoder else "`denoiser`", megabytes=_megabytes(served))
+    http = "; the proxy's http port takes latents of the default size alone" if served.sizes.vary else ""
+    return OPEN.format(unbounded=" or ".join(unbounded), models=models, megabytes=_megabytes(served), http=http)
 
 
 def _listed(shape: object) -> str:
@@ -151,14 +155,9 @@ sizes take turns: many sizes at a time make many small calls. A call of `max_row
 BOUNDED = "Each config.pbtxt bounds its shapes, so over grpc the server itself refuses all others."
 OPEN = """Over grpc the server itself refuses all shapes that no config.pbtxt has.
 
-No config.pbtxt bounds the height and the width that {models} take: the pipelines check them. A grpc client that calls {models}
-itself can send larger latents, up to {megabytes} MB through the proxy. Open the grpc port to clients that you trust, and to
-programs such as `images.py`; the proxy's http port takes latents of the default size alone."""
-UNBATCHED = """Over grpc the server itself refuses all shapes that no config.pbtxt has.
-
-The config.pbtxt of `denoiser` does not bound the rows of a call, nor the tokens of several sizes: the pipelines check them. A
-grpc client that calls `denoiser` itself can send more, up to {megabytes} MB through the proxy. Open the grpc port to clients that
-you trust, and to programs such as `images.py`."""
+No config.pbtxt bounds {unbounded}: the pipelines check them. A grpc client that calls {models}
+itself can send more, up to {megabytes} MB through the proxy. Open the grpc port to clients that you trust, and to programs
+such as `images.py`{http}."""
 SCALES = {
     "null": "0 or more; 1 or less turns guidance off",
     "input": "0 or more; the network itself applies it",
@@ -188,7 +187,7 @@ PROMPTS = """
 
 `text_encoder` encodes each prompt alone, padded with masked tokens to the length that the model's own pipeline uses. So
 prompts of all lengths share the denoiser's calls, and a prompt's conditions do not depend on other prompts. The conditions of
-the last {kept} prompts are cached, also those of "". Clients that encode prompts themselves send {embeddings}
+the last {kept} prompts are cached{empty}. Clients that encode prompts themselves send {embeddings}
 together, padded to the same length.
 In JSON through the proxy below, write prompts in UTF-8 without escapes (`json.dumps(..., ensure_ascii=False)`); a prompt with
 quotation marks needs grpc.
@@ -211,7 +210,7 @@ answer = client.images.generate(prompt="{prompt}", n=2, extra_body={{"seed": 7, 
 ```
 
 It takes `prompt`, `n` and `size` (WIDTHxHEIGHT as allowed above, or `auto`), and returns `b64_json` of PNG. Its extensions
-are `seed` (picture i has `seed` + i), `negative_prompt`, `num_inference_steps`, `guidance_scale` and `scheduler`. It works on at
+are `seed` (picture i has `seed` + i), {negative}`num_inference_steps`, `guidance_scale` and `scheduler`. It works on at
 most 64 requests at a time (`--requests`); others get 503, after which OpenAI's clients try again. A body has at most 64 kB. A
 client that hangs up frees its rows, as over grpc. It also serves `/health`, `/metrics` (Prometheus) and `/v1/models`. It has no
 TLS and no authentication; add them.

@@ -71,7 +71,7 @@ def write_repository(served: Served, folder: Path) -> list[Fault]:
         BackendError: tritonclient is missing, the engine takes no batch of two, or the repository would not load.
     """
     require_triton()
-    if served.max_rows < 2:
+    if served.max_rows < served.call.rows_of_picture:
         raise BackendError("--triton: a guided picture takes two rows of a call, --max-shapes allows one; allow two or more")
     model, shape = ir.load(served.model), served.latents
     kind = "KIND_GPU" if served.backend == "tensorrt" else "KIND_CPU"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 import dq_export
 from dq_export.core.recipe import RecipeError
+from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.triton.check import check_repository
 from dq_export.deploy.triton.serving.request import noise
 from dq_export.families.source import load_reference
@@ -199,9 +201,28 @@ def test_the_repository_is_whole_and_healthy(client: Any, out: Path) -> None:
     probe = grpc.InferInput("probe", [1], "BOOL")
     probe.set_data_from_numpy(np.array([True]))
     assert client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
-    readme = (out / "triton" / "README.md").read_text()
-    assert "negative_prompt` | STRING" not in readme
-    assert "the network itself applies it" in readme
+
+
+def test_the_readme_describes_what_the_network_takes(out: Path, sized: Sized) -> None:
+    one, several = ((folder / "triton" / "README.md").read_text() for folder in (out, sized.out))
+    for readme in (one, several):
+        assert "negative_prompt" not in readme
+        assert 'those of ""' not in readme, "there is no empty prompt without guidance"
+        assert "rows;\na picture takes one." in readme
+    assert "the network itself applies it" in one
+    assert "No config.pbtxt bounds the rows of a call of `denoiser`: the pipelines check them." in one
+    rows = "" if sized.name == "flux2" else " or the rows of a call of `denoiser`"
+    assert f"bounds the height and the width that `denoiser` and `decoder` take{rows}: the pipelines check them." in several
+
+
+@pytest.mark.slow
+def test_an_engine_for_one_row_draws_pictures_without_guidance(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", guidance_embeds=False)
+    shapes = "hidden_states:1x24x8,timestep:1,encoder_hidden_states:1x512x8,pooled_projections:1x4"
+    plan: dict[str, Any] = {**QUICK, "format": "trt", "max_shapes": shapes, "sizes": "64x96"}
+    with suppress(NotHereError):  # the plan is built on a GPU
+        dq_export.export(model=str(model), output_dir=tmp_path / "out", prompts=PROMPTS, **plan)
+    assert "holds up to `max_rows` = 1 rows" in (tmp_path / "out" / "triton" / "README.md").read_text()
 
 
 def test_what_the_network_does_not_take_is_refused(client: Any, sized_client: Any) -> None:

@@ -48,6 +48,14 @@ def test_optional_inputs_have_the_models_defaults() -> None:
     assert job_.feed()[2]["class_labels"].tolist() == [1, 2, 5, 5]
 
 
+def test_only_calls_without_the_condition_are_turned_off_by_a_scale_of_one() -> None:
+    columns = {"class_labels": np.array([[1]]), "guidance_scale": np.array([[-1.0]])}
+    for guided_by, expected in (("null", r"0 or more \(1 turns it off\), found -1"), ("input", "0 or more, found -1")):
+        limits = replace(LIMITS, call=replace(CALL, guided_by=guided_by))
+        with pytest.raises(BadRequestError, match=expected):
+            limits.job(columns, LABELS.read(columns), SCHEDULES, seeds(1), Nobody())
+
+
 def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:
     assert job(class_labels=[1, 2, 3]).rows == 3
     with pytest.raises(BadRequestError, match="3 pictures: a guided picture takes two rows of a call; expected at most 4 rows"):

@@ -57,7 +57,8 @@ class Limits:
         count = int(_shared(inputs, "num_inference_steps", self.num_inference_steps))
         guidance = float(_shared(inputs, "guidance_scale", self.guidance_scale))
         if not (np.isfinite(guidance) and guidance >= 0):
-            raise BadRequestError(f"guidance_scale: expected a finite number of 0 or more (1 turns it off), found {guidance}")
+            off = " (1 turns it off)" if self.call.guided_by == "null" else ""
+            raise BadRequestError(f"guidance_scale: expected a finite number of 0 or more{off}, found {guidance}")
         if self.call.guided_by == "nothing" and guidance > 1:
             raise BadRequestError(f"guidance_scale: this model has no guidance, found {guidance}; leave it out")
         interval = int(_shared(inputs, "preview_every", 0))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from dq_export.core.documents import DocumentError, parse_json, shown
 
+from .call_rule import misfits
 from .model_folder import Fault, Model, whole_number
 from .serving.call import FILE as CALL
 from .serving.call import Call, CallError
@@ -109,17 +109,10 @@ def _call(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
         except (DocumentError, CallError) as error:
             yield model.fault(f"{version.name}/{CALL}: {error}", "export again")
             continue
-        inputs = {item.name for item in model.config.input}
-        for name in call.conditions.values():
-            if name not in inputs:
-                yield model.fault(f"input '{name}' is missing, which {version.name}/{CALL} names", "export again")
-        target = model.names.get(values.get("denoiser", ""))
-        yield from _batches(model, call, whole_number(values.get("max_rows", "")), target)
-        read = [*call.size_values, *call.picture_positions, *call.text_positions]
-        tensors = {item.name for item in target.input} if target is not None else set(read)
-        for name in read:
-            if name not in tensors:
-                yield model.fault(f"the denoiser has no input '{name}', which {version.name}/{CALL} names", "export again")
+        target, rows = model.names.get(values.get("denoiser", "")), whole_number(values.get("max_rows", ""))
+        yield from misfits(model, call, version.name, rows, target)
+        if call.guided_by == "nothing" and _real(values.get("guidance_scale", "")) > 1:
+            yield model.fault("parameters: guidance_scale is above 1, and the network has no guidance", "write 1")
         for name in call.tokenizers:
             try:
                 model.read(version / name, TOKENIZER_LIMIT)
@@ -127,17 +120,6 @@ def _call(model: Model, values: Mapping[str, str]) -> Iterator[Fault]:
                 yield model.fault(f"{version.name}/{name}: {error}", "export again")
         if bool(call.tokenizers) != bool(values.get("text_encoder")):
             yield model.fault(f"parameters: text_encoder and the tokenizers of {version.name}/{CALL} do not fit", "export again")
-
-
-def _batches(model: Model, call: Call, rows: int, target: Any) -> Iterator[Fault]:
-    """Check the batches of a pipeline and of its denoiser against what the network's call takes."""
-    images, rows_each = model.config.max_batch_size, call.rows_of_picture
-    if rows_each * images > rows:
-        fix = "write half of max_rows" if rows_each == 2 else "write max_rows"
-        yield model.fault(f"max_batch_size: {images} guided pictures are more than max_rows {rows}", fix)
-    if target is not None and call.batched != (target.max_batch_size > 0):
-        expected = "above 0" if call.batched else "0, for all rows of a call share the positions"
-        yield model.fault(f"the denoiser has max_batch_size {target.max_batch_size}; expected {expected}", "export again")
 
 
 def _real(text: str) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +20,7 @@ from conftest import sqnr
 from diffusers import AutoencoderKLFlux2
 from flux import SIDE, flux_pipeline, save_flux
 from flux2 import flux2_pipeline, save_flux2
+from json_file import edit
 from serving_requests import LONGEST, ask
 from tiny_vae import save_flux2_vae, save_vae
 from toy import PROMPTS
@@ -267,6 +270,43 @@ def test_requests_of_several_sizes_in_flight_get_what_they_get_alone(sized_clien
     with ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(lambda request: ask(sized_client, **request)["latents"], requests))
     assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(requests)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"guided_by": "nothing"}, "the denoiser's input 'guidance' is missing in 1/network.json"),
+        ({"guided_by": "null"}, "max_batch_size: 16 guided pictures are more than max_rows 16"),
+        ({"tokens": False}, "1/network.json: tokens does not fit the denoiser's input 'hidden_states'"),
+        ({"batched": True}, "the denoiser has max_batch_size 0; expected above 0"),
+        ({"picture_positions": {}}, "the denoiser's input 'img_ids' is missing in 1/network.json"),
+        ({"picture_positions": {"img_ids": ["row", "column"]}}, "1/network.json: 2 columns of 'img_ids', the denoiser has 3"),
+        (
+            {"text_positions": {"img_ids": ["zero"] * 3}},
+            "the denoiser gets twice the input 'img_ids', which 1/network.json names",
+        ),
+        ({"state": "sample"}, "the denoiser has no input 'sample', which 1/network.json names"),
+        ({"output": "x"}, "the denoiser has no output 'x', which 1/network.json names"),
+        ({"template": "a"}, "1/network.json: expected template as a text with one {}"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_network_is_a_fault(
+    changes: dict[str, Any], problem: str, out: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(out / "triton", tmp_path / "triton")
+    edit(tmp_path / "triton" / "pipeline" / "1" / "network.json", **changes)
+    errors = [fault.problem for fault in check_repository(tmp_path / "triton") if fault.severity == "error"]
+    assert problem in errors
+
+
+def test_a_default_guidance_for_a_network_without_any_is_a_fault(sized: Sized, tmp_path: Path) -> None:
+    shutil.copytree(sized.out / "triton", tmp_path / "triton")
+    assert not [fault for fault in check_repository(tmp_path / "triton") if fault.severity == "error"]
+    path = tmp_path / "triton" / "pipeline" / "config.pbtxt"
+    text = re.sub(r'(key: "guidance_scale"\s+value {\s+string_value: )"1.0"', r'\1"3.5"', path.read_text())
+    path.write_text(text)
+    (fault,) = [fault for fault in check_repository(tmp_path / "triton") if fault.severity == "error"]
+    assert fault.problem == "parameters: guidance_scale is above 1, and the network has no guidance"
 
 
 def test_several_sizes_are_refused_where_the_timesteps_follow_them(model: Path, tmp_path: Path) -> None:

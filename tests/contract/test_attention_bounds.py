@@ -50,7 +50,9 @@ def operands(model: ir.Model) -> list[ir.Value]:
     return [value for value in values if value is not None]
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "flux2", "unet"])
+@pytest.mark.parametrize(
+    "name", ["dit", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux2", "unet"))]
+)
 def test_bounds_hold_and_attention_is_quantized(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     reference = loaded(case.save(tmp_path / "model"), case)

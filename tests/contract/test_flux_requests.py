@@ -17,7 +17,7 @@ import pytest
 import server
 import torch
 from conftest import sqnr
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, FluxPipeline
 from flux import SIDE, flux_pipeline, save_flux
 from flux2 import flux2_pipeline, save_flux2
 from json_file import edit
@@ -30,7 +30,11 @@ import dq_export
 from dq_export.core.recipe import RecipeError
 from dq_export.deploy.backend import NotHereError
 from dq_export.deploy.triton.check import check_repository
+from dq_export.deploy.triton.serving.positions import picture_positions, text_positions
 from dq_export.deploy.triton.serving.request import noise
+from dq_export.families.family import Family
+from dq_export.families.flux import FLUX
+from dq_export.families.flux2 import FLUX2
 from dq_export.families.source import load_reference
 
 STEPS = 4
@@ -85,7 +89,7 @@ def static(model: Path) -> Path:
     return model
 
 
-@pytest.fixture(scope="module", params=["flux2", pytest.param("schnell", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("flux2", "schnell")])
 def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sized:
     """Networks without guidance that draw several sizes: FLUX.2's klein, whose positions have a row for each picture, and one of
     schnell's kind, whose pictures share them."""
@@ -158,7 +162,7 @@ def test_guidance_is_an_input_and_its_default_is_the_exports(client: Any) -> Non
 
 
 def test_prompts_become_pictures_that_the_checkpoints_vae_decodes(client: Any, model: Path, out: Path) -> None:
-    from diffusers import AutoencoderKL, FluxPipeline
+    from diffusers import AutoencoderKL
 
     answer = ask(client, prompt=[*PROMPTS[:2]], seed=[5, 6])
     start = noise(np.array([[5], [6]], dtype=np.uint64), (CHANNELS, SIDE[0] // 16, SIDE[1] // 16))
@@ -206,16 +210,37 @@ def test_the_repository_is_whole_and_healthy(client: Any, out: Path) -> None:
     assert client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
 
 
-def test_the_readme_describes_what_the_network_takes(out: Path, sized: Sized) -> None:
-    one, several = ((folder / "triton" / "README.md").read_text() for folder in (out, sized.out))
-    for readme in (one, several):
-        assert "negative_prompt" not in readme
-        assert 'those of ""' not in readme, "there is no empty prompt without guidance"
-        assert "rows;\na picture takes one." in readme
-    assert "the network itself applies it" in one
-    assert "No config.pbtxt bounds the rows of a call of `denoiser`: the pipelines check them." in one
+def describes_what_it_takes(readme: str) -> bool:
+    """Whether a README offers nothing that only calls without a condition have."""
+    return "negative_prompt" not in readme and 'those of ""' not in readme and "rows;\na picture takes one." in readme
+
+
+def test_the_readme_describes_what_the_network_takes(out: Path) -> None:
+    readme = (out / "triton" / "README.md").read_text()
+    assert describes_what_it_takes(readme)
+    assert "the network itself applies it" in readme
+    assert "No config.pbtxt bounds the rows of a call of `denoiser`: the pipelines check them." in readme
+
+
+def test_the_readme_of_several_sizes_names_what_is_not_bounded(sized: Sized) -> None:
+    readme = (sized.out / "triton" / "README.md").read_text()
+    assert describes_what_it_takes(readme)
     rows = "" if sized.name == "flux2" else " or the rows of a call of `denoiser`"
-    assert f"bounds the height and the width that `denoiser` and `decoder` take{rows}: the pipelines check them." in several
+    assert f"bounds the height and the width that `denoiser` and `decoder` take{rows}: the pipelines check them." in readme
+
+
+@pytest.mark.parametrize(("family", "pipeline"), [(FLUX, FluxPipeline), (FLUX2, Flux2KleinPipeline)])
+def test_positions_are_those_that_the_pipeline_sends(family: Family, pipeline: Any) -> None:
+    (picture,), (text,) = family.picture_positions.values(), family.text_positions.values()
+    if family is FLUX:
+        ids, text_ids = pipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32), torch.zeros(7, 3)
+    else:
+        ids, text_ids = (
+            pipeline._prepare_latent_ids(torch.zeros(1, 8, 3, 5))[0],
+            pipeline._prepare_text_ids(torch.zeros(1, 7, 2))[0],
+        )
+    np.testing.assert_array_equal(picture_positions(picture, 3, 5), ids.numpy())
+    np.testing.assert_array_equal(text_positions(text, 7), text_ids.numpy())
 
 
 @pytest.mark.slow
@@ -228,11 +253,14 @@ def test_an_engine_for_one_row_draws_pictures_without_guidance(tmp_path: Path) -
     assert "holds up to `max_rows` = 1 rows" in (tmp_path / "out" / "triton" / "README.md").read_text()
 
 
-def test_what_the_network_does_not_take_is_refused(client: Any, sized_client: Any) -> None:
+def test_what_the_network_does_not_take_is_refused(client: Any) -> None:
     with pytest.raises(InferenceServerException, match="negative_prompt"):
         ask(client, prompt=["a"], negative_prompt=["b"])
     with pytest.raises(InferenceServerException, match=r"height 128: expected 64, the only height"):
         ask(client, prompt=["a"], height=128)
+
+
+def test_a_network_without_guidance_refuses_a_scale(sized_client: Any) -> None:
     with pytest.raises(InferenceServerException, match=r"guidance_scale: this model has no guidance, found 3\.5; leave it out"):
         ask(sized_client, prompt=["a"], guidance_scale=3.5)
 

@@ -211,6 +211,17 @@ def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorPr
     return None
 
 
+def upstream(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """The last of a chain of producers of these operators, each at the first input of the one before; None without them."""
+    node = None
+    for kind in kinds:
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != kind:
+            return None
+        value = node.inputs[0]
+    return node
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """The only node that reads a value; None if several nodes or no node read it, or if it is a graph output."""
     users = {user for user, _ in value.uses()}

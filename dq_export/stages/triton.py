@@ -91,7 +91,7 @@ class WriteRepository(Stage[Repository]):
         assert context.backend is not None  # preparation refuses formats that nothing serves
         recipe, reference, model = context.recipe, context.reference, context.folder / MODEL
         decoder, undecoded = target / "decoder" / MODEL, ""
-        serving, latents = reference.serving, latents_of(recipe, reference)
+        serving, latents = reference.serving, served_shape(recipe, reference)
         pixels, pictures = reference.unit or 1, reference.decoder is None and latents[0] in (1, 3)
         if reference.decoder:
             kind = Decoding(serving.packing, recipe.variant or "", resizable=len(recipe.pixels) > 1)
@@ -157,7 +157,7 @@ def call_of(reference: Reference, tokenizers: tuple[str, ...]) -> Call:
     )
 
 
-def latents_of(recipe: Recipe, reference: Reference) -> tuple[int, ...]:
+def served_shape(recipe: Recipe, reference: Reference) -> tuple[int, ...]:
     """(C, H, W) of a picture's latents at the default size; of tokens, the channels of one and their rows and columns."""
     if not reference.serving.tokens:
         return reference.feed_shape
@@ -175,7 +175,7 @@ def sizes_of(recipe: Recipe, reference: Reference, pixels: int) -> Sizes:
     axes = () if reference.serving.tokens else reference.inputs[0].shape[-2:]
     step = math.lcm(*(axis.multiple for axis in axes if isinstance(axis, Axis)))
     sizes = [[pixels * side // reference.unit for side in size] for size in recipe.pixels]
-    default = [pixels * side for side in latents_of(recipe, reference)[1:]]
+    default = [pixels * side for side in served_shape(recipe, reference)[1:]]
     height, width = (
         Side(name=name, default=side, minimum=min(chosen), maximum=max(chosen), step=pixels * step)
         for name, side, *chosen in zip(("height", "width"), default, *(sizes or [default]), strict=True)

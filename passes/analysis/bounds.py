@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..base import stored
+from ..match import upstream
 
 SAME = frozenset({"Cast", "Expand", "Identity", "Neg", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose results are elements of their first input, up to the sign."""
@@ -28,7 +29,7 @@ def normalized(node: ir.Node) -> int:
     if node.op_type != "Mul":
         return 0
     for x, factor in (node.inputs, reversed(node.inputs)):
-        mean = _upstream(factor, "Reciprocal", "Sqrt", "Add", "ReduceMean")
+        mean = upstream(factor, "Reciprocal", "Sqrt", "Add", "ReduceMean")
         square = mean.inputs[0].producer() if mean is not None and mean.inputs[0] is not None else None
         if square is None or x is None or square.inputs[0] is not x or x.shape is None or mean is None:
             continue
@@ -70,17 +71,6 @@ def bound(value: ir.Value | None, linears: Mapping[ir.Value, float]) -> float | 
     if node.op_type == "Mul":
         return math.prod(numbers)
     return sum(numbers) if node.op_type in ("Add", "Sub") else max(numbers)
-
-
-def _upstream(value: ir.Value | None, *kinds: str) -> ir.Node | None:
-    """The last of a chain of producers of these operators, each at the first input of the one before."""
-    node = None
-    for kind in kinds:
-        node = value.producer() if value is not None else None
-        if node is None or node.op_type != kind:
-            return None
-        value = node.inputs[0]
-    return node
 
 
 def _scalar(value: ir.Value | None) -> float | None:

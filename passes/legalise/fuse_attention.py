@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..base import GraphPass, PassReport, initializer, like, redirect, stored
-from ..match import only_user
+from ..match import only_user, upstream
 from ..sizes import read_sizes, size_of, sizes_of
 
 OPSET, IR_VERSION = 23, 11
@@ -76,8 +76,8 @@ class _Pattern:
 
 def _attention(softmax: ir.Node) -> _Pattern | str:
     """Match attention around a Softmax; return the reason if it does not match."""
-    biased = _producer(softmax.inputs[0], "Add")
-    scores = _producer(biased.inputs[0] if biased is not None else softmax.inputs[0], "MatMul")
+    biased = upstream(softmax.inputs[0], "Add")
+    scores = upstream(biased.inputs[0] if biased is not None else softmax.inputs[0], "MatMul")
     mask = _one_head(biased.inputs[1]) if biased is not None else None
     if scores is None or (biased is not None and mask is None):
         return "its input is not a product of query and key, with or without a mask of keys (case 1)"
@@ -125,11 +125,11 @@ def _tokens(value: ir.Value, sizes: Mapping[str, int]) -> int:
 def _one_head(mask: ir.Value | None) -> ir.Value | None:
     """Return the mask [B, 1, 1, keys] before diffusers repeats it for each head; None if the mask has another form."""
     shape = _shape(mask)
-    source, before = mask, _producer(mask, "Reshape")
+    source, before = mask, upstream(mask, "Reshape")
     while before is not None:
         source = before.inputs[0]
-        before = _producer(source, "Reshape")
-    repeat = _producer(source, "Expand")
+        before = upstream(source, "Reshape")
+    repeat = upstream(source, "Expand")
     if repeat is not None and len(shape) == 4 and _shape(source) == shape:
         mask = repeat.inputs[0]
     small = _shape(mask)
@@ -161,7 +161,7 @@ def _shape(value: ir.Value | None) -> tuple[object, ...]:
 
 def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """Return the input and the factor of a scalar Mul; without one the value itself and 1."""
-    node = _producer(value, "Mul")
+    node = upstream(value, "Mul")
     factor = stored(node.inputs[1]) if node is not None else None
     if node is None or factor is None or factor.size != 1:
         return value, 1.0
@@ -170,23 +170,18 @@ def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 def untransposed(key: ir.Value | None) -> ir.Value | None:
     """Return the value before the transpose to [B, heads, head, tokens], which torch does at rank 3."""
-    outer = _producer(key, "Reshape")
-    middle = _producer(outer.inputs[0], "Transpose") if outer is not None else None
-    inner = _producer(middle.inputs[0], "Reshape") if middle is not None and _permutes(middle, (0, 2, 1)) else None
+    outer = upstream(key, "Reshape")
+    middle = upstream(outer.inputs[0], "Transpose") if outer is not None else None
+    inner = upstream(middle.inputs[0], "Reshape") if middle is not None and _permutes(middle, (0, 2, 1)) else None
     return inner.inputs[0] if inner is not None else None
 
 
 def split_source(value: ir.Value | None) -> ir.Value | None:
     """Return the [B, tokens, width] before Reshape and Transpose to [B, heads, tokens, head]; None without them."""
-    transpose = _producer(value, "Transpose")
-    reshape = _producer(transpose.inputs[0], "Reshape") if transpose is not None and _permutes(transpose, HEADS) else None
+    transpose = upstream(value, "Transpose")
+    reshape = upstream(transpose.inputs[0], "Reshape") if transpose is not None and _permutes(transpose, HEADS) else None
     source = reshape.inputs[0] if reshape is not None else None
     return source if source is not None and source.shape is not None and len(source.shape) == 3 else None
-
-
-def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
 
 
 def _permutes(node: ir.Node, order: tuple[int, ...]) -> bool:

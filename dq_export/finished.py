@@ -15,7 +15,7 @@ from dq_export.deploy.backends import backend_of
 from dq_export.deploy.check import CanonicalError, Finding, ModelFileError, Target, check, read_model
 from dq_export.deploy.onnxruntime.cpu import ORT
 from dq_export.deploy.packages import require_packages
-from dq_export.deploy.tensorrt.backend import PLAN
+from dq_export.deploy.tensorrt.plan import PLAN
 from dq_export.deploy.triton.repository import add_plan
 
 from .finished_folder import MODEL, REPORT, FinishedFolder

@@ -124,4 +124,4 @@ def engine_of(out: Path) -> Built:
 
 def portable_name(recipe: Recipe) -> str:
     """The graph that ONNX Runtime's CPU provider can run, from the output folder: it has no bfloat16."""
-    return f"{REPLAY}/model.onnx" if recipe.format in ("trt", "trt-rtx") and recipe.dtype == "bf16" else MODEL
+    return f"{REPLAY}/model.onnx" if recipe.plan and recipe.dtype == "bf16" else MODEL

@@ -272,5 +272,5 @@ def _require_shapes(recipe: Recipe, reference: Reference) -> None:
     if shared:
         inputs["timestep"] = (1,)
     flags = (recipe.min_shapes, recipe.opt_shapes, recipe.max_shapes)
-    if recipe.format in ("trt", "trt-rtx") or any(flags):
+    if recipe.plan or any(flags):
         profiles(inputs, flags)

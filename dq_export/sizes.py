@@ -34,8 +34,7 @@ def plan_shapes(recipe: Recipe, reference: Reference) -> dict[str, str]:
     """The recipe's shapes of a plan: those from the least to the greatest of several sizes, where it names none itself."""
     from dq_export.deploy.tensorrt.profiles import BATCHES
 
-    plan = recipe.format in ("trt", "trt-rtx")
-    if not plan or len(recipe.pixels) < 2 or recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes:
+    if not recipe.plan or len(recipe.pixels) < 2 or recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes:
         return {}
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for size in (*recipe.pixels, *(_corners(recipe) if recipe.triton else ())):

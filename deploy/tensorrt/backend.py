@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
-from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 from dq_export.core.progress import Advance, unwatched
 from dq_export.core.qtypes import FP8, INT4, QuantType
 from dq_export.core.recipe import Recipe, RecipeError
@@ -37,13 +34,11 @@ from ..check.rules_nvidia import TARGETS
 from ..lowerings import ANY_KERNEL, Lowering, Refusal, integer_gemm
 from ..packages import require_packages
 from .builder import PlanRequest, build_plan
-from .layers import kernel_of, read_layers
+from .layers import kernel_of
+from .plan import PLAN, Plan
 from .profiles import profiles
 from .runner import compute_capability, load_plan, runs_on
 
-PLAN, LAYERS, METADATA = "model.plan", "layers.txt", "plan.json"
-LAYERS_LIMIT = 256 << 20
-"""The greatest size of the list of layers in bytes; DiT-XL/2's has 2 million."""
 SMALL = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 HALF = 65504.0
 """The greatest finite float16 number."""
@@ -184,20 +179,11 @@ class TensorRt(Backend):
             targets=tuple(target.upper() for target in self.targets),
             profiles=ranges,
         )
+        built = Built(model=model, folder=folder)
         report = build_plan(request, progress)
-        (folder / LAYERS).write_text(report.layers)
-        description = {
-            "library": f"{request.module} {report.version}",
-            "targets": self.targets,
-            "dtype": self.dtype,
-            "profiles": ranges,
-            "seconds": report.seconds,
-            "peak_bytes": report.peak_bytes,
-            "sha256": report.sha256,
-            "origin": dict(graph.metadata_props),
-        }
-        (folder / METADATA).write_text(json.dumps(description, indent=1) + "\n")
-        return Built(model=model, folder=folder)
+        origin = dict(graph.metadata_props)
+        Plan(built).describe(request, report, targets=self.targets, dtype=self.dtype, origin=origin)
+        return built
 
     def load(self, built: Built, *, batch: int | None = None) -> Engine:
         """Load the plan on an NVIDIA GPU. It takes the batches that it was built for.
@@ -205,19 +191,16 @@ class TensorRt(Backend):
         Raises:
             BackendError: the plan is missing, damaged, or of another library, version or GPU.
         """
-        plan, advice = built.folder / PLAN, f"run `dq-export finish {built.model.parent}`"
-        if not plan.exists() or not (built.folder / METADATA).exists():
-            raise BackendError(f"{built.folder}: no {PLAN}; {advice}")
-        description = _read_metadata(built.folder / METADATA)
+        plan = Plan(built)
+        description = plan.description()
         if importlib.util.find_spec(self.module) is None:
-            raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan}")
+            raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan.file}")
         library = f"{self.module} {importlib.import_module(self.module).__version__}"
         if description["library"] != library:
-            raise BackendError(f"{plan} was built by {description['library']}, but {library} is installed here; {advice}")
-        content = plan.read_bytes()
-        if hashlib.sha256(content).hexdigest() != description["sha256"]:
-            raise BackendError(f"{plan} was changed after the build; {advice}")
-        return load_plan(content, tuple(description["targets"]), rtx=self.name == "trt-rtx")
+            raise BackendError(
+                f"{plan.file} was built by {description['library']}, but {library} is installed here; {plan.advice}"
+            )
+        return load_plan(plan.content(), tuple(description["targets"]), rtx=self.checked_as == "trt-rtx")
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
         """Audit by the builder's list of layers.
@@ -225,10 +208,7 @@ class TensorRt(Backend):
         Raises:
             BackendError: the list is missing or damaged.
         """
-        try:
-            layers = read_layers(read_text(built.folder / LAYERS, LAYERS_LIMIT, links=False))
-        except (DocumentError, ValueError) as error:
-            raise BackendError(f"{built.folder / LAYERS}: not a builder's list of layers ({printable(str(error))})") from error
+        layers = Plan(built).layers()
 
         def kernel(name: str) -> tuple[str, bool]:
             label, precision = kernel_of(layers, name)
@@ -287,21 +267,3 @@ class TensorRtRtx(TensorRt):
     def require(self) -> None:
         """Check that the library is installed."""
         require_packages([self.module], f"--format {self.name}")
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """The content of `plan.json`; a run needs its keys `library`, `sha256` and `targets`.
-
-    Raises:
-        BackendError: the file is damaged.
-    """
-    try:
-        description = read_json(path, links=False)
-    except DocumentError as error:
-        raise BackendError(f"{error}; build the plan again with `dq-export finish`") from error
-    values = description if isinstance(description, dict) else {}
-    targets = values.get("targets")
-    valid = isinstance(targets, list) and all(target in TARGETS for target in targets)
-    if not valid or not all(isinstance(values.get(key), str) for key in ("library", "sha256")):
-        raise BackendError(f"{shown_path(path)}: damaged; build the plan again with `dq-export finish`")
-    return values

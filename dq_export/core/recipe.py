@@ -28,6 +28,14 @@ FORMATS = OneOf("backends", ("onnx", "ort", "trt", "trt-rtx"))
 METHODS = OneOf("methods", ("minmax", "percentile", "mse"))
 SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
 
+PLANS: dict[tuple[str, str | None], Literal["trt", "trt-rtx"]] = {
+    ("trt", None): "trt",
+    ("trt-rtx", None): "trt-rtx",
+    ("ort", "tensorrt"): "trt",
+    ("ort", "tensorrt-rtx"): "trt-rtx",
+}
+"""The library whose plan is the engine, by format and provider."""
+
 
 class Recipe(BaseModel):
     """All options of an export, resolved. Unknown keys are errors. Saved as `recipe.yaml` beside what it made."""
@@ -55,14 +63,14 @@ class Recipe(BaseModel):
         default=None, pattern="^[0-9a-f]{64}$", description="digest of the file of conditions; null: any"
     )
     format: Annotated[str, AfterValidator(FORMATS)] = Field("ort", description="what to build; onnx: only the graph")
-    provider: Literal["cpu", "openvino", "cuda"] | None = Field(
+    provider: Literal["cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"] | None = Field(
         default=None, description="for format ort: what runs the engine; null: cpu"
     )
     dtype: Literal["fp32", "fp16", "bf16"] | None = Field(
         default=None, description="type of everything that is not quantized; null: the format's"
     )
-    target: str = Field("sm89,sm120", description="for format trt-rtx: the GPUs that the plan is for")
-    min_shapes: str = Field("", description="for trt and trt-rtx: the least shapes, in trtexec's syntax: a batch of 1")
+    target: str = Field("sm89,sm120", description="for plans of TensorRT-RTX: the GPUs that the plan is for")
+    min_shapes: str = Field("", description="for plans: the least shapes, in trtexec's syntax: a batch of 1")
     opt_shapes: str = Field("", description="the shapes at which the plan is fastest: a batch of 2")
     max_shapes: str = Field("", description="the greatest shapes: a batch of 16")
     bits: Bits = Field("w8a8", description="bits of weights and activations")
@@ -76,7 +84,7 @@ class Recipe(BaseModel):
     channel_bits: int | None = Field(
         default=None, ge=3, le=7, description="for bits w8a8: mean bits of weights, more for channels with outliers; null: 8"
     )
-    attention: Attention = Field("float", description="type of attention's two matmuls; fp8 for trt and trt-rtx")
+    attention: Attention = Field("float", description="type of attention's two matmuls; fp8 for plans of TensorRT")
     method: Annotated[str, AfterValidator(METHODS)] = Field("minmax", description="how a scale follows from the values seen")
     rounding: Rounding | None = Field(
         default=None,
@@ -150,6 +158,11 @@ class Recipe(BaseModel):
         0.10, ge=0, le=100, allow_inf_nan=False, description="for metric-weights: LPIPS that the pictures may have on average"
     )
     rules: tuple[Rule, ...] | None = Field(default=None, description="first match wins; null: the family's")
+
+    @property
+    def plan(self) -> Literal["trt", "trt-rtx"] | None:
+        """The library whose plan is the engine, as a format of its own or within ONNX Runtime; None if it is no plan."""
+        return PLANS.get((self.format, self.provider))
 
     @property
     def attention_type(self) -> QuantType | None:

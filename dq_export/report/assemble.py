@@ -69,7 +69,7 @@ def assemble(context: Context, command: str = "") -> Report:
 def _choices(recipe: Recipe) -> dict[str, str]:
     """The recipe's values by key, without keys that it leaves open and keys that its format does not read."""
     values = recipe.model_dump(mode="json", include=set(CHOICES))
-    if recipe.format != "trt-rtx":
+    if recipe.plan != "trt-rtx":
         del values["target"]
     if not recipe.group_size:
         del values["group_size"]

@@ -72,7 +72,7 @@ class Quantize(Stage[Quantized]):
 
         OpenVINO gets it when it compiles.
         """
-        dtype = context.recipe.dtype if context.recipe.format in ("trt", "trt-rtx") else None
+        dtype = context.recipe.dtype if context.recipe.plan else None
         return {"schemes": context.schemes, "dtype": dtype, "passes": described_plugins("passes")}
 
     def run(self, context: Context, target: Path) -> Quantized:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dq_export.core.network import Axis, output_name
 from dq_export.core.recipe import Recipe, RecipeError
-from dq_export.deploy.tensorrt.backend import PLAN
+from dq_export.deploy.tensorrt.plan import PLAN
 from dq_export.deploy.triton.model_config import MAX_ROWS, Served
 from dq_export.deploy.triton.readme import PROXY, README, SERVED
 from dq_export.deploy.triton.repository import CLIENT, ENDPOINT, FRONT, PROBE, PROGRAM, write_repository

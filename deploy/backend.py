@@ -44,6 +44,9 @@ class Engine(Protocol):
     def __call__(self, feed: Feed) -> Float32:
         """One network call: `sample` float32."""
 
+    def bound(self, feed: Feed) -> Callable[[], Float32]:
+        """The call of one feed, whose inputs are copied once to where the engine computes; every call copies its output back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Built:

@@ -8,6 +8,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from .backend import Backend
 from .onnxruntime.cpu import ORT
 from .onnxruntime.cuda import OrtCuda
+from .onnxruntime.plans import OrtTensorRt, OrtTensorRtRtx
 from .openvino.backend import OpenVino
 from .tensorrt.backend import TensorRt, TensorRtRtx
 
@@ -17,7 +18,7 @@ BACKENDS: tuple[Backend, ...] = (
     OpenVino("bf16"),
     OrtCuda("fp16"),
     OrtCuda("fp32"),
-    *(kind(dtype) for kind in (TensorRt, TensorRtRtx) for dtype in ("fp16", "bf16", "fp32")),
+    *(kind(dtype) for kind in (TensorRt, TensorRtRtx, OrtTensorRt, OrtTensorRtRtx) for dtype in ("fp16", "bf16", "fp32")),
 )
 """The first backend of a format is its default."""
 
@@ -54,8 +55,10 @@ def backend_of(recipe: Recipe) -> Backend | None:
         flags = _flags(provider, recipe.dtype)
         raise RecipeError(f"--format {recipe.format} does not run {flags}; it runs {supported}")
     if recipe.attention not in fitting[0].attention:
-        others = dict.fromkeys(backend.name for backend in backends if recipe.attention in backend.attention)
-        raise RecipeError(f"--format {recipe.format} does not run --attention {recipe.attention}; {' and '.join(others)} do")
+        others = (b.provider or b.name for b in backends if recipe.attention in b.attention)
+        raise RecipeError(
+            f"--format {recipe.format} does not run --attention {recipe.attention}; {', '.join(dict.fromkeys(others))} do"
+        )
     backend = fitting[0].configured(recipe)
     if recipe.rules is None:  # the family's rules then use `bits`: refuse it before weights are downloaded
         backend.require_schemes([recipe.scheme])

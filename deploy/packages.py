@@ -13,13 +13,19 @@ EXTRAS = {
     "onnxruntime_ep_openvino": "cpu,openvino",
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
+    "onnxruntime_ep_nv_tensorrt_rtx": "rtx-provider",
     "tritonclient": "triton",
     "transformers": "text",
     "tokenizers": "text",
     "sentencepiece": "text",
 }
 """The extra of dq-export that installs a module; all other modules are installed with dq-export itself."""
-PROJECTS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "onnxruntime_ep_openvino": "onnxruntime-ep-openvino", "PIL": "pillow"}
+PROJECTS = {
+    "onnx_graphsurgeon": "onnx-graphsurgeon",
+    "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx",
+    "onnxruntime_ep_openvino": "onnxruntime-ep-openvino",
+    "PIL": "pillow",
+}
 """The packages whose names differ from their modules'."""
 
 

@@ -84,6 +84,13 @@ LIBRARIES = (
         gpu="runs its plans",
     ),
     Library(
+        title="TensorRT-RTX in ONNX Runtime",
+        modules=("onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx"),
+        distributions=("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
+        purpose="--provider tensorrt-rtx",
+        gpu="runs its plans",
+    ),
+    Library(
         title="TensorRT",
         modules=("tensorrt",),
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),

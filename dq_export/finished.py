@@ -128,8 +128,8 @@ def bench_again(out: Path, progress: Advance) -> LatencyReport:
     finished.calls()
     backend = backend_of(recipe) or ORT
     if not backend.runs:
-        target = f" of --target {recipe.target}" if recipe.format == "trt-rtx" else ""
-        raise OutputError(f"{out}: an engine of --format {recipe.format} runs on an NVIDIA GPU{target} only")
+        target = f" of --target {recipe.target}" if recipe.plan == "trt-rtx" else ""
+        raise OutputError(f"{out}: an engine of {backend.title} runs on an NVIDIA GPU{target} only")
     require_packages(["polygraphy"], "dq-export bench")
     backend.require()
     return bench(out, backend, progress, recipe=recipe)

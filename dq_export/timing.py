@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -206,18 +207,18 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
         inputs = dict(content)
     before = _resident()
     try:
-        with _network(engine) as network:
-            network(inputs)
+        with _bound(engine, inputs) as call:
+            call()
             memory = _resident() - before
             for _ in range(WARM_CALLS - 1):
-                network(inputs)
+                call()
             milliseconds: list[float] = []
             start = time.perf_counter()
             while len(milliseconds) < CALLS or time.perf_counter() - start < SECONDS:
                 begin = time.perf_counter()
-                network(inputs)
+                call()
                 milliseconds.append((time.perf_counter() - begin) * 1e3)
-        del network
+        del call
         operators = _backend(engine).profile(engine.built, inputs) if profile else {}
     except (BackendError, ModelError) as error:
         return {"error": str(error)}
@@ -225,19 +226,22 @@ def _measured(engine: Timed, feed: str, *, profile: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _network(engine: Timed) -> Iterator[Callable[[Feed], Float32]]:
+def _bound(engine: Timed, feed: Feed) -> Iterator[Callable[[], Float32]]:
+    """The call of one feed, whose inputs lie where the engine computes."""
     if engine.runs_on[0] != "torch":
         with large_blocks_mapped():
-            yield _backend(engine).load(engine.built, batch=engine.batch)
+            yield _backend(engine).load(engine.built, batch=engine.batch).bound(feed)
         return
     from .families.source import load_reference, missing_device
+    from .families.torch_call import placed
 
     if reason := missing_device(engine.device):
         raise ModelError(f"{reason}; install a CUDA build of PyTorch to time it on the GPU")
     revision, variant = engine.files
     reference = load_reference(engine.model, revision=revision, variant=variant, lora=engine.lora, place=Path(engine.folder))
     with reference.on(engine.device):
-        yield reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
+        network = reference.forward if engine.runs_on[2] == "fp32" else reference.in_dtype(engine.runs_on[2])
+        yield partial(network, placed(feed, engine.device))
 
 
 def _backend(engine: Timed) -> Backend:

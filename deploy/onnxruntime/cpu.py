@@ -9,7 +9,8 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,9 +51,14 @@ SIGNED_CONVOLUTIONS_SINCE = (1, 24)
 
 @dataclass(frozen=True, eq=False)
 class OrtEngine:
-    """An onnxruntime.InferenceSession with one output."""
+    """An onnxruntime.InferenceSession with one output.
+
+    Args:
+        memory: where it computes, as ONNX Runtime's device type, number, and PCI vendor id (-1: that of the type).
+    """
 
     session: Any
+    memory: tuple[str, int, int] = ("cpu", 0, -1)
 
     def misfit(self, feed: Feed) -> str:
         """Why the graph cannot take a feed, by names, element types and shapes; empty if it can."""
@@ -78,11 +84,40 @@ class OrtEngine:
         return OnnxrtRunner(self.session, name=name)
 
     def __call__(self, feed: Feed) -> Float32:
-        try:
+        with _runs():
             result: Float32 = self.session.run(None, dict(feed))[0]
-        except session_errors() as error:
-            raise BackendError(f"ONNX Runtime cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
         return result
+
+    def bound(self, feed: Feed) -> Callable[[], Float32]:
+        """The call of one feed, whose inputs are copied to the engine's memory once, by ONNX Runtime's io-binding."""
+        binding = self.session.io_binding()
+        with _runs():
+            for name, value in feed.items():
+                placed = onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *self.memory)
+                binding.bind_ortvalue_input(name, placed)
+            binding.bind_output(self.session.get_outputs()[0].name)
+            binding.synchronize_inputs()
+
+        def run() -> Float32:
+            with _runs():
+                self.session.run_with_iobinding(binding)
+                output: Float32 = binding.copy_outputs_to_cpu()[0]
+            return output
+
+        return run
+
+
+@contextmanager
+def _runs() -> Iterator[None]:
+    """Calls of a session.
+
+    Raises:
+        BackendError: ONNX Runtime does not take the inputs.
+    """
+    try:
+        yield
+    except session_errors() as error:
+        raise BackendError(f"ONNX Runtime cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)
@@ -266,7 +301,8 @@ def new_session(model: Path, options: Any, *, without: tuple[str, ...] = (), pro
 
 
 def session_errors() -> tuple[type[Exception], ...]:
-    """onnxruntime's own exceptions, which have no common base class, and ValueError, which it raises for bad inputs."""
+    """onnxruntime's own exceptions, which have no common base class; and those that it raises for bad inputs: ValueError, and
+    RuntimeError from io-binding."""
     state = onnxruntime().capi.onnxruntime_pybind11_state
     names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
-    return (ValueError, *(getattr(state, name) for name in names))
+    return (ValueError, RuntimeError, *(getattr(state, name) for name in names))

@@ -26,6 +26,8 @@ from ..lowerings import ANY_KERNEL, Lowering, Refusal, unpacked_blocks
 from .cpu import PROVIDERS, Ort, OrtEngine, new_session, onnxruntime, session_options
 
 PROVIDER = "CUDAExecutionProvider"
+MEMORY = ("cuda", 0, -1)
+"""The first GPU's memory."""
 NODES = "nodes.json"
 """The file with the names of the nodes that the provider took."""
 
@@ -59,7 +61,7 @@ class OrtCuda(Ort):
             return ANY_KERNEL
         if scheme.activation is not None:
             nearest = PRESETS["w4a16" if weight.qtype == INT4 else "w8a16"]
-            return Refusal("it has no integer or float8 GEMM for Q/DQ; --format trt and trt-rtx have", nearest)
+            return Refusal("it has no integer or float8 GEMM for Q/DQ; --provider tensorrt and tensorrt-rtx have", nearest)
         return unpacked_blocks(scheme)
 
     def legalise(self, *, shared: bool, result: CalibrationResult) -> tuple[GraphPass, ...]:
@@ -94,7 +96,7 @@ class OrtCuda(Ort):
         """
         if reason := obstacle():
             raise BackendError(f"{reason}, needed to run {built.model}")
-        return OrtEngine(session=self._session(built.model, session_options(optimize=True)))
+        return OrtEngine(session=self._session(built.model, session_options(optimize=True)), memory=MEMORY)
 
     def audit(self, built: Built, assigned: Mapping[str, Rule]) -> Audit:
         """Audit as the CPU provider does; nodes that the GPU did not take count as float.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot run the graph on these inputs: {' '.join(str(error).split())}") from error
         return result
+
+    def bound(self, feed: Feed) -> Callable[[], Float32]:
+        """The call of one feed, which lies where the CPU reads it."""
+        return partial(self, feed)
 
     def kernels(self) -> dict[str, list[str]]:
         """Node name -> [layer type, precision] of the kernel that runs it."""

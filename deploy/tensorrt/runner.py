@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
 
 from dq_export.core.documents import printable
 
@@ -51,6 +54,16 @@ class PlanEngine:
         (result,) = (output.copy() for output in outputs.values())
         return result
 
+    def bound(self, feed: Feed) -> Callable[[], Float32]:
+        """The call of one feed, whose inputs are copied to the GPU once."""
+        from polygraphy.cuda import DeviceArray
+
+        placed: dict[str, Any] = {}
+        for name, value in feed.items():
+            array = np.ascontiguousarray(value)
+            placed[name] = DeviceArray(shape=array.shape, dtype=array.dtype).copy_from(array)
+        return partial(self, placed)
+
 
 def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine:
     """Load a plan.
@@ -65,9 +78,7 @@ def load_plan(plan: bytes, targets: tuple[str, ...], *, rtx: bool) -> PlanEngine
     capability = compute_capability()
     if not capability:
         raise BackendError("a plan runs on an NVIDIA GPU, and this machine shows none")
-    if not runs_on(targets, capability):
-        other = f"--target {capability}" if capability in TARGETS else "--format trt, for TensorRT-RTX does not run there"
-        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {capability}; build it with {other}")
+    require_target(targets, capability)
     from polygraphy import config
 
     config.USE_TENSORRT_RTX = rtx  # read when its backend is first imported
@@ -93,6 +104,17 @@ def compute_capability() -> str:
     ):
         return ""
     return f"sm{major.value}{minor.value}"
+
+
+def require_target(targets: tuple[str, ...], capability: str) -> None:
+    """Check that a plan for `targets` runs on a GPU.
+
+    Raises:
+        BackendError: it does not; the message says what to build.
+    """
+    if not runs_on(targets, capability):
+        other = f"--target {capability}" if capability in TARGETS else "--format trt, for TensorRT-RTX does not run there"
+        raise BackendError(f"the plan is for {', '.join(targets)}, this GPU is {capability}; build it with {other}")
 
 
 def runs_on(targets: tuple[str, ...], capability: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,11 +29,18 @@ def tensors_of(model: Any, inputs: Sequence[Input], feed: Feed) -> dict[str, Any
     """
     import torch
 
-    tensors = {name: torch.from_numpy(np.asarray(value)).to(model.device) for name, value in feed.items()}
+    tensors = {name: torch.as_tensor(value).to(model.device) for name, value in feed.items()}
     timestep = tensors.pop("timestep")
     batch = len(tensors[inputs[0].name])
     values = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     return arguments(inputs, {**values, "timestep": timestep.expand(batch)})
+
+
+def placed(feed: Feed, device: str) -> Feed:
+    """The feed as tensors on a device, which a call there need not copy."""
+    import torch
+
+    return cast(Feed, {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in feed.items()})
 
 
 def parts_of(inputs: Sequence[Input], feed: Feed, rows: int) -> list[Feed]:

@@ -14,7 +14,7 @@ import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.deploy.audit import Audit, audit_ort
-from dq_export.deploy.backend import Engine
+from dq_export.deploy.backend import BackendError, Engine
 from dq_export.deploy.check.ort_unpacking import BYTES_SINCE
 from dq_export.deploy.onnxruntime.cpu import ATTENTION_SINCE, OPTIMIZED, ORT, open_graph, version
 from dq_export.finished import audit_again
@@ -183,6 +183,17 @@ def test_a_batch_may_mix_timesteps_of_all_bins(tiny: Any, per_sample_engine: Eng
         assert sqnr(per_sample_engine(one)[0], mixed[i]) > SAME
         # The factored form rounds x (c / s[t]) / c, the direct form x / s[t]: only codes at a tie may differ, by one.
         assert sqnr(shared_engine({**one, "timestep": np.asarray([timestep])})[0], mixed[i]) > SAME
+
+
+def test_a_bound_call_gives_the_same_numbers_and_refuses_other_inputs(tiny: Any, shared_engine: Engine) -> None:
+    feed = feed_of(tiny)
+    call = shared_engine.bound(feed)
+    assert np.array_equal(call(), shared_engine(feed))
+    assert np.array_equal(call(), shared_engine(feed))
+    with pytest.raises(BackendError, match="cannot run the graph on these inputs"):
+        shared_engine.bound({**feed, "hidden_states": feed["hidden_states"][:, :1]})()
+    with pytest.raises(BackendError, match="cannot run the graph on these inputs"):
+        shared_engine.bound({"x": feed["hidden_states"]})
 
 
 def test_a_missing_runtime_names_itself_and_its_pip_line() -> None:

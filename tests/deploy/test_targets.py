@@ -26,7 +26,10 @@ RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reaso
         ),
         ({"target": "sm75", "dtype": "bf16"}, "--dtype bf16 needs --target sm80 or later, found sm75"),
         ({"target": "sm80", "attention": "fp8"}, "--attention fp8 needs --target sm89 or later, found sm80"),
-        ({"format": "ort", "attention": "fp8"}, "--format ort does not run --attention fp8; trt and trt-rtx do"),
+        (
+            {"format": "ort", "attention": "fp8"},
+            "ort does not run --attention fp8; trt, trt-rtx, tensorrt, tensorrt-rtx do",
+        ),
         ({"provider": "cpu"}, "--format trt-rtx does not run --provider cpu; it runs"),
     ],
 )

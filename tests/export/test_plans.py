@@ -71,7 +71,7 @@ def test_finish_builds_what_is_not_built(exported: Path) -> None:
 def test_bench_of_a_plan_says_that_it_needs_a_gpu(exported: Path) -> None:
     result = call("bench", exported)
     assert result.returncode == 2
-    assert "an engine of --format trt-rtx runs on an NVIDIA GPU of --target sm89,sm120 only" in result.stderr
+    assert "an engine of TensorRT-RTX runs on an NVIDIA GPU of --target sm89,sm120 only" in result.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")

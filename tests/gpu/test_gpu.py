@@ -6,12 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import calibrate_tiny, feed_of, load_graph, recipe_of, run_onnx, sqnr
 
 from dq_export.deploy.check.rules_nvidia import TARGETS
 from dq_export.deploy.onnxruntime.cuda import OrtCuda, obstacle
+from dq_export.deploy.onnxruntime.plans import OrtPlan, OrtTensorRt, OrtTensorRtRtx
 from dq_export.deploy.tensorrt.backend import TensorRt, TensorRtRtx
 from dq_export.deploy.tensorrt.runner import compute_capability
 from dq_export.passes.base import run_passes
@@ -20,7 +22,7 @@ from dq_export.passes.pipeline import canonical_passes
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kind", [TensorRt, TensorRtRtx])
+@pytest.mark.parametrize("kind", [TensorRt, TensorRtRtx, OrtTensorRt, OrtTensorRtRtx])
 @pytest.mark.parametrize(
     ("bits", "dtype", "minimum"), [("w8a8", "fp16", 30), ("w8a8", "bf16", 25), ("fp8", "fp16", 25), ("w4a16", "fp16", 30)]
 )
@@ -30,12 +32,15 @@ def test_a_plan_computes_what_its_graph_does(
     target = compute_capability()
     if not target:
         pytest.skip("no NVIDIA GPU")
-    if kind is TensorRtRtx and target not in TARGETS:
+    rtx = issubclass(kind, TensorRtRtx)
+    if rtx and target not in TARGETS:
         pytest.skip(f"TensorRT-RTX does not run on {target}")
     if importlib.util.find_spec(kind.module) is None:
         pytest.skip(f"{kind.module} is not installed")
+    if issubclass(kind, OrtPlan) and (reason := kind(dtype).obstacle):
+        pytest.skip(reason)
     result, assigned = calibrate_tiny(tiny, recipe_of(tiny, bits=bits, bins="per-step"))
-    backend = kind(dtype, targets=(target,) if kind is TensorRtRtx else ())
+    backend = kind(dtype, targets=(target,) if rtx else ())
     graph = load_graph(tiny_onnx_per_sample)
     graph.ir_version = 10
     run_passes(graph, (*canonical_passes(result, assigned), *backend.legalise(shared=False, result=result)))
@@ -44,7 +49,9 @@ def test_a_plan_computes_what_its_graph_does(
     assert backend.audit(built, assigned).coverage == 1
     feed = feed_of(tiny, [20, 500, 900])
     exact = run_onnx(backend.portable(tmp_path / "model.onnx", tmp_path / "portable"), feed)
-    actual = backend.load(built)(feed)
+    engine = backend.load(built)
+    actual = engine(feed)
+    assert np.array_equal(engine.bound(feed)(), actual)
     assert sqnr(exact, actual) > minimum  # other kernels move codes next to a boundary by one
 
 
@@ -62,4 +69,7 @@ def test_a_session_on_the_gpu_computes_what_its_graph_does(
     built = backend.build(tmp_path / "model.onnx", tmp_path / "engine")
     assert backend.audit(built, assigned).coverage == 1
     feed = feed_of(tiny)
-    assert sqnr(run_onnx(built.model, feed), backend.load(built)(feed)) > 45  # float16 rounding in another order
+    engine = backend.load(built)
+    actual = engine(feed)
+    assert np.array_equal(engine.bound(feed)(), actual)
+    assert sqnr(run_onnx(built.model, feed), actual) > 45  # float16 rounding in another order

@@ -12,6 +12,7 @@ from typing import Any
 from dq_export.core.documents import printable, shown, shown_path
 from dq_export.core.recipe import Recipe
 
+from .families.config_values import values_of
 from .families.float_graph import link
 from .families.hub import refusals
 from .families.loading import read_config
@@ -173,14 +174,15 @@ def _card(folder: FinishedFolder, name: str) -> str:
 def _origin(recipe: Recipe, out: Path) -> Origin:
     """Describe the checkpoint's origin. Only a checkpoint from the hub has a revision."""
     place, _ = MODELS.get(recipe.model, (recipe.model, 0.0))
-    family = family_of(read_config(out / FLOAT_CONFIG), out / "float")
+    config = read_config(out / FLOAT_CONFIG)
+    family = family_of(config, out / "float")
     from_hub = bool(recipe.revision and HUB_ID.fullmatch(place))
     return Origin(
         name=Path(place).name,
         hub_id=place if from_hub else "",
         revision=recipe.revision or "",
         part=family.part,
-        prompted=bool(family.encoders),
+        task=family.task(values_of(family.values, config, out / FLOAT_CONFIG)),
         adapters=tuple(Path(text.rpartition(":")[0] or text).name for text in recipe.lora or ()),
     )
 

@@ -122,6 +122,10 @@ class Family(ABC):
         """The kind of guidance above a scale of 1: calls without a condition, an input of the network, or none."""
         return "null"
 
+    def task(self, config: Any) -> str:
+        """What the hub calls the task of the pipeline that draws with a network of this configuration; empty: it has no name."""
+        return "text-to-image" if self.encoders else ""
+
     def zero_null(self, config: Any) -> bool:
         """Whether the empty condition of guidance is zeros, not that of the prompt ""."""
         return False

@@ -14,7 +14,7 @@ from .family import Family, Pictures
 from .reference import Float32
 from .stand_in import StandIn
 from .torch_blocks import UNET_LISTS
-from .unet_pipelines import ENCODED_AS, OPTIONAL, PARTS, PIXELS, XL, draw, encoding
+from .unet_pipelines import ENCODED_AS, OPTIONAL, PARTS, PIXELS, XL, draw, encoding, task
 from .unet_values import UNetValues, is_refiner, numbers_of
 from .upsampling import settle_upsamplers
 
@@ -69,6 +69,10 @@ class UNet(Family):
     def guided_by(self, config: Any) -> Literal["null", "input", "nothing"]:
         """See `Family.guided_by`. A latent consistency model reads the scale, as sines and cosines."""
         return "null" if config.time_cond_proj_dim is None else "input"
+
+    def task(self, config: Any) -> str:
+        """See `Family.task`. Pipelines that inpaint, and the refiner's, start from a picture."""
+        return task(config)
 
     def zero_null(self, config: Any) -> bool:
         """See `Family.zero_null`. XL's pipeline takes zeros where there is no negative prompt, its refiner's does not."""

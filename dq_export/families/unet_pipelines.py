@@ -47,6 +47,11 @@ def drawn_by(config: Any) -> str:
     return PLAIN if config.addition_embed_type is None else XL
 
 
+def task(config: Any) -> str:
+    """What the hub calls the task of the pipeline that draws with a network of this configuration."""
+    return "image-to-image" if drawn_by(config) in (INPAINT, XL_INPAINT, REFINER) else "text-to-image"
+
+
 def encoding(name: str, parts: Mapping[str, Any]) -> Any:
     """A pipeline that encodes prompts as that of a class does.
 

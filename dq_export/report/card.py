@@ -24,7 +24,7 @@ class Origin:
         hub_id: the checkpoint's id on the hub; empty: it is from a folder.
         revision: the commit; empty: it is from a folder.
         part: what pipelines call the network: `transformer` or `unet`.
-        prompted: whether it draws prompts.
+        task: what the hub calls the task of its pipelines; empty: the hub has no name for it.
         adapters: files of adapters that are fused into it.
     """
 
@@ -32,7 +32,7 @@ class Origin:
     hub_id: str
     revision: str
     part: str
-    prompted: bool
+    task: str
     adapters: tuple[str, ...] = ()
 
 
@@ -64,8 +64,8 @@ def _metadata(report: Report, origin: Origin) -> str:
     values: dict[str, object] = {"library_name": "dq-export"}
     if origin.hub_id:
         values |= {"base_model": origin.hub_id, "base_model_relation": "quantized"}
-    if origin.prompted:
-        values["pipeline_tag"] = "text-to-image"
+    if origin.task:
+        values["pipeline_tag"] = origin.task
     values["tags"] = ["dq-export", "onnx", "diffusers", "quantized", report.recipe.get("bits", "")]
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---"])
 

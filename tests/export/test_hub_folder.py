@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,14 @@ from dq_export.hub_folder import HubError, push
 from dq_export.output_folder import OutputError
 
 REVISION = "eab87f77abd5aef071a632f08807fbaab0b704d0"
+UNET = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 64, "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [320],
+}  # fmt: skip
+ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+XL = {"cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 2816, **ADDED}
+REFINER = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560, **ADDED}
+INPAINT = {"in_channels": 9}
 DRAW = """
 import sys, numpy as np, dq_export
 engine = dq_export.load(sys.argv[1])
@@ -101,6 +110,24 @@ def test_a_second_push_takes_the_place_of_the_first(out: Path, tmp_path: Path) -
     assert "![Rows of pictures: PyTorch, the engine, their difference](parity/pictures.png)" in card
     assert 'pipe.transformer = dq_export.load("owner/name")' in card
     assert report["parity"]["replay"] in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [({}, "text-to-image"), (INPAINT, "image-to-image"), ({**INPAINT, **XL}, "image-to-image"), (REFINER, "image-to-image")],
+    ids=["prompts", "inpainting", "XL's inpainting", "refiner"],
+)
+def test_the_cards_tag_names_the_task_of_the_pipeline(changes: dict[str, Any], task: str, out: Path, tmp_path: Path) -> None:
+    """As the hub tags the pipelines' own repositories."""
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    (copy / "float" / "config.json").write_text(json.dumps({**UNET, **changes}))
+    with serving(tmp_path / "served") as hub:
+        result = run(tmp_path / "home", hub.address, "-m", "dq_export", "push", str(copy), "owner/name")
+    assert result.returncode == 0, result.stderr
+    _, metadata, card = (tmp_path / "served" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata)["pipeline_tag"] == task
+    assert 'pipe.unet = dq_export.load("owner/name")' in card
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def _verdict_rows(report: Report) -> list[tuple[str, str]]:
         share = f"{report.audit.coverage:.1%} of those that the recipe quantizes; required {verdict.min_coverage:.1%}"
         rows.append(("", share))
     if report.engine and report.parity and not report.ran():
-        rows.append(("engine", f"{report.engine} plan not run here: the graph that it is built from was compared"))
+        rows.append(("engine", f"plan not run here ({report.engine}): the graph that it is built from was compared"))
     return rows
 
 

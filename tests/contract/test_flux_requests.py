@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, FluxPipeline
 from flux import SIDE, flux_pipeline, save_flux
 from flux2 import flux2_pipeline, save_flux2
 from json_file import edit
-from serving_requests import LONGEST, ask
+from serving_requests import LONGEST, ask, ask_together
 from tiny_vae import save_flux2_vae, save_vae
 from toy import PROMPTS
 from tritonclient.utils import InferenceServerException
@@ -185,13 +185,9 @@ def test_requests_share_calls_with_equal_results_whatever_their_guidance(client:
         for i in range(12)
     ]
     alone = [ask(client, **request)["latents"] for request in requests]
-    (before,) = client.get_inference_statistics("denoiser").model_stats
-    with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: ask(client, **request)["latents"], requests))
-    (after,) = client.get_inference_statistics("denoiser").model_stats
-    assert [np.array_equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(requests)
-    steps = sum(request["num_inference_steps"] for request in requests)
-    assert after.execution_count - before.execution_count < steps / 2
+    together, _, calls = ask_together(client, requests)
+    assert [np.array_equal(a, b["latents"]) for a, b in zip(alone, together, strict=True)] == [True] * len(requests)
+    assert calls < sum(request["num_inference_steps"] for request in requests) / 2
 
 
 def test_a_whole_batch_of_guided_pictures_fits_into_a_call(client: Any) -> None:

@@ -12,7 +12,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import server
 from conftest import PROMPTED_STEPS, shared, whole_after
-from serving_requests import ask, tensors
+from serving_requests import ask, ask_together, tensors
 from test_images import endpoint
 from tiny_vae import save_vae
 from tritonclient.utils import InferenceServerException
@@ -118,14 +117,10 @@ def test_requests_of_mixed_sizes_in_flight_get_what_they_get_alone(client: Any) 
         for i in range(24)
     ]
     single = [ask(client, **request) for request in requests]
-    (before,) = client.get_inference_statistics("denoiser").model_stats
-    with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: ask(client, **request), requests))
-    (after,) = client.get_inference_statistics("denoiser").model_stats
+    together, rows, calls = ask_together(client, requests)
     assert [answer["images"].shape[1:3] for answer in together[:8:2]] == [(32, 32), (48, 64), (40, 32), (32, 36)]
     for name in ("latents", "images"):
         assert [np.array_equal(a[name], b[name]) for a, b in zip(single, together, strict=True)] == [True] * len(requests)
-    rows, calls = after.inference_count - before.inference_count, after.execution_count - before.execution_count
     assert rows == sum(request["num_inference_steps"] * (1 + (request["guidance_scale"] > 1)) for request in requests)
     assert rows / calls > 3  # of 9 at most, the rows of a size; alone it is 1 or 2
 

@@ -8,11 +8,11 @@
 
 The model is made once in a folder (`--model`, default ./dit-xl), with `--pickle` in the hub's format, see `dit_xl.py`.
 `--network` selects another: `pixart` at 512 pixels (see `pixart_xl.py`), `sd1.5` at 512 pixels and `sdxl` (see `unet_xl.py`),
-`sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` holds all engines of a runtime in memory; for
-the last three networks use `cost`, which times ONNX Runtime's engines in turn. If the folder has conditions.safetensors, the
-export uses them.
+`sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` holds the float graph and two or three
+engines in memory; for the last three networks use `cost`, which times ONNX Runtime's engines in turn. If the folder has
+conditions.safetensors, the export uses them.
 Exports are written to a temporary folder beside the model. `speed --peers static nncf` also quantizes with onnxruntime's
-quantize_static, which takes 13 GB of memory and some minutes for DiT-XL/2, and with NNCF. Every table names the machine.
+quantize_static and with NNCF (see `peers.py`), each in a process of its own. Every table names the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -34,12 +33,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from full_size_model import MADE_BY, feed_of, flags_of, model_folder, reference_of
 from process_tree import run_measured
+from result_table import ResultTable
+
+from dq_export.deploy.onnxruntime.cpu import open_graph
 
 FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
 """One picture in four forward passes."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
+BASE = "ONNX Runtime fp32"
+COLUMNS = ("one call of a picture, 2 threads", "median ms", "least ms", f"{BASE} in turn with it, ms", "against it")
 
 
 def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
@@ -97,37 +102,38 @@ def flat(model: Path, temporary: Path) -> None:
         shutil.rmtree(out)
 
 
-def speed(model: Path, temporary: Path, peers: list[str]) -> None:
-    """Print the latency of one call of a picture, for the warm engines of each runtime in turn."""
-    from dq_export.deploy.latency import Latency, measure
-    from dq_export.deploy.onnxruntime.cpu import open_graph
+def speed(model: Path, temporary: Path, peers: list[str], path: Path | None) -> None:
+    """Print the latency of one call of a picture, for the engines of each runtime in turn with ONNX Runtime's float graph."""
+    from dq_export.deploy.latency import measure
 
     cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
     reference = reference_of(model)
     feed = feed_of(reference)
-    first: dict[str, Callable[[], Any]] = {
-        "PyTorch fp32": lambda: reference.forward,
-        "PyTorch bf16": lambda: reference.in_dtype("bf16"),
-        "ONNX Runtime fp32": lambda: open_graph(cpu / "float" / "model.onnx"),
-        "dq-export W8A8, ONNX Runtime CPU": lambda: open_graph(cpu / "model.onnx"),
-    }
-    if "static" in peers:
-        first["onnxruntime quantize_static"] = partial(open_graph, quantize_static(cpu / "float" / "model.onnx", feed, temporary))
-    times: dict[str, Latency] = {}
-    for makers in (first, openvino_engines(model, temporary, len(feed[reference.inputs[0].name]))):
-        # The engines of one runtime at a time: those of a UNet do not all fit into memory.
-        times |= measure({name: make() for name, make in makers.items()}, feed)
-    if "nncf" in peers:
-        times |= measure({"NNCF, OpenVINO": nncf(cpu / "float" / "model.onnx", feed, temporary)}, feed)
-    base = times["ONNX Runtime fp32"].median
-    print("| one call of a picture, 2 threads | median ms | least ms | against ONNX Runtime fp32 |\n|---|---|---|---|")
-    for name, latency in times.items():
-        print(f"| {name} | {latency.median:.0f} | {latency.minimum:.0f} | {base / latency.median:.2f}x |")
+    for name in peers:
+        quantize(name, cpu / "float", feed, temporary)
+    table = ResultTable(COLUMNS, path)
+    batch = len(feed[reference.inputs[0].name])
+    for makers in (*onnxruntime_engines(reference, temporary), *openvino_engines(model, temporary, batch)):
+        # A few engines at a time: those of a UNet do not all fit into memory.
+        base_makers = {BASE: partial(open_graph, cpu / "float" / "model.onnx")}
+        times = measure({name: make() for name, make in (base_makers | makers).items()}, feed)
+        base = times.pop(BASE).median
+        for name, latency in times.items():
+            table.add([name, f"{latency.median:.0f}", f"{latency.minimum:.0f}", f"{base:.0f}", f"{base / latency.median:.2f}x"])
 
 
-def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Callable[[], Any]]:
-    """Return the float network and the W8A8 engine on OpenVINO, in both float types; none if the library is missing."""
+def onnxruntime_engines(reference: Any, temporary: Path) -> list[dict[str, Callable[[], Any]]]:
+    """Return PyTorch's networks, and the engines on ONNX Runtime."""
+    engines: dict[str, Callable[[], Any]] = {}
+    engines["dq-export W8A8, ONNX Runtime"] = partial(open_graph, temporary / "cpu" / "model.onnx")
+    if (peer := temporary / "static" / "model.onnx").exists():
+        engines["onnxruntime quantize_static"] = partial(open_graph, peer)
+    return [{"PyTorch fp32": lambda: reference.forward, "PyTorch bf16": partial(reference.in_dtype, "bf16")}, engines]
+
+
+def openvino_engines(model: Path, temporary: Path, batch: int) -> list[dict[str, Callable[[], Any]]]:
+    """Return the float network, the W8A8 engine and NNCF's on OpenVINO, by float types; none if the library is missing."""
     from dq_export.deploy.backend import BackendError, Built
     from dq_export.deploy.openvino.backend import OpenVino
 
@@ -135,7 +141,7 @@ def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Call
         OpenVino().require()
     except BackendError as error:
         print(f"without OpenVINO: {error}")
-        return {}
+        return []
     cpu, copy = temporary / "cpu", temporary / "openvino"
     shutil.copytree(cpu, copy)
     export(model, copy, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
@@ -143,41 +149,39 @@ def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Call
     def load(dtype: str, folder: Path) -> Any:
         return OpenVino(dtype).load(Built(model=folder / "model.onnx", folder=folder / "engine"), batch=batch)
 
-    graphs = {"OpenVINO": cpu / "float", "dq-export W8A8, OpenVINO, rest": copy}
-    return {f"{name} {dtype}": partial(load, dtype, graph) for dtype in ("fp32", "bf16") for name, graph in graphs.items()}
+    graphs = {"OpenVINO": partial(load, folder=cpu / "float"), "dq-export W8A8, OpenVINO, rest": partial(load, folder=copy)}
+    if (peer := temporary / "nncf" / "model.xml").exists():
+        graphs["NNCF, OpenVINO, rest"] = partial(open_nncf, peer, batch)
+    return [{f"{name} {dtype}": partial(make, dtype) for name, make in graphs.items()} for dtype in ("fp32", "bf16")]
 
 
-def nncf(model: Path, feed: dict[str, Any], temporary: Path) -> Callable[[Any], Any]:
-    """Quantize the float graph with NNCF and 4 samples, and load it on OpenVINO."""
+def open_nncf(path: Path, batch: int, dtype: str) -> Callable[[Any], Any]:
+    """Load a model of NNCF on OpenVINO for a fixed batch, as dq-export's own engine is loaded."""
     import openvino
-    from peers import nncf as quantize
 
-    start = time.monotonic()
-    quantize(model, [feed] * 4, temporary / "nncf.xml")
-    print(f"NNCF with 4 samples: {time.monotonic() - start:.0f} s, {peak():.1f} GB at the peak of this process")
-    network = openvino.Core().compile_model(temporary / "nncf.xml", "CPU")
-    return lambda feed: network(dict(feed))[0]
+    core = openvino.Core()
+    network = core.read_model(path)
+    shapes = {port.any_name: port.partial_shape for port in network.inputs}
+    for shape in shapes.values():
+        if len(shape) > 1 and shape[0].is_dynamic:
+            shape[0] = batch
+    network.reshape(shapes)
+    compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype]})
+    return lambda feed: compiled(dict(feed))[0]
 
 
-def quantize_static(model: Path, feed: dict[str, Any], temporary: Path) -> Path:
-    """Quantize the float graph with onnxruntime's quantize_static: MatMul, Gemm, Conv, per channel, U8S8, MinMax, 4 samples."""
-    import onnx
-    from peers import static
-
-    folder = temporary / "peer"
+def quantize(peer: str, source: Path, feed: dict[str, Any], temporary: Path) -> None:
+    """Quantize the float graph with a peer and 4 samples, in a process whose memory is measured."""
+    folder = temporary / peer
     folder.mkdir()
-    shutil.copytree(model.parent, folder / "float")  # a copy: onnx refuses weights that are a hard link
-    start = time.monotonic()
-    target = folder / "model.onnx"
-    static(folder / "float" / model.name, [feed] * 4, target, large=True)
-    print(f"quantize_static with 4 samples: {time.monotonic() - start:.0f} s, {peak():.1f} GB at the peak of this process")
-    assert onnx.load(target, load_external_data=False).graph.node
-    return target
-
-
-def peak() -> float:
-    """Return the peak memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    shutil.copytree(source, folder / "float")  # a copy: onnx refuses weights that are a hard link
+    feeds: dict[str, Any] = {name: np.stack([value] * 4) for name, value in feed.items()}
+    np.savez(folder / "feeds.npz", **feeds)
+    target = folder / ("model.xml" if peer == "nncf" else "model.onnx")
+    files = (folder / "float" / "model.onnx", folder / "feeds.npz", target)
+    seconds, peak, _ = run_measured([sys.executable, str(Path(__file__).with_name("peers.py")), peer, *map(str, files)])
+    print(f"{peer} with 4 samples: {seconds:.0f} s, {peak:.1f} GB at the peak", flush=True)
+    shutil.rmtree(folder / "float")
 
 
 def resume(model: Path, temporary: Path, *, kills: int) -> None:
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=("static", "nncf"), default=[], help="other quantizers, for speed")
     parser.add_argument("--rounding", default="rtn", help="rounding of the weights, for cost")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the table there, for speed")
     options = parser.parse_args()
     place = options.model or Path(f"{options.network}-xl")
     model = model_folder(place, options.network, options.layers, pickle=options.pickle)
@@ -227,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=model.parent) as temporary:
         folder = Path(temporary)
         if options.table == "speed":
-            speed(model, folder, options.peers)
+            speed(model, folder, options.peers, options.json)
         elif options.table == "resume":
             resume(model, folder, kills=options.kills)
         elif options.table == "cost":

@@ -10,14 +10,39 @@ FEEDS holds arrays of equal length, with one entry per network call.
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
-def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: bool = False) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+def folded(model: Path, target: Path) -> Path:
+    """Write a graph whose weights are stored as its MatMuls read them, as the preprocessing of each peer would do it.
+
+    The float graph shares the checkpoint's weights and transposes them. Peers do not take the result for a weight: NNCF leaves
+    such a linear float, and quantize_static gives it one scale.
+    """
+    import onnx
+
+    proto = onnx.load(model)
+    weights = {item.name: item for item in proto.graph.initializer}
+    for node in [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
+        transposed = np.transpose(onnx.numpy_helper.to_array(weights[node.input[0]]), node.attribute[0].ints)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(transposed), node.output[0]))
+        proto.graph.node.remove(node)
+    names = {name for node in proto.graph.node for name in node.input}
+    for index in reversed(range(len(proto.graph.initializer))):
+        if proto.graph.initializer[index].name not in names:
+            del proto.graph.initializer[index]
+    onnx.save(proto, target, save_as_external_data=True, location=f"{target.name}.data")
+    return target
+
+
+def static(model: Path, feeds: list[dict[str, Any]], target: Path) -> None:
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, create_calibrator, quantize_static
+    from onnxruntime.quantization.calibrate import save_tensors_data
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -26,15 +51,27 @@ def static(model: Path, feeds: list[dict[str, Any]], target: Path, *, large: boo
         def get_next(self) -> dict[str, Any] | None:
             return next(self.feeds, None)
 
+    operators, ranges = ["MatMul", "Gemm", "Conv"], model.with_name("ranges.json")
+    augmented = model.with_name("augmented.onnx")
+    calibrator = create_calibrator(model, operators, str(augmented), use_external_data_format=True)
+    # In the default order a session computes all ranges at the end of a call, and every activation stays in memory until then.
+    options = onnxruntime.SessionOptions()
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    calibrator.infer_session = onnxruntime.InferenceSession(augmented, options, providers=["CPUExecutionProvider"])
+    calibrator.collect_data(Reader())
+    save_tensors_data(calibrator.compute_data(), ranges)
+    del calibrator
     quantize_static(
         model,
         target,
-        Reader(),
-        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+        None,
+        op_types_to_quantize=operators,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        use_external_data_format=large,
+        use_external_data_format=True,
+        calibration_cache_path=ranges,
     )
 
 
@@ -82,7 +119,9 @@ def main() -> None:
     name, model, feeds, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
     arrays = dict(np.load(feeds))
     calls = [{key: value[i] for key, value in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
-    {"static": static, "modelopt": modelopt, "nncf": nncf}[name](model, calls, target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        graph = folded(model, Path(folder) / "model.onnx")
+        {"static": static, "modelopt": modelopt, "nncf": nncf}[name](graph, calls, target)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def load(place: str | Path) -> StandIn:
     """
     require_packages(["torch", "diffusers", "accelerate"], "dq_export.load")
     out = fetch(place) if isinstance(place, str) and is_hub_id(place) else Path(os.path.expanduser(place))
-    recipe = FinishedFolder.open(out, RECIPE, MODEL, REPORT, FLOAT_CONFIG).recipe()
+    finished = FinishedFolder.open(out, RECIPE, MODEL, REPORT, FLOAT_CONFIG)
+    recipe = finished.recipe()
     backend = backend_of(recipe)
     if backend is not None and not (out / ENGINE).is_dir():
         raise OutputError(
@@ -45,9 +46,14 @@ def load(place: str | Path) -> StandIn:
     config = read_config(out / FLOAT_CONFIG)
     family = family_of(config, (out / FLOAT_CONFIG).parent)
     model = make_empty(family.network_class(str(architecture_of(config))), family.values, out / FLOAT_CONFIG, config)
+    inputs = [*family.inputs(model)]
+    if residuals := family.residuals(model):
+        graph = finished.graph()  # the configuration is the same with and without a ControlNet
+        names = {value.name for value in graph.graph.inputs}
+        inputs += [item for item in residuals if item.name in names]
     return StandIn(
         network=runtime.load(engine_of(out)),
-        inputs=_within(family.inputs(model), runtime.greatest_batch(out / MODEL)),
+        inputs=_within(inputs, runtime.greatest_batch(out / MODEL)),
         config=configuration(model),
         architecture=type(model),
         shared=recipe.timesteps == "shared",

@@ -82,20 +82,27 @@ class FinishedFolder:
                 f"{shown_path(path)}: not a report of this version of dq-export ({key}: {first['msg']}); export again"
             ) from error
 
+    def graph(self) -> ir.Model:
+        """The quantized graph.
+
+        Raises:
+            OutputError: it is damaged.
+        """
+        from google.protobuf.message import DecodeError
+
+        try:
+            return ir.load(self.path / MODEL)
+        except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
+            raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
+
     def assigned(self) -> dict[str, Rule]:
         """The rule of every linear, as the report has it.
 
         Raises:
             OutputError: the graph or the report is damaged, or the report is of another graph.
         """
-        from google.protobuf.message import DecodeError
-
-        try:
-            graph = ir.load(self.path / MODEL)
-        except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
-            raise OutputError(f"{shown_path(self.path / MODEL)}: not a readable ONNX file ({printable(str(error))})") from error
         assigned = {linear.name: linear.decided for linear in self.report().linears}
-        unknown = [name for name in linears(graph) if name not in assigned]
+        unknown = [name for name in linears(self.graph()) if name not in assigned]
         if unknown:
             raise OutputError(f"{shown_path(self.path / REPORT)}: no linear {shown(unknown[0])}, which {MODEL} has; export again")
         return assigned

@@ -50,7 +50,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    checkpoint: Weights, recipe: Recipe, limit: float | None, stages: tuple[str, ...], encoders: int = 0
+    checkpoint: Weights, recipe: Recipe, limit: float | None, stages: tuple[str, ...], encoders: int = 0, beside: int = 0
 ) -> MemoryPlan:
     """All of `stages`, or all but bench, where that alone does not run within `limit` GiB.
 
@@ -59,6 +59,7 @@ def plan_memory(
     Args:
         checkpoint: the network's files of weights.
         encoders: bytes that encoding prompts takes; 0 where nothing is encoded.
+        beside: bytes of the float32 weights of a ControlNet, which stay mapped; 0 without one.
 
     Raises:
         RecipeError: another stage does not fit.
@@ -69,12 +70,12 @@ def plan_memory(
         raise RecipeError(f"--max-memory {limit:g}: expected a number of GiB above 0; leave it out for no limit")
     stored_shapes = {name: place.shape for file in checkpoint.files for name, place in stored(file).items()}
     shapes = list(stored_shapes.values())
-    weights = sum(4 * math.prod(shape) for shape in shapes) / GIB
-    gigabytes = {stage: BASE + copies * weights for stage, copies in WEIGHTS.items()}
+    weights, base = float32_bytes(checkpoint) / GIB, BASE + MAPPED * beside / GIB
+    gigabytes = {stage: base + copies * weights for stage, copies in WEIGHTS.items()}
     if encoders:
-        gigabytes["conditions"] = BASE + MAPPED * weights + encoders / GIB
+        gigabytes["conditions"] = base + MAPPED * weights + encoders / GIB
     if recipe.rounding == "distill":
-        gigabytes["distill"] = BASE + _training(recipe, weights, _largest_block(stored_shapes) / GIB)
+        gigabytes["distill"] = base + _training(recipe, weights, _largest_block(stored_shapes) / GIB)
     plain, space = gigabytes["calibrate"], SPACE
     if recipe.calibration == "progressive":
         gigabytes["calibrate"] += SIMULATED * weights
@@ -99,6 +100,11 @@ def plan_memory(
             advice = "no stage needs less: take a larger machine"
         raise RecipeError(f"--max-memory {limit:g}: {text} will not fit; {advice}")
     return MemoryPlan(stages=tuple(stage for stage in stages if stage not in exceeding), space=space)
+
+
+def float32_bytes(weights: Weights) -> int:
+    """Bytes of a network's weights in float32."""
+    return sum(4 * math.prod(place.shape) for file in weights.files for place in stored(file).values())
 
 
 def _training(recipe: Recipe, weights: float, block: float) -> float:

@@ -21,7 +21,7 @@ from dq_export.deploy.backend import Backend
 
 from .families.prompts import conditions_of
 from .families.reference import ModelError, Reference
-from .memory import plan_memory
+from .memory import float32_bytes, plan_memory
 from .sizes import plan_shapes, require_sizes
 from .stages.appearance import latent_shape, require_appearance
 from .stages.layout import layout_timesteps, require_layout
@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     """
     from dq_export.deploy.backends import backend_of
 
+    from .families.controlnet import controlnet_weights
     from .families.recorded_file import settle_metrics, settle_tables
     from .families.source import load, pin, require_device
     from .families.text_encoders import encoder_bytes, require_prompts
@@ -79,7 +80,9 @@ def prepare(recipe: Recipe, stages: tuple[Stage[Any], ...], options: Options, pr
     require_encoder_bits(recipe, source.family)
     encoders = encoder_bytes(source.family, source.checkpoint) if recipe.prompts is not None else 0
     names = tuple(stage.name for stage in stages)
-    memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders)
+    beside = controlnet_weights(source.checkpoint) if source.checkpoint.pipeline in source.family.controlled else None
+    controlnet = float32_bytes(beside) if beside else 0
+    memory = plan_memory(source.checkpoint.weights, recipe, options.max_memory, names, encoders, controlnet)
     require_device(options.device)
     require_layout(recipe, source)
     backend = backend_of(recipe)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from operator import add, floordiv, mul, sub
 from typing import Any
 
@@ -70,7 +72,7 @@ def input_sizes(model: ir.Model) -> dict[str, Dims]:
     """
     axes = read_sizes(model)
     return {
-        str(value.name): tuple(dim if isinstance(dim, int) else axes.get(str(dim)) for dim in _texts(value))
+        str(value.name): tuple(dim if isinstance(dim, int) else _axis_of(str(dim), axes) for dim in _texts(value))
         for value in model.graph.inputs
     }
 
@@ -99,6 +101,15 @@ def sizes_of(axes: Mapping[str, Axis]) -> dict[str, int]:
     """The value of each size name of the graph in a call of one sample with the sizes of the pictures."""
     units = {axis.unit: axis.size // axis.multiple for axis in axes.values()}
     return {BATCH.name: 1, **units, **{axis.name: axis.size for axis in axes.values()}}
+
+
+def _axis_of(text: str, axes: Mapping[str, Axis]) -> Axis | None:
+    """The axis of a dimension: `height`, or a part of it in steps, `4*height_by_8`, half of the height."""
+    match = re.fullmatch(r"(?:([1-9][0-9]{0,6})\*)?(.+)", text)
+    if text in axes or match is None:
+        return axes.get(text)
+    steps, axis = int(match[1] or 1), next((axis for axis in axes.values() if axis.unit == match[2]), None)
+    return None if axis is None or axis.multiple % steps else replace(axis, divisor=axis.multiple // steps)
 
 
 def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:

@@ -62,7 +62,7 @@ def _require_alike(inputs: Mapping[str, Dims], profiles_of: Mapping[str, tuple[S
         for place, axis in enumerate(inputs[name]):
             if not isinstance(axis, Axis):
                 continue
-            sizes = tuple(shape[place] for shape in shapes)
+            sizes = tuple(shape[place] * axis.divisor for shape in shapes)
             other, expected = first.setdefault(axis.name, (name, sizes))
             if sizes != expected:
                 raise BackendError(
@@ -77,7 +77,7 @@ def _range(sizes: tuple[int, ...]) -> str:
 
 def _unnamed(name: str, dims: Dims, best: Shape | None, batch: int) -> Shape:
     """A shape that the recipe does not name: the best shape, or the graph's with the pictures' sizes, with another batch."""
-    sizes: tuple[int | None, ...] = best or tuple(size.size if isinstance(size, Axis) else size for size in dims)
+    sizes: tuple[int | None, ...] = best or tuple(size.length if isinstance(size, Axis) else size for size in dims)
     rest = tuple(size for size in sizes[1:] if size is not None)
     if len(rest) < len(sizes) - 1:
         raise BackendError(f"'{name}' is {_text(dims)}: name its shape with --opt-shapes {name}:AxBxC, where ? may change")
@@ -116,7 +116,7 @@ def _example(inputs: Mapping[str, Dims]) -> str:
     """An example of the flag's value: a batch of 2, for the inputs that may change."""
     changing = {name: dims for name, dims in inputs.items() if not all(isinstance(size, int) for size in dims)}
     sizes = {
-        name: [size.size if isinstance(size, Axis) else 2 if size is None else size for size in dims]
+        name: [size.length if isinstance(size, Axis) else 2 if size is None else size for size in dims]
         for name, dims in changing.items()
     }
     return ",".join(f"{name}:{'x'.join(map(str, numbers))}" for name, numbers in sizes.items())

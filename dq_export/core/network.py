@@ -32,24 +32,34 @@ class Axis:
         size: the size of sampled pictures and of examples.
         limit: the greatest size that the graph takes.
         multiple: a number that divides every size.
+        divisor: the dimension has the size divided by this, which divides `multiple`. A UNet's deeper levels have a half, a
+            quarter and an eighth of the height.
     """
 
     name: str
     size: int
     limit: int = 1024
     multiple: int = 1
+    divisor: int = 1
 
     @property
     def unit(self) -> str:
         """The graph's name of the size divided by `multiple`."""
         return self.name if self.multiple == 1 else f"{self.name}_by_{self.multiple}"
 
-    def __str__(self) -> str:
-        steps = f" in steps of {self.multiple}" if self.multiple > 1 else ""
-        return f"{self.name} up to {self.limit}{steps}"
+    @property
+    def length(self) -> int:
+        """The dimension in sampled pictures and in examples."""
+        return self.size // self.divisor
 
-    def takes(self, size: int) -> bool:
-        """Whether the graph takes a size."""
+    def __str__(self) -> str:
+        step, part = self.multiple // self.divisor, f"/{self.divisor}" if self.divisor > 1 else ""
+        steps = f" in steps of {step}" if step > 1 else ""
+        return f"{self.name}{part} up to {self.limit // self.divisor}{steps}"
+
+    def takes(self, length: int) -> bool:
+        """Whether the graph takes a dimension of this length."""
+        size = length * self.divisor
         return 1 <= size <= self.limit and size % self.multiple == 0
 
 
@@ -64,14 +74,16 @@ class Input:
         name: diffusers' name, which is also the name of the graph's input.
         role: `state` is the value that a sampler changes, the first input of every network; `timestep` is the input of that
             name; `condition` says what the picture shows; `setting` is a further value of a pipeline that is the same in all
-            calls of a picture: positions, the scale of a guidance that the network itself applies.
+            calls of a picture: positions, the scale of a guidance that the network itself applies; `residual` is what a
+            ControlNet makes in each call, for a sum inside the network.
         dtype: numpy's name of the element type.
-        within: the dictionary argument of the network's `forward` that holds the input; empty if it is an argument itself.
+        within: the argument of the network's `forward` that holds the input, a dictionary, or of residuals a tuple of all that
+            have the same; empty if it is an argument itself.
         limit: the greatest index that the input takes, from 0; None if it does not hold indices.
     """
 
     name: str
-    role: Literal["state", "timestep", "condition", "setting"]
+    role: Literal["state", "timestep", "condition", "setting", "residual"]
     dtype: str
     shape: tuple[int | Axis, ...] = (BATCH,)
     within: str = ""
@@ -84,7 +96,7 @@ class Input:
 
     def zeros(self, batch: int = BATCH.size) -> npt.NDArray[Any]:
         """An array of the input's shape and type."""
-        first, *rest = [axis.size if isinstance(axis, Axis) else axis for axis in self.shape]
+        first, *rest = [axis.length if isinstance(axis, Axis) else axis for axis in self.shape]
         return np.zeros((batch if self.batched else first, *rest), dtype=self.dtype)
 
 
@@ -129,20 +141,23 @@ def arguments(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, A
     """The keyword arguments of the network's `forward`, from the values of its inputs by name."""
     by_name: dict[str, Any] = {}
     for item in inputs:
-        (by_name.setdefault(item.within, {}) if item.within else by_name)[item.name] = values[item.name]
+        if item.within and item.role == "residual":
+            by_name[item.within] = (*by_name.get(item.within, ()), values[item.name])
+        else:
+            (by_name.setdefault(item.within, {}) if item.within else by_name)[item.name] = values[item.name]
     return by_name
 
 
 def axes_of(inputs: Iterable[Input]) -> list[Axis]:
-    """The dimensions, other than the batch, that may change; each once."""
-    axes = {axis.name: axis for item in inputs for axis in item.shape if isinstance(axis, Axis) and axis is not BATCH}
-    return list(axes.values())
+    """The dimensions, other than the batch, that may change; each once, undivided."""
+    axes = [axis for item in inputs for axis in item.shape if isinstance(axis, Axis) and axis is not BATCH]
+    return list({axis.name: replace(axis, divisor=1) for axis in axes}.values())
 
 
 def sized(inputs: Sequence[Input], conditions: Conditions) -> tuple[Input, ...]:
     """The inputs with the sizes that conditions have, such as their number of tokens."""
     sizes = {
-        axis.name: size
+        axis.name: size * axis.divisor
         for item in inputs
         for axis, size in zip(item.shape, getattr(conditions.arrays.get(item.name), "shape", ()), strict=False)
         if isinstance(axis, Axis) and axis is not BATCH

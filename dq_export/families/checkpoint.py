@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .weights import Weights, find_weights
 
 NETWORKS = ("transformer", "unet")
 """Folders of a pipeline that may hold its network."""
-SCHEDULER, VAE = "scheduler", "vae"
+SCHEDULER, VAE, CONTROLNET = "scheduler", "vae", "controlnet"
 """Folders of a pipeline's other parts."""
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 PROMPTS = "prompts.txt"
@@ -166,22 +166,22 @@ def configuration(model: Any) -> Any:
     return FrozenDict({"_class_name": type(model).__name__, **_accepted(model)})
 
 
-def digest(model: Any, scheduler: Any, progress: Advance = unwatched) -> str:
-    """sha256 of a diffusers model's configuration and weights and of its scheduler's configuration, hexadecimal.
+def digest(models: Sequence[Any], scheduler: Any, progress: Advance = unwatched) -> str:
+    """sha256 of the configurations and weights of diffusers models and of their scheduler's configuration, hexadecimal.
 
     It does not depend on the folder's place. Tensors are hashed in parallel, which releases the interpreter's lock.
 
     Args:
         progress: called with (tensors hashed, all tensors).
     """
-    settings = [_accepted(model), type(scheduler).__name__, _accepted(scheduler)]
+    settings = [*map(_accepted, models), type(scheduler).__name__, _accepted(scheduler)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    state = model.state_dict()
+    names, values = zip(*(item for model in models for item in model.state_dict().items()), strict=True)
     with ThreadPoolExecutor() as pool:
-        for done, (name, content) in enumerate(zip(state, pool.map(_content_hash, state.values()), strict=True), start=1):
+        for done, (name, content) in enumerate(zip(names, pool.map(_content_hash, values), strict=True), start=1):
             digest.update(name.encode())
             digest.update(content)
-            progress(done, len(state))
+            progress(done, len(names))
     return digest.hexdigest()
 
 

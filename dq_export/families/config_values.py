@@ -115,10 +115,11 @@ class SchedulerValues(Values):
 
 
 def require_levels(values: Any) -> None:
-    """Raise ValueError unless there is a block for each of `block_out_channels`, and GroupNorm divides them."""
+    """Raise ValueError unless there is a block for each of `block_out_channels`, up and down where a network goes up, and
+    GroupNorm divides them."""
     levels = len(values.block_out_channels)
     for key in ("down_block_types", "up_block_types"):
-        if len(getattr(values, key)) != levels:
+        if len(getattr(values, key, values.block_out_channels)) != levels:
             raise ValueError(f"{key}: expected {levels} of them, one for each of block_out_channels")
     if wrong := [width for width in values.block_out_channels if width % values.norm_num_groups]:
         raise ValueError(f"block_out_channels {wrong[0]}: expected a multiple of norm_num_groups {values.norm_num_groups}")

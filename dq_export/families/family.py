@@ -27,12 +27,14 @@ class Pictures:
         conditions: P rows of each conditional input.
         null: P rows of each of these inputs for the empty condition; empty if the network has none.
         size: height and width in pixels; None for the network's own.
+        controlnet: the ControlNet that sends residuals; None where the network takes none.
     """
 
     noise: Float32
     conditions: Feed
     null: Feed
     size: tuple[int, int] | None = None
+    controlnet: Any = None
 
 
 class Family(ABC):
@@ -57,6 +59,7 @@ class Family(ABC):
             server's `positions`.
         packing: latents along a side that its pipelines pack into one token, and that a VAE takes apart from each other.
         timestep_divisor: the scheduler's timesteps are divided by this for the network.
+        controlled: classes of its pipelines in which a ControlNet sends residuals to its networks, see `residuals`.
         blocks: names of the lists of blocks, in the order in which the network calls them. Of a run of equal blocks an export
             traces three; without any name it traces the whole network.
         chain_lists: last parts of the names of the lists whose modules are trained one by one, where they are not `blocks`: a
@@ -84,6 +87,7 @@ class Family(ABC):
     text_positions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     packing: int = 1
     timestep_divisor: float = 1.0
+    controlled: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     chain_lists: tuple[str, ...] = ()
     unit: int = 0
@@ -109,6 +113,10 @@ class Family(ABC):
     @abstractmethod
     def inputs(self, model: Any) -> tuple[Input, ...]:
         """The network's inputs, by the names of its `forward`, the state first."""
+
+    def residuals(self, model: Any) -> tuple[Input, ...]:
+        """Further inputs, behind those, in a pipeline that is `controlled`: what a ControlNet gives, in its order."""
+        return ()
 
     def conditions(self, model: Any) -> Conditions:
         """The conditions that the network draws; only for a family without `encoders`."""

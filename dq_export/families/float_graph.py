@@ -23,6 +23,7 @@ from dq_export.passes.match import SCOPES
 from ..collector import collector_paused
 from .config_values import reason_of
 from .idle_nodes import drop_idle
+from .known_sizes import use_known_sizes
 from .reference import ModelError
 from .tensors import stored
 
@@ -63,6 +64,7 @@ def trace(network: Any, example: tuple[Any, ...], inputs: list[str], outputs: li
     program.rename_axes(_names_of_sizes(model, dynamic))
     _forget_sources(model)
     drop_idle(model)
+    use_known_sizes(model)
     _name_parameters(model, network.state_dict())
     return model
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from dq_export.core.documents import DocumentError, printable, read_text, shown, shown_path
 
-from .checkpoint import CONFIG, INDEX, NETWORKS, PROMPTS, SCHEDULER, SCHEDULER_CONFIG, VAE
+from .checkpoint import CONFIG, CONTROLNET, INDEX, NETWORKS, PROMPTS, SCHEDULER, SCHEDULER_CONFIG, VAE
 from .reference import ModelError
 from .weights import DIFFUSERS, TRANSFORMERS, choose
 
 SMALL = (
     *(INDEX, PROMPTS, CONFIG, SCHEDULER_CONFIG),
-    *(f"{SCHEDULER}/{SCHEDULER_CONFIG}", *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE))),
+    *(f"{SCHEDULER}/{SCHEDULER_CONFIG}", *(f"{part}/{CONFIG}" for part in (*NETWORKS, VAE, CONTROLNET))),
 )
 """Small files that describe a model."""
 TEXTS = (".json", ".model", ".txt")
@@ -94,6 +94,8 @@ def needed_files(names: list[str], variant: str, place: str, encoders: tuple[str
     if f"{VAE}/{CONFIG}" in names:
         with suppress(ModelError):  # a server refuses what is missing, and a report says that it has no pictures
             files += _weights(names, f"{VAE}/", variant, place, required=False)
+    if f"{CONTROLNET}/{CONFIG}" in names:
+        files += _weights(names, f"{CONTROLNET}/", variant, place, required=False)
     for part in encoders:
         files += [name for name in _inside(names, f"{part}/") if name.endswith(TEXTS)]
         if f"{part}/{CONFIG}" in names:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 from dq_export.core.network import Feed
 
 from .reference import Float32, MissingPackageError
+from .text_parts import silent
 
 
 def pipeline_of(name: str, **parts: Any) -> Any:
@@ -20,7 +23,9 @@ def pipeline_of(name: str, **parts: Any) -> Any:
     """
     import diffusers
 
-    kind = getattr(diffusers, name)
+    # The modules of some classes import parts that no pipeline here uses, and transformers warns of what these go without.
+    with silent() if find_spec("transformers") else nullcontext():
+        kind = getattr(diffusers, name)
     # Where a package is missing, diffusers has a class of this name that lists what it needs, and whose every use fails.
     packages = [package for package in getattr(kind, "_backends", ()) if package != "torch"]
     if packages:

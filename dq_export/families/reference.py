@@ -109,7 +109,7 @@ class Reference(Denoiser, Protocol):
 
     @property
     def sampler(self) -> str:
-        """The scheduler's class, for the report."""
+        """The scheduler's class, and what else makes the network's inputs, for the report."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import starmap
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ class StandIn:
         self._require(feed.keys(), {item.name for item in self.inputs})
         arrays = {item.name: _cast(item, feed[item.name]) for item in self.inputs}
         arrays["timestep"] = self._timesteps(arrays["timestep"], len(np.atleast_1d(arrays[self.inputs[0].name])))
-        sizes: dict[Axis, int] = {}
+        sizes: dict[str, int] = {}
         for item in self.inputs:
             if not (self.shared and item.role == "timestep"):
                 _require_shape(item, arrays[item.name].shape, sizes)
@@ -119,14 +120,18 @@ class StandIn:
         _, *arguments = bound.items()
         values: dict[tuple[str, str], Any] = {}
         for name, value in arguments:
-            entries = {(name, key): entry for key, entry in value.items()} if isinstance(value, Mapping) else {("", name): value}
-            values |= {place: entry for place, entry in entries.items() if entry is not None}
+            values |= {place: entry for place, entry in self._entries(name, value).items() if entry is not None}
         return_dict = bool(values.pop(("", "return_dict"), True))
-        self._require(
-            {".".join(filter(None, place)) for place in values},
-            {".".join(filter(None, (item.within, item.name))) for item in self.inputs},
-        )
+        self._require(set(starmap(_shown, values)), {_shown(item.within, item.name) for item in self.inputs})
         return {name: value for (_, name), value in values.items()}, return_dict
+
+    def _entries(self, argument: str, value: Any) -> dict[tuple[str, str], Any]:
+        """What an argument holds, by the `within` and the name of its input."""
+        if isinstance(value, Mapping):
+            return {(argument, key): entry for key, entry in value.items()}
+        if isinstance(value, (tuple, list)) and any(item.within == argument for item in self.inputs):
+            return {(argument, f"{argument}_{number}"): entry for number, entry in enumerate(value)}
+        return {("", argument): value}
 
     def _require(self, values: Any, names_of_inputs: set[str]) -> None:
         """Check that the inputs are those that the network takes; raises TypeError."""
@@ -155,6 +160,11 @@ class StandIn:
                 "--timesteps per-sample"
             )
         return timesteps[:1]
+
+
+def _shown(within: str, name: str) -> str:
+    """The name of an input for messages; that in a tuple begins with the tuple's."""
+    return name if name.startswith(within) else f"{within}.{name}"
 
 
 def _output_class(architecture: Any) -> Any:
@@ -192,12 +202,16 @@ def _cast(item: Input, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     raise ValueError(f"{item.name} holds {wrong:g}, and the network takes {item.dtype}")
 
 
-def _require_shape(item: Input, shape: tuple[int, ...], sizes: dict[Axis, int]) -> None:
-    """Raise ValueError unless an input has its shape; `sizes` gets those of the dimensions that may change."""
-    expected = [sizes.get(axis, axis) if isinstance(axis, Axis) else axis for axis in item.shape]
+def _require_shape(item: Input, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Raise ValueError unless an input has its shape; `sizes` gets those of the axes, by name."""
+    expected = [
+        sizes[axis.name] // axis.divisor if isinstance(axis, Axis) and axis.name in sizes else axis for axis in item.shape
+    ]
     if len(shape) == len(expected) and all(
         dim.takes(size) if isinstance(dim, Axis) else dim == size for dim, size in zip(expected, shape, strict=True)
     ):
-        sizes.update({axis: size for axis, size in zip(item.shape, shape, strict=True) if isinstance(axis, Axis)})
+        sizes.update(
+            {axis.name: size * axis.divisor for axis, size in zip(item.shape, shape, strict=True) if isinstance(axis, Axis)}
+        )
         return
     raise ValueError(f"{item.name} has shape {list(shape)}, and the network takes [{', '.join(map(str, expected))}]")

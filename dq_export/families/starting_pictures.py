@@ -1,4 +1,4 @@
-"""Random pictures and masks, for networks that continue a picture."""
+"""Random pictures, masks and outlines, for networks that read pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 PATCHES = 8
 """Patches of a random picture along a side; the latents of each are equal, as in a picture's smooth parts."""
+POWERS = (2, 2, 64, 64)
+"""Shapes of a picture of outlines: |y|^p + |x|^p < 1 is an ellipse at 2, and at 64 nearly a box."""
+LINE = 1.0
+"""Half of the width of an outline, in pixels."""
 
 
 def generators_of(noise: Float32) -> list[torch.Generator]:
@@ -54,3 +58,30 @@ def _part(size: int, generator: Any) -> slice:
     length = int(torch.randint(max(size // 4, 1), 3 * size // 4 + 1, (), generator=generator))
     start = int(torch.randint(0, size - length + 1, (), generator=generator))
     return slice(start, start + length)
+
+
+def outlines(height: int, width: int, generators: list[torch.Generator]) -> torch.Tensor:
+    """float32[P, 3, H, W]: the outlines of random boxes and ellipses, white on black, as an edge detector puts them out.
+
+    Args:
+        height, width: in pixels.
+    """
+    import torch
+
+    pictures = torch.zeros(len(generators), 3, height, width)
+    for picture, generator in zip(pictures, generators, strict=True):
+        for power in POWERS:
+            places, radii = torch.rand(2, 2, generator=generator)
+            across = [
+                ((torch.arange(size) + 0.5 - size * place).abs(), size * (1 + 3 * radius) / 8)
+                for size, place, radius in zip((height, width), places, radii, strict=True)
+            ]
+            outer, inner = (_inside(across, line, power) for line in (LINE, -LINE))
+            picture[:, outer & ~inner] = 1
+    return pictures
+
+
+def _inside(across: list[tuple[torch.Tensor, torch.Tensor]], line: float, power: int) -> torch.Tensor:
+    """bool[H, W]: where a shape lies whose radii are longer by a line."""
+    rows, columns = ((distance / (radius + line)) ** power for distance, radius in across)
+    return rows[:, None] + columns[None] < 1

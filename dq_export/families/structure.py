@@ -11,8 +11,8 @@ from dq_export.passes.analysis.sites import Structure, structure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STRUCTURES: dict[tuple[str, str], Structure] = {}
-"""Cache by architecture and configuration, which determine the graph except for its weights."""
+STRUCTURES: dict[tuple[str, ...], Structure] = {}
+"""Cache by architecture, configuration and inputs, which determine the graph except for its weights."""
 
 
 def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Model]) -> Structure:
@@ -23,7 +23,7 @@ def structure_of(model: Any, inputs: Sequence[Input], graph: Callable[[], ir.Mod
         graph: returns its float graph, which is not changed.
     """
     options = {name: value for name, value in model.config.items() if not name.startswith("_")}  # diffusers' notes
-    key = (type(model).__name__, str(options))
+    key = (type(model).__name__, str(options), *(item.name for item in inputs))
     if key not in STRUCTURES:
         STRUCTURES[key] = structure(graph(), [item.name for item in inputs if item.role in ("condition", "setting")])
     return STRUCTURES[key]

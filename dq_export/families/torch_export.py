@@ -81,13 +81,13 @@ def _without(blocks: Iterable[Any], left_out: Collection[int]) -> Any:
 def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.Model:
     import torch
 
-    dims = {axis.name: _dim(axis) for axis in (BATCH, *axes_of(inputs))}
+    units = {axis.name: _unit(axis) for axis in (BATCH, *axes_of(inputs))}
     example: list[torch.Tensor] = []
     dynamic: list[dict[int, Any]] = []
     for item in inputs:
         one = shared and item.role == "timestep"
         example.append(torch.zeros([1] if one else _sizes(item), dtype=getattr(torch, item.dtype)))
-        changing = {i: dims[axis.name] for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
+        changing = {i: _dim(axis, units[axis.name]) for i, axis in enumerate(item.shape) if isinstance(axis, Axis)}
         dynamic.append({} if one else changing)
     names = [item.name for item in inputs]
     graph = trace(_named_wrapper(model, inputs, part), tuple(example), names, [output_name(names)], dynamic)
@@ -97,16 +97,20 @@ def _traced(model: Any, inputs: Sequence[Input], part: str, shared: bool) -> ir.
 
 def _sizes(item: Input) -> list[int]:
     """The size in an example. A size that may change is not 1, because torch.export would treat 1 as fixed."""
-    return [max(size.size, 2 * size.multiple) if isinstance(size, Axis) else size for size in item.shape]
+    return [max(size.size, 2 * size.multiple) // size.divisor if isinstance(size, Axis) else size for size in item.shape]
 
 
-def _dim(axis: Axis) -> Any:
-    """torch.export's dimension of an axis."""
+def _unit(axis: Axis) -> Any:
+    """torch.export's dimension of an axis in steps."""
     import torch
 
-    if axis.multiple == 1:
-        return torch.export.Dim(axis.name, min=1, max=axis.limit)
-    return axis.multiple * torch.export.Dim(axis.unit, min=1, max=axis.limit // axis.multiple)
+    return torch.export.Dim(axis.unit, min=1, max=axis.limit // axis.multiple)
+
+
+def _dim(axis: Axis, unit: Any) -> Any:
+    """torch.export's dimension of an axis, from that in steps."""
+    steps = axis.multiple // axis.divisor
+    return unit if steps == 1 else steps * unit
 
 
 def _named_wrapper(model: Any, inputs: Sequence[Input], part: str) -> Any:

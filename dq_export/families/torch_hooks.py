@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def moved(model: Any, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """While active the network's tensors are on a device; gives those of the processor, which stay mapped, by name.
 
-    On the processor itself it moves nothing and gives none.
+    On the processor itself, and without a network, it moves nothing and gives none.
     """
-    tensors = {} if device == "cpu" else {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {} if device == "cpu" or model is None else {**dict(model.named_parameters()), **dict(model.named_buffers())}
     host = {name: tensor.data for name, tensor in tensors.items()}
     try:
         for tensor in tensors.values():

@@ -21,6 +21,7 @@ from dq_export.passes.sizes import write_sizes
 
 from ..collector import collect_everything
 from .checkpoint import CONFIG, Checkpoint, architecture_of, broken_weights, configuration, digest
+from .controlnet import load_controlnet
 from .family import Family, Pictures
 from .float_graph import exporting, save
 from .loading import load_weights, make_empty
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 ACTIVATION_BYTES = 16 << 20
 """The greatest size of the largest activation in bytes; a network call holds about four of that size."""
+WITH_CONTROLNET = ", with the checkpoint's ControlNet, which reads outlines of random shapes"
+"""What a report adds to the sampler."""
 
 
 class TorchNetwork:
@@ -53,30 +56,31 @@ class TorchNetwork:
 
     shared = True
     size: tuple[int, int] | None = None
+    fused: frozenset[str] = frozenset()
 
     def __init__(
-        self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance, fused: frozenset[str]
+        self, family: Family, model: Any, checkpoint: Checkpoint, guidance: float, progress: Advance, controlnet: Any
     ) -> None:
         self.family = family
-        self.fused = fused
         self.model = model
+        self.controlnet = controlnet
         self.architecture = type(model)
         self.config = configuration(model)
         self.scheduler = load_scheduler(checkpoint.scheduler, family.scheduler_of(self.config), family.prediction)
         self.guided_by = family.guided_by(self.config)
         self.guidance = 1.0 if self.guided_by == "nothing" else guidance
         self.checkpoint = checkpoint
-        self.inputs = family.inputs(model)
+        self.inputs = family.inputs(model) + (() if controlnet is None else family.residuals(model))
         if not family.encoders:
             self.conditions = family.conditions(model)
-        self.sampler = type(self.scheduler).__name__
+        self.sampler = type(self.scheduler).__name__ + ("" if controlnet is None else WITH_CONTROLNET)
         self.rules = family.rules
         self.decoder = checkpoint.vae
         self.graphs: dict[bool, ir.Model] = {}
         largest = 4 * family.largest_activation(model)  # bytes, of one row
         self.batch = min(max(ACTIVATION_BYTES // (2 * largest), 1), 8)  # with guidance a picture has two rows
         self.rows = max(ACTIVATION_BYTES // largest, 1)
-        self.digest = digest(model, self.scheduler, progress)
+        self.digest = digest([part for part in (model, controlnet) if part is not None], self.scheduler, progress)
         self.host: dict[str, torch.Tensor] = {}
 
     @staticmethod
@@ -110,7 +114,10 @@ class TorchNetwork:
             )
         fused = fuse(model, adapters)
         family.prepare(model)
-        return TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress, fused)
+        controlnet = load_controlnet(checkpoint, model.config, place) if checkpoint.pipeline in family.controlled else None
+        network = TorchNetwork(family, model, checkpoint, guidance or family.default_guidance, progress, controlnet)
+        network.fused = fused
+        return network
 
     @cached_property
     def structure(self) -> Structure:
@@ -189,7 +196,7 @@ class TorchNetwork:
     @contextmanager
     def on(self, device: str) -> Iterator[None]:
         try:
-            with moved(self.model, device) as self.host:
+            with moved(self.model, device) as self.host, moved(self.controlnet, device):
                 yield
         finally:
             self.host = {}
@@ -283,14 +290,16 @@ class TorchNetwork:
         self, network: Network, noise: Float32, conditions: npt.NDArray[np.int64], *, steps: int, guidance: float
     ) -> Float32:
         rows, null = self.conditions.rows(conditions), self.conditions.null_rows(len(noise))
-        pictures = Pictures(noise=noise, conditions=rows, null=null, size=self.size)
+        pictures = Pictures(noise=noise, conditions=rows, null=null, size=self.size, controlnet=self.controlnet)
         return self._draw(network, self.scheduler, pictures, steps=steps, guidance=guidance)
 
     def latents(self, sampled: Float32) -> Float32:
         return self.family.latents(sampled, self.size)
 
     def _draw(self, network: Network, scheduler: Any, pictures: Pictures, *, steps: int, guidance: float) -> Float32:
-        stand_in = StandIn(network, self.inputs, self.config, self.architecture, shared=True, part=self.family.part)
+        # A rehearsal calls no ControlNet, which takes as long as a part of the network.
+        inputs = [item for item in self.inputs if item.role != "residual" or pictures.controlnet is not None]
+        stand_in = StandIn(network, inputs, self.config, self.architecture, shared=True, part=self.family.part)
         return self.family.draw(stand_in, scheduler, pictures, steps=steps, guidance=guidance)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,8 @@ from .family import Family, Pictures
 from .reference import Float32
 from .stand_in import StandIn
 from .torch_blocks import UNET_LISTS
-from .unet_pipelines import ENCODED_AS, OPTIONAL, PARTS, PIXELS, XL, draw, encoding, task
-from .unet_values import UNetValues, is_refiner, numbers_of
+from .unet_pipelines import CONTROLLED, ENCODED_AS, OPTIONAL, PARTS, PIXELS, XL, draw, encoding, task
+from .unet_values import UNetValues, is_refiner, layers_of, numbers_of
 from .upsampling import settle_upsamplers
 
 SCHEDULER = {
@@ -38,6 +39,7 @@ LARGER = 4
 INNER = 8
 """Width of a GEGLU's linear, relative to the width of its tokens: two halves of four."""
 STATES, POOLED, IDS, ADDED = "encoder_hidden_states", "text_embeds", "time_ids", "added_cond_kwargs"
+DOWN, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 
 
 class UNet(Family):
@@ -45,6 +47,7 @@ class UNet(Family):
 
     name = "unet"
     part = "unet"
+    controlled = tuple(CONTROLLED.values())
     chain_lists = UNET_LISTS
     architectures = ("UNet2DConditionModel",)
     values = UNetValues
@@ -99,6 +102,24 @@ class UNet(Family):
             inputs.append(Input(name=IDS, role="setting", dtype="float32", shape=(BATCH, count), within=ADDED))
         return tuple(inputs)
 
+    def residuals(self, model: Any) -> tuple[Input, ...]:
+        """See `Family.residuals`. One for the first convolution, each layer, and each halving of the height and the width."""
+        config, (_, _, *sides) = model.config, self.inputs(model)[0].shape
+        widths = config.block_out_channels
+        sums = [(widths[0], 1)]
+        for level, (width, layers) in enumerate(zip(widths, layers_of(config), strict=True)):
+            sums += [(width, 2**level)] * layers
+            sums += [(width, 2 ** (level + 1))] if level < len(widths) - 1 else []
+        sums.append(sums[-1])
+
+        def one(number: int, width: int, divisor: int) -> Input:
+            last = number == len(sums) - 1
+            name, within = (MIDDLE, "") if last else (f"{DOWN}_{number}", DOWN)
+            parts = (replace(side, divisor=divisor) for side in sides if isinstance(side, Axis))
+            return Input(name=name, role="residual", dtype="float32", shape=(BATCH, width, *parts), within=within)
+
+        return tuple(one(number, *sum_of) for number, sum_of in enumerate(sums))
+
     def embed(self, pipeline: str, parts: Mapping[str, Any], prompts: Sequence[str], config: Any) -> Mapping[str, Any]:
         """See `Family.embed`."""
         kind = ENCODED_AS[pipeline]
@@ -123,7 +144,7 @@ class UNet(Family):
         prompts = {self.requests[name]: rows for name, rows in pictures.conditions.items()}
         if guidance > 1:
             prompts |= {f"negative_{self.requests[name]}": rows for name, rows in pictures.null.items()}
-        return draw(network, scheduler, pictures.noise, prompts, steps=steps, guidance=guidance)
+        return draw(network, scheduler, pictures, prompts, steps=steps, guidance=guidance)
 
 
 UNET = UNet()

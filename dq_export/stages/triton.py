@@ -205,6 +205,11 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
         RecipeError: what it draws comes from a file, or its sampler follows the size and the recipe has several.
     """
+    if any(item.role == "residual" for item in reference.inputs):
+        raise ModelError(
+            "--triton: the server runs no ControlNet, and this network takes the residuals of one. Leave --triton out, or export "
+            "the model of a pipeline without a ControlNet"
+        )
     state, serving = reference.inputs[0], reference.serving
     supplied = {state.name, "timestep", *serving.requests, *serving.size_values}
     supplied |= {*serving.picture_positions, *serving.text_positions, *([GUIDANCE] if reference.guided_by == "input" else [])}

@@ -206,7 +206,7 @@ def test_the_digest_is_of_configuration_and_weights(case: Case, reference: Any, 
     assert load_reference(str(tmp_path / "other")).digest != reference.digest
     other: Any = load_reference(str(folder))
     other.model.get_submodule(next(iter(other.linears))).weight.data[0, 0] += 1e-3
-    assert digest(other.model, other.scheduler) != reference.digest
+    assert digest([other.model], other.scheduler) != reference.digest
 
 
 def test_the_graph_has_the_networks_inputs(graph: tuple[Path, bool], reference: Any) -> None:

@@ -204,7 +204,7 @@ def of_pipeline(name: str) -> Callable[[Path], None]:
         (without_second, r"tokenizer_2 is \[None, None\]; expected \['transformers', one of .*download the whole pipeline"),
         *(
             (of_pipeline(name), f"'{name}' does not draw with the family unet; expected StableDiffusionPipeline or")
-            for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLControlNetPipeline")
+            for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline")
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from json_file import edit
 from sd3 import save_clip
 from toy import PROMPTS
 
 from dq_export.core.network import Feed, Float32
 from dq_export.families.reference import Reference
+from dq_export.families.starting_pictures import generators_of, outlines
 
 CLIP = 32
 """Width of a CLIP encoder."""
@@ -96,6 +99,24 @@ def save_lcm(folder: Path) -> Path:
     return folder
 
 
+def save_controlled(folder: Path, **changes: Any) -> Path:
+    """The same with a ControlNet, whose residuals are about as large as what they are added to."""
+    from diffusers import ControlNetModel
+
+    save_unet(folder, task="ControlNet", **changes)
+    values, names = {**TINY, **changes}, inspect.signature(ControlNetModel).parameters
+    torch.manual_seed(1)
+    controlnet = ControlNetModel(
+        **{name: value for name, value in values.items() if name in names}, conditioning_embedding_out_channels=(8,) * 4
+    )
+    with torch.no_grad():
+        for value in controlnet.parameters():
+            value.copy_(torch.randn_like(value) * (0.7 / value[0].numel() ** 0.5 if value.ndim > 1 else 0.2))
+    controlnet.save_pretrained(folder / "controlnet")
+    edit(folder / "model_index.json", controlnet=["diffusers", "ControlNetModel"])
+    return folder
+
+
 def unet_pipeline(folder: Path, unet: Any = None) -> Any:
     """diffusers' own pipeline of a folder."""
     import diffusers
@@ -106,8 +127,8 @@ def unet_pipeline(folder: Path, unet: Any = None) -> Any:
         if entry == [None, None] or isinstance(entry, bool):
             parts[name] = entry if isinstance(entry, bool) else None
         elif isinstance(entry, list):
-            loaded = getattr(transformers, entry[1]).from_pretrained(folder / name)
-            parts[name] = loaded.eval() if name.startswith("text_encoder") else loaded
+            loaded = getattr(diffusers if name == "controlnet" else transformers, entry[1]).from_pretrained(folder / name)
+            parts[name] = loaded if name.startswith("tokenizer") else loaded.eval()
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     plain = {} if "text_encoder_2" in parts else {"safety_checker": None, "feature_extractor": None}
     pipeline = getattr(diffusers, index["_class_name"])(
@@ -125,11 +146,14 @@ def drawn_by_unet_pipeline(
     folder: Path, reference: Reference, chosen: Any, guidance: float, seed: int, unet: Any = None
 ) -> Float32:
     """From the prompts' texts, in 4 calls, and what the reference's first call reads beside noise: the mask and the picture
-    around it, or for the refiner the picture with its noise."""
+    around it, for the refiner the picture with its noise, and for a ControlNet the outlines of calibration."""
     pipeline, (_, height, width) = unet_pipeline(folder, unet), reference.feed_shape
     noise = torch.from_numpy(reference.noise(len(chosen), seed))
     start: dict[str, Any] = {"num_inference_steps": 4, "latents": noise, "height": 8 * height, "width": 8 * width}
-    if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"):
+    kind = type(pipeline).__name__
+    if "ControlNet" in kind:
+        start["image"] = outlines(8 * height, 8 * width, generators_of(noise.numpy()))
+    elif kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"):
         first = torch.from_numpy(first_state(reference, chosen, seed))
         if first.shape[1] == INPAINT["in_channels"]:
             mask, hidden = first[:, 4:5].repeat_interleave(8, 2).repeat_interleave(8, 3), first[:, 5:]

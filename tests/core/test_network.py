@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from dq_export.core.network import BATCH, Axis, Conditions, Input, arguments, axes_of, batch_of, output_name, sized
+from dq_export.core.network import BATCH, Axis, Conditions, Input, arguments, axes_of, batch_of, output_name, resized, sized
 
 
 def test_an_inputs_zeros_have_its_type_and_the_sizes_of_the_pictures() -> None:
@@ -18,6 +20,17 @@ def test_a_changing_dimension_takes_sizes_up_to_its_limit() -> None:
     pairs = Axis("height", 6, 24, multiple=2)
     assert [size for size in range(30) if pairs.takes(size)] == list(range(2, 25, 2))
     assert str(pairs) == "height up to 24 in steps of 2"
+
+
+def test_a_dimension_may_be_a_part_of_an_axis() -> None:
+    height = Axis("height", 16, 48, multiple=8)
+    quarter = replace(height, divisor=4)
+    inputs = [Input(name=str(axis), role="state", dtype="float32", shape=(BATCH, axis)) for axis in (quarter, height)]
+    assert [item.zeros(1).shape for item in inputs] == [(1, 4), (1, 16)]
+    assert [length for length in range(20) if quarter.takes(length)] == [2, 4, 6, 8, 10, 12]
+    assert str(quarter) == "height/4 up to 12 in steps of 2"
+    assert axes_of(inputs) == [height]
+    assert [item.zeros(1).shape for item in resized(inputs, {"height": 24})] == [(1, 6), (1, 24)]
 
 
 def test_inputs_have_the_sizes_of_the_conditions() -> None:
@@ -42,6 +55,12 @@ def test_inputs_inside_a_dictionary_argument_are_given_in_one() -> None:
         Input(name="ratio", role="condition", dtype="float32", within="added"),
     ]
     assert arguments(inputs, {"size": 2, "x": 1, "ratio": 3}) == {"x": 1, "added": {"size": 2, "ratio": 3}}
+
+
+def test_residuals_are_given_in_one_tuple() -> None:
+    inputs = [Input(name=f"sums_{number}", role="residual", dtype="float32", within="sums") for number in range(3)]
+    inputs.append(Input(name="last", role="residual", dtype="float32"))
+    assert arguments(inputs, {"sums_1": 2, "sums_0": 1, "sums_2": 3, "last": 4}) == {"sums": (1, 2, 3), "last": 4}
 
 
 def test_a_condition_is_an_index_into_every_conditional_input() -> None:

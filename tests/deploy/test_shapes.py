@@ -46,6 +46,17 @@ def test_a_plan_is_for_the_pictures_sizes_where_no_shape_is_named() -> None:
     assert wide == ((1, 4, 16, 16), (2, 4, 64, 32), (4, 4, 128, 128))
 
 
+def test_a_part_of_an_axis_has_its_part_of_the_size() -> None:
+    half = Axis("height", 64, 256, 2, divisor=2)
+    inputs: dict[str, Dims] = {"sample": TEXT["sample"], "residual": (None, 8, half)}
+    assert profiles(inputs, ("", "", ""))["residual"] == ((1, 8, 32), (2, 8, 32), (16, 8, 32))
+    assert profiles(inputs, ("", "sample:2x4x96x32,residual:2x8x48", ""))["residual"][1] == (2, 8, 48)
+    with pytest.raises(BackendError, match="'residual': its height goes from 64 over 64 to 64, and that of 'sample' from 96"):
+        profiles(inputs, ("", "sample:2x4x96x32", ""))
+    with pytest.raises(BackendError, match="'residual' has a height of 129; the graph takes a height/2 up to 128"):
+        profiles(inputs, ("", "residual:2x8x129", ""))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

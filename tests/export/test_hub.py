@@ -184,6 +184,12 @@ def test_a_unets_folder_is_downloaded_as_a_transformers_is() -> None:
     assert sorted(files) == sorted(["model_index.json", *parts[:2], *weights[:2]])
 
 
+def test_a_controlnet_is_downloaded_with_its_network() -> None:
+    parts = [f"{part}/{name}" for part in ("unet", "controlnet") for name in ("config.json", f"{STEM}.safetensors")]
+    files = needed_files(["model_index.json", *parts, f"controlnet/{STEM}.bin", "controlnet/images/bird.png"], "", "owner/name")
+    assert sorted(files) == sorted(["model_index.json", *parts])
+
+
 def test_text_encoders_are_downloaded_for_prompts() -> None:
     tokenizer = ["tokenizer/spiece.model", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
     shards = [f"text_encoder/model-0000{number}-of-00002.safetensors" for number in (1, 2)]

@@ -66,6 +66,12 @@ def test_stages_that_do_not_fit_are_all_named_with_the_way_out(large: Weights) -
     assert plan_memory(large, recipe(), 2, until).stages == until
 
 
+def test_a_controlnet_stays_mapped_beside_the_network(large: Weights) -> None:
+    assert plan_memory(large, recipe(), 5.6, STAGES, beside=2 * GIB).stages == STAGES
+    with pytest.raises(RecipeError, match=r"--max-memory 2\.1: calibrate 2\.9 GiB, verify 3\.0 GiB will not fit"):
+        plan_memory(large, recipe(), 2.1, STAGES, beside=2 * GIB)
+
+
 def test_gptq_gets_what_the_limit_leaves(large: Weights) -> None:
     with pytest.raises(RecipeError, match=r"--max-memory 3: calibrate 3\.\d GiB will not fit"):
         plan_memory(large, recipe(rounding="gptq"), 3, STAGES)

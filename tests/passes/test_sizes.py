@@ -29,6 +29,16 @@ def test_a_multiple_is_called_by_its_axis_and_the_file_says_what_sizes_may_be() 
     assert input_sizes(second) == {"x": (None, 3, AXES[0]), "text": (None, AXES[1], 8), "timestep": (1,)}
 
 
+def test_a_part_of_an_axis_is_named_in_steps() -> None:
+    axes = [Axis("height", 16, 48, 8), Axis("length", 5, 64)]
+    texts: list[int | str] = ["batch", "8*height_by_8", "4*height_by_8", "height_by_8", "3*height_by_8", "2*length"]
+    model = graph_of(("x", texts))
+    name_sizes(model, axes)
+    write_sizes(model, axes)
+    parts = [Axis("height", 16, 48, 8, divisor) for divisor in (1, 2, 8)]
+    assert input_sizes(model) == {"x": (None, *parts, None, None)}
+
+
 def test_a_graph_whose_batch_alone_may_change_states_no_sizes() -> None:
     model = graph_of(("x", ["batch", 3, "?"]))
     write_sizes(model, [])

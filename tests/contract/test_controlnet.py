@@ -25,7 +25,10 @@ from dq_export.pipeline import run
 from dq_export.stages.triton import require_served
 
 SEED = 3
-QUICK: dict[str, Any] = {"format": "ort", "bits": "w8a8", "steps": 4, "parity_size": 1, "guidance_scale": 2.0, "calib_size": 2}
+QUICK: dict[str, Any] = {
+    **{"format": "ort", "bits": "w8a8", "scaling": "none", "guidance_scale": 2.0},
+    **{"steps": 4, "parity_size": 1, "calib_size": 2},
+}
 DOWN, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 
 
@@ -93,8 +96,8 @@ def test_a_latent_consistency_model_takes_residuals_too(tmp_path: Path) -> None:
 
 
 def exported(model: Path, out: Path, **values: Any) -> Any:
-    """The engine of an export, with a VAE, in two pictures of diffusers' pipeline, and PyTorch's pictures."""
-    vae = save_vae(model / "vae", latent_channels=4, block_out_channels=(8,) * 4, sample_size=64)
+    """The engine of an export, after two pictures in diffusers' pipeline like PyTorch's."""
+    vae = save_vae(model.parent / "vae", latent_channels=4, block_out_channels=(8,) * 4, sample_size=64)
     report = run(Recipe.parse({"model": str(model), **QUICK, **values}, "test"), out, until="verify")
     assert report is not None
     assert report.audit is not None

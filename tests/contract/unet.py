@@ -110,8 +110,9 @@ def save_controlled(folder: Path, **changes: Any) -> Path:
         **{name: value for name, value in values.items() if name in names}, conditioning_embedding_out_channels=(8,) * 4
     )
     with torch.no_grad():
-        for value in controlnet.parameters():
-            value.copy_(torch.randn_like(value) * (0.7 / value[0].numel() ** 0.5 if value.ndim > 1 else 0.2))
+        for name, value in controlnet.named_parameters():
+            gain = 2.0 if "cond_embedding" in name else 0.7  # its SiLUs would make the picture faint
+            value.copy_(torch.randn_like(value) * (gain / value[0].numel() ** 0.5 if value.ndim > 1 else 0.2))
     controlnet.save_pretrained(folder / "controlnet")
     edit(folder / "model_index.json", controlnet=["diffusers", "ControlNetModel"])
     return folder

@@ -20,7 +20,7 @@ from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
 from dq_export.stages.bench import _pytorch
-from dq_export.timing import _network
+from dq_export.timing import _bound
 
 TARGETS = ["to_q", "to_v", "ff.net.0.proj", "norm1.linear", "pos_embed.proj"]
 Q = "transformer_blocks.0.attn1.to_q"
@@ -129,8 +129,8 @@ def test_an_export_is_of_the_fused_network_and_repeats(adapter: Path, tiny_folde
     recipe = Recipe.load(tmp_path / "out" / "recipe.yaml")
     timed = _pytorch(recipe, 2, tmp_path / "out", "cuda")[0][0]
     assert timed.device == "cuda"
-    with _network(replace(timed, device="cpu")) as network:
-        np.testing.assert_array_equal(network(feed), fused.forward(feed))
+    with _bound(replace(timed, device="cpu"), feed) as call:
+        np.testing.assert_array_equal(call(), fused.forward(feed))
     assert recipe.lora == (f"{adapter}:0.5",)
     values = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
     before = (tmp_path / "out" / "model.onnx").stat().st_mtime_ns

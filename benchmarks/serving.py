@@ -87,11 +87,16 @@ class Clients:
         inputs = tensors(**condition, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
-            if error:
-                raise SystemExit(f"{model}: {error}")
-            self.answers.put((time.monotonic() - start, result))
+            self.answers.put(error or (time.monotonic() - start, result))
 
         self.client.async_infer(model, inputs, answer, outputs=[self.grpc.InferRequestedOutput("images")])
+
+    def answered(self) -> tuple[float, Any]:
+        """Return seconds and result of the next answer. Raise the error of a request that failed."""
+        item = self.answers.get(timeout=120)
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def rows(self) -> tuple[int, int]:
         """Return the denoiser's numbers of rows and of calls."""
@@ -106,12 +111,12 @@ class Clients:
             self.ask(model, index)
             index += 1
         while time.monotonic() - start < seconds:
-            seconds_of.append(self.answers.get(timeout=120)[0])
+            seconds_of.append(self.answered()[0])
             self.ask(model, index)
             index += 1
         rate = len(seconds_of) / (time.monotonic() - start)
         for _ in range(CLIENTS):
-            self.answers.get(timeout=120)
+            self.answered()
         return self._load(model, f"{CLIENTS} clients", rate, seconds_of, before)
 
     def arrive(self, model: str, seconds: float, rate: float) -> Load:
@@ -123,7 +128,7 @@ class Clients:
             self.ask(model, index)
             index += 1
             due += moments.expovariate(rate)
-        seconds_of = [self.answers.get(timeout=120)[0] for _ in range(index)]
+        seconds_of = [self.answered()[0] for _ in range(index)]
         return self._load(model, f"{rate:.1f} a second", index / (time.monotonic() - start), seconds_of, before)
 
     def _load(self, model: str, load: str, rate: float, seconds_of: list[float], before: tuple[int, int]) -> Load:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-DOMAIN = "com.microsoft"
+from dq_export.passes.legalise.fuse_attention import ORT_DOMAIN
+
 CONTEXT = "context.onnx"
 
 
-def write_context(model: Path, plan: Path, provider: str) -> Path:
+def write_context(model: Path, plan: Path, provider: str) -> None:
     """Write `context.onnx` beside a plan, with the inputs and outputs of the graph that the plan was built from.
 
     Args:
@@ -23,11 +24,9 @@ def write_context(model: Path, plan: Path, provider: str) -> Path:
     inputs = [_copied(value) for value in graph.inputs]
     outputs = [_copied(value) for value in graph.outputs]
     values: dict[str, str | int] = {"main_context": 1, "embed_mode": 0, "ep_cache_context": plan.name, "source": provider}
-    node = ir.node("EPContext", inputs, values, domain=DOMAIN, name="plan", outputs=outputs)
-    context = ir.Graph(inputs, outputs, nodes=[node], name="context", opset_imports={"": 21, DOMAIN: 1})
-    path = plan.with_name(CONTEXT)
-    ir.save(ir.Model(context, ir_version=10), path)
-    return path
+    node = ir.node("EPContext", inputs, values, domain=ORT_DOMAIN, name="plan", outputs=outputs)
+    context = ir.Graph(inputs, outputs, nodes=[node], name="context", opset_imports={"": 21, ORT_DOMAIN: 1})
+    ir.save(ir.Model(context, ir_version=10), plan.with_name(CONTEXT))
 
 
 def _copied(value: ir.Value) -> ir.Value:

@@ -74,7 +74,7 @@ class OrtPlan(TensorRt):
             raise BackendError(f"{built.folder}: no {CONTEXT}; {plan.advice}")
         if reason := self.obstacle:
             raise BackendError(f"{reason}; {self.title} is needed to run {plan.file}")
-        require_target(tuple(plan.description()["targets"]), compute_capability())
+        require_target(tuple(plan.description["targets"]), compute_capability())
         try:
             session = self._session(context)
         except session_errors() as error:

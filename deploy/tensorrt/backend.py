@@ -192,7 +192,7 @@ class TensorRt(Backend):
             BackendError: the plan is missing, damaged, or of another library, version or GPU.
         """
         plan = Plan(built)
-        description = plan.description()
+        description = plan.description
         if importlib.util.find_spec(self.module) is None:
             raise BackendError(f"{self.module} is not installed; {self.install}, needed to run {plan.file}")
         library = f"{self.module} {importlib.import_module(self.module).__version__}"

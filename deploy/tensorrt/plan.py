@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Plan:
         }
         (self.built.folder / METADATA).write_text(json.dumps(description, indent=1) + "\n")
 
+    @cached_property
     def description(self) -> dict[str, Any]:
         """The content of `plan.json`; a run needs its keys `library`, `sha256` and `targets`.
 
@@ -80,7 +82,7 @@ class Plan:
         Raises:
             BackendError: it is not what was built, or see `description`.
         """
-        digest = self.description()["sha256"]
+        digest = self.description["sha256"]
         content = self.file.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise BackendError(f"{self.file} was changed after the build; {self.advice}")

@@ -14,7 +14,7 @@ from conftest import recipe_of
 from json_file import edit
 from test_unet import encoded
 from tiny_vae import save_vae
-from unet import REFINER, SCALE, XL, drawn_by_both, drawn_by_unet_pipeline, save_controlled, save_unet
+from unet import REFINER, SCALE, XL, drawn_by_both, drawn_by_reference, drawn_by_unet_pipeline, save_controlled, save_unet
 
 import dq_export
 from dq_export.core.network import Feed
@@ -42,16 +42,9 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_controlled(tmp_path_factory.mktemp("xl"), **XL)
 
 
-def feeds_of(reference: Any, *, guidance: float = 2.0) -> tuple[list[Feed], Any]:
-    """What the network reads in each call, and the latents that are drawn."""
-    feeds: list[Feed] = []
-
-    def watched(feed: Feed) -> Any:
-        feeds.append(feed)
-        return reference.forward(feed)
-
-    latents = reference.draw(watched, reference.noise(2, SEED), np.arange(2), steps=4, guidance=guidance)
-    return feeds, latents
+def feeds_of(reference: Any) -> tuple[list[Feed], Any]:
+    """What the network reads in each call, and two pictures that are drawn."""
+    return drawn_by_reference(reference, reference.noise(2, SEED), np.arange(2))
 
 
 @pytest.mark.parametrize("name", ["plain", "xl"])

@@ -14,7 +14,7 @@ from PIL import Image
 from test_unet import encoded
 from tiny_vae import save_vae
 from toy import PROMPTS
-from unet import INPAINT, XL, drawn_by_both, drawn_by_unet_pipeline, save_unet
+from unet import INPAINT, XL, drawn_by_both, drawn_by_reference, drawn_by_unet_pipeline, save_unet
 
 import dq_export
 from dq_export.core.recipe import Recipe
@@ -39,15 +39,9 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states_of(reference: Any, noise: Any, *, guidance: float = 2.0) -> tuple[list[Any], Any]:
-    """What the network reads in each call, and the latents that are drawn."""
-    states: list[Any] = []
-
-    def watched(feed: Any) -> Any:
-        states.append(feed["sample"])
-        return reference.forward(feed)
-
-    latents = reference.draw(watched, noise, np.arange(len(noise)) % len(PROMPTS), steps=4, guidance=guidance)
-    return states, latents
+    """What the network reads beside conditions in each call, and the latents that are drawn."""
+    feeds, latents = drawn_by_reference(reference, noise, np.arange(len(noise)) % len(PROMPTS), guidance=guidance)
+    return [feed["sample"] for feed in feeds], latents
 
 
 @pytest.mark.parametrize("name", ["plain", "xl"])

@@ -15,7 +15,7 @@ from PIL import Image
 from test_unet import encoded
 from tiny_vae import save_vae
 from toy import PROMPTS
-from unet import REFINER, XL, drawn_by_both, drawn_by_unet_pipeline, save_unet
+from unet import REFINER, XL, drawn_by_both, drawn_by_reference, drawn_by_unet_pipeline, save_unet
 
 import dq_export
 from dq_export.core.recipe import Recipe
@@ -36,14 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_calibration_takes_random_pictures_through_the_last_steps(folder: Path) -> None:
     reference = encoded(folder)
     reference.draw_at(256, 192)
-    feeds: list[Any] = []
-
-    def watched(feed: Any) -> Any:
-        feeds.append(feed)
-        return reference.forward(feed)
-
     noise, chosen = reference.noise(3, SEED), np.arange(3)
-    latents = reference.draw(watched, noise, chosen, steps=4, guidance=2.0)
+    feeds, latents = drawn_by_reference(reference, noise, chosen)
     exact = drawn_by_unet_pipeline(folder, reference, chosen, 2.0, SEED)
     assert np.abs(latents - exact).max() <= 1e-5 * np.abs(exact).max()
     times = [float(feed["timestep"][0]) for feed in feeds]
@@ -58,8 +52,8 @@ def test_calibration_takes_random_pictures_through_the_last_steps(folder: Path) 
     within, between = patches.var((3, 5)).mean() * 12 / 11, patches.mean((3, 5)).var()
     assert within == pytest.approx(1 - signal, rel=0.1), "noise on patches of one colour"
     assert between == pytest.approx(signal + (1 - signal) / 12, rel=0.2), "whose colours have the variance 1"
-    reference.draw(watched, noise[1:2], chosen[1:2], steps=4, guidance=1.0)
-    np.testing.assert_array_equal(feeds[4]["sample"], first[1:2], "alone as beside others")
+    alone, _ = drawn_by_reference(reference, noise[1:2], chosen[1:2], guidance=1.0)
+    np.testing.assert_array_equal(alone[0]["sample"], first[1:2], "alone as beside others")
 
 
 def test_the_engine_stands_in_for_pipe_unet_of_the_refiners_pipeline(folder: Path, tmp_path: Path) -> None:

@@ -186,6 +186,18 @@ def drawn_by_both(folder: Path, vae: Any, engine: Any, **arguments: Any) -> tupl
     return exact, actual
 
 
+def drawn_by_reference(reference: Any, noise: Any, chosen: Any, *, guidance: float = 2.0) -> tuple[list[Feed], Any]:
+    """What the network reads in each of 4 steps, and the latents that are drawn."""
+    feeds: list[Feed] = []
+
+    def watched(feed: Feed) -> Any:
+        feeds.append(feed)
+        return reference.forward(feed)
+
+    latents = reference.draw(watched, noise, chosen, steps=4, guidance=guidance)
+    return feeds, latents
+
+
 def first_state(reference: Reference, chosen: Any, seed: int) -> Float32:
     """What the network reads in the first of 4 calls."""
     states: list[Float32] = []

@@ -5,8 +5,8 @@
 
 Exports `dit-digits`, or the small model that draws prompts. Starts a server with its repository and with a copy of the pipeline
 that draws one picture at a time. Requests pictures of 10, 20, 30 and 50 steps from both in turn: at saturation (32 clients that
-send the next request at once), and as Poisson arrivals at 0.5 and 0.9 of the rate that one picture at a time reached. Then
-sends 1,000 bad requests beside good ones.
+send the next request at once), and as Poisson arrivals at 0.5 and 0.9 of the rate that one picture at a time reached. Requests
+that the server refuses because 64 others wait are counted. Then sends 1,000 bad requests beside good ones.
 
 With `--first` it starts the server so many times instead, and measures the time until its first picture. `--json` writes a result
 file for `benchmarks/measured.py`.
@@ -37,6 +37,7 @@ from serving_requests import ask, memory, tensors
 
 STEPS = (10, 20, 30, 50)
 CLIENTS = 32
+BUSY = "StatusCode.UNAVAILABLE"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = ("dit-digits", "pixart-digits")
 SINGLE = {1: "one-at-a-time", 2: "one-at-a-time-guided"}
@@ -54,7 +55,7 @@ STARTS = ("model", "models ready, s: median of {count} starts", "first picture, 
 
 @dataclass(frozen=True)
 class Load:
-    """One load on one model: requests per second, seconds of a request, and mean rows of a denoiser call."""
+    """One load on one model: answers per second, seconds of an answer, mean rows of a denoiser call, and refused requests."""
 
     model: str
     load: str
@@ -62,6 +63,13 @@ class Load:
     median: float
     p95: float
     rows: float
+    refused: int
+
+    @property
+    def figures(self) -> str:
+        """What the table says of the load."""
+        text = f"{self.requests:.1f}, {self.median:.2f}"
+        return f"{text} ({self.refused} requests refused)" if self.refused else text
 
 
 def digit(network: str, number: int) -> dict[str, Any]:
@@ -77,7 +85,7 @@ class Clients:
 
         self.network = network
         self.grpc, self.client, self.guidance = grpc, grpc.InferenceServerClient(address), guidance
-        self.answers: queue.Queue[tuple[float, Any]] = queue.Queue()
+        self.answers: queue.Queue[float | Exception] = queue.Queue()
 
     def ask(self, model: str, index: int) -> None:
         """Send one request. Its answer is put into `answers`."""
@@ -87,13 +95,17 @@ class Clients:
         inputs = tensors(**condition, seed=index, num_inference_steps=steps, guidance_scale=self.guidance)
 
         def answer(result: Any, error: Any) -> None:
-            self.answers.put(error or (time.monotonic() - start, result))
+            self.answers.put(error or time.monotonic() - start)
 
         self.client.async_infer(model, inputs, answer, outputs=[self.grpc.InferRequestedOutput("images")])
 
-    def answered(self) -> tuple[float, Any]:
-        """Return seconds and result of the next answer. Raise the error of a request that failed."""
+    def answered(self) -> float | None:
+        """Return the seconds of the next answer, or None if the server had too many requests. Raise any other error."""
+        from tritonclient.utils import InferenceServerException
+
         item = self.answers.get(timeout=120)
+        if isinstance(item, InferenceServerException) and item.status() == BUSY:
+            return None
         if isinstance(item, Exception):
             raise item
         return item
@@ -106,12 +118,12 @@ class Clients:
     def saturate(self, model: str, seconds: float) -> Load:
         """Load a model with CLIENTS clients that send the next request after each answer."""
         before, start, index = self.rows(), time.monotonic(), 0
-        seconds_of: list[float] = []
+        seconds_of: list[float | None] = []
         for _ in range(CLIENTS):
             self.ask(model, index)
             index += 1
         while time.monotonic() - start < seconds:
-            seconds_of.append(self.answered()[0])
+            seconds_of.append(self.answered())
             self.ask(model, index)
             index += 1
         rate = len(seconds_of) / (time.monotonic() - start)
@@ -128,13 +140,14 @@ class Clients:
             self.ask(model, index)
             index += 1
             due += moments.expovariate(rate)
-        seconds_of = [self.answered()[0] for _ in range(index)]
+        seconds_of = [self.answered() for _ in range(index)]
         return self._load(model, f"{rate:.1f} a second", index / (time.monotonic() - start), seconds_of, before)
 
-    def _load(self, model: str, load: str, rate: float, seconds_of: list[float], before: tuple[int, int]) -> Load:
+    def _load(self, model: str, load: str, rate: float, seconds_of: list[float | None], before: tuple[int, int]) -> Load:
         rows, calls = (b - a for a, b in zip(before, self.rows(), strict=True))
-        ordered = sorted(seconds_of)
-        return Load(model, load, rate, statistics.median(ordered), ordered[int(0.95 * len(ordered))], rows / calls)
+        ordered = sorted(seconds for seconds in seconds_of if seconds is not None)
+        refused, median, high = seconds_of.count(None), statistics.median(ordered), ordered[int(0.95 * len(ordered))]
+        return Load(model, load, rate * len(ordered) / len(seconds_of), median, high, rows / calls, refused)
 
 
 def single(repository: Path, rows: int) -> None:
@@ -251,7 +264,7 @@ def side_by_side(results: Sequence[tuple[float, Load]]) -> list[list[str]]:
         for name, pair in by_load.items():
             alone, shared = sorted(pair, key=lambda load: load.model == "pipeline")
             pictures = "guided (two rows a picture)" if guidance > 1 else "unguided (one row)"
-            figures = [f"{load.requests:.1f}, {load.median:.2f}" for load in (alone, shared)]
+            figures = [load.figures for load in (alone, shared)]
             rows.append([name, pictures, *figures, f"{shared.rows:.1f}"])
     return rows
 
@@ -270,9 +283,9 @@ def loads(running: server.Server, guidance: float, options: argparse.Namespace) 
     for share in (0.5, 0.9):
         results += [asker.arrive(model, seconds, share * middle[alone].requests) for model in full]
     print(f"\nguidance {guidance:g}: {'two rows' if guidance > 1 else 'a row'} a picture")
-    print("| load | model | requests a second | median s | 95 % s | rows of a call |\n|---|---|---|---|---|---|")
+    print("| load | model | requests a second, median s | 95 % s | rows of a call |\n|---|---|---|---|---|")
     for row in results:
-        print(f"| {row.load} | {row.model} | {row.requests:.1f} | {row.median:.2f} | {row.p95:.2f} | {row.rows:.1f} |")
+        print(f"| {row.load} | {row.model} | {row.figures} | {row.p95:.2f} | {row.rows:.1f} |")
     single_load, shared = middle[alone], middle["pipeline"]
     rate, speed = shared.requests / single_load.requests, single_load.median / shared.median
     print(f"at saturation {rate:.2f} times the requests, {speed:.2f} times as soon")

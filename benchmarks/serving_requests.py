@@ -17,7 +17,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "prompt": ("BYTES", np.object_), "negative_prompt": ("BYTES", np.object_), "prompt_embeds": ("FP32", np.float32),
     "prompt_attention_mask": ("FP32", np.float32), "negative_prompt_embeds": ("FP32", np.float32),
     "negative_prompt_attention_mask": ("FP32", np.float32), "preview_every": ("INT32", np.int32),
-    "pooled_prompt_embeds": ("FP32", np.float32), "height": ("INT32", np.int32), "width": ("INT32", np.int32),
+    "pooled_prompt_embeds": ("FP32", np.float32), "negative_pooled_prompt_embeds": ("FP32", np.float32),
+    "height": ("INT32", np.int32), "width": ("INT32", np.int32),
     "hidden_states": ("FP32", np.float32), "timestep": ("INT64", np.int64),
 }  # fmt: skip
 

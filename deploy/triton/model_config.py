@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..check.operand import shape_of
-from .serving.call import NEGATIVE, Call
+from .serving.call import LABELS, NEGATIVE, Call
 from .serving.conditions import PROMPT
 from .serving.health import PROBES_KEY
 from .serving.model import PARAMETERS
@@ -44,7 +44,7 @@ class Served:
         latents: (C, H, W) of one picture's latents at the default size.
         sizes: the sizes of pictures that requests may ask for.
         encoder: folder with the text encoder's graph, its data and its tokenizers. They are moved into the repository.
-            None: requests hold class labels.
+            None: requests hold class labels, or embeddings that their clients make.
         decoder: the VAE's graph, in a folder with only its data. The folder's files are moved into the repository. None: no VAE.
         pictures: whether the latents themselves are pictures of 1 or 3 channels in [-1, 1].
         max_rows: the greatest batch of a network call.
@@ -93,11 +93,11 @@ class Served:
 
     def condition_inputs(self) -> list[tuple[str, str, Sequence[int]]]:
         """Name, type and dims of a request's condition inputs. Those of prompts and embeddings are all optional."""
-        if self.encoder is None:
-            return [(name, "TYPE_INT64", [1]) for name in self.call.conditions.values()]
+        if self.call.labels:
+            return [(LABELS, "TYPE_INT64", [1])]
         inputs: list[tuple[str, str, Sequence[int]]] = []
         for prefix in ("", NEGATIVE) if self.call.guided_by == "null" else ("",):
-            inputs.append((prefix + PROMPT, "TYPE_STRING", [1]))
+            inputs += [(prefix + PROMPT, "TYPE_STRING", [1])] if self.encoder else []
             inputs += [(prefix + name, "TYPE_FP32", self.shapes[key]) for key, name in self.call.conditions.items()]
         return inputs
 
@@ -191,7 +191,7 @@ def pipeline_config(name: str, served: Served, image: Sequence[int]) -> Config:
         "backend": "python",
         "max_batch_size": served.max_images,
         "input": [
-            {"name": key, "data_type": kind, "dims": [*dims], **({} if key == "class_labels" else {"optional": True})}
+            {"name": key, "data_type": kind, "dims": [*dims], **({} if key == LABELS else {"optional": True})}
             for key, kind, dims in inputs
         ],
         "output": [{"name": key, "data_type": kind, "dims": dims} for key, kind, dims in outputs],
@@ -204,8 +204,12 @@ def pipeline_config(name: str, served: Served, image: Sequence[int]) -> Config:
 def health_config(served: Served) -> Config:
     """Return the config of the model `health`, which sends every other model a small request."""
     call, shapes = served.call, served.shapes
-    request = {PROMPT: ["bytes", [1, 1]]} if served.encoder else {"class_labels": ["int64", [1, 1]]}
-    kinds = {"timestep": call.timestep, **({} if served.encoder else dict.fromkeys(call.conditions, "int64"))}
+    kinds = {"timestep": call.timestep, **(dict.fromkeys(call.conditions, "int64") if call.labels else {})}
+    if served.encoder:
+        request = {PROMPT: ["bytes", [1, 1]]}
+    else:
+        request = {name: [kinds.get(key, "float32"), [1, *(shapes[key] or [1])]] for key, name in call.conditions.items()}
+        request["guidance_scale"] = ["float32", [1, 1]]  # a one, without which the negative embeddings would be missing
     scalar = [1] if call.batched else []  # see `_tensor`
     state = {
         name: [kinds.get(name, "float32"), [*shape] if name in served.shared else [1, *(shape or scalar)]]

@@ -54,19 +54,49 @@ def proxy(served: Served) -> str:
 
 
 def _condition_texts(served: Served) -> dict[str, str]:
-    """The parts of the README that differ between class labels and prompts."""
-    images = served.max_images
-    guided, pictures = served.call.guided_by == "null", served.pictures or served.decoder
-    if served.encoder is None:
+    """The parts of the README that differ between class labels, prompts and embeddings."""
+    if served.call.labels:
         return {
-            "first": "class_labels",
+            "required": "`class_labels`",
             "asked": "`class_labels` INT64[n, 1]",
-            "example": '{"name": "class_labels", "datatype": "INT64", "shape": [2, 1], "data": [0, 1]}',
+            "curl": CURL.format('{"name": "class_labels", "datatype": "INT64", "shape": [2, 1], "data": [0, 1]}'),
             "pictures_of": "--labels 0,1,2,3",
             "picture_of": "--labels 3",
-            "inputs": f"| `class_labels` | INT64[n, 1] | | 0 to {served.classes - 1}, n up to {images} |",
+            "inputs": f"| `class_labels` | INT64[n, 1] | | 0 to {served.classes - 1}, n up to {served.max_images} |",
             "prompts": "", "install": "", "encoder": "", "endpoint": "",
         }  # fmt: skip
+    return _prompt_texts(served) if served.encoder else _embedding_texts(served)
+
+
+def _embedding_texts(served: Served) -> dict[str, str]:
+    """Those parts without a text encoder."""
+    conditions, zero = served.call.conditions, served.call.zero_null
+    types = {name: f"FP32[n, {_listed(served.shapes[key])}]" for key, name in conditions.items()}
+    allowed = {name: "1 for tokens, 0 for padding" if name.endswith("_mask") else "finite" for name in types}
+    rows = [f"| `{name}` | {kind} | | {allowed[name]}, n up to {served.max_images} |" for name, kind in types.items()]
+    if served.call.guided_by == "null":
+        default = "zeros" if zero else ""
+        rows += [f"| `negative_{name}` | {kind} | {default} | {allowed[name]} |" for name, kind in types.items()]
+    needed = served.call.guided_by == "null" and not zero
+    return {
+        "required": " and ".join(f"`{name}`" for name in types),
+        "asked": ", ".join(f"`{name}` {kind}" for name, kind in types.items()),
+        "curl": "",
+        "pictures_of": "--embeddings encoded.npz",
+        "picture_of": "--embeddings encoded.npz",
+        "inputs": "\n".join(rows),
+        "prompts": EMBEDDINGS.format(
+            arrays=", ".join(f"{name}=..." for name in types),
+            negative=NEEDED.format(names=" and ".join(f"`negative_{name}`" for name in types)) if needed else "",
+        ),
+        "install": "", "encoder": "", "endpoint": "",
+    }  # fmt: skip
+
+
+def _prompt_texts(served: Served) -> dict[str, str]:
+    """Those parts with a text encoder."""
+    images = served.max_images
+    guided, pictures = served.call.guided_by == "null", served.pictures or served.decoder
     texts = [text for text in served.prompts if PLAIN.issuperset(text)][:2]
     first, second = (*texts, *EXAMPLES)[:2]
     names, null = list(served.call.conditions.values()), "zeros in place of its embeddings" if served.call.zero_null else '""'
@@ -78,9 +108,9 @@ def _condition_texts(served: Served) -> dict[str, str]:
     )
     negative = f"\n| `negative_prompt` | STRING[n, 1] | {null} | as `prompt`; unused where guidance is off |" if guided else ""
     return {
-        "first": PROMPT,
+        "required": f"`{PROMPT}`",
         "asked": "`prompt` STRING[n, 1]",
-        "example": f'{{"name": "prompt", "datatype": "BYTES", "shape": [2, 1], "data": ["{first}", "{second}"]}}',
+        "curl": CURL.format(f'{{"name": "prompt", "datatype": "BYTES", "shape": [2, 1], "data": ["{first}", "{second}"]}}'),
         "pictures_of": f'--prompt "{first}" --prompt "{second}"',
         "picture_of": f'--prompt "{first}"',
         "inputs": f"| `prompt` | STRING[n, 1] | | UTF-8, {PROMPT_BYTES} bytes, and as many tokens as the encoder reads; n up to "
@@ -98,7 +128,7 @@ def _call(served: Served) -> str:
     """The inputs of one network call, as the README lists them."""
     kinds = {"int64": "INT64", "float32": "FP32"}
     types = {"timestep": kinds[served.call.timestep]}
-    types |= dict.fromkeys(served.call.conditions, "INT64") if served.encoder is None else {}
+    types |= dict.fromkeys(served.call.conditions, "INT64") if served.call.labels else {}
     scalar = [1] if served.call.batched else []
     texts = []
     for name, shape in served.shapes.items():
@@ -148,6 +178,26 @@ def _needs(served: Served, opset: int) -> str:
     return f"The graph's opset {opset} runs on ONNX Runtime 1.19 and later: containers from 24.09 on."
 
 
+CURL = """curl -s 127.0.0.1:8000/v2/models/pipeline/infer -d '{{"inputs": [
+  {},
+  {{"name": "num_inference_steps", "datatype": "INT32", "shape": [2, 1], "data": [20, 20]}},
+  {{"name": "seed", "datatype": "UINT64", "shape": [2, 1], "data": [7, 8]}}]}}'
+
+"""
+EMBEDDINGS = """
+## Embeddings
+
+There is no text encoder here, because the export took the file of `--conditions`. Clients encode prompts as the model's own
+pipeline does, padded to the length above, and send what it gives over grpc: JSON through the proxy holds at most 64 kB. The
+client reads an archive of numpy with a row for each picture:
+
+```python
+numpy.savez("encoded.npz", {arrays})
+```
+{negative}"""
+NEEDED = """
+Guidance needs {names}, too, the embeddings of the prompt "". With `guidance_scale` 1 pictures are drawn without them.
+"""
 SHARING = """
 Pictures of different sizes do not fit into one tensor. So each size has calls of its own, of up to `max_rows` rows, and the
 sizes take turns: many sizes at a time make many small calls. A call of `max_rows` rows of the greatest size must fit the memory.

@@ -11,7 +11,7 @@ from dq_export.core.documents import DocumentError, parse_json, shown
 from .call_rule import misfits
 from .model_folder import Fault, Model, whole_number
 from .serving.call import FILE as CALL
-from .serving.call import Call, CallError
+from .serving.call import LABELS, Call, CallError
 from .serving.health import PROBES_KEY
 from .serving.model import PARAMETERS
 from .serving.schedules import FILE, ScheduleError, Schedules
@@ -35,7 +35,7 @@ def sampling(model: Model) -> Iterator[Fault]:
     for key in PARAMETERS:
         if key not in values:
             yield model.fault(f"parameters: '{key}' is missing", "write it as the export did")
-        elif key == "classes" and values.get("text_encoder"):
+        elif key == "classes" and LABELS not in {item.name for item in model.config.input}:
             continue
         elif key not in TEXTUAL and not re.fullmatch(r"[1-9][0-9]{0,8}", values[key]):
             yield model.fault(f"parameters: {key} {shown(values[key])} is not a whole number above 0", "write one, as a string")

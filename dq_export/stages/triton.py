@@ -22,7 +22,7 @@ from ..finished_folder import ENGINE, MODEL
 from ..ledger import Result, file_digest
 from ..report.report import EncoderReport
 from .build import BUILD
-from .conditions import ENCODING, draws_prompts
+from .conditions import ENCODING
 from .quantize import QUANTIZE
 from .stage import Context, Stage, folder_bytes
 from .text_encoder import compare_encoder
@@ -75,7 +75,7 @@ class WriteRepository(Stage[Repository]):
         decoder = context.reference.decoder
         vae = sorted(path for path in decoder.iterdir() if path.is_file()) if decoder else []
         served = [*(SERVED / name for name in (*PROGRAM, PROBE, CLIENT, PROXY, README)), *(FRONT / name for name in ENDPOINT)]
-        encoders = context.reference.encoding_files() if draws_prompts(context.recipe) else []
+        encoders = context.reference.encoding_files() if context.recipe.prompts is not None else []
         files = [file_digest(path) for path in (*vae, *served)]
         return {"model": context.reference.digest, "files": files, "encoders": encoders}
 
@@ -98,7 +98,7 @@ class WriteRepository(Stage[Repository]):
             undecoded = export_decoder(reference.decoder, latents, decoder, kind)
         if decoder.exists() and reference.decoder:
             pixels = serving.packing * pixels_of_latent(reference.decoder)
-        encoder = reference.export_encoders(target / "encoder", recipe.text_encoder_bits)
+        encoder = reference.export_encoders(target / "encoder", recipe.text_encoder_bits) if recipe.conditions is None else None
         call = call_of(reference, encoder.tokenizers if encoder else ())
         compared = None
         if encoder and recipe.text_encoder_bits is not None:
@@ -117,7 +117,7 @@ class WriteRepository(Stage[Repository]):
             decoder=decoder if decoder.exists() else None,
             pictures=pictures,
             max_rows=context.backend.greatest_batch(model) or MAX_ROWS,
-            classes=0 if encoder else len(reference.conditions),
+            classes=len(reference.conditions) if call.labels else 0,
             steps=recipe.steps,
             guidance=recipe.guidance_scale or 1.0,
             scheduler=samplers.default,
@@ -187,7 +187,7 @@ def require_encoder_bits(recipe: Recipe, family: Family) -> None:
     """Ask whether there will be text encoders to quantize.
 
     Raises:
-        RecipeError: no repository is written, or the network draws no prompts.
+        RecipeError: no repository is written, or it gets no text encoder.
     """
     if recipe.text_encoder_bits is None:
         return
@@ -196,6 +196,8 @@ def require_encoder_bits(recipe: Recipe, family: Family) -> None:
         raise RecipeError(f"{option}: of the text encoders that --triton writes; pass --triton, too, or leave it out")
     if not family.encoders:
         raise RecipeError(f"{option}: this network draws no prompts, so its server has no text encoder; leave it out")
+    if recipe.conditions is not None:
+        raise RecipeError(f"{option}: with --conditions the server has no text encoder; leave one of the two out")
 
 
 def require_served(recipe: Recipe, reference: Reference) -> None:
@@ -203,7 +205,7 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
 
     Raises:
         ModelError: the network has inputs that the server's requests do not hold, or no sampler of the checkpoint can be served.
-        RecipeError: what it draws comes from a file, or its sampler follows the size and the recipe has several.
+        RecipeError: its sampler follows the size and the recipe has several.
     """
     if any(item.role == "residual" for item in reference.inputs):
         raise ModelError(
@@ -220,11 +222,6 @@ def require_served(recipe: Recipe, reference: Reference) -> None:
         raise ModelError(
             f"--triton: the server's requests do not hold what this network takes: {', '.join(others) or 'its conditions'}. "
             "Leave --triton out"
-        )
-    if recipe.conditions is not None:
-        raise RecipeError(
-            "--triton: the server encodes prompts with the checkpoint's own text encoders, which --conditions does without; "
-            "leave one of the two out"
         )
     if serving.follows_size and len(recipe.pixels) > 1:
         raise RecipeError(

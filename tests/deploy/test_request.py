@@ -10,7 +10,7 @@ import pytest
 from conftest import Nobody
 
 from dq_export.deploy.triton.serving.call import Call
-from dq_export.deploy.triton.serving.conditions import BadRequestError, Labels
+from dq_export.deploy.triton.serving.conditions import BadRequestError, Feed, Labels, Texts
 from dq_export.deploy.triton.serving.job import Job
 from dq_export.deploy.triton.serving.request import SAFE_SEED, Limits, UInt64, noise, seeds_of
 from dq_export.deploy.triton.serving.schedules import COLUMNS, Schedules
@@ -54,6 +54,28 @@ def test_only_calls_without_the_condition_are_turned_off_by_a_scale_of_one() -> 
         limits = replace(LIMITS, call=replace(CALL, guided_by=guided_by))
         with pytest.raises(BadRequestError, match=expected):
             limits.job(columns, LABELS.read(columns), SCHEDULES, seeds(1), Nobody())
+
+
+def test_without_a_text_encoder_guidance_needs_embeddings_unless_its_condition_is_zeros() -> None:
+    call = Call(state="sample", output="out", timestep="int64", conditions={"states": "prompt_embeds"})
+    columns = {"prompt_embeds": np.ones((1, 3, 2), np.float32), "guidance_scale": np.array([[2.0]])}
+
+    def encode(tokens: Feed) -> Feed:
+        raise AssertionError("there is no encoder")
+
+    def guided(zero_null: bool, inputs: Feed) -> Job:
+        texts = Texts(replace(call, zero_null=zero_null), {"prompt_embeds": (3, 2)}, (), encode, max_images=2)
+        return replace(LIMITS, call=texts.call).job(inputs, texts.read(inputs), SCHEDULES, seeds(1), Nobody())
+
+    with pytest.raises(BadRequestError, match="negative_prompt_embeds: missing; guidance needs the embeddings of an"):
+        guided(False, columns)
+    assert guided(False, {**columns, "guidance_scale": np.array([[1.0]])}).rows == 1
+    rows = guided(True, columns).feed()[2]["states"]
+    assert np.array_equal(rows, [np.ones((3, 2)), np.zeros((3, 2))])
+    rows = guided(False, {**columns, "negative_prompt_embeds": np.full((1, 3, 2), 0.5, np.float32)}).feed()[2]["states"]
+    assert np.array_equal(rows, [np.ones((3, 2)), np.full((3, 2), 0.5)])
+    with pytest.raises(BadRequestError, match="prompt_embeds: missing; this server has no text encoder"):
+        guided(False, {"guidance_scale": columns["guidance_scale"]})
 
 
 def test_more_rows_than_a_call_has_are_refused_rather_than_waited_for() -> None:

@@ -12,6 +12,8 @@ from .positions import PICTURE_WORDS, TEXT_WORDS
 
 FILE = "network.json"
 TIMESTEPS = ("int64", "float32")
+LABELS = "class_labels"
+"""The name of class labels in a request."""
 NEGATIVE = "negative_"
 """Prefix of a condition's name in a request, for the negative condition of guidance."""
 PLACE = "{}"
@@ -37,7 +39,7 @@ class Call:
         output: name of the output.
         timestep: element type of the input `timestep`, as numpy names it.
         conditions: name in requests by input of the network: `class_labels`, or `prompt_embeds` and others.
-        tokenizers: files in the same folder, in the order of the text encoder's inputs; empty: conditions are class labels.
+        tokenizers: files in the same folder, in the order of the text encoder's inputs; empty: requests hold no prompts.
         lowercase: whether the network was trained with prompts in lower case.
         size_values: values of further inputs by name: numbers, or names of SIZE_WORDS.
         zero_null: whether the negative condition of a request without `negative_prompt` is zeros, not that of "".
@@ -67,6 +69,11 @@ class Call:
     def written(self, prompt: str) -> str:
         """The text that the tokenizers get for a prompt."""
         return self.template.replace(PLACE, prompt.lower().strip() if self.lowercase else prompt)
+
+    @property
+    def labels(self) -> bool:
+        """Whether the conditions are class labels."""
+        return LABELS in self.conditions.values()
 
     @property
     def rows_of_picture(self) -> int:

@@ -4,6 +4,7 @@
     python client.py --labels 0,1,2,3 --steps 20 --seed 7 -o pictures.png
     python client.py --labels 3 --preview-every 5 -o picture.png      # picture-5.png, picture-10.png, ..., picture.png
     python client.py --prompt "a house" --prompt "a tree"              # for a model that takes prompts
+    python client.py --embeddings encoded.npz                          # for one that takes embeddings: arrays by input name
 
 Without a decoder the server returns `latents` alone: -o latents.npy.
 """
@@ -23,8 +24,8 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     """Send one request and yield (step, outputs by name) of every response. The last one has step 0.
 
     Args:
-        inputs: `class_labels` or `prompt`, one per picture, and any optional inputs: `seed` and `latents` have one value per
-            picture, the others one value for all. A request with `preview_every` goes to the streaming model.
+        inputs: `class_labels`, `prompt` or embeddings, one per picture, and any optional inputs: `seed` and `latents` have one
+            value per picture, the others one value for all. A request with `preview_every` goes to the streaming model.
         seconds: the longest wait for a response.
 
     Raises:
@@ -35,12 +36,12 @@ def ask(url: str, inputs: dict[str, Any], *, seconds: float) -> Any:
     kinds = {"class_labels": np.int64, "seed": np.uint64, "num_inference_steps": np.int32, "guidance_scale": np.float32}
     kinds |= {"preview_every": np.int32, "height": np.int32, "width": np.int32}
     names = {np.int64: "INT64", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}
-    tensors, pictures = [], len(inputs["prompt" if "prompt" in inputs else "class_labels"])
+    tensors, pictures = [], len(next(iter(inputs.values())))
     for name, value in inputs.items():
         if name in ("prompt", "negative_prompt", "scheduler"):
             texts = [value] * pictures if isinstance(value, str) else value
             array, kind = np.array([[text.encode()] for text in texts], dtype=np.object_), "BYTES"
-        elif name == "latents":
+        elif name not in kinds:  # latents and embeddings
             array, kind = np.asarray(value, dtype=np.float32), "FP32"
         else:
             column = np.asarray(value, dtype=kinds[name]).reshape(-1, 1)
@@ -93,6 +94,7 @@ def main() -> int:
     conditions = parser.add_mutually_exclusive_group()
     conditions.add_argument("--labels", default="0", type=_labels, help="class labels, one per picture: 0,1,2")
     conditions.add_argument("--prompt", action="append", help="text of a picture; repeat it for more pictures")
+    conditions.add_argument("--embeddings", type=Path, help="numpy archive (.npz) of inputs by name, a row for each picture")
     parser.add_argument("--negative-prompt", help="what the pictures must not show")
     parser.add_argument("--seed", type=_seed, help="seed of the first picture, each next one adds 1; default: the server chooses")
     parser.add_argument("--steps", type=_count, help="number of sampler steps")
@@ -104,12 +106,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="longest wait for a response")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures.png"))
     options = parser.parse_args()
-    count = len(options.prompt or options.labels)
+    try:
+        inputs = _conditions(options)
+    except Exception as error:  # noqa: BLE001 - numpy has an error for each kind of damage
+        parser.error(f"--embeddings {options.embeddings}: {error}")
+    count = len(next(iter(inputs.values())))
     seeds = None if options.seed is None else [(options.seed + i) % 2**64 for i in range(count)]
     optional = {"seed": seeds, "num_inference_steps": options.steps, "guidance_scale": options.guidance}
     optional |= {"scheduler": options.scheduler, "preview_every": options.preview_every}
     optional |= {"negative_prompt": options.negative_prompt, "height": options.height, "width": options.width}
-    inputs = {"prompt": options.prompt} if options.prompt else {"class_labels": options.labels}
     try:
         for step, outputs in ask(
             options.url, {**inputs, **{k: v for k, v in optional.items() if v is not None}}, seconds=options.seconds
@@ -122,6 +127,20 @@ def main() -> int:
         print(f"error: {reason or f'no answer in {options.seconds:g} s'}", file=sys.stderr)
         return 1
     return 0
+
+
+def _conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the inputs that hold a row for each picture.
+
+    Raises:
+        Exception: the archive of embeddings cannot be read.
+    """
+    if options.embeddings is None:
+        return {"prompt": options.prompt} if options.prompt else {"class_labels": options.labels}
+    archive = np.load(options.embeddings)  # numpy refuses pickles
+    if not isinstance(archive, np.lib.npyio.NpzFile) or not archive.files:
+        raise ValueError("expected an archive of numpy (.npz) with arrays by the names of inputs")
+    return {name: np.atleast_1d(archive[name]).astype(np.float32) for name in archive.files}
 
 
 def _whole_number(text: str, below: int) -> int:

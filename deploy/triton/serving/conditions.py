@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .call import NEGATIVE, Call, suffix
+from .call import LABELS, NEGATIVE, Call, suffix
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -34,10 +34,12 @@ class RequestConditions:
         count: number of pictures.
         rows: returns the network's inputs by name, a row for each picture. With guidance (True) as many rows of the negative
             condition follow. It may call the text encoder, so it must not run in the thread that receives requests.
+        unguided: why there can be no guidance; empty if there can.
     """
 
     count: int
     rows: Callable[[bool], Feed]
+    unguided: str = ""
 
 
 class Conditions(Protocol):
@@ -65,9 +67,9 @@ class Labels:
 
     def read(self, inputs: Feed) -> RequestConditions:
         """Check `class_labels`, int64[n, 1]; see `Conditions`."""
-        if "class_labels" not in inputs:
-            raise BadRequestError("class_labels: missing; expected a label for each picture")
-        labels = self._labels(inputs["class_labels"])
+        if LABELS not in inputs:
+            raise BadRequestError(f"{LABELS}: missing; expected a label for each picture")
+        labels = self._labels(inputs[LABELS])
 
         def rows(guided: bool) -> Feed:
             return {self.name: np.concatenate([labels, np.full_like(labels, self.classes)]) if guided else labels}
@@ -78,11 +80,11 @@ class Labels:
         # The server's own check of the batch size reads its lower 32 bits alone.
         if column.ndim != 2 or column.shape[1] != 1 or not 1 <= len(column) <= self.max_images:
             expected = f"[n, 1] with n from 1 to {self.max_images}"
-            raise BadRequestError(f"class_labels: expected shape {expected}, found {list(column.shape)}")
+            raise BadRequestError(f"{LABELS}: expected shape {expected}, found {list(column.shape)}")
         labels: npt.NDArray[np.int64] = np.array(column[:, 0], dtype=np.int64)
         if labels.min() < 0 or labels.max() >= self.classes:
             outside = [int(label) for label in labels if not 0 <= label < self.classes]
-            raise BadRequestError(f"class_labels: expected 0 to {self.classes - 1}, found {', '.join(map(str, outside))}")
+            raise BadRequestError(f"{LABELS}: expected 0 to {self.classes - 1}, found {', '.join(map(str, outside))}")
         return labels
 
 
@@ -93,7 +95,8 @@ class Texts:
 
     Args:
         shapes: shape of one picture's embeddings, by their names in requests.
-        tokenizers: objects of the package `tokenizers`. Each pads or cuts a text to the length that its encoder takes.
+        tokenizers: objects of the package `tokenizers`. Each pads or cuts a text to the length that its encoder takes. None:
+            there is no text encoder, and requests hold embeddings.
         encode: runs the text encoder on the tokens of one prompt, and returns the network's conditions by name.
     """
 
@@ -110,19 +113,23 @@ class Texts:
         Inputs whose names begin with `negative_` give the negative condition of guidance. Its default is the prompt "", or zeros
         if the call says so.
         """
-        count = next((len(inputs[name]) for name in (PROMPT, *self.shapes) if name in inputs and inputs[name].ndim), 0)
+        names = [*([PROMPT] if self.tokenizers else []), *self.shapes]
+        count = next((len(inputs[name]) for name in names if name in inputs and inputs[name].ndim), 0)
         if not self._side(inputs, ""):
-            raise BadRequestError(f"{PROMPT}: missing; send {PROMPT}, or {self._embeddings('')}")
+            alone = f"{self._embeddings('')}: missing; this server has no text encoder"
+            raise BadRequestError(f"{PROMPT}: missing; send {PROMPT}, or {self._embeddings('')}" if self.tokenizers else alone)
         if not 1 <= count <= self.max_images:
-            raise BadRequestError(f"{PROMPT}: expected 1 to {self.max_images} pictures, found {count}")
+            raise BadRequestError(f"{names[0]}: expected 1 to {self.max_images} pictures, found {count}")
         positive = self._rows(inputs, "", count)
-        negative = self._rows(inputs, NEGATIVE, count)
+        missing = not (self.tokenizers or self.call.zero_null or self._side(inputs, NEGATIVE))
+        negative = positive if missing else self._rows(inputs, NEGATIVE, count)
 
         def rows(guided: bool) -> Feed:
             sides = [positive(), negative()] if guided else [positive()]
             return {name: np.concatenate([side[name] for side in sides]) for name in self.call.conditions}
 
-        return RequestConditions(count, rows)
+        unguided = f"{self._embeddings(NEGATIVE)}: missing; guidance needs the embeddings of an empty prompt" if missing else ""
+        return RequestConditions(count, rows, unguided)
 
     def _side(self, inputs: Feed, prefix: str) -> list[str]:
         """Names of the inputs that a request has for one side of guidance, which `prefix` selects."""

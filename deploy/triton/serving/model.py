@@ -102,7 +102,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         images = int(config["max_batch_size"])
-        if not self.call.tokenizers:
+        if self.call.labels:
             return Labels(next(iter(self.call.conditions)), classes, images)
         dims = {item["name"]: tuple(int(size) for size in item["dims"]) for item in config["input"]}
         shapes = {name: dims[name] for name in self.call.conditions.values()}

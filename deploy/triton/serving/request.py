@@ -80,6 +80,8 @@ class Limits:
         shape = (self.shape[0], *self.sizes.latents(height, width))
         latents = self._latents(inputs["latents"], conditions.count, shape) if "latents" in inputs else noise(seeds, shape)
         guided = guidance > 1 and self.call.guided_by == "null"
+        if guided and conditions.unguided:
+            raise BadRequestError(f"{conditions.unguided}. guidance_scale 1 draws without")
         total = conditions.count * (1 + guided)
         if total > self.max_rows:  # such a job would wait forever
             raise BadRequestError(

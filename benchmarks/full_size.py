@@ -8,9 +8,8 @@
 
 The model is made once in a folder (`--model`, default ./dit-xl), with `--pickle` in the hub's format, see `dit_xl.py`.
 `--network` selects another: `pixart` at 512 pixels (see `pixart_xl.py`), `sd1.5` at 512 pixels and `sdxl` (see `unet_xl.py`),
-`sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` holds the float graph and two or three
-engines in memory; for the last three networks use `cost`, which times ONNX Runtime's engines in turn. If the folder has
-conditions.safetensors, the export uses them.
+`sd35-medium` and `flux-dev` at 512 pixels in bfloat16 (see `mmdit_xl.py`). `speed` loads each engine in a process of its own, one
+at a time. If the folder has conditions.safetensors, the export uses them.
 Exports are written to a temporary folder beside the model. `speed --peers static nncf` also quantizes with onnxruntime's
 quantize_static and with NNCF (see `peers.py`), each in a process of its own. Every table names the machine.
 """
@@ -30,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ import numpy as np
 from full_size_model import MADE_BY, feed_of, flags_of, model_folder, reference_of
 from process_tree import run_measured
 from result_table import ResultTable
+from turns import time_in_turns
 
 from dq_export.deploy.onnxruntime.cpu import open_graph
 
@@ -44,7 +45,9 @@ FLAGS = ("--calib-size", "1", "--steps", "4", "--parity-size", "1")
 """One picture in four forward passes."""
 OUTPUTS = ("calibration.safetensors", "model.onnx", "model.onnx.data", "parity/inputs.json", "parity/outputs.json")
 BASE = "ONNX Runtime fp32"
-COLUMNS = ("one call of a picture, 2 threads", "median ms", "least ms", f"{BASE} in turn with it, ms", "against it")
+COLUMNS = ("one call of a picture, 2 threads", "median ms", "least ms", f"against {BASE}")
+MODULES = {"static": "onnxruntime", "nncf": "nncf"}
+"""The package of each peer."""
 
 
 def export(model: Path, out: Path, *words: str) -> tuple[float, float, float]:
@@ -103,56 +106,63 @@ def flat(model: Path, temporary: Path) -> None:
 
 
 def speed(model: Path, temporary: Path, peers: list[str], path: Path | None) -> None:
-    """Print the latency of one call of a picture, for the engines of each runtime in turn with ONNX Runtime's float graph."""
-    from dq_export.deploy.latency import measure
-
+    """Print the latency of one call of a picture, for all engines in turn."""
     cpu = temporary / "cpu"
     export(model, cpu, "build", *FLAGS)
     reference = reference_of(model)
     feed = feed_of(reference)
     for name in peers:
         quantize(name, cpu / "float", feed, temporary)
-    table = ResultTable(COLUMNS, path)
     batch = len(feed[reference.inputs[0].name])
-    for makers in (*onnxruntime_engines(reference, temporary), *openvino_engines(model, temporary, batch)):
-        # A few engines at a time: those of a UNet do not all fit into memory.
-        base_makers = {BASE: partial(open_graph, cpu / "float" / "model.onnx")}
-        times = measure({name: make() for name, make in (base_makers | makers).items()}, feed)
-        base = times.pop(BASE).median
-        for name, latency in times.items():
-            table.add([name, f"{latency.median:.0f}", f"{latency.minimum:.0f}", f"{base:.0f}", f"{base / latency.median:.2f}x"])
+    engines = {BASE: partial(open_graph, cpu / "float" / "model.onnx")}
+    engines |= {f"PyTorch {dtype}": partial(open_torch, model, dtype) for dtype in ("fp32", "bf16")}
+    engines |= {**onnxruntime_engines(temporary), **openvino_engines(model, temporary, batch)}
+    times, table = time_in_turns(engines, feed), ResultTable(COLUMNS, path)
+    for name, latency in times.items():
+        table.add([name, f"{latency.median:.0f}", f"{latency.minimum:.0f}", f"{times[BASE].median / latency.median:.2f}x"])
 
 
-def onnxruntime_engines(reference: Any, temporary: Path) -> list[dict[str, Callable[[], Any]]]:
-    """Return PyTorch's networks, and the engines on ONNX Runtime."""
-    engines: dict[str, Callable[[], Any]] = {}
-    engines["dq-export W8A8, ONNX Runtime"] = partial(open_graph, temporary / "cpu" / "model.onnx")
-    if (peer := temporary / "static" / "model.onnx").exists():
-        engines["onnxruntime quantize_static"] = partial(open_graph, peer)
-    return [{"PyTorch fp32": lambda: reference.forward, "PyTorch bf16": partial(reference.in_dtype, "bf16")}, engines]
+def open_torch(model: Path, dtype: str) -> Callable[[Any], Any]:
+    """Load the float network in PyTorch."""
+    reference = reference_of(model)
+    return reference.forward if dtype == "fp32" else reference.in_dtype(dtype)
 
 
-def openvino_engines(model: Path, temporary: Path, batch: int) -> list[dict[str, Callable[[], Any]]]:
-    """Return the float network, the W8A8 engine and NNCF's on OpenVINO, by float types; none if the library is missing."""
-    from dq_export.deploy.backend import BackendError, Built
+def onnxruntime_engines(temporary: Path) -> dict[str, Callable[[], Any]]:
+    """Return what loads the W8A8 engine, and quantize_static's, on ONNX Runtime."""
+    graphs = {"dq-export W8A8, ONNX Runtime": "cpu", "onnxruntime quantize_static": "static"}
+    paths = {name: temporary / folder / "model.onnx" for name, folder in graphs.items()}
+    return {name: partial(open_graph, path) for name, path in paths.items() if path.exists()}
+
+
+def openvino_engines(model: Path, temporary: Path, batch: int) -> dict[str, Callable[[], Any]]:
+    """Return what loads the float network, the W8A8 engine and NNCF's on OpenVINO, by float types; none without the library."""
+    from dq_export.deploy.backend import BackendError
     from dq_export.deploy.openvino.backend import OpenVino
 
     try:
         OpenVino().require()
     except BackendError as error:
         print(f"without OpenVINO: {error}")
-        return []
+        return {}
     cpu, copy = temporary / "cpu", temporary / "openvino"
     shutil.copytree(cpu, copy)
     export(model, copy, "build", *FLAGS, "--overwrite", "--provider", "openvino", "--dtype", "bf16")
-
-    def load(dtype: str, folder: Path) -> Any:
-        return OpenVino(dtype).load(Built(model=folder / "model.onnx", folder=folder / "engine"), batch=batch)
-
-    graphs = {"OpenVINO": partial(load, folder=cpu / "float"), "dq-export W8A8, OpenVINO, rest": partial(load, folder=copy)}
+    graphs = {
+        "OpenVINO": partial(open_openvino, cpu / "float", batch),
+        "dq-export W8A8, OpenVINO, rest": partial(open_openvino, copy, batch),
+    }
     if (peer := temporary / "nncf" / "model.xml").exists():
         graphs["NNCF, OpenVINO, rest"] = partial(open_nncf, peer, batch)
-    return [{f"{name} {dtype}": partial(make, dtype) for name, make in graphs.items()} for dtype in ("fp32", "bf16")]
+    return {f"{name} {dtype}": partial(load, dtype) for dtype in ("fp32", "bf16") for name, load in graphs.items()}
+
+
+def open_openvino(folder: Path, batch: int, dtype: str) -> Any:
+    """Load a graph on OpenVINO as dq-export does."""
+    from dq_export.deploy.backend import Built
+    from dq_export.deploy.openvino.backend import OpenVino
+
+    return OpenVino(dtype).load(Built(model=folder / "model.onnx", folder=folder / "engine"), batch=batch)
 
 
 def open_nncf(path: Path, batch: int, dtype: str) -> Callable[[Any], Any]:
@@ -225,6 +235,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the table there, for speed")
     options = parser.parse_args()
+    for peer in options.peers:
+        if find_spec(MODULES[peer]) is None:
+            parser.error(f"--peers {peer}: {MODULES[peer]} is not installed here; see peers.py")
     place = options.model or Path(f"{options.network}-xl")
     model = model_folder(place, options.network, options.layers, pickle=options.pickle)
     name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)

@@ -1,7 +1,7 @@
 """Measures the gain of block-wise training over GPTQ, with real engines of dit-digits, its hard copy and pixart-digits.
 
     pip install ".[cpu,metrics]" && python benchmarks/distill.py [--models plain hard text] [--forms NAME ...] [--json FILE]
-    python benchmarks/distill.py --ablation     tables only, weights only, no biases, with and without weight dilation
+    python benchmarks/distill.py --ablation     tables only, weights only, no biases, float inputs, with and without dilation
 
 A row has the SQNR in dB of a network call against PyTorch, mean and worst over a guided trajectory, and of ten pictures from the
 same noise, each with GPTQ and its gain with `--rounding distill`; and the CPU seconds of the training. `--device cuda` samples
@@ -14,12 +14,17 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from result_table import ResultTable
 
+from dq_export.calibration.training.task import Task
+from dq_export.calibration.training.trainer import Trainer
 from dq_export.core.recipe import Recipe
 from dq_export.families.source import MODELS, PACKAGED
 from dq_export.pipeline import run
@@ -37,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "w6a6 per timestep": {"bits": "w6a6"},
     "w8a8 per timestep": {"bits": "w8a8"},
 }
+FLOAT_INPUTS = "all, float inputs of the blocks"
 OFF = 1e-9
 """A rate that changes no value."""
 ABLATION: dict[str, dict[str, Any]] = {
@@ -44,6 +50,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "tables only": {"distill_rate": OFF, "distill_bias_rate": OFF},
     "weights only": {"distill_scale_rate": OFF, "distill_bias_rate": OFF},
     "weights and tables": {"distill_bias_rate": OFF},
+    FLOAT_INPUTS: {},
     "all, a table row a timestep": {"bins": "per-step"},
     "all, weight dilation": {"scaling": "dilate"},
     "all, no scaling": {"scaling": "none"},
@@ -51,6 +58,24 @@ ABLATION: dict[str, dict[str, Any]] = {
 COLUMNS = ("model", "bits, scales", "mean of the calls, dB", "worst call", "ten pictures", "CPU s of the training")
 TITLES = {"plain": "dit-digits", "hard": "hard copy", "text": "pixart-digits"}
 Decibels = tuple[float, float, float]
+
+
+@contextmanager
+def float_inputs() -> Iterator[None]:
+    """Within it, a block is trained and judged on the float network's input, not on that of the quantized blocks before it."""
+    usual = Trainer._task
+
+    def task(trainer: Trainer, index: int) -> Task:
+        def run(layers: Any, rows: Any) -> Any:
+            before = trainer._before
+            inputs = {"exact": before(index, "exact", rows), "error": [0 * part for part in before(index, "exact", rows)]}
+            with patch.object(trainer, "_before", lambda index, kind, rows: inputs[kind]):
+                return trainer._run(index, layers, "error", rows)
+
+        return replace(usual(trainer, index), run=run)
+
+    with patch.object(Trainer, "_task", task):
+        yield
 
 
 def measure(model: str, options: Mapping[str, Any], folder: Path, device: str) -> tuple[Decibels, float]:
@@ -71,7 +96,8 @@ def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], f
     """Return the figures of an export with GPTQ and the gain of training, behind the names of model and form."""
     calibration = {key: value for key, value in training.items() if not key.startswith("distill_")}
     before, gptq_seconds = measure(model, {**options, **calibration, "rounding": "gptq"}, folder / "gptq", device)
-    after, seconds = measure(model, {**options, **training, "rounding": "distill"}, folder / "distill", device)
+    with float_inputs() if folder.name == FLOAT_INPUTS else nullcontext():
+        after, seconds = measure(model, {**options, **training, "rounding": "distill"}, folder / "distill", device)
     gains = [f"{old:.1f} {new - old:+.1f}" for old, new in zip(before, after, strict=True)]
     return [*gains, f"{seconds - gptq_seconds:.0f}"]
 
@@ -79,7 +105,7 @@ def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], f
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["plain"], choices=tuple(TITLES))
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), help="words that a form's name must begin with")
+    parser.add_argument("--forms", nargs="*", default=[""], help="words that a row's name must begin with")
     parser.add_argument("--iterations", type=int, default=150, help="iterations of a block")
     parser.add_argument("--ablation", action="store_true", help="parts of the training, of w4a4 per timestep")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the sampling and the training")
@@ -89,8 +115,8 @@ def main() -> None:
     if options.ablation:
         exports = {label: (FORMS["w4a4 per timestep"], {**training, **changes}) for label, changes in ABLATION.items()}
     else:
-        labels = [label for label in FORMS if any(label.startswith(word) for word in options.forms)]
-        exports = {label: (FORMS[label], training) for label in labels}
+        exports = {label: (form, training) for label, form in FORMS.items()}
+    exports = {label: values for label, values in exports.items() if label.startswith(tuple(options.forms))}
     with tempfile.TemporaryDirectory() as temporary:
         models = {"plain": "dit-digits", "hard": str(Path(temporary) / "model"), "text": "pixart-digits"}
         harden_folder(PACKAGED / "dit-digits", Path(models["hard"]))

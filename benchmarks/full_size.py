@@ -196,7 +196,7 @@ def quantize(peer: str, source: Path, feed: dict[str, Any], temporary: Path) -> 
 
 def resume(model: Path, temporary: Path, *, kills: int) -> None:
     """Kill an export at random moments, then run it to the end. Every output must equal that of an undisturbed run."""
-    from dq_export.ledger import file_digest
+    from dq_export.core.digest import file_digest
 
     out = temporary / "whole"
     seconds, _, _ = export(model, out, "", *FLAGS, "--max-memory", "4.5")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dq_export.core.digest import file_digest
 from dq_export.core.documents import YAML_LIMIT, DocumentError, parse_yaml, printable, read_json, read_text, shown, shown_path
 
 from .output_folder import PARTIAL, OutputError, locked, make, move, names, remove, require_free, require_plain, write_text
@@ -136,15 +137,6 @@ def _read(path: Path) -> dict[str, Record]:
         except ValidationError:
             continue
     return stages
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def require_usable(folder: Path) -> None:

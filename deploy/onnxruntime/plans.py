@@ -69,7 +69,7 @@ class OrtPlan(TensorRt):
             BackendError: the plan is missing, damaged or for other GPUs, or the provider is missing or refuses it.
         """
         plan, context = Plan(built), built.folder / CONTEXT
-        plan.content()
+        plan.require_unchanged()
         if not context.exists():
             raise BackendError(f"{built.folder}: no {CONTEXT}; {plan.advice}")
         if reason := self.obstacle:

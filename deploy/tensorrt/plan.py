@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dq_export.core.digest import file_digest
 from dq_export.core.documents import DocumentError, printable, read_json, read_text, shown_path
 
 from ..backend import BackendError, Built
@@ -82,11 +83,23 @@ class Plan:
         Raises:
             BackendError: it is not what was built, or see `description`.
         """
-        digest = self.description["sha256"]
+        expected = self.description["sha256"]
         content = self.file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise BackendError(f"{self.file} was changed after the build; {self.advice}")
+        self._require(hashlib.sha256(content).hexdigest(), expected)
         return content
+
+    def require_unchanged(self) -> None:
+        """Check the plan without holding it in memory.
+
+        Raises:
+            BackendError: see `content`.
+        """
+        expected = self.description["sha256"]
+        self._require(file_digest(self.file), expected)
+
+    def _require(self, digest: str, expected: str) -> None:
+        if digest != expected:
+            raise BackendError(f"{self.file} was changed after the build; {self.advice}")
 
     def layers(self) -> Sequence[Layer]:
         """The builder's list of layers.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dq_export.core.digest import file_digest
 from dq_export.core.documents import printable, shown, shown_path
 from dq_export.core.recipe import Recipe, RecipeError
 
-from ..ledger import file_digest
 from .metric_weights import require_metrics
 
 

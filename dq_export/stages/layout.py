@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dq_export.core.digest import file_digest
 from dq_export.core.recipe import Recipe, RecipeError
 
 from ..families.reference import Reference
 from ..finished_folder import MODEL
-from ..ledger import Result, file_digest
+from ..ledger import Result
 from .conditions import ENCODING
 from .quantize import QUANTIZE
 from .stage import Context, Stage, folder_bytes

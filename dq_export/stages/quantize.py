@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.digest import file_digest
 from dq_export.core.documents import shown_path
 from dq_export.core.plugins import described_plugins
 from dq_export.core.progress import Advance, unwatched
@@ -21,7 +22,7 @@ from dq_export.passes.pipeline import canonical_passes, with_plugins
 
 from ..families.float_graph import DAMAGED, load
 from ..finished_folder import MODEL
-from ..ledger import Result, file_digest
+from ..ledger import Result
 from ..machine import versions
 from ..report.report import SizeReport
 from .calibrate import CALIBRATE

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dq_export.core.digest import file_digest
 from dq_export.core.network import Axis, output_name
 from dq_export.core.recipe import Recipe, RecipeError
 from dq_export.deploy.tensorrt.plan import PLAN
@@ -19,7 +20,7 @@ from dq_export.deploy.triton.serving.sizes import Side, Sizes
 from ..families.family import Family
 from ..families.reference import ModelError, Reference
 from ..finished_folder import ENGINE, MODEL
-from ..ledger import Result, file_digest
+from ..ledger import Result
 from ..report.report import EncoderReport
 from .build import BUILD
 from .conditions import ENCODING

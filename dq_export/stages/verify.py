@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dq_export.core.digest import file_digest
 from dq_export.core.recipe import Recipe
 from dq_export.deploy.backend import Engine, Feed
 from dq_export.deploy.onnxruntime.cpu import open_graph
@@ -19,7 +20,7 @@ from ..families.metric_weights import metric_files
 from ..families.reference import Float32
 from ..finished_folder import MODEL, REPLAY, engine_of, portable_name
 from ..heap import large_blocks_mapped
-from ..ledger import Result, file_digest
+from ..ledger import Result
 from ..output_folder import remove
 from ..report.report import PicturesReport
 from .appearance import SHOWN, Pair, appearance, decoded, draws_pictures, origin

@@ -114,9 +114,7 @@ def test_prompts_are_refused(client: Any, embeddings: dict[str, Any], name: str)
 
 
 def test_a_part_of_the_embeddings_is_refused(client: Any, embeddings: dict[str, Any]) -> None:
-    with pytest.raises(
-        InferenceServerException, match="expected prompt_embeds with pooled_prompt_embeds together"
-    ):
+    with pytest.raises(InferenceServerException, match="expected prompt_embeds with pooled_prompt_embeds together"):
         ask(client, prompt_embeds=embeddings["prompt_embeds"], guidance_scale=1.0)
     with pytest.raises(InferenceServerException, match=r"negative_prompt_embeds: expected .* together"):
         ask(client, **positive(embeddings), negative_prompt_embeds=embeddings["negative_prompt_embeds"])

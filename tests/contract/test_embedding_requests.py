@@ -91,9 +91,9 @@ def test_embeddings_draw_what_diffusers_draws_with_the_engine(
     actual = ask(client, **rows, latents=start, guidance_scale=guidance)["latents"]
     pipeline = sd3_pipeline(model)
     pipeline.transformer = dq_export.load(out)
-    given = {name: torch.from_numpy(value) for name, value in (rows | {"latents": start}).items()}
+    tensors = {name: torch.from_numpy(value) for name, value in (rows | {"latents": start}).items()}
     sizes: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
-    exact = pipeline(**given, **sizes, guidance_scale=guidance).images.numpy()
+    exact = pipeline(**tensors, **sizes, guidance_scale=guidance).images.numpy()
     assert sqnr(exact, actual) > 30
     assert np.abs(actual[0] - actual[1]).max() > 0.1
 

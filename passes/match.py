@@ -194,16 +194,15 @@ def element_type(qtype: QuantType) -> ir.DataType:
 def weight_codes(value: ir.Value | None) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None] | None:
     """Stored codes, and the multipliers of a weight of two levels; None for a value that is computed in another way.
 
-    Forms: the initializer itself; Cast of it; Cast(Reshape(Reshape(Cast(codes)) * multipliers)).
+    Forms: the initializer itself; Cast of it; Reshape(Reshape(Cast(codes)) * multipliers).
     """
     tensor = stored(value)
     if tensor is not None:
         return tensor, None
     node, multiplier = value.producer() if value is not None else None, None
     while node is not None and node.op_type in ("Cast", "Reshape", "Mul"):
-        if node.op_type == "Mul" and node.inputs[1] is not None:
-            factor = node.inputs[1].producer()
-            multiplier = stored(factor.inputs[0]) if factor is not None else stored(node.inputs[1])
+        if node.op_type == "Mul":
+            multiplier = stored(node.inputs[1])
         tensor, source = stored(node.inputs[0]), node.inputs[0]
         if tensor is not None:
             return tensor, multiplier

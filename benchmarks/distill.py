@@ -67,8 +67,8 @@ def float_inputs() -> Iterator[None]:
 
     def task(trainer: Trainer, index: int) -> Task:
         def run(layers: Any, rows: Any) -> Any:
-            before = trainer._before
-            inputs = {"exact": before(index, "exact", rows), "error": [0 * part for part in before(index, "exact", rows)]}
+            exact = trainer._before(index, "exact", rows)
+            inputs = {"exact": exact, "error": [0 * part for part in exact]}
             with patch.object(trainer, "_before", lambda index, kind, rows: inputs[kind]):
                 return trainer._run(index, layers, "error", rows)
 

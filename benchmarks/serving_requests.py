@@ -58,6 +58,15 @@ def ask_together(client: Any, requests: Sequence[dict[str, Any]]) -> tuple[list[
     return answers, after.inference_count - before.inference_count, after.execution_count - before.execution_count
 
 
+def healthy(client: Any) -> bool:
+    """Return whether every model of the server answers the model `health`."""
+    import tritonclient.grpc as grpc
+
+    probe = grpc.InferInput("probe", [1], "BOOL")
+    probe.set_data_from_numpy(np.array([True]))
+    return bool(client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all())
+
+
 def memory(process: int) -> float:
     """Return the memory of a process and its children in MB."""
     total = 0.0

@@ -1,4 +1,7 @@
-"""Times engines in turn, each turn in a process of its own: one is in memory at a time, and none sees another's threads."""
+"""Times engines in turn, each turn in a process of its own: one is in memory at a time, and none sees another's threads.
+
+`dq_export.timing` does so for what dq-export's backends load; these engines are also those of peers.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from flux2 import TINY, flux2_pipeline, save_flux2
 from json_file import edit
 from safetensors.numpy import save_file
 from sd3 import save_sd3, sd3_pipeline
-from serving_requests import LONGEST, ask
+from served import serving_client
+from serving_requests import ask, healthy
 from toy import PROMPTS
 from tritonclient.utils import InferenceServerException
 
@@ -121,13 +122,9 @@ def test_a_part_of_the_embeddings_is_refused(client: Any, embeddings: dict[str, 
 
 
 def test_the_repository_is_whole_and_healthy(client: Any, out: Path) -> None:
-    import tritonclient.grpc as grpc
-
     assert check_repository(out / "triton") == []
     assert not (out / "triton" / "text_encoder").exists()
-    probe = grpc.InferInput("probe", [1], "BOOL")
-    probe.set_data_from_numpy(np.array([True]))
-    assert client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
+    assert healthy(client)
 
 
 def draw(address: str, out: Path, archive: Path) -> subprocess.CompletedProcess[str]:
@@ -177,10 +174,6 @@ def test_bits_of_a_text_encoder_that_is_not_there_are_refused(out: Path, tmp_pat
 @pytest.mark.slow
 def test_flux2_dev_whose_text_encoder_is_not_read_is_served(tmp_path: Path) -> None:
     """Its guidance is an input of the network, so there is no negative condition."""
-    import tritonclient.grpc as grpc
-
-    if server.missing():
-        pytest.skip(server.missing())
     out, place = tmp_path / "out", tmp_path / "server"
     place.mkdir()
     model, random, (height, width) = save_flux2(tmp_path / "model", guidance_embeds=True), np.random.default_rng(4), FLUX2_SIDE
@@ -190,8 +183,8 @@ def test_flux2_dev_whose_text_encoder_is_not_read_is_served(tmp_path: Path) -> N
     settings = {**QUICK, "sizes": f"{height}x{width}", "conditions": str(tmp_path / "encoded.safetensors")}
     dq_export.export(model=str(model), output_dir=out, **settings)
     start = random.standard_normal((2, TINY["in_channels"], height // 16, width // 16), dtype=np.float32)
-    with server.serving(out / "triton", place, "--disable-auto-complete-config", wait="ready") as running:
-        actual = ask(grpc.InferenceServerClient(running.grpc), prompt_embeds=text, latents=start, guidance_scale=3.5)["latents"]
+    with serving_client(out, place) as connected:
+        actual = ask(connected, prompt_embeds=text, latents=start, guidance_scale=3.5)["latents"]
     pipeline = flux2_pipeline(model, dq_export.load(out))
     tensors = {"prompt_embeds": torch.from_numpy(text), "latents": torch.from_numpy(start)}
     sizes: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": STEPS, "output_type": "latent"}

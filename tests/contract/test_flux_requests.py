@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import server
 import torch
 from conftest import sqnr
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, FluxPipeline
 from flux import SIDE, flux_pipeline, save_flux
 from flux2 import flux2_pipeline, save_flux2
 from json_file import edit
-from serving_requests import LONGEST, ask, ask_together
+from served import serving_client
+from serving_requests import ask, ask_together, healthy
 from tiny_vae import save_flux2_vae, save_vae
 from toy import PROMPTS
 from tritonclient.utils import InferenceServerException
@@ -56,17 +56,6 @@ def exported(model: Path, out: Path, sizes: str) -> Path:
     return out
 
 
-def served(out: Path, place: Path) -> Iterator[Any]:
-    import tritonclient.grpc as grpc
-
-    if server.missing():
-        pytest.skip(server.missing())
-    with server.serving(out / "triton", place, "--disable-auto-complete-config", wait="ready") as running:
-        client = grpc.InferenceServerClient(running.grpc)
-        yield client
-        client.close()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("flux"))
@@ -79,7 +68,8 @@ def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    yield from served(out, tmp_path_factory.mktemp("flux-server"))
+    with serving_client(out, tmp_path_factory.mktemp("flux-server")) as connected:
+        yield connected
 
 
 def static(model: Path) -> Path:
@@ -104,7 +94,8 @@ def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def sized_client(sized: Sized, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    yield from served(sized.out, tmp_path_factory.mktemp("sized-server"))
+    with serving_client(sized.out, tmp_path_factory.mktemp("sized-server")) as connected:
+        yield connected
 
 
 @dataclass(frozen=True)
@@ -196,14 +187,10 @@ def test_a_whole_batch_of_guided_pictures_fits_into_a_call(client: Any) -> None:
 
 
 def test_the_repository_is_whole_and_healthy(client: Any, out: Path) -> None:
-    import tritonclient.grpc as grpc
-
     (fault,) = check_repository(out / "triton")
     assert (fault.severity, fault.model) == ("warning", "denoiser")
     assert "any number of rows" in fault.problem
-    probe = grpc.InferInput("probe", [1], "BOOL")
-    probe.set_data_from_numpy(np.array([True]))
-    assert client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
+    assert healthy(client)
 
 
 def describes_what_it_takes(readme: str) -> bool:

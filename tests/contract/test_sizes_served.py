@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import server
 import torch
 from conftest import sqnr
 from sd3 import save_sd3, sd3_pipeline
+from served import serving_client
 from serving_requests import ask
 from toy import PROMPTS
 from unet import XL, save_unet, unet_pipeline
@@ -63,15 +63,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def client(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    import tritonclient.grpc as grpc
-
-    if server.missing():
-        pytest.skip(server.missing())
-    place = tmp_path_factory.mktemp("server")
-    with server.serving(served.out / "triton", place, "--disable-auto-complete-config", wait="ready") as running:
-        connected = grpc.InferenceServerClient(running.grpc)
+    with serving_client(served.out, tmp_path_factory.mktemp("server")) as connected:
         yield connected
-        connected.close()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 128), (80, 64)])

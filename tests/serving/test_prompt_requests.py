@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import server
 from conftest import PROMPTED_STEPS, sqnr
-from serving_requests import LONGEST, ask, ask_together, tensors
+from serving_requests import LONGEST, ask, ask_together, healthy, tensors
 from tritonclient.utils import InferenceServerException
 
 import dq_export
@@ -216,15 +216,11 @@ def test_without_its_text_encoder_a_client_gets_the_reason_and_cached_prompts_wo
 
 
 def test_health_asks_the_text_encoder_too(text_client: Any) -> None:
-    import tritonclient.grpc as grpc
-
-    probe = grpc.InferInput("probe", [1], "BOOL")
-    probe.set_data_from_numpy(np.array([True]))
-    assert text_client.infer("health", [probe], client_timeout=LONGEST).as_numpy("healthy").all()
+    assert healthy(text_client)
     text_client.unload_model("text_encoder")
     try:
         with pytest.raises(InferenceServerException, match="text_encoder"):
-            text_client.infer("health", [probe], client_timeout=LONGEST)
+            healthy(text_client)
     finally:
         text_client.load_model("text_encoder")
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import server
+import small_graphs
 from hypothesis import settings
 from made_once import made_once
 from traced_once import TracedOnce
@@ -80,6 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if params.get("case") in ("pixart", "sd3", "flux", "flux2", "unet") and params.get("graph") is False:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def equal_small_graphs() -> None:
+    """Random values of small graphs do not depend on the tests that ran before in the same process."""
+    small_graphs.RANDOM.bit_generator.state = small_graphs.START
 
 
 @pytest.fixture(scope="session", autouse=True)

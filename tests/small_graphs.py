@@ -17,6 +17,8 @@ from dq_export.passes.base import GraphPass, initializer
 from dq_export.passes.match import SCOPES
 
 RANDOM = np.random.default_rng(0)
+START = RANDOM.bit_generator.state
+"""To which conftest.py sets it before each test."""
 W8A8, FLOAT, BLOCKS = Rule(match="", action="w8a8"), Rule(match="", action="float"), Rule(match="", action="weight-only")
 
 

@@ -9,6 +9,7 @@ and the largest relative change of the float output when random scalings and shi
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from dq_export.core.artifacts import CalibrationResult, SitePlan
 from dq_export.passes.analysis.sites import GraphSite, graph_sites, structure
-from dq_export.passes.base import run_passes
+from dq_export.passes.base import run_passes, stored
 from dq_export.passes.canonical.fold_scaling import FoldScaling
 from dq_export.passes.canonical.fold_transpose import FoldTranspose
 from dq_export.passes.canonical.merge_duplicates import MergeDuplicates
@@ -157,14 +158,16 @@ def fold_at_random(model: ir.Model, names: Collection[str], *, convolutions: boo
     """Fold random scalings at the named sites in place, and random shifts at folds that allow them."""
     rng, plans = np.random.default_rng(2), dict[str, SitePlan]()
     for item in graph_sites(model, convolutions=convolutions):
-        site, width = item.site, item.readers[0].width
+        site, width, node = item.site, item.readers[0].width, item.readers[0].node
         if site.name not in names:
             continue
         if site.shares:
             in_scale, in_shift = plans[site.shares].in_scale, plans[site.shares].in_shift
         else:
-            in_scale = np.exp(0.5 * rng.normal(size=width)).astype(np.float32)
-            in_shift = (0.5 * rng.normal(size=width)).astype(np.float32) * np.float32(site.fold.shifts)
+            weight = stored(node.inputs[1])
+            taps = math.prod(weight.shape.numpy()[2:]) if weight is not None and node.op_type == "Conv" else 1
+            in_scale = np.exp(0.5 * rng.normal(size=width)).astype(np.float32).repeat(taps)
+            in_shift = (0.5 * rng.normal(size=width)).astype(np.float32).repeat(taps) * np.float32(site.fold.shifts)
         plans[site.name] = SitePlan(site=site, method="random", in_scale=in_scale, in_shift=in_shift, activation=None)
     assert set(plans) == set(names)
     result = CalibrationResult(sites=plans, weight_scale={}, provenance={})

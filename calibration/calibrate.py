@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dq_export.core.artifacts import CalibrationError, CalibrationResult, SitePlan
-from dq_export.core.network import InputSite, Linear
+from dq_export.core.network import InputSite
 from dq_export.core.recipe import Recipe
 from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable, TokenScale
@@ -99,12 +99,15 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
         if recipe.channel_bits is not None and scheme.mixes_widths:
             scheme = narrow(scheme, recipe.channel_bits)
+        width, channels = denoiser.linears[linears[0]].width, group[0].fold.channels
+        taps = width // channels if channels else 1
         scaling = choose_scaling(
             reduce(SiteStatistics.joined, items),
             [denoiser.weight(name) for name in quantized],
-            _recipe_of(recipe, group[0], denoiser.linears[linears[0]]),
+            recipe if group[0].fold.shifts else recipe.model_copy(update={"shift": False}),
             scheme=scheme,
-            free=group[0].fold.kind != "token",
+            free=group[0].fold.kind != "token" or taps > 1,  # the Mul is cheap beside a convolution of 3 x 3 pixels
+            taps=taps,
         )
         return decisions_of(group, items, scaling)
 
@@ -126,14 +129,6 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
             )
         )
     return decisions
-
-
-def _recipe_of(recipe: Recipe, site: InputSite, reader: Linear) -> Recipe:
-    """The recipe with the scaling that a site can have: none where patches of a convolution have one channel several times."""
-    channels = max((part.channels[1] for part in site.fold.parts), default=0)
-    if reader.convolution and channels != reader.width:
-        return recipe.model_copy(update={"scaling": "none", "shift": False})
-    return recipe if site.fold.shifts else recipe.model_copy(update={"shift": False})
 
 
 def _rounded(

@@ -139,7 +139,7 @@ def attention_scales(
         result = statistics[site].rows @ denoiser.weight(name).T + denoiser.bias(name)
         for plan in touching[name]:
             for part in plan.site.fold.rows_of(name):
-                result = part.moved(result, plan.in_scale, plan.in_shift)
+                result = part.moved(result, plan.channel_scale, plan.in_shift)
         return float(f"{MARGIN * float(np.abs(result).max()) / FP8.qmax:.6g}")
 
     return dict(zip([name for _, name in names], parallel(measure, names, progress, work_bytes(denoiser)), strict=True))

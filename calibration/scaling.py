@@ -83,7 +83,7 @@ def _evenly(weights: Sequence[Float32], limit: int) -> Float32:
 
 
 def choose_scaling(
-    statistics: SiteStatistics, weights: Sequence[Float32], recipe: Recipe, *, scheme: Scheme, free: bool = True
+    statistics: SiteStatistics, weights: Sequence[Float32], recipe: Recipe, *, scheme: Scheme, free: bool = True, taps: int = 1
 ) -> Scaling:
     """The recipe's scaling of one site; for `auto` the candidate with the least output error on the kept rows.
 
@@ -97,10 +97,11 @@ def choose_scaling(
         weights: float32[out, K] of each reader that will be quantized. They are not stacked, because every block reads a
             text.
         scheme: how weights and activation are quantized.
-        free: whether scale and shift fold away; else each is an operation on all tokens.
+        free: whether scale and shift cost nothing, or next to nothing; else each is an operation on all tokens.
+        taps: the number of neighbouring columns that are one channel, and have one scale: a patch's of a convolution.
     """
     smallest = SMALLEST_HALF if recipe.dtype == "fp16" else 0.0
-    trial = _Trial.of(statistics, weights, scheme, smallest)
+    trial = _Trial.of(statistics, weights, scheme, smallest, taps)
     middle = ((statistics.low.min(axis=0) + statistics.high.max(axis=0)) / 2).astype(np.float32)
     unshifted = ("", np.zeros_like(middle))
     shifts = [("+shift", middle)]
@@ -136,6 +137,12 @@ def choose_scaling(
     return replace(best, alternatives={item.method: item.error for item in measured if np.isfinite(item.error)})
 
 
+def by_channel(extreme: np.ufunc, values: Float32, taps: int) -> Float32:
+    """float32[K]: each value replaced by the extreme of the `taps` neighbours that are one channel."""
+    of_channel: Float32 = extreme.reduce(values.reshape(-1, taps), axis=1)
+    return of_channel.repeat(taps)
+
+
 def _worthwhile(candidates: Sequence[tuple[T, Scaling]], share: float) -> tuple[T, Scaling]:
     """The candidate with the least error; the first, which costs least, unless that leaves at most `share` of its error."""
     best = min(candidates, key=lambda pair: pair[1].error)
@@ -164,14 +171,14 @@ class _Trial:
     smallest: float
 
     @staticmethod
-    def of(statistics: SiteStatistics, weights: Sequence[Float32], scheme: Scheme, smallest: float) -> _Trial:
-        """A trial for the weights float32[out, K] of all quantized readers."""
-        high = np.maximum.reduce([weight.max(axis=0) for weight in weights])
-        low = np.minimum.reduce([weight.min(axis=0) for weight in weights])
+    def of(statistics: SiteStatistics, weights: Sequence[Float32], scheme: Scheme, smallest: float, taps: int) -> _Trial:
+        """A trial for the weights float32[out, K] of all quantized readers. `taps` neighbouring columns are one channel."""
+        high = by_channel(np.maximum, np.maximum.reduce([weight.max(axis=0) for weight in weights]), taps)
+        low = by_channel(np.minimum, np.minimum.reduce([weight.min(axis=0) for weight in weights]), taps)
         sample = _evenly(weights, OUTPUTS)
         return _Trial(
             statistics=statistics,
-            room=room_of(weights),
+            room=by_channel(np.minimum, room_of(weights), taps),
             column_amax=np.maximum(high, -low),
             column_range=high - low,
             weight=sample,

@@ -146,6 +146,11 @@ def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) 
         if not same:
             yield f"{shown(first)} and {shown(name)} read one input, but their tables differ; give them equal tables"
             return
+    scale = file.read(first, "in_scale")
+    if scale is not None and site.fold.channels:
+        patches = scale.reshape(site.fold.channels, -1)
+        if (patches != patches[:, :1]).any():
+            yield f"'{first}.in_scale' differs within a patch; give the {patches.shape[1]} elements of each channel one scale"
     shift = file.read(first, "in_shift")
     if shift is not None and shift.any() and not site.fold.shifts:
         yield f"{shown(first)}: its input cannot have an 'in_shift', because {site.target} cannot absorb it; train it without"

@@ -131,7 +131,7 @@ def _folded(name: str, result: Array, calibration: CalibrationResult | None) -> 
     """What a linear gives once the scalings are folded."""
     for plan in calibration.sites.values() if calibration else ():
         for part in plan.site.fold.rows_of(name):
-            result = part.moved(result, plan.in_scale, plan.in_shift)
+            result = part.moved(result, plan.channel_scale, plan.in_shift)
     return result
 
 

@@ -40,7 +40,8 @@ class SitePlan:
     Args:
         site: the tensor.
         method: how the equivalent scaling was chosen, for the report: `none`, `smooth(0.50)`, `dilate(1.0)+shift` …
-        in_scale: float32[K], finite, > 0; all ones if the input is not scaled.
+        in_scale: float32[K], finite, > 0; all ones if the input is not scaled. A convolution's K are the elements of a patch, of
+            which those of one channel are neighbours and have one scale.
         in_shift: float32[K], finite; all zeros if the input is not shifted.
         activation: the scale table, or the rule for a scale of each token; None if the input stays float.
         error: the measured relative output error of the choice (noise power / signal power), or NaN if not measured.
@@ -61,11 +62,23 @@ class SitePlan:
                 raise ValueError(f"{self.site.name}: {label} must be finite float32[K]")
         if not (self.in_scale > 0).all() or self.in_scale.shape != self.in_shift.shape:
             raise ValueError(f"{self.site.name}: in_scale must be > 0 and as long as in_shift")
+        if self.taps > 1 and (self.in_scale.reshape(-1, self.taps) != self.channel_scale[:, None]).any():
+            raise ValueError(f"{self.site.name}: in_scale must be equal for all elements of a channel's patch")
 
     def quantized(self, rows: Float32, timestep: npt.ArrayLike) -> Float32:
         """float32[R, K]: (rows - in_shift) / in_scale as the GEMM reads it; `timestep`: one for all rows, or float[R]."""
         moved = ((rows - self.in_shift) / self.in_scale).astype(np.float32, copy=False)
         return moved if self.activation is None else self.activation.nearest(moved, timestep)
+
+    @property
+    def taps(self) -> int:
+        """The number of elements of a patch that come from one channel; 1 of a linear's input."""
+        return len(self.in_scale) // (self.site.fold.channels or len(self.in_scale))
+
+    @property
+    def channel_scale(self) -> Float32:
+        """float32[channels]: the in_scale of each channel, as the parts of the fold absorb it."""
+        return self.in_scale[:: self.taps]
 
     @property
     def scaled(self) -> bool:

@@ -24,7 +24,7 @@ def folded_weight(weight: Float32, linear: str, plans: Sequence[SitePlan]) -> Fl
             weight = read_weight(weight, plan.in_scale).astype(np.float32, copy=False)
     for plan in plans:
         for part in plan.site.fold.rows_of(linear):
-            weight = part.divided(weight, plan.in_scale).astype(np.float32, copy=False)
+            weight = part.divided(weight, plan.channel_scale).astype(np.float32, copy=False)
     return weight
 
 

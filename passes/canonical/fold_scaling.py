@@ -89,10 +89,10 @@ class FoldScaling(GraphPass):
 
 def _undo(graph: ir.Graph, by_name: Mapping[str, LinearNode], reader: Reader, plan: SitePlan) -> None:
     """Make a reader of x read (x - m) / s."""
-    in_scale, in_shift = plan.in_scale, plan.in_shift
     if reader.node.op_type == "Conv":
-        _replace(graph, reader.node, 1, f"{reader.name}.weight", lambda weight: read_weight(weight, in_scale))
+        _replace(graph, reader.node, 1, f"{reader.name}.weight", lambda weight: read_weight(weight, plan.channel_scale))
         return
+    in_scale, in_shift = plan.in_scale, plan.in_shift
     linear = by_name[reader.name]
     weight = linear.weight_reader()
     if in_shift.any():
@@ -102,7 +102,7 @@ def _undo(graph: ir.Graph, by_name: Mapping[str, LinearNode], reader: Reader, pl
 
 def _change(graph: ir.Graph, by_name: Mapping[str, LinearNode], place: Place, plan: SitePlan) -> None:
     """Apply (x - m) / s at one place."""
-    part, in_scale, in_shift = place.part, plan.in_scale, plan.in_shift
+    part, in_scale, in_shift = place.part, plan.channel_scale, plan.in_shift
 
     def divided(gain: Float) -> Float:
         return part.divided(gain, in_scale)
@@ -189,7 +189,7 @@ def _leave(graph: ir.Graph, place: Place, plan: SitePlan) -> None:
         sizes[axis] = dim
     shape = sizes[min(place.axes) :]
     channels = slice(*place.part.channels)
-    inverse = (1.0 / plan.in_scale[channels]).astype(np.float32)
+    inverse = (1.0 / plan.channel_scale[channels]).astype(np.float32)
     nodes = [ir.node("Mul", [source, initializer(graph, f"{plan.site.name}.inverse_in_scale", inverse.reshape(shape))])]
     if place.part.shift and plan.in_shift.any():
         offset = (-plan.in_shift[channels] * inverse).reshape(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,12 +104,12 @@ def output_error(samples: SiteStatistics, weight: np.ndarray, in_scale: np.ndarr
     for x, row, step in zip(scaled, samples.rows, samples.row_step, strict=True):
         size = limit[step] / 127
         codes = [round(float(v / size)) for v in x]
-        for w in weight.astype(np.float64):
-            folded = w * in_scale
-            unit = np.abs(folded).max() / 127
-            product = sum(c * round(float(v / unit)) for c, v in zip(codes, folded, strict=True)) * size * unit
-            noise += (float(x @ folded) - product) ** 2
-            signal += float(w @ row) ** 2
+        for w in weight:
+            folded = w * in_scale  # in float32 up to its codes: one of them that lies between two counts in all rows
+            unit = np.abs(folded).max() / np.float32(127)
+            product = sum(c * round(float(v / unit)) for c, v in zip(codes, folded, strict=True)) * size * float(unit)
+            noise += (float(x @ (w.astype(np.float64) * in_scale)) - product) ** 2
+            signal += float(w.astype(np.float64) @ row) ** 2
     return noise / signal
 
 
@@ -205,6 +206,23 @@ def test_an_operation_on_all_tokens_must_gain_one_decibel() -> None:
             assert token.error <= base * 10**-0.1, "an Add gains less than 1 dB"
         paid += token.error > free.error
     assert paid, "no candidate gains less than 1 dB: the test shows nothing"
+
+
+@pytest.mark.parametrize("scaling", ["dilate", "smooth", "balance", "equalize", "auto"])
+def test_the_elements_of_a_channels_patch_have_one_scale(scaling: str) -> None:
+    """They are neighbours, and a Mul on the image scales all of them."""
+    samples, weight = two_steps()
+    low, high = samples.low.reshape(2, 4, 2).min(axis=2).repeat(2, 1), samples.high.reshape(2, 4, 2).max(axis=2).repeat(2, 1)
+    samples = replace(samples, low=low, high=high)
+    recipe = Recipe.parse({"model": "m", "scaling": scaling, "shift": False}, "test")
+    tied, free = (choose_scaling(samples, [weight], recipe, scheme=W8A8, taps=taps) for taps in (2, 1))
+    channels = tied.in_scale.reshape(4, 2)
+    assert (channels[:, 0] == channels[:, 1]).all()
+    assert len(np.unique(channels)) > 1
+    assert (free.in_scale.reshape(4, 2)[:, 0] != free.in_scale.reshape(4, 2)[:, 1]).any(), "the test shows nothing"
+    if scaling == "dilate":
+        grown = np.abs(weight * tied.in_scale).max(axis=1)
+        np.testing.assert_allclose(grown, np.abs(weight).max(axis=1), rtol=1e-6)
 
 
 def test_below_8_bits_every_gain_counts() -> None:

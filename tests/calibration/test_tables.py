@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from conftest import calibration_of, recipe_of
 from own_tables import Tensors, save_own, tables_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+from ddpm import save_ddpm
 
 from dq_export.calibration.calibrate import calibrate
 from dq_export.calibration.simulation import Simulation
@@ -22,6 +26,7 @@ from dq_export.core.rule import Rule
 from dq_export.core.scales import ScaleTable
 from dq_export.core.table_file import Codes, Entry, Header, save_table_file
 from dq_export.families.reference import Reference
+from dq_export.families.source import load_reference
 
 STEPS = 5
 QKV = tuple(f"transformer_blocks.1.attn1.to_{letter}" for letter in "qkv")
@@ -291,7 +296,6 @@ def test_zero_points_that_wander_are_refused(tiny: Reference, tmp_path: Path) ->
 
 
 def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    from dq_export.families.source import load_reference
 
     tiny: Any = load_reference(str(tiny_folder))
     sites = tuple(replace(site, fold=replace(site.fold, shifts=False)) for site in tiny.sites)
@@ -306,6 +310,19 @@ def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) 
     path = save(tmp_path / "two", (header, tensors))
     with pytest.raises(RecipeError, match="its input cannot have an 'in_shift', because a Mul on all tokens cannot absorb it"):
         tables_in(tiny, path)
+
+
+def test_a_scale_for_each_element_of_a_patch_is_refused(tmp_path: Path) -> None:
+    """A convolution's input is scaled by channel."""
+    unet = load_reference(str(save_ddpm(tmp_path / "model")))
+    name = "mid_block.resnets.0.conv1"
+    width = unet.linears[name].width
+    header = Header(method="x", timesteps=tuple(sorted(unet.timesteps(STEPS))), linears={name: Entry()})
+    scales = {"one": np.arange(1, width + 1), "two": np.arange(1, width // 9 + 1).repeat(9)}
+    paths = {key: save(tmp_path / key, (header, {f"{name}.in_scale": scale.astype(F32)})) for key, scale in scales.items()}
+    with pytest.raises(RecipeError, match=f"'{name}.in_scale' differs within a patch; give the 9 elements of each channel one"):
+        tables_in(unet, paths["one"])
+    assert tables_in(unet, paths["two"]).scalings[name].in_scale.tolist() == scales["two"].tolist()
 
 
 @pytest.mark.parametrize(

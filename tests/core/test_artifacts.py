@@ -18,6 +18,8 @@ from dq_export.core.scales import ScaleTable, TimestepBins
 SCALE = Part(kind="linear", name="m", rows=(3, 6), channels=(0, 3), plus=1.0)
 SHIFT = Part(kind="linear", name="m", rows=(0, 3), channels=(0, 3), shift=True)
 ONES, ZEROS = np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+PATCHES = {"in_scale": np.arange(1, 7, dtype=np.float32), "in_shift": ZEROS.repeat(2)}
+"""Two elements of each channel, with scales of their own."""
 
 
 def plan(name: str = "a", edges: tuple[float, ...] = (), **changes: Any) -> SitePlan:
@@ -99,6 +101,7 @@ def test_a_plan_knows_whether_it_scales(changes: dict[str, Any], scaled: bool) -
         ({"in_shift": ONES * np.float32("nan")}, "in_shift must be finite"),
         ({"in_scale": ONES.astype(np.float64)}, r"in_scale must be finite float32\[K\]"),
         ({"in_scale": ONES[None]}, r"in_scale must be finite float32\[K\]"),
+        (PATCHES, "in_scale must be equal for all elements of a channel's patch"),
     ],
 )
 def test_a_plan_that_cannot_be_folded_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -41,11 +41,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of examples/train_unet_digits.py")
     parser.add_argument("--networks", nargs="*", default=["class", "text"], choices=["class", "text"])
     parser.add_argument("--bits", nargs="*", default=["w8a8", "w6a6", "w4a8"])
+    parser.add_argument("--recipes", nargs="*", default=[""], help="words that a recipe's name must begin with")
     parser.add_argument("--count", type=int, default=100, help="digits to draw for reading")
     parser.add_argument("--steps", type=int, default=20, help="of every picture")
     parser.add_argument("--keep", type=Path, help="folder for a strip of twenty digits of every row")
     parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
+    recipes = {label: values for label, values in RECIPES.items() if label.startswith(tuple(options.recipes))}
     reader, table = Reader.train(), ResultTable(COLUMNS, options.json)
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.networks:
@@ -53,7 +55,7 @@ def main() -> None:
             read, _ = bench.digits(bench.reference.forward, "PyTorch")
             table.add([name, "PyTorch float32", "", "", "", f"{read:.1%}", "", ""])
             for bits in options.bits:
-                for label, values in RECIPES.items():
+                for label, values in recipes.items():
                     recipe = {"bits": bits, "steps": options.steps, **SMALL, **PLAIN, **values}
                     figures = bench.export(f"{bits} {label}", recipe)
                     digits = [f"{figures.read:.1%}", figures.megabytes(), figures.low_precision()]

@@ -58,8 +58,11 @@ def distill(calibration: Calibration, start: CalibrationResult, report: Callable
         CalibrationError: see `collect_ranges`, or a file of an earlier run is damaged.
     """
     folder, recipe, denoiser = calibration.folder, calibration.recipe, calibration.denoiser
-    feeds = FeedFiles(folder, denoiser.inputs, calibration.sampling)
-    statistics = collect_ranges(replace(calibration.calls, record=feeds.record), tuple(start.sites), folder)
+    # Along a trajectory the first states are nearly one noise: few pictures are few samples there, and training overfits them.
+    sampling = replace(calibration.sampling, calib_size=max(recipe.calib_size, recipe.distill_pictures))
+    feeds = FeedFiles(folder, denoiser.inputs, sampling)
+    calls = replace(calibration.calls, sampling=sampling, record=feeds.record)
+    statistics = collect_ranges(calls, tuple(start.sites), folder)
     trainer = Trainer(calibration, start, feeds.samples(recipe.distill_samples, recipe.seed))
     result, blocks = start, []
     for index in range(len(denoiser.blocks)):

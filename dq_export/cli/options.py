@@ -28,8 +28,8 @@ GROUPS = {
         "guidance_scale", "sizes", "seed",
     ),
     "Training": (
-        "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
-        "finish",
+        "distill_iterations", "distill_batch", "distill_pictures", "distill_samples", "distill_rate", "distill_scale_rate",
+        "distill_bias_rate", "finish",
     ),
     "Proof": ("parity_size", "min_coverage", "min_sqnr", "metric_weights", "max_lpips"),
 }  # fmt: skip

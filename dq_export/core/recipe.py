@@ -109,7 +109,8 @@ class Recipe(BaseModel):
     )
     distill_iterations: int = Field(150, ge=1, le=100_000, description="for rounding distill: training steps per block")
     distill_batch: int = Field(16, ge=1, le=1024, description="samples per training step, each with its own timestep")
-    distill_samples: int = Field(1600, ge=8, le=1_000_000, description="training samples, from calibration's network calls")
+    distill_pictures: int = Field(64, ge=1, le=100_000, description="for rounding distill: pictures sampled for training")
+    distill_samples: int = Field(1600, ge=8, le=1_000_000, description="training samples, from those pictures' network calls")
     distill_rate: float = Field(0.02, gt=0, le=1, allow_inf_nan=False, description="rate of weights, in steps of their codes")
     distill_scale_rate: float = Field(
         0.07, gt=0, le=1, allow_inf_nan=False, description="rate of activation scales, in codes at the end of their range"

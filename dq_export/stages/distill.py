@@ -66,8 +66,8 @@ class Distill(Stage[Distilled]):
     name: str = "distill"
     result: type[Distilled] = Distilled
     fields: tuple[str, ...] = (
-        "distill_iterations", "distill_batch", "distill_samples", "distill_rate", "distill_scale_rate", "distill_bias_rate",
-        "finish",
+        "distill_iterations", "distill_batch", "distill_pictures", "distill_samples", "distill_rate", "distill_scale_rate",
+        "distill_bias_rate", "finish",
         "calib_size", "steps", "guidance_scale", "sizes", "seed",
     )  # fmt: skip
     needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)

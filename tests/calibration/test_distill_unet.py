@@ -27,7 +27,7 @@ from dq_export.core.recipe import Recipe
 from dq_export.families.reference import Reference
 from dq_export.families.source import load_reference
 
-QUICK: dict[str, Any] = {"rounding": "distill", "bits": "w4a8", "calib_size": 16, "steps": 4}
+QUICK: dict[str, Any] = {"rounding": "distill", "bits": "w4a8", "calib_size": 16, "distill_pictures": 16, "steps": 4}
 
 
 def ddpm(folder: Path) -> Any:

@@ -137,7 +137,7 @@ def test_the_engine_stands_in_for_pipe_unet_beside_a_controlnet(plain: Path, tmp
         {"provider": "openvino"},
         {"timesteps": "per-sample"},
         {"sizes": "64x64,96x128"},
-        {"rounding": "distill", "distill_iterations": 4, "distill_samples": 8},
+        {"rounding": "distill", "distill_iterations": 4, "distill_pictures": 1, "distill_samples": 8},
     ],
     ids=["xl", "openvino", "per-sample", "sizes", "distill"],
 )

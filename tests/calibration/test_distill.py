@@ -23,7 +23,8 @@ from dq_export.families.reference import ModelError, Reference
 from dq_export.families.source import load_reference
 from dq_export.families.torch_blocks import TorchChain
 
-QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 30, "distill_batch": 8, "calib_size": 8, "distill_pictures": 8}
+QUICK: dict[str, Any] = {"rounding": "distill", "distill_iterations": 30, "distill_batch": 8, "calib_size": 8}
+QUICK["distill_pictures"] = 8
 
 
 def started(reference: Reference, recipe: Recipe, folder: Path) -> CalibrationResult:

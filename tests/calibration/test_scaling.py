@@ -234,6 +234,32 @@ def test_below_8_bits_every_gain_counts() -> None:
         assert (token.method, token.error) == (free.method, free.error)
 
 
+def test_clipping_counts_sixteen_times_and_only_codes_of_4_bits_clip() -> None:
+    clipped = 0
+    by_channel = replace(PRESETS["w4a4"], weight=PRESETS["w8a8"].weight)
+    recipe = Recipe.parse({"model": "m", "scaling": "auto"}, "test")
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        samples = statistics(random.standard_t(6, size=(400, 8)).astype(np.float32))  # large values are rare
+        weight = random.normal(size=(6, 8)).astype(np.float32)
+        six, four = (choose_scaling(samples, [weight], recipe, scheme=scheme) for scheme in (PRESETS["w6a6"], by_channel))
+        assert (six.clip, [name for name in six.alternatives if "*" in name]) == (1, [])
+        method = four.method.partition("*")[0]
+        scaled = (samples.rows.astype(np.float64) - four.in_shift) / four.in_scale
+        amax = samples.amax(four.in_scale, four.in_shift)[samples.row_step, None]
+        signal = np.square(samples.rows.astype(np.float64) @ weight.T).sum()
+        cost = {}
+        for name, error in four.alternatives.items():
+            if name.partition("*")[0] == method:
+                bound = float(name.partition("*")[2] or 1) * amax
+                lost = (scaled - np.clip(scaled, -bound, bound)) * four.in_scale @ weight.T
+                cost[name] = error + 16 * np.square(lost).sum() / signal
+        assert cost[four.method] == pytest.approx(min(cost.values()), rel=1e-4)
+        assert len(cost) == 7
+        clipped += four.clip < 1
+    assert 0 < clipped < 30
+
+
 @pytest.mark.parametrize("scaling", ["auto", "dilate", "smooth"])
 def test_readers_are_judged_as_one_linear_of_all_their_outputs(scaling: str) -> None:
     samples, weight = two_steps()

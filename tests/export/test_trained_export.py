@@ -30,7 +30,7 @@ QUICK = (
     "--min-sqnr",
     "10",
 )
-TRAINING = ("--distill-iterations", "30", "--distill-batch", "8", "--distill-pictures", "8")
+TRAINING = ("--distill-iterations", "30", "--distill-batch", "8", "--distill-pictures", "4")
 BYTES = ("calibration.safetensors", "distilled.safetensors", "model.onnx", "model.onnx.data")
 
 

@@ -104,7 +104,7 @@ def measure(model: str, options: Mapping[str, Any], folder: Path, device: str) -
     assert report is not None
     worst = report.worst_call("engine")
     assert worst is not None
-    exact, pictures = float_pictures(model), drawn(model, open_graph(folder / "model.onnx"))
+    exact, pictures = float_pictures(model), pictures_of(model, open_graph(folder / "model.onnx"))
     sqnr = [difference(one, other).sqnr for one, other in zip(exact, pictures, strict=True)]
     return Figures(report.mean_sqnr("engine"), worst.sqnr, np.asarray(sqnr), seconds)
 
@@ -116,10 +116,10 @@ def guidance_of(model: str) -> float:
 @cache
 def float_pictures(model: str) -> Float32:
     """Return what PyTorch draws."""
-    return drawn(model, load_model(model).forward)
+    return pictures_of(model, load_model(model).forward)
 
 
-def drawn(model: str, network: Callable[[Any], Float32]) -> Float32:
+def pictures_of(model: str, network: Callable[[Any], Float32]) -> Float32:
     """Draw PICTURES pictures of all conditions in turn."""
     reference, parts = load_model(model), []
     for start in range(0, PICTURES, BATCH):

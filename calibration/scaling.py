@@ -134,8 +134,8 @@ def choose_scaling(
         tried = [(first, best), *((other, trial.measure(best_rule, other)) for other in shifts if other is not first)]
         shift, best = _worthwhile(tried, 1.0 if recipe.shift else share)
         measured += [scaling for _, scaling in tried[1:]]
-    few = scheme.graph_type is not None and scheme.graph_type.bits < CLIPPED_BELOW
-    if recipe.scaling == "auto" and recipe.method == "minmax" and few:
+    clips = scheme.graph_type is not None and scheme.graph_type.bits < CLIPPED_BELOW
+    if recipe.scaling == "auto" and recipe.method == "minmax" and clips:
         clipped = [trial.measure(best_rule, shift, clip) for clip in AUTO_CLIP]
         best = min([best, *clipped], key=lambda item: item.error + COHERENT * trial.clipping(item))
         measured += clipped

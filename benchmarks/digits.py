@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,8 @@ from dq_export.stages.verify import save_pictures
 
 Float32 = npt.NDArray[np.float32]
 BATCH = 50
+PART = 8
+"""Pictures that `draw_in_parts` draws at once."""
 
 
 def conditions_of(model: str) -> Path | None:
@@ -50,6 +54,24 @@ def conditions_and_digits(reference: Reference, count: int) -> tuple[npt.NDArray
     """Return the conditions of `count` pictures, in turn, and the digits that they name."""
     conditions = np.arange(count, dtype=np.int64) % len(reference.conditions)
     return conditions, np.asarray([named_digit(name) for name in reference.conditions.names])[conditions]
+
+
+def draw_in_parts(
+    reference: Reference,
+    network: Callable[[Any], Float32],
+    conditions: npt.NDArray[np.int64],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> Float32:
+    """Draw a picture of each condition; the noise of a part depends on the seed and on its first picture."""
+    parts = []
+    for start in range(0, len(conditions), PART):
+        part = conditions[start : start + PART]
+        noise = reference.noise(len(part), seed + start)
+        parts.append(reference.draw(network, noise, part, steps=steps, guidance=guidance))
+    return np.concatenate(parts)
 
 
 def main() -> None:

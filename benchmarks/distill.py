@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
-from digits import load_model
+from digits import draw_in_parts, load_model
 from result_table import ResultTable
 
 from dq_export.calibration.training.task import Task
@@ -65,7 +65,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 COLUMNS = ("model", "bits, scales", "mean of the calls, dB", "worst call", "mean of 40 pictures", "CPU s of the training")
 TITLES = {"plain": "dit-digits", "hard": "hard copy", "text": "pixart-digits"}
-PICTURES, BATCH, SEED = 40, 8, 777
+PICTURES, SEED = 40, 777
 
 
 class Figures(NamedTuple):
@@ -116,17 +116,18 @@ def guidance_of(model: str) -> float:
 @cache
 def float_pictures(model: str) -> Float32:
     """Return what PyTorch draws."""
-    return pictures_of(model, load_model(model).forward)
+    return pictures_of(model, reference_of(model).forward)
+
+
+reference_of = cache(load_model)
+"""Loads a model, and encodes its prompts, once."""
 
 
 def pictures_of(model: str, network: Callable[[Any], Float32]) -> Float32:
     """Draw PICTURES pictures of all conditions in turn."""
-    reference, parts = load_model(model), []
-    for start in range(0, PICTURES, BATCH):
-        conditions = np.arange(start, start + BATCH) % len(reference.conditions)
-        noise = reference.noise(BATCH, SEED + start)
-        parts.append(reference.draw(network, noise, conditions, steps=50, guidance=guidance_of(model)))
-    return np.concatenate(parts)
+    reference = reference_of(model)
+    conditions = np.arange(PICTURES) % len(reference.conditions)
+    return draw_in_parts(reference, network, conditions, steps=50, guidance=guidance_of(model), seed=SEED)
 
 
 def cells(model: str, options: Mapping[str, Any], training: Mapping[str, Any], folder: Path, device: str) -> list[str]:

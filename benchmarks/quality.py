@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits import conditions_and_digits, conditions_of, load_model
+from digits import conditions_and_digits, conditions_of, draw_in_parts, load_model
 from figures import Figures
 from reading import Reader
 from result_table import ResultTable
@@ -175,12 +175,7 @@ class Bench:
     def digits(self, engine: Callable[[Any], Float32], label: str) -> tuple[float, float]:
         """Return the share of digits that are read as requested, and the distance of all from real ones."""
         conditions, digits = conditions_and_digits(self.reference, self.count)
-        parts = []
-        for start in range(0, self.count, 8):
-            part = conditions[start : start + 8]
-            noise = self.reference.noise(len(part), 4242 + start)
-            parts.append(self.reference.draw(engine, noise, part, steps=self.steps, guidance=self.guidance))
-        pictures = np.concatenate(parts)
+        pictures = draw_in_parts(self.reference, engine, conditions, steps=self.steps, guidance=self.guidance, seed=4242)
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
             save_pictures(self.keep / f"{self.name} {label.replace('/', ' ')}.png", [pictures[:20]])

@@ -99,8 +99,7 @@ def _choose_scalings(calibration: Calibration, schemes: Mapping[str, Scheme], st
         scheme = next(schemes[site.name] for site in group if schemes[site.name].low_precision)
         if recipe.channel_bits is not None and scheme.mixes_widths:
             scheme = narrow(scheme, recipe.channel_bits)
-        width, channels = denoiser.linears[linears[0]].width, group[0].fold.channels
-        taps = width // channels if channels else 1
+        taps = group[0].fold.taps(denoiser.linears[linears[0]].width)
         scaling = choose_scaling(
             reduce(SiteStatistics.joined, items),
             [denoiser.weight(name) for name in quantized],

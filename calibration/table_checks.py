@@ -147,8 +147,8 @@ def site_faults(file: TableFile, site: InputSite, assigned: Mapping[str, Rule]) 
             yield f"{shown(first)} and {shown(name)} read one input, but their tables differ; give them equal tables"
             return
     scale = file.read(first, "in_scale")
-    if scale is not None and site.fold.channels:
-        patches = scale.reshape(site.fold.channels, -1)
+    if scale is not None:
+        patches = scale.reshape(-1, site.fold.taps(len(scale)))
         if (patches != patches[:, :1]).any():
             yield f"'{first}.in_scale' differs within a patch; give the {patches.shape[1]} elements of each channel one scale"
     shift = file.read(first, "in_shift")

@@ -67,8 +67,7 @@ class SiteInput:
         if self.last is None or self.last[0] is not value:  # readers of the same tensor share its rounded value
             shift, scale = self.in_shift, self.in_scale
             if self.pictures:
-                taps = len(scale) // value.shape[1]
-                shift, scale = shift[::taps, None, None], scale[::taps, None, None]
+                shift, scale = (v[:: self.plan.taps, None, None] for v in (shift, scale))
             self.last = value, self._rounded((value - shift) / scale)
         return self.last[1]
 

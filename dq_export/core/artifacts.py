@@ -73,7 +73,7 @@ class SitePlan:
     @property
     def taps(self) -> int:
         """The number of elements of a patch that come from one channel; 1 of a linear's input."""
-        return len(self.in_scale) // (self.site.fold.channels or len(self.in_scale))
+        return self.site.fold.taps(len(self.in_scale))
 
     @property
     def channel_scale(self) -> Float32:

@@ -85,10 +85,9 @@ class Fold:
         left = {"token": "a Mul on all tokens", "vector": "a Mul on one row a sample"}
         return ", ".join(dict.fromkeys(left.get(part.kind, part.name) for part in self.parts))
 
-    @property
-    def channels(self) -> int:
-        """The number of the site's channels; 0 if another site's parts scale it."""
-        return max((part.channels[1] for part in self.parts), default=0)
+    def taps(self, width: int) -> int:
+        """How many of the `width` elements that a reader takes belong to each channel: of a convolution's patch, else 1."""
+        return width // max((part.channels[1] for part in self.parts), default=width)
 
     def of_kind(self, kind: Kind) -> tuple[Part, ...]:
         """The parts of a kind."""

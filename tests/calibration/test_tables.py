@@ -296,7 +296,6 @@ def test_zero_points_that_wander_are_refused(tiny: Reference, tmp_path: Path) ->
 
 
 def test_a_shift_where_none_folds_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-
     tiny: Any = load_reference(str(tiny_folder))
     sites = tuple(replace(site, fold=replace(site.fold, shifts=False)) for site in tiny.sites)
     tiny.structure = replace(tiny.structure, sites=sites)

@@ -42,9 +42,13 @@ def backend_of(recipe: Recipe) -> Backend | None:
     """The backend of a recipe; None for format `onnx`, which builds nothing.
 
     Raises:
-        RecipeError: no backend runs that format, provider and dtype together.
+        RecipeError: no backend runs that format, provider and dtype together, or format `onnx` stands beside options of engines.
     """
     if recipe.format == "onnx":
+        if idle := _of_engines(recipe):
+            raise RecipeError(
+                f"--format onnx builds no engine, and its graph is float32 where it is not quantized: leave out {idle}"
+            )
         return None
     backends = all_backends()
     candidates = [backend for backend in backends if backend.name == recipe.format]
@@ -63,6 +67,12 @@ def backend_of(recipe: Recipe) -> Backend | None:
     if recipe.rules is None:  # the family's rules then use `bits`: refuse it before weights are downloaded
         backend.require_schemes([recipe.scheme])
     return backend
+
+
+def _of_engines(recipe: Recipe) -> str:
+    """The options of a recipe that only an engine can have."""
+    attention = f"--attention {recipe.attention}" if recipe.attention != "float" else ""
+    return " ".join(filter(None, (_flags(recipe.provider, recipe.dtype if recipe.dtype != "fp32" else None), attention)))
 
 
 def _flags(provider: str | None, dtype: str | None) -> str:

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import FAILED, end, watching
-from .options import NOT_GIVEN, RUN, expanded, option, parameters_of, path_argument, path_option, recipe_options, with_options
+from .idle_options import require_used
+from .options import (
+    GROUPS,
+    NOT_GIVEN,
+    RUN,
+    expanded,
+    option,
+    parameters_of,
+    path_argument,
+    path_option,
+    recipe_options,
+    with_options,
+)
 from .tables import summarize
 
 if TYPE_CHECKING:
@@ -63,11 +75,16 @@ def distill(
     out: Annotated[Path, path_argument("the output folder of an export, or of `dq-export calibrate`")],
     device: Annotated[str, option("where PyTorch computes: cpu or cuda (default cpu)", "--device")] = "cpu",
     max_memory: Annotated[float | None, option("GiB; what cannot fit is refused before it starts", "--max-memory")] = None,
+    **options: Any,
 ) -> None:
-    """Train OUT's blocks (--rounding distill), and export again what depends on them."""
     settings = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
     until = "bench" if _processes() == 1 else "distill"  # torchrun's processes share nothing after the training
-    _export(until, {**settings, "recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()})
+    fixed = {"recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()}
+    _export(until, {**options, **settings, **fixed})
+
+
+DISTILL = "Train OUT's blocks (--rounding distill), and export again what depends on them."
+with_options(distill, recipe_options(*GROUPS["Training"]), DISTILL)
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
@@ -86,6 +103,7 @@ def _export(until: str, options: dict[str, Any]) -> None:
     if re.fullmatch(r"-?\d+", str(flags.get("bins", ""))):
         flags["bins"] = int(flags["bins"])
     recipe = recipe_of(path, flags)
+    require_used(recipe, flags)
     group = _group(until)
     quiet = settings["quiet"] or settings["as_json"] or group.rank > 0
     with watching(quiet=quiet, advice="the same command continues after the last finished stage") as watch:

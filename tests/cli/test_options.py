@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from dq_export.cli import export
 from dq_export.cli.app import app
 from dq_export.cli.options import GROUPS, recipe_options
-from dq_export.core.recipe import Recipe
+from dq_export.core.recipe import Recipe, RecipeError
 
 
 def helped(*words: str) -> str:
@@ -74,6 +76,52 @@ def test_flags_become_the_recipes_values(words: list[str], values: dict[str, Any
     monkeypatch.setattr(export, "recipe_of", remember)
     CliRunner().invoke(app, ["--model", "m", *words])
     assert options == [{"model": "m", **values}]
+
+
+@pytest.mark.parametrize(
+    ("words", "idle", "user"),
+    [
+        (["--finish", "10"], "--finish", "--rounding distill"),
+        (["--rounding", "gptq", "--distill-pictures", "64"], "--distill-pictures", "--rounding distill"),
+        (["--alpha", "0.5"], "--alpha", "--scaling smooth"),
+        (["--scaling", "smooth", "--rho", "2"], "--rho", "--scaling dilate"),
+        (["--percentile", "99"], "--percentile", "--method percentile"),
+        (["--max-lpips", "0.2"], "--max-lpips", "--metric-weights FOLDER"),
+        (["--target", "sm89"], "--target", "a plan of TensorRT-RTX, as of --format trt-rtx"),
+        (["--format", "trt", "--target", "sm89"], "--target", "a plan of TensorRT-RTX, as of --format trt-rtx"),
+        (["--opt-shapes", "timestep:1"], "--opt-shapes", "a plan, as of --format trt"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused(words: list[str], idle: str, user: str, tmp_path: Path) -> None:
+    """The user would believe that it has an effect: --max-lpips without the weights of LPIPS limits nothing."""
+    result = CliRunner().invoke(app, ["--model", "dit-digits", "-o", str(tmp_path / "out"), *words])
+    assert isinstance(result.exception, RecipeError)
+    assert str(result.exception) == f"{idle} has no effect without {user}; pass that, too, or leave out {idle}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rounding", "distill", "--finish", "10", "--distill-pictures", "64"],
+        ["--scaling", "smooth", "--alpha", "0.5"],
+        ["--scaling", "dilate", "--rho", "2", "--method", "percentile", "--percentile", "99"],
+        ["--metric-weights", "weights", "--max-lpips", "0.2"],
+        ["--format", "trt-rtx", "--target", "sm89", "--opt-shapes", "timestep:1"],
+        ["--provider", "tensorrt", "--max-shapes", "timestep:1"],
+    ],
+)
+def test_a_flag_beside_the_option_that_uses_it_is_not(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_group", lambda until: sys.exit(0))
+    assert CliRunner().invoke(app, ["--model", "dit-digits", *words]).exit_code == 0
+
+
+def test_what_a_file_sets_may_have_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each export writes all of its fields into a file, and a flag may turn off what uses them."""
+    recipe = Recipe.parse({"model": "dit-digits", "scaling": "smooth", "alpha": 0.3}, "test")
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    monkeypatch.setattr(export, "_group", lambda until: sys.exit(0))
+    assert CliRunner().invoke(app, ["--recipe", str(tmp_path / "recipe.yaml"), "--scaling", "none"]).exit_code == 0
 
 
 COMMANDS = [item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands]

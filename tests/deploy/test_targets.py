@@ -72,6 +72,22 @@ def test_a_rule_that_a_target_does_not_run_is_refused_before_any_work(tiny_folde
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"provider": "openvino"}, "--provider openvino"),
+        ({"dtype": "fp16"}, "--dtype fp16"),
+        ({"attention": "fp8"}, "--attention fp8"),
+        ({"provider": "cuda", "dtype": "fp16"}, "--provider cuda --dtype fp16"),
+    ],
+)
+def test_options_of_engines_beside_the_graph_alone_are_an_error(options: dict[str, Any], idle: str) -> None:
+    """The graph would be the same without them, and its user would believe otherwise."""
+    with pytest.raises(RecipeError, match=f"^--format onnx builds no engine, .* leave out {idle}$"):
+        backend_of(Recipe.parse({"model": "m", "format": "onnx", **options}, "test"))
+    assert backend_of(Recipe.parse({"model": "m", "format": "onnx", "dtype": "fp32"}, "test")) is None
+
+
 def test_bits_that_a_format_does_not_run_are_an_error() -> None:
     with pytest.raises(
         RecipeError,

@@ -124,10 +124,10 @@ def test_two_processes_train_what_one_trains(tiny_folder: Path, tmp_path: Path) 
     """The order of sums differs, so a few codes differ by one."""
     quick = ("--calib-size", "9", "--steps", "4", "--bits", "w4a4", "--rounding", "gptq", "--guidance-scale", "1")
     training = ("--distill-iterations", "40", "--distill-batch", "7")  # an odd number of samples between two
-    finish(started("calibrate", "--model", str(tiny_folder), "-o", str(tmp_path / "one"), *quick, *training))
+    finish(started("calibrate", "--model", str(tiny_folder), "-o", str(tmp_path / "one"), *quick))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    finish(started("distill", str(tmp_path / "one")))
-    output = finish(started("distill", str(tmp_path / "two"), processes=2))
+    finish(started("distill", str(tmp_path / "one"), *training))
+    output = finish(started("distill", str(tmp_path / "two"), *training, processes=2))
     assert output.count("distill   done") == 1
     assert not (tmp_path / "two" / ".training").exists()
     one, two = (CalibrationResult.load(tmp_path / name / "distilled.safetensors") for name in ("one", "two"))

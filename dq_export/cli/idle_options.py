@@ -1,0 +1,42 @@
+"""Options that change nothing beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from .options import GROUPS
+
+if TYPE_CHECKING:
+    from dq_export.core.recipe import Recipe
+
+SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
+USES: dict[str, tuple[str, Callable[[Recipe], bool]]] = {
+    "percentile": ("--method percentile", lambda recipe: recipe.method == "percentile"),
+    "alpha": ("--scaling smooth", lambda recipe: recipe.scaling == "smooth"),
+    "rho": ("--scaling dilate", lambda recipe: recipe.scaling == "dilate"),
+    **dict.fromkeys(GROUPS["Training"], ("--rounding distill", lambda recipe: recipe.rounding == "distill")),
+    "target": ("a plan of TensorRT-RTX, as of --format trt-rtx", lambda recipe: recipe.plan == "trt-rtx"),
+    **dict.fromkeys(SHAPES, ("a plan, as of --format trt", lambda recipe: recipe.plan is not None)),
+    "max_lpips": ("--metric-weights FOLDER", lambda recipe: recipe.metric_weights is not None),
+}
+"""By field of the recipe: the option that uses it, and whether a recipe has that."""
+
+
+def require_used(recipe: Recipe, fields: Iterable[str]) -> None:
+    """Check that each option of a command line has an effect.
+
+    Args:
+        fields: the recipe's fields that the command line sets. Those of a file are not checked: every export writes all fields
+            into its recipe, and a flag may then turn off what uses them.
+
+    Raises:
+        RecipeError: one has none.
+    """
+    from dq_export.core.recipe import RecipeError
+
+    for name in fields:
+        user, uses = USES.get(name, ("", None))
+        if uses is not None and not uses(recipe):
+            flag = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{flag} has no effect without {user}; pass that, too, or leave out {flag}")

@@ -77,14 +77,14 @@ def distill(
     max_memory: Annotated[float | None, option("GiB; what cannot fit is refused before it starts", "--max-memory")] = None,
     **options: Any,
 ) -> None:
+    """Train OUT's blocks (--rounding distill), and export again what depends on them."""
     settings = {"device": device, "max_memory": max_memory, "overwrite": True, "as_json": False, "quiet": False, "verbose": False}
     until = "bench" if _processes() == 1 else "distill"  # torchrun's processes share nothing after the training
     fixed = {"recipe": out / "recipe.yaml", "output_dir": out, "rounding": "distill", "exclude": ()}
     _export(until, {**options, **settings, **fixed})
 
 
-DISTILL = "Train OUT's blocks (--rounding distill), and export again what depends on them."
-with_options(distill, recipe_options(*GROUPS["Training"]), DISTILL)
+with_options(distill, recipe_options(*GROUPS["Training"]), distill.__doc__ or "")
 
 
 def _export(until: str, options: dict[str, Any]) -> None:

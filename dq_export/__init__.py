@@ -77,6 +77,7 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     import os
     from pathlib import Path
 
+    from dq_export.core.idle_options import require_used
     from dq_export.core.recipe import Recipe
 
     from .pipeline import run
@@ -86,6 +87,7 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     progress = options.pop("progress", None)
     more = {key: options.pop(key) for key in ("exclude", "overwrite", "max_memory", "device", "plugin") if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
+    require_used(recipe, options)
     report = run(recipe, Path(os.path.expanduser(output_dir)), Options(**more), until=until, progress=progress)
     assert report is not None  # one process does everything
     require(report.verdict)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import FAILED, end, watching
-from .idle_options import require_used
 from .options import (
     GROUPS,
     NOT_GIVEN,
@@ -88,6 +87,7 @@ with_options(distill, recipe_options(*GROUPS["Training"]), distill.__doc__ or ""
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
+    from ..core.idle_options import require_used
     from ..pipeline import run
     from ..preparation import Options
     from ..report.report import FRONT

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
+import dq_export
 from dq_export.cli import export
 from dq_export.cli.app import app
 from dq_export.cli.options import GROUPS, recipe_options
@@ -97,6 +98,12 @@ def test_a_flag_that_changes_nothing_is_refused(words: list[str], idle: str, use
     result = CliRunner().invoke(app, ["--model", "dit-digits", "-o", str(tmp_path / "out"), *words])
     assert isinstance(result.exception, RecipeError)
     assert str(result.exception) == f"{idle} has no effect without {user}; pass that, too, or leave out {idle}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_so_is_an_argument_of_python(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^--finish has no effect without --rounding distill"):
+        dq_export.export(model="dit-digits", output_dir=tmp_path / "out", finish=10)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
-from .options import GROUPS
+from .recipe import Recipe, RecipeError
 
-if TYPE_CHECKING:
-    from dq_export.core.recipe import Recipe
-
+TRAINING = ("finish", *(name for name in Recipe.model_fields if name.startswith("distill_")))
 SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
 USES: dict[str, tuple[str, Callable[[Recipe], bool]]] = {
     "percentile": ("--method percentile", lambda recipe: recipe.method == "percentile"),
     "alpha": ("--scaling smooth", lambda recipe: recipe.scaling == "smooth"),
     "rho": ("--scaling dilate", lambda recipe: recipe.scaling == "dilate"),
-    **dict.fromkeys(GROUPS["Training"], ("--rounding distill", lambda recipe: recipe.rounding == "distill")),
+    **dict.fromkeys(TRAINING, ("--rounding distill", lambda recipe: recipe.rounding == "distill")),
     "target": ("a plan of TensorRT-RTX, as of --format trt-rtx", lambda recipe: recipe.plan == "trt-rtx"),
     **dict.fromkeys(SHAPES, ("a plan, as of --format trt", lambda recipe: recipe.plan is not None)),
     "max_lpips": ("--metric-weights FOLDER", lambda recipe: recipe.metric_weights is not None),
@@ -24,17 +21,15 @@ USES: dict[str, tuple[str, Callable[[Recipe], bool]]] = {
 
 
 def require_used(recipe: Recipe, fields: Iterable[str]) -> None:
-    """Check that each option of a command line has an effect.
+    """Check that each option that a user passes has an effect.
 
     Args:
-        fields: the recipe's fields that the command line sets. Those of a file are not checked: every export writes all fields
-            into its recipe, and a flag may then turn off what uses them.
+        fields: the recipe's fields that come from flags or arguments. Those of a file are not checked: every export writes all
+            fields into its recipe, and a flag may then turn off what uses them.
 
     Raises:
         RecipeError: one has none.
     """
-    from dq_export.core.recipe import RecipeError
-
     for name in fields:
         user, uses = USES.get(name, ("", None))
         if uses is not None and not uses(recipe):

@@ -17,6 +17,7 @@ import pytest
 
 from dq_export.calibration.ranges import method_of
 from dq_export.core.artifacts import CalibrationResult
+from dq_export.core.idle_options import require_used
 from dq_export.core.plugins import PluginError, described_plugins, fault_of_plugin, plugin_names
 from dq_export.core.qtypes import INT8
 from dq_export.core.recipe import Recipe, RecipeError
@@ -80,6 +81,14 @@ def test_a_method(tiny_folder: Path, tmp_path: Path) -> None:
         assert isinstance(table, ScaleTable)
         assert isinstance(wider, ScaleTable)
         np.testing.assert_allclose(wider.scale.max(), 1.25 * table.scale.max(), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("installed")
+def test_plug_ins_may_use_options_of_built_in_ones() -> None:
+    fields = {"percentile": 99.0, "target": "sm89", "min_shapes": "timestep:1"}
+    require_used(recipe(model="m", method="headroom", format="plain", **fields), fields)
+    with pytest.raises(RecipeError, match="^--percentile has no effect"):
+        require_used(recipe(model="m", format="plain", **fields), fields)
 
 
 @pytest.mark.usefixtures("installed")

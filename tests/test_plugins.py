@@ -87,7 +87,7 @@ def test_a_method(tiny_folder: Path, tmp_path: Path) -> None:
 def test_plug_ins_may_use_options_of_built_in_ones() -> None:
     fields = {"percentile": 99.0, "target": "sm89", "min_shapes": "timestep:1"}
     require_used(recipe(model="m", method="headroom", format="plain", **fields), fields)
-    with pytest.raises(RecipeError, match="^--percentile has no effect"):
+    with pytest.raises(RecipeError, match=r"^--percentile has no effect"):
         require_used(recipe(model="m", format="plain", **fields), fields)
 
 

@@ -87,7 +87,8 @@ def _run(until: str, model: str, output_dir: str | Path, options: dict[str, Any]
     progress = options.pop("progress", None)
     more = {key: options.pop(key) for key in ("exclude", "overwrite", "max_memory", "device", "plugin") if key in options}
     recipe = Recipe.parse({"model": model, **options}, "dq_export")
-    require_used(recipe, options)
+    # A caller may pass all values of a recipe's file: those that are the defaults mean nothing.
+    require_used(recipe, [name for name in options if getattr(recipe, name) != Recipe.model_fields[name].default])
     report = run(recipe, Path(os.path.expanduser(output_dir)), Options(**more), until=until, progress=progress)
     assert report is not None  # one process does everything
     require(report.verdict)

@@ -14,19 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dq_export.core.idle_options import TRAINING_FIELDS, require_used
+
 from .errors import FAILED, end, watching
-from .options import (
-    GROUPS,
-    NOT_GIVEN,
-    RUN,
-    expanded,
-    option,
-    parameters_of,
-    path_argument,
-    path_option,
-    recipe_options,
-    with_options,
-)
+from .options import NOT_GIVEN, RUN, expanded, option, parameters_of, path_argument, path_option, recipe_options, with_options
 from .tables import summarize
 
 if TYPE_CHECKING:
@@ -83,11 +74,10 @@ def distill(
     _export(until, {**options, **settings, **fixed})
 
 
-with_options(distill, recipe_options(*GROUPS["Training"]), distill.__doc__ or "")
+with_options(distill, recipe_options(*TRAINING_FIELDS), distill.__doc__ or "")
 
 
 def _export(until: str, options: dict[str, Any]) -> None:
-    from ..core.idle_options import require_used
     from ..pipeline import run
     from ..preparation import Options
     from ..report.report import FRONT

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from dq_export.core.idle_options import TRAINING_FIELDS
 from dq_export.core.plugins import OneOf
 from dq_export.core.recipe import Recipe
 
@@ -27,10 +28,7 @@ GROUPS = {
         "tables", "method", "percentile", "bins", "scaling", "alpha", "rho", "shift", "calibration", "calib_size", "steps",
         "guidance_scale", "sizes", "seed",
     ),
-    "Training": (
-        "distill_iterations", "distill_batch", "distill_pictures", "distill_samples", "distill_rate", "distill_scale_rate",
-        "distill_bias_rate", "finish",
-    ),
+    "Training": TRAINING_FIELDS,
     "Proof": ("parity_size", "min_coverage", "min_sqnr", "metric_weights", "max_lpips"),
 }  # fmt: skip
 """The recipe's fields in the order and under the headings of `--help`."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from .recipe import FORMATS, METHODS, Recipe, RecipeError
 
-TRAINING = ("finish", *(name for name in Recipe.model_fields if name.startswith("distill_")))
+TRAINING_FIELDS = (*(name for name in Recipe.model_fields if name.startswith("distill_")), "finish")
+"""The recipe's fields that only training reads."""
 SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
 
 
@@ -19,7 +20,7 @@ USES: dict[str, tuple[str, Callable[[Recipe], bool]]] = {
     "percentile": ("--method percentile", lambda recipe: recipe.method not in {*METHODS.built_in} - {"percentile"}),
     "alpha": ("--scaling smooth", lambda recipe: recipe.scaling == "smooth"),
     "rho": ("--scaling dilate", lambda recipe: recipe.scaling == "dilate"),
-    **dict.fromkeys(TRAINING, ("--rounding distill", lambda recipe: recipe.rounding == "distill")),
+    **dict.fromkeys(TRAINING_FIELDS, ("--rounding distill", lambda recipe: recipe.rounding == "distill")),
     "target": ("a plan of TensorRT-RTX, as of --format trt-rtx", lambda recipe: _runs_plan(recipe, "trt-rtx")),
     **dict.fromkeys(SHAPES, ("a plan, as of --format trt", lambda recipe: _runs_plan(recipe, "trt", "trt-rtx"))),
     "max_lpips": ("--metric-weights FOLDER", lambda recipe: recipe.metric_weights is not None),

@@ -13,6 +13,7 @@ from pydantic import Field
 from dq_export.calibration.group import ProcessGroup
 from dq_export.calibration.training.outcome import Outcome
 from dq_export.core.documents import DocumentError, read_text
+from dq_export.core.idle_options import TRAINING_FIELDS
 from dq_export.core.recipe import Recipe
 from dq_export.core.stored_codes import load_without_codes
 
@@ -65,11 +66,7 @@ class Distill(Stage[Distilled]):
 
     name: str = "distill"
     result: type[Distilled] = Distilled
-    fields: tuple[str, ...] = (
-        "distill_iterations", "distill_batch", "distill_pictures", "distill_samples", "distill_rate", "distill_scale_rate",
-        "distill_bias_rate", "finish",
-        "calib_size", "steps", "guidance_scale", "sizes", "seed",
-    )  # fmt: skip
+    fields: tuple[str, ...] = (*TRAINING_FIELDS, "calib_size", "steps", "guidance_scale", "sizes", "seed")
     needs: tuple[Stage[Any], ...] = (ENCODE, CALIBRATE)
     network: bool = True
 
